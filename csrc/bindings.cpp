@@ -1,0 +1,348 @@
+// effnet_fast._C: pointers, sizes and strides in, an exception out. No torch headers.
+//
+// Tensors come as addresses; the caller has checked dtypes, shapes and layouts, and this file guards
+// what would corrupt memory: sizes, strides, and the instruction set against the CPU.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/cuda_probe.h"
+#include "cpu/args.h"
+
+namespace py = pybind11;
+
+namespace effnet {
+
+#ifndef EFFNET_HAS_AVX2
+#define EFFNET_HAS_AVX2 0
+#define EFFNET_HAS_AVX512 0
+#define EFFNET_HAS_AVX512_BF16 0
+#endif
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if EFFNET_HAS_AVX2
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  std::string missing;  // empty where this CPU can run it
+};
+
+std::string missing_features(const std::vector<std::pair<const char*, bool>>& wanted) {
+  std::string missing;
+  for (const auto& [name, present] : wanted)
+    if (!present) missing += std::string(missing.empty() ? "this CPU lacks " : ", ") + name;
+  return missing;
+}
+
+// In ascending order of preference.
+const std::vector<Isa>& instruction_sets() {
+  static const std::vector<Isa> sets = [] {
+    std::vector<Isa> out = {{"generic", &generic::kernels, ""}};
+#if EFFNET_HAS_AVX2
+#define EFFNET_HAS(feature) {feature, __builtin_cpu_supports(feature) != 0}
+    __builtin_cpu_init();
+    std::vector<std::pair<const char*, bool>> wanted = {EFFNET_HAS("avx2"), EFFNET_HAS("fma"),
+                                                        EFFNET_HAS("f16c")};
+    out.push_back({"avx2", &avx2::kernels, missing_features(wanted)});
+    for (auto feature : std::vector<std::pair<const char*, bool>>{
+             EFFNET_HAS("avx512f"), EFFNET_HAS("avx512bw"), EFFNET_HAS("avx512dq"),
+             EFFNET_HAS("avx512vl")})
+      wanted.push_back(feature);
+    out.push_back({"avx512", &avx512::kernels, missing_features(wanted)});
+    wanted.push_back(EFFNET_HAS("avx512bf16"));
+    out.push_back({"avx512_bf16", &avx512_bf16::kernels, missing_features(wanted)});
+#undef EFFNET_HAS
+#endif
+    return out;
+  }();
+  return sets;
+}
+
+const Isa& best_isa() {
+  const auto& sets = instruction_sets();
+  for (size_t i = sets.size(); i-- > 0;)
+    if (sets[i].missing.empty()) return sets[i];
+  return sets[0];
+}
+
+const Isa* find_isa(const std::string& name) {
+  for (const Isa& isa : instruction_sets())
+    if (name == isa.name) return &isa;
+  return nullptr;
+}
+
+// "" is the best one.
+const Kernels& kernels_for(const std::string& name) {
+  if (name.empty()) return *best_isa().kernels;
+  const Isa* isa = find_isa(name);
+  if (!isa) throw std::invalid_argument("instruction set '" + name + "' is not in this build");
+  if (!isa->missing.empty())
+    throw std::invalid_argument("instruction set '" + name + "' cannot run: " + isa->missing);
+  return *isa->kernels;
+}
+
+using Address = uintptr_t;
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+DType dtype_of(bool is_bf16) { return is_bf16 ? DType::kBFloat16 : DType::kFloat32; }
+
+// Runs a kernel with the GIL released.
+template <typename Args>
+void launch(bool (*kernel)(const Args&), const Args& args) {
+  bool ok;
+  {
+    py::gil_scoped_release release;
+    ok = kernel(args);
+  }
+  if (!ok) throw std::bad_alloc();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// (n, c, h, w, oh, ow, k, stride, pad_left, pad_top)
+using ShapeTuple = std::array<int64_t, 10>;
+// strides over n, h, w in elements
+using Strides = std::array<int64_t, 3>;
+
+DwconvShape dwconv_shape(const ShapeTuple& s) {
+  const DwconvShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
+  require(shape.n > 0 && shape.c > 0 && shape.h > 0 && shape.w > 0 && shape.oh > 0 && shape.ow > 0,
+          "dwconv: every size must be positive");
+  require(shape.k > 0 && shape.k % 2 == 1, "dwconv: the kernel size must be odd");
+  require(shape.stride == 1 || shape.stride == 2, "dwconv: the stride must be 1 or 2");
+  require(shape.pad_l >= 0 && shape.pad_t >= 0, "dwconv: the padding must not be negative");
+  return shape;
+}
+
+Image image(Address data, const Strides& strides) {
+  return {at(data), strides[0], strides[1], strides[2]};
+}
+
+Image contiguous_image(Address data, int64_t c, int64_t h, int64_t w) {
+  return {at(data), h * w * c, w * c, c};
+}
+
+int thread_count(int threads) {
+  require(threads >= 1, "threads must be at least 1");
+  return threads;
+}
+
+// Addresses of a BatchNorm's fp32 vectors [C]; weight and bias may be 0 for 1 and 0.
+using BnTuple = std::array<Address, 4>;  // weight, bias, mean, variance
+
+struct BnVectors {
+  std::vector<float> scale, shift, rstd;
+  BnVectors(const BnTuple& bn, double eps, int64_t c) : scale(c), shift(c), rstd(c) {
+    const float *weight = at<float>(bn[0]), *bias = at<float>(bn[1]);
+    const float *mean = at<float>(bn[2]), *var = at<float>(bn[3]);
+    for (int64_t i = 0; i < c; i++) {
+      rstd[i] = 1.0f / std::sqrt(var[i] + static_cast<float>(eps));
+      scale[i] = weight ? weight[i] * rstd[i] : rstd[i];
+      shift[i] = (bias ? bias[i] : 0.0f) - mean[i] * scale[i];
+    }
+  }
+};
+
+void dwconv_eval(const std::string& isa, const ShapeTuple& shape, bool is_bf16, bool weight_bf16,
+                 Address x, const Strides& x_strides, Address weight, const BnTuple& bn, double eps,
+                 Address y, Address pooled, int threads) {
+  const Kernels& kernels = kernels_for(isa);
+  const DwconvShape s = dwconv_shape(shape);
+  const BnVectors vectors(bn, eps, s.c);
+  const int64_t chunks = ceil_div(s.oh, kChunkRows);
+  std::vector<float> partial(s.n * chunks * s.c);
+  DwconvForwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
+                            contiguous_image(y, s.c, s.oh, s.ow), at(weight),
+                            vectors.scale.data(), vectors.shift.data(), partial.data(), false,
+                            thread_count(threads)};
+  launch(kernels.dwconv_forward, args);
+  FoldArgs fold = {partial.data(), s.n, chunks, s.c, 1.0f / static_cast<float>(s.oh * s.ow),
+                   at<float>(pooled), threads};
+  launch(kernels.fold_sum, fold);
+}
+
+void dwconv_train(const std::string& isa, const ShapeTuple& shape, bool is_bf16, bool weight_bf16,
+                  Address x, const Strides& x_strides, Address weight, Address z, Address mean,
+                  Address var, int threads) {
+  const Kernels& kernels = kernels_for(isa);
+  const DwconvShape s = dwconv_shape(shape);
+  const int64_t chunks = ceil_div(s.oh, kChunkRows);
+  std::vector<float> partial(s.n * chunks * 2 * s.c);
+  DwconvForwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
+                            contiguous_image(z, s.c, s.oh, s.ow), at(weight), nullptr, nullptr,
+                            partial.data(), true, thread_count(threads)};
+  launch(kernels.dwconv_forward, args);
+  const int64_t last = s.oh - (chunks - 1) * kChunkRows;
+  FoldChanArgs fold = {partial.data(), s.n * chunks, s.c, chunks, kChunkRows * s.ow, last * s.ow,
+                       at<float>(mean), at<float>(var), threads};
+  launch(kernels.fold_chan, fold);
+}
+
+// sums [2,C]: sum du and sum du * zh; they are formed where `training` or where their address is
+// given. grad_x, grad_weight and sums may be 0: not wanted.
+void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
+                     bool weight_bf16, Address x, const Strides& x_strides, Address z,
+                     Address grad_y, Address weight, const BnTuple& bn, double eps, bool training,
+                     Address grad_x, Address grad_weight, Address sums, int threads) {
+  const Kernels& kernels = kernels_for(isa);
+  const DwconvShape s = dwconv_shape(shape);
+  const BnVectors vectors(bn, eps, s.c);
+  const int64_t pixels = s.n * s.oh * s.ow;
+  std::vector<float> totals(2 * s.c), means(2 * s.c);
+  if (training || sums) {
+    const int64_t chunks = ceil_div(pixels, kChunkPixels);
+    std::vector<float> partial(chunks * 2 * s.c);
+    BnReduceArgs reduce = {{1, s.c, pixels}, dtype_of(is_bf16), at(z), at(grad_y),
+                           vectors.scale.data(), vectors.shift.data(), at<float>(bn[2]),
+                           vectors.rstd.data(), partial.data(), thread_count(threads)};
+    launch(kernels.bn_backward_reduce, reduce);
+    FoldArgs fold = {partial.data(), 1, chunks, 2 * s.c, 1.0f, totals.data(), threads};
+    launch(kernels.fold_sum, fold);
+    if (sums) std::copy(totals.begin(), totals.end(), at<float>(sums));
+  }
+  if (!grad_x && !grad_weight) return;
+  for (int64_t i = 0; i < 2 * s.c; i++) means[i] = totals[i] / static_cast<float>(pixels);
+  const int64_t parts = std::min(s.n, kWeightGroups) * ceil_div(s.oh, kChunkRows);
+  const int64_t taps = s.c * s.k * s.k;
+  std::vector<float> partial(grad_weight ? parts * taps : 0);
+  DwconvBackwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
+                             contiguous_image(z, s.c, s.oh, s.ow),
+                             contiguous_image(grad_y, s.c, s.oh, s.ow),
+                             contiguous_image(grad_x, s.c, s.h, s.w), at(weight),
+                             vectors.scale.data(), vectors.shift.data(), at<float>(bn[2]),
+                             vectors.rstd.data(), training ? means.data() : nullptr,
+                             training ? means.data() + s.c : nullptr,
+                             grad_weight ? partial.data() : nullptr, thread_count(threads)};
+  launch(kernels.dwconv_backward, args);
+  if (!grad_weight) return;
+  FoldArgs fold = {partial.data(), 1, parts, taps, 1.0f, at<float>(grad_weight), threads};
+  launch(kernels.fold_sum, fold);
+}
+
+// y = act(bn(z)) + residual over `pixels` rows of C; y may be z.
+void bn_act(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16, bool silu, Address z,
+            const BnTuple& bn, double eps, Address residual, Address y, int threads) {
+  require(pixels >= 0 && c > 0, "bn_act: the sizes must be positive");
+  const BnVectors vectors(bn, eps, c);
+  AffineActArgs args = {{1, c, pixels}, dtype_of(is_bf16), at(z), at(residual),
+                        vectors.scale.data(), vectors.shift.data(), at(y), silu,
+                        thread_count(threads)};
+  launch(kernels_for(isa).affine_act, args);
+}
+
+// out[n,c] = factor * sum over hw of x, or of x * grad_y where given.
+void squeeze(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_bf16, Address x,
+             Address grad_y, float factor, Address out, int threads) {
+  const Kernels& kernels = kernels_for(isa);
+  require(n > 0 && c > 0 && hw > 0, "squeeze: every size must be positive");
+  const int64_t chunks = ceil_div(hw, kChunkPixels);
+  std::vector<float> partial(n * chunks * c);
+  SqueezeArgs args = {{n, c, hw}, dtype_of(is_bf16), at(x), at(grad_y), partial.data(),
+                      thread_count(threads)};
+  launch(kernels.squeeze, args);
+  FoldArgs fold = {partial.data(), n, chunks, c, factor, at<float>(out), threads};
+  launch(kernels.fold_sum, fold);
+}
+
+void excite(const std::string& isa, int64_t n, int64_t c, int64_t r, bool weight_bf16,
+            Address pooled, Address reduce_weight, Address reduce_bias, Address expand_weight,
+            Address expand_bias, Address hidden, Address gate, int threads) {
+  require(n >= 0 && c > 0 && r > 0, "excite: the sizes must be positive");
+  ExciteArgs args = {n, c, r, dtype_of(weight_bf16), at<float>(pooled), at(reduce_weight),
+                     at(reduce_bias), at(expand_weight), at(expand_bias), at<float>(hidden),
+                     at<float>(gate), thread_count(threads)};
+  launch(kernels_for(isa).excite, args);
+}
+
+void excite_backward(const std::string& isa, int64_t n, int64_t c, int64_t r, bool weight_bf16,
+                     Address pooled, Address hidden, Address gate, Address grad_gate,
+                     Address reduce_weight, Address expand_weight, Address grad_reduce_weight,
+                     Address grad_reduce_bias, Address grad_expand_weight,
+                     Address grad_expand_bias, Address grad_pooled, int threads) {
+  require(n >= 0 && c > 0 && r > 0, "excite_backward: the sizes must be positive");
+  std::vector<float> grad_hidden(n * r);
+  ExciteBackwardArgs args = {n, c, r, dtype_of(weight_bf16), at<float>(pooled), at<float>(hidden),
+                             at<float>(gate), at<float>(grad_gate), at(reduce_weight),
+                             at(expand_weight), at<float>(grad_reduce_weight),
+                             at<float>(grad_reduce_bias), at<float>(grad_expand_weight),
+                             at<float>(grad_expand_bias), at<float>(grad_pooled),
+                             grad_hidden.data(), thread_count(threads)};
+  launch(kernels_for(isa).excite_backward, args);
+}
+
+void gate(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_bf16, Address x,
+          Address gate, Address offset, Address y, int threads) {
+  require(n >= 0 && c > 0 && hw >= 0, "gate: the sizes must be positive");
+  GateArgs args = {{n, c, hw}, dtype_of(is_bf16), at(x), at<float>(gate), at<float>(offset),
+                   at(y), thread_count(threads)};
+  launch(kernels_for(isa).gate, args);
+}
+
+}  // namespace
+}  // namespace effnet
+
+PYBIND11_MODULE(_C, m) {
+  using namespace effnet;
+  m.doc() = "Kernels of effnet_fast; called through effnet_fast.ops.";
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Isa& isa : instruction_sets()) names.push_back(isa.name);
+    return names;
+  }, "Instruction sets in this build, in ascending order of preference.");
+  m.def("best_isa", [] { return std::string(best_isa().name); });
+  m.def("isa_unavailable_reason", [](const std::string& name) -> py::object {
+    const Isa* isa = find_isa(name);
+    if (!isa) return py::str("instruction set '" + name + "' is not in this build");
+    return isa->missing.empty() ? py::object(py::none()) : py::str(isa->missing);
+  }, "None where this CPU can run the instruction set, else the reason.");
+  m.def("compiler", [] { return std::string("g++ " __VERSION__); });
+#ifdef EFFNET_CUDA_ARCHS
+  m.def("cuda_built", [] { return true; });
+  m.def("cuda_archs", [] { return std::string(EFFNET_CUDA_ARCHS); });
+  m.def("cuda_probe", &cuda_probe, py::arg("device") = 0,
+        py::call_guard<py::gil_scoped_release>());
+#else
+  m.def("cuda_built", [] { return false; });
+  m.def("cuda_archs", [] { return std::string(); });
+  m.def("cuda_probe", [](int) {
+    return std::string("this build has no CUDA part: nvcc was not found or EFFNET_FAST_CUDA=0");
+  }, py::arg("device") = 0);
+#endif
+  m.def("dwconv_eval", &dwconv_eval);
+  m.def("dwconv_train", &dwconv_train);
+  m.def("dwconv_backward", &dwconv_backward);
+  m.def("bn_act", &bn_act);
+  m.def("squeeze", &squeeze);
+  m.def("excite", &excite);
+  m.def("excite_backward", &excite_backward);
+  m.def("gate", &gate);
+}

@@ -1,0 +1,155 @@
+// Arguments of the CPU kernels: plain data, the same for every instruction set. No functions here:
+// code that this header emitted would be shared between objects compiled for different machines.
+//
+// Tensors are channels-last: the stride over C is 1, the strides over N, H and W (in elements)
+// are free for inputs. Vectors over channels are fp32 and contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace effnet {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+struct Image {  // x [N,C,H,W], its first element and its strides in elements
+  void* data;
+  int64_t n_stride, h_stride, w_stride;
+};
+
+struct DwconvShape {
+  int64_t n, c, h, w;    // input
+  int64_t oh, ow;        // output
+  int64_t k, stride;     // square kernel, odd k
+  int64_t pad_l, pad_t;  // what lies right and below follows from oh and ow
+};
+
+// Rows of the output are dealt out in chunks whose height depends on the shape alone, so that every
+// sum has the same order whatever the number of threads. The caller allocates the partials.
+struct DwconvForwardArgs {
+  DwconvShape shape;
+  DType dtype, weight_dtype;
+  Image x, y;            // y: silu(z * scale + shift) in eval, z in training
+  const void* weight;    // [C,1,K,K] contiguous
+  const float* scale;    // [C], eval only
+  const float* shift;    // [C], eval only
+  float* partial;        // eval: sums of y [N,chunks,C]; training: (mean, M2) [N,chunks,2,C]
+  bool training;
+  int threads;
+};
+
+struct DwconvBackwardArgs {
+  DwconvShape shape;
+  DType dtype, weight_dtype;
+  Image x, z, grad_y, grad_x;  // grad_x.data may be null: not wanted
+  const void* weight;
+  const float* scale;     // [C] gamma * rstd
+  const float* shift;     // [C] beta - mean * scale
+  const float* mean;      // [C]
+  const float* rstd;      // [C]
+  const float* du_mean;   // [C] dbeta / M, null in eval
+  const float* duzh_mean; // [C] dgamma / M, null in eval
+  float* grad_weight;     // partials [N*chunks,C,K*K], null: not wanted
+  int threads;
+};
+
+struct PlaneShape {
+  int64_t n, c, hw;  // hw pixels at a common stride
+};
+
+// Per-channel reductions over the pixels of every image, one partial for each chunk of pixels.
+struct BnReduceArgs {
+  PlaneShape shape;  // n = 1, hw = N * H * W
+  DType dtype;
+  const void *z, *grad_y;  // contiguous channels-last
+  const float *scale, *shift, *mean, *rstd;
+  float* partial;  // [chunks,2,C]: sum du, sum du * zh; chunks of kChunkPixels
+  int threads;
+};
+
+struct AffineActArgs {  // y = act(z * scale + shift) + residual, in place where y == z
+  PlaneShape shape;
+  DType dtype;
+  const void* z;
+  const void* residual;  // or null
+  const float *scale, *shift;
+  void* y;
+  bool silu;
+  int threads;
+};
+
+struct SqueezeArgs {
+  PlaneShape shape;
+  DType dtype;
+  const void* x;       // contiguous channels-last
+  const void* grad_y;  // null: sums of x; else sums of x * grad_y
+  float* partial;      // [N,chunks,C]
+  int threads;
+};
+
+struct ExciteArgs {
+  int64_t n, c, r;
+  DType weight_dtype;
+  const float* pooled;  // [N,C] means
+  const void *reduce_weight, *reduce_bias, *expand_weight, *expand_bias;  // [R,C] [R] [C,R] [C]
+  float* hidden;  // [N,R] before SiLU
+  float* gate;    // [N,C]
+  int threads;
+};
+
+struct ExciteBackwardArgs {
+  int64_t n, c, r;
+  DType weight_dtype;
+  const float *pooled, *hidden, *gate, *grad_gate;
+  const void *reduce_weight, *expand_weight;
+  float *grad_reduce_weight, *grad_reduce_bias, *grad_expand_weight, *grad_expand_bias;
+  float* grad_pooled;  // [N,C]
+  float* grad_hidden;  // [N,R] workspace
+  int threads;
+};
+
+struct GateArgs {  // y = x * gate + offset per (n, c)
+  PlaneShape shape;
+  DType dtype;
+  const void* x;
+  const float* gate;
+  const float* offset;  // or null
+  void* y;
+  int threads;
+};
+
+struct FoldArgs {  // out[o,c] = factor * sum over p of partial[o,p,c], p in order
+  const float* partial;
+  int64_t outer, parts, c;
+  float factor;
+  float* out;
+  int threads;
+};
+
+struct FoldChanArgs {  // (mean, M2) of each part, merged in order into mean and biased variance
+  const float* partial;  // [parts,2,C]
+  int64_t parts, c;
+  int64_t period, count, last_count;  // a part covers count values, every period-th one last_count
+  float *mean, *var;                  // [C]
+  int threads;
+};
+
+// A kernel returns false where it could not get its scratch memory.
+struct Kernels {
+  bool (*dwconv_forward)(const DwconvForwardArgs&);
+  bool (*dwconv_backward)(const DwconvBackwardArgs&);
+  bool (*bn_backward_reduce)(const BnReduceArgs&);
+  bool (*affine_act)(const AffineActArgs&);
+  bool (*squeeze)(const SqueezeArgs&);
+  bool (*excite)(const ExciteArgs&);
+  bool (*excite_backward)(const ExciteBackwardArgs&);
+  bool (*gate)(const GateArgs&);
+  bool (*fold_sum)(const FoldArgs&);
+  bool (*fold_chan)(const FoldChanArgs&);
+};
+
+// Sizes of the partials, which depend on the shape alone.
+constexpr int64_t kChunkRows = 16;     // depthwise output rows per partial
+constexpr int64_t kChunkPixels = 512;  // pixels per partial of a plane's reduction
+constexpr int64_t kWeightGroups = 16;  // groups of images with one partial weight gradient
+
+}  // namespace effnet

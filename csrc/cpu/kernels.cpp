@@ -1,0 +1,13 @@
+// The table of this instruction set's kernels.
+#include "cpu/kernels.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {dwconv_forward, dwconv_backward, bn_backward_reduce, affine_act,
+                         squeeze,        excite,          excite_backward,    gate,
+                         fold_sum,       fold_chan};
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,185 @@
+"""Which backend runs an op: the caller's choice, and what each backend can do.
+
+"auto" picks a backend for each call and falls back to the reference; a backend named by the caller
+never falls back, it raises the reason. "cpu:avx2" and the like force one instruction set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from . import _native
+
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+OPS = ("dwconv_bn_silu", "pointwise_bn_act", "squeeze_excite")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+_current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
+
+
+@dataclass(frozen=True)
+class OpArgs:
+    """What decides whether a backend can run a call.
+
+    Attributes:
+        x: input [N,C,H,W].
+        others: the other floating tensors of the call (None where absent).
+        kernel: spatial kernel size, 1 where there is none.
+        stride: spatial stride.
+        inference: whether BN is in eval mode and no gradient is wanted.
+    """
+
+    x: torch.Tensor
+    others: tuple[torch.Tensor | None, ...] = ()
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    inference: bool = False
+
+
+def parse(name: str) -> tuple[str, str]:
+    """Splits "cpu:avx2" into ("cpu", "avx2"); the second part is "" where not given.
+
+    Raises:
+        ValueError: the name is not a backend.
+    """
+    base, _, isa = name.partition(":")
+    if base not in BACKENDS or (isa and base != "cpu"):
+        raise ValueError(
+            f"unknown backend {name!r}; allowed are {', '.join(BACKENDS)}, and cpu:<instruction "
+            f"set> to force one of the CPU's"
+        )
+    return base, isa
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the ops and models inside the block on one backend ("auto" lifts an outer choice).
+
+    The choice belongs to the current thread or task.
+
+    Raises:
+        ValueError: the name is not a backend.
+    """
+    parse(name)
+    token = _current.set(name)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_backend() -> str:
+    """The backend of the innermost `use_backend`, "auto" outside of any."""
+    return _current.get()
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether C is the innermost dimension of x [N,C,H,W]; N, H and W may have any stride."""
+    n, c, h, w = x.shape
+    if c == 1 or x.numel() == 0:
+        return True
+    return x.stride(1) == 1 and (h * w == 1 or min(x.stride(2), x.stride(3)) >= 1)
+
+
+def _cpu_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
+    if reason := _native.unavailable_reason():
+        return reason
+    if isa and (missing := _native.load().isa_unavailable_reason(isa)):
+        return f"cpu:{isa}: {missing}"
+    if args is None:
+        return None
+    x = args.x
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, the cpu backend takes CPU tensors"
+    if x.dtype not in NATIVE_DTYPES:
+        return f"x is {x.dtype}, the cpu backend takes float32 and bfloat16"
+    for tensor in args.others:
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            return f"x is on {x.device}, but another argument is on {tensor.device}"
+        if tensor.dtype not in (x.dtype, torch.float32):
+            return f"a parameter is {tensor.dtype}; allowed are {x.dtype} and torch.float32"
+    if args.kernel[0] != args.kernel[1] or args.kernel[0] % 2 == 0:
+        return f"the kernel is {args.kernel[0]}x{args.kernel[1]}; square and odd is supported"
+    if op == "pointwise_bn_act" and not args.inference:
+        return "this version has an inference kernel alone: no training, no gradients"
+    if args.stride not in (1, 2):
+        return f"the stride is {args.stride}; 1 and 2 are supported"
+    if not is_channels_last(x):
+        return (
+            f"x has strides {tuple(x.stride())}; the cpu backend takes channels_last: "
+            f"x.contiguous(memory_format=torch.channels_last)"
+        )
+    return None
+
+
+def _cuda_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
+    if reason := _native.unavailable_reason():
+        return reason
+    if reason := _native.load().cuda_probe():
+        return reason
+    return f"this version has no CUDA kernel for {op}"
+
+
+def _triton_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
+    return f"this version has no Triton kernel for {op}"
+
+
+_REASONS: dict[str, Callable[[str, OpArgs | None, str], str | None]] = {
+    "cpu": _cpu_reason,
+    "cuda": _cuda_reason,
+    "triton": _triton_reason,
+}
+
+
+def can_run(backend: str, op: str, args: OpArgs | None = None) -> str | None:
+    """Why `backend` cannot run `op`, or None where it can.
+
+    Args:
+        backend: a name as `use_backend` takes it.
+        op: one of OPS.
+        args: the call in question; None asks about the backend in general.
+
+    Raises:
+        ValueError: unknown backend or op.
+    """
+    base, isa = parse(backend)
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; allowed are {', '.join(OPS)}")
+    if base in ("auto", "reference"):
+        return None
+    return _REASONS[base](op, args, isa)
+
+
+def _in_functorch_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def resolve(backend: str, op: str, args: OpArgs) -> str:
+    """The backend that runs this call: never "auto".
+
+    A call's own `backend` comes before the surrounding `use_backend`.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: the named backend cannot run the call; the text gives the reason.
+    """
+    if backend == "auto":
+        backend = current_backend()
+    if backend == "auto":
+        if args.x.device.type != "cpu" or _in_functorch_transform():
+            return "reference"
+        return "reference" if _cpu_reason(op, args, "") else "cpu"
+    if reason := can_run(backend, op, args):
+        raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
+    if backend != "reference" and _in_functorch_transform():
+        raise RuntimeError(
+            f"backend {backend!r} cannot run {op}: torch.func transforms go through the reference"
+        )
+    return backend

@@ -1,0 +1,400 @@
+"""Depthwise convolution, BatchNorm and SiLU as one op.
+
+In eval BN is the epilogue of the convolution, which also yields the mean of y over each image's
+pixels, what squeeze-and-excite needs. In training the convolution yields its output's statistics by
+tile, a second pass normalises; backward is one pass for the sums and one for both gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _native, reference
+from ..backends import OpArgs, resolve
+from ..reference.arguments import Padding
+from ..reference.dwconv_bn_silu import check_arguments
+from .registration import (
+    address,
+    autocast,
+    empty_nhwc,
+    fp32,
+    isa_of,
+    native_weight,
+    nhwc,
+    register,
+    update_running_statistics,
+)
+
+Sides = tuple[int, int, int, int]
+
+
+def output_shape(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[int, int, int, int]:
+    """[N,C,Ho,Wo] for x [N,C,H,W]."""
+    n, c, h, w = x.shape
+    left, right, top, bottom = padding
+    return n, c, (h + top + bottom - kernel) // stride + 1, (w + left + right - kernel) // stride + 1
+
+
+def _shape_tuple(x: Tensor, out: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
+    n, c, h, w = x.shape
+    return (n, c, h, w, out.shape[2], out.shape[3], weight.shape[-1], stride, padding[0], padding[2])
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    n, _, h, w = x.stride()
+    return n, h, w
+
+
+def _bn(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor) -> Any:
+    """The four vectors in fp32 (to be kept alive by the caller) and their addresses."""
+    vectors = (fp32(weight), fp32(bias), fp32(mean), fp32(var))
+    return vectors, tuple(address(v) for v in vectors)
+
+
+def _eval_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    stride: int,
+    padding: Sides,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    y, pooled = _eval_fake(
+        x, weight, bn_weight, bn_bias, mean, var, stride, padding, eps, backend
+    )
+    if y.numel() == 0:
+        return y, pooled.zero_()
+    weight = native_weight(weight, x)
+    vectors, bn = _bn(bn_weight, bn_bias, mean, var)
+    _native.load().dwconv_eval(
+        isa_of(backend), _shape_tuple(x, y, weight, stride, padding),
+        x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
+        x.data_ptr(), _strides(x), weight.data_ptr(), bn, eps,
+        y.data_ptr(), pooled.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, pooled
+
+
+def _eval_fake(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    stride: int,
+    padding: Sides,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    y = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
+    return y, x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+def _train_cpu(
+    x: Tensor, weight: Tensor, stride: int, padding: Sides, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, mean, var = _train_fake(x, weight, stride, padding, backend)
+    if z.numel() == 0:
+        return z, mean.zero_(), var.zero_()
+    weight = native_weight(weight, x)
+    _native.load().dwconv_train(
+        isa_of(backend), _shape_tuple(x, z, weight, stride, padding),
+        x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
+        x.data_ptr(), _strides(x), weight.data_ptr(),
+        z.data_ptr(), mean.data_ptr(), var.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return z, mean, var
+
+
+def _train_fake(
+    x: Tensor, weight: Tensor, stride: int, padding: Sides, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
+    mean = x.new_empty(x.shape[1], dtype=torch.float32)
+    return z, mean, torch.empty_like(mean)
+
+
+def _bn_silu_cpu(
+    z: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    y = empty_nhwc(z, z.shape)
+    if y.numel() == 0:
+        return y
+    vectors, bn = _bn(bn_weight, bn_bias, mean, var)
+    z = nhwc(z)
+    _native.load().bn_act(
+        isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype == torch.bfloat16, True,
+        z.data_ptr(), bn, eps, 0, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _bn_silu_fake(
+    z: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    return empty_nhwc(z, z.shape)
+
+
+def _backward_cpu(
+    grad_y: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    stride: int,
+    padding: Sides,
+    eps: float,
+    training: bool,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _backward_fake(
+        grad_y, x, z, weight, bn_weight, bn_bias, mean, var,
+        stride, padding, eps, training, wanted, backend,
+    )  # fmt: skip
+    if z.numel() == 0:
+        return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
+    weight, grad_y = native_weight(weight, x), nhwc(grad_y)
+    vectors, bn = _bn(bn_weight, bn_bias, mean, var)
+    grad_x, grad_weight, sums = (
+        grad.data_ptr() if want else 0 for grad, want in zip(grads, wanted, strict=True)
+    )
+    _native.load().dwconv_backward(
+        isa_of(backend), _shape_tuple(x, z, weight, stride, padding),
+        x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
+        x.data_ptr(), _strides(x), z.data_ptr(), grad_y.data_ptr(), weight.data_ptr(),
+        bn, eps, training, grad_x, grad_weight, sums, torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    stride: int,
+    padding: Sides,
+    eps: float,
+    training: bool,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = x.new_empty(0)
+    return (
+        empty_nhwc(x, x.shape) if wanted[0] else none,
+        x.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else none.clone(),
+        x.new_empty((2, x.shape[1]), dtype=torch.float32) if wanted[2] else none.clone(),
+    )
+
+
+_BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var"
+eval_op = register(
+    f"dwconv_bn_silu_eval(Tensor x, Tensor weight, {_BN}, int stride, int[4] padding, float eps, "
+    "str backend) -> (Tensor y, Tensor pooled)",
+    _eval_cpu,
+    _eval_fake,
+)
+train_op = register(
+    "dwconv_statistics(Tensor x, Tensor weight, int stride, int[4] padding, str backend)"
+    " -> (Tensor z, Tensor mean, Tensor var)",
+    _train_cpu,
+    _train_fake,
+)
+bn_silu_op = register(
+    f"bn_silu(Tensor z, {_BN}, float eps, str backend) -> Tensor", _bn_silu_cpu, _bn_silu_fake
+)
+backward_op = register(
+    f"dwconv_bn_silu_backward(Tensor grad_y, Tensor x, Tensor z, Tensor weight, {_BN}, int stride, "
+    "int[4] padding, float eps, bool training, bool[3] wanted, str backend)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor sums)",
+    _backward_cpu,
+    _backward_fake,
+)
+
+
+class DwconvBnSilu(torch.autograd.Function):
+    """Returns (y, mean, var); the latter two are the batch's (training) or those given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        stride: int,
+        padding: Sides,
+        training: bool,
+        eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, mean, var = train_op(x, weight, stride, padding, backend)
+        if not training:
+            assert running_mean is not None and running_var is not None
+            mean, var = running_mean.clone(), running_var.clone()
+        y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
+        ctx.save_for_backward(x, weight, z, bn_weight, bn_bias, mean, var)
+        ctx.config = (stride, padding, eps, training, backend)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, z, bn_weight, bn_bias, mean, var = ctx.saved_tensors
+        stride, padding, eps, training, backend = ctx.config
+        need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
+        wanted = [need_x, need_weight, need_gamma or need_beta]
+        grad_x, grad_weight, sums = backward_op(
+            grad_y, x, z, weight, bn_weight, bn_bias, mean, var,
+            stride, padding, eps, training, wanted, backend,
+        )  # fmt: skip
+        return (
+            grad_x if need_x else None,
+            grad_weight.to(weight.dtype) if need_weight else None,
+            sums[1].to(bn_weight.dtype) if need_gamma else None,
+            sums[0].to(bn_bias.dtype) if need_beta else None,
+            *(None,) * 7,
+        )
+
+
+def check_values_per_channel(shape: tuple[int, ...]) -> None:
+    """Raises ValueError where training would normalise one value per channel of [N,C,Ho,Wo]."""
+    if shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{torch.Size(shape)}"
+        )
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stride: int,
+    padding: Sides,
+    training: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The op on checked arguments and a resolved backend other than the reference.
+
+    Returns:
+        y [N,C,Ho,Wo], and its mean over H and W [N,C] in fp32 where that came for free, else None.
+    """
+    differentiable = (x, weight, bn_weight, bn_bias)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in differentiable
+    )
+    if not training and not needs_grad:
+        return eval_op(
+            x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, eps, backend
+        )
+    if training:
+        check_values_per_channel(output_shape(x, weight.shape[-1], stride, padding))
+    if needs_grad:
+        y, mean, var = DwconvBnSilu.apply(
+            x, weight, bn_weight, bn_bias, running_mean, running_var,
+            stride, padding, training, eps, backend,
+        )  # fmt: skip
+    else:
+        z, mean, var = train_op(x, weight, stride, padding, backend)
+        y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
+    if training:
+        count = y.shape[0] * y.shape[2] * y.shape[3]
+        update_running_statistics(running_mean, running_var, mean, var, count, momentum)
+    return y, None
+
+
+def dwconv_bn_silu(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: int = 1,
+    padding: Padding = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """y = silu(bn(conv_dw(x, weight))) in one or two passes over memory.
+
+    Args:
+        x: [N,C,H,W], fp32 or bf16, channels_last (any strides over N, H, W) for the "cpu" backend.
+            Under autocast it is cast as a convolution's input is.
+        weight: [C,1,K,K], K odd, in x's dtype or fp32.
+        bn_weight, bn_bias: [C] in x's dtype or fp32, or None for 1 and 0.
+        running_mean, running_var: [C], updated in place when training; both may be None then.
+        stride: 1 or 2 (the reference takes more).
+        padding: None for (K-1)//2, an int, or (left, right, top, bottom).
+        training: normalise by the batch's statistics instead of the running ones.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+        backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
+
+    Returns:
+        y [N,C,Ho,Wo] in x's dtype, channels_last, Ho = (H + top + bottom - K) // stride + 1.
+
+    Raises:
+        TypeError, ValueError: as `effnet_fast.reference.dwconv_bn_silu`; ValueError for an unknown
+            backend too.
+        RuntimeError: the backend named by the caller cannot run this call, with the reason; a
+            second derivative was asked for.
+
+    Source: Tan & Le (arXiv 1905.11946), section 4; Ioffe & Szegedy (arXiv 1502.03167).
+    """
+    sides = check_arguments(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, training
+    )
+    x = autocast(x)
+    kernel = (weight.shape[2], weight.shape[3])
+    others = (weight, bn_weight, bn_bias, running_mean, running_var)
+    chosen = resolve(backend, "dwconv_bn_silu", OpArgs(x, others, kernel, stride))
+    if chosen == "reference":
+        return reference.dwconv_bn_silu(
+            x, weight, bn_weight, bn_bias, running_mean, running_var,
+            stride=stride, padding=sides, training=training, momentum=momentum, eps=eps,
+        )  # fmt: skip
+    return apply(
+        x, weight, bn_weight, bn_bias, running_mean, running_var,
+        stride, sides, training, momentum, eps, chosen,
+    )[0]  # fmt: skip

@@ -1,0 +1,90 @@
+"""What the ops share: registration with torch.library and the way from tensors to the extension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+
+_LIBRARY = torch.library.Library("effnet_fast", "DEF")
+
+
+def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers `effnet_fast::<schema>` with its CPU kernel and its fake; returns the op."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"effnet_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.effnet_fast, name).default
+
+
+def isa_of(backend: str) -> str:
+    """The instruction set that a resolved backend names, "" for the best one."""
+    return backends.parse(backend)[1]
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """x [N,C,H,W] with its values in NHWC order and no gaps; x itself where they are."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_nhwc(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised channels_last tensor of `shape` with the dtype and device of `like`."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def fp32(vector: Tensor | None) -> Tensor | None:
+    """A vector [C] as the kernels read it: fp32 without gaps; itself where it is that already."""
+    return None if vector is None else vector.to(torch.float32).contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """The tensor's address, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def native_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight without gaps in x's dtype or fp32, whichever it has; fp32 otherwise."""
+    if weight.dtype not in (x.dtype, torch.float32):
+        weight = weight.float()
+    return weight.contiguous()
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as a convolution under autocast would take it; x itself outside of autocast."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def update_running_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """Moves the running statistics [C] as BatchNorm does, in place, the variance unbiased.
+
+    Args:
+        running_mean, running_var: both None to do nothing.
+        mean, var: the batch's, the variance biased, fp32.
+        count: values per channel in the batch.
+        momentum: share of the batch's statistics.
+    """
+    if running_mean is None or running_var is None:
+        return
+    unbiased = var * (count / (count - 1)) if count > 1 else var
+    running = [running_mean, running_var]
+    new = [mean.to(running_mean.dtype), unbiased.to(running_var.dtype)]
+    with torch.no_grad():
+        torch._foreach_mul_(running, 1.0 - momentum)
+        torch._foreach_add_(running, new, alpha=momentum)

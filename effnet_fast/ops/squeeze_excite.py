@@ -1,0 +1,279 @@
+"""Squeeze-and-excite as one op: pooled mean, two small layers, gate.
+
+Forward reads x twice, or once where the producer has pooled it already; backward makes one pass for
+the gate's gradient and one for grad_x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _native, reference
+from ..backends import OpArgs, resolve
+from ..reference.squeeze_excite import check_arguments
+from .registration import address, empty_nhwc, isa_of, nhwc, register
+
+
+def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """The parameters without gaps in one dtype: the one that they share if that is x's, or fp32."""
+    given = [p.dtype for p in parameters if p is not None]
+    dtype = x.dtype if all(d == x.dtype for d in given) else torch.float32
+    return [None if p is None else p.to(dtype).contiguous() for p in parameters]
+
+
+def _excite_cpu(
+    pooled: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    hidden, gate = _excite_fake(
+        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
+    )
+    n, c = pooled.shape
+    layers = _layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    _native.load().excite(
+        isa_of(backend), n, c, hidden.shape[1], layers[0].dtype == torch.bfloat16,  # type: ignore[union-attr]
+        pooled.data_ptr(), *(address(p) for p in layers), hidden.data_ptr(), gate.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return hidden, gate
+
+
+def _excite_fake(
+    pooled: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    hidden = pooled.new_empty(pooled.shape[0], reduce_weight.shape[0])
+    return hidden, torch.empty_like(pooled)
+
+
+def _pixels(x: Tensor) -> tuple[int, int, int]:
+    n, c, h, w = x.shape
+    return n, c, h * w
+
+
+def _forward_cpu(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = empty_nhwc(x, x.shape)
+    pooled = x.new_empty(x.shape[:2], dtype=torch.float32)
+    native, isa, sizes = _native.load(), isa_of(backend), _pixels(x)
+    is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    x = nhwc(x)
+    if x.numel():
+        native.squeeze(
+            isa, *sizes, is_bf16, x.data_ptr(), 0, 1.0 / sizes[2], pooled.data_ptr(), threads
+        )
+    hidden, gate = _excite_cpu(
+        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
+    )
+    if x.numel():
+        native.gate(
+            isa, *sizes, is_bf16, x.data_ptr(), gate.data_ptr(), 0, y.data_ptr(), threads
+        )
+    return y, pooled, hidden, gate
+
+
+def _forward_fake(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pooled = x.new_empty(x.shape[:2], dtype=torch.float32)
+    hidden = pooled.new_empty(x.shape[0], reduce_weight.shape[0])
+    return empty_nhwc(x, x.shape), pooled, hidden, torch.empty_like(pooled)
+
+
+def _backward_cpu(
+    grad_y: Tensor,
+    x: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    pooled: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = _backward_fake(
+        grad_y, x, reduce_weight, expand_weight, pooled, hidden, gate, backend
+    )
+    if x.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    native, isa, sizes = _native.load(), isa_of(backend), _pixels(x)
+    is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    x, grad_y = nhwc(x), nhwc(grad_y)
+    grad_gate, grad_pooled = torch.empty_like(pooled), torch.empty_like(pooled)
+    native.squeeze(
+        isa, *sizes, is_bf16, x.data_ptr(), grad_y.data_ptr(), 1.0, grad_gate.data_ptr(), threads
+    )
+    layers = _layers(reduce_weight, reduce_weight, expand_weight)
+    native.excite_backward(
+        isa, *pooled.shape, hidden.shape[1], layers[0].dtype == torch.bfloat16,  # type: ignore[union-attr]
+        pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
+        *(address(p) for p in layers), *(grad.data_ptr() for grad in grads[1:]),
+        grad_pooled.data_ptr(), threads,
+    )  # fmt: skip
+    grad_pooled /= sizes[2]
+    native.gate(
+        isa, *sizes, is_bf16, grad_y.data_ptr(), gate.data_ptr(), grad_pooled.data_ptr(),
+        grads[0].data_ptr(), threads,
+    )  # fmt: skip
+    return grads
+
+
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    pooled: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    c, r = pooled.shape[1], hidden.shape[1]
+    return (
+        empty_nhwc(x, x.shape),
+        pooled.new_empty(r, c),
+        pooled.new_empty(r),
+        pooled.new_empty(c, r),
+        pooled.new_empty(c),
+    )
+
+
+_LAYERS = (
+    "Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, "
+    "str backend"
+)
+excite_op = register(
+    f"excite(Tensor pooled, {_LAYERS}) -> (Tensor hidden, Tensor gate)", _excite_cpu, _excite_fake
+)
+forward_op = register(
+    f"squeeze_excite(Tensor x, {_LAYERS})"
+    " -> (Tensor y, Tensor pooled, Tensor hidden, Tensor gate)",
+    _forward_cpu,
+    _forward_fake,
+)
+backward_op = register(
+    "squeeze_excite_backward(Tensor grad_y, Tensor x, Tensor reduce_weight, Tensor expand_weight, "
+    "Tensor pooled, Tensor hidden, Tensor gate, str backend) -> (Tensor grad_x, "
+    "Tensor grad_reduce_weight, Tensor grad_reduce_bias, Tensor grad_expand_weight, "
+    "Tensor grad_expand_bias)",
+    _backward_cpu,
+    _backward_fake,
+)
+
+
+class SqueezeExcite(torch.autograd.Function):
+    """y = x * gate(x), saving x and vectors over (n, c)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        reduce_weight: Tensor,
+        reduce_bias: Tensor | None,
+        expand_weight: Tensor,
+        expand_bias: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        y, pooled, hidden, gate = forward_op(
+            x, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
+        )
+        ctx.save_for_backward(
+            x, reduce_weight, reduce_bias, expand_weight, expand_bias, pooled, hidden, gate
+        )
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters, pooled, hidden, gate = ctx.saved_tensors
+        grads = backward_op(
+            grad_y, x, parameters[0], parameters[2], pooled, hidden, gate, ctx.backend
+        )
+        out: list[Tensor | None] = [grads[0] if ctx.needs_input_grad[0] else None]
+        for grad, parameter, need in zip(
+            grads[1:], parameters, ctx.needs_input_grad[1:5], strict=True
+        ):
+            out.append(grad.reshape(parameter.shape).to(parameter.dtype) if need else None)
+        return (*out, None)
+
+
+def apply(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The op on checked arguments and a resolved backend other than the reference."""
+    parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *parameters)
+    ):
+        return SqueezeExcite.apply(x, *parameters, backend)
+    return forward_op(x, *parameters, backend)[0]
+
+
+def squeeze_excite(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """y = x * sigmoid(expand(silu(reduce(mean of x over H and W)))).
+
+    The mean, the two layers and the gate are computed in fp32 whatever x's dtype.
+
+    Args:
+        x: [N,C,H,W], fp32 or bf16, channels_last for the "cpu" backend; H and W at least 1.
+        reduce_weight: [R,C,1,1] or [R,C], in x's dtype or fp32, as the other parameters.
+        reduce_bias: [R], or None for 0.
+        expand_weight: [C,R,1,1] or [C,R].
+        expand_bias: [C], or None for 0.
+        backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
+
+    Returns:
+        y [N,C,H,W] in x's dtype, channels_last.
+
+    Raises:
+        TypeError, ValueError: as `effnet_fast.reference.squeeze_excite`; ValueError for an unknown
+            backend too.
+        RuntimeError: the backend named by the caller cannot run this call, with the reason; a
+            second derivative was asked for.
+
+    Source: Hu et al. (arXiv 1709.01507), equations 2 to 4.
+    """
+    parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    check_arguments(x, *parameters)
+    chosen = resolve(backend, "squeeze_excite", OpArgs(x, parameters))
+    if chosen == "reference":
+        return reference.squeeze_excite(x, *parameters)
+    return apply(x, *parameters, chosen)

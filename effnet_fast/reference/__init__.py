@@ -1,0 +1,12 @@
+"""Eager PyTorch definitions of the ops: the truth that every backend is held against.
+
+The functions bear the public names and signatures of `effnet_fast.ops`, without `backend`.
+They take any floating dtype, are differentiable by autograd (twice, too), and never overwrite
+an input; in training mode they update the running statistics in place, as BatchNorm2d does.
+"""
+
+from effnet_fast.reference.dwconv_bn_silu import dwconv_bn_silu
+from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
+from effnet_fast.reference.squeeze_excite import squeeze_excite
+
+__all__ = ["dwconv_bn_silu", "pointwise_bn_act", "squeeze_excite"]

@@ -1,0 +1,117 @@
+"""Checks and conversions of arguments that the reference ops share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Padding = int | tuple[int, int, int, int] | None
+
+
+def check_tensor(name: str, tensor: object, device: torch.device | None = None) -> None:
+    """Raises TypeError unless `tensor` is a floating tensor, ValueError unless on `device`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on the device of x, {device}, got {tensor.device}")
+
+
+def check_image(x: Tensor) -> None:
+    """Raises unless x is a floating-point tensor [N,C,H,W]."""
+    check_tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N,C,H,W], got {x.dim()} dimensions: {list(x.shape)}")
+
+
+def check_shape(name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensor's shape is one of `allowed`."""
+    if tuple(tensor.shape) not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(f"{name} must have shape {shapes}, got {list(tensor.shape)}")
+
+
+def check_batch_norm(
+    device: torch.device,
+    channels: int,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> None:
+    """Raises unless the BN vectors are None or [channels], and sufficient for the mode."""
+    vectors = {
+        "bn_weight": bn_weight,
+        "bn_bias": bn_bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_tensor(name, vector, device)
+            check_shape(name, vector, (channels,))
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be tensors or both be None")
+    if running_mean is None and not training:
+        raise ValueError("running_mean and running_var may be None only with training=True")
+
+
+def resolve_padding(padding: Padding, kernel: int) -> tuple[int, int, int, int]:
+    """Padding as (left, right, top, bottom); None means (kernel - 1) // 2 on every side.
+
+    Raises:
+        TypeError: padding is neither None, an int nor four ints.
+        ValueError: a negative amount, or not four of them.
+    """
+    if padding is None:
+        padding = (kernel - 1) // 2
+    if isinstance(padding, int) and not isinstance(padding, bool):
+        padding = (padding,) * 4
+    if not isinstance(padding, (tuple, list)) or any(type(side) is not int for side in padding):
+        raise TypeError(
+            f"padding must be None, an int or (left, right, top, bottom), got {padding!r}"
+        )
+    if len(padding) != 4 or min(padding) < 0:
+        raise ValueError(
+            "padding must be None, an int >= 0 or four of them (left, right, top, bottom), "
+            f"got {padding!r}"
+        )
+    left, right, top, bottom = padding
+    return left, right, top, bottom
+
+
+def batch_norm(
+    z: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """F.batch_norm for BN vectors whose dtype may differ from that of z.
+
+    z [N,C,H,W], vectors [C] or None, result in z's dtype. A half-precision z is normalised with
+    its own kind of vectors or with fp32 ones (the kernels accumulate in fp32 either way); every
+    other mixture is computed with vectors cast to z's dtype, and the statistics cast back.
+
+    Raises:
+        ValueError: training with one value per channel.
+    """
+    given = [v for v in (bn_weight, bn_bias, running_mean, running_var) if v is not None]
+    half = z.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half and any(v.dtype != z.dtype for v in given) else z.dtype
+    weight = None if bn_weight is None else bn_weight.to(dtype)
+    bias = None if bn_bias is None else bn_bias.to(dtype)
+    mean = None if running_mean is None else running_mean.to(dtype)
+    var = None if running_var is None else running_var.to(dtype)
+    y = F.batch_norm(z, mean, var, weight, bias, training, momentum, eps)
+    if training and mean is not None and var is not None:
+        for stored, updated in ((running_mean, mean), (running_var, var)):
+            if stored is not None and stored is not updated:
+                stored.copy_(updated)
+    return y

@@ -1,0 +1,101 @@
+"""1x1 convolution, batch normalisation, optional SiLU, gate and residual, in eager PyTorch.
+
+Source: MBConv's expand and project layers, Tan & Le (arXiv 1905.11946), section 4.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_fast.reference.arguments import (
+    batch_norm,
+    check_batch_norm,
+    check_image,
+    check_shape,
+    check_tensor,
+)
+
+ACTS = ("silu", None)
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    act: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+) -> None:
+    """Raises as `pointwise_bn_act` says."""
+    check_image(x)
+    batch, in_channels, height, width = x.shape
+    check_tensor("weight", weight, x.device)
+    if weight.dim() != 4 or weight.shape[1:] != (in_channels, 1, 1):
+        raise ValueError(
+            f"weight must be [Cout,Cin,1,1] with Cin = {in_channels} as in x, "
+            f"got {list(weight.shape)}"
+        )
+    if act not in ACTS:
+        raise ValueError(f"act must be one of {ACTS}, got {act!r}")
+    channels = weight.shape[0]
+    check_batch_norm(x.device, channels, bn_weight, bn_bias, running_mean, running_var, training)
+    if gate is not None:
+        check_tensor("gate", gate, x.device)
+        check_shape("gate", gate, (batch, in_channels, 1, 1))
+    if residual is not None:
+        check_tensor("residual", residual, x.device)
+        check_shape("residual", residual, (batch, channels, height, width))
+
+
+def pointwise_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    act: str | None = "silu",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = act(bn(conv(x * gate, weight))) + residual.
+
+    Args:
+        x: [N,Cin,H,W], any floating dtype and layout.
+        weight: [Cout,Cin,1,1], cast to x's dtype.
+        bn_weight, bn_bias: [Cout], or None for 1 and 0.
+        running_mean, running_var: [Cout], updated in place when training; both may be None then.
+        act: "silu" or None.
+        gate: [N,Cin,1,1] or None, cast to x's dtype.
+        residual: [N,Cout,H,W] or None, cast to x's dtype.
+        training: normalise by the batch's statistics instead of the running ones.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+
+    Returns:
+        y [N,Cout,H,W] in x's dtype.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor.
+        ValueError: a wrong shape or act, running statistics missing outside training, or one
+            value per channel in it.
+    """
+    check_arguments(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, act, gate, residual, training
+    )
+    if gate is not None:
+        x = x * gate.to(x.dtype)
+    z = F.conv2d(x, weight.to(x.dtype))
+    y = batch_norm(z, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    if act == "silu":
+        y = F.silu(y)
+    return y if residual is None else y + residual.to(x.dtype)

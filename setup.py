@@ -1,0 +1,158 @@
+"""Builds effnet_fast._C from csrc/ with ninja: C++ for every instruction set, CUDA where nvcc is.
+
+Torch is not needed. Read at build time:
+  EFFNET_FAST_CUDA=auto|0|1                  auto: CUDA objects where nvcc is found
+  EFFNET_FAST_CUDA_ARCHS=native|all|LIST     LIST as in "80,90"; native: the cards here, else sm_90
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0"]
+# GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake.
+CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+X86_ISAS = {
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
+X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
+ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+RELEASE_ARCHS = ["80", "90", "100", "120"]
+
+
+def option(name, default, allowed):
+    """Reads a build option from the environment; anything not allowed stops the build."""
+    value = os.environ.get(name, default).strip().lower()
+    if not re.fullmatch(allowed, value):
+        sys.exit(f"{name}={value!r} is not understood: it must match {allowed}")
+    return value
+
+
+def find_cxx():
+    cxx = os.environ.get("CXX", "g++")
+    if shutil.which(cxx.split()[0]) is None:
+        sys.exit(f"effnet-fast: no C++ compiler ({cxx}): install g++ (Debian package: g++)")
+    return cxx
+
+
+def find_nvcc():
+    """Returns nvcc's path, or None where the build is to go without CUDA."""
+    wish = option("EFFNET_FAST_CUDA", "auto", "auto|0|1")
+    if wish == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+    if nvcc is None and wish == "1":
+        sys.exit("EFFNET_FAST_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME/bin")
+    return nvcc
+
+
+def run_for_text(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def cuda_archs(nvcc):
+    """Returns (sm list, compute capability of the PTX), within what this nvcc can generate."""
+    wish = option("EFFNET_FAST_CUDA_ARCHS", "native", r"native|all|\d+[af]?([,; ]\d+[af]?)*")
+    offered = set(re.findall(r"sm_(\d+[af]?)", run_for_text(nvcc, "--list-gpu-code")))
+    if wish == "all":
+        archs, ptx = [a for a in RELEASE_ARCHS if a in offered], "80"
+    elif wish == "native":
+        shown = run_for_text("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        found = {line.strip().replace(".", "") for line in shown.splitlines()}
+        archs, ptx = sorted(found & offered, key=int) or ["90"], "80"
+    else:
+        archs = re.split("[,; ]", wish)
+        ptx = None
+        if missing := [a for a in archs if offered and a not in offered]:
+            sys.exit(
+                f"EFFNET_FAST_CUDA_ARCHS names {missing}; {nvcc} offers "
+                f"{sorted(offered, key=lambda a: (len(a), a))}"
+            )
+    return archs, ptx
+
+
+class NinjaBuild(build_ext):
+    """Writes a build.ninja with one object per source and instruction set, and runs it."""
+
+    def build_extension(self, ext):
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        nvcc = find_nvcc()
+        with open(work / "build.ninja", "w") as stream:
+            write_ninja(stream, out, nvcc)
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
+        verbose = ["-v"] if self.verbose > 1 else []
+        command = [sys.executable, "-m", "ninja", "-C", str(work), *jobs, *verbose]
+        if subprocess.run(command).returncode:
+            hint = "; EFFNET_FAST_CUDA=0 builds without CUDA" if nvcc else ""
+            sys.exit(f"effnet-fast: compiling csrc/ failed, see the lines above{hint}")
+
+
+def write_ninja(stream, out, nvcc):
+    import pybind11
+    from ninja.ninja_syntax import Writer
+
+    ninja = Writer(stream)
+    cxx = find_cxx()
+    flags = " ".join([*CXX_FLAGS, f"-I{CSRC}"])
+    ninja.variable("cxx", cxx)
+    ninja.rule("cxx", f"$cxx -MMD -MF $out.d {flags} $extra -c $in -o $out",
+               depfile="$out.d", deps="gcc", description="CXX $out")  # fmt: skip
+    objects = []
+
+    def compile_cxx(source, name, extra):
+        objects.append(f"{name}.o")
+        ninja.build(f"{name}.o", "cxx", str(source), variables={"extra": " ".join(extra)})
+
+    for isa, isa_flags in ISAS.items():
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            compile_cxx(source, f"{source.stem}.{isa}", [*isa_flags, f"-DEFFNET_ISA={isa}"])
+    defines = [f"-DEFFNET_HAS_{isa.upper()}=1" for isa in ISAS]
+    # The include path of pybind11 changes with every isolated build: it goes to bindings.cpp alone.
+    defines += [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
+    if nvcc:
+        archs, ptx = cuda_archs(nvcc)
+        codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+        codes += [f"-gencode arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
+        names = [f"sm_{a}" for a in archs] + ([f"compute_{ptx}"] if ptx else [])
+        defines += [f"-DEFFNET_CUDA_ARCHS='\"{' '.join(names)}\"'"]
+        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d -std=c++20 -O3 -I{CSRC} -Xcompiler -fPIC,"
+                   f"-fvisibility=hidden {' '.join(codes)} -c $in -o $out",
+                   depfile="$out.d", deps="gcc", description="NVCC $out")  # fmt: skip
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            objects.append(f"{source.stem}.cu.o")
+            ninja.build(objects[-1], "nvcc", str(source))
+        link = f"{nvcc} -shared -cudart static -ccbin {cxx.split()[0]} -Xcompiler -fopenmp"
+    else:
+        link = f"{cxx} -shared -fopenmp"
+    compile_cxx(CSRC / "bindings.cpp", "bindings", defines)
+    ninja.rule("link", f"{link} $in -o $out", description="LINK $out")
+    ninja.build(str(out), "link", objects)
+    ninja.default(str(out))
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("effnet_fast._C", sources=[])],
+        cmdclass={"build_ext": NinjaBuild},
+    )
