@@ -1,0 +1,110 @@
+"""EfficientNet-B0 to B8 and L2 under torchvision's names and keyword-only signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import nn
+
+from effnet_fast.models.efficientnet import EfficientNet
+from effnet_fast.models.variants import VARIANTS, Variant
+
+__all__ = [
+    "VARIANTS",
+    "EfficientNet",
+    "Variant",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
+    "efficientnet_b8",
+    "efficientnet_l2",
+]
+
+
+class EntryPoint(Protocol):
+    """Signature of efficientnet_b0 and its siblings."""
+
+    __name__: str
+
+    def __call__(
+        self,
+        *,
+        weights: None = None,
+        progress: bool = True,
+        num_classes: int = 1000,
+        dropout: float | None = None,
+        stochastic_depth_prob: float = 0.2,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        in_chans: int = 3,
+        backend: str = "auto",
+        memory: str = "fast",
+    ) -> EfficientNet: ...
+
+
+def _entry_point(name: str) -> EntryPoint:
+    """The function that builds one variant."""
+    variant = VARIANTS[name]
+
+    def build(
+        *,
+        weights: None = None,
+        progress: bool = True,
+        num_classes: int = 1000,
+        dropout: float | None = None,
+        stochastic_depth_prob: float = 0.2,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        in_chans: int = 3,
+        backend: str = "auto",
+        memory: str = "fast",
+    ) -> EfficientNet:
+        if weights is not None:
+            raise NotImplementedError(
+                f"weights must be None, got {weights!r}: published weights are not fetched by "
+                "name. Load a file with model.load_state_dict(...), or on the command line with "
+                "effnet-fast classify --weights FILE"
+            )
+        return EfficientNet(
+            variant,
+            num_classes=num_classes,
+            dropout=dropout,
+            stochastic_depth_prob=stochastic_depth_prob,
+            norm_layer=norm_layer,
+            in_chans=in_chans,
+            backend=backend,
+            memory=memory,
+        )
+
+    build.__name__ = build.__qualname__ = f"efficientnet_{name}"
+    build.__doc__ = f"""EfficientNet-{name.upper()} with random weights, for images of about \
+{variant.resolution} x {variant.resolution}.
+
+    Args:
+        weights: None; other values raise NotImplementedError.
+        progress: kept for torchvision's signature; nothing is downloaded.
+        num_classes, dropout, stochastic_depth_prob, norm_layer, in_chans, backend, memory: as
+            in `EfficientNet`; dropout is {variant.dropout} unless given.
+
+    Raises:
+        ValueError: an argument outside what is allowed.
+
+    Source: Tan & Le, https://arxiv.org/abs/1905.11946.
+    """
+    return build
+
+
+efficientnet_b0 = _entry_point("b0")
+efficientnet_b1 = _entry_point("b1")
+efficientnet_b2 = _entry_point("b2")
+efficientnet_b3 = _entry_point("b3")
+efficientnet_b4 = _entry_point("b4")
+efficientnet_b5 = _entry_point("b5")
+efficientnet_b6 = _entry_point("b6")
+efficientnet_b7 = _entry_point("b7")
+efficientnet_b8 = _entry_point("b8")
+efficientnet_l2 = _entry_point("l2")

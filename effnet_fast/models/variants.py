@@ -1,0 +1,110 @@
+"""The published EfficientNets as data, and the widths and depths that follow from it.
+
+Sources: Tan & Le (arXiv 1905.11946), table 1 for B0; width, depth, resolution and dropout of
+B1-B8 and L2 from https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet;
+BN constants and preprocessing of B0-B7 from torchvision 0.28's IMAGENET1K_V1 weights, those of B8
+and L2 as TensorFlow has them (a centre crop that leaves a border of 32 pixels).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from effnet_fast.layers import round_channels
+
+HEAD_RATIO = 4  # channels of the head over those of the last stage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the network's table: `repeats` MBConv blocks, of which the first may stride."""
+
+    expand_ratio: int
+    kernel: int
+    stride: int
+    in_channels: int
+    out_channels: int
+    repeats: int
+
+
+B0_STAGES = (
+    Stage(1, 3, 1, 32, 16, 1),
+    Stage(6, 3, 2, 16, 24, 2),
+    Stage(6, 5, 2, 24, 40, 2),
+    Stage(6, 3, 2, 40, 80, 3),
+    Stage(6, 5, 1, 80, 112, 3),
+    Stage(6, 5, 2, 112, 192, 4),
+    Stage(6, 3, 1, 192, 320, 1),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published network.
+
+    Args:
+        name: "b0" to "b8" or "l2".
+        width, depth: multipliers of B0's channels and repeats.
+        resolution: side of the training images, pixels.
+        dropout: drop probability before the classifier.
+        bn_eps, bn_momentum: BatchNorm2d's constants.
+        resize, crop: side after resizing and of the centre crop for evaluation, pixels.
+        interpolation: how evaluation images are resized.
+    """
+
+    name: str
+    width: float
+    depth: float
+    resolution: int
+    dropout: float
+    bn_eps: float
+    bn_momentum: float
+    resize: int
+    crop: int
+    interpolation: str
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """B0's stages with widths and repeats scaled."""
+        return tuple(
+            replace(
+                stage,
+                in_channels=round_channels(stage.in_channels * self.width),
+                out_channels=round_channels(stage.out_channels * self.width),
+                repeats=math.ceil(stage.repeats * self.depth),
+            )
+            for stage in B0_STAGES
+        )
+
+    @property
+    def stem_channels(self) -> int:
+        """Channels after the first convolution."""
+        return self.stages[0].in_channels
+
+    @property
+    def head_channels(self) -> int:
+        """Channels before the classifier."""
+        return HEAD_RATIO * self.stages[-1].out_channels
+
+    @property
+    def blocks(self) -> int:
+        """Number of MBConv blocks."""
+        return sum(stage.repeats for stage in self.stages)
+
+
+_ROWS = (
+    #       name  width depth  res. drop  eps   mom. resize crop interpolation
+    Variant("b0", 1.0, 1.0, 224, 0.2, 1e-5, 0.1, 256, 224, "bicubic"),
+    Variant("b1", 1.0, 1.1, 240, 0.2, 1e-5, 0.1, 256, 240, "bicubic"),
+    Variant("b2", 1.1, 1.2, 260, 0.3, 1e-5, 0.1, 288, 288, "bicubic"),
+    Variant("b3", 1.2, 1.4, 300, 0.3, 1e-5, 0.1, 320, 300, "bicubic"),
+    Variant("b4", 1.4, 1.8, 380, 0.4, 1e-5, 0.1, 384, 380, "bicubic"),
+    Variant("b5", 1.6, 2.2, 456, 0.4, 1e-3, 0.01, 456, 456, "bicubic"),
+    Variant("b6", 1.8, 2.6, 528, 0.5, 1e-3, 0.01, 528, 528, "bicubic"),
+    Variant("b7", 2.0, 3.1, 600, 0.5, 1e-3, 0.01, 600, 600, "bicubic"),
+    Variant("b8", 2.2, 3.6, 672, 0.5, 1e-3, 0.01, 704, 672, "bicubic"),
+    Variant("l2", 4.3, 5.3, 800, 0.5, 1e-3, 0.01, 832, 800, "bicubic"),
+)
+VARIANTS = MappingProxyType({variant.name: variant for variant in _ROWS})
