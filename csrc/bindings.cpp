@@ -8,12 +8,15 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#define EFFNET_NAMESPACE host
 #include "common/cuda_probe.h"
+#include "common/geometry.h"
 #include "cpu/args.h"
 
 namespace py = pybind11;
@@ -115,6 +118,23 @@ void require(bool condition, const char* message) {
 
 DType dtype_of(bool is_bf16) { return is_bf16 ? DType::kBFloat16 : DType::kFloat32; }
 
+// See Workspace in cpu/args.h; freed when the thread ends.
+float* workspace(int64_t floats) {
+  struct Buffer {
+    float* data = nullptr;
+    int64_t floats = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (floats > buffer.floats) {
+    std::free(buffer.data);
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    buffer.floats = buffer.data ? floats : 0;
+  }
+  return buffer.data;
+}
+
 // Runs a kernel with the GIL released.
 template <typename Args>
 void launch(bool (*kernel)(const Args&), const Args& args) {
@@ -126,7 +146,7 @@ void launch(bool (*kernel)(const Args&), const Args& args) {
   if (!ok) throw std::bad_alloc();
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using namespace host;
 
 // (n, c, h, w, oh, ow, k, stride, pad_left, pad_top)
 using ShapeTuple = std::array<int64_t, 10>;
@@ -178,12 +198,12 @@ void dwconv_eval(const std::string& isa, const ShapeTuple& shape, bool is_bf16, 
   const Kernels& kernels = kernels_for(isa);
   const DwconvShape s = dwconv_shape(shape);
   const BnVectors vectors(bn, eps, s.c);
-  const int64_t chunks = ceil_div(s.oh, kChunkRows);
+  const int64_t chunks = row_chunks(s.oh);
   std::vector<float> partial(s.n * chunks * s.c);
   DwconvForwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
                             contiguous_image(y, s.c, s.oh, s.ow), at(weight),
                             vectors.scale.data(), vectors.shift.data(), partial.data(), false,
-                            thread_count(threads)};
+                            workspace, thread_count(threads)};
   launch(kernels.dwconv_forward, args);
   FoldArgs fold = {partial.data(), s.n, chunks, s.c, 1.0f / static_cast<float>(s.oh * s.ow),
                    at<float>(pooled), threads};
@@ -195,15 +215,14 @@ void dwconv_train(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
                   Address var, int threads) {
   const Kernels& kernels = kernels_for(isa);
   const DwconvShape s = dwconv_shape(shape);
-  const int64_t chunks = ceil_div(s.oh, kChunkRows);
+  const int64_t chunks = row_chunks(s.oh);
   std::vector<float> partial(s.n * chunks * 2 * s.c);
   DwconvForwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
                             contiguous_image(z, s.c, s.oh, s.ow), at(weight), nullptr, nullptr,
-                            partial.data(), true, thread_count(threads)};
+                            partial.data(), true, workspace, thread_count(threads)};
   launch(kernels.dwconv_forward, args);
-  const int64_t last = s.oh - (chunks - 1) * kChunkRows;
-  FoldChanArgs fold = {partial.data(), s.n * chunks, s.c, chunks, kChunkRows * s.ow, last * s.ow,
-                       at<float>(mean), at<float>(var), threads};
+  FoldChanArgs fold = {partial.data(), s.n, chunks, s.c, s.oh, s.ow, at<float>(mean),
+                       at<float>(var), threads};
   launch(kernels.fold_chan, fold);
 }
 
@@ -219,7 +238,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
   const int64_t pixels = s.n * s.oh * s.ow;
   std::vector<float> totals(2 * s.c), means(2 * s.c);
   if (training || sums) {
-    const int64_t chunks = ceil_div(pixels, kChunkPixels);
+    const int64_t chunks = pixel_chunks(pixels);
     std::vector<float> partial(chunks * 2 * s.c);
     BnReduceArgs reduce = {{1, s.c, pixels}, dtype_of(is_bf16), at(z), at(grad_y),
                            vectors.scale.data(), vectors.shift.data(), at<float>(bn[2]),
@@ -231,7 +250,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
   }
   if (!grad_x && !grad_weight) return;
   for (int64_t i = 0; i < 2 * s.c; i++) means[i] = totals[i] / static_cast<float>(pixels);
-  const int64_t parts = std::min(s.n, kWeightGroups) * ceil_div(s.oh, kChunkRows);
+  const int64_t parts = weight_groups(s.n) * row_chunks(s.oh);
   const int64_t taps = s.c * s.k * s.k;
   std::vector<float> partial(grad_weight ? parts * taps : 0);
   DwconvBackwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
@@ -241,7 +260,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
                              vectors.scale.data(), vectors.shift.data(), at<float>(bn[2]),
                              vectors.rstd.data(), training ? means.data() : nullptr,
                              training ? means.data() + s.c : nullptr,
-                             grad_weight ? partial.data() : nullptr, thread_count(threads)};
+                             grad_weight ? partial.data() : nullptr, workspace, thread_count(threads)};
   launch(kernels.dwconv_backward, args);
   if (!grad_weight) return;
   FoldArgs fold = {partial.data(), 1, parts, taps, 1.0f, at<float>(grad_weight), threads};
@@ -264,7 +283,7 @@ void squeeze(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_b
              Address grad_y, float factor, Address out, int threads) {
   const Kernels& kernels = kernels_for(isa);
   require(n > 0 && c > 0 && hw > 0, "squeeze: every size must be positive");
-  const int64_t chunks = ceil_div(hw, kChunkPixels);
+  const int64_t chunks = pixel_chunks(hw);
   std::vector<float> partial(n * chunks * c);
   SqueezeArgs args = {{n, c, hw}, dtype_of(is_bf16), at(x), at(grad_y), partial.data(),
                       thread_count(threads)};
@@ -279,7 +298,7 @@ void excite(const std::string& isa, int64_t n, int64_t c, int64_t r, bool weight
   require(n >= 0 && c > 0 && r > 0, "excite: the sizes must be positive");
   ExciteArgs args = {n, c, r, dtype_of(weight_bf16), at<float>(pooled), at(reduce_weight),
                      at(reduce_bias), at(expand_weight), at(expand_bias), at<float>(hidden),
-                     at<float>(gate), thread_count(threads)};
+                     at<float>(gate), workspace, thread_count(threads)};
   launch(kernels_for(isa).excite, args);
 }
 
@@ -295,7 +314,7 @@ void excite_backward(const std::string& isa, int64_t n, int64_t c, int64_t r, bo
                              at(expand_weight), at<float>(grad_reduce_weight),
                              at<float>(grad_reduce_bias), at<float>(grad_expand_weight),
                              at<float>(grad_expand_bias), at<float>(grad_pooled),
-                             grad_hidden.data(), thread_count(threads)};
+                             grad_hidden.data(), workspace, thread_count(threads)};
   launch(kernels_for(isa).excite_backward, args);
 }
 

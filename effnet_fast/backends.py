@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _native
 
@@ -22,8 +23,7 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
 
 
-@dataclass(frozen=True)
-class OpArgs:
+class OpArgs(NamedTuple):
     """What decides whether a backend can run a call.
 
     Attributes:
@@ -98,12 +98,13 @@ def _cpu_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return f"x is on {x.device}, the cpu backend takes CPU tensors"
     if x.dtype not in NATIVE_DTYPES:
         return f"x is {x.dtype}, the cpu backend takes float32 and bfloat16"
+    allowed = (x.dtype, torch.float32)
     for tensor in args.others:
         if tensor is None:
             continue
         if tensor.device != x.device:
             return f"x is on {x.device}, but another argument is on {tensor.device}"
-        if tensor.dtype not in (x.dtype, torch.float32):
+        if tensor.dtype not in allowed:
             return f"a parameter is {tensor.dtype}; allowed are {x.dtype} and torch.float32"
     if args.kernel[0] != args.kernel[1] or args.kernel[0] % 2 == 0:
         return f"the kernel is {args.kernel[0]}x{args.kernel[1]}; square and odd is supported"
@@ -157,8 +158,10 @@ def can_run(backend: str, op: str, args: OpArgs | None = None) -> str | None:
     return _REASONS[base](op, args, isa)
 
 
-def _in_functorch_transform() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def _in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: only the reference can."""
+    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_functorch or forward_ad._current_level >= 0
 
 
 def resolve(backend: str, op: str, args: OpArgs) -> str:
@@ -173,13 +176,14 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
     if backend == "auto":
         backend = current_backend()
     if backend == "auto":
-        if args.x.device.type != "cpu" or _in_functorch_transform():
+        if args.x.device.type != "cpu" or _in_transform():
             return "reference"
         return "reference" if _cpu_reason(op, args, "") else "cpu"
     if reason := can_run(backend, op, args):
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
-    if backend != "reference" and _in_functorch_transform():
+    if backend != "reference" and _in_transform():
         raise RuntimeError(
-            f"backend {backend!r} cannot run {op}: torch.func transforms go through the reference"
+            f"backend {backend!r} cannot run {op}: torch.func transforms and forward-mode "
+            "differentiation go through the reference"
         )
     return backend

@@ -32,5 +32,19 @@ EFFNET_HD inline Range part_of(int64_t total, int64_t parts, int64_t index) {
   return {total * index / parts, total * (index + 1) / parts};
 }
 
+// Chunks of output rows, each with its own partial sums: about 16 rows, an even number of chunks so
+// that two threads share them evenly. Depends on the shape alone, and so does the order of the sums.
+EFFNET_HD inline int64_t row_chunks(int64_t oh) {
+  const int64_t chunks = ceil_div(oh, 16);
+  return chunks > 1 ? chunks + chunks % 2 : 1;
+}
+
+// Groups of images that share one partial weight gradient.
+EFFNET_HD inline int64_t weight_groups(int64_t n) { return min_of(n, 16); }
+
+// Chunks of pixels in the reductions over whole planes.
+constexpr int64_t kChunkPixels = 512;
+EFFNET_HD inline int64_t pixel_chunks(int64_t pixels) { return ceil_div(pixels, kChunkPixels); }
+
 }  // namespace EFFNET_NAMESPACE
 }  // namespace effnet

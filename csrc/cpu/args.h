@@ -11,6 +11,10 @@ namespace effnet {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
+// Memory aligned to a cache line that stays with the calling thread between calls: a fresh block of
+// this size would cost a page fault per 4 KiB. Null where there is none to be had.
+using Workspace = float* (*)(int64_t floats);
+
 struct Image {  // x [N,C,H,W], its first element and its strides in elements
   void* data;
   int64_t n_stride, h_stride, w_stride;
@@ -34,6 +38,7 @@ struct DwconvForwardArgs {
   const float* shift;    // [C], eval only
   float* partial;        // eval: sums of y [N,chunks,C]; training: (mean, M2) [N,chunks,2,C]
   bool training;
+  Workspace workspace;
   int threads;
 };
 
@@ -49,6 +54,7 @@ struct DwconvBackwardArgs {
   const float* du_mean;   // [C] dbeta / M, null in eval
   const float* duzh_mean; // [C] dgamma / M, null in eval
   float* grad_weight;     // partials [N*chunks,C,K*K], null: not wanted
+  Workspace workspace;
   int threads;
 };
 
@@ -93,6 +99,7 @@ struct ExciteArgs {
   const void *reduce_weight, *reduce_bias, *expand_weight, *expand_bias;  // [R,C] [R] [C,R] [C]
   float* hidden;  // [N,R] before SiLU
   float* gate;    // [N,C]
+  Workspace workspace;
   int threads;
 };
 
@@ -104,6 +111,7 @@ struct ExciteBackwardArgs {
   float *grad_reduce_weight, *grad_reduce_bias, *grad_expand_weight, *grad_expand_bias;
   float* grad_pooled;  // [N,C]
   float* grad_hidden;  // [N,R] workspace
+  Workspace workspace;
   int threads;
 };
 
@@ -126,9 +134,9 @@ struct FoldArgs {  // out[o,c] = factor * sum over p of partial[o,p,c], p in ord
 };
 
 struct FoldChanArgs {  // (mean, M2) of each part, merged in order into mean and biased variance
-  const float* partial;  // [parts,2,C]
-  int64_t parts, c;
-  int64_t period, count, last_count;  // a part covers count values, every period-th one last_count
+  const float* partial;  // [N,chunks,2,C]
+  int64_t n, chunks, c;
+  int64_t oh, ow;  // a chunk covers its part of the oh rows
   float *mean, *var;                  // [C]
   int threads;
 };
@@ -146,10 +154,5 @@ struct Kernels {
   bool (*fold_sum)(const FoldArgs&);
   bool (*fold_chan)(const FoldChanArgs&);
 };
-
-// Sizes of the partials, which depend on the shape alone.
-constexpr int64_t kChunkRows = 16;     // depthwise output rows per partial
-constexpr int64_t kChunkPixels = 512;  // pixels per partial of a plane's reduction
-constexpr int64_t kWeightGroups = 16;  // groups of images with one partial weight gradient
 
 }  // namespace effnet

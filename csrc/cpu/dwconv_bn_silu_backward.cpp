@@ -18,6 +18,7 @@ namespace EFFNET_ISA {
 namespace {
 
 constexpr int kGradTile = kLanes == 16 ? 8 : 4;  // dz vectors held at once, within the registers
+constexpr int64_t kScratchBytes = 384 << 10;  // rows of dz and x: a part of the L2 cache
 constexpr int kVectors = 6;  // scale, shift, mean, rstd, mean(du), mean(du * zh)
 
 struct Layout {
@@ -66,9 +67,8 @@ void stage_dz(const Task& task, int64_t oh) {
   const T* z = pixel<T>(args.z, task.n, oh, -task.layout.left) + task.block.c0;
   const T* grad_y = pixel<T>(args.grad_y, task.n, oh, -task.layout.left) + task.block.c0;
   const Range columns = {task.layout.left, task.layout.left + args.shape.ow};
-  stage_row(task.z_row(oh, 0), task.layout.z_pitch, columns, task.block.vecs,
-            [&](int64_t j, int64_t v) {
-              const int64_t lanes = task.block.lanes(v);
+  stage_row(task.z_row(oh, 0), task.layout.z_pitch, columns.end, columns, task.block,
+            [&](int64_t j, int64_t v, int64_t lanes) {
               Vec zv = load_n(z + j * args.z.w_stride + v * kLanes, lanes);
               Vec dy = load_n(grad_y + j * args.grad_y.w_stride + v * kLanes, lanes);
               Vec scale = task.vector(0, v);
@@ -83,9 +83,9 @@ void stage_x(const Task& task, int64_t ih) {
   const DwconvShape& s = task.args.shape;
   const T* x = pixel<T>(task.args.x, task.n, ih, -s.pad_l) + task.block.c0;
   const int64_t columns = (s.ow - 1) * s.stride + s.k;
-  stage_row(task.x_row(ih, 0), task.layout.x_pitch, {s.pad_l, min_of(columns, s.w + s.pad_l)},
-            task.block.vecs, [&](int64_t j, int64_t v) {
-              return load_n(x + j * task.args.x.w_stride + v * kLanes, task.block.lanes(v));
+  stage_row(task.x_row(ih, 0), task.layout.x_pitch, columns, {s.pad_l, s.w + s.pad_l}, task.block,
+            [&](int64_t j, int64_t v, int64_t lanes) {
+              return load_n(x + j * task.args.x.w_stride + v * kLanes, lanes);
             });
 }
 
@@ -166,8 +166,8 @@ void data_tiles(const Task& task, const DataRow& row, int64_t ih, int64_t v, int
       const float* w = task.flipped + ((v * s.k + kh) * s.k + row.first_tap) * kLanes;
       correlate<TAPS, 1, TILE>(acc, dz + (begin + row.shift) * kLanes, w, row.taps);
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < TILE; t++, out += step) store_n(out, acc[t], task.block.lanes(v));
+    store_tile<TILE>(out, step, acc, task.block.lanes(v));
+    out += TILE * step;
   }
 }
 
@@ -213,7 +213,7 @@ template <typename T, int K, int STEP>
 void run_chunk(const Task& task) {
   const DwconvShape& s = task.args.shape;
   const bool data = task.args.grad_x.data, weight = task.args.grad_weight;
-  const Range own = {task.chunk * kChunkRows, min_of(s.oh, (task.chunk + 1) * kChunkRows)};
+  const Range own = part_of(s.oh, task.layout.chunks, task.chunk);
   // grad_x rows of this chunk, and the rows of dz that they need
   int64_t ih = task.chunk == 0 ? 0 : min_of(s.h, own.begin * s.stride);
   const int64_t ih_end = own.end == s.oh ? s.h : min_of(s.h, own.end * s.stride);
@@ -250,26 +250,25 @@ template <typename T, int K, int STEP>
 bool backward(const DwconvBackwardArgs& args) {
   const DwconvShape& s = args.shape;
   const Layout layout(s);
-  const int64_t tasks = layout.groups * layout.chunks;
-  const int64_t vecs = block_vecs(s.c, layout.floats_per_vec * 4, tasks, args.threads);
-  const int64_t blocks = ceil_div(ceil_div(s.c, kLanes), vecs);
-  const int64_t floats = vecs * layout.floats_per_vec, kk = s.k * s.k;
-  const Scratch scratch(floats * args.threads);
-  if (!scratch.ok()) return false;
-#pragma omp parallel for num_threads(args.threads) schedule(dynamic, 1)
-  for (int64_t index = 0; index < tasks * blocks; index++) {
-    const int64_t part = index / blocks, c0 = index % blocks * vecs * kLanes;
-    ChannelBlock block = {c0, min_of(vecs, ceil_div(s.c - c0, kLanes)), s.c};
-    float* at = scratch.get() + thread_index() * floats;
+  const int64_t tasks = layout.groups * layout.chunks, kk = s.k * s.k;
+  const Blocks blocks(s.c, tasks, args.threads, kScratchBytes / (layout.floats_per_vec * 4));
+  const int64_t floats = blocks.vecs * layout.floats_per_vec;
+  float* const scratch = args.workspace(floats * args.threads);
+  if (!scratch) return false;
+#pragma omp parallel for num_threads(args.threads) schedule(static)
+  for (int64_t index = 0; index < tasks * blocks.count; index++) {
+    const int64_t part = index / blocks.count;
+    const ChannelBlock block = blocks[index % blocks.count];
+    float* at = scratch + thread_index() * floats;
     std::memset(at, 0, sizeof(float) * floats);
     Task task = {args, layout, block, 0, part % layout.chunks, at, nullptr, nullptr, nullptr,
                  nullptr, nullptr};
-    task.x_ring = task.z_ring + layout.z_rows * vecs * layout.z_pitch * kLanes;
-    task.weight = task.x_ring + layout.x_rows * vecs * layout.x_pitch * kLanes;
-    task.flipped = task.weight + kk * vecs * kLanes;
-    task.grad_weight = task.flipped + kk * vecs * kLanes;
-    task.vectors = task.grad_weight + kk * vecs * kLanes;
-    pack_weight(task.weight, args.weight, args.weight_dtype == DType::kBFloat16, kk, block);
+    task.x_ring = task.z_ring + layout.z_rows * block.vecs * layout.z_pitch * kLanes;
+    task.weight = task.x_ring + layout.x_rows * block.vecs * layout.x_pitch * kLanes;
+    task.flipped = task.weight + kk * block.vecs * kLanes;
+    task.grad_weight = task.flipped + kk * block.vecs * kLanes;
+    task.vectors = task.grad_weight + kk * block.vecs * kLanes;
+    pack_weight(task.weight, args.weight, args.weight_dtype, kk, block);
     flip_weight(task);
     const float* sources[kVectors] = {args.scale, args.shift,   args.mean,
                                       args.rstd,  args.du_mean, args.duzh_mean};

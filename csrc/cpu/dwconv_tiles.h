@@ -12,11 +12,30 @@ namespace effnet {
 namespace EFFNET_ISA {
 
 constexpr int kMaxTile = 8;       // outputs per register tile: 8 FMA chains cover 4 cycles x 2 ports
-constexpr int64_t kScratchBytes = 384 << 10;  // a task's rows stay within a part of the L2 cache
+constexpr int64_t kPlaneBytes = 28 << 10;  // staged rows of one channel vector: L1 cache
+constexpr int64_t kRingBytes = 512 << 10;  // staged rows of a task: L2 cache
 
-EFFNET_INLINE int64_t row_chunks(int64_t oh) { return ceil_div(oh, kChunkRows); }
-// Groups of images that share one partial weight gradient.
-EFFNET_INLINE int64_t weight_groups(int64_t n) { return min_of(n, kWeightGroups); }
+// Channels [c0, c0 + vecs * kLanes), cut at C.
+struct ChannelBlock {
+  int64_t c0, vecs, c;
+  EFFNET_INLINE int64_t lanes(int64_t v) const { return min_of(kLanes, c - c0 - v * kLanes); }
+};
+
+// How the work is dealt out: (image, chunk of rows) x block of channels. The blocks may depend on
+// the number of threads, since no sum crosses channels.
+struct Blocks {
+  int64_t c, all, count, vecs;  // vecs: of the largest block
+  Blocks(int64_t c, int64_t other_tasks, int threads, int64_t max_vecs)
+      : c(c), all(ceil_div(c, kLanes)), count(ceil_div(all, max_of(1, max_vecs))) {
+    if (other_tasks % threads) count = ceil_div(count, threads) * threads;
+    count = min_of(count, all);
+    vecs = ceil_div(all, count);
+  }
+  ChannelBlock operator[](int64_t i) const {
+    const Range part = part_of(all, count, i);
+    return {part.begin * kLanes, part.size(), c};
+  }
+};
 
 // acc[t] += sum_j w[j] * in[t * STEP + j]; TAPS = 0 takes the number of taps at run time.
 template <int TAPS, int STEP, int TILE>
@@ -67,32 +86,29 @@ EFFNET_INLINE void with_tile(int64_t size, const F& f) {
   }
 }
 
-// Channels [c0, c0 + vecs * kLanes), cut at C.
-struct ChannelBlock {
-  int64_t c0, vecs, c;
-  EFFNET_INLINE int64_t lanes(int64_t v) const { return min_of(kLanes, c - c0 - v * kLanes); }
-};
-
-// How many channel vectors a task takes: as many as the scratch holds, fewer where threads idle.
-EFFNET_INLINE int64_t block_vecs(int64_t c, int64_t bytes_per_vec, int64_t other_tasks,
-                                 int threads) {
-  int64_t vecs = ceil_div(c, kLanes);
-  int64_t fit = max_of(1, kScratchBytes / max_of(1, bytes_per_vec));
-  int64_t wanted = ceil_div(4 * threads, other_tasks);
-  int64_t share = max_of(1, vecs / wanted);
-  return min_of(vecs, min_of(fit, share));
+template <typename W>
+EFFNET_INLINE float scalar(const W* p) {
+  if constexpr (sizeof(W) == 4) return *p;
+  else return load_scalar(p, true, 0);
 }
 
-// weight [C,1,K,K] -> [v][K*K][kLanes] as fp32.
-inline void pack_weight(float* out, const void* weight, bool is_bf16, int64_t kk,
+// weight [C,1,K,K] -> [v][K*K][kLanes] as fp32; lanes beyond C are left as they are (zero).
+template <typename W>
+void pack_weight(float* out, const W* weight, int64_t kk, const ChannelBlock& block) {
+  for (int64_t v = 0; v < block.vecs; v++, out += kk * kLanes) {
+    const W* in = weight + (block.c0 + v * kLanes) * kk;
+    const int64_t lanes = block.lanes(v);
+    for (int64_t l = 0; l < lanes; l++, in += kk)
+      for (int64_t i = 0; i < kk; i++) out[i * kLanes + l] = scalar(in + i);
+  }
+}
+
+inline void pack_weight(float* out, const void* weight, DType dtype, int64_t kk,
                         const ChannelBlock& block) {
-  for (int64_t v = 0; v < block.vecs; v++)
-    for (int64_t l = 0; l < kLanes; l++) {
-      bool inside = l < block.lanes(v);
-      for (int64_t i = 0; i < kk; i++)
-        out[(v * kk + i) * kLanes + l] =
-            inside ? load_scalar(weight, is_bf16, (block.c0 + v * kLanes + l) * kk + i) : 0.0f;
-    }
+  if (dtype == DType::kFloat32)
+    pack_weight(out, static_cast<const float*>(weight), kk, block);
+  else
+    pack_weight(out, static_cast<const bf16*>(weight), kk, block);
 }
 
 // A per-channel vector -> [v][kLanes], zero beyond C.
@@ -101,11 +117,37 @@ inline void pack_vector(float* out, const float* in, const ChannelBlock& block) 
     store(out + v * kLanes, load_n(in + block.c0 + v * kLanes, block.lanes(v)));
 }
 
-// Writes columns [begin, end) of the planes at `out` (pitch in columns) with value(column, v).
+// Fills columns [0, columns) of the planes at `out` (pitch in columns) with value(column, v, lanes)
+// inside [inside.begin, inside.end) and zero outside. Full vectors come first: they need no masks.
 template <typename F>
-EFFNET_INLINE void stage_row(float* out, int64_t pitch, Range columns, int64_t vecs, const F& value) {
-  for (int64_t j = columns.begin; j < columns.end; j++)
-    for (int64_t v = 0; v < vecs; v++) store(out + (v * pitch + j) * kLanes, value(j, v));
+EFFNET_INLINE void stage_row(float* out, int64_t pitch, int64_t columns, Range inside,
+                             const ChannelBlock& block, const F& value) {
+  const int64_t begin = min_of(columns, max_of(0, inside.begin));
+  const int64_t end = max_of(begin, min_of(columns, inside.end));
+  const int64_t tail = block.lanes(block.vecs - 1);
+  const int64_t full = tail < kLanes ? block.vecs - 1 : block.vecs;
+  for (int64_t v = 0; v < block.vecs; v++) {
+    float* plane = out + v * pitch * kLanes;
+    for (int64_t j = 0; j < begin; j++) store(plane + j * kLanes, Vec{});
+    for (int64_t j = end; j < columns; j++) store(plane + j * kLanes, Vec{});
+  }
+  for (int64_t j = begin; j < end; j++) {
+    float* at = out + j * kLanes;
+    for (int64_t v = 0; v < full; v++, at += pitch * kLanes) store(at, value(j, v, kLanes));
+    if (full < block.vecs) store(at, value(j, full, tail));
+  }
+}
+
+// TILE outputs of one channel vector, `step` elements apart.
+template <int TILE, typename T>
+EFFNET_INLINE void store_tile(T* out, int64_t step, const Vec* tile, int64_t lanes) {
+  if (lanes >= kLanes) {
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE; t++) store(out + t * step, tile[t]);
+  } else {
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE; t++) store_n(out + t * step, tile[t], lanes);
+  }
 }
 
 template <typename T>

@@ -18,7 +18,7 @@ constexpr int64_t kParallelFrom = 16384;  // products below which one thread is 
 
 template <typename T, bool PRODUCT>
 bool run_squeeze(const SqueezeArgs& args) {
-  const int64_t c = args.shape.c, hw = args.shape.hw, chunks = ceil_div(hw, kChunkPixels);
+  const int64_t c = args.shape.c, hw = args.shape.hw, chunks = pixel_chunks(hw);
   constexpr int64_t kBlock = 8;  // pixels per visit of a channel vector: as many open streams
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t index = 0; index < args.shape.n * chunks; index++) {
@@ -99,9 +99,8 @@ bool run_excite(const ExciteArgs& args) {
   const W* reduce_weight = static_cast<const W*>(args.reduce_weight);
   const W* expand_weight = static_cast<const W*>(args.expand_weight);
   const bool is_bf16 = sizeof(W) == 2, large = args.n * c * r > kParallelFrom;
-  const Scratch scratch(args.n * r);
-  if (!scratch.ok()) return false;
-  float* activated = scratch.get();
+  float* const activated = args.workspace(args.n * r);
+  if (!activated) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static) if (large)
   for (int64_t index = 0; index < args.n * r; index++) {
     const int64_t n = index / r, j = index % r;
@@ -130,9 +129,9 @@ bool run_excite_backward(const ExciteBackwardArgs& args) {
   const int64_t n = args.n, c = args.c, r = args.r;
   const W* reduce_weight = static_cast<const W*>(args.reduce_weight);
   const W* expand_weight = static_cast<const W*>(args.expand_weight);
-  const Scratch scratch(n * (c + r));
-  if (!scratch.ok()) return false;
-  float *grad_logit = scratch.get(), *activated = grad_logit + n * c;
+  float* const grad_logit = args.workspace(n * (c + r));
+  if (!grad_logit) return false;
+  float* const activated = grad_logit + n * c;
   for (int64_t i = 0; i < n * c; i++)
     grad_logit[i] = args.grad_gate[i] * args.gate[i] * (1.0f - args.gate[i]);
   for (int64_t i = 0; i < n * r; i++) activated[i] = silu(splat(args.hidden[i]))[0];

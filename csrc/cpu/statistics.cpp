@@ -13,7 +13,7 @@ namespace {
 template <typename T>
 bool reduce(const BnReduceArgs& args) {
   const int64_t c = args.shape.c, pixels = args.shape.hw;
-  const int64_t chunks = ceil_div(pixels, kChunkPixels);
+  const int64_t chunks = pixel_chunks(pixels);
   constexpr int64_t kBlock = 8;  // pixels per visit of a channel vector: as many open streams
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -65,14 +65,14 @@ bool fold_sum(const FoldArgs& args) {
 
 bool fold_chan(const FoldChanArgs& args) {
   const int64_t vecs = ceil_div(args.c, kLanes);
-  const bool large = args.parts * args.c > 16384;
+  const bool large = args.n * args.chunks * args.c > 16384;
 #pragma omp parallel for num_threads(args.threads) schedule(static) if (large)
   for (int64_t v = 0; v < vecs; v++) {
     const int64_t i = v * kLanes, lanes = min_of(kLanes, args.c - i);
     Vec mean = {}, m2 = {};
     int64_t total = 0;
-    for (int64_t p = 0; p < args.parts; p++) {
-      const int64_t count = (p + 1) % args.period ? args.count : args.last_count;
+    for (int64_t p = 0; p < args.n * args.chunks; p++) {
+      const int64_t count = part_of(args.oh, args.chunks, p % args.chunks).size() * args.ow;
       const float* part = args.partial + p * 2 * args.c + i;
       const Vec delta = load_n(part, lanes) - mean;
       const float share = static_cast<float>(count) / static_cast<float>(total + count);

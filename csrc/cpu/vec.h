@@ -163,23 +163,5 @@ EFFNET_INLINE Vec silu_grad(Vec u) {
   return s * (1.0f + u * (1.0f - s));
 }
 
-// Memory aligned to a cache line, owned by one thread for one call.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(__builtin_malloc(floats * 4 + 64))) {}
-  ~Scratch() { __builtin_free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* get() const {
-    uintptr_t p = reinterpret_cast<uintptr_t>(data_);
-    return reinterpret_cast<float*>((p + 63) & ~uintptr_t(63));
-  }
-  bool ok() const { return data_ != nullptr; }
-
- private:
-  float* data_;
-};
-
 }  // namespace EFFNET_ISA
 }  // namespace effnet

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _native, reference
 from ..backends import OpArgs, resolve
@@ -20,6 +19,7 @@ from ..reference.dwconv_bn_silu import check_arguments
 from .registration import (
     address,
     autocast,
+    differentiable_once,
     empty_nhwc,
     fp32,
     isa_of,
@@ -40,8 +40,8 @@ def output_shape(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[i
 
 
 def _shape_tuple(x: Tensor, out: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
-    n, c, h, w = x.shape
-    return (n, c, h, w, out.shape[2], out.shape[3], weight.shape[-1], stride, padding[0], padding[2])
+    oh, ow = out.shape[2:]
+    return (*x.shape, oh, ow, weight.shape[-1], stride, padding[0], padding[2])
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -270,7 +270,7 @@ class DwconvBnSilu(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, z, bn_weight, bn_bias, mean, var = ctx.saved_tensors
         stride, padding, eps, training, backend = ctx.config

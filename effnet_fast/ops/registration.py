@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,25 @@ def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> 
     _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"effnet_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.effnet_fast, name).default
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an autograd Function's backward refuse to be differentiated itself.
+
+    torch's own `once_differentiable` treats the gradients as constants, without a word, where the
+    gradient of the output requires none.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the fused kernels have no second derivative, and backward ran with "
+                "create_graph=True: use backend='reference'"
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def isa_of(backend: str) -> str:
@@ -41,7 +61,9 @@ def empty_nhwc(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def fp32(vector: Tensor | None) -> Tensor | None:
     """A vector [C] as the kernels read it: fp32 without gaps; itself where it is that already."""
-    return None if vector is None else vector.to(torch.float32).contiguous()
+    if vector is None or (vector.dtype is torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.float().contiguous()
 
 
 def address(tensor: Tensor | None) -> int:
@@ -51,9 +73,9 @@ def address(tensor: Tensor | None) -> int:
 
 def native_weight(weight: Tensor, x: Tensor) -> Tensor:
     """A weight without gaps in x's dtype or fp32, whichever it has; fp32 otherwise."""
-    if weight.dtype not in (x.dtype, torch.float32):
+    if weight.dtype is not torch.float32 and weight.dtype is not x.dtype:
         weight = weight.float()
-    return weight.contiguous()
+    return weight if weight.is_contiguous() else weight.contiguous()
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -77,10 +99,10 @@ def update_running_statistics(
     Args:
         running_mean, running_var: both None to do nothing.
         mean, var: the batch's, the variance biased, fp32.
-        count: values per channel in the batch.
+        count: values per channel in the batch; nothing moves where there are none.
         momentum: share of the batch's statistics.
     """
-    if running_mean is None or running_var is None:
+    if running_mean is None or running_var is None or count == 0:
         return
     unbiased = var * (count / (count - 1)) if count > 1 else var
     running = [running_mean, running_var]

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _native, reference
 from ..backends import OpArgs, resolve
 from ..reference.squeeze_excite import check_arguments
-from .registration import address, empty_nhwc, isa_of, nhwc, register
+from .registration import address, differentiable_once, empty_nhwc, isa_of, nhwc, register
 
 
 def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
@@ -36,6 +35,8 @@ def _excite_cpu(
     hidden, gate = _excite_fake(
         pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
     )
+    if pooled.numel() == 0:
+        return hidden.zero_(), gate
     n, c = pooled.shape
     layers = _layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
     _native.load().excite(
@@ -208,7 +209,7 @@ class SqueezeExcite(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters, pooled, hidden, gate = ctx.saved_tensors
         grads = backward_op(

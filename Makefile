@@ -1,0 +1,68 @@
+# `make demo` and `make test` work from a fresh clone: Python 3.10+ with venv, g++ and make.
+# Each makes .venv once and reinstalls only when a source of the build or a pin has changed.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip
+# Isolated builds get the pins too, so that a new setuptools or pybind11 cannot change the result.
+PINS := -c constraints.txt --build-constraint constraints.txt
+
+BUILD_SOURCES := $(shell find csrc -type f) setup.py MANIFEST.in pyproject.toml constraints.txt
+NATIVE_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# A photograph of a cat that is shipped inside scikit-image's wheel.
+PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
+
+.PHONY: demo test lint clean qemu
+
+demo: $(VENV)/.demo
+	$(BIN)/effnet-fast bench --model b0
+	$(BIN)/effnet-fast classify --model b0 "$$($(BIN)/python -c '$(PHOTO)')"
+
+test: $(VENV)/.test qemu
+	PATH="$(CURDIR)/$(VENV)/qemu/usr/bin:$(CURDIR)/$(BIN):$$PATH" \
+	    $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f effnet_fast/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.pip: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -qq --upgrade pip -c constraints.txt
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.pip $(BUILD_SOURCES)
+	@echo "Installing into $(VENV): PyTorch is a large download, the kernels compile for a minute."
+	$(PIP) install -qq $(PINS) -e . scikit-image
+	touch $@
+
+$(VENV)/.test: $(VENV)/.pip $(BUILD_SOURCES)
+	@echo "Installing into $(VENV): PyTorch is a large download, the kernels compile for a minute."
+	$(PIP) install -qq $(PINS) -e '.[test]'
+	touch $@
+
+# The tests of the plain and AVX2 kernels run under an emulated older CPU. The emulator is unpacked
+# into .venv, never installed; without it those tests are skipped and say so.
+APT_QEMU = cd $(VENV)/qemu && apt-get -qq download qemu-user-static && \
+           dpkg-deb --fsys-tarfile qemu-user-static_*.deb | \
+           tar -x ./usr/bin/qemu-x86_64-static && rm -f *.deb
+
+qemu: $(VENV)/.pip
+	@mkdir -p $(VENV)/qemu
+	@test -x $(VENV)/qemu/usr/bin/qemu-x86_64-static || command -v qemu-x86_64-static >/dev/null || \
+	    command -v qemu-x86_64 >/dev/null || \
+	    { ($(APT_QEMU)) >/dev/null 2>&1; } || \
+	    { test "$$(id -u)" = 0 && apt-get -qq update >/dev/null 2>&1 && \
+	      ($(APT_QEMU)) >/dev/null 2>&1; } || \
+	    echo "qemu-user-static could not be fetched: the emulated-CPU tests will be skipped"

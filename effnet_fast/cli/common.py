@@ -1,0 +1,93 @@
+"""What the subcommands share: options, errors and progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from effnet_fast import models
+from effnet_fast.backends import OPS, can_run
+from effnet_fast.models.efficientnet import EfficientNet
+from effnet_fast.models.variants import VARIANTS, Variant
+
+SEED = 0  # of random weights and inputs, so that two runs compute the same
+
+
+class CommandError(Exception):
+    """Bad input: `main` prints the message on one line and exits with status 2."""
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def add_common(parser: argparse.ArgumentParser, default_model: str | None) -> None:
+    """Adds --model, --threads and --json."""
+    parser.add_argument(
+        "--model", choices=tuple(VARIANTS), default=default_model, help="which EfficientNet"
+    )
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """Adds --no-progress."""
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar on a terminal")
+
+
+def progress(arguments: argparse.Namespace, total: int, label: str) -> tqdm[Any]:
+    """A progress bar on stderr, silent when that is no terminal or --no-progress is given."""
+    silent = arguments.no_progress or not sys.stderr.isatty()
+    return tqdm(total=total, desc=label, disable=silent, file=sys.stderr, leave=False)
+
+
+def set_threads(arguments: argparse.Namespace) -> None:
+    """Applies --threads to torch, and so to the kernels, which ask torch."""
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+
+
+def build_model(variant: Variant, backend: str, num_classes: int = 1000) -> EfficientNet:
+    """A randomly initialised network in evaluation mode, the same one at every call."""
+    entry_point = getattr(models, f"efficientnet_{variant.name}")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(SEED)
+        model: EfficientNet = entry_point(weights=None, num_classes=num_classes, backend=backend)
+    return model.eval()
+
+
+def check_backend(name: str) -> None:
+    """Refuses a backend that is unknown or can run none of a network's ops here."""
+    with bad_input(ValueError):
+        reasons = [can_run(name, op) for op in OPS]
+    if all(reasons):
+        raise CommandError(f"backend {name} cannot run here: {reasons[0]}")
+
+
+@contextlib.contextmanager
+def bad_input(*errors: type[Exception]) -> Iterator[None]:
+    """Turns the errors that a user's input causes into `CommandError`s."""
+    try:
+        yield
+    except errors as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        raise CommandError(" ".join(message.split())) from error
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One JSON object on standard output, indented."""
+    print(json.dumps(content, indent=2))

@@ -1,0 +1,247 @@
+"""What can run on this machine, and why the rest cannot: `effnet_fast.doctor()`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from effnet_fast import __version__, _native, fusion
+from effnet_fast.backends import BACKENDS, OPS, can_run, use_backend
+from effnet_fast.layers import Conv2dNormActivation, MBConv
+
+FUSIBLE = (MBConv, Conv2dNormActivation)
+OPENMP_RUNTIME = re.compile(r"/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
+CPU_FLAGS = re.compile(r"sse4_2|f16c|fma|avx\w*|amx_\w+|asimd\w*|sve\w*|bf16")
+CUDA_13_DRIVER = 580  # the oldest driver branch that a CUDA 13 runtime works with
+SHOWN = 3  # module names per reason in the printed report
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Whether one block of a model is fused.
+
+    Args:
+        name: where the block stands in the model, as in `named_modules()`.
+        kind: its class.
+        reason: why it runs unfused; None when it is fused.
+    """
+
+    name: str
+    kind: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `doctor` found. Every "reason" is None where nothing is wrong.
+
+    Args:
+        versions: of this package, Python, torch, Triton and the compiler; None where absent.
+        extension_reason: why the compiled extension cannot be loaded.
+        backends: for each backend, by op, the reason it cannot run.
+        isas: for each compiled instruction set, the reason this CPU cannot run it.
+        best_isa: the instruction set that "auto" takes.
+        cpu: "model", and the vector "flags" that the kernel shows.
+        threads: torch's, and how many CPUs this process may use.
+        openmp: paths of the OpenMP runtimes loaded into this process.
+        cuda: whether kernels were built and for what, the driver, and the reason they cannot run.
+        blocks: for a model, each block that could be fused; None without a model.
+    """
+
+    versions: dict[str, str | None]
+    extension_reason: str | None
+    backends: dict[str, dict[str, str | None]]
+    isas: dict[str, str | None]
+    best_isa: str | None
+    cpu: dict[str, Any]
+    threads: dict[str, int]
+    openmp: list[str]
+    cuda: dict[str, Any]
+    blocks: list[Fusion] | None = field(default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts, lists, strings and numbers, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {value or 'absent'}" for name, value in self.versions.items())
+        lines = [f"versions    {versions}"]
+        lines.append(f"extension   {self.extension_reason or 'loaded'}")
+        lines += _aligned("backends", [f"{n}: {_verdict(r)}" for n, r in self.backends.items()])
+        isas = [
+            f"{name}: {reason or 'ok'}{' (best)' if name == self.best_isa else ''}"
+            for name, reason in self.isas.items()
+        ]
+        lines += _aligned("isas", isas)
+        lines.append(f"cpu         {self.cpu['model']}: {' '.join(self.cpu['flags'])}")
+        threads = self.threads
+        lines.append(f"threads     {threads['torch']} (torch), {threads['cpus']} CPUs usable")
+        lines += _aligned("openmp", self.openmp)
+        if len(self.openmp) > 1:
+            lines.append("            more than one runtime: their thread pools compete")
+        lines += _aligned("cuda", _cuda_lines(self.cuda))
+        if self.blocks is not None:
+            lines += _aligned("model", _block_lines(self.blocks))
+        return "\n".join(lines)
+
+
+def doctor(model: nn.Module | None = None) -> Report:
+    """Looks at this machine, this installation and, when given one, a model.
+
+    Args:
+        model: for each of its blocks the report tells whether it is fused in the state (train or
+            eval, hooks, dtypes) that it is in now, and why not.
+
+    Returns:
+        a report to print or, through `to_dict`, to process. Nothing here raises for want of the
+        extension, a driver or Triton: the reason is reported instead.
+    """
+    reason = _native.unavailable_reason()
+    native = None if reason else _native.load()
+    return Report(
+        versions=versions(),
+        extension_reason=reason,
+        backends={name: {op: can_run(name, op) for op in OPS} for name in BACKENDS},
+        isas={} if native is None else {i: native.isa_unavailable_reason(i) for i in native.isas()},
+        best_isa=None if native is None else native.best_isa(),
+        cpu=_cpu(),
+        threads={"torch": torch.get_num_threads(), "cpus": _usable_cpus()},
+        openmp=_openmp_runtimes(),
+        cuda=_cuda(native),
+        blocks=None if model is None else explain_blocks(model),
+    )
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that a measurement or a bug report should name; None for what is absent."""
+    native = None if _native.unavailable_reason() else _native.load()
+    return {
+        "effnet-fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "compiler": None if native is None else native.compiler(),
+    }
+
+
+def explain_blocks(model: nn.Module) -> list[Fusion]:
+    """Which blocks of a model are fused in its present state, and why the others are not.
+
+    A layer inside a fused block is part of it and not listed again.
+    """
+    found: list[Fusion] = []
+    fused: list[str] = []
+    with use_backend(getattr(model, "backend", "auto")):
+        for name, module in model.named_modules():
+            inside = any(name.startswith(f"{outer}.") for outer in fused)
+            if inside or not isinstance(module, FUSIBLE):
+                continue
+            reason = fusion.explain(module)
+            if reason is None:
+                fused.append(name)
+            found.append(Fusion(name, type(module).__name__, reason))
+    return found
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    """A file of /proc, or nothing where the system has none."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _cpu() -> dict[str, Any]:
+    info = _read("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
+    words = flags.group(1).split() if flags else []
+    return {
+        "model": model.group(1) if model else platform.machine(),
+        "flags": sorted(word for word in words if CPU_FLAGS.fullmatch(word)),
+    }
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _openmp_runtimes() -> list[str]:
+    mapped = {line[line.find("/") :] for line in _read("/proc/self/maps").splitlines()}
+    return sorted(path for path in mapped if OPENMP_RUNTIME.search(path))
+
+
+def _cuda(native: Any) -> dict[str, Any]:
+    version = re.search(
+        r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", _read("/proc/driver/nvidia/version")
+    )
+    built = native is not None and native.cuda_built()
+    reason: str | None
+    if native is None:
+        reason = "the compiled extension is missing"
+    elif not built:
+        reason = "the extension was built without CUDA: no nvcc was found, or EFFNET_FAST_CUDA=0"
+    else:
+        reason = native.cuda_probe() or None
+    return {
+        "built": built,
+        "archs": native.cuda_archs() if built else None,
+        "driver": version.group(1) if version else None,
+        "torch_cuda": torch.version.cuda,
+        "reason": reason,
+    }
+
+
+def _aligned(title: str, entries: list[str]) -> list[str]:
+    return [f"{title if i == 0 else '':<12}{entry}" for i, entry in enumerate(entries or ["none"])]
+
+
+def _verdict(reasons: dict[str, str | None]) -> str:
+    """One line over all ops: ok, the reason they share but for their names, or each op's own."""
+    shared = {reason and reason.replace(f" for {op}", "") for op, reason in reasons.items()}
+    if len(shared) == 1:
+        return shared.pop() or "ok"
+    return "; ".join(f"{op}: {reason or 'ok'}" for op, reason in reasons.items())
+
+
+def _cuda_lines(cuda: dict[str, Any]) -> list[str]:
+    kernels = f"kernels built for {cuda['archs']}" if cuda["built"] else "no kernels built"
+    lines = [f"{kernels}; {cuda['reason'] or 'a test kernel ran'}"]
+    lines.append(
+        f"driver {cuda['driver'] or 'absent'}; torch's CUDA {cuda['torch_cuda'] or 'absent'}"
+    )
+    too_old = cuda["driver"] is None or int(cuda["driver"].split(".")[0]) < CUDA_13_DRIVER
+    if too_old and f"driver {CUDA_13_DRIVER}" not in (cuda["reason"] or ""):
+        lines.append(
+            f"kernels built with CUDA 13 want driver {CUDA_13_DRIVER} or newer, "
+            "even where torch's own CUDA works"
+        )
+    return lines
+
+
+def _block_lines(blocks: list[Fusion]) -> list[str]:
+    fused = sum(block.reason is None for block in blocks)
+    lines = [f"{fused} of {len(blocks)} blocks fused"]
+    for reason, count in Counter(b.reason for b in blocks if b.reason).most_common():
+        names = [block.name for block in blocks if block.reason == reason]
+        more = ", ..." if count > SHOWN else ""
+        lines.append(f"not fused: {', '.join(names[:SHOWN])}{more} ({count}): {reason}")
+    return lines

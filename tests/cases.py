@@ -1,0 +1,225 @@
+"""The shapes that the ops are tested on: the only table of them.
+
+A case's name says what it covers. "c" is the number of channels; a vector holds up to 16 of them
+and a kernel's block of channels up to 128; a chunk is about 16 output rows in the depthwise
+kernels and 512 pixels in the reductions. Cases named b0_... and b7_... are all the distinct block
+shapes of those networks at their own resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from effnet_fast.models import VARIANTS, EfficientNet
+
+BATCH_PIXELS = 2000  # images of a network's case: as many as have about this many pixels, at most 2
+
+
+@dataclass(frozen=True)
+class DwconvCase:
+    """x [n,c,h,w], weight [c,1,k,k]; padding as the op takes it."""
+
+    name: str
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    stride: int = 1
+    padding: int | tuple[int, int, int, int] | None = None
+    slow: bool = False
+
+    @property
+    def values_per_channel(self) -> int:
+        """Values that BatchNorm averages over in training."""
+        pad = (self.k - 1) // 2 if self.padding is None else self.padding
+        left, right, top, bottom = (pad,) * 4 if isinstance(pad, int) else pad
+        rows = (self.h + top + bottom - self.k) // self.stride + 1
+        columns = (self.w + left + right - self.k) // self.stride + 1
+        return self.n * rows * columns
+
+
+@dataclass(frozen=True)
+class SqueezeExciteCase:
+    """x [n,c,h,w], r hidden channels."""
+
+    name: str
+    n: int
+    c: int
+    h: int
+    w: int
+    r: int
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class PointwiseCase:
+    """x [n,c,h,w] to [n,out,h,w]."""
+
+    name: str
+    n: int
+    c: int
+    out: int
+    h: int
+    w: int
+    act: str | None = "silu"
+    gate: bool = False
+    residual: bool = False
+    slow: bool = False
+
+
+_DWCONV = (
+    DwconvCase("c_eq_vector", 2, 16, 8, 8, 3),
+    DwconvCase("c_lt_vector", 3, 3, 9, 9, 3),
+    DwconvCase("c_odd", 2, 37, 10, 10, 5),
+    DwconvCase("c_one", 3, 1, 12, 11, 3),
+    DwconvCase("c_gt_block", 2, 145, 6, 5, 3),
+    DwconvCase("c_gt_block_stride_2", 2, 264, 7, 7, 5, 2),
+    DwconvCase("7x9", 2, 24, 7, 9, 3),
+    DwconvCase("7x9_stride_2", 2, 24, 7, 9, 5, 2),
+    DwconvCase("8x10_stride_2", 2, 24, 8, 10, 3, 2),
+    DwconvCase("h_lt_kernel", 3, 20, 2, 11, 5),
+    DwconvCase("w_lt_kernel", 3, 20, 11, 1, 5, 2),
+    DwconvCase("one_pixel", 24, 40, 1, 1, 3),
+    DwconvCase("one_row", 2, 17, 1, 40, 3),
+    DwconvCase("one_column_stride_2", 2, 17, 40, 1, 3, 2),
+    DwconvCase("h_gt_chunk", 1, 19, 37, 6, 3),
+    DwconvCase("h_gt_chunk_k5_stride_2", 1, 19, 70, 6, 5, 2),
+    DwconvCase("w_gt_strip", 1, 128, 5, 70, 5),
+    DwconvCase("w_gt_strip_stride_2", 1, 128, 6, 143, 3, 2),
+    DwconvCase("batch_gt_groups", 17, 6, 5, 6, 3),
+    DwconvCase("batch_0", 0, 20, 8, 8, 3),
+    DwconvCase("batch_0_stride_2", 0, 20, 8, 8, 5, 2),
+    DwconvCase("same_k3_stride_2", 2, 18, 8, 12, 3, 2, (0, 1, 0, 1)),
+    DwconvCase("same_k5_stride_2", 2, 18, 12, 8, 5, 2, (1, 2, 1, 2)),
+    DwconvCase("four_sides", 2, 21, 9, 8, 3, 1, (0, 3, 2, 1)),
+    DwconvCase("four_sides_k5_stride_2", 2, 21, 9, 8, 5, 2, (3, 0, 1, 4)),
+    DwconvCase("padding_gt_kernel", 2, 21, 4, 5, 3, 2, (5, 4, 6, 7)),
+    DwconvCase("no_padding", 2, 21, 9, 8, 3, 1, 0),
+    DwconvCase("no_padding_one_output", 24, 21, 5, 5, 5, 1, 0),
+    DwconvCase("unread_border_stride_2", 2, 21, 8, 8, 3, 2, 0),
+    DwconvCase("int_padding", 2, 21, 7, 8, 3, 1, 2),
+    DwconvCase("k1", 2, 21, 9, 8, 1),
+    DwconvCase("k1_stride_2", 2, 21, 9, 8, 1, 2),
+    DwconvCase("k7", 2, 21, 9, 8, 7),
+    DwconvCase("k7_stride_2", 2, 21, 18, 11, 7, 2),
+    DwconvCase("k9", 2, 21, 5, 12, 9),
+    DwconvCase("k9_stride_2_four_sides", 2, 21, 20, 12, 9, 2, (3, 5, 8, 0)),
+)
+
+_SQUEEZE_EXCITE = (
+    SqueezeExciteCase("c_eq_vector", 2, 16, 6, 6, 4),
+    SqueezeExciteCase("c_lt_vector", 2, 3, 6, 6, 1),
+    SqueezeExciteCase("c_odd", 3, 37, 7, 9, 9),
+    SqueezeExciteCase("c_one", 4, 1, 5, 5, 1),
+    SqueezeExciteCase("r_odd", 2, 40, 5, 6, 19),
+    SqueezeExciteCase("r_gt_c", 2, 12, 5, 6, 33),
+    SqueezeExciteCase("one_pixel", 5, 24, 1, 1, 6),
+    SqueezeExciteCase("hw_eq_chunk", 2, 20, 16, 32, 5),
+    SqueezeExciteCase("hw_gt_chunk", 2, 20, 23, 23, 5),
+    SqueezeExciteCase("layers_in_parallel", 3, 300, 3, 3, 40),
+    SqueezeExciteCase("batch_0", 0, 20, 6, 6, 5),
+)
+
+_POINTWISE = (
+    PointwiseCase("c_eq_vector", 2, 16, 32, 6, 6),
+    PointwiseCase("c_odd", 3, 37, 21, 7, 9),
+    PointwiseCase("c_one", 3, 1, 19, 5, 7),
+    PointwiseCase("out_one", 3, 19, 1, 5, 7),
+    PointwiseCase("no_act", 2, 24, 40, 7, 7, act=None),
+    PointwiseCase("gate", 2, 24, 40, 7, 7, gate=True),
+    PointwiseCase("gate_out_gt_pixels", 3, 24, 40, 3, 5, gate=True),
+    PointwiseCase("residual", 2, 40, 24, 7, 7, residual=True),
+    PointwiseCase("residual_no_act", 2, 40, 24, 7, 7, act=None, residual=True),
+    PointwiseCase("gate_residual_no_act", 2, 40, 24, 7, 7, act=None, gate=True, residual=True),
+    PointwiseCase("one_pixel", 16, 40, 24, 1, 1, gate=True, residual=True),
+    PointwiseCase("batch_0", 0, 40, 24, 7, 7, gate=True, residual=True),
+)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One MBConv: sides of the square input and output, and its convolutions' sizes."""
+
+    size: int
+    out_size: int
+    stride: int
+    kernel: int
+    channels: tuple[int, int, int]  # in, expanded, out
+    squeezed: int
+    residual: bool
+
+
+def _batch(size: int) -> int:
+    return max(1, min(2, BATCH_PIXELS // size**2))
+
+
+def _blocks(variant: str) -> Iterator[_Block]:
+    with torch.device("meta"):
+        model = EfficientNet(variant)
+    size = (VARIANTS[variant].resolution + 1) // 2
+    for block in (block for stage in model.features[1:-1] for block in stage):
+        *_, depthwise, squeeze, project = block.block
+        conv = depthwise[0]
+        out_size = (size + conv.stride[0] - 1) // conv.stride[0]
+        channels = (block.block[0][0].in_channels, conv.out_channels, project[0].out_channels)
+        yield _Block(
+            *(size, out_size, conv.stride[0], conv.kernel_size[0], channels),
+            *(squeeze.fc1.out_channels, block.use_res_connect),
+        )
+        size = out_size
+
+
+def _dwconv_of(variant: str, slow: bool) -> Iterator[DwconvCase]:
+    for b in _blocks(variant):
+        c, name = b.channels[1], f"{variant}_c{b.channels[1]}_{b.size}_k{b.kernel}_s{b.stride}"
+        yield DwconvCase(name, _batch(b.out_size), c, b.size, b.size, b.kernel, b.stride, slow=slow)
+
+
+def _squeeze_excite_of(variant: str, slow: bool) -> Iterator[SqueezeExciteCase]:
+    for b in _blocks(variant):
+        c, size = b.channels[1], b.out_size
+        name = f"{variant}_c{c}_{size}_r{b.squeezed}"
+        yield SqueezeExciteCase(name, _batch(size), c, size, size, b.squeezed, slow=slow)
+
+
+def _pointwise_of(variant: str, slow: bool) -> Iterator[PointwiseCase]:
+    for b in _blocks(variant):
+        c, expanded, out = b.channels
+        if expanded != c:
+            yield PointwiseCase(
+                f"{variant}_expand_c{c}_{expanded}_{b.size}",
+                *(_batch(b.size), c, expanded, b.size, b.size),
+                slow=slow,
+            )
+        yield PointwiseCase(
+            f"{variant}_project_c{expanded}_{out}_{b.out_size}{'_residual' * b.residual}",
+            *(_batch(b.out_size), expanded, out, b.out_size, b.out_size),
+            act=None, gate=True, residual=b.residual, slow=slow,
+        )  # fmt: skip
+
+
+def _params(*groups: Iterable[Any]) -> list[Any]:
+    """The distinct cases of all groups as pytest's parameters, the slow ones marked."""
+    cases = dict.fromkeys(case for group in groups for case in group)
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
+        for case in cases
+    ]
+
+
+DWCONV_CASES = _params(_DWCONV, _dwconv_of("b0", False), _dwconv_of("b7", True))
+SQUEEZE_EXCITE_CASES = _params(
+    _SQUEEZE_EXCITE, _squeeze_excite_of("b0", False), _squeeze_excite_of("b7", True)
+)
+POINTWISE_CASES = _params(_POINTWISE, _pointwise_of("b0", False), _pointwise_of("b7", True))
+
+
+def find(params: Iterable[Any], name: str) -> Any:
+    """The case of that name in one of the lists above."""
+    return next(param.values[0] for param in params if param.id == name)

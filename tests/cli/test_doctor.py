@@ -1,0 +1,126 @@
+"""doctor: complete, JSON-ready, and right about what is missing."""
+
+import json
+
+import pytest
+import torch
+
+from effnet_fast import _native, cli, diagnostics
+from effnet_fast.backends import BACKENDS, OPS
+from effnet_fast.cli import common
+from effnet_fast.models.variants import VARIANTS
+
+B0_UNITS = 1 + 16 + 1  # stem, blocks, head
+
+
+@pytest.fixture(scope="module")
+def b0():
+    return common.build_model(VARIANTS["b0"], "auto")
+
+
+def test_json(capsys):
+    assert cli.main(["doctor", "--json", "--model", "b0"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["backends"]) == list(BACKENDS)
+    assert report["backends"]["reference"] == dict.fromkeys(OPS)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["threads"]["torch"] == torch.get_num_threads()
+    assert report["blocks"]
+
+
+def test_threads(capsys):
+    before = torch.get_num_threads()
+    try:
+        assert cli.main(["doctor", "--json", "--threads", "3"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads(capsys.readouterr().out)["threads"]["torch"] == 3
+
+
+def test_text_without_model(capsys):
+    assert cli.main(["doctor"]) == 0
+    titles = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[0] != " "]
+    expected = ["versions", "extension", "backends", "isas", "cpu", "threads", "openmp", "cuda"]
+    assert titles == expected
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+def test_extension_is_described():
+    report = diagnostics.doctor()
+    assert report.extension_reason is None
+    assert "generic" in report.isas
+    assert report.isas["generic"] is None
+    assert report.isas[report.best_isa] is None
+    assert report.versions["compiler"]
+    assert report.backends["cpu"]["dwconv_bn_silu"] is None
+    assert isinstance(report.cuda["built"], bool)
+
+
+def test_works_without_the_extension(monkeypatch):
+    def load():
+        raise RuntimeError("no extension")
+
+    monkeypatch.setattr(_native, "unavailable_reason", lambda: "not built: run pip install .")
+    monkeypatch.setattr(_native, "load", load)
+    report = diagnostics.doctor()
+    assert report.extension_reason == "not built: run pip install ."
+    assert (report.isas, report.best_isa, report.versions["compiler"]) == ({}, None, None)
+    assert report.cuda["reason"] == "the compiled extension is missing"
+    assert "extension   not built: run pip install ." in str(report)
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+def test_model_blocks(b0):
+    blocks = diagnostics.doctor(b0).blocks
+    assert all(block.reason is None for block in blocks)
+    assert len(blocks) == B0_UNITS
+    assert "18 of 18 blocks fused" in str(diagnostics.doctor(b0))
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+def test_hooked_block_is_explained(b0):
+    handle = b0.features[2][0].block[1].register_forward_hook(lambda *_: None)
+    report = diagnostics.doctor(b0)
+    handle.remove()
+    reasons = {block.name: block.reason for block in report.blocks}
+    assert "hook" in reasons["features.2.0"]
+    assert "not fused: features.2.0" in str(report)
+
+
+def test_reference_backend_fuses_nothing(b0):
+    b0.backend = "reference"
+    report = diagnostics.doctor(b0)
+    b0.backend = "auto"
+    assert all(block.reason is not None for block in report.blocks)
+
+
+def test_openmp_runtimes(monkeypatch):
+    maps = (
+        "7f00-7f01 r-xp 00000000 08:01 1   /venv/torch/lib/libgomp.so.1\n"
+        "7f01-7f02 r--p 00000000 08:01 1   /venv/torch/lib/libgomp.so.1\n"
+        "7f02-7f03 r-xp 00000000 08:01 2   /venv/torch.libs/libgomp-24e2ab19.so.1.0.0\n"
+        "7f03-7f04 r-xp 00000000 08:01 3   /usr/lib/libiomp5.so\n"
+        "7f04-7f05 r-xp 00000000 08:01 4   /usr/lib/libomptarget.so\n"
+        "7f05-7f06 rw-p 00000000 00:00 0\n"
+    )
+    monkeypatch.setattr(diagnostics, "_read", lambda path: maps if "maps" in path else "")
+    report = diagnostics.doctor()
+    assert report.openmp == [
+        "/usr/lib/libiomp5.so",
+        "/venv/torch.libs/libgomp-24e2ab19.so.1.0.0",
+        "/venv/torch/lib/libgomp.so.1",
+    ]
+    assert "more than one runtime" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("driver", "warned"), [(None, True), ("570.86.15", True), ("580.65.06", False)]
+)
+def test_cuda_driver(monkeypatch, driver, warned):
+    line = f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build\n"
+    found = line if driver else ""
+    monkeypatch.setattr(diagnostics, "_read", lambda path: found if "nvidia" in path else "")
+    monkeypatch.setattr(_native, "unavailable_reason", lambda: "not built")
+    report = diagnostics.doctor()
+    assert report.cuda["driver"] == driver
+    assert ("want driver 580 or newer" in str(report)) == warned

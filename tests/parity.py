@@ -1,0 +1,223 @@
+"""Runs an op, its reference in the tested dtype (stock) and in float64 (exact), and compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import DwconvCase, PointwiseCase, SqueezeExciteCase
+from effnet_fast import ops, reference
+from effnet_fast.backends import can_run
+from tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_no_worse_than
+
+RUNNING = ("running_mean", "running_var")
+INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
+Results = dict[str, Tensor]
+
+
+def _param(backend: str) -> Any:
+    reason = can_run(backend, "dwconv_bn_silu")
+    return pytest.param(backend, marks=[pytest.mark.skip(reason=reason)] if reason else [])
+
+
+BACKENDS = [_param(backend) for backend in INSTRUCTION_SETS]
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Dtype of x, and of the parameters."""
+
+    x: torch.dtype
+    parameters: torch.dtype
+
+    def __str__(self) -> str:
+        x, parameters = (str(d).removeprefix("torch.") for d in (self.x, self.parameters))
+        return x if x == parameters else f"{x}_with_{parameters}"
+
+
+FP32 = Dtypes(torch.float32, torch.float32)
+BF16 = Dtypes(torch.bfloat16, torch.bfloat16)
+DTYPES = (FP32, BF16, Dtypes(torch.bfloat16, torch.float32))
+MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op.
+
+    Attributes:
+        op: its name.
+        tensors: its tensor arguments by name; they are left as they are by `run`.
+        options: its other keyword arguments, without `backend`.
+    """
+
+    op: str
+    tensors: dict[str, Tensor | None]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def with_tensors(self, **tensors: Tensor | None) -> Call:
+        return replace(self, tensors=self.tensors | tensors)
+
+    def with_options(self, **options: Any) -> Call:
+        return replace(self, options=self.options | options)
+
+    @property
+    def x(self) -> Tensor:
+        x = self.tensors["x"]
+        assert x is not None
+        return x
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """Names of the tensors that have a gradient."""
+        return tuple(k for k, v in self.tensors.items() if v is not None and k not in RUNNING)
+
+
+def run(
+    call: Call,
+    backend: str | None = None,
+    *,
+    double: bool = False,
+    wanted: Sequence[str] | None = None,
+    grad_y: Tensor | None = None,
+) -> Results:
+    """Output, gradients and running statistics of one call.
+
+    Args:
+        backend: None for the reference.
+        double: compute in float64.
+        wanted: tensors whose gradients are asked for, None for all; () runs without autograd.
+        grad_y: gradient of the output; None for a fixed random one, channels_last.
+
+    Returns:
+        "y", "grad NAME", "running_mean" and "running_var".
+    """
+    wanted = call.differentiable if wanted is None else wanted
+    tensors = {}
+    for name, tensor in call.tensors.items():
+        if tensor is not None:
+            tensor = tensor.double() if double else tensor.detach()
+            tensor = tensor.clone() if name in RUNNING else tensor
+            tensors[name] = tensor.requires_grad_(name in wanted)
+        else:
+            tensors[name] = None
+    function = getattr(reference if backend is None else ops, call.op)
+    options = call.options if backend is None else call.options | {"backend": backend}
+    with torch.set_grad_enabled(bool(wanted)):
+        y = function(**tensors, **options)
+    results = {"y": y.detach()}
+    if wanted:
+        grad_y = random_like(y) if grad_y is None else grad_y.to(y.dtype)
+        grads = torch.autograd.grad(y, [tensors[name] for name in wanted], grad_y)
+        results |= {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return results | {k: v for k, v in tensors.items() if k in RUNNING and v is not None}
+
+
+def random_like(y: Tensor) -> Tensor:
+    """A fixed normal tensor of y's shape and dtype (rounded to bf16 first), channels_last."""
+    values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return values.bfloat16().to(y.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def dense_strides(tensor: Tensor) -> list[tuple[int, int]]:
+    """(dimension, stride) where the stride means something: dimensions of more than one element."""
+    if tensor.numel() == 0:
+        return []
+    return [(d, s) for d, s in enumerate(tensor.stride()) if tensor.shape[d] > 1]
+
+
+def assert_parity(actual: Results, stock: Results, exact: Results, dtype: torch.dtype) -> None:
+    """Holds every tensor to the rule of parity in the tested dtype, and strides to stock's."""
+    assert list(actual) == list(stock) == list(exact)
+    for name, tensor in actual.items():
+        factor = GRADIENT_FACTOR if name.startswith("grad ") else OUTPUT_FACTOR
+        try:
+            assert_no_worse_than(tensor, stock[name], exact[name], factor, dtype=dtype)
+            assert dense_strides(tensor) == dense_strides(stock[name]), "strides differ"
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def check(
+    call: Call,
+    backend: str,
+    *,
+    wanted: Sequence[str] | None = None,
+    grad_y: Tensor | None = None,
+) -> Results:
+    """Holds one call to the rule of parity; returns what the backend gave."""
+    actual = run(call, backend, wanted=wanted, grad_y=grad_y)
+    stock = run(call, wanted=wanted, grad_y=grad_y)
+    exact = run(call, double=True, wanted=wanted, grad_y=grad_y)
+    assert_parity(actual, stock, exact, call.x.dtype)
+    return actual
+
+
+def assert_same(actual: Results, expected: Results) -> None:
+    """Asserts that the results which both have are bitwise equal, NaN included."""
+    names = actual.keys() & expected.keys()
+    assert names
+    for name in names:
+        a, b = actual[name], expected[name]
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)), name
+        assert torch.equal(a.isnan(), b.isnan()), name
+
+
+def _bn(channels: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "bn_weight": (torch.rand(channels, generator=generator) + 0.5).to(dtype),
+        "bn_bias": (0.3 * torch.randn(channels, generator=generator)).to(dtype),
+        "running_mean": (0.3 * torch.randn(channels, generator=generator)).to(dtype),
+        "running_var": (torch.rand(channels, generator=generator) + 0.5).to(dtype),
+    }
+
+
+def _image(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    x = torch.randn(shape, generator=generator).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def dwconv_call(case: DwconvCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
+    """dwconv_bn_silu on random values; z has a variance of about 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = _image((case.n, case.c, case.h, case.w), dtypes.x, generator)
+    weight = torch.randn(case.c, 1, case.k, case.k, generator=generator) / case.k
+    bn = _bn(case.c, dtypes.parameters, generator)
+    options = {"stride": case.stride, "padding": case.padding, "training": training}
+    return Call(
+        "dwconv_bn_silu", {"x": x, "weight": weight.to(dtypes.parameters), **bn}, options
+    )
+
+
+def squeeze_excite_call(case: SqueezeExciteCase, dtypes: Dtypes = FP32) -> Call:
+    """squeeze_excite on random values of mean 0.5; the gate varies between about 0.2 and 0.8."""
+    generator = torch.Generator().manual_seed(0)
+    x = _image((case.n, case.c, case.h, case.w), torch.float32, generator) + 0.5
+    parameters = {
+        "reduce_weight": torch.randn(case.r, case.c, 1, 1, generator=generator) / case.c**0.5,
+        "reduce_bias": 0.3 * torch.randn(case.r, generator=generator),
+        "expand_weight": torch.randn(case.c, case.r, 1, 1, generator=generator) / case.r**0.5,
+        "expand_bias": 0.3 * torch.randn(case.c, generator=generator),
+    }
+    cast = {name: value.to(dtypes.parameters) for name, value in parameters.items()}
+    return Call("squeeze_excite", {"x": x.to(dtypes.x), **cast})
+
+
+def pointwise_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
+    """pointwise_bn_act on random values; z has a variance of about 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = _image((case.n, case.c, case.h, case.w), dtypes.x, generator)
+    weight = torch.randn(case.out, case.c, 1, 1, generator=generator) / case.c**0.5
+    bn = _bn(case.out, dtypes.parameters, generator)
+    gate = torch.rand(case.n, case.c, 1, 1, generator=generator).to(dtypes.x)
+    residual = _image((case.n, case.out, case.h, case.w), dtypes.x, generator)
+    tensors = {"x": x, "weight": weight.to(dtypes.parameters), **bn}
+    tensors |= {"gate": gate if case.gate else None}
+    tensors |= {"residual": residual if case.residual else None}
+    return Call("pointwise_bn_act", tensors, {"act": case.act, "training": training})
