@@ -158,7 +158,7 @@ def can_run(backend: str, op: str, args: OpArgs | None = None) -> str | None:
     return _REASONS[base](op, args, isa)
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: only the reference can."""
     in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
     return in_functorch or forward_ad._current_level >= 0
@@ -176,12 +176,12 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
     if backend == "auto":
         backend = current_backend()
     if backend == "auto":
-        if args.x.device.type != "cpu" or _in_transform():
+        if args.x.device.type != "cpu" or in_transform():
             return "reference"
         return "reference" if _cpu_reason(op, args, "") else "cpu"
     if reason := can_run(backend, op, args):
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
-    if backend != "reference" and _in_transform():
+    if backend != "reference" and in_transform():
         raise RuntimeError(
             f"backend {backend!r} cannot run {op}: torch.func transforms and forward-mode "
             "differentiation go through the reference"

@@ -19,6 +19,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from . import fusion
+
 STOCHASTIC_DEPTH_MODES = ("batch", "row")
 
 
@@ -98,7 +100,7 @@ class Conv2dNormActivation(nn.Sequential):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_stock(x)
+        return fusion.run(self, x)
 
 
 class SqueezeExcitation(nn.Module):
@@ -282,7 +284,10 @@ class MBConv(nn.Module):
 
     def forward_stock(self, x: Tensor) -> Tensor:
         """Calls the children one after another and adds x; x itself is never written to."""
-        y = self.block(x)
+        return self.add_residual(self.block(x), x)
+
+    def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, or where the block has a residual, x plus y after drop-path; overwrites y, not x."""
         if not self.use_res_connect:
             return y
         y = self.stochastic_depth(y)
@@ -292,4 +297,4 @@ class MBConv(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_stock(x)
+        return fusion.run(self, x)

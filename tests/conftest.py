@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def _define_missing_torchvision_ops() -> torch.library.Library | None:
 
 # The declarations live as long as the object does.
 _TORCHVISION_OPS = _define_missing_torchvision_ops()
+
+# Workers side by side would spin against each other's OpenMP threads: one thread each. The tests
+# of threading set their own number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -81,9 +81,9 @@ def native_weight(weight: Tensor, x: Tensor) -> Tensor:
 def autocast(x: Tensor) -> Tensor:
     """x as a convolution under autocast would take it; x itself outside of autocast."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
 
 def update_running_statistics(
