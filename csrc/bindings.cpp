@@ -250,7 +250,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
   }
   if (!grad_x && !grad_weight) return;
   for (int64_t i = 0; i < 2 * s.c; i++) means[i] = totals[i] / static_cast<float>(pixels);
-  const int64_t parts = weight_groups(s.n) * row_chunks(s.oh);
+  const int64_t parts = weight_groups(s.n, s.oh, s.ow) * row_chunks(s.oh);
   const int64_t taps = s.c * s.k * s.k;
   std::vector<float> partial(grad_weight ? parts * taps : 0);
   DwconvBackwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),

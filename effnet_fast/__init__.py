@@ -20,7 +20,7 @@ _EXPORTS = {
 }
 _SUBMODULES = ("backends", "checkpoints", "models", "ops", "reference")
 
-__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]  # noqa: PLE0604 (names resolved lazily)
+__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from . import backends, checkpoints, models, ops, reference

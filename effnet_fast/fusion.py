@@ -19,10 +19,10 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, layers
 from .ops.dwconv_bn_silu import apply as dwconv_bn_silu
+from .ops.mbconv import eval_op as mbconv_eval
 from .ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
 from .ops.registration import autocast
 from .ops.squeeze_excite import apply as squeeze_excite
-from .ops.squeeze_excite import excite_op as excite
 from .ops.stem_conv_bn_silu import eval_op as stem_conv_bn_silu_eval
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -34,7 +34,7 @@ _OPS = {
 }
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A module that is not what the fused path knows; the text is the reason."""
 
 
@@ -53,7 +53,7 @@ class Block(NamedTuple):
 
     expand: Layer | None
     depthwise: Layer
-    squeeze: nn.Module
+    squeeze: layers.SqueezeExcitation
     project: Layer
 
 
@@ -64,9 +64,9 @@ def _refuse_hooks(name: str, module: nn.Module) -> None:
         or module._backward_hooks
         or module._backward_pre_hooks
     ):
-        raise Refused(f"{name} has a hook")
+        raise RefusedError(f"{name} has a hook")
     if "forward" in module.__dict__:
-        raise Refused(f"{name} has a patched forward")
+        raise RefusedError(f"{name} has a patched forward")
 
 
 def _refuse_global_hooks() -> None:
@@ -76,49 +76,50 @@ def _refuse_global_hooks() -> None:
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
     ):
-        raise Refused("a global module hook is registered")
+        raise RefusedError("a global module hook is registered")
 
 
 def _require(name: str, module: nn.Module | None, kind: type) -> None:
     if type(module) is not kind:
-        raise Refused(f"{name} is {type(module).__name__}, not {kind.__name__}")
+        raise RefusedError(f"{name} is {type(module).__name__}, not {kind.__name__}")
+    assert module is not None
     _refuse_hooks(name, module)
 
 
 def _conv_kind(name: str, conv: nn.Conv2d) -> str:
     if conv.bias is not None:
-        raise Refused(f"{name} has a bias")
+        raise RefusedError(f"{name} has a bias")
     if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise Refused(f"{name} has dilation, a padding mode or a padding by name")
+        raise RefusedError(f"{name} has dilation, a padding mode or a padding by name")
     if type(conv.weight) not in _PLAIN:
-        raise Refused(f"{name}.weight is {type(conv.weight).__name__}")
+        raise RefusedError(f"{name}.weight is {type(conv.weight).__name__}")
     kernel, stride = conv.kernel_size, conv.stride
     if conv.groups == 1:
         return _POINTWISE if kernel == stride == (1, 1) and conv.padding == (0, 0) else _DENSE
     if conv.groups != conv.in_channels or conv.groups != conv.out_channels:
-        raise Refused(f"{name} is a grouped convolution")
+        raise RefusedError(f"{name} is a grouped convolution")
     if kernel[0] != kernel[1] or kernel[0] % 2 == 0 or stride not in ((1, 1), (2, 2)):
-        raise Refused(f"{name} has kernel {kernel} and stride {stride}")
+        raise RefusedError(f"{name} has kernel {kernel} and stride {stride}")
     return _DEPTHWISE
 
 
 def _check_bn(name: str, bn: nn.BatchNorm2d, channels: int) -> None:
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     if any(v is not None and type(v) not in _PLAIN for v in vectors):
-        raise Refused(f"{name} holds a tensor of another type")
+        raise RefusedError(f"{name} holds a tensor of another type")
     if (bn.running_mean is None) != (bn.running_var is None):
-        raise Refused(f"{name} has one of its two running statistics")
+        raise RefusedError(f"{name} has one of its two running statistics")
     if any(v is not None and v.shape != (channels,) for v in vectors):
-        raise Refused(f"{name} does not have {channels} channels")
+        raise RefusedError(f"{name} does not have {channels} channels")
 
 
 def _layer(name: str, module: nn.Module) -> Layer:
     """Takes a Conv2dNormActivation apart."""
     if type(module) is not layers.Conv2dNormActivation:
-        raise Refused(f"{name} is {type(module).__name__}, not Conv2dNormActivation")
+        raise RefusedError(f"{name} is {type(module).__name__}, not Conv2dNormActivation")
     children = list(module._modules.items())
     if [key for key, _ in children] not in (["0", "1"], ["0", "1", "2"]):
-        raise Refused(f"{name} has children {[key for key, _ in children]}")
+        raise RefusedError(f"{name} has children {[key for key, _ in children]}")
     conv, bn = children[0][1], children[1][1]
     _require(f"{name}.0", conv, nn.Conv2d)
     _require(f"{name}.1", bn, nn.BatchNorm2d)
@@ -128,7 +129,7 @@ def _layer(name: str, module: nn.Module) -> Layer:
     kind = _conv_kind(f"{name}.0", conv)
     _check_bn(f"{name}.1", bn, conv.out_channels)
     if kind != _POINTWISE and len(children) == 2:
-        raise Refused(f"{name} has no activation")
+        raise RefusedError(f"{name} has no activation")
     return Layer(kind, conv, bn, len(children) == 3, module)
 
 
@@ -143,24 +144,24 @@ def _check_squeeze(name: str, module: nn.Module, channels: int) -> None:
         "scale_activation": nn.Sigmoid,
     }
     if list(children) != list(kinds):
-        raise Refused(f"{name} has children {list(children)}")
+        raise RefusedError(f"{name} has children {list(children)}")
     for key, kind in kinds.items():
         _require(f"{name}.{key}", children[key], kind)
     pool, fc1, fc2 = children["avgpool"], children["fc1"], children["fc2"]
     assert isinstance(pool, nn.AdaptiveAvgPool2d)
     assert isinstance(fc1, nn.Conv2d) and isinstance(fc2, nn.Conv2d)
     if pool.output_size not in (1, (1, 1)):
-        raise Refused(f"{name}.avgpool pools to {pool.output_size}")
+        raise RefusedError(f"{name}.avgpool pools to {pool.output_size}")
     hidden = fc1.out_channels
     for key, conv, shape in (
         ("fc1", fc1, (hidden, channels, 1, 1)),
         ("fc2", fc2, (channels, hidden, 1, 1)),
     ):
         if conv.weight.shape != shape or conv.stride != (1, 1) or conv.padding != (0, 0):
-            raise Refused(f"{name}.{key} is not a 1x1 convolution of {channels} channels")
+            raise RefusedError(f"{name}.{key} is not a 1x1 convolution of {channels} channels")
         tensors = (conv.weight, conv.bias)
         if any(t is not None and type(t) not in _PLAIN for t in tensors):
-            raise Refused(f"{name}.{key} holds a tensor of another type")
+            raise RefusedError(f"{name}.{key} holds a tensor of another type")
 
 
 def _block(module: layers.MBConv) -> Block:
@@ -169,23 +170,25 @@ def _block(module: layers.MBConv) -> Block:
     _require("block", block, nn.Sequential)
     _require("stochastic_depth", module.stochastic_depth, layers.StochasticDepth)
     children = list(block._modules.values())
-    if len(children) not in (3, 4) or list(block._modules) != [str(i) for i in range(len(children))]:
-        raise Refused(f"block has children {list(block._modules)}")
+    if len(children) not in (3, 4) or list(block._modules) != [
+        str(i) for i in range(len(children))
+    ]:
+        raise RefusedError(f"block has children {list(block._modules)}")
     for i, child in enumerate(children):
-        _refuse_hooks(f"block.{i}", child)  # type: ignore[arg-type]
+        _refuse_hooks(f"block.{i}", child)
     first = len(children) - 3
-    expand = _layer("block.0", children[0]) if first else None  # type: ignore[arg-type]
-    depthwise = _layer(f"block.{first}", children[first])  # type: ignore[arg-type]
-    project = _layer(f"block.{first + 2}", children[first + 2])  # type: ignore[arg-type]
+    expand = _layer("block.0", children[0]) if first else None
+    depthwise = _layer(f"block.{first}", children[first])
+    project = _layer(f"block.{first + 2}", children[first + 2])
     squeeze = children[first + 1]
     channels = depthwise.conv.out_channels
-    _check_squeeze(f"block.{first + 1}", squeeze, channels)  # type: ignore[arg-type]
+    _check_squeeze(f"block.{first + 1}", squeeze, channels)
     if expand and (expand.kind != _POINTWISE or expand.conv.out_channels != channels):
-        raise Refused("block.0 is not the pointwise layer before the depthwise one")
+        raise RefusedError("block.0 is not the pointwise layer before the depthwise one")
     if depthwise.kind != _DEPTHWISE or project.kind != _POINTWISE or project.silu:
-        raise Refused("block is not expand, depthwise, squeeze-excite, project")
+        raise RefusedError("block is not expand, depthwise, squeeze-excite, project")
     if project.conv.in_channels != channels:
-        raise Refused(f"block.{first + 2} does not take {channels} channels")
+        raise RefusedError(f"block.{first + 2} does not take {channels} channels")
     return Block(expand, depthwise, squeeze, project)  # type: ignore[arg-type]
 
 
@@ -193,7 +196,7 @@ def _structure(module: nn.Module) -> Layer | Block:
     """The module's fused form.
 
     Raises:
-        Refused: it has none, with the reason.
+        RefusedError: it has none, with the reason.
     """
     _refuse_global_hooks()
     if type(module) is layers.MBConv:
@@ -214,7 +217,7 @@ def explain(module: nn.Module) -> str | None:
         return reason
     try:
         _structure(module)
-    except Refused as refused:
+    except RefusedError as refused:
         return str(refused)
     return None
 
@@ -224,7 +227,7 @@ def _captured(x: Tensor) -> bool:
     return (
         type(x) not in _PLAIN
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or backends.in_transform()
     )
 
@@ -251,17 +254,20 @@ def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def _eval_vectors(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
-    return bn.weight, bn.bias, bn.running_mean, bn.running_var
+def _tensors(layer: Layer) -> tuple[Tensor | None, ...]:
+    """(weight, bn_weight, bn_bias, mean, var)."""
+    bn = layer.bn
+    return layer.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    assert not isinstance(conv.padding, str)
     top, left = conv.padding
-    return left, left, top, top  # type: ignore[return-value]
+    return left, left, top, top
 
 
-def _run_depthwise(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
-    """As `dwconv_bn_silu.apply`, with the module's own bookkeeping of its BatchNorm."""
+def _run_depthwise(layer: Layer, x: Tensor, backend: str) -> Tensor:
+    """The depthwise op with the module's own bookkeeping of its BatchNorm."""
     conv, bn = layer.conv, layer.bn
     momentum = 0.0 if bn.momentum is None else bn.momentum
     tracked = bn.track_running_stats if bn.training else True
@@ -273,49 +279,47 @@ def _run_depthwise(layer: Layer, x: Tensor, backend: str) -> tuple[Tensor, Tenso
         autocast(x), conv.weight, bn.weight, bn.bias,
         bn.running_mean if tracked else None, bn.running_var if tracked else None,
         conv.stride[0], _padding(conv), _uses_batch_statistics(bn), momentum, bn.eps, backend,
-    )  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def _run_layer(layer: Layer, x: Tensor, backend: str) -> Tensor:
     if layer.kind == _DEPTHWISE:
-        return _run_depthwise(layer, x, backend)[0]
-    if _uses_batch_statistics(layer.bn) or _needs_grad(x, layer.conv, layer.bn):
+        return _run_depthwise(layer, x, backend)
+    if not _infers(x, layer):
         return layer.module.forward_stock(x)  # type: ignore[operator]
     conv, bn = layer.conv, layer.bn
     if layer.kind == _DENSE:
         return stem_conv_bn_silu_eval(
-            autocast(x), conv.weight, *_eval_vectors(bn),
+            autocast(x), *_tensors(layer),
             conv.stride, conv.padding, bn.eps, backend,
         )  # fmt: skip
     return pointwise_bn_act_eval(
-        autocast(x), conv.weight, *_eval_vectors(bn), None, None, layer.silu, bn.eps, backend
+        autocast(x), *_tensors(layer), None, None, layer.silu, bn.eps, backend
     )
+
+
+def _infers(x: Tensor, layer: Layer) -> bool:
+    return not (_uses_batch_statistics(layer.bn) or _needs_grad(x, layer.conv, layer.bn))
 
 
 def _run_block(module: layers.MBConv, block: Block, x: Tensor, backend: str) -> Tensor:
     expand, depthwise, squeeze, project = block
-    h = x if expand is None else _run_layer(expand, x, backend)
-    h, pooled = _run_depthwise(depthwise, h, backend)
     fc1, fc2 = squeeze.fc1, squeeze.fc2
     parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    drops = module.stochastic_depth.training and module.stochastic_depth.p > 0
-    plain = (
-        pooled is None
-        or _uses_batch_statistics(project.bn)
-        or _needs_grad(h, squeeze, project.module)
-    )
-    if not plain:
-        gate = excite(pooled, *parameters, backend)[1]
-        residual = x if module.use_res_connect and not drops else None
-        conv, bn = project.conv, project.bn
-        y = pointwise_bn_act_eval(
-            h, conv.weight, *_eval_vectors(bn), gate, residual, False, bn.eps, backend
-        )
-        if residual is not None or not module.use_res_connect:
-            return y
-    else:
-        h = squeeze_excite(h, *parameters, backend)  # type: ignore[arg-type]
-        y = project.module.forward_stock(h)  # type: ignore[operator]
+    infers = all(_infers(x, layer) for layer in (expand, depthwise, project) if layer)
+    if infers and not _needs_grad(x, squeeze):
+        dropped = module.stochastic_depth.training and module.stochastic_depth.p > 0
+        y = mbconv_eval(
+            autocast(x), _tensors(expand) if expand else [], _tensors(depthwise), parameters,
+            _tensors(project), depthwise.conv.stride[0], _padding(depthwise.conv),
+            [expand.bn.eps if expand else 0.0, depthwise.bn.eps, project.bn.eps],
+            module.use_res_connect and not dropped, backend,
+        )  # fmt: skip
+        return module.add_residual(y, x) if dropped else y
+    h = x if expand is None else _run_layer(expand, x, backend)
+    h = _run_depthwise(depthwise, h, backend)
+    h = squeeze_excite(h, *parameters, backend)
+    y = _run_layer(project, h, backend)
     return module.add_residual(y, x)
 
 
@@ -332,11 +336,11 @@ def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tenso
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return module.forward_stock(x)
     try:
         structure = _structure(module)
-    except Refused:
+    except RefusedError:
         return module.forward_stock(x)
     if isinstance(structure, Layer):
         backend = _backend_for(structure, x)

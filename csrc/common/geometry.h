@@ -39,11 +39,13 @@ EFFNET_HD inline int64_t row_chunks(int64_t oh) {
   return chunks > 1 ? chunks + chunks % 2 : 1;
 }
 
-// Groups of images that share one partial weight gradient.
-EFFNET_HD inline int64_t weight_groups(int64_t n) { return min_of(n, 16); }
+// Groups of images that share one partial weight gradient: at most 16, and about 1024 outputs each.
+EFFNET_HD inline int64_t weight_groups(int64_t n, int64_t oh, int64_t ow) {
+  return max_of(1, min_of(min_of(n, 16), n * oh * ow / 1024));
+}
 
 // Chunks of pixels in the reductions over whole planes.
-constexpr int64_t kChunkPixels = 512;
+constexpr int64_t kChunkPixels = 128;
 EFFNET_HD inline int64_t pixel_chunks(int64_t pixels) { return ceil_div(pixels, kChunkPixels); }
 
 }  // namespace EFFNET_NAMESPACE

@@ -24,7 +24,7 @@ constexpr int kVectors = 6;  // scale, shift, mean, rstd, mean(du), mean(du * zh
 struct Layout {
   int64_t chunks, groups, left, z_pitch, x_pitch, z_rows, x_rows, floats_per_vec;
   explicit Layout(const DwconvShape& s)
-      : chunks(row_chunks(s.oh)), groups(weight_groups(s.n)), left(s.k - 1),
+      : chunks(row_chunks(s.oh)), groups(weight_groups(s.n, s.oh, s.ow)), left(s.k - 1),
         z_pitch((left + max_of(s.ow, (s.w - 1 + s.pad_l) / s.stride + 1)) | 1),
         x_pitch(((s.ow - 1) * s.stride + s.k) | 1), z_rows((s.k - 1) / s.stride + 1), x_rows(s.k),
         floats_per_vec((z_rows * z_pitch + x_rows * x_pitch + 3 * s.k * s.k + kVectors) * kLanes) {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from effnet_fast import backends
 from effnet_fast.layers import Conv2dNormActivation, MBConv, MBConvConfig
 from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.ops import scratch
 
 MEMORY_MODES = ("fast", "lean")
 
@@ -95,8 +96,14 @@ class EfficientNet(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and x.is_contiguous():
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.avgpool(self.features(x))
+        x = self.avgpool(self._features(x))
         return self.classifier(torch.flatten(x, 1))
+
+    def _features(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.features(x)
+        with scratch.scope():
+            return self.features(x)
 
 
 def _stages(

@@ -36,7 +36,12 @@ def output_shape(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[i
     """[N,C,Ho,Wo] for x [N,C,H,W]."""
     n, c, h, w = x.shape
     left, right, top, bottom = padding
-    return n, c, (h + top + bottom - kernel) // stride + 1, (w + left + right - kernel) // stride + 1
+    return (
+        n,
+        c,
+        (h + top + bottom - kernel) // stride + 1,
+        (w + left + right - kernel) // stride + 1,
+    )
 
 
 def _shape_tuple(x: Tensor, out: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
@@ -55,7 +60,9 @@ def _bn(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor) -
     return vectors, tuple(address(v) for v in vectors)
 
 
-def _eval_cpu(
+def compute_eval(
+    y: Tensor,
+    pooled: Tensor,
     x: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
@@ -67,9 +74,7 @@ def _eval_cpu(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, pooled = _eval_fake(
-        x, weight, bn_weight, bn_bias, mean, var, stride, padding, eps, backend
-    )
+    """Writes y [N,C,Ho,Wo], NHWC without gaps, and its means pooled [N,C]; returns both."""
     if y.numel() == 0:
         return y, pooled.zero_()
     weight = native_weight(weight, x)
@@ -83,18 +88,12 @@ def _eval_cpu(
     return y, pooled
 
 
-def _eval_fake(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    stride: int,
-    padding: Sides,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _eval_cpu(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return compute_eval(*_eval_fake(x, weight, *rest), x, weight, *rest)
+
+
+def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    stride, padding = rest[4:6]
     y = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
     return y, x.new_empty(x.shape[:2], dtype=torch.float32)
 

@@ -8,6 +8,8 @@ a cached folded weight). Training, and eval with gradients, run the reference co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,10 @@ def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend:
     if gate is None:
         out = _rows(y).view(n * h * w, -1)
         torch.mm(_rows(x).view(n * h * w, in_channels), matrix.t(), out=out)
-    elif weight.shape[0] <= h * w:  # a weight per image is smaller than the image
+    elif n == 1 and weight.shape[0] <= h * w:  # the weight is smaller than the image
+        gated = (weight.reshape(-1, in_channels) * gate.reshape(1, in_channels)).to(x.dtype)
+        torch.mm(_rows(x)[0], gated.t(), out=_rows(y)[0])
+    elif weight.shape[0] <= h * w:
         gated = weight.reshape(1, -1, in_channels) * gate.reshape(n, 1, in_channels)
         torch.bmm(_rows(x), gated.to(x.dtype).transpose(1, 2), out=_rows(y))
     else:
@@ -43,7 +48,8 @@ def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend:
         _product(scaled, weight, None, y, backend)
 
 
-def _eval_cpu(
+def compute(
+    y: Tensor,
     x: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
@@ -56,9 +62,7 @@ def _eval_cpu(
     eps: float,
     backend: str,
 ) -> Tensor:
-    y = _eval_fake(
-        x, weight, bn_weight, bn_bias, mean, var, gate, residual, silu, eps, backend
-    )
+    """Writes y [N,Cout,H,W], NHWC without gaps, and returns it."""
     if y.numel() == 0:
         return y
     _product(nhwc(x), weight, gate, y, backend)
@@ -73,19 +77,11 @@ def _eval_cpu(
     return y
 
 
-def _eval_fake(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    silu: bool,
-    eps: float,
-    backend: str,
-) -> Tensor:
+def _eval_cpu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return compute(_eval_fake(x, weight, *rest), x, weight, *rest)
+
+
+def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return empty_nhwc(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
 
 

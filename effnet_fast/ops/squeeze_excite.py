@@ -85,9 +85,7 @@ def _forward_cpu(
         pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
     )
     if x.numel():
-        native.gate(
-            isa, *sizes, is_bf16, x.data_ptr(), gate.data_ptr(), 0, y.data_ptr(), threads
-        )
+        native.gate(isa, *sizes, is_bf16, x.data_ptr(), gate.data_ptr(), 0, y.data_ptr(), threads)
     return y, pooled, hidden, gate
 
 
@@ -114,9 +112,7 @@ def _backward_cpu(
     gate: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _backward_fake(
-        grad_y, x, reduce_weight, expand_weight, pooled, hidden, gate, backend
-    )
+    grads = _backward_fake(grad_y, x, reduce_weight, expand_weight, pooled, hidden, gate, backend)
     if x.numel() == 0:
         for grad in grads:
             grad.zero_()
@@ -171,8 +167,7 @@ excite_op = register(
     f"excite(Tensor pooled, {_LAYERS}) -> (Tensor hidden, Tensor gate)", _excite_cpu, _excite_fake
 )
 forward_op = register(
-    f"squeeze_excite(Tensor x, {_LAYERS})"
-    " -> (Tensor y, Tensor pooled, Tensor hidden, Tensor gate)",
+    f"squeeze_excite(Tensor x, {_LAYERS}) -> (Tensor y, Tensor pooled, Tensor hidden, Tensor gate)",
     _forward_cpu,
     _forward_fake,
 )
@@ -233,9 +228,7 @@ def apply(
 ) -> Tensor:
     """The op on checked arguments and a resolved backend other than the reference."""
     parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *parameters)
-    ):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         return SqueezeExcite.apply(x, *parameters, backend)
     return forward_op(x, *parameters, backend)[0]
 
