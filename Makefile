@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test qemu
 	PATH="$(CURDIR)/$(VENV)/qemu/usr/bin:$(CURDIR)/$(BIN):$$PATH" \
-	    $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -n 2 -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

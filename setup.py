@@ -94,7 +94,10 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        work = Path(self.build_temp).resolve()
+        # An editable install gets a new temporary folder each time; this one keeps the objects.
+        work = (
+            ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
+        )
         work.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         nvcc = find_nvcc()
@@ -112,6 +115,9 @@ def write_ninja(stream, out, nvcc):
     import pybind11
     from ninja.ninja_syntax import Writer
 
+    python_include = Path(sysconfig.get_path("include"))
+    if not (python_include / "Python.h").is_file():
+        sys.exit(f"effnet-fast: no Python.h in {python_include}: install python3-dev")
     ninja = Writer(stream)
     cxx = find_cxx()
     flags = " ".join([*CXX_FLAGS, f"-I{CSRC}"])
@@ -129,7 +135,7 @@ def write_ninja(stream, out, nvcc):
             compile_cxx(source, f"{source.stem}.{isa}", [*isa_flags, f"-DEFFNET_ISA={isa}"])
     defines = [f"-DEFFNET_HAS_{isa.upper()}=1" for isa in ISAS]
     # The include path of pybind11 changes with every isolated build: it goes to bindings.cpp alone.
-    defines += [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
+    defines += [f"-isystem {pybind11.get_include()}", f"-isystem {python_include}"]
     if nvcc:
         archs, ptx = cuda_archs(nvcc)
         codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]

@@ -1,7 +1,7 @@
 // effnet_fast._C: pointers, sizes and strides in, an exception out. No torch headers.
 //
-// Tensors come as addresses; the caller has checked dtypes, shapes and layouts, and this file guards
-// what would corrupt memory: sizes, strides, and the instruction set against the CPU.
+// Tensors come as addresses; the caller has checked dtypes, shapes and layouts, and this file
+// guards what would corrupt memory: sizes, strides, and the instruction set against the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -69,9 +69,9 @@ const std::vector<Isa>& instruction_sets() {
     std::vector<std::pair<const char*, bool>> wanted = {EFFNET_HAS("avx2"), EFFNET_HAS("fma"),
                                                         EFFNET_HAS("f16c")};
     out.push_back({"avx2", &avx2::kernels, missing_features(wanted)});
-    for (auto feature : std::vector<std::pair<const char*, bool>>{
-             EFFNET_HAS("avx512f"), EFFNET_HAS("avx512bw"), EFFNET_HAS("avx512dq"),
-             EFFNET_HAS("avx512vl")})
+    for (auto feature :
+         std::vector<std::pair<const char*, bool>>{EFFNET_HAS("avx512f"), EFFNET_HAS("avx512bw"),
+                                                   EFFNET_HAS("avx512dq"), EFFNET_HAS("avx512vl")})
       wanted.push_back(feature);
     out.push_back({"avx512", &avx512::kernels, missing_features(wanted)});
     wanted.push_back(EFFNET_HAS("avx512bf16"));
@@ -200,12 +200,20 @@ void dwconv_eval(const std::string& isa, const ShapeTuple& shape, bool is_bf16, 
   const BnVectors vectors(bn, eps, s.c);
   const int64_t chunks = row_chunks(s.oh);
   std::vector<float> partial(s.n * chunks * s.c);
-  DwconvForwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
-                            contiguous_image(y, s.c, s.oh, s.ow), at(weight),
-                            vectors.scale.data(), vectors.shift.data(), partial.data(), false,
-                            workspace, thread_count(threads)};
+  DwconvForwardArgs args = {s,
+                            dtype_of(is_bf16),
+                            dtype_of(weight_bf16),
+                            image(x, x_strides),
+                            contiguous_image(y, s.c, s.oh, s.ow),
+                            at(weight),
+                            vectors.scale.data(),
+                            vectors.shift.data(),
+                            partial.data(),
+                            false,
+                            workspace,
+                            thread_count(threads)};
   launch(kernels.dwconv_forward, args);
-  FoldArgs fold = {partial.data(), s.n, chunks, s.c, 1.0f / static_cast<float>(s.oh * s.ow),
+  FoldArgs fold = {partial.data(),    s.n,    chunks, s.c, 1.0f / static_cast<float>(s.oh * s.ow),
                    at<float>(pooled), threads};
   launch(kernels.fold_sum, fold);
 }
@@ -216,12 +224,21 @@ void dwconv_train(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
   const Kernels& kernels = kernels_for(isa);
   const DwconvShape s = dwconv_shape(shape);
   const int64_t chunks = row_chunks(s.oh);
-  std::vector<float> partial(s.n * chunks * 2 * s.c);
-  DwconvForwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
-                            contiguous_image(z, s.c, s.oh, s.ow), at(weight), nullptr, nullptr,
-                            partial.data(), true, workspace, thread_count(threads)};
+  std::vector<float> partial(s.n * chunks * 3 * s.c);
+  DwconvForwardArgs args = {s,
+                            dtype_of(is_bf16),
+                            dtype_of(weight_bf16),
+                            image(x, x_strides),
+                            contiguous_image(z, s.c, s.oh, s.ow),
+                            at(weight),
+                            nullptr,
+                            nullptr,
+                            partial.data(),
+                            true,
+                            workspace,
+                            thread_count(threads)};
   launch(kernels.dwconv_forward, args);
-  FoldChanArgs fold = {partial.data(), s.n, chunks, s.c, s.oh, s.ow, at<float>(mean),
+  FoldChanArgs fold = {partial.data(), s.n,    chunks, s.c, s.oh, s.ow, at<float>(mean),
                        at<float>(var), threads};
   launch(kernels.fold_chan, fold);
 }
@@ -240,9 +257,10 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
   if (training || sums) {
     const int64_t chunks = pixel_chunks(pixels);
     std::vector<float> partial(chunks * 2 * s.c);
-    BnReduceArgs reduce = {{1, s.c, pixels}, dtype_of(is_bf16), at(z), at(grad_y),
-                           vectors.scale.data(), vectors.shift.data(), at<float>(bn[2]),
-                           vectors.rstd.data(), partial.data(), thread_count(threads)};
+    BnReduceArgs reduce = {{1, s.c, pixels},     dtype_of(is_bf16),    at(z),
+                           at(grad_y),           vectors.scale.data(), vectors.shift.data(),
+                           at<float>(bn[2]),     vectors.rstd.data(),  partial.data(),
+                           thread_count(threads)};
     launch(kernels.bn_backward_reduce, reduce);
     FoldArgs fold = {partial.data(), 1, chunks, 2 * s.c, 1.0f, totals.data(), threads};
     launch(kernels.fold_sum, fold);
@@ -253,14 +271,23 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
   const int64_t parts = weight_groups(s.n, s.oh, s.ow) * row_chunks(s.oh);
   const int64_t taps = s.c * s.k * s.k;
   std::vector<float> partial(grad_weight ? parts * taps : 0);
-  DwconvBackwardArgs args = {s, dtype_of(is_bf16), dtype_of(weight_bf16), image(x, x_strides),
+  DwconvBackwardArgs args = {s,
+                             dtype_of(is_bf16),
+                             dtype_of(weight_bf16),
+                             image(x, x_strides),
                              contiguous_image(z, s.c, s.oh, s.ow),
                              contiguous_image(grad_y, s.c, s.oh, s.ow),
-                             contiguous_image(grad_x, s.c, s.h, s.w), at(weight),
-                             vectors.scale.data(), vectors.shift.data(), at<float>(bn[2]),
-                             vectors.rstd.data(), training ? means.data() : nullptr,
+                             contiguous_image(grad_x, s.c, s.h, s.w),
+                             at(weight),
+                             vectors.scale.data(),
+                             vectors.shift.data(),
+                             at<float>(bn[2]),
+                             vectors.rstd.data(),
+                             training ? means.data() : nullptr,
                              training ? means.data() + s.c : nullptr,
-                             grad_weight ? partial.data() : nullptr, workspace, thread_count(threads)};
+                             grad_weight ? partial.data() : nullptr,
+                             workspace,
+                             thread_count(threads)};
   launch(kernels.dwconv_backward, args);
   if (!grad_weight) return;
   FoldArgs fold = {partial.data(), 1, parts, taps, 1.0f, at<float>(grad_weight), threads};
@@ -272,7 +299,7 @@ void bn_act(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16, boo
             const BnTuple& bn, double eps, Address residual, Address y, int threads) {
   require(pixels >= 0 && c > 0, "bn_act: the sizes must be positive");
   const BnVectors vectors(bn, eps, c);
-  AffineActArgs args = {{1, c, pixels}, dtype_of(is_bf16), at(z), at(residual),
+  AffineActArgs args = {{1, c, pixels},       dtype_of(is_bf16),    at(z), at(residual),
                         vectors.scale.data(), vectors.shift.data(), at(y), silu,
                         thread_count(threads)};
   launch(kernels_for(isa).affine_act, args);
@@ -285,8 +312,8 @@ void squeeze(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_b
   require(n > 0 && c > 0 && hw > 0, "squeeze: every size must be positive");
   const int64_t chunks = pixel_chunks(hw);
   std::vector<float> partial(n * chunks * c);
-  SqueezeArgs args = {{n, c, hw}, dtype_of(is_bf16), at(x), at(grad_y), partial.data(),
-                      thread_count(threads)};
+  SqueezeArgs args = {{n, c, hw}, dtype_of(is_bf16), at(x),
+                      at(grad_y), partial.data(),    thread_count(threads)};
   launch(kernels.squeeze, args);
   FoldArgs fold = {partial.data(), n, chunks, c, factor, at<float>(out), threads};
   launch(kernels.fold_sum, fold);
@@ -296,33 +323,55 @@ void excite(const std::string& isa, int64_t n, int64_t c, int64_t r, bool weight
             Address pooled, Address reduce_weight, Address reduce_bias, Address expand_weight,
             Address expand_bias, Address hidden, Address gate, int threads) {
   require(n >= 0 && c > 0 && r > 0, "excite: the sizes must be positive");
-  ExciteArgs args = {n, c, r, dtype_of(weight_bf16), at<float>(pooled), at(reduce_weight),
-                     at(reduce_bias), at(expand_weight), at(expand_bias), at<float>(hidden),
-                     at<float>(gate), workspace, thread_count(threads)};
+  ExciteArgs args = {n,
+                     c,
+                     r,
+                     dtype_of(weight_bf16),
+                     at<float>(pooled),
+                     at(reduce_weight),
+                     at(reduce_bias),
+                     at(expand_weight),
+                     at(expand_bias),
+                     at<float>(hidden),
+                     at<float>(gate),
+                     workspace,
+                     thread_count(threads)};
   launch(kernels_for(isa).excite, args);
 }
 
 void excite_backward(const std::string& isa, int64_t n, int64_t c, int64_t r, bool weight_bf16,
                      Address pooled, Address hidden, Address gate, Address grad_gate,
                      Address reduce_weight, Address expand_weight, Address grad_reduce_weight,
-                     Address grad_reduce_bias, Address grad_expand_weight,
-                     Address grad_expand_bias, Address grad_pooled, int threads) {
+                     Address grad_reduce_bias, Address grad_expand_weight, Address grad_expand_bias,
+                     Address grad_pooled, int threads) {
   require(n >= 0 && c > 0 && r > 0, "excite_backward: the sizes must be positive");
   std::vector<float> grad_hidden(n * r);
-  ExciteBackwardArgs args = {n, c, r, dtype_of(weight_bf16), at<float>(pooled), at<float>(hidden),
-                             at<float>(gate), at<float>(grad_gate), at(reduce_weight),
-                             at(expand_weight), at<float>(grad_reduce_weight),
-                             at<float>(grad_reduce_bias), at<float>(grad_expand_weight),
-                             at<float>(grad_expand_bias), at<float>(grad_pooled),
-                             grad_hidden.data(), workspace, thread_count(threads)};
+  ExciteBackwardArgs args = {n,
+                             c,
+                             r,
+                             dtype_of(weight_bf16),
+                             at<float>(pooled),
+                             at<float>(hidden),
+                             at<float>(gate),
+                             at<float>(grad_gate),
+                             at(reduce_weight),
+                             at(expand_weight),
+                             at<float>(grad_reduce_weight),
+                             at<float>(grad_reduce_bias),
+                             at<float>(grad_expand_weight),
+                             at<float>(grad_expand_bias),
+                             at<float>(grad_pooled),
+                             grad_hidden.data(),
+                             workspace,
+                             thread_count(threads)};
   launch(kernels_for(isa).excite_backward, args);
 }
 
 void gate(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_bf16, Address x,
           Address gate, Address offset, Address y, int threads) {
   require(n >= 0 && c > 0 && hw >= 0, "gate: the sizes must be positive");
-  GateArgs args = {{n, c, hw}, dtype_of(is_bf16), at(x), at<float>(gate), at<float>(offset),
-                   at(y), thread_count(threads)};
+  GateArgs args = {{n, c, hw}, dtype_of(is_bf16),    at(x), at<float>(gate), at<float>(offset),
+                   at(y),      thread_count(threads)};
   launch(kernels_for(isa).gate, args);
 }
 
@@ -332,29 +381,37 @@ void gate(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_bf16
 PYBIND11_MODULE(_C, m) {
   using namespace effnet;
   m.doc() = "Kernels of effnet_fast; called through effnet_fast.ops.";
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const Isa& isa : instruction_sets()) names.push_back(isa.name);
-    return names;
-  }, "Instruction sets in this build, in ascending order of preference.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa& isa : instruction_sets()) names.push_back(isa.name);
+        return names;
+      },
+      "Instruction sets in this build, in ascending order of preference.");
   m.def("best_isa", [] { return std::string(best_isa().name); });
-  m.def("isa_unavailable_reason", [](const std::string& name) -> py::object {
-    const Isa* isa = find_isa(name);
-    if (!isa) return py::str("instruction set '" + name + "' is not in this build");
-    return isa->missing.empty() ? py::object(py::none()) : py::str(isa->missing);
-  }, "None where this CPU can run the instruction set, else the reason.");
+  m.def(
+      "isa_unavailable_reason",
+      [](const std::string& name) -> py::object {
+        const Isa* isa = find_isa(name);
+        if (!isa) return py::str("instruction set '" + name + "' is not in this build");
+        return isa->missing.empty() ? py::object(py::none()) : py::str(isa->missing);
+      },
+      "None where this CPU can run the instruction set, else the reason.");
   m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 #ifdef EFFNET_CUDA_ARCHS
   m.def("cuda_built", [] { return true; });
   m.def("cuda_archs", [] { return std::string(EFFNET_CUDA_ARCHS); });
-  m.def("cuda_probe", &cuda_probe, py::arg("device") = 0,
-        py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_probe", &cuda_probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());
 #else
   m.def("cuda_built", [] { return false; });
   m.def("cuda_archs", [] { return std::string(); });
-  m.def("cuda_probe", [](int) {
-    return std::string("this build has no CUDA part: nvcc was not found or EFFNET_FAST_CUDA=0");
-  }, py::arg("device") = 0);
+  m.def(
+      "cuda_probe",
+      [](int) {
+        return std::string("this build has no CUDA part: nvcc was not found or EFFNET_FAST_CUDA=0");
+      },
+      py::arg("device") = 0);
 #endif
   m.def("dwconv_eval", &dwconv_eval);
   m.def("dwconv_train", &dwconv_train);

@@ -32,7 +32,6 @@ class DwconvCase:
     k: int
     stride: int = 1
     padding: int | tuple[int, int, int, int] | None = None
-    slow: bool = False
 
     @property
     def values_per_channel(self) -> int:
@@ -54,7 +53,6 @@ class SqueezeExciteCase:
     h: int
     w: int
     r: int
-    slow: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,13 @@ class PointwiseCase:
     act: str | None = "silu"
     gate: bool = False
     residual: bool = False
-    slow: bool = False
 
 
 _DWCONV = (
     DwconvCase("c_eq_vector", 2, 16, 8, 8, 3),
     DwconvCase("c_lt_vector", 3, 3, 9, 9, 3),
     DwconvCase("c_odd", 2, 37, 10, 10, 5),
-    DwconvCase("c_one", 3, 1, 12, 11, 3),
+    DwconvCase("c_one", 3, 1, 7, 6, 3),
     DwconvCase("c_gt_block", 2, 145, 6, 5, 3),
     DwconvCase("c_gt_block_stride_2", 2, 264, 7, 7, 5, 2),
     DwconvCase("7x9", 2, 24, 7, 9, 3),
@@ -134,11 +131,66 @@ _POINTWISE = (
     PointwiseCase("no_act", 2, 24, 40, 7, 7, act=None),
     PointwiseCase("gate", 2, 24, 40, 7, 7, gate=True),
     PointwiseCase("gate_out_gt_pixels", 3, 24, 40, 3, 5, gate=True),
-    PointwiseCase("residual", 2, 40, 24, 7, 7, residual=True),
+    PointwiseCase("residual", 2, 32, 24, 7, 7, residual=True),
     PointwiseCase("residual_no_act", 2, 40, 24, 7, 7, act=None, residual=True),
     PointwiseCase("gate_residual_no_act", 2, 40, 24, 7, 7, act=None, gate=True, residual=True),
     PointwiseCase("one_pixel", 16, 40, 24, 1, 1, gate=True, residual=True),
     PointwiseCase("batch_0", 0, 40, 24, 7, 7, gate=True, residual=True),
+)
+
+
+@dataclass(frozen=True)
+class StemCase:
+    """x [n,c,h,w] to [n,out,Ho,Wo], kernel kxk; padding over h and over w, as Conv2d has it."""
+
+    name: str
+    n: int
+    c: int
+    out: int
+    h: int
+    w: int
+    k: int = 3
+    stride: int = 2
+    padding: tuple[int, int] = (1, 1)
+
+
+_STEM = (
+    StemCase("c_eq_vector", 2, 3, 16, 10, 10),
+    StemCase("out_odd", 2, 4, 21, 9, 7),
+    StemCase("c_one", 3, 1, 8, 9, 7),
+    StemCase("k5_stride_1", 2, 3, 8, 9, 7, 5, 1, (2, 2)),
+    StemCase("oblong_padding", 2, 3, 8, 9, 7, 3, 2, (0, 2)),
+    StemCase("one_pixel", 16, 3, 8, 1, 1),
+    StemCase("batch_0", 0, 3, 8, 9, 7),
+    StemCase("b0", 1, 3, 32, 224, 224),
+)
+
+
+@dataclass(frozen=True)
+class MBConvCase:
+    """x [n,c,h,w] to [n,out,Ho,Wo] with `expanded` channels between and r in squeeze-and-excite."""
+
+    name: str
+    n: int
+    c: int
+    expanded: int
+    out: int
+    h: int
+    w: int
+    k: int
+    stride: int
+    r: int
+    residual: bool
+
+
+_MBCONV = (
+    MBConvCase("c_eq_vector", 2, 16, 64, 16, 7, 7, 3, 1, 4, True),
+    MBConvCase("c_odd_stride_2", 3, 11, 37, 21, 9, 8, 5, 2, 3, False),
+    MBConvCase("no_expansion", 2, 24, 24, 12, 7, 9, 3, 1, 6, False),
+    MBConvCase("no_expansion_residual", 2, 24, 24, 24, 7, 9, 3, 1, 6, True),
+    MBConvCase("one_pixel", 16, 8, 48, 8, 1, 1, 3, 1, 2, True),
+    MBConvCase("k7", 2, 8, 48, 12, 10, 9, 7, 1, 2, False),
+    MBConvCase("batch_0", 0, 16, 64, 16, 7, 7, 3, 1, 4, True),
 )
 
 
@@ -175,49 +227,59 @@ def _blocks(variant: str) -> Iterator[_Block]:
         size = out_size
 
 
-def _dwconv_of(variant: str, slow: bool) -> Iterator[DwconvCase]:
+def _dwconv_of(variant: str) -> Iterator[DwconvCase]:
     for b in _blocks(variant):
         c, name = b.channels[1], f"{variant}_c{b.channels[1]}_{b.size}_k{b.kernel}_s{b.stride}"
-        yield DwconvCase(name, _batch(b.out_size), c, b.size, b.size, b.kernel, b.stride, slow=slow)
+        yield DwconvCase(name, _batch(b.out_size), c, b.size, b.size, b.kernel, b.stride)
 
 
-def _squeeze_excite_of(variant: str, slow: bool) -> Iterator[SqueezeExciteCase]:
+def _squeeze_excite_of(variant: str) -> Iterator[SqueezeExciteCase]:
     for b in _blocks(variant):
         c, size = b.channels[1], b.out_size
         name = f"{variant}_c{c}_{size}_r{b.squeezed}"
-        yield SqueezeExciteCase(name, _batch(size), c, size, size, b.squeezed, slow=slow)
+        yield SqueezeExciteCase(name, _batch(size), c, size, size, b.squeezed)
 
 
-def _pointwise_of(variant: str, slow: bool) -> Iterator[PointwiseCase]:
+def _pointwise_of(variant: str) -> Iterator[PointwiseCase]:
     for b in _blocks(variant):
         c, expanded, out = b.channels
         if expanded != c:
             yield PointwiseCase(
                 f"{variant}_expand_c{c}_{expanded}_{b.size}",
                 *(_batch(b.size), c, expanded, b.size, b.size),
-                slow=slow,
             )
         yield PointwiseCase(
             f"{variant}_project_c{expanded}_{out}_{b.out_size}{'_residual' * b.residual}",
             *(_batch(b.out_size), expanded, out, b.out_size, b.out_size),
-            act=None, gate=True, residual=b.residual, slow=slow,
+            act=None, gate=True, residual=b.residual,
         )  # fmt: skip
 
 
-def _params(*groups: Iterable[Any]) -> list[Any]:
-    """The distinct cases of all groups as pytest's parameters, the slow ones marked."""
+def _mbconv_of(variant: str) -> Iterator[MBConvCase]:
+    for b in _blocks(variant):
+        c, expanded, out = b.channels
+        name = f"{variant}_c{c}_{out}_{b.size}_k{b.kernel}_s{b.stride}"
+        sizes = (_batch(b.size), c, expanded, out, b.size, b.size, b.kernel, b.stride, b.squeezed)
+        yield MBConvCase(name, *sizes, b.residual)
+
+
+def _params(*groups: Iterable[Any], slow: bool = False) -> list[Any]:
+    """The distinct cases of all groups as pytest's parameters."""
     cases = dict.fromkeys(case for group in groups for case in group)
-    return [
-        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
-        for case in cases
-    ]
+    marks = [pytest.mark.slow] if slow else []
+    return [pytest.param(case, id=case.name, marks=marks) for case in cases]
 
 
-DWCONV_CASES = _params(_DWCONV, _dwconv_of("b0", False), _dwconv_of("b7", True))
-SQUEEZE_EXCITE_CASES = _params(
-    _SQUEEZE_EXCITE, _squeeze_excite_of("b0", False), _squeeze_excite_of("b7", True)
-)
-POINTWISE_CASES = _params(_POINTWISE, _pointwise_of("b0", False), _pointwise_of("b7", True))
+DWCONV_CASES = _params(_DWCONV, _dwconv_of("b0"))
+SQUEEZE_EXCITE_CASES = _params(_SQUEEZE_EXCITE, _squeeze_excite_of("b0"))
+POINTWISE_CASES = _params(_POINTWISE, _pointwise_of("b0"))
+STEM_CASES = _params(_STEM)
+MBCONV_CASES = _params(_MBCONV, _mbconv_of("b0"))
+# A float64 reference of one of these takes about a second: compare them in a few modes only.
+LARGE_DWCONV_CASES = _params(_dwconv_of("b7"), slow=True)
+LARGE_SQUEEZE_EXCITE_CASES = _params(_squeeze_excite_of("b7"), slow=True)
+LARGE_POINTWISE_CASES = _params(_pointwise_of("b7"), slow=True)
+LARGE_STEM_CASES = _params([StemCase("b7", 1, 3, 64, 600, 600)], slow=True)
 
 
 def find(params: Iterable[Any], name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Runs an op, its reference in the tested dtype (stock) and in float64 (exact), and compares them."""
+"""Runs an op, its reference in the tested dtype (stock) and in float64 (exact); compares them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import DwconvCase, PointwiseCase, SqueezeExciteCase
+from cases import (
+    DWCONV_CASES,
+    POINTWISE_CASES,
+    SQUEEZE_EXCITE_CASES,
+    DwconvCase,
+    PointwiseCase,
+    SqueezeExciteCase,
+    find,
+)
 from effnet_fast import ops, reference
 from effnet_fast.backends import can_run
 from tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_no_worse_than
@@ -121,7 +129,12 @@ def run(
 def random_like(y: Tensor) -> Tensor:
     """A fixed normal tensor of y's shape and dtype (rounded to bf16 first), channels_last."""
     values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    return values.bfloat16().to(y.dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(values.bfloat16().to(y.dtype))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A copy of x with the strides of channels_last, also where sizes of 1 leave a choice."""
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
 def dense_strides(tensor: Tensor) -> list[tuple[int, int]]:
@@ -179,20 +192,22 @@ def _bn(channels: int, dtype: torch.dtype, generator: torch.Generator) -> dict[s
 
 
 def _image(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    x = torch.randn(shape, generator=generator).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last)
+    return channels_last(torch.randn(shape, generator=generator).to(dtype))
 
 
 def dwconv_call(case: DwconvCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
-    """dwconv_bn_silu on random values; z has a variance of about 1."""
+    """dwconv_bn_silu on random values; z has a variance of about 1.
+
+    No weight is near 0: in training a channel of few small ones would have all of the error.
+    """
     generator = torch.Generator().manual_seed(0)
     x = _image((case.n, case.c, case.h, case.w), dtypes.x, generator)
-    weight = torch.randn(case.c, 1, case.k, case.k, generator=generator) / case.k
+    sizes = (case.c, 1, case.k, case.k)
+    weight = torch.randn(sizes, generator=generator).sign() / case.k
+    weight *= 0.5 + torch.rand(sizes, generator=generator)
     bn = _bn(case.c, dtypes.parameters, generator)
     options = {"stride": case.stride, "padding": case.padding, "training": training}
-    return Call(
-        "dwconv_bn_silu", {"x": x, "weight": weight.to(dtypes.parameters), **bn}, options
-    )
+    return Call("dwconv_bn_silu", {"x": x, "weight": weight.to(dtypes.parameters), **bn}, options)
 
 
 def squeeze_excite_call(case: SqueezeExciteCase, dtypes: Dtypes = FP32) -> Call:
@@ -221,3 +236,21 @@ def pointwise_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = 
     tensors |= {"gate": gate if case.gate else None}
     tensors |= {"residual": residual if case.residual else None}
     return Call("pointwise_bn_act", tensors, {"act": case.act, "training": training})
+
+
+SAMPLES = ("dwconv_eval", "dwconv_train", "squeeze_excite", "pointwise_eval")
+
+
+def sample(name: str, dtypes: Dtypes = FP32) -> Call:
+    """A small call of each op and mode that has a kernel, for what does not depend on shapes."""
+    if name == "squeeze_excite":
+        return squeeze_excite_call(find(SQUEEZE_EXCITE_CASES, "c_odd"), dtypes)
+    if name == "pointwise_eval":
+        return pointwise_call(find(POINTWISE_CASES, "gate_residual_no_act"), dtypes)
+    case = find(DWCONV_CASES, "c_odd")
+    return dwconv_call(case, dtypes, training=name == "dwconv_train")
+
+
+def with_gradients(call: Call) -> tuple[str, ...] | None:
+    """What `run` is to differentiate where a kernel is wanted; () for an inference op."""
+    return () if call.op == "pointwise_bn_act" else None

@@ -14,25 +14,32 @@ OUTPUT_FACTOR = 2.0  # outputs and running statistics
 GRADIENT_FACTOR = 3.0  # gradients: longer sums, and more of them
 EPS_FLOOR = 2.0
 
+# tests/csrc/driver.cpp compares with its own loops in double: errors in fp32 as a share of the
+# tensor's largest value, and bf16's rounding as a share of the element (half an eps, 2^-8).
+DRIVER_FP32 = 3e-6
+DRIVER_BF16 = 4e-3
+
 
 def rms_and_max(tensor: Tensor) -> tuple[float, float]:
     """Root mean square and largest absolute value in float64; zeros for an empty tensor."""
     if tensor.numel() == 0:
         return 0.0, 0.0
-    tensor = tensor.double().abs()
-    largest = tensor.max().item()
-    # Divided first: squares of large values would overflow.
-    rms = (tensor / largest).square().mean().sqrt().item() * largest if largest else 0.0
-    return rms, largest
+    tensor = tensor.double()
+    rms = torch.linalg.vector_norm(tensor) / tensor.numel() ** 0.5
+    return rms.item(), torch.linalg.vector_norm(tensor, float("inf")).item()
 
 
-def _assert_same_places(name: str, actual: Tensor, stock: Tensor) -> None:
-    differ = actual != stock
-    if differ.any():
-        first = tuple(differ.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{name} at {int(actual.sum())} places where stock has {int(stock.sum())}; "
-            f"{int(differ.sum())} differ, the first at {first}"
+def _assert_same_places(actual: Tensor, stock: Tensor) -> None:
+    """Asserts that NaN and both infinities stand in the same places."""
+    for name, where in (
+        ("NaN", (actual.isnan(), stock.isnan())),
+        ("+inf", (actual.isposinf(), stock.isposinf())),
+        ("-inf", (actual.isneginf(), stock.isneginf())),
+    ):
+        differ = where[0] != where[1]
+        assert not differ.any(), (
+            f"{name} at {int(where[0].sum())} places where stock has {int(where[1].sum())}; "
+            f"{int(differ.sum())} differ, the first at {tuple(differ.nonzero()[0].tolist())}"
         )
 
 
@@ -57,17 +64,15 @@ def assert_no_worse_than(
             is missing where it has one, or an error is too large; the text gives the ratios.
     """
     assert actual.shape == stock.shape == exact.shape, (
-        f"shapes: actual {list(actual.shape)}, stock {list(stock.shape)}, "
-        f"exact {list(exact.shape)}"
+        f"shapes: actual {list(actual.shape)}, stock {list(stock.shape)}, exact {list(exact.shape)}"
     )
     assert actual.dtype == stock.dtype, f"actual is {actual.dtype}, stock {stock.dtype}"
-    _assert_same_places("NaN", actual.isnan(), stock.isnan())
-    for name, value in (("+inf", float("inf")), ("-inf", float("-inf"))):
-        _assert_same_places(name, actual == value, stock == value)
-
     eps = EPS_FLOOR * torch.finfo(dtype or actual.dtype).eps
-    finite = actual.isfinite() & exact.isfinite()
-    actual, stock, exact = (tensor[finite].double() for tensor in (actual, stock, exact))
+    finite = actual.isfinite() & stock.isfinite() & exact.isfinite()
+    if not finite.all():
+        _assert_same_places(actual, stock)
+        actual, stock, exact = actual[finite], stock[finite], exact[finite]
+    actual, stock = actual.double(), stock.double()
     errors, allowances = rms_and_max(actual - exact), rms_and_max(stock - exact)
     measures = zip(("rms", "max"), errors, allowances, rms_and_max(exact), strict=True)
     failures = [

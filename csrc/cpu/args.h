@@ -32,11 +32,12 @@ struct DwconvShape {
 struct DwconvForwardArgs {
   DwconvShape shape;
   DType dtype, weight_dtype;
-  Image x, y;            // y: silu(z * scale + shift) in eval, z in training
-  const void* weight;    // [C,1,K,K] contiguous
-  const float* scale;    // [C], eval only
-  const float* shift;    // [C], eval only
-  float* partial;        // eval: sums of y [N,chunks,C]; training: (mean, M2) [N,chunks,2,C]
+  Image x, y;          // y: silu(z * scale + shift) in eval, z in training
+  const void* weight;  // [C,1,K,K] contiguous
+  const float* scale;  // [C], eval only
+  const float* shift;  // [C], eval only
+  float* partial;      // eval: sums of y [N,chunks,C]; training: (mean, M2, pivot)
+                       // [N,chunks,3,C], the former two of z - pivot
   bool training;
   Workspace workspace;
   int threads;
@@ -47,13 +48,13 @@ struct DwconvBackwardArgs {
   DType dtype, weight_dtype;
   Image x, z, grad_y, grad_x;  // grad_x.data may be null: not wanted
   const void* weight;
-  const float* scale;     // [C] gamma * rstd
-  const float* shift;     // [C] beta - mean * scale
-  const float* mean;      // [C]
-  const float* rstd;      // [C]
-  const float* du_mean;   // [C] dbeta / M, null in eval
-  const float* duzh_mean; // [C] dgamma / M, null in eval
-  float* grad_weight;     // partials [N*chunks,C,K*K], null: not wanted
+  const float* scale;      // [C] gamma * rstd
+  const float* shift;      // [C] beta - mean * scale
+  const float* mean;       // [C]
+  const float* rstd;       // [C]
+  const float* du_mean;    // [C] dbeta / M, null in eval
+  const float* duzh_mean;  // [C] dgamma / M, null in eval
+  float* grad_weight;      // partials [N*chunks,C,K*K], null: not wanted
   Workspace workspace;
   int threads;
 };
@@ -95,10 +96,10 @@ struct SqueezeArgs {
 struct ExciteArgs {
   int64_t n, c, r;
   DType weight_dtype;
-  const float* pooled;  // [N,C] means
+  const float* pooled;                                                    // [N,C] means
   const void *reduce_weight, *reduce_bias, *expand_weight, *expand_bias;  // [R,C] [R] [C,R] [C]
-  float* hidden;  // [N,R] before SiLU
-  float* gate;    // [N,C]
+  float* hidden;                                                          // [N,R] before SiLU
+  float* gate;                                                            // [N,C]
   Workspace workspace;
   int threads;
 };
@@ -133,11 +134,11 @@ struct FoldArgs {  // out[o,c] = factor * sum over p of partial[o,p,c], p in ord
   int threads;
 };
 
-struct FoldChanArgs {  // (mean, M2) of each part, merged in order into mean and biased variance
-  const float* partial;  // [N,chunks,2,C]
+struct FoldChanArgs {    // (mean, M2) of the parts, merged in order into mean and biased variance
+  const float* partial;  // [N,chunks,3,C]: mean and M2 of z - pivot, and the pivot
   int64_t n, chunks, c;
-  int64_t oh, ow;  // a chunk covers its part of the oh rows
-  float *mean, *var;                  // [C]
+  int64_t oh, ow;     // a chunk covers its part of the oh rows
+  float *mean, *var;  // [C]
   int threads;
 };
 

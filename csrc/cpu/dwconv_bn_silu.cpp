@@ -1,9 +1,11 @@
 // Depthwise convolution with BatchNorm and SiLU, forward.
 //
 // Computes: eval      y = silu(conv(x, weight) * scale + shift), and the sums of y over each chunk
-//           training  z = conv(x, weight), and (mean, M2) of z, as stored, over each chunk
+//           training  z = conv(x, weight), and (mean, M2) of z - pivot, as stored, over
+//           each chunk, with the pivot
 // Layout:   channels-last, any strides over N, H, W
-// Tiling:   a task owns one image's chunk of about 16 output rows and a block of channels, and walks
+// Tiling:   a task owns one image's chunk of about 16 output rows and a block of channels, and
+// walks
 //           it in strips of columns. The input rows of 4 output rows are staged pixel by pixel, as
 //           they lie in memory, into the L2 cache; then each channel vector's plane, which fits the
 //           L1 cache, yields its 4 rows in register tiles of up to 8 outputs
@@ -40,7 +42,7 @@ struct Task {
   const Ring& shape;
   ChannelBlock block;
   int64_t n;
-  float *ring, *weight, *scale, *shift, *sums;  // sums: [v][2][kLanes], (pool, -) or (mean, M2)
+  float *ring, *weight, *scale, *shift, *sums;  // sums: [v][3][kLanes], pool or (mean, M2, pivot)
 
   int64_t row_floats() const { return block.vecs * shape.pitch * kLanes; }
 };
@@ -53,20 +55,23 @@ struct Row {
   int64_t next, next_rows;         // input rows to fetch ahead, while this row computes
 };
 
-// Merges the tile's outputs into (mean, M2) of the `count` outputs before it.
+// Merges the tile's outputs into (mean, M2) of the `count` outputs before it. Both are taken of
+// z - pivot, the pivot being the first output: a mean far from zero then costs no digits.
 template <int TILE>
 EFFNET_INLINE void merge_statistics(const Vec* z, int64_t count, float* sums) {
-  Vec total = z[0];
-#pragma GCC unroll 8
-  for (int t = 1; t < TILE; t++) total += z[t];
-  Vec mean = total * (1.0f / TILE), m2 = {};
+  if (count == 0) store(sums + 2 * kLanes, z[0] - z[0] == 0.0f ? z[0] : Vec{});
+  const Vec pivot = load(sums + 2 * kLanes);
+  Vec d[TILE], total = {}, m2 = {};
 #pragma GCC unroll 8
   for (int t = 0; t < TILE; t++) {
-    Vec d = z[t] - mean;
-    m2 += d * d;
+    d[t] = z[t] - pivot;
+    total += d[t];
   }
-  Vec old_mean = load(sums), delta = mean - old_mean;
-  float share = static_cast<float>(TILE) / static_cast<float>(count + TILE);
+  const Vec mean = total * (1.0f / TILE);
+#pragma GCC unroll 8
+  for (int t = 0; t < TILE; t++) m2 += (d[t] - mean) * (d[t] - mean);
+  const Vec old_mean = load(sums), delta = mean - old_mean;
+  const float share = static_cast<float>(TILE) / static_cast<float>(count + TILE);
   store(sums, old_mean + delta * share);
   store(sums + kLanes,
         load(sums + kLanes) + m2 + delta * delta * (share * static_cast<float>(count)));
@@ -83,11 +88,11 @@ EFFNET_INLINE void run_tiles(const Task& task, const Row& row, int64_t ow, int64
   const int64_t x_step = args.x.w_stride, x_row = args.x.h_stride, y_step = args.y.w_stride;
   const int64_t c = task.block.c0 + v * kLanes, lanes = task.block.lanes(v);
   const float* weight = task.weight + v * k * k * kLanes;
-  const float* in = task.ring + row.slot * row_floats +
-                    (v * task.shape.pitch + begin * STEP) * kLanes;
+  const float* in =
+      task.ring + row.slot * row_floats + (v * task.shape.pitch + begin * STEP) * kLanes;
   const T* ahead = pixel<T>(args.x, task.n, row.next, (ow + begin) * STEP) + c;
   T* y = pixel<T>(args.y, task.n, row.oh, ow + begin) + c;
-  float* sums = task.sums + v * 2 * kLanes;
+  float* sums = task.sums + v * 3 * kLanes;
   int64_t count = row.count + begin;
   for (int64_t tile = 0; tile < tiles; tile++) {
     for (int64_t r = 0; r < row.next_rows; r++)
@@ -147,8 +152,13 @@ void run_strip(const Task& task, Range rows, Range strip, int64_t count) {
     for (int64_t i = 0; i < size; i++) {
       const int64_t above = top + i * STEP, next = staged + i * STEP;
       Row& row = group[i];
-      row = {oh + i, max_of(0, -above), min_of(s.k, s.h - above), 0,
-             count + (oh + i - rows.begin) * strip.size(), next, 0};
+      row = {oh + i,
+             max_of(0, -above),
+             min_of(s.k, s.h - above),
+             0,
+             count + (oh + i - rows.begin) * strip.size(),
+             next,
+             0};
       row.slot = (above + row.kh_begin) % task.shape.rows;
       if (task.shape.fetch_ahead && oh + kGroupRows < rows.end)
         row.next_rows = max_of(0, min_of(STEP, s.h - next));
@@ -167,13 +177,12 @@ void run_strip(const Task& task, Range rows, Range strip, int64_t count) {
 
 void write_partials(const Task& task, int64_t chunk) {
   const DwconvForwardArgs& args = task.args;
-  const int64_t planes = args.training ? 2 : 1;
-  float* out = args.partial +
-               (task.n * row_chunks(args.shape.oh) + chunk) * planes * args.shape.c;
+  const int64_t planes = args.training ? 3 : 1;
+  float* out = args.partial + (task.n * row_chunks(args.shape.oh) + chunk) * planes * args.shape.c;
   for (int64_t plane = 0; plane < planes; plane++)
     for (int64_t v = 0; v < task.block.vecs; v++)
       store_n(out + plane * args.shape.c + task.block.c0 + v * kLanes,
-              load(task.sums + (v * 2 + plane) * kLanes), task.block.lanes(v));
+              load(task.sums + (v * 3 + plane) * kLanes), task.block.lanes(v));
 }
 
 template <typename T, int K, int STEP, bool TRAINING>
@@ -183,7 +192,7 @@ bool forward(const DwconvForwardArgs& args) {
   const int64_t chunks = row_chunks(s.oh), kk = s.k * s.k;
   const int64_t plane = shape.rows * shape.pitch * kLanes;
   const Blocks blocks(s.c, s.n * chunks, args.threads, kRingBytes / (plane * 4));
-  const int64_t floats = blocks.vecs * (plane + (kk + 4) * kLanes);
+  const int64_t floats = blocks.vecs * (plane + (kk + 5) * kLanes);
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)
@@ -194,7 +203,7 @@ bool forward(const DwconvForwardArgs& args) {
     float* scale = weight + kk * block.vecs * kLanes;
     float* shift = scale + block.vecs * kLanes;
     float* sums = shift + block.vecs * kLanes;
-    float* ring = sums + 2 * block.vecs * kLanes;
+    float* ring = sums + 3 * block.vecs * kLanes;
     const Task task = {args, shape, block, n, ring, weight, scale, shift, sums};
     std::memset(weight, 0, sizeof(float) * static_cast<size_t>(ring - weight));
     pack_weight(weight, args.weight, args.weight_dtype, kk, block);
@@ -221,10 +230,10 @@ template <typename T>
 bool by_shape(const DwconvForwardArgs& args) {
   const int64_t k = args.shape.k;
   if (args.shape.stride == 1)
-    return k == 3 ? by_mode<T, 3, 1>(args) : k == 5 ? by_mode<T, 5, 1>(args)
-                                                    : by_mode<T, 0, 1>(args);
-  return k == 3 ? by_mode<T, 3, 2>(args) : k == 5 ? by_mode<T, 5, 2>(args)
-                                                  : by_mode<T, 0, 2>(args);
+    return k == 3   ? by_mode<T, 3, 1>(args)
+           : k == 5 ? by_mode<T, 5, 1>(args)
+                    : by_mode<T, 0, 1>(args);
+  return k == 3 ? by_mode<T, 3, 2>(args) : k == 5 ? by_mode<T, 5, 2>(args) : by_mode<T, 0, 2>(args);
 }
 
 }  // namespace

@@ -1,10 +1,12 @@
 // Depthwise convolution with BatchNorm and SiLU, backward: data and weight gradients in one pass.
 //
-// Computes: dz = scale * (du - mean(du) - zh * mean(du * zh)), du = grad_y * silu'(z * scale + shift)
+// Computes: dz = scale * (du - mean(du) - zh * mean(du * zh)), du = grad_y * silu'(z * scale +
+// shift)
 //           grad_x = conv_transpose(dz, weight), grad_weight = correlate(x, dz)
 //           (eval: the two means are absent)
 // Layout:   channels-last, any strides over N, H, W
-// Tiling:   a task owns a group of images' chunks of 16 rows and a block of channels. Rows of dz and
+// Tiling:   a task owns a group of images' chunks of 16 rows and a block of channels. Rows of dz
+// and
 //           of x ring through scratch; dz is formed once per element, as it is staged
 // Bytes:    z, grad_y and x once, grad_x once
 // FLOPs:    4 * K * K per output, and about 30 for dz
@@ -18,15 +20,19 @@ namespace EFFNET_ISA {
 namespace {
 
 constexpr int kGradTile = kLanes == 16 ? 8 : 4;  // dz vectors held at once, within the registers
-constexpr int64_t kScratchBytes = 384 << 10;  // rows of dz and x: a part of the L2 cache
+constexpr int64_t kScratchBytes = 384 << 10;     // rows of dz and x: a part of the L2 cache
 constexpr int kVectors = 6;  // scale, shift, mean, rstd, mean(du), mean(du * zh)
 
 struct Layout {
   int64_t chunks, groups, left, z_pitch, x_pitch, z_rows, x_rows, floats_per_vec;
   explicit Layout(const DwconvShape& s)
-      : chunks(row_chunks(s.oh)), groups(weight_groups(s.n, s.oh, s.ow)), left(s.k - 1),
+      : chunks(row_chunks(s.oh)),
+        groups(weight_groups(s.n, s.oh, s.ow)),
+        left(s.k - 1),
         z_pitch((left + max_of(s.ow, (s.w - 1 + s.pad_l) / s.stride + 1)) | 1),
-        x_pitch(((s.ow - 1) * s.stride + s.k) | 1), z_rows((s.k - 1) / s.stride + 1), x_rows(s.k),
+        x_pitch(((s.ow - 1) * s.stride + s.k) | 1),
+        z_rows((s.k - 1) / s.stride + 1),
+        x_rows(s.k),
         floats_per_vec((z_rows * z_pitch + x_rows * x_pitch + 3 * s.k * s.k + kVectors) * kLanes) {}
 };
 
@@ -146,10 +152,10 @@ void add_grad_weight(const Task& task, int64_t oh) {
 
 // Columns of one row and parity of grad_x: out[t] = sum over kh of correlate(dz row, taps).
 struct DataRow {
-  int64_t kh_begin, kh_step, kh_end;  // kernel rows whose output row exists
-  int64_t first_tap, taps;            // where the parity's taps start in a flipped kernel row
-  int64_t shift;                      // dz column of output 0's first tap
-  int64_t column, column_step, width; // grad_x columns
+  int64_t kh_begin, kh_step, kh_end;   // kernel rows whose output row exists
+  int64_t first_tap, taps;             // where the parity's taps start in a flipped kernel row
+  int64_t shift;                       // dz column of output 0's first tap
+  int64_t column, column_step, width;  // grad_x columns
 };
 
 template <typename T, int TAPS, int TILE>
@@ -199,11 +205,20 @@ void write_grad_x(const Task& task, int64_t ih) {
     row.width = s.w > row.column ? ceil_div(s.w - row.column, s.stride) : 0;
     row.shift = task.layout.left + (row.column + s.pad_l - q) / s.stride - (row.taps - 1);
     for (int64_t v = 0; v < task.block.vecs && row.width > 0; v++) switch (row.taps) {
-        case 1: data_columns<T, 1>(task, row, ih, v); break;
-        case 2: data_columns<T, 2>(task, row, ih, v); break;
-        case 3: data_columns<T, 3>(task, row, ih, v); break;
-        case 5: data_columns<T, 5>(task, row, ih, v); break;
-        default: data_columns<T, 0>(task, row, ih, v);
+        case 1:
+          data_columns<T, 1>(task, row, ih, v);
+          break;
+        case 2:
+          data_columns<T, 2>(task, row, ih, v);
+          break;
+        case 3:
+          data_columns<T, 3>(task, row, ih, v);
+          break;
+        case 5:
+          data_columns<T, 5>(task, row, ih, v);
+          break;
+        default:
+          data_columns<T, 0>(task, row, ih, v);
       }
     row.first_tap += row.taps;
   }
@@ -219,7 +234,8 @@ void run_chunk(const Task& task) {
   const int64_t ih_end = own.end == s.oh ? s.h : min_of(s.h, own.end * s.stride);
   Range rows = own;
   if (data && ih < ih_end) {
-    rows.begin = min_of(rows.begin, max_of(0, ceil_div(max_of(0, ih + s.pad_t - s.k + 1), s.stride)));
+    rows.begin =
+        min_of(rows.begin, max_of(0, ceil_div(max_of(0, ih + s.pad_t - s.k + 1), s.stride)));
     rows.end = max_of(rows.end, min_of(s.oh, (ih_end - 1 + s.pad_t) / s.stride + 1));
   }
   int64_t staged = max_of(0, own.begin * s.stride - s.pad_t);
@@ -240,8 +256,8 @@ void write_grad_weight(const Task& task, int64_t part) {
   const int64_t kk = task.args.shape.k * task.args.shape.k;
   for (int64_t v = 0; v < task.block.vecs; v++)
     for (int64_t l = 0; l < task.block.lanes(v); l++) {
-      float* out = task.args.grad_weight +
-                   (part * task.args.shape.c + task.block.c0 + v * kLanes + l) * kk;
+      float* out =
+          task.args.grad_weight + (part * task.args.shape.c + task.block.c0 + v * kLanes + l) * kk;
       for (int64_t i = 0; i < kk; i++) out[i] = task.grad_weight[(v * kk + i) * kLanes + l];
     }
 }
@@ -261,8 +277,8 @@ bool backward(const DwconvBackwardArgs& args) {
     const ChannelBlock block = blocks[index % blocks.count];
     float* at = scratch + thread_index() * floats;
     std::memset(at, 0, sizeof(float) * floats);
-    Task task = {args, layout, block, 0, part % layout.chunks, at, nullptr, nullptr, nullptr,
-                 nullptr, nullptr};
+    Task task = {args,    layout,  block,   0,      part % layout.chunks, at, nullptr,
+                 nullptr, nullptr, nullptr, nullptr};
     task.x_ring = task.z_ring + layout.z_rows * block.vecs * layout.z_pitch * kLanes;
     task.weight = task.x_ring + layout.x_rows * block.vecs * layout.x_pitch * kLanes;
     task.flipped = task.weight + kk * block.vecs * kLanes;
@@ -285,10 +301,12 @@ template <typename T>
 bool by_shape(const DwconvBackwardArgs& args) {
   const int64_t k = args.shape.k;
   if (args.shape.stride == 1)
-    return k == 3 ? backward<T, 3, 1>(args) : k == 5 ? backward<T, 5, 1>(args)
-                                                     : backward<T, 0, 1>(args);
-  return k == 3 ? backward<T, 3, 2>(args) : k == 5 ? backward<T, 5, 2>(args)
-                                                   : backward<T, 0, 2>(args);
+    return k == 3   ? backward<T, 3, 1>(args)
+           : k == 5 ? backward<T, 5, 1>(args)
+                    : backward<T, 0, 1>(args);
+  return k == 3   ? backward<T, 3, 2>(args)
+         : k == 5 ? backward<T, 5, 2>(args)
+                  : backward<T, 0, 2>(args);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Register tiles shared by the depthwise convolution's forward and backward passes.
 //
-// A row is staged once into scratch as fp32, one plane of [columns][kLanes] per channel vector, with
-// zero columns for the padding and zero lanes beyond C. Tiles then read it K times without
+// A row is staged once into scratch as fp32, one plane of [columns][kLanes] per channel vector,
+// with zero columns for the padding and zero lanes beyond C. Tiles then read it K times without
 // conversion, masks or border cases. An odd column pitch keeps planes off each other's cache sets.
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace effnet {
 namespace EFFNET_ISA {
 
-constexpr int kMaxTile = 8;       // outputs per register tile: 8 FMA chains cover 4 cycles x 2 ports
+constexpr int kMaxTile = 8;  // outputs per register tile: 8 FMA chains cover 4 cycles x 2 ports
 constexpr int64_t kPlaneBytes = 28 << 10;  // staged rows of one channel vector: L1 cache
 constexpr int64_t kRingBytes = 512 << 10;  // staged rows of a task: L2 cache
 
@@ -67,7 +67,8 @@ EFFNET_INLINE void correlate(Vec* acc, const float* in, const float* w, int64_t 
 struct RowTiles {
   int64_t count, size, wide;
   explicit RowTiles(int64_t width)
-      : count(ceil_div(width, kMaxTile)), size(ceil_div(width, count)),
+      : count(ceil_div(width, kMaxTile)),
+        size(ceil_div(width, count)),
         wide(width - count * (size - 1)) {}
 };
 
@@ -75,21 +76,31 @@ struct RowTiles {
 template <typename F>
 EFFNET_INLINE void with_tile(int64_t size, const F& f) {
   switch (size) {
-    case 1: return f.template operator()<1>();
-    case 2: return f.template operator()<2>();
-    case 3: return f.template operator()<3>();
-    case 4: return f.template operator()<4>();
-    case 5: return f.template operator()<5>();
-    case 6: return f.template operator()<6>();
-    case 7: return f.template operator()<7>();
-    default: return f.template operator()<8>();
+    case 1:
+      return f.template operator()<1>();
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    case 4:
+      return f.template operator()<4>();
+    case 5:
+      return f.template operator()<5>();
+    case 6:
+      return f.template operator()<6>();
+    case 7:
+      return f.template operator()<7>();
+    default:
+      return f.template operator()<8>();
   }
 }
 
 template <typename W>
 EFFNET_INLINE float scalar(const W* p) {
-  if constexpr (sizeof(W) == 4) return *p;
-  else return load_scalar(p, true, 0);
+  if constexpr (sizeof(W) == 4)
+    return *p;
+  else
+    return load_scalar(p, true, 0);
 }
 
 // weight [C,1,K,K] -> [v][K*K][kLanes] as fp32; lanes beyond C are left as they are (zero).

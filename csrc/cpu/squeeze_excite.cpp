@@ -4,10 +4,9 @@
 //           y = x * gate; backward the sums of x * grad_y, then
 //           grad_x = grad_y * gate + grad_pooled / (H * W)
 // Layout:   contiguous channels-last; weights [R,C] and [C,R]; vectors over (n, c) in fp32
-// Bytes:    forward x twice (once where the producer pooled) and y; backward x, grad_y twice, grad_x
-// FLOPs:    2 per element, 4 * N * R * C for the layers
-// Source:   Hu, Shen, Sun 2018, "Squeeze-and-Excitation Networks"
-// Truth:    effnet_fast/reference/squeeze_excite.py
+// Bytes:    forward x twice (once where the producer pooled) and y; backward x, grad_y twice,
+// grad_x FLOPs:    2 per element, 4 * N * R * C for the layers Source:   Hu, Shen, Sun 2018,
+// "Squeeze-and-Excitation Networks" Truth:    effnet_fast/reference/squeeze_excite.py
 #include "cpu/kernels.h"
 
 namespace effnet {
@@ -15,6 +14,7 @@ namespace EFFNET_ISA {
 namespace {
 
 constexpr int64_t kParallelFrom = 16384;  // products below which one thread is quicker
+constexpr int64_t kSumBlock = 64;         // channels summed apart: long chains lose digits
 
 template <typename T, bool PRODUCT>
 bool run_squeeze(const SqueezeArgs& args) {
@@ -129,9 +129,9 @@ bool run_excite_backward(const ExciteBackwardArgs& args) {
   const int64_t n = args.n, c = args.c, r = args.r;
   const W* reduce_weight = static_cast<const W*>(args.reduce_weight);
   const W* expand_weight = static_cast<const W*>(args.expand_weight);
-  float* const grad_logit = args.workspace(n * (c + r));
+  float* const grad_logit = args.workspace(n * (c + 2 * r));
   if (!grad_logit) return false;
-  float* const activated = grad_logit + n * c;
+  float *const activated = grad_logit + n * c, *const block_sums = activated + n * r;
   for (int64_t i = 0; i < n * c; i++)
     grad_logit[i] = args.grad_gate[i] * args.gate[i] * (1.0f - args.gate[i]);
   for (int64_t i = 0; i < n * r; i++) activated[i] = silu(splat(args.hidden[i]))[0];
@@ -153,7 +153,13 @@ bool run_excite_backward(const ExciteBackwardArgs& args) {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < n; b++) {
       float* row = args.grad_hidden + b * r;
-      for (int64_t i = 0; i < c; i++) add_scaled(row, expand_weight + i * r, grad_logit[b * c + i], r);
+      for (int64_t begin = 0; begin < c; begin += kSumBlock) {
+        float* sums = block_sums + b * r;
+        std::memset(sums, 0, sizeof(float) * r);
+        for (int64_t i = begin; i < min_of(c, begin + kSumBlock); i++)
+          add_scaled(sums, expand_weight + i * r, grad_logit[b * c + i], r);
+        add_scaled(row, sums, 1.0f, r);
+      }
       for (int64_t j = 0; j < r; j++) row[j] *= silu_grad(splat(args.hidden[b * r + j]))[0];
       for (int64_t j = 0; j < r; j++)
         add_scaled(args.grad_pooled + b * c, reduce_weight + j * c, row[j], c);

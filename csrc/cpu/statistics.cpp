@@ -1,4 +1,5 @@
-// Folds of partial sums and statistics in a fixed order, and the reductions of BatchNorm's backward.
+// Folds of partial sums and statistics in a fixed order, and the reductions of BatchNorm's
+// backward.
 //
 // Computes: sums; Chan's merge of (count, mean, M2); sum du and sum du * zh over all pixels with
 //           du = grad_y * silu'(z * scale + shift), zh = (z - mean) * rstd
@@ -49,6 +50,7 @@ bool bn_backward_reduce(const BnReduceArgs& args) {
 }
 
 bool fold_sum(const FoldArgs& args) {
+  constexpr int64_t kSumBlock = 16;  // partials summed apart: long chains lose digits
   const int64_t vecs = ceil_div(args.c, kLanes);
   const bool large = args.outer * args.parts * args.c > 16384;
 #pragma omp parallel for num_threads(args.threads) schedule(static) if (large)
@@ -57,7 +59,12 @@ bool fold_sum(const FoldArgs& args) {
     const int64_t lanes = min_of(kLanes, args.c - i);
     const float* partial = args.partial + outer * args.parts * args.c + i;
     Vec sum = {};
-    for (int64_t p = 0; p < args.parts; p++) sum += load_n(partial + p * args.c, lanes);
+    for (int64_t begin = 0; begin < args.parts; begin += kSumBlock) {
+      Vec block = {};
+      for (int64_t p = begin; p < min_of(args.parts, begin + kSumBlock); p++)
+        block += load_n(partial + p * args.c, lanes);
+      sum += block;
+    }
     store_n(args.out + outer * args.c + i, sum * args.factor, lanes);
   }
   return true;
@@ -69,18 +76,19 @@ bool fold_chan(const FoldChanArgs& args) {
 #pragma omp parallel for num_threads(args.threads) schedule(static) if (large)
   for (int64_t v = 0; v < vecs; v++) {
     const int64_t i = v * kLanes, lanes = min_of(kLanes, args.c - i);
-    Vec mean = {}, m2 = {};
+    const Vec pivot = load_n(args.partial + 2 * args.c + i, lanes);
+    Vec mean = {}, m2 = {};  // of z - pivot, the first part's
     int64_t total = 0;
     for (int64_t p = 0; p < args.n * args.chunks; p++) {
       const int64_t count = part_of(args.oh, args.chunks, p % args.chunks).size() * args.ow;
-      const float* part = args.partial + p * 2 * args.c + i;
-      const Vec delta = load_n(part, lanes) - mean;
+      const float* part = args.partial + p * 3 * args.c + i;
+      const Vec delta = (load_n(part + 2 * args.c, lanes) - pivot) + load_n(part, lanes) - mean;
       const float share = static_cast<float>(count) / static_cast<float>(total + count);
       mean += delta * share;
       m2 += load_n(part + args.c, lanes) + delta * delta * (share * static_cast<float>(total));
       total += count;
     }
-    store_n(args.mean + i, mean, lanes);
+    store_n(args.mean + i, mean + pivot, lanes);
     store_n(args.var + i, m2 * (1.0f / static_cast<float>(total)), lanes);
   }
   return true;

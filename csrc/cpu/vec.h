@@ -45,12 +45,8 @@ EFFNET_INLINE Vec splat(float v) { return Vec{} + v; }
 EFFNET_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 EFFNET_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 
-EFFNET_INLINE Vec widen(HVec h) {
-  return (Vec)(__builtin_convertvector(h, UVec) << 16);
-}
-EFFNET_INLINE Vec load(const bf16* p) {
-  return widen((HVec) * reinterpret_cast<const HVecU*>(p));
-}
+EFFNET_INLINE Vec widen(HVec h) { return (Vec)(__builtin_convertvector(h, UVec) << 16); }
+EFFNET_INLINE Vec load(const bf16* p) { return widen((HVec) * reinterpret_cast<const HVecU*>(p)); }
 // Round to nearest even; a NaN stays one.
 EFFNET_INLINE HVec narrow(Vec v) {
 #if defined(__AVX512BF16__)
@@ -121,7 +117,8 @@ EFFNET_INLINE float sum_lanes(Vec v) {
   return lanes[0];
 }
 
-// 2^f on [-0.5, 0.5], minimax of degree 6 (Lawson iteration), exactly 1 at 0: relative error 2.0e-09.
+// 2^f on [-0.5, 0.5], minimax of degree 6 (Lawson iteration), exactly 1 at 0: relative
+// error 2.0e-09.
 EFFNET_INLINE Vec exp2_fraction(Vec f) {
   Vec p = splat(1.535336194e-04f);
   p = p * f + 1.339887440e-03f;

@@ -21,7 +21,8 @@ std::string describe(const char* what, cudaError_t error) {
                         : " (the driver supports CUDA " + std::to_string(driver / 1000) + "." +
                               std::to_string(driver % 1000 / 10) + "; ";
     text += "this build uses CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
-            std::to_string(CUDART_VERSION % 1000 / 10) + ", whose runtime wants driver 580 or newer)";
+            std::to_string(CUDART_VERSION % 1000 / 10) +
+            ", whose runtime wants driver 580 or newer)";
   }
   return text;
 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from cases import DWCONV_CASES, DwconvCase, find
+from cases import DWCONV_CASES, LARGE_DWCONV_CASES, DwconvCase, find
 from effnet_fast import ops
 from effnet_fast.ops.dwconv_bn_silu import apply
 from parity import (
@@ -51,13 +51,42 @@ def expectation(
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("autograd", [False, True], ids=["no_grad", "grad"])
 @MODES
-@pytest.mark.parametrize("case", DWCONV_CASES)
+@pytest.mark.parametrize("case", [c for c in DWCONV_CASES if c.values[0].c > 1])
 def test_matches_reference(
     case: DwconvCase, training: bool, autograd: bool, dtypes: Dtypes, backend: str
 ) -> None:
     call, stock, exact = expectation(case, dtypes, training, autograd)
     actual = run(call, backend, wanted=None if autograd else ())
     assert_parity(actual, stock, exact, dtypes.x)
+
+
+@ANY_BACKEND
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@MODES
+def test_one_channel(training: bool, dtypes: Dtypes, backend: str) -> None:
+    """A vector over one channel is one number, whose error is chance: the rule takes 32 of them."""
+    call = dwconv_call(case("c_one"), dtypes, training)
+    draws = torch.Generator().manual_seed(2)
+    rows: tuple[list[Results], ...] = ([], [], [])
+    for _ in range(32):
+        x = torch.randn(call.x.shape, generator=draws).to(call.x.dtype)
+        drawn = call.with_tensors(x=x.contiguous(memory_format=torch.channels_last))
+        rows[0].append(run(drawn, backend))
+        rows[1].append(run(drawn))
+        rows[2].append(run(drawn, double=True))
+    stacked = ({name: torch.stack([r[name] for r in row]) for name in row[0]} for row in rows)
+    assert_parity(*stacked, dtypes.x)
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize(
+    ("training", "wanted"), [(False, ()), (True, None)], ids=["eval-no_grad", "train-grad"]
+)
+@pytest.mark.parametrize("case", LARGE_DWCONV_CASES)
+def test_matches_reference_where_large(
+    case: DwconvCase, training: bool, wanted: tuple[str, ...] | None, dtypes: Dtypes
+) -> None:
+    check(dwconv_call(case, dtypes, training), "cpu", wanted=wanted)
 
 
 def test_parity_notices_a_wrong_tap() -> None:

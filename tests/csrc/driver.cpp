@@ -1,0 +1,410 @@
+// Runs every kernel of one instruction set against naive loops in double precision.
+//
+// No torch and no Python: it runs under an emulated CPU and under the sanitizers. Tensors lie in
+// heap blocks of their exact size, outputs and workspaces start as NaN, inputs have NaN in their
+// gaps.
+//
+// Usage: driver ISA TOLERANCE_FP32 TOLERANCE_BF16
+//   an error may be TOLERANCE_FP32 of the tensor's largest value, and for a tensor in bf16 besides
+//   TOLERANCE_BF16 of the element. Exit status 1 and a line per tensor where one is larger.
+// Compile with -D'DRIVER_ISAS=ISA(generic) ISA(avx2)' and link the objects of these sets.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#define EFFNET_NAMESPACE host
+#include "common/geometry.h"
+#include "cpu/args.h"
+#include "harness.h"
+
+using namespace effnet;
+using namespace effnet::driver;
+using namespace effnet::host;
+
+#define ISA(name)               \
+  namespace effnet {            \
+  namespace name {              \
+  extern const Kernels kernels; \
+  }                             \
+  }
+DRIVER_ISAS
+#undef ISA
+
+namespace {
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16};
+constexpr int kThreads[] = {1, 3};
+
+void fold_sum(const Tensor& partial, int64_t outer, int64_t parts, int64_t c, float factor,
+              Tensor& out, int threads) {
+  FoldArgs args = {partial.floats(), outer, parts, c, factor, out.floats(), threads};
+  launch("fold_sum", kernels->fold_sum, args);
+}
+
+struct Case {
+  int64_t n, c, h, w, k, stride, left, right, top, bottom;
+};
+
+const Case kCases[] = {
+    {2, 3, 5, 7, 3, 1, 1, 1, 1, 1},  {1, 21, 7, 6, 3, 2, 1, 1, 1, 1},
+    {2, 35, 4, 9, 5, 1, 2, 2, 2, 2}, {1, 19, 9, 8, 5, 2, 1, 2, 1, 2},
+    {1, 16, 2, 3, 5, 1, 2, 2, 2, 2}, {3, 9, 1, 1, 3, 1, 1, 1, 1, 1},
+    {1, 5, 6, 5, 7, 2, 3, 3, 3, 3},  {2, 4, 5, 4, 1, 2, 0, 0, 0, 0},
+    {1, 3, 37, 4, 3, 1, 1, 1, 1, 1}, {1, 1, 35, 3, 5, 2, 2, 2, 2, 2},
+    {1, 7, 3, 4, 3, 2, 5, 4, 6, 3},  {1, 150, 3, 21, 3, 1, 0, 1, 1, 0},
+};
+
+// A depthwise convolution's sizes, and its input among NaN.
+struct Problem {
+  Case p;
+  DType dtype;
+  int64_t oh, ow, pixel, row, image;  // strides of x in elements
+  Tensor x, weight;
+
+  Problem(const Case& c, DType dtype, DType weight_dtype)
+      : p(c),
+        dtype(dtype),
+        oh((c.h + c.top + c.bottom - c.k) / c.stride + 1),
+        ow((c.w + c.left + c.right - c.k) / c.stride + 1),
+        pixel(c.c + 2),
+        row(c.w * pixel + 1),
+        image(c.h * row + 3),
+        x((c.n - 1) * image + (c.h - 1) * row + (c.w - 1) * pixel + c.c, dtype),
+        weight(c.c * c.k * c.k, weight_dtype, -0.5, 0.5) {
+    for (int64_t n = 0; n < c.n; n++)
+      for (int64_t h = 0; h < c.h; h++)
+        for (int64_t w = 0; w < c.w; w++)
+          for (int64_t i = 0; i < c.c; i++) x.set(x_index(n, h, w) + i, uniform(-2, 2));
+  }
+  int64_t x_index(int64_t n, int64_t h, int64_t w) const { return n * image + h * row + w * pixel; }
+  int64_t out_size() const { return p.n * oh * ow * p.c; }
+  DwconvShape shape() const { return {p.n, p.c, p.h, p.w, oh, ow, p.k, p.stride, p.left, p.top}; }
+  Image x_image() const { return {x.data(), image, row, pixel}; }
+  Image out_image(const Tensor& y) const { return {y.data(), oh * ow * p.c, ow * p.c, p.c}; }
+
+  // Calls f(x index, weight index, output index) for every product of the convolution.
+  template <typename F>
+  void for_products(const F& f) const {
+    for (int64_t o = 0; o < p.n * oh * ow; o++)
+      for (int64_t kh = 0; kh < p.k; kh++)
+        for (int64_t kw = 0; kw < p.k; kw++) {
+          const int64_t h = o / ow % oh * p.stride - p.top + kh;
+          const int64_t w = o % ow * p.stride - p.left + kw;
+          if (h < 0 || h >= p.h || w < 0 || w >= p.w) continue;
+          for (int64_t i = 0; i < p.c; i++)
+            f(x_index(o / (oh * ow), h, w) + i, (i * p.k + kh) * p.k + kw, o * p.c + i);
+        }
+  }
+};
+
+// Mean and biased variance [c] of values [pixels, c].
+void moments(const Tensor& values, int64_t c, Doubles& mean, Doubles& var) {
+  const int64_t count = values.size() / c;
+  mean.assign(c, 0), var.assign(c, 0);
+  for (int64_t i = 0; i < values.size(); i++) mean[i % c] += values[i] / count;
+  for (int64_t i = 0; i < values.size(); i++)
+    var[i % c] += (values[i] - mean[i % c]) * (values[i] - mean[i % c]) / count;
+}
+
+void test_dwconv_forward(const Problem& problem, bool training, int threads) {
+  const Case& p = problem.p;
+  const int64_t chunks = row_chunks(problem.oh);
+  Doubles exact(problem.out_size());
+  problem.for_products([&](int64_t x, int64_t weight, int64_t out) {
+    exact[out] += problem.x[x] * problem.weight[weight];
+  });
+  Tensor scale(p.c, DType::kFloat32, 0.5, 1.5), shift(p.c, DType::kFloat32, -1, 1);
+  Tensor y(problem.out_size(), problem.dtype), partial(p.n * chunks * (training ? 3 : 1) * p.c);
+  DwconvForwardArgs args = {problem.shape(),
+                            problem.dtype,
+                            problem.weight.dtype(),
+                            problem.x_image(),
+                            problem.out_image(y),
+                            problem.weight.data(),
+                            training ? nullptr : scale.floats(),
+                            training ? nullptr : shift.floats(),
+                            partial.floats(),
+                            training,
+                            workspace,
+                            threads};
+  launch("dwconv_forward", kernels->dwconv_forward, args);
+  if (!training)
+    for (int64_t i = 0; i < y.size(); i++)
+      exact[i] = silu(exact[i] * scale[i % p.c] + shift[i % p.c]);
+  expect(training ? "z" : "y", y, exact);
+  if (training) {
+    Doubles exact_mean, exact_var;
+    moments(y, p.c, exact_mean, exact_var);
+    Tensor mean(p.c), var(p.c);
+    FoldChanArgs fold = {partial.floats(), p.n,           chunks,       p.c,    problem.oh,
+                         problem.ow,       mean.floats(), var.floats(), threads};
+    launch("fold_chan", kernels->fold_chan, fold);
+    expect("mean", mean, exact_mean, 1);
+    expect("var", var, exact_var);
+  } else {
+    Tensor pooled(p.n * p.c);
+    const int64_t pixels = problem.oh * problem.ow;
+    fold_sum(partial, p.n, chunks, p.c, 1.0f / static_cast<float>(pixels), pooled, threads);
+    Doubles exact_pooled(p.n * p.c);
+    for (int64_t i = 0; i < y.size(); i++)
+      exact_pooled[i / (pixels * p.c) * p.c + i % p.c] += y[i] / pixels;
+    expect("pooled", pooled, exact_pooled);
+  }
+}
+
+void test_dwconv_backward(const Problem& problem, bool training, bool data, bool weight,
+                          int threads) {
+  const Case& p = problem.p;
+  const int64_t pixels = p.n * problem.oh * problem.ow, kk = p.k * p.k;
+  Tensor z(problem.out_size(), problem.dtype, -2, 2),
+      grad_y(problem.out_size(), problem.dtype, -1, 1);
+  Tensor scale(p.c, DType::kFloat32, 0.5, 1.5), shift(p.c, DType::kFloat32, -1, 1);
+  Tensor mean(p.c, DType::kFloat32, -1, 1), rstd(p.c, DType::kFloat32, 0.5, 2);
+
+  const int64_t parts = pixel_chunks(pixels);
+  Tensor partial(parts * 2 * p.c), sums(2 * p.c), means(2 * p.c);
+  BnReduceArgs reduce = {{1, p.c, pixels}, problem.dtype,  z.data(),      grad_y.data(),
+                         scale.floats(),   shift.floats(), mean.floats(), rstd.floats(),
+                         partial.floats(), threads};
+  launch("bn_backward_reduce", kernels->bn_backward_reduce, reduce);
+  fold_sum(partial, 1, parts, 2 * p.c, 1, sums, threads);
+  Doubles exact_sums(2 * p.c), dz(z.size()), zh(z.size());
+  for (int64_t i = 0; i < z.size(); i++) {
+    const int64_t c = i % p.c;
+    dz[i] = grad_y[i] * silu_grad(z[i] * scale[c] + shift[c]);
+    zh[i] = (z[i] - mean[c]) * rstd[c];
+    exact_sums[c] += dz[i];
+    exact_sums[p.c + c] += dz[i] * zh[i];
+  }
+  expect("sums", sums, exact_sums);
+  for (int64_t i = 0; i < 2 * p.c; i++) means.set(i, sums[i] / pixels);
+  for (int64_t i = 0; i < z.size(); i++) {
+    const int64_t c = i % p.c;
+    if (training) dz[i] -= means[c] + zh[i] * means[p.c + c];
+    dz[i] *= scale[c];
+  }
+
+  const int64_t groups = weight_groups(p.n, problem.oh, problem.ow) * row_chunks(problem.oh);
+  Tensor grad_x(data ? p.n * p.h * p.w * p.c : 0, problem.dtype);
+  Tensor grad_parts(weight ? groups * p.c * kk : 0), grad_weight(weight ? p.c * kk : 0);
+  Image grad_image = {data ? grad_x.data() : nullptr, p.h * p.w * p.c, p.w * p.c, p.c};
+  DwconvBackwardArgs args = {problem.shape(),
+                             problem.dtype,
+                             problem.weight.dtype(),
+                             problem.x_image(),
+                             problem.out_image(z),
+                             problem.out_image(grad_y),
+                             grad_image,
+                             problem.weight.data(),
+                             scale.floats(),
+                             shift.floats(),
+                             mean.floats(),
+                             rstd.floats(),
+                             training ? means.floats() : nullptr,
+                             training ? means.floats() + p.c : nullptr,
+                             weight ? grad_parts.floats() : nullptr,
+                             workspace,
+                             threads};
+  launch("dwconv_backward", kernels->dwconv_backward, args);
+
+  Doubles exact_x(problem.x.size()), exact_weight(p.c * kk), dense;
+  problem.for_products([&](int64_t x, int64_t tap, int64_t out) {
+    exact_x[x] += dz[out] * problem.weight[tap];
+    exact_weight[tap] += dz[out] * problem.x[x];
+  });
+  if (data) {
+    for (int64_t n = 0; n < p.n; n++)
+      for (int64_t h = 0; h < p.h; h++)
+        for (int64_t w = 0; w < p.w; w++)
+          for (int64_t i = 0; i < p.c; i++) dense.push_back(exact_x[problem.x_index(n, h, w) + i]);
+    expect("grad_x", grad_x, dense);
+  }
+  if (weight) {
+    fold_sum(grad_parts, 1, groups, p.c * kk, 1, grad_weight, threads);
+    expect("grad_weight", grad_weight, exact_weight);
+  }
+}
+
+void test_dwconv(DType dtype, DType weight_dtype, int threads) {
+  for (const Case& c : kCases) {
+    context = "dwconv " + std::to_string(c.n) + "x" + std::to_string(c.c) + "x" +
+              std::to_string(c.h) + "x" + std::to_string(c.w) + " k" + std::to_string(c.k) + " s" +
+              std::to_string(c.stride) + (dtype == DType::kFloat32 ? " fp32" : " bf16") + " on " +
+              std::to_string(threads);
+    const Problem problem(c, dtype, weight_dtype);
+    for (bool training : {false, true}) {
+      test_dwconv_forward(problem, training, threads);
+      test_dwconv_backward(problem, training, true, true, threads);
+    }
+    test_dwconv_backward(problem, true, true, false, threads);
+    test_dwconv_backward(problem, true, false, true, threads);
+  }
+}
+
+const PlaneShape kPlanes[] = {{2, 3, 5}, {1, 37, 11}, {3, 16, 1}, {1, 9, 1030}, {2, 200, 49}};
+
+void test_planes(const PlaneShape& s, DType dtype, int threads) {
+  context = "plane " + std::to_string(s.n) + "x" + std::to_string(s.hw) + "x" +
+            std::to_string(s.c) + (dtype == DType::kFloat32 ? " fp32" : " bf16");
+  const int64_t size = s.n * s.hw * s.c, chunks = pixel_chunks(s.hw);
+  Tensor x(size, dtype, -3, 3), other(size, dtype, -1, 1);
+  Tensor scale(s.c, DType::kFloat32, 0.5, 1.5), shift(s.c, DType::kFloat32, -1, 1);
+  for (int mode = 0; mode < 4; mode++) {
+    const bool act = mode & 1, add = mode & 2;
+    Tensor y(x);  // in place
+    AffineActArgs args = {{1, s.c, s.n * s.hw},
+                          dtype,
+                          y.data(),
+                          add ? other.data() : nullptr,
+                          scale.floats(),
+                          shift.floats(),
+                          y.data(),
+                          act,
+                          threads};
+    launch("affine_act", kernels->affine_act, args);
+    Doubles exact(size);
+    for (int64_t i = 0; i < size; i++) {
+      const double u = x[i] * scale[i % s.c] + shift[i % s.c];
+      exact[i] = (act ? silu(u) : u) + (add ? other[i] : 0);
+    }
+    expect("affine_act", y, exact);
+  }
+  Tensor gate(s.n * s.c, DType::kFloat32, 0, 1), offset(s.n * s.c, DType::kFloat32, -1, 1);
+  for (bool product : {false, true}) {
+    Tensor partial(s.n * chunks * s.c), sums(s.n * s.c), y(size, dtype);
+    SqueezeArgs args = {s,      dtype, x.data(), product ? other.data() : nullptr, partial.floats(),
+                        threads};
+    launch("squeeze", kernels->squeeze, args);
+    fold_sum(partial, s.n, chunks, s.c, 0.25f, sums, threads);
+    GateArgs gate_args = {
+        s, dtype, x.data(), gate.floats(), product ? offset.floats() : nullptr, y.data(), threads};
+    launch("gate", kernels->gate, gate_args);
+    Doubles exact_sums(s.n * s.c), exact(size);
+    for (int64_t i = 0; i < size; i++) {
+      const int64_t nc = i / (s.hw * s.c) * s.c + i % s.c;
+      exact_sums[nc] += 0.25 * x[i] * (product ? other[i] : 1);
+      exact[i] = x[i] * gate[nc] + (product ? offset[nc] : 0);
+    }
+    expect("squeeze", sums, exact_sums);
+    expect("gate", y, exact);
+  }
+}
+
+// The two layers' inputs.
+struct Excite {
+  int64_t n, c, r;
+  Tensor pooled, w1, b1, w2, b2, grad_gate;
+  Excite(int64_t n, int64_t c, int64_t r, DType dtype)
+      : n(n),
+        c(c),
+        r(r),
+        pooled(n * c, DType::kFloat32, -1, 1),
+        w1(r * c, dtype, -0.5, 0.5),
+        b1(r, dtype, -1, 1),
+        w2(c * r, dtype, -0.5, 0.5),
+        b2(c, dtype, -1, 1),
+        grad_gate(n * c, DType::kFloat32, -1, 1) {}
+};
+
+void test_excite(const Excite& e, bool bias, int threads) {
+  context = "excite " + std::to_string(e.n) + "x" + std::to_string(e.c) + "x" + std::to_string(e.r);
+  const int64_t n = e.n, c = e.c, r = e.r;
+  Tensor hidden(n * r), gate(n * c);
+  ExciteArgs args = {n,
+                     c,
+                     r,
+                     e.w1.dtype(),
+                     e.pooled.floats(),
+                     e.w1.data(),
+                     bias ? e.b1.data() : nullptr,
+                     e.w2.data(),
+                     bias ? e.b2.data() : nullptr,
+                     hidden.floats(),
+                     gate.floats(),
+                     workspace,
+                     threads};
+  launch("excite", kernels->excite, args);
+  Doubles h(n * r), g(n * c), gh(n * r), gl(n * c);
+  Doubles gp(n * c), gw1(r * c), gb1(r), gw2(c * r), gb2(c);
+  for (int64_t b = 0; b < n; b++) {
+    for (int64_t j = 0; j < r; j++) {
+      h[b * r + j] = bias ? e.b1[j] : 0;
+      for (int64_t i = 0; i < c; i++) h[b * r + j] += e.w1[j * c + i] * e.pooled[b * c + i];
+    }
+    for (int64_t i = 0; i < c; i++) {
+      double logit = bias ? e.b2[i] : 0;
+      for (int64_t j = 0; j < r; j++) logit += e.w2[i * r + j] * silu(h[b * r + j]);
+      g[b * c + i] = sigmoid(logit);
+      gl[b * c + i] = e.grad_gate[b * c + i] * g[b * c + i] * (1 - g[b * c + i]);
+      gb2[i] += gl[b * c + i];
+      for (int64_t j = 0; j < r; j++) {
+        gw2[i * r + j] += gl[b * c + i] * silu(h[b * r + j]);
+        gh[b * r + j] += gl[b * c + i] * e.w2[i * r + j] * silu_grad(h[b * r + j]);
+      }
+    }
+    for (int64_t j = 0; j < r; j++) {
+      gb1[j] += gh[b * r + j];
+      for (int64_t i = 0; i < c; i++) {
+        gw1[j * c + i] += gh[b * r + j] * e.pooled[b * c + i];
+        gp[b * c + i] += gh[b * r + j] * e.w1[j * c + i];
+      }
+    }
+  }
+  expect("hidden", hidden, h);
+  expect("gate", gate, g);
+  Tensor grad_w1(r * c), grad_b1(r), grad_w2(c * r), grad_b2(c), grad_pooled(n * c), scratch(n * r);
+  ExciteBackwardArgs back = {n,
+                             c,
+                             r,
+                             e.w1.dtype(),
+                             e.pooled.floats(),
+                             hidden.floats(),
+                             gate.floats(),
+                             e.grad_gate.floats(),
+                             e.w1.data(),
+                             e.w2.data(),
+                             grad_w1.floats(),
+                             grad_b1.floats(),
+                             grad_w2.floats(),
+                             grad_b2.floats(),
+                             grad_pooled.floats(),
+                             scratch.floats(),
+                             workspace,
+                             threads};
+  launch("excite_backward", kernels->excite_backward, back);
+  expect("grad_reduce_weight", grad_w1, gw1);
+  expect("grad_reduce_bias", grad_b1, gb1);
+  expect("grad_expand_weight", grad_w2, gw2);
+  expect("grad_expand_bias", grad_b2, gb2);
+  expect("grad_pooled", grad_pooled, gp);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4)
+    return std::fprintf(stderr, "usage: driver ISA TOLERANCE_FP32 TOLERANCE_BF16\n"), 2;
+#define ISA(name) \
+  if (std::string(argv[1]) == #name) kernels = &effnet::name::kernels;
+  DRIVER_ISAS
+#undef ISA
+  if (!kernels) return std::fprintf(stderr, "%s is not in this driver\n", argv[1]), 2;
+  tolerance_fp32 = std::atof(argv[2]);
+  tolerance_bf16 = std::atof(argv[3]);
+  for (DType dtype : kDTypes)
+    for (int threads : kThreads) {
+      test_dwconv(dtype, dtype, threads);
+      for (const PlaneShape& shape : kPlanes) test_planes(shape, dtype, threads);
+      for (bool bias : {false, true}) {
+        test_excite(Excite(2, 5, 3, dtype), bias, threads);
+        test_excite(Excite(3, 37, 19, dtype), bias, threads);
+        test_excite(Excite(1, 200, 90, dtype), bias, threads);
+      }
+    }
+  test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
+  std::printf("%s: %d of %d tensors are wrong\n", argv[1], failures, comparisons);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,126 @@
+// What the driver's tests hold their data in: tensors of fp32 or bf16 in heap blocks of exactly
+// their size, so that a sanitizer sees a step beyond, and a workspace of the same kind.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cpu/args.h"
+
+namespace effnet {
+namespace driver {
+
+inline double uniform(double low, double high) {
+  static uint64_t state = 0x9e3779b97f4a7c15u;
+  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+  return low + (high - low) * static_cast<double>(state >> 11) / 9007199254740992.0;
+}
+
+inline uint16_t to_bf16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (v != v) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+// Elements of one dtype in a heap block of exactly their size; NaN until set.
+class Tensor {
+ public:
+  Tensor(int64_t size, DType dtype = DType::kFloat32)
+      : size_(size), dtype_(dtype), bytes_(size * (dtype == DType::kFloat32 ? 4 : 2)) {
+    data_ = std::malloc(bytes_);
+    for (int64_t i = 0; i < size; i++) set(i, std::numeric_limits<double>::quiet_NaN());
+  }
+  Tensor(int64_t size, DType dtype, double low, double high) : Tensor(size, dtype) {
+    for (int64_t i = 0; i < size; i++) set(i, uniform(low, high));
+  }
+  Tensor(const Tensor& other) : Tensor(other.size_, other.dtype_) {
+    std::memcpy(data_, other.data_, bytes_);
+  }
+  Tensor& operator=(const Tensor&) = delete;
+  ~Tensor() { std::free(data_); }
+
+  void set(int64_t i, double v) {
+    if (dtype_ == DType::kFloat32)
+      static_cast<float*>(data_)[i] = static_cast<float>(v);
+    else
+      static_cast<uint16_t*>(data_)[i] = to_bf16(static_cast<float>(v));
+  }
+  double operator[](int64_t i) const {
+    return dtype_ == DType::kFloat32 ? static_cast<float*>(data_)[i]
+                                     : from_bf16(static_cast<uint16_t*>(data_)[i]);
+  }
+  void* data() const { return data_; }
+  float* floats() const { return static_cast<float*>(data_); }
+  int64_t size() const { return size_; }
+  DType dtype() const { return dtype_; }
+
+ private:
+  int64_t size_;
+  DType dtype_;
+  size_t bytes_;
+  void* data_;
+};
+
+// A workspace of exactly the size asked for, NaN at every call.
+inline float* workspace(int64_t floats) {
+  static thread_local float* block = nullptr;
+  std::free(block);
+  void* fresh = nullptr;
+  if (posix_memalign(&fresh, 64, static_cast<size_t>(floats) * sizeof(float))) return nullptr;
+  block = static_cast<float*>(fresh);
+  for (int64_t i = 0; i < floats; i++) block[i] = std::numeric_limits<float>::quiet_NaN();
+  return block;
+}
+
+constexpr int kMessages = 20;  // the first failures tell enough
+
+inline const Kernels* kernels = nullptr;
+inline double tolerance_fp32, tolerance_bf16;
+inline int failures = 0, comparisons = 0;
+inline std::string context;  // the case that runs, for messages
+
+using Doubles = std::vector<double>;
+
+// `largest` is the least that counts as the tensor's largest value: what its sums are made of.
+inline void expect(const char* what, const Tensor& actual, const Doubles& exact,
+                   double largest = 0) {
+  for (double v : exact) largest = std::fmax(largest, std::fabs(v));
+  const double relative = actual.dtype() == DType::kFloat32 ? 0 : tolerance_bf16;
+  comparisons++;
+  for (int64_t i = 0; i < actual.size(); i++) {
+    const double error = std::fabs(actual[i] - exact[i]);
+    if (error <= tolerance_fp32 * largest + relative * std::fabs(exact[i])) continue;
+    if (failures++ < kMessages)
+      std::printf("%s: %s[%lld] is %.9g, not %.9g\n", context.c_str(), what,
+                  static_cast<long long>(i), actual[i], exact[i]);
+    return;
+  }
+}
+
+template <typename Args>
+void launch(const char* what, bool (*kernel)(const Args&), const Args& args) {
+  if (kernel(args)) return;
+  std::printf("%s: %s got no memory\n", context.c_str(), what);
+  failures++;
+}
+
+inline double sigmoid(double u) { return 1 / (1 + std::exp(-u)); }
+inline double silu(double u) { return u * sigmoid(u); }
+inline double silu_grad(double u) { return sigmoid(u) * (1 + u * (1 - sigmoid(u))); }
+
+}  // namespace driver
+}  // namespace effnet

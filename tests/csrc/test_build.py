@@ -1,0 +1,275 @@
+"""Building and installing: what the source distribution holds, what setup.py says, the wheel.
+
+Quick tests run setup.py with compilers that only pretend; the slow one builds the wheel for real.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import native
+
+LEFT_OUT = shutil.ignore_patterns(
+    ".*", "build", "dist", "tests", "benchmarks", "*.egg-info", "__pycache__", "*.so"
+)
+FAKE_CXX = """#!/bin/sh
+# Makes the file after -o, and the dependency file that ninja expects beside it.
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -o) echo > "$2" ;;
+        -MF) echo "x:" > "$2" ;;
+    esac
+    shift
+done
+"""
+FAKE_NVCC = """#!/bin/sh
+case "$*" in
+    *--list-gpu-code*) printf 'sm_80\\nsm_86\\nsm_90\\nsm_100\\nsm_120\\n' ;;
+    *.cu*) if [ -e "$(dirname "$0")/nvcc_is_broken" ]; then echo no >&2; exit 1; fi ;;
+esac
+""" + FAKE_CXX.removeprefix("#!/bin/sh\n")
+FAKE_SMI = "#!/bin/sh\nprintf '8.6\\n'\n"
+USE_WHEEL = """
+import sys, torch, effnet_fast
+from effnet_fast import _native, ops, reference
+assert effnet_fast.__file__.startswith(sys.prefix), effnet_fast.__file__
+import effnet_fast.triton_kernels
+native = _native.load()
+assert native.isas() == sys.argv[1].split(","), native.isas()
+assert not native.cuda_built() and "EFFNET_FAST_CUDA=0" in native.cuda_probe()
+x = torch.randn(2, 20, 9, 8).contiguous(memory_format=torch.channels_last)
+bn = (torch.rand(20) + 0.5, torch.randn(20), torch.randn(20), torch.rand(20) + 0.5)
+args = (x, torch.randn(20, 1, 3, 3), *bn)
+expected = reference.dwconv_bn_silu(*args)
+for isa in native.isas():
+    if native.isa_unavailable_reason(isa) is None:
+        y = ops.dwconv_bn_silu(*args, backend=f"cpu:{isa}")
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+y = effnet_fast.efficientnet_b0().eval()(torch.ones(1, 3, 64, 64))
+assert y.shape == (1, 1000) and y.isfinite().all()
+print("works")
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree without what was built in it."""
+    return shutil.copytree(
+        native.ROOT, tmp_path_factory.mktemp("source") / "effnet-fast", ignore=LEFT_OUT
+    )
+
+
+def run(*command: object, env: dict[str, str] | None = None, cwd: Path) -> tuple[int, str]:
+    """Exit status, and stdout and stderr together."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=env,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    status, text = run(sys.executable, "setup.py", "-q", "sdist", "-d", out, cwd=tree)
+    assert status == 0, text
+    (archive,) = out.glob("*.tar.gz")
+    return archive
+
+
+def test_sdist_holds_all_sources(sdist: Path, tree: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        files = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    for folder in ("csrc", "triton_kernels", "effnet_fast"):
+        expected = {str(p.relative_to(tree)) for p in (tree / folder).rglob("*") if p.is_file()}
+        assert expected
+        assert expected <= files
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"} <= files
+    assert not [name for name in files if name.endswith((".so", ".pyc", ".o"))]
+
+
+class FakeTools:
+    """Compilers that only pretend, alone on PATH beside the shell's own tools."""
+
+    def __init__(self, folder: Path, tree: Path) -> None:
+        self.folder, self.tree = folder, tree
+        (folder / "bin").mkdir()
+        for name in ("sh", "dirname"):
+            if found := shutil.which(name):
+                (folder / "bin" / name).symlink_to(found)
+        self.add("g++", FAKE_CXX)
+
+    def add(self, name: str, text: str = "") -> None:
+        path = self.folder / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def build(self, **env: str) -> tuple[int, str]:
+        """Runs setup.py's build of the extension into a fresh folder."""
+        work = self.folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        command = [sys.executable, "setup.py", "-q", "build_ext", "-b", work / "lib"]
+        env = {"PATH": str(self.folder / "bin"), **env}
+        return run(*command, "-t", work / "temp", env=env, cwd=self.tree)
+
+    def ninja(self) -> str:
+        return (self.folder / "work/temp/build.ninja").read_text()
+
+
+@pytest.fixture
+def tools(tmp_path: Path, tree: Path) -> FakeTools:
+    return FakeTools(tmp_path, tree)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (
+            {"EFFNET_FAST_CUDA": "maybe"},
+            "EFFNET_FAST_CUDA='maybe' is not understood: it must match auto|0|1",
+        ),
+        (
+            {"EFFNET_FAST_CUDA_ARCHS": "fast"},
+            "EFFNET_FAST_CUDA_ARCHS='fast' is not understood: it must match native|all|",
+        ),
+        ({"EFFNET_FAST_CUDA_ARCHS": "90,35"}, "EFFNET_FAST_CUDA_ARCHS names ['35']; "),
+        (
+            {"CXX": "nonexistent-c++"},
+            "effnet-fast: no C++ compiler (nonexistent-c++): install g++ (Debian package: g++)",
+        ),
+    ],
+    ids=["cuda", "archs_word", "archs_unknown", "no_compiler"],
+)
+def test_what_stops_a_build_is_one_line(
+    tools: FakeTools, env: dict[str, str], message: str
+) -> None:
+    tools.add("nvcc", FAKE_NVCC)
+    status, text = tools.build(**env)
+    assert status != 0
+    assert text.startswith(message)
+    assert len(text.splitlines()) == 1
+
+
+def test_cuda_wanted_without_nvcc(tools: FakeTools) -> None:
+    status, text = tools.build(EFFNET_FAST_CUDA="1")
+    assert status != 0
+    assert text == "EFFNET_FAST_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME/bin\n"
+
+
+@pytest.mark.parametrize("setting", ["auto", "0"])
+def test_without_cuda(tools: FakeTools, setting: str) -> None:
+    """No nvcc, or none wanted."""
+    if setting == "0":
+        tools.add("nvcc", FAKE_NVCC)
+    status, text = tools.build(EFFNET_FAST_CUDA=setting)
+    assert status == 0, text
+    assert "nvcc" not in tools.ninja()
+    assert "-DEFFNET_CUDA_ARCHS" not in tools.ninja()
+
+
+@pytest.mark.parametrize(
+    ("archs", "smi", "expected"),
+    [
+        ("", False, "sm_90 compute_80"),
+        ("native", True, "sm_86 compute_80"),
+        ("all", True, "sm_80 sm_90 sm_100 sm_120 compute_80"),
+        ("80;100", True, "sm_80 sm_100"),
+    ],
+    ids=["default", "native", "all", "list"],
+)
+def test_cuda_archs(tools: FakeTools, archs: str, smi: bool, expected: str) -> None:
+    tools.add("nvcc", FAKE_NVCC)
+    if smi:
+        tools.add("nvidia-smi", FAKE_SMI)
+    env = {"EFFNET_FAST_CUDA_ARCHS": archs} if archs else {}
+    status, text = tools.build(**env)
+    assert status == 0, text
+    ninja = tools.ninja().replace("$\n", "").replace("    ", " ")
+    assert f"-DEFFNET_CUDA_ARCHS='\"{expected}\"'" in ninja
+    codes = re.findall(r"code=(\w+)", next(x for x in ninja.splitlines() if "-gencode" in x))
+    assert codes == expected.split()
+
+
+def test_nvcc_in_cuda_home(tools: FakeTools, tmp_path: Path) -> None:
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    tools.add("nvcc", FAKE_NVCC)
+    (tmp_path / "bin/nvcc").rename(tmp_path / "cuda/bin/nvcc")
+    status, text = tools.build(CUDA_HOME=str(tmp_path / "cuda"))
+    assert status == 0, text
+    assert str(tmp_path / "cuda/bin/nvcc") in tools.ninja()
+
+
+def test_a_failing_nvcc_names_the_way_out(tools: FakeTools) -> None:
+    tools.add("nvcc", FAKE_NVCC)
+    tools.add("nvcc_is_broken")
+    status, text = tools.build()
+    assert status != 0
+    last = text.splitlines()[-1]
+    assert last.startswith("effnet-fast: compiling csrc/ failed")
+    assert last.endswith("EFFNET_FAST_CUDA=0 builds without CUDA")
+
+
+def test_every_source_is_compiled_for_every_instruction_set(tools: FakeTools) -> None:
+    assert tools.build()[0] == 0
+    ninja = tools.ninja()
+    for isa in native.setup_module().ISAS:
+        for source in (native.ROOT / "csrc/cpu").glob("*.cpp"):
+            assert f"build {source.stem}.{isa}.o: cxx" in ninja
+
+
+def test_a_second_build_compiles_nothing(tools: FakeTools) -> None:
+    assert tools.build()[0] == 0
+    command = [sys.executable, "-m", "ninja", "-C", tools.folder / "work/temp", "-n"]
+    status, text = run(*command, env=os.environ | {"PATH": str(tools.folder)}, cwd=tools.folder)
+    assert status == 0
+    assert "no work to do" in text
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist_in_a_fresh_environment(sdist: Path, tmp_path: Path) -> None:
+    """Build isolation has no torch; the new environment has the wheel, and borrows torch.
+
+    Compiled without optimisation: what is tested is the way, and -O3 takes minutes.
+    """
+    native.require_compiler()
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    quick = tmp_path / "quick-c++"
+    quick.write_text(f'#!/bin/sh\nexec {" ".join(native.CXX)} "$@" -O0\n')
+    quick.chmod(0o755)
+    pins = {"PIP_CONSTRAINT": str(native.ROOT / "constraints.txt")}
+    env = os.environ | {"EFFNET_FAST_CUDA": "0", "CXX": str(quick)} | pins
+    status, text = run(
+        sys.executable, "-m", "build", "--wheel", "-o", tmp_path / "dist", source,
+        env=env, cwd=tmp_path,
+    )  # fmt: skip
+    assert status == 0, text[-4000:]
+    assert "torch" not in re.findall(r"Collecting (\w+)", text)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+
+    status, text = run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    assert status == 0, text
+    python = tmp_path / "venv/bin/python"
+    install = (python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel)
+    status, text = run(*install, cwd=tmp_path)
+    assert status == 0, text
+    site = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    status, text = run(python, "-c", site, cwd=tmp_path)
+    Path(text.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    isas = ",".join(native.setup_module().ISAS)
+    status, text = run(python, "-c", USE_WHEEL, isas, cwd=tmp_path)
+    assert (status, text) == (0, "works\n")

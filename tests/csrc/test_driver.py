@@ -1,0 +1,83 @@
+"""The kernels against naive loops, without torch: here, under the sanitizers, on emulated CPUs.
+
+An emulated Nehalem has neither AVX nor FMA, an emulated Haswell no AVX-512: a path that uses what
+the CPU lacks dies of an illegal instruction, as it would on a machine of that age.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import native
+from effnet_fast import _native
+from tolerances import DRIVER_BF16, DRIVER_FP32
+
+RUNS_ON = {"Nehalem": ("generic",), "Haswell": ("generic", "avx2")}
+BESIDE_PYTHON = native.ROOT / ".venv/qemu/usr/bin/qemu-x86_64-static"  # where `make qemu` puts it
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason=f"x86-64 alone, not {platform.machine()}"
+)
+
+
+def run_driver(
+    driver: Path, isa: str, *before: str, fp32: float = DRIVER_FP32
+) -> subprocess.CompletedProcess[str]:
+    command = [*before, str(driver), isa, repr(fp32), repr(DRIVER_BF16)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def assert_passes(done: subprocess.CompletedProcess[str], isa: str) -> None:
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}{done.stderr}"
+    assert done.stdout.startswith(f"{isa}: 0 of ")
+
+
+@pytest.fixture(scope="session")
+def qemu() -> str:
+    for name in ("qemu-x86_64-static", "qemu-x86_64", str(BESIDE_PYTHON)):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("qemu-x86_64 is not on PATH; `make qemu` fetches it")
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_here(old_cpu_driver: Path, isa: str) -> None:
+    if reason := _native.load().isa_unavailable_reason(isa):
+        pytest.skip(reason)
+    assert_passes(run_driver(old_cpu_driver, isa), isa)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "isa"), [(cpu, isa) for cpu, isas in RUNS_ON.items() for isa in isas]
+)
+def test_on_an_emulated_cpu(old_cpu_driver: Path, qemu: str, cpu: str, isa: str) -> None:
+    assert_passes(run_driver(old_cpu_driver, isa, qemu, "-cpu", cpu), isa)
+
+
+def test_the_emulated_cpu_does_lack_instructions(old_cpu_driver: Path, qemu: str) -> None:
+    done = run_driver(old_cpu_driver, "avx2", qemu, "-cpu", "Nehalem")
+    assert done.returncode in (-signal.SIGILL, 128 + signal.SIGILL)
+    assert "Illegal instruction" in done.stderr
+
+
+def test_the_driver_can_fail(old_cpu_driver: Path) -> None:
+    done = run_driver(old_cpu_driver, "generic", fp32=1e-9)
+    assert done.returncode == 1
+    assert "dwconv 2x3x5x7 k3 s1 fp32 on 1: " in done.stdout
+    assert run_driver(old_cpu_driver, "sse9").returncode == 2
+
+
+@pytest.mark.slow
+def test_under_sanitizers(tmp_path: Path) -> None:
+    """The best instruction set that runs here, every heap block of exactly its size."""
+    native.require_compiler()
+    isa = _native.load().best_isa()
+    flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    objects = native.compile_kernels(tmp_path, [isa], *flags)
+    assert_passes(run_driver(native.link_driver(tmp_path, objects, *flags), isa), isa)

@@ -1,0 +1,313 @@
+"""The choice of a backend, and the reasons that a caller reads where it cannot run."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import effnet_fast
+from cases import DWCONV_CASES, DwconvCase, find
+from effnet_fast import _native, backends, ops
+from effnet_fast.backends import (
+    BACKENDS,
+    OPS,
+    OpArgs,
+    can_run,
+    current_backend,
+    is_channels_last,
+    resolve,
+    use_backend,
+)
+from parity import SAMPLES, Call, assert_same, dwconv_call, run, sample, with_gradients
+
+ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
+UNKNOWN = ("gpu", "", "CPU", "cuda:avx2", "auto:generic", ":avx2")
+
+
+@ANY_SAMPLE
+def test_named_instruction_sets(name: str) -> None:
+    """Without a name the best one runs; one that is not there says so."""
+    call = sample(name)
+    wanted = with_gradients(call)
+    native = _native.load()
+    assert native.isas()[0] == "generic"
+    assert native.isa_unavailable_reason("generic") is None
+    best = run(call, f"cpu:{native.best_isa()}", wanted=wanted)
+    assert_same(run(call, "cpu", wanted=wanted), best)
+    reason = r"cpu:sse9: instruction set 'sse9' is not in this build"
+    with pytest.raises(RuntimeError, match=rf"'cpu:sse9' cannot run {call.op}: {reason}"):
+        run(call, "cpu:sse9", wanted=wanted)
+
+
+def test_instruction_sets_differ() -> None:
+    """They do not all run the same code: rounding tells plain code from fused multiply-add."""
+    call = dwconv_call(find(DWCONV_CASES, "b0_c240_28_k5_s1"))
+    generic = run(call, "cpu:generic")
+    if reason := can_run("cpu:avx2", call.op):
+        pytest.skip(reason)
+    assert not torch.equal(generic["y"], run(call, "cpu:avx2")["y"])
+
+
+@pytest.mark.parametrize("backend", UNKNOWN)
+def test_unknown_backend(backend: str) -> None:
+    call = sample("dwconv_eval")
+    for function in (
+        lambda: run(call, backend),
+        lambda: use_backend(backend).__enter__(),
+        lambda: can_run(backend, "dwconv_bn_silu"),
+    ):
+        with pytest.raises(ValueError, match=r"unknown backend .*; allowed are auto, reference"):
+            function()
+    assert current_backend() == "auto"
+
+
+def test_unknown_op() -> None:
+    with pytest.raises(ValueError, match="unknown op 'conv'; allowed are dwconv_bn_silu"):
+        can_run("cpu", "conv")
+
+
+def test_use_backend_nests() -> None:
+    assert current_backend() == "auto"
+    with use_backend("reference"):
+        assert current_backend() == "reference"
+        with use_backend("cpu:generic"):
+            assert current_backend() == "cpu:generic"
+            with use_backend("auto"):
+                assert current_backend() == "auto"
+            assert current_backend() == "cpu:generic"
+        assert current_backend() == "reference"
+    assert current_backend() == "auto"
+
+
+def test_use_backend_is_restored_after_an_error() -> None:
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert current_backend() == "auto"
+
+
+def test_use_backend_is_exported() -> None:
+    assert effnet_fast.use_backend is use_backend
+
+
+@ANY_SAMPLE
+def test_context_decides_and_the_argument_comes_before_it(name: str) -> None:
+    call = sample(name)
+    wanted = with_gradients(call)
+    stock = run(call, wanted=wanted)
+    generic = run(call, "cpu:generic", wanted=wanted)
+    assert not torch.equal(stock["y"], generic["y"])
+    with use_backend("reference"):
+        assert_same(run(call, "auto", wanted=wanted), stock)
+        assert_same(run(call, "cpu:generic", wanted=wanted), generic)
+    with use_backend("cpu:generic"):
+        assert_same(run(call, "auto", wanted=wanted), generic)
+        assert_same(run(call, "reference", wanted=wanted), stock)
+
+
+def test_context_does_not_fall_back() -> None:
+    call = sample("dwconv_eval").with_options(stride=3)
+    assert_same(run(call, "auto"), run(call))
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="the stride is 3"):
+        run(call, "auto")
+
+
+def test_use_backend_belongs_to_the_thread() -> None:
+    seen = {}
+    inside, done = threading.Barrier(2), threading.Barrier(2)
+
+    def work() -> None:
+        seen["at first"] = current_backend()
+        with use_backend("cpu:generic"):
+            inside.wait()
+            done.wait()
+            seen["inside"] = current_backend()
+
+    thread = threading.Thread(target=work)
+    with use_backend("reference"):
+        thread.start()
+        inside.wait()
+        seen["elsewhere"] = current_backend()
+        done.wait()
+        thread.join()
+    assert seen == {"at first": "auto", "inside": "cpu:generic", "elsewhere": "reference"}
+
+
+def test_use_backend_belongs_to_the_task() -> None:
+    async def work(backend: str) -> str:
+        with use_backend(backend):
+            await asyncio.sleep(0.01)
+            return current_backend()
+
+    async def both() -> list[str]:
+        return await asyncio.gather(work("reference"), work("cpu"))
+
+    assert asyncio.run(both()) == ["reference", "cpu"]
+
+
+def test_backward_uses_the_backend_of_forward() -> None:
+    """Autograd's own threads know no context."""
+    call = sample("dwconv_train")
+    tensors = call.tensors | {"x": call.x.clone().requires_grad_()}
+    with use_backend("cpu:generic"):
+        y = ops.dwconv_bn_silu(**tensors, **call.options)
+    (grad,) = torch.autograd.grad(y, tensors["x"], torch.ones_like(y))
+    expected = run(call, "cpu:generic", grad_y=torch.ones_like(y))
+    assert torch.equal(grad, expected["grad x"])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_can_run_in_general(backend: str, op: str) -> None:
+    reason = can_run(backend, op)
+    if backend in ("auto", "reference", "cpu"):
+        assert reason is None
+    elif backend == "triton":
+        assert reason == f"this version has no Triton kernel for {op}"
+    else:
+        assert reason
+
+
+def test_a_missing_extension_is_told_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = sample("dwconv_eval")
+    missing = SimpleNamespace(unavailable_reason=lambda: "effnet_fast._C is not there")
+    monkeypatch.setattr(backends, "_native", missing)
+    assert_same(run(call, "auto"), run(call))
+    for backend in ("cpu", "cuda"):
+        with pytest.raises(RuntimeError, match=r"effnet_fast\._C is not there"):
+            run(call, backend)
+
+
+REFUSED: dict[str, tuple[Callable[[Call], Call], str]] = {
+    "float64": (
+        lambda call: call.with_tensors(x=call.x.double()),
+        r"x is torch\.float64, the cpu backend takes float32 and bfloat16",
+    ),
+    "float16": (
+        lambda call: call.with_tensors(x=call.x.half()),
+        r"x is torch\.float16, the cpu backend takes float32 and bfloat16",
+    ),
+    "parameter_of_a_third_dtype": (
+        lambda call: call.with_tensors(
+            **{list(call.tensors)[1]: list(call.tensors.values())[1].double()}
+        ),
+        r"a parameter is torch\.float64; allowed are torch\.float32 and torch\.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+@ANY_SAMPLE
+def test_refused_dtypes(name: str, reason: str) -> None:
+    """By name an error, by "auto" the reference."""
+    change, words = REFUSED[reason]
+    call = change(sample(name))
+    wanted = with_gradients(call)
+    with pytest.raises(RuntimeError, match=f"backend 'cpu' cannot run {call.op}: {words}"):
+        run(call, "cpu", wanted=wanted)
+    assert_same(run(call, "auto", wanted=wanted), run(call, wanted=wanted))
+
+
+@ANY_SAMPLE
+def test_meta_device_goes_through_the_reference(name: str) -> None:
+    call = sample(name)
+    meta = {k: v.to("meta") for k, v in call.tensors.items()}
+    call = call.with_tensors(**meta)
+    wanted = with_gradients(call)
+    with pytest.raises(RuntimeError, match="x is on meta, the cpu backend takes CPU tensors"):
+        run(call, "cpu", wanted=wanted)
+    function = getattr(ops, call.op)
+    assert function(**call.tensors, **call.options).is_meta
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@ANY_SAMPLE
+def test_backends_without_a_kernel(name: str, backend: str) -> None:
+    call = sample(name)
+    reason = can_run(backend, call.op)
+    with pytest.raises(RuntimeError) as info:
+        run(call, backend, wanted=with_gradients(call))
+    assert str(info.value) == f"backend {backend!r} cannot run {call.op}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (DwconvCase("even", 2, 6, 8, 8, 4), "the kernel is 4x4; square and odd is supported"),
+        (DwconvCase("stride_3", 2, 6, 8, 8, 3, 3), "the stride is 3; 1 and 2 are supported"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_refused_geometry(case: DwconvCase, words: str) -> None:
+    call = dwconv_call(case, training=True)
+    with pytest.raises(RuntimeError, match=f"'cpu' cannot run dwconv_bn_silu: {words}"):
+        run(call, "cpu")
+    assert_same(run(call, "auto"), run(call))
+
+
+BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    # name: (sample, changed arguments, error, words of its text)
+    "x_list": ("dwconv_eval", {"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    "x_int": ("dwconv_eval", {"x": torch.ones(2, 37, 9, 9).int()}, TypeError, "floating dtype"),
+    "x_rank": ("dwconv_eval", {"x": torch.ones(37, 9, 9)}, ValueError, r"x must be \[N,C,H,W\]"),
+    "x_channels": ("dwconv_train", {"x": torch.ones(2, 36, 9, 9)}, ValueError, "C = 36 as in x"),
+    "bn_weight": ("dwconv_train", {"bn_weight": torch.ones(36)}, ValueError, r"\[37\], got \[36\]"),
+    "device": ("dwconv_eval", {"bn_bias": torch.ones(37, device="meta")}, ValueError, "device"),
+    "stride": ("dwconv_eval", {"stride": 0}, ValueError, "stride must be .*got 0"),
+    "padding": ("dwconv_eval", {"padding": (1, 1)}, ValueError, "padding must be"),
+    "kernel": (
+        "dwconv_eval",
+        {"x": torch.ones(2, 37, 2, 9), "padding": 1},
+        ValueError,
+        r"\[4, 11\] is smaller than the 5x5 kernel",
+    ),
+    "se_rank": ("squeeze_excite", {"x": torch.ones(3, 37)}, ValueError, r"x must be \[N,C,H,W\]"),
+    "se_empty": ("squeeze_excite", {"x": torch.ones(1, 37, 0, 5)}, ValueError, "H and W of at"),
+    "se_weight": ("squeeze_excite", {"reduce_weight": torch.ones(9, 36)}, ValueError, "reduce_w"),
+    "se_bias": ("squeeze_excite", {"expand_bias": torch.ones(9)}, ValueError, "expand_bias must"),
+    "pw_weight": ("pointwise_eval", {"weight": torch.ones(40, 24, 3, 3)}, ValueError, "weight"),
+    "pw_gate": ("pointwise_eval", {"gate": torch.ones(2, 40)}, ValueError, "gate must have shape"),
+    "pw_act": ("pointwise_eval", {"act": "relu"}, ValueError, "act must be one of"),
+    "pw_residual": (
+        "pointwise_eval",
+        {"residual": torch.ones(2, 24, 7, 8)},
+        ValueError,
+        r"residual must have shape \[2, 24, 7, 7\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_inputs(bad: str, backend: str) -> None:
+    """The errors of the reference, whatever the backend."""
+    name, changes, error, words = BAD[bad]
+    call = sample(name)
+    arguments = call.tensors | call.options | changes
+    with pytest.raises(error, match=words):
+        getattr(ops, call.op)(**arguments, backend=backend)
+
+
+def test_is_channels_last() -> None:
+    nchw = torch.empty(2, 3, 4, 5)
+    nhwc = nchw.contiguous(memory_format=torch.channels_last)
+    assert not is_channels_last(nchw)
+    assert is_channels_last(nhwc)
+    assert is_channels_last(nhwc[:, 1:, ::2, 1:])
+    assert is_channels_last(nchw[:, :1])
+    assert is_channels_last(nchw[:0])
+    assert is_channels_last(torch.empty(2, 3, 1, 1))
+    assert not is_channels_last(nhwc[:, :, :, :1].expand(2, 3, 4, 5))
+
+
+def test_resolve_never_says_auto() -> None:
+    x = torch.empty(1, 3, 4, 4)
+    args = OpArgs(x.contiguous(memory_format=torch.channels_last))
+    assert resolve("auto", "squeeze_excite", args) == "cpu"
+    assert resolve("auto", "squeeze_excite", OpArgs(x)) == "reference"
+    assert resolve("cpu:generic", "squeeze_excite", args) == "cpu:generic"

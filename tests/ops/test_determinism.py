@@ -1,0 +1,158 @@
+"""The same bits whatever the threads and the state of memory; and no memory kept."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from cases import DWCONV_CASES, SQUEEZE_EXCITE_CASES, DwconvCase, SqueezeExciteCase, find
+from parity import (
+    BACKENDS,
+    BF16,
+    FP32,
+    MODES,
+    SAMPLES,
+    Call,
+    Dtypes,
+    assert_same,
+    dwconv_call,
+    run,
+    sample,
+    squeeze_excite_call,
+    with_gradients,
+)
+
+ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+CALLS = 2000  # enough for a leak of one small tensor per call to show
+GROWTH = 4 << 20  # bytes; one leaked gradient of x per call would be 7 MB
+
+
+def assert_independent_of_threads(call: Call, backend: str) -> None:
+    """Compares two, three and four threads with the one that tests start with."""
+    wanted = with_gradients(call)
+    expected = [run(call, backend, wanted=wanted), run(call, backend, wanted=())]
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert_same(run(call, backend, wanted=wanted), expected[0])
+        assert_same(run(call, backend, wanted=()), expected[1])
+
+
+@ANY_BACKEND
+@MODES
+@pytest.mark.parametrize("case", DWCONV_CASES)
+def test_dwconv_on_any_number_of_threads(case: DwconvCase, training: bool, backend: str) -> None:
+    assert_independent_of_threads(dwconv_call(case, BF16, training), backend)
+
+
+@ANY_BACKEND
+@pytest.mark.parametrize("case", SQUEEZE_EXCITE_CASES)
+def test_squeeze_excite_on_any_number_of_threads(case: SqueezeExciteCase, backend: str) -> None:
+    assert_independent_of_threads(squeeze_excite_call(case), backend)
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@pytest.mark.parametrize("name", SAMPLES)
+def test_two_runs(name: str, dtypes: Dtypes, backend: str) -> None:
+    call = sample(name, dtypes)
+    wanted = with_gradients(call)
+    assert_same(run(call, backend, wanted=wanted), run(call, backend, wanted=wanted))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_callers_in_several_threads(threads: int) -> None:
+    """Workspaces belong to the calling thread, and callers do not disturb each other."""
+    torch.set_num_threads(threads)
+    calls = [sample(name, dtypes) for name in SAMPLES for dtypes in (FP32, BF16)]
+    calls += [
+        dwconv_call(find(DWCONV_CASES, name), FP32, training)
+        for name in ("b0_c240_28_k5_s1", "b0_c672_14_k5_s2", "batch_0")
+        for training in (False, True)
+    ]
+    expected = [run(call, "cpu", wanted=with_gradients(call)) for call in calls]
+
+    def work(start: int) -> None:
+        torch.set_num_threads(threads)
+        for step in range(3 * len(calls)):
+            index = (start * 5 + step) % len(calls)
+            actual = run(calls[index], "cpu", wanted=with_gradients(calls[index]))
+            assert_same(actual, expected[index])
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work, start) for start in range(4)]:
+            future.result()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_first_call_of_a_thread_may_be_empty(name: str) -> None:
+    """A thread's workspace does not exist before a call has needed it."""
+    call = sample(name)
+    empty = {k: v[:0] for k, v in call.tensors.items() if k in ("x", "gate", "residual")}
+    call = call.with_tensors(**empty)
+    with ThreadPoolExecutor(1) as pool:
+        results = pool.submit(run, call, "cpu", wanted=with_gradients(call)).result()
+    assert results["y"].shape[0] == 0
+
+
+@pytest.fixture
+def poisoned_allocations() -> Iterator[None]:
+    """torch.empty and its kind give NaN, so that an element that is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@MODES
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("case", DWCONV_CASES)
+def test_dwconv_writes_every_element(
+    case: DwconvCase, training: bool, dtypes: Dtypes, backend: str
+) -> None:
+    call = dwconv_call(case, dtypes, training)
+    for wanted in (None, ()):
+        for name, tensor in run(call, backend, wanted=wanted).items():
+            assert tensor.isfinite().all(), name
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("case", SQUEEZE_EXCITE_CASES)
+def test_squeeze_excite_writes_every_element(
+    case: SqueezeExciteCase, dtypes: Dtypes, backend: str
+) -> None:
+    call = squeeze_excite_call(case, dtypes)
+    for wanted in (None, ()):
+        for name, tensor in run(call, backend, wanted=wanted).items():
+            assert tensor.isfinite().all(), name
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("name", SAMPLES)
+def test_memory_does_not_grow(name: str) -> None:
+    call = sample(name)
+    wanted = with_gradients(call)
+    for _ in range(CALLS // 10):
+        run(call, "cpu", wanted=wanted)
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(CALLS):
+        run(call, "cpu", wanted=wanted)
+    gc.collect()
+    assert resident_bytes() - before < GROWTH

@@ -1,0 +1,145 @@
+"""The registered ops: schema, fake and kernel agree, for every op that the package defines."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import effnet_fast.ops
+from parity import BF16, FP32, Call, Dtypes, sample
+
+SAMPLE_OF = {
+    "bn_silu": "dwconv_train",
+    "dwconv_bn_silu_backward": "dwconv_train",
+    "dwconv_bn_silu_eval": "dwconv_eval",
+    "dwconv_statistics": "dwconv_train",
+    "excite": "squeeze_excite",
+    "mbconv_eval": "dwconv_eval",
+    "mbconv_eval": "dwconv_eval",
+    "pointwise_bn_act_eval": "pointwise_eval",
+    "squeeze_excite": "squeeze_excite",
+    "squeeze_excite_backward": "squeeze_excite",
+    "stem_conv_bn_silu_eval": "dwconv_eval",
+}
+PADDING = (2, 2, 2, 2)  # of the sample's 5x5 kernel
+
+
+def registered_ops() -> set[str]:
+    for module in pkgutil.iter_modules(effnet_fast.ops.__path__, "effnet_fast.ops."):
+        importlib.import_module(module.name)
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1] for name in names if name.startswith("effnet_fast::")}
+
+
+def test_every_op_is_here() -> None:
+    assert registered_ops() == set(SAMPLE_OF)
+
+
+def arguments(op: str, call: Call) -> tuple[Any, ...]:
+    """The op's positional arguments for a call, what earlier ops compute included."""
+    tensors = call.tensors
+    x, others = call.x, list(tensors.values())[1:]
+    if op == "dwconv_bn_silu_eval":
+        return (x, *others, 1, PADDING, 1e-5, "cpu")
+    if op == "stem_conv_bn_silu_eval":
+        channels = (x.shape[1] + 1, x.shape[1], 3, 3)
+        vectors = [None if v is None else v.repeat(2)[: channels[0]] for v in others[1:]]
+        return (x, others[0].new_ones(channels), *vectors, (2, 2), (1, 1), 1e-5, "cpu")
+    if op == "mbconv_eval":
+        c = x.shape[1]
+        bn = [None if v is None else v.clone() for v in others[1:]]
+        point, squeeze = others[0].new_ones(c, c, 1, 1), [others[0].new_ones(c, c), None] * 2
+        layers = ([point, *bn], others, squeeze, [point.clone(), *bn])
+        return (x, *layers, 1, PADDING, [1e-5] * 3, True, "cpu")
+    if op == "mbconv_eval":
+        c = x.shape[1]
+        expand = [others[0].new_ones(c, c, 1, 1), *others[1:]]
+        squeeze = [others[0].new_ones(3, c), None, others[0].new_ones(c, 3), None]
+        layers = (expand, others, squeeze, expand)
+        return (x, *layers, 1, PADDING, [1e-5] * 3, True, "cpu")
+    if op == "dwconv_statistics":
+        return (x, tensors["weight"], 1, PADDING, "cpu")
+    if op == "pointwise_bn_act_eval":
+        return (x, *others, False, 1e-5, "cpu")
+    if op == "squeeze_excite":
+        return (x, *others, "cpu")
+    if call.op == "squeeze_excite":
+        y, pooled, hidden, gate = torch.ops.effnet_fast.squeeze_excite(x, *others, "cpu")
+        if op == "excite":
+            return (pooled, *others, "cpu")
+        return (y, x, others[0], others[2], pooled, hidden, gate, "cpu")
+    z, mean, var = torch.ops.effnet_fast.dwconv_statistics(x, tensors["weight"], 1, PADDING, "cpu")
+    bn = (tensors["bn_weight"], tensors["bn_bias"], mean, var)
+    if op == "bn_silu":
+        return (z, *bn, 1e-5, "cpu")
+    wanted = [True, True, True]
+    return (z, x, z, tensors["weight"], *bn, 1, PADDING, 1e-5, True, wanted, "cpu")
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("op", SAMPLE_OF)
+def test_opcheck(op: str, dtypes: Dtypes) -> None:
+    call = sample(SAMPLE_OF[op], dtypes)
+    torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, arguments(op, call))
+
+
+def test_opcheck_without_optional_tensors() -> None:
+    for op, sample_name in SAMPLE_OF.items():
+        call = sample(sample_name)
+        optional = ("bn_weight", "bn_bias", "reduce_bias", "expand_bias", "gate", "residual")
+        absent = dict.fromkeys(call.tensors.keys() & set(optional))
+        args = arguments(op, call.with_tensors(**absent))
+        torch.library.opcheck(
+            getattr(torch.ops.effnet_fast, op).default, args, test_utils="test_faketensor"
+        )
+
+
+@pytest.mark.parametrize("wanted", [[True, False, False], [False, True, False], [False] * 3])
+def test_opcheck_of_pruned_gradients(wanted: list[bool]) -> None:
+    args = list(arguments("dwconv_bn_silu_backward", sample("dwconv_train")))
+    args[-2] = wanted
+    torch.library.opcheck(torch.ops.effnet_fast.dwconv_bn_silu_backward.default, tuple(args))
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("op", SAMPLE_OF)
+def test_opcheck_of_batches_0_and_1(op: str, batch: int) -> None:
+    call = sample(SAMPLE_OF[op])
+    shorter = {k: v[:batch] for k, v in call.tensors.items() if k in ("x", "gate", "residual")}
+    args = arguments(op, call.with_tensors(**shorter))
+    torch.library.opcheck(
+        getattr(torch.ops.effnet_fast, op).default, args, test_utils="test_faketensor"
+    )
+
+
+def test_opcheck_can_fail() -> None:
+    """A kernel whose output has other strides than its fake's is caught."""
+    library = torch.library.Library("effnet_fast_test", "FRAGMENT")
+    library.define("copy(Tensor x) -> Tensor")
+    library.impl("copy", lambda x: x.contiguous(memory_format=torch.channels_last).clone(), "CPU")
+
+    def fake(x: Tensor) -> Tensor:
+        return torch.empty(x.shape)
+
+    torch.library.register_fake("effnet_fast_test::copy", fake, lib=library)
+    with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
+        torch.library.opcheck(torch.ops.effnet_fast_test.copy.default, (sample("dwconv_eval").x,))
+
+
+@pytest.mark.parametrize("op", SAMPLE_OF)
+def test_meta_tensors(op: str) -> None:
+    """Shapes and dtypes without data, as torch.export and the meta device need them."""
+    args = arguments(op, sample(SAMPLE_OF[op]))
+    function = getattr(torch.ops.effnet_fast, op)
+    expected = function(*args)
+    on_meta = function(*torch.utils._pytree.tree_map_only(Tensor, lambda a: a.to("meta"), args))
+    if isinstance(expected, Tensor):
+        expected, on_meta = (expected,), (on_meta,)
+    for a, b in zip(on_meta, expected, strict=True):
+        assert a.is_meta
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())

@@ -1,0 +1,165 @@
+"""squeeze_excite on every backend and shape against the reference."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cases import (
+    LARGE_SQUEEZE_EXCITE_CASES,
+    SQUEEZE_EXCITE_CASES,
+    SqueezeExciteCase,
+    find,
+)
+from effnet_fast import ops
+from parity import (
+    BACKENDS,
+    BF16,
+    DTYPES,
+    FP32,
+    Call,
+    Dtypes,
+    Results,
+    assert_parity,
+    assert_same,
+    check,
+    run,
+    squeeze_excite_call,
+)
+
+case = functools.partial(find, SQUEEZE_EXCITE_CASES)
+ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+WEIGHTS = ("reduce_weight", "expand_weight")
+BIASES = ("reduce_bias", "expand_bias")
+
+
+@functools.lru_cache(maxsize=2)
+def expectation(
+    case: SqueezeExciteCase, dtypes: Dtypes, autograd: bool
+) -> tuple[Call, Results, Results]:
+    """The call, and its results in stock's arithmetic and in float64."""
+    call = squeeze_excite_call(case, dtypes)
+    wanted = None if autograd else ()
+    return call, run(call, wanted=wanted), run(call, double=True, wanted=wanted)
+
+
+@ANY_BACKEND
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("autograd", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("case", SQUEEZE_EXCITE_CASES)
+def test_matches_reference(
+    case: SqueezeExciteCase, autograd: bool, dtypes: Dtypes, backend: str
+) -> None:
+    call, stock, exact = expectation(case, dtypes, autograd)
+    actual = run(call, backend, wanted=None if autograd else ())
+    assert_parity(actual, stock, exact, dtypes.x)
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize("case", LARGE_SQUEEZE_EXCITE_CASES)
+def test_matches_reference_where_large(case: SqueezeExciteCase, dtypes: Dtypes) -> None:
+    check(squeeze_excite_call(case, dtypes), "cpu")
+
+
+def test_parity_notices_swapped_channels() -> None:
+    call = squeeze_excite_call(case("b0_c240_28_r10"))
+    stock, exact = run(call), run(call, double=True)
+    for name in WEIGHTS:
+        weight = call.tensors[name].clone()
+        weight[[0, 3]] = weight[[3, 0]]
+        actual = run(call.with_tensors(**{name: weight}), "cpu")
+        with pytest.raises(AssertionError, match="y: rms error"):
+            assert_parity(actual, stock, exact, torch.float32)
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@pytest.mark.parametrize("absent", [BIASES[:1], BIASES[1:], BIASES], ids="+".join)
+def test_absent_biases(absent: tuple[str, ...], dtypes: Dtypes, backend: str) -> None:
+    call = squeeze_excite_call(case("c_odd"), dtypes)
+    check(call.with_tensors(**dict.fromkeys(absent)), backend)
+
+
+@ANY_BACKEND
+def test_two_dimensional_weights(backend: str) -> None:
+    """As linear layers have them: the same numbers, gradients in the weights' own shape."""
+    call = squeeze_excite_call(case("c_odd"))
+    flat = call.with_tensors(**{name: call.tensors[name].flatten(1) for name in WEIGHTS})
+    actual, expected = check(flat, backend), run(call, backend)
+    assert_same(actual, expected | {f"grad {n}": expected[f"grad {n}"].flatten(1) for n in WEIGHTS})
+
+
+@ANY_BACKEND
+def test_frozen_subsets_change_no_number(backend: str) -> None:
+    call = squeeze_excite_call(case("hw_gt_chunk"), BF16)
+    every = run(call, backend)
+    for count in range(1, len(call.differentiable)):
+        for wanted in itertools.combinations(call.differentiable, count):
+            assert_same(run(call, backend, wanted=wanted), every)
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@pytest.mark.parametrize(("offset", "scale"), [(100.0, 0.3), (0.0, 1e4), (0.0, 1e-30)], ids=str)
+def test_range(offset: float, scale: float, dtypes: Dtypes, backend: str) -> None:
+    """Gates at both ends of the sigmoid, a mean of many equal values, and tiny ones."""
+    call = squeeze_excite_call(case("hw_gt_chunk"), dtypes)
+    check(call.with_tensors(x=call.x * scale + offset), backend)
+
+
+def spoil(tensor: Tensor, value: float) -> Tensor:
+    tensor = tensor.clone()
+    tensor[0, 1, 3, 4] = value
+    tensor[-1, -1, 0, 0] = value
+    return tensor
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_nan_and_inf(value: float, dtypes: Dtypes, backend: str) -> None:
+    """In x and in grad_y: they appear in the image whose gate they reach, as with stock."""
+    call = squeeze_excite_call(case("c_odd"), dtypes)
+    actual = check(call.with_tensors(x=spoil(call.x, value)), backend)
+    assert not actual["y"][0].isfinite().all()
+    assert actual["y"][1].isfinite().all()
+    check(call, backend, grad_y=spoil(torch.ones_like(call.x), value))
+    bias = call.tensors["expand_bias"].clone()
+    bias[0] = value
+    check(call.with_tensors(expand_bias=bias), backend)
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+def test_drawn_shapes(dtypes: Dtypes, backend: str) -> None:
+    @settings(max_examples=50, deadline=None, derandomize=True, database=None)
+    @given(
+        n=st.integers(1, 4),
+        c=st.integers(16, 90),
+        h=st.integers(2, 26),
+        w=st.integers(2, 26),
+        r=st.integers(4, 40),
+    )
+    def examine(n: int, c: int, h: int, w: int, r: int) -> None:
+        check(squeeze_excite_call(SqueezeExciteCase("drawn", n, c, h, w, r), dtypes), backend)
+
+    examine()
+
+
+def test_auto_takes_the_kernel() -> None:
+    call = squeeze_excite_call(case("c_odd"))
+    assert_same(run(call, "auto"), run(call, "cpu"))
+    with pytest.raises(AssertionError):
+        assert_same(run(call, "auto"), run(call))
+
+
+def test_defaults() -> None:
+    call = squeeze_excite_call(case("c_odd"))
+    assert torch.equal(ops.squeeze_excite(**call.tensors), run(call, "cpu", wanted=())["y"])

@@ -1,0 +1,208 @@
+"""The ops under autograd's further modes, autocast, torch.func and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from effnet_fast import ops, reference
+from parity import (
+    SAMPLES,
+    Call,
+    assert_parity,
+    assert_same,
+    random_like,
+    run,
+    sample,
+    with_gradients,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop because"),
+]
+ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
+DIFFERENTIABLE = pytest.mark.parametrize("name", SAMPLES[:3])
+
+
+def function_of_x(call: Call, backend: str | None) -> Callable[[Tensor], Tensor]:
+    """The call as a function of x alone; None is the reference."""
+    options = call.options if backend is None else call.options | {"backend": backend}
+    function = getattr(reference if backend is None else ops, call.op)
+    return lambda x: function(**{**call.tensors, "x": x}, **options)
+
+
+@DIFFERENTIABLE
+def test_second_derivative_is_refused(name: str) -> None:
+    """Also where grad_y needs no gradient, which torch's once_differentiable lets pass."""
+    call = sample(name)
+    x = call.x.clone().requires_grad_()
+    y = function_of_x(call, "cpu")(x)
+    for grad_y in (torch.ones_like(y), torch.ones_like(y, requires_grad=True)):
+        with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+            torch.autograd.grad(y, x, grad_y, create_graph=True)
+    torch.autograd.grad(y, x, torch.ones_like(y))
+
+
+@ANY_SAMPLE
+def test_second_derivative_by_the_reference(name: str) -> None:
+    call = sample(name)
+    x = call.x.clone().requires_grad_()
+    y = function_of_x(call, "reference")(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert second.abs().sum() > 0
+
+
+@DIFFERENTIABLE
+def test_backward_twice(name: str) -> None:
+    call = sample(name)
+    x = call.x.clone().requires_grad_()
+    y = function_of_x(call, "cpu")(x)
+    first, second = (
+        torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@DIFFERENTIABLE
+def test_editing_a_saved_tensor_is_noticed(name: str) -> None:
+    call = sample(name)
+    x = call.x.clone().requires_grad_()
+    y = function_of_x(call, "cpu")(x)
+    with torch.no_grad():
+        x += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_later_updates_of_running_statistics_do_not_reach_backward() -> None:
+    """In eval mode backward uses the statistics that forward saw."""
+    call = sample("dwconv_eval")
+    mean = call.tensors["running_mean"].clone()
+    x = call.x.clone().requires_grad_()
+    y = function_of_x(call.with_tensors(running_mean=mean), "cpu")(x)
+    mean += 1
+    (grad,) = torch.autograd.grad(y, x, random_like(y))
+    assert torch.equal(grad, run(call, "cpu", wanted=["x"])["grad x"])
+
+
+@ANY_SAMPLE
+def test_inference_mode(name: str) -> None:
+    call = sample(name)
+    with torch.inference_mode():
+        tensors = {k: v.clone() for k, v in call.tensors.items()}
+        y = getattr(ops, call.op)(**tensors, **call.options, backend="cpu")
+    assert y.is_inference()
+    assert torch.equal(y, run(call, "cpu", wanted=())["y"])
+
+
+def stock_under_autocast(call: Call) -> Tensor:
+    """What nn.Conv2d, BatchNorm2d and the like give: the functions that those modules call."""
+    t = call.tensors
+    x = t["x"]
+    if call.op == "squeeze_excite":
+        gate = F.conv2d(F.adaptive_avg_pool2d(x, 1), t["reduce_weight"], t["reduce_bias"])
+        gate = F.conv2d(F.silu(gate), t["expand_weight"], t["expand_bias"]).sigmoid()
+        return gate * x
+    if call.op == "pointwise_bn_act":
+        z = F.conv2d(x * t["gate"], t["weight"])
+    else:
+        z = F.conv2d(x, t["weight"], padding=2, groups=x.shape[1])
+    bn = (t["running_mean"].clone(), t["running_var"].clone(), t["bn_weight"], t["bn_bias"])
+    y = F.batch_norm(z, *bn, training=call.options["training"])
+    if call.op == "pointwise_bn_act":
+        y += t["residual"]  # in place, as MBConv adds it
+        return y
+    return F.silu(y)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto", "reference"])
+@ANY_SAMPLE
+def test_autocast(name: str, backend: str) -> None:
+    """fp32 tensors give what stock gives, in dtype and in value, and fp32 gradients."""
+    call = sample(name)
+    wanted = with_gradients(call)
+    exact = run(call, double=True, wanted=())
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = stock_under_autocast(call)
+        actual = run(call, backend, wanted=wanted)
+    results = ({"y": actual["y"]}, {"y": stock.detach()}, {"y": exact["y"]})
+    assert_parity(*results, torch.bfloat16)
+    for key, tensor in actual.items():
+        if key.startswith("grad "):
+            assert tensor.dtype == torch.float32, key
+
+
+@ANY_SAMPLE
+def test_autocast_leaves_float64_alone(name: str) -> None:
+    call = sample(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = function_of_x(call, "auto")(call.x.double())
+    assert y.dtype == torch.float64
+
+
+@ANY_SAMPLE
+def test_torch_func_goes_through_the_reference(name: str) -> None:
+    call = sample(name)
+    if call.options.get("training"):  # vmap refuses in-place updates of what is not batched
+        call = call.with_tensors(running_mean=None, running_var=None)
+    ours, stock = function_of_x(call, "auto"), function_of_x(call, None)
+    batch = torch.stack([call.x, call.x.flip(0)])
+    tangent = torch.ones_like(call.x)
+    for transform in (
+        lambda f: torch.func.vmap(f)(batch),
+        lambda f: torch.func.grad(lambda x: f(x).sum())(call.x),
+        lambda f: torch.func.jvp(f, (call.x,), (tangent,))[1],
+        lambda f: torch.func.vjp(f, call.x)[1](tangent[:, :1].expand_as(f(call.x)))[0],
+    ):
+        torch.testing.assert_close(transform(ours), transform(stock), rtol=0, atol=0)
+
+
+@ANY_SAMPLE
+def test_named_backend_refuses_torch_func(name: str) -> None:
+    call = sample(name)
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms .*reference"):
+        torch.func.vmap(function_of_x(call, "cpu"))(call.x[None])
+
+
+@ANY_SAMPLE
+def test_forward_mode_goes_through_the_reference(name: str) -> None:
+    call = sample(name)
+    tangents = []
+    for backend in ("auto", None):
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(call.x, torch.ones_like(call.x))
+            y = function_of_x(call, backend)(x)
+            tangents.append(forward_ad.unpack_dual(y).tangent.clone())
+    assert torch.equal(*tangents)
+
+
+@ANY_SAMPLE
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled(name: str) -> None:
+    """By value: a wrong fake or a wrong mutation would show as other numbers."""
+    call = sample(name)
+    wanted = with_gradients(call)
+    torch._dynamo.reset()
+    function = torch.compile(getattr(ops, call.op), backend="aot_eager")
+    tensors = {k: v.clone().requires_grad_(wanted is None) for k, v in call.tensors.items()}
+    for key in ("running_mean", "running_var"):
+        if key in tensors:
+            tensors[key] = tensors[key].detach()
+    y = function(**tensors, **call.options)
+    results = {"y": y.detach()}
+    if wanted is None:
+        leaves = [tensors[k] for k in call.differentiable]
+        grads = torch.autograd.grad(y, leaves, random_like(y))
+        results |= {f"grad {k}": g for k, g in zip(call.differentiable, grads, strict=True)}
+    if "running_mean" in tensors:
+        results |= {k: tensors[k] for k in ("running_mean", "running_var")}
+    expected = run(call, "auto", wanted=wanted)
+    assert results.keys() == expected.keys()
+    assert_same(results, expected)
