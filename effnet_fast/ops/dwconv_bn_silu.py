@@ -7,6 +7,7 @@ tile, a second pass normalises; backward is one pass for the sums and one for bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,31 +66,31 @@ def compute_eval(
     pooled: Tensor,
     x: Tensor,
     weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    bn: Sequence[Tensor | None],
     stride: int,
     padding: Sides,
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Writes y [N,C,Ho,Wo], NHWC without gaps, and its means pooled [N,C]; returns both."""
+    """Writes y [N,C,Ho,Wo], NHWC without gaps, and its means pooled [N,C]; returns both.
+
+    bn is weight, bias, mean, var.
+    """
     if y.numel() == 0:
         return y, pooled.zero_()
     weight = native_weight(weight, x)
-    vectors, bn = _bn(bn_weight, bn_bias, mean, var)
+    vectors = [fp32(v) for v in bn]
     _native.load().dwconv_eval(
         isa_of(backend), _shape_tuple(x, y, weight, stride, padding),
         x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
-        x.data_ptr(), _strides(x), weight.data_ptr(), bn, eps,
+        x.data_ptr(), _strides(x), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
         y.data_ptr(), pooled.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, pooled
 
 
 def _eval_cpu(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return compute_eval(*_eval_fake(x, weight, *rest), x, weight, *rest)
+    return compute_eval(*_eval_fake(x, weight, *rest), x, weight, rest[:4], *rest[4:])
 
 
 def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -32,18 +32,21 @@ def _eval_cpu(
     backend: str,
 ) -> Tensor:
     y = _eval_fake(x, expand, depthwise, squeeze, project, stride, padding, eps, residual, backend)
-    h: Any = x
+    h = x
     if expand:
         shape = (x.shape[0], expand[0].shape[0], *x.shape[2:])
         h = scratch.empty_nhwc("expanded", x, shape)
-        compute_pointwise(h, x, *expand, None, None, True, eps[0], backend)
-    shape = output_shape(h, depthwise[0].shape[-1], stride, padding)
+        weight, *bn = expand
+        compute_pointwise(h, x, weight, bn, None, None, True, eps[0], backend)
+    weight, *bn = depthwise
+    shape = output_shape(h, weight.shape[-1], stride, padding)
     filtered = scratch.empty_nhwc("filtered", x, shape)
     pooled = x.new_empty(shape[:2], dtype=torch.float32)
-    compute_depthwise(filtered, pooled, h, *depthwise, stride, padding, eps[1], backend)
+    compute_depthwise(filtered, pooled, h, weight, bn, stride, padding, eps[1], backend)
     gate = excite_op(pooled, *squeeze, backend)[1]
+    weight, *bn = project
     added = x if residual else None
-    return compute_pointwise(y, filtered, *project, gate, added, False, eps[2], backend)
+    return compute_pointwise(y, filtered, weight, bn, gate, added, False, eps[2], backend)
 
 
 def _eval_fake(

@@ -8,6 +8,7 @@ a cached folded weight). Training, and eval with gradients, run the reference co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,23 +53,20 @@ def compute(
     y: Tensor,
     x: Tensor,
     weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    bn: Sequence[Tensor | None],
     gate: Tensor | None,
     residual: Tensor | None,
     silu: bool,
     eps: float,
     backend: str,
 ) -> Tensor:
-    """Writes y [N,Cout,H,W], NHWC without gaps, and returns it."""
+    """Writes y [N,Cout,H,W], NHWC without gaps, and returns it; bn is weight, bias, mean, var."""
     if y.numel() == 0:
         return y
     _product(nhwc(x), weight, gate, y, backend)
     if residual is not None:
         residual = nhwc(residual.to(x.dtype))
-    vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
+    vectors = [fp32(v) for v in bn]
     _native.load().bn_act(
         isa_of(backend), y.numel() // y.shape[1], y.shape[1], y.dtype == torch.bfloat16, silu,
         y.data_ptr(), tuple(address(v) for v in vectors), eps, address(residual), y.data_ptr(),
@@ -78,7 +76,7 @@ def compute(
 
 
 def _eval_cpu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return compute(_eval_fake(x, weight, *rest), x, weight, *rest)
+    return compute(_eval_fake(x, weight, *rest), x, weight, rest[:4], *rest[4:])
 
 
 def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:

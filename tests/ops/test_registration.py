@@ -20,7 +20,6 @@ SAMPLE_OF = {
     "dwconv_statistics": "dwconv_train",
     "excite": "squeeze_excite",
     "mbconv_eval": "dwconv_eval",
-    "mbconv_eval": "dwconv_eval",
     "pointwise_bn_act_eval": "pointwise_eval",
     "squeeze_excite": "squeeze_excite",
     "squeeze_excite_backward": "squeeze_excite",
@@ -50,12 +49,6 @@ def arguments(op: str, call: Call) -> tuple[Any, ...]:
         channels = (x.shape[1] + 1, x.shape[1], 3, 3)
         vectors = [None if v is None else v.repeat(2)[: channels[0]] for v in others[1:]]
         return (x, others[0].new_ones(channels), *vectors, (2, 2), (1, 1), 1e-5, "cpu")
-    if op == "mbconv_eval":
-        c = x.shape[1]
-        bn = [None if v is None else v.clone() for v in others[1:]]
-        point, squeeze = others[0].new_ones(c, c, 1, 1), [others[0].new_ones(c, c), None] * 2
-        layers = ([point, *bn], others, squeeze, [point.clone(), *bn])
-        return (x, *layers, 1, PADDING, [1e-5] * 3, True, "cpu")
     if op == "mbconv_eval":
         c = x.shape[1]
         expand = [others[0].new_ones(c, c, 1, 1), *others[1:]]
