@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -46,38 +46,34 @@ def compile_object(source: Path, out: Path, *flags: str) -> Path:
     return out
 
 
-def compile_kernels(
-    folder: Path, isas: Iterable[str], *flags: str, sources: Sequence[str] = ("*",)
-) -> dict[str, list[Path]]:
-    """Compiles csrc/cpu/ for each instruction set.
+def compile_kernels(folder: Path, flags_of: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:
+    """Compiles csrc/cpu/ for several instruction sets.
 
     Args:
         folder: where the objects go.
-        isas: names as in setup.py; those that it does not compile for this machine are left out.
-        flags: added to setup.py's own, as "-O1".
-        sources: patterns of file names without their suffix.
+        flags_of: flags added to setup.py's own for each instruction set, as "-O1"; sets that
+            setup.py does not compile for this machine are left out.
 
     Returns:
         The objects of each instruction set.
     """
     setup = setup_module()
-    paths = sorted({p for pattern in sources for p in (ROOT / "csrc/cpu").glob(f"{pattern}.cpp")})
-    isas = [isa for isa in isas if isa in setup.ISAS]
     with ThreadPoolExecutor(JOBS) as pool:
         jobs = {
             isa: [
                 pool.submit(
                     compile_object,
-                    path,
-                    folder / f"{path.stem}.{isa}.o",
+                    source,
+                    folder / f"{source.stem}.{isa}.o",
                     *setup.CXX_FLAGS,
                     *setup.ISAS[isa],
                     f"-DEFFNET_ISA={isa}",
                     *flags,
                 )
-                for path in paths
+                for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
             ]
-            for isa in isas
+            for isa, flags in flags_of.items()
+            if isa in setup.ISAS
         }
         return {isa: [job.result() for job in of_isa] for isa, of_isa in jobs.items()}
 

@@ -139,7 +139,9 @@ EFFNET_INLINE Vec sigmoid(Vec x) {
   __m512 v = _mm512_max_ps(_mm512_set1_ps(-kLimit), (__m512)x);
   v = _mm512_min_ps(_mm512_set1_ps(kLimit), v);
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, c), _MM_FROUND_TO_NEAREST_INT);
-  Vec f = (Vec)_mm512_fmsub_ps(v, c, n);
+  // The constant's own error of 1.3e-8 would make the result too small by |x| times that.
+  __m512 low = _mm512_set1_ps(-1.92596299e-8f);
+  Vec f = (Vec)_mm512_fmadd_ps(v, low, _mm512_fmsub_ps(v, c, n));
   __m512 d = _mm512_add_ps(_mm512_scalef_ps((__m512)exp2_fraction(f), n), _mm512_set1_ps(1.0f));
   __m512 r = _mm512_rcp14_ps(d);
   __m512 error = _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0f));

@@ -79,5 +79,5 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     native.require_compiler()
     isa = _native.load().best_isa()
     flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    objects = native.compile_kernels(tmp_path, [isa], *flags)
+    objects = native.compile_kernels(tmp_path, {isa: flags})
     assert_passes(run_driver(native.link_driver(tmp_path, objects, *flags), isa), isa)

@@ -66,7 +66,8 @@ def test_old_sets_define_nothing_in_common(old_cpu_objects: dict[str, list[Path]
 def test_avx512_defines_nothing_in_common(tmp_path: Path) -> None:
     """Without optimisation, where every inline function stays one."""
     native.require_compiler()
-    for isa, objects in native.compile_kernels(tmp_path, ["avx512", "avx512_bf16"], "-O0").items():
+    flags_of = {"avx512": ["-O0"], "avx512_bf16": ["-O0"]}
+    for isa, objects in native.compile_kernels(tmp_path, flags_of).items():
         assert foreign_symbols(objects, isa) == []
 
 

@@ -30,7 +30,7 @@ from parity import (
     dwconv_call,
     run,
 )
-from tolerances import assert_no_worse_than
+from tolerances import SILU_BIAS, assert_no_worse_than
 
 case = functools.partial(find, DWCONV_CASES)
 ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -114,6 +114,17 @@ def test_pooled_mean_of_y(name: str, dtypes: Dtypes, backend: str) -> None:
     stock = F.adaptive_avg_pool2d(run(call, wanted=())["y"], 1).flatten(1).float()
     assert_no_worse_than(pooled, stock, exact, dtype=dtypes.x)
     assert_no_worse_than(pooled, y.float().mean((2, 3)), y.double().mean((2, 3)))
+
+
+@ANY_BACKEND
+def test_silu_has_no_bias(backend: str) -> None:
+    """Errors of one sign add up from layer to layer, where those of chance cancel."""
+    pixels = torch.rand(8, 1, 160, 1000) * 2 + torch.arange(-8.0, 8.0, 2).view(8, 1, 1, 1)
+    none, zero, one = None, torch.zeros(1), torch.ones(1)
+    y = torch.ops.effnet_fast.bn_silu(pixels, none, none, zero, one, 0.0, backend)
+    exact = F.silu(pixels.double())
+    relative = ((y - exact) / exact.abs().clamp_min(1e-30)).mean((1, 2, 3))
+    assert relative.abs().max() < SILU_BIAS * torch.finfo(torch.float32).eps, relative
 
 
 ABSENT = {
