@@ -18,93 +18,13 @@
 #include "common/cuda_probe.h"
 #include "common/geometry.h"
 #include "cpu/args.h"
+#include "instruction_sets.h"
 
 namespace py = pybind11;
 
 namespace effnet {
 
-#ifndef EFFNET_HAS_AVX2
-#define EFFNET_HAS_AVX2 0
-#define EFFNET_HAS_AVX512 0
-#define EFFNET_HAS_AVX512_BF16 0
-#endif
-
-namespace generic {
-extern const Kernels kernels;
-}
-#if EFFNET_HAS_AVX2
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kernels;
-}
-#endif
-
 namespace {
-
-struct Isa {
-  const char* name;
-  const Kernels* kernels;
-  std::string missing;  // empty where this CPU can run it
-};
-
-std::string missing_features(const std::vector<std::pair<const char*, bool>>& wanted) {
-  std::string missing;
-  for (const auto& [name, present] : wanted)
-    if (!present) missing += std::string(missing.empty() ? "this CPU lacks " : ", ") + name;
-  return missing;
-}
-
-// In ascending order of preference.
-const std::vector<Isa>& instruction_sets() {
-  static const std::vector<Isa> sets = [] {
-    std::vector<Isa> out = {{"generic", &generic::kernels, ""}};
-#if EFFNET_HAS_AVX2
-#define EFFNET_HAS(feature) {feature, __builtin_cpu_supports(feature) != 0}
-    __builtin_cpu_init();
-    std::vector<std::pair<const char*, bool>> wanted = {EFFNET_HAS("avx2"), EFFNET_HAS("fma"),
-                                                        EFFNET_HAS("f16c")};
-    out.push_back({"avx2", &avx2::kernels, missing_features(wanted)});
-    for (auto feature :
-         std::vector<std::pair<const char*, bool>>{EFFNET_HAS("avx512f"), EFFNET_HAS("avx512bw"),
-                                                   EFFNET_HAS("avx512dq"), EFFNET_HAS("avx512vl")})
-      wanted.push_back(feature);
-    out.push_back({"avx512", &avx512::kernels, missing_features(wanted)});
-    wanted.push_back(EFFNET_HAS("avx512bf16"));
-    out.push_back({"avx512_bf16", &avx512_bf16::kernels, missing_features(wanted)});
-#undef EFFNET_HAS
-#endif
-    return out;
-  }();
-  return sets;
-}
-
-const Isa& best_isa() {
-  const auto& sets = instruction_sets();
-  for (size_t i = sets.size(); i-- > 0;)
-    if (sets[i].missing.empty()) return sets[i];
-  return sets[0];
-}
-
-const Isa* find_isa(const std::string& name) {
-  for (const Isa& isa : instruction_sets())
-    if (name == isa.name) return &isa;
-  return nullptr;
-}
-
-// "" is the best one.
-const Kernels& kernels_for(const std::string& name) {
-  if (name.empty()) return *best_isa().kernels;
-  const Isa* isa = find_isa(name);
-  if (!isa) throw std::invalid_argument("instruction set '" + name + "' is not in this build");
-  if (!isa->missing.empty())
-    throw std::invalid_argument("instruction set '" + name + "' cannot run: " + isa->missing);
-  return *isa->kernels;
-}
 
 using Address = uintptr_t;
 template <typename T = void>
