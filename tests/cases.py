@@ -81,7 +81,7 @@ _DWCONV = (
     DwconvCase("7x9_stride_2", 2, 24, 7, 9, 5, 2),
     DwconvCase("8x10_stride_2", 2, 24, 8, 10, 3, 2),
     DwconvCase("h_lt_kernel", 3, 20, 2, 11, 5),
-    DwconvCase("w_lt_kernel", 3, 20, 11, 1, 5, 2),
+    DwconvCase("w_lt_kernel", 3, 20, 11, 3, 5, 2),
     DwconvCase("one_pixel", 24, 40, 1, 1, 3),
     DwconvCase("one_row", 2, 17, 1, 40, 3),
     DwconvCase("one_column_stride_2", 2, 17, 40, 1, 3, 2),
