@@ -4,12 +4,12 @@
 //           training  z = conv(x, weight), and (mean, M2) of z - pivot, as stored, over
 //           each chunk, with the pivot
 // Layout:   channels-last, any strides over N, H, W
-// Tiling:   a task owns one image's chunk of about 16 output rows and a block of channels, and
-// walks
-//           it in strips of columns. The input rows of 4 output rows are staged pixel by pixel, as
-//           they lie in memory, into the L2 cache; then each channel vector's plane, which fits the
-//           L1 cache, yields its 4 rows in register tiles of up to 8 outputs
-// Bytes:    x once (K - 1 rows more per chunk, from cache), y once
+// Tiling:   a task owns one image's chunk of about 16 output rows and a block of channels. It goes
+//           through groups of rows and, within them, tiles of up to 8 columns; within a tile, from
+//           channel vector to channel vector, so that each pixel's channels are read in a row. Full
+//           vectors of fp32 inside the image are read where they lie. All else (borders, bf16,
+//           channels that do not fill a vector) is copied first into a patch that stays in L1
+// Bytes:    x once (K - 1 rows more per group, from the L2 cache), y once
 // FLOPs:    2 * K * K per output, and about 20 for the SiLU
 // Source:   original; Chan, Golub, LeVeque 1983 for merging (count, mean, M2)
 // Truth:    effnet_fast/reference/dwconv_bn_silu.py
@@ -20,40 +20,58 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-constexpr int64_t kGroupRows = 4;  // output rows computed from one staging, plane by plane
-
-// How a strip of output columns lies in scratch: `rows` input rows in a ring, `pitch` columns.
-struct Ring {
-  int64_t rows, strips, pitch;
-  bool fetch_ahead;  // where x does not fit the L2 cache
-  Ring(const DwconvShape& s, int64_t step, int64_t element_size)
-      : rows(s.k + (min_of(kGroupRows, s.oh) - 1) * step),
-        fetch_ahead(s.n * s.h * s.w * s.c * element_size > (2 << 20)) {
-    // A plane of the ring, [rows][pitch][kLanes], is to stay in the L1 cache.
-    const int64_t columns = kPlaneBytes / (rows * kLanes * 4);
-    const int64_t fit = max_of(2, ((columns - s.k) / step + 1) / kMaxTile) * kMaxTile;
-    strips = ceil_div(s.ow, max_of(fit, fit + kMaxTile / 2 >= s.ow ? s.ow : 0));
-    pitch = ((ceil_div(s.ow, strips) - 1) * step + s.k) | 1;
-  }
-};
+constexpr int64_t kMaxRows = 8;            // output rows of a tile
+constexpr int64_t kMaxRowsBeyondL2 = 4;    // the same where x comes from further than L2
+constexpr int64_t kL2Bytes = 2 << 20;      // Sapphire Rapids; half or twice as much is no matter
+constexpr int64_t kTileBytes = 512 << 10;  // x of a tile, all channels of a block
 
 struct Task {
   const DwconvForwardArgs& args;
-  const Ring& shape;
   ChannelBlock block;
   int64_t n;
-  float *ring, *weight, *scale, *shift, *sums;  // sums: [v][3][kLanes], pool or (mean, M2, pivot)
-
-  int64_t row_floats() const { return block.vecs * shape.pitch * kLanes; }
+  bool fetch_ahead;                              // x comes from further than the L2 cache
+  float *weight, *scale, *shift, *sums, *patch;  // sums: [v][3][kLanes], pool or (mean, M2, pivot)
 };
 
-// One output row: which kernel rows meet the image, and what the rows after it will stage.
-struct Row {
-  int64_t oh;
-  int64_t kh_begin, kh_end, slot;  // slot: place in the ring of kernel row kh_begin
-  int64_t count;                   // outputs of the task before this row
-  int64_t next, next_rows;         // input rows to fetch ahead, while this row computes
+// Output rows [oh, oh + size) and the rows of x that they meet.
+struct Group {
+  int64_t oh, size;
+  Range in;
+  struct Row {
+    int64_t kh_begin, kh_end;  // kernel rows that meet the image
+    int64_t in;                // row of x, from in.begin, that kh_begin meets
+  } rows[kMaxRows];
+  Group(const DwconvShape& s, Range out)
+      : oh(out.begin), size(out.size()), in{max_of(0, oh * s.stride - s.pad_t), 0} {
+    for (int64_t i = 0; i < size; i++) {
+      const int64_t top = (oh + i) * s.stride - s.pad_t, begin = max_of(0, -top);
+      rows[i] = {begin, min_of(s.k, s.h - top), top + begin - in.begin};
+      in.end = max_of(in.begin, min_of(s.h, top + s.k));
+    }
+  }
 };
+
+// A tile's input for one channel vector.
+struct Source {
+  const float* data;
+  int64_t pixel, row;  // strides
+};
+
+// Copies columns [0, columns) of `rows` rows at x, zero outside `inside`, to the patch.
+template <typename T>
+EFFNET_INLINE void stage_patch(float* patch, const T* x, const Image& image, int64_t rows,
+                               int64_t columns, Range inside, int64_t lanes) {
+  for (int64_t i = 0; i < rows; i++, x += image.h_stride) {
+    int64_t j = 0;
+    for (; j < inside.begin; j++, patch += kLanes) store(patch, Vec{});
+    if (lanes >= kLanes)
+      for (; j < inside.end; j++, patch += kLanes) store(patch, load(x + j * image.w_stride));
+    else
+      for (; j < inside.end; j++, patch += kLanes)
+        store(patch, load_n(x + j * image.w_stride, lanes));
+    for (; j < columns; j++, patch += kLanes) store(patch, Vec{});
+  }
+}
 
 // Merges the tile's outputs into (mean, M2) of the `count` outputs before it. Both are taken of
 // z - pivot, the pivot being the first output: a mean far from zero then costs no digits.
@@ -77,101 +95,108 @@ EFFNET_INLINE void merge_statistics(const Vec* z, int64_t count, float* sums) {
         load(sums + kLanes) + m2 + delta * delta * (share * static_cast<float>(count)));
 }
 
-// `tiles` consecutive tiles of TILE outputs of one row and channel vector, from the strip's output
-// `begin`; ow is the strip's first output.
-template <typename T, int K, int STEP, bool TRAINING, int TILE>
-EFFNET_INLINE void run_tiles(const Task& task, const Row& row, int64_t ow, int64_t v, int64_t begin,
-                             int64_t tiles) {
-  if (tiles == 0) return;
-  const DwconvForwardArgs& args = task.args;
-  const int64_t k = K ? K : args.shape.k, row_floats = task.row_floats();
-  const int64_t x_step = args.x.w_stride, x_row = args.x.h_stride, y_step = args.y.w_stride;
-  const int64_t c = task.block.c0 + v * kLanes, lanes = task.block.lanes(v);
-  const float* weight = task.weight + v * k * k * kLanes;
-  const float* in =
-      task.ring + row.slot * row_floats + (v * task.shape.pitch + begin * STEP) * kLanes;
-  const T* ahead = pixel<T>(args.x, task.n, row.next, (ow + begin) * STEP) + c;
-  T* y = pixel<T>(args.y, task.n, row.oh, ow + begin) + c;
-  float* sums = task.sums + v * 3 * kLanes;
-  int64_t count = row.count + begin;
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    for (int64_t r = 0; r < row.next_rows; r++)
+// Fetches LINES vectors of one row into the L2 cache at a time, and goes on where it ended. In the
+// order of addresses, which the hardware's own fetching follows; scattered fetches occupy the few
+// buffers of the L1 cache.
+template <typename T, int LINES>
+struct Fetch {
+  int64_t vecs, pixel_stride, pixel = 0, v = 0;
+  void run(const T* row) const {
+    const T* at = row + pixel * pixel_stride;
+    int64_t next = v;
 #pragma GCC unroll 16
-      for (int t = 0; t < TILE * STEP; t++)
-        __builtin_prefetch(ahead + r * x_row + t * x_step, 0, 2);
-    Vec acc[TILE] = {};
-    const float* from = in;
-    int64_t slot = row.slot;
-    for (int64_t kh = row.kh_begin; kh < row.kh_end; kh++) {
-      correlate<K, STEP, TILE>(acc, from, weight + kh * k * kLanes, k);
-      from += row_floats;
-      if (++slot == task.shape.rows) slot = 0, from -= task.shape.rows * row_floats;
+    for (int line = 0; line < LINES; line++) {
+      __builtin_prefetch(at + next * kLanes, 0, 2);
+      if (++next == vecs) next = 0, at += pixel_stride;
     }
-    if constexpr (TRAINING) {
+  }
+  void advance() {
+    for (v += LINES; v >= vecs; v -= vecs) pixel++;
+  }
+};
+
+// Output columns [ow, ow + TILE) of a group's rows. `ahead`: x where the next tile begins to read
+// what this one has not read.
+template <typename T, int K, int STEP, bool TRAINING, int TILE>
+EFFNET_NOINLINE void run_tile(const Task& task, const Group& group, int64_t ow, const T* ahead,
+                              int64_t count) {
+  const DwconvForwardArgs& args = task.args;
+  const DwconvShape& s = args.shape;
+  const int64_t k = K ? K : s.k, columns = (TILE - 1) * STEP + k, left = ow * STEP - s.pad_l;
+  const int64_t x_pixel = args.x.w_stride, x_row = args.x.h_stride, y_pixel = args.y.w_stride;
+  Range inside = {min_of(columns, max_of(0, -left)), 0};
+  inside.end = max_of(inside.begin, min_of(columns, s.w - left));
+  const bool within = inside.size() == columns;
+  const T* x = pixel<T>(args.x, task.n, group.in.begin, left) + task.block.c0;
+  T* y = pixel<T>(args.y, task.n, group.oh, ow) + task.block.c0;
+  const float* weight = task.weight;
+  float* sums = task.sums;
+  Fetch<T, TILE * STEP> fetch = {task.block.vecs, x_pixel};
+  for (int64_t v = 0; v < task.block.vecs; v++) {
+    const int64_t lanes = task.block.lanes(v);
+    Source in = {task.patch, kLanes, columns * kLanes};
+    if (sizeof(T) == 4 && within && lanes >= kLanes)
+      in = {reinterpret_cast<const float*>(x), x_pixel, x_row};
+    else
+      stage_patch(task.patch, x, args.x, group.in.size(), columns, inside, lanes);
+    for (int64_t i = 0; i < group.size; i++) {
+      for (int r = 0; ahead && r < STEP; r++) fetch.run(ahead + (i * STEP + r) * x_row);
+      const Group::Row& row = group.rows[i];
+      const float* from = in.data + row.in * in.row;
+      Vec acc[TILE] = {};
+      for (int64_t kh = row.kh_begin; kh < row.kh_end; kh++, from += in.row)
+        correlate<K, STEP, TILE>(acc, from, in.pixel, weight + kh * k * kLanes, k);
+      if constexpr (TRAINING) {
 #pragma GCC unroll 8
-      for (int t = 0; t < TILE; t++) acc[t] = as_stored<T>(acc[t]);
-      merge_statistics<TILE>(acc, count, sums);
-    } else {
-      Vec scale = load(task.scale + v * kLanes), shift = load(task.shift + v * kLanes);
-      Vec pool = load(sums);
+        for (int t = 0; t < TILE; t++) acc[t] = as_stored<T>(acc[t]);
+        merge_statistics<TILE>(acc, count + i * TILE, sums);
+      } else {
+        const Vec scale = load(task.scale + v * kLanes), shift = load(task.shift + v * kLanes);
+        Vec pool = load(sums);
 #pragma GCC unroll 8
-      for (int t = 0; t < TILE; t++) {
-        acc[t] = as_stored<T>(silu(acc[t] * scale + shift));
-        pool += acc[t];
+        for (int t = 0; t < TILE; t++) {
+          acc[t] = as_stored<T>(silu(acc[t] * scale + shift));
+          pool += acc[t];
+        }
+        store(sums, pool);
       }
-      store(sums, pool);
+      store_tile<TILE>(y + i * args.y.h_stride, y_pixel, acc, lanes);
     }
-    store_tile<TILE>(y, y_step, acc, lanes);
-    y += TILE * y_step;
-    ahead += TILE * STEP * x_step;
-    in += TILE * STEP * kLanes;
-    count += TILE;
+    x += kLanes;
+    y += kLanes;
+    fetch.advance();
+    weight += k * k * kLanes;
+    sums += 3 * kLanes;
   }
 }
 
-// Output columns [strip.begin, strip.end) of the task's rows.
 template <typename T, int K, int STEP, bool TRAINING>
-void run_strip(const Task& task, Range rows, Range strip, int64_t count) {
+void run_rows(const Task& task, Range rows) {
   const DwconvShape& s = task.args.shape;
-  const RowTiles tiles(strip.size());
-  const int64_t columns = (strip.size() - 1) * STEP + s.k, left = strip.begin * STEP - s.pad_l;
-  const int64_t x_step = task.args.x.w_stride;
-  int64_t staged = max_of(0, rows.begin * STEP - s.pad_t);
-  Row group[kGroupRows];
-  for (int64_t oh = rows.begin; oh < rows.end; oh += kGroupRows) {
-    const int64_t size = min_of(kGroupRows, rows.end - oh);
-    const int64_t top = oh * STEP - s.pad_t, last_top = top + (size - 1) * STEP;
-    staged = max_of(staged, top);
-    for (; staged < min_of(s.h, last_top + s.k); staged++) {
-      const T* x = pixel<T>(task.args.x, task.n, staged, left) + task.block.c0;
-      stage_row(task.ring + staged % task.shape.rows * task.row_floats(), task.shape.pitch, columns,
-                {-left, s.w - left}, task.block, [=](int64_t j, int64_t v, int64_t lanes) {
-                  return load_n(x + j * x_step + v * kLanes, lanes);
-                });
+  const RowTiles tiles(s.ow);
+  const int64_t groups = ceil_div(rows.size(), task.fetch_ahead ? kMaxRowsBeyondL2 : kMaxRows);
+  int64_t count = 0;
+  for (int64_t i = 0; i < groups; i++) {
+    const Range part = part_of(rows.size(), groups, i);
+    const Group group(s, {rows.begin + part.begin, rows.begin + part.end});
+    const int64_t below = group.in.end, fresh = below - group.size * STEP;
+    int64_t ow = 0;
+    for (int64_t tile = 0; tile < tiles.count; tile++) {
+      const bool wide = tile < tiles.wide;
+      const int64_t size = wide ? tiles.size : tiles.size - 1;
+      const T* ahead = nullptr;
+      if (task.fetch_ahead && tile + 1 < tiles.count)
+        ahead =
+            pixel<T>(task.args.x, task.n, max_of(0, fresh), (ow + size - 1) * STEP - s.pad_l + s.k);
+      else if (task.fetch_ahead && i + 1 < groups)
+        ahead = pixel<T>(task.args.x, task.n, min_of(below, s.h - group.size * STEP), 0);
+      if (ahead) ahead += task.block.c0;
+      with_tile(size, [&]<int TILE>() {
+        run_tile<T, K, STEP, TRAINING, TILE>(task, group, ow, ahead, count);
+      });
+      ow += size;
+      count += size * group.size;
     }
-    for (int64_t i = 0; i < size; i++) {
-      const int64_t above = top + i * STEP, next = staged + i * STEP;
-      Row& row = group[i];
-      row = {oh + i,
-             max_of(0, -above),
-             min_of(s.k, s.h - above),
-             0,
-             count + (oh + i - rows.begin) * strip.size(),
-             next,
-             0};
-      row.slot = (above + row.kh_begin) % task.shape.rows;
-      if (task.shape.fetch_ahead && oh + kGroupRows < rows.end)
-        row.next_rows = max_of(0, min_of(STEP, s.h - next));
-    }
-    with_tile(tiles.size, [&]<int TILE>() {
-      for (int64_t v = 0; v < task.block.vecs; v++)
-        for (int64_t i = 0; i < size; i++) {
-          run_tiles<T, K, STEP, TRAINING, TILE>(task, group[i], strip.begin, v, 0, tiles.wide);
-          if constexpr (TILE > 1)
-            run_tiles<T, K, STEP, TRAINING, TILE - 1>(task, group[i], strip.begin, v,
-                                                      tiles.wide * TILE, tiles.count - tiles.wide);
-        }
-    });
   }
 }
 
@@ -188,11 +213,11 @@ void write_partials(const Task& task, int64_t chunk) {
 template <typename T, int K, int STEP, bool TRAINING>
 bool forward(const DwconvForwardArgs& args) {
   const DwconvShape& s = args.shape;
-  const Ring shape(s, STEP, sizeof(T));
   const int64_t chunks = row_chunks(s.oh), kk = s.k * s.k;
-  const int64_t plane = shape.rows * shape.pitch * kLanes;
-  const Blocks blocks(s.c, s.n * chunks, args.threads, kRingBytes / (plane * 4));
-  const int64_t floats = blocks.vecs * (plane + (kk + 5) * kLanes);
+  const int64_t patch = ((kMaxRows - 1) * STEP + s.k) * ((kMaxTile - 1) * STEP + s.k) * kLanes;
+  const Blocks blocks(s.c, s.n * chunks, args.threads, kTileBytes / (patch * 4));
+  const int64_t floats = patch + blocks.vecs * (kk + 5) * kLanes;
+  const bool fetch_ahead = s.n * s.h * s.w * s.c * static_cast<int64_t>(sizeof(T)) > kL2Bytes;
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)
@@ -203,19 +228,15 @@ bool forward(const DwconvForwardArgs& args) {
     float* scale = weight + kk * block.vecs * kLanes;
     float* shift = scale + block.vecs * kLanes;
     float* sums = shift + block.vecs * kLanes;
-    float* ring = sums + 3 * block.vecs * kLanes;
-    const Task task = {args, shape, block, n, ring, weight, scale, shift, sums};
-    std::memset(weight, 0, sizeof(float) * static_cast<size_t>(ring - weight));
+    float* at = sums + 3 * block.vecs * kLanes;
+    const Task task = {args, block, n, fetch_ahead, weight, scale, shift, sums, at};
+    std::memset(sums, 0, sizeof(float) * static_cast<size_t>(at - sums));
     pack_weight(weight, args.weight, args.weight_dtype, kk, block);
     if (!TRAINING) {
       pack_vector(scale, args.scale, block);
       pack_vector(shift, args.shift, block);
     }
-    const Range rows = part_of(s.oh, chunks, chunk);
-    for (int64_t i = 0; i < shape.strips; i++) {
-      const Range strip = part_of(s.ow, shape.strips, i);
-      run_strip<T, K, STEP, TRAINING>(task, rows, strip, rows.size() * strip.begin);
-    }
+    run_rows<T, K, STEP, TRAINING>(task, part_of(s.oh, chunks, chunk));
     write_partials(task, chunk);
   }
   return true;

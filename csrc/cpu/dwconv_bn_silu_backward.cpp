@@ -170,7 +170,7 @@ void data_tiles(const Task& task, const DataRow& row, int64_t ih, int64_t v, int
     for (int64_t kh = row.kh_begin; kh < row.kh_end; kh += row.kh_step) {
       const float* dz = task.z_row((ih + s.pad_t - kh) / s.stride, v);
       const float* w = task.flipped + ((v * s.k + kh) * s.k + row.first_tap) * kLanes;
-      correlate<TAPS, 1, TILE>(acc, dz + (begin + row.shift) * kLanes, w, row.taps);
+      correlate<TAPS, 1, TILE>(acc, dz + (begin + row.shift) * kLanes, kLanes, w, row.taps);
     }
     store_tile<TILE>(out, step, acc, task.block.lanes(v));
     out += TILE * step;

@@ -37,16 +37,17 @@ struct Blocks {
   }
 };
 
-// acc[t] += sum_j w[j] * in[t * STEP + j]; TAPS = 0 takes the number of taps at run time.
+// acc[t] += sum_j w[j] * in[(t * STEP + j) * pixel]; TAPS = 0 takes the number of taps at run time.
 template <int TAPS, int STEP, int TILE>
-EFFNET_INLINE void correlate(Vec* acc, const float* in, const float* w, int64_t taps) {
+EFFNET_INLINE void correlate(Vec* acc, const float* in, int64_t pixel, const float* w,
+                             int64_t taps) {
   if constexpr (TAPS > 0) {
     Vec weight[TAPS];
 #pragma GCC unroll 8
     for (int j = 0; j < TAPS; j++) weight[j] = load(w + j * kLanes);
 #pragma GCC unroll 32
     for (int i = 0; i < (TILE - 1) * STEP + TAPS; i++) {
-      Vec x = load(in + i * kLanes);
+      const Vec x = in_register(load(in + i * pixel));
 #pragma GCC unroll 8
       for (int j = 0; j < TAPS; j++) {
         int t = (i - j) / STEP;
@@ -57,7 +58,7 @@ EFFNET_INLINE void correlate(Vec* acc, const float* in, const float* w, int64_t 
     for (int64_t j = 0; j < taps; j++) {
       Vec weight = load(w + j * kLanes);
 #pragma GCC unroll 8
-      for (int t = 0; t < TILE; t++) acc[t] += weight * load(in + (t * STEP + j) * kLanes);
+      for (int t = 0; t < TILE; t++) acc[t] += weight * load(in + (t * STEP + j) * pixel);
     }
   }
 }
@@ -95,23 +96,21 @@ EFFNET_INLINE void with_tile(int64_t size, const F& f) {
   }
 }
 
-template <typename W>
-EFFNET_INLINE float scalar(const W* p) {
-  if constexpr (sizeof(W) == 4)
-    return *p;
-  else
-    return load_scalar(p, true, 0);
-}
-
-// weight [C,1,K,K] -> [v][K*K][kLanes] as fp32; lanes beyond C are left as they are (zero).
+// weight [C,1,K,K] -> [v][K*K][kLanes] as fp32, zero in lanes beyond C.
 template <typename W>
 void pack_weight(float* out, const W* weight, int64_t kk, const ChannelBlock& block) {
-  for (int64_t v = 0; v < block.vecs; v++, out += kk * kLanes) {
-    const W* in = weight + (block.c0 + v * kLanes) * kk;
-    const int64_t lanes = block.lanes(v);
-    for (int64_t l = 0; l < lanes; l++, in += kk)
-      for (int64_t i = 0; i < kk; i++) out[i * kLanes + l] = scalar(in + i);
-  }
+  for (int64_t v = 0; v < block.vecs; v++, out += kk * kLanes)
+    for (int64_t begin = 0; begin < kk; begin += kLanes) {
+      const W* in = weight + (block.c0 + v * kLanes) * kk + begin;
+      const int64_t lanes = block.lanes(v), taps = min_of(kLanes, kk - begin);
+      Vec rows[kLanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; l++) rows[l] = l < lanes ? load_n(in + l * kk, taps) : Vec{};
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++)
+        if (i < taps) store(out + (begin + i) * kLanes, rows[i]);
+    }
 }
 
 inline void pack_weight(float* out, const void* weight, DType dtype, int64_t kk,
