@@ -99,16 +99,20 @@ int thread_count(int threads) {
 // Addresses of a BatchNorm's fp32 vectors [C]; weight and bias may be 0 for 1 and 0.
 using BnTuple = std::array<Address, 4>;  // weight, bias, mean, variance
 
+// BatchNorm as z * scale + shift, and 1 / its standard deviation. Plain loops over few arrays:
+// the compiler turns them into vector code.
 struct BnVectors {
   std::vector<float> scale, shift, rstd;
   BnVectors(const BnTuple& bn, double eps, int64_t c) : scale(c), shift(c), rstd(c) {
     const float *weight = at<float>(bn[0]), *bias = at<float>(bn[1]);
     const float *mean = at<float>(bn[2]), *var = at<float>(bn[3]);
-    for (int64_t i = 0; i < c; i++) {
-      rstd[i] = 1.0f / std::sqrt(var[i] + static_cast<float>(eps));
-      scale[i] = weight ? weight[i] * rstd[i] : rstd[i];
-      shift[i] = (bias ? bias[i] : 0.0f) - mean[i] * scale[i];
-    }
+    const float epsilon = static_cast<float>(eps);
+    float *const scales = scale.data(), *const shifts = shift.data(), *const rstds = rstd.data();
+    for (int64_t i = 0; i < c; i++) rstds[i] = 1.0f / std::sqrt(var[i] + epsilon);
+    for (int64_t i = 0; weight && i < c; i++) scales[i] = weight[i] * rstds[i];
+    if (!weight) std::copy(rstd.begin(), rstd.end(), scales);
+    for (int64_t i = 0; i < c; i++) shifts[i] = -mean[i] * scales[i];
+    for (int64_t i = 0; bias && i < c; i++) shifts[i] += bias[i];
   }
 };
 

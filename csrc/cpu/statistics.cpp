@@ -15,6 +15,7 @@ template <typename T>
 bool reduce(const BnReduceArgs& args) {
   const int64_t c = args.shape.c, pixels = args.shape.hw;
   const int64_t chunks = pixel_chunks(pixels);
+  const T *const all_z = static_cast<const T*>(args.z), *const all_dy = static_cast<const T*>(args.grad_y);
   constexpr int64_t kBlock = 8;  // pixels per visit of a channel vector: as many open streams
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -27,10 +28,15 @@ bool reduce(const BnReduceArgs& args) {
         const int64_t lanes = min_of(kLanes, c - i);
         const Vec scale = load_n(args.scale + i, lanes), shift = load_n(args.shift + i, lanes);
         const Vec mean = load_n(args.mean + i, lanes), rstd = load_n(args.rstd + i, lanes);
+        // What the next visits read, in the order of addresses: see Fetch in dwconv_tiles.h.
+        for (int64_t line = 0; line < kBlock; line++) {
+          __builtin_prefetch(all_z + stop * c + i * kBlock + line * kLanes, 0, 2);
+          __builtin_prefetch(all_dy + stop * c + i * kBlock + line * kLanes, 0, 2);
+        }
         Vec du_sum = {}, duzh_sum = {};
         for (int64_t p = begin; p < stop; p++) {
-          const Vec z = load_n(static_cast<const T*>(args.z) + p * c + i, lanes);
-          const Vec dy = load_n(static_cast<const T*>(args.grad_y) + p * c + i, lanes);
+          const Vec z = load_n(all_z + p * c + i, lanes);
+          const Vec dy = load_n(all_dy + p * c + i, lanes);
           const Vec du = dy * silu_grad(z * scale + shift);
           du_sum += du;
           duzh_sum += du * ((z - mean) * rstd);
