@@ -22,7 +22,6 @@ namespace {
 
 constexpr int64_t kMaxRows = 8;            // output rows of a tile
 constexpr int64_t kMaxRowsBeyondL2 = 4;    // the same where x comes from further than L2
-constexpr int64_t kL2Bytes = 2 << 20;      // Sapphire Rapids; half or twice as much is no matter
 constexpr int64_t kTileBytes = 512 << 10;  // x of a tile, all channels of a block
 
 struct Task {
@@ -51,28 +50,6 @@ struct Group {
   }
 };
 
-// A tile's input for one channel vector.
-struct Source {
-  const float* data;
-  int64_t pixel, row;  // strides
-};
-
-// Copies columns [0, columns) of `rows` rows at x, zero outside `inside`, to the patch.
-template <typename T>
-EFFNET_INLINE void stage_patch(float* patch, const T* x, const Image& image, int64_t rows,
-                               int64_t columns, Range inside, int64_t lanes) {
-  for (int64_t i = 0; i < rows; i++, x += image.h_stride) {
-    int64_t j = 0;
-    for (; j < inside.begin; j++, patch += kLanes) store(patch, Vec{});
-    if (lanes >= kLanes)
-      for (; j < inside.end; j++, patch += kLanes) store(patch, load(x + j * image.w_stride));
-    else
-      for (; j < inside.end; j++, patch += kLanes)
-        store(patch, load_n(x + j * image.w_stride, lanes));
-    for (; j < columns; j++, patch += kLanes) store(patch, Vec{});
-  }
-}
-
 // Merges the tile's outputs into (mean, M2) of the `count` outputs before it. Both are taken of
 // z - pivot, the pivot being the first output: a mean far from zero then costs no digits.
 template <int TILE>
@@ -95,26 +72,6 @@ EFFNET_INLINE void merge_statistics(const Vec* z, int64_t count, float* sums) {
         load(sums + kLanes) + m2 + delta * delta * (share * static_cast<float>(count)));
 }
 
-// Fetches LINES vectors of one row into the L2 cache at a time, and goes on where it ended. In the
-// order of addresses, which the hardware's own fetching follows; scattered fetches occupy the few
-// buffers of the L1 cache.
-template <typename T, int LINES>
-struct Fetch {
-  int64_t vecs, pixel_stride, pixel = 0, v = 0;
-  void run(const T* row) const {
-    const T* at = row + pixel * pixel_stride;
-    int64_t next = v;
-#pragma GCC unroll 16
-    for (int line = 0; line < LINES; line++) {
-      __builtin_prefetch(at + next * kLanes, 0, 2);
-      if (++next == vecs) next = 0, at += pixel_stride;
-    }
-  }
-  void advance() {
-    for (v += LINES; v >= vecs; v -= vecs) pixel++;
-  }
-};
-
 // Output columns [ow, ow + TILE) of a group's rows. `ahead`: x where the next tile begins to read
 // what this one has not read.
 template <typename T, int K, int STEP, bool TRAINING, int TILE>
@@ -123,24 +80,17 @@ EFFNET_NOINLINE void run_tile(const Task& task, const Group& group, int64_t ow, 
   const DwconvForwardArgs& args = task.args;
   const DwconvShape& s = args.shape;
   const int64_t k = K ? K : s.k, columns = (TILE - 1) * STEP + k, left = ow * STEP - s.pad_l;
-  const int64_t x_pixel = args.x.w_stride, x_row = args.x.h_stride, y_pixel = args.y.w_stride;
-  Range inside = {min_of(columns, max_of(0, -left)), 0};
-  inside.end = max_of(inside.begin, min_of(columns, s.w - left));
-  const bool within = inside.size() == columns;
+  const Range inside = columns_inside(left, columns, s.w);
   const T* x = pixel<T>(args.x, task.n, group.in.begin, left) + task.block.c0;
   T* y = pixel<T>(args.y, task.n, group.oh, ow) + task.block.c0;
   const float* weight = task.weight;
   float* sums = task.sums;
-  Fetch<T, TILE * STEP> fetch = {task.block.vecs, x_pixel};
+  Fetch<T, TILE * STEP> fetch = {task.block.vecs, args.x.w_stride};
   for (int64_t v = 0; v < task.block.vecs; v++) {
     const int64_t lanes = task.block.lanes(v);
-    Source in = {task.patch, kLanes, columns * kLanes};
-    if (sizeof(T) == 4 && within && lanes >= kLanes)
-      in = {reinterpret_cast<const float*>(x), x_pixel, x_row};
-    else
-      stage_patch(task.patch, x, args.x, group.in.size(), columns, inside, lanes);
+    const Source in = source(task.patch, x, args.x, group.in.size(), columns, inside, lanes);
     for (int64_t i = 0; i < group.size; i++) {
-      for (int r = 0; ahead && r < STEP; r++) fetch.run(ahead + (i * STEP + r) * x_row);
+      for (int r = 0; ahead && r < STEP; r++) fetch.run(ahead + (i * STEP + r) * args.x.h_stride);
       const Group::Row& row = group.rows[i];
       const float* from = in.data + row.in * in.row;
       Vec acc[TILE] = {};
@@ -160,7 +110,7 @@ EFFNET_NOINLINE void run_tile(const Task& task, const Group& group, int64_t ow, 
         }
         store(sums, pool);
       }
-      store_tile<TILE>(y + i * args.y.h_stride, y_pixel, acc, lanes);
+      store_tile<TILE>(y + i * args.y.h_stride, args.y.w_stride, acc, lanes);
     }
     x += kLanes;
     y += kLanes;
@@ -217,7 +167,7 @@ bool forward(const DwconvForwardArgs& args) {
   const int64_t patch = ((kMaxRows - 1) * STEP + s.k) * ((kMaxTile - 1) * STEP + s.k) * kLanes;
   const Blocks blocks(s.c, s.n * chunks, args.threads, kTileBytes / (patch * 4));
   const int64_t floats = patch + blocks.vecs * (kk + 5) * kLanes;
-  const bool fetch_ahead = s.n * s.h * s.w * s.c * static_cast<int64_t>(sizeof(T)) > kL2Bytes;
+  const bool fetch_ahead = beyond_l2(s, sizeof(T));
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)

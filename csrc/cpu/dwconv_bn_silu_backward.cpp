@@ -5,9 +5,11 @@
 //           grad_x = conv_transpose(dz, weight), grad_weight = correlate(x, dz)
 //           (eval: the two means are absent)
 // Layout:   channels-last, any strides over N, H, W
-// Tiling:   a task owns a group of images' chunks of 16 rows and a block of channels. Rows of dz
-// and
-//           of x ring through scratch; dz is formed once per element, as it is staged
+// Tiling:   a task owns a group of images' chunks of 16 rows and a block of channels, and goes
+//           through groups of 4 rows of dz. dz is formed once per element, in the order of
+//           addresses, into planes of fp32 in the L2 cache, one per row and channel vector; then
+//           each channel vector's planes yield its rows of grad_x and, with x read as in the
+//           forward pass, its part of the weight gradient
 // Bytes:    z, grad_y and x once, grad_x once
 // FLOPs:    4 * K * K per output, and about 30 for dz
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
@@ -20,20 +22,23 @@ namespace EFFNET_ISA {
 namespace {
 
 constexpr int kGradTile = kLanes == 16 ? 8 : 4;  // dz vectors held at once, within the registers
-constexpr int64_t kScratchBytes = 384 << 10;     // rows of dz and x: a part of the L2 cache
-constexpr int kVectors = 6;  // scale, shift, mean, rstd, mean(du), mean(du * zh)
+constexpr int64_t kGroupRows = 4;                // rows of dz formed at a time
+constexpr int64_t kDataRows = 4 * kGroupRows;    // rows of grad_x, split by parity, worked at once
+constexpr int64_t kPlaneBytes = 640 << 10;       // planes of dz of a task
+
+// Per channel: u = z * scale + shift, dz = scale * du + (z - mean) * slope + offset.
+enum { kScale, kShift, kMean, kSlope, kOffset, kVectors };
 
 struct Layout {
-  int64_t chunks, groups, left, z_pitch, x_pitch, z_rows, x_rows, floats_per_vec;
+  int64_t chunks, groups, left, pitch, rows, patch, floats_per_vec;
   explicit Layout(const DwconvShape& s)
       : chunks(row_chunks(s.oh)),
         groups(weight_groups(s.n, s.oh, s.ow)),
         left(s.k - 1),
-        z_pitch((left + max_of(s.ow, (s.w - 1 + s.pad_l) / s.stride + 1)) | 1),
-        x_pitch(((s.ow - 1) * s.stride + s.k) | 1),
-        z_rows((s.k - 1) / s.stride + 1),
-        x_rows(s.k),
-        floats_per_vec((z_rows * z_pitch + x_rows * x_pitch + 3 * s.k * s.k + kVectors) * kLanes) {}
+        pitch((left + max_of(s.ow, (s.w - 1 + s.pad_l) / s.stride + 1)) | 1),
+        rows((s.k - 1) / s.stride + kGroupRows),
+        patch(((kGroupRows - 1) * s.stride + s.k) * ((kGradTile - 1) * s.stride + s.k) * kLanes),
+        floats_per_vec((rows * pitch + 3 * s.k * s.k + kVectors) * kLanes) {}
 };
 
 struct Task {
@@ -41,16 +46,11 @@ struct Task {
   const Layout& layout;
   ChannelBlock block;
   int64_t n, chunk;
-  float *z_ring, *x_ring, *weight, *flipped, *grad_weight, *vectors;
+  bool fetch_ahead;  // x comes from further than the L2 cache
+  float *patch, *planes, *weight, *flipped, *grad_weight, *vectors;
 
-  float* z_row(int64_t oh, int64_t v) const {
-    return z_ring + ((oh % layout.z_rows) * block.vecs + v) * layout.z_pitch * kLanes;
-  }
-  float* x_row(int64_t ih, int64_t v) const {
-    return x_ring + ((ih % layout.x_rows) * block.vecs + v) * layout.x_pitch * kLanes;
-  }
-  Vec vector(int which, int64_t v) const {
-    return load(vectors + (which * block.vecs + v) * kLanes);
+  float* dz_row(int64_t oh, int64_t v) const {
+    return planes + ((oh % layout.rows) * block.vecs + v) * layout.pitch * kLanes;
   }
 };
 
@@ -67,108 +67,182 @@ void flip_weight(const Task& task) {
   }
 }
 
+void pack_vectors(const Task& task) {
+  const DwconvBackwardArgs& args = task.args;
+  for (int64_t v = 0; v < task.block.vecs; v++) {
+    const int64_t c = task.block.c0 + v * kLanes, lanes = task.block.lanes(v);
+    float* out = task.vectors + v * kVectors * kLanes;
+    const Vec scale = load_n(args.scale + c, lanes);
+    store(out + kScale * kLanes, scale);
+    store(out + kShift * kLanes, load_n(args.shift + c, lanes));
+    store(out + kMean * kLanes, load_n(args.mean + c, lanes));
+    Vec slope = {}, offset = {};
+    if (args.du_mean) {
+      slope = -scale * load_n(args.rstd + c, lanes) * load_n(args.duzh_mean + c, lanes);
+      offset = -scale * load_n(args.du_mean + c, lanes);
+    }
+    store(out + kSlope * kLanes, slope);
+    store(out + kOffset * kLanes, offset);
+  }
+}
+
+// Forms row oh of dz between zero columns, in the order of addresses. Meanwhile the rows of x that
+// its weight gradient is the first to meet are fetched, where they lie beyond the L2 cache.
 template <typename T>
 void stage_dz(const Task& task, int64_t oh) {
   const DwconvBackwardArgs& args = task.args;
-  const T* z = pixel<T>(args.z, task.n, oh, -task.layout.left) + task.block.c0;
-  const T* grad_y = pixel<T>(args.grad_y, task.n, oh, -task.layout.left) + task.block.c0;
-  const Range columns = {task.layout.left, task.layout.left + args.shape.ow};
-  stage_row(task.z_row(oh, 0), task.layout.z_pitch, columns.end, columns, task.block,
-            [&](int64_t j, int64_t v, int64_t lanes) {
-              Vec zv = load_n(z + j * args.z.w_stride + v * kLanes, lanes);
-              Vec dy = load_n(grad_y + j * args.grad_y.w_stride + v * kLanes, lanes);
-              Vec scale = task.vector(0, v);
-              Vec du = dy * silu_grad(zv * scale + task.vector(1, v));
-              Vec zh = (zv - task.vector(2, v)) * task.vector(3, v);
-              return scale * (du - task.vector(4, v) - zh * task.vector(5, v));
-            });
+  const int64_t vecs = task.block.vecs, pitch = task.layout.pitch * kLanes;
+  const T* z = pixel<T>(args.z, task.n, oh, 0) + task.block.c0;
+  const T* grad_y = pixel<T>(args.grad_y, task.n, oh, 0) + task.block.c0;
+  float* const planes = task.dz_row(oh, 0);
+  const int64_t begin = task.layout.left, end = begin + args.shape.ow;
+  for (int64_t v = 0; v < vecs; v++) {
+    for (int64_t j = 0; j < begin; j++) store(planes + v * pitch + j * kLanes, Vec{});
+    for (int64_t j = end; j < task.layout.pitch; j++) store(planes + v * pitch + j * kLanes, Vec{});
+  }
+  const auto form = [&](const float* vectors, Vec zv, Vec dy) {
+    const Vec scale = load(vectors + kScale * kLanes);
+    const Vec du = dy * silu_grad(zv * scale + load(vectors + kShift * kLanes));
+    return scale * du + ((zv - load(vectors + kMean * kLanes)) * load(vectors + kSlope * kLanes) +
+                         load(vectors + kOffset * kLanes));
+  };
+  const int64_t step = args.shape.stride,
+                below = oh * step - args.shape.pad_t + args.shape.k - step;
+  const bool fetch = task.fetch_ahead && below >= 0 && below + step <= args.shape.h;
+  const T* x = pixel<T>(args.x, task.n, below, 0) + task.block.c0;
+  const int64_t tail = task.block.lanes(vecs - 1), full = tail < kLanes ? vecs - 1 : vecs;
+  for (int64_t j = begin; j < end; j++) {
+    float* out = planes + j * kLanes;
+    const float* vectors = task.vectors;
+    for (int64_t i = 0; fetch && i < step; i++)
+      for (int64_t q = 0; q < step; q++)
+        for (int64_t v = 0; v < vecs; v++)
+          __builtin_prefetch(x + i * args.x.h_stride + q * args.x.w_stride + v * kLanes, 0, 2);
+    x += step * args.x.w_stride;
+    for (int64_t v = 0; v < full; v++, out += pitch, vectors += kVectors * kLanes)
+      store(out, form(vectors, load(z + v * kLanes), load(grad_y + v * kLanes)));
+    if (full < vecs)
+      store(out,
+            form(vectors, load_n(z + full * kLanes, tail), load_n(grad_y + full * kLanes, tail)));
+    z += args.z.w_stride;
+    grad_y += args.grad_y.w_stride;
+  }
 }
 
-template <typename T>
-void stage_x(const Task& task, int64_t ih) {
+// grad[kh][j] += sum over the rows' TILE outputs from `ow` of dz[t] * x[t * STEP + j].
+template <typename T, int K, int STEP, int TILE>
+EFFNET_NOINLINE void grad_weight_tile(const Task& task, Range rows, int64_t v, int64_t ow) {
   const DwconvShape& s = task.args.shape;
-  const T* x = pixel<T>(task.args.x, task.n, ih, -s.pad_l) + task.block.c0;
-  const int64_t columns = (s.ow - 1) * s.stride + s.k;
-  stage_row(task.x_row(ih, 0), task.layout.x_pitch, columns, {s.pad_l, s.w + s.pad_l}, task.block,
-            [&](int64_t j, int64_t v, int64_t lanes) {
-              return load_n(x + j * task.args.x.w_stride + v * kLanes, lanes);
-            });
-}
-
-// grad[j] += sum_t dz[t] * x[t * STEP + j] over TILE outputs, in K x PARTS chains.
-template <int K, int STEP, int TILE>
-EFFNET_INLINE void grad_weight_tile(const float* dz, const float* x, float* grad, int64_t k) {
-  Vec d[TILE];
+  const int64_t k = K ? K : s.k, top = rows.begin * STEP - s.pad_t, left = ow * STEP - s.pad_l;
+  const int64_t columns = (TILE - 1) * STEP + k;
+  const Range in_rows = {max_of(0, top), min_of(s.h, (rows.end - 1) * STEP - s.pad_t + k)};
+  const T* x = pixel<T>(task.args.x, task.n, in_rows.begin, left) + task.block.c0 + v * kLanes;
+  const Source in = source(task.patch, x, task.args.x, in_rows.size(), columns,
+                           columns_inside(left, columns, s.w), task.block.lanes(v));
+  const int64_t column = (task.layout.left + ow) * kLanes;
+  for (int64_t kh = 0; kh < k; kh++) {
+    float* grad = task.grad_weight + (v * k + kh) * k * kLanes;
+    // Kernel row kh meets the image at these rows of dz.
+    const int64_t begin = max_of(rows.begin, ceil_div(max_of(0, s.pad_t - kh), STEP));
+    const int64_t last = s.h - 1 + s.pad_t - kh, end = last < 0 ? 0 : last / STEP + 1;
+    const Range own = {begin, min_of(rows.end, end)};
+    const float* from = in.data + (own.begin * STEP - s.pad_t + kh - in_rows.begin) * in.row;
+    if constexpr (K > 0) {
+      constexpr int PARTS = TILE < 2 ? 1 : K == 3 && kLanes == 16 ? 3 : 2;  // chains per tap
+      Vec acc[K * PARTS] = {};
+      for (int64_t oh = own.begin; oh < own.end; oh++, from += STEP * in.row) {
+        const float* dz = task.dz_row(oh, v) + column;
+        Vec d[TILE];
 #pragma GCC unroll 8
-  for (int t = 0; t < TILE; t++) d[t] = load(dz + t * kLanes);
-  if constexpr (K > 0) {
-    constexpr int PARTS = TILE < 2 ? 1 : K == 3 && kLanes == 16 ? 3 : 2;
-    Vec acc[K * PARTS] = {};
+        for (int t = 0; t < TILE; t++) d[t] = load(dz + t * kLanes);
 #pragma GCC unroll 32
-    for (int i = 0; i < (TILE - 1) * STEP + K; i++) {
-      Vec xv = load(x + i * kLanes);
+        for (int i = 0; i < (TILE - 1) * STEP + K; i++) {
+          const Vec xv = in_register(load(from + i * in.pixel));
+#pragma GCC unroll 8
+          for (int j = 0; j < K; j++) {
+            int t = (i - j) / STEP;
+            if (i >= j && (i - j) % STEP == 0 && t < TILE) acc[t % PARTS * K + j] += d[t] * xv;
+          }
+        }
+      }
 #pragma GCC unroll 8
       for (int j = 0; j < K; j++) {
-        int t = (i - j) / STEP;
-        if (i >= j && (i - j) % STEP == 0 && t < TILE) acc[t % PARTS * K + j] += d[t] * xv;
+        Vec sum = acc[j];
+        for (int part = 1; part < PARTS; part++) sum += acc[part * K + j];
+        store(grad + j * kLanes, load(grad + j * kLanes) + sum);
       }
-    }
+    } else {
+      for (int64_t j = 0; j < k; j++, from += in.pixel) {
+        Vec sum = {};
+        for (int64_t oh = own.begin; oh < own.end; oh++) {
+          const float* dz = task.dz_row(oh, v) + column;
+          const float* xs = from + (oh - own.begin) * STEP * in.row;
 #pragma GCC unroll 8
-    for (int j = 0; j < K; j++) {
-      Vec sum = acc[j];
-      for (int part = 1; part < PARTS; part++) sum += acc[part * K + j];
-      store(grad + j * kLanes, load(grad + j * kLanes) + sum);
-    }
-  } else {
-    for (int64_t j = 0; j < k; j++) {
-      Vec sum = load(grad + j * kLanes);
-#pragma GCC unroll 8
-      for (int t = 0; t < TILE; t++) sum += d[t] * load(x + (t * STEP + j) * kLanes);
-      store(grad + j * kLanes, sum);
+          for (int t = 0; t < TILE; t++)
+            sum += load(dz + t * kLanes) * load(xs + t * STEP * in.pixel);
+        }
+        store(grad + j * kLanes, load(grad + j * kLanes) + sum);
+      }
     }
   }
 }
 
-template <int K, int STEP>
-void add_grad_weight(const Task& task, int64_t oh) {
-  const DwconvShape& s = task.args.shape;
-  const int64_t k = K ? K : s.k;
-  const int64_t top = oh * s.stride - s.pad_t;
-  for (int64_t v = 0; v < task.block.vecs; v++)
-    for (int64_t kh = max_of(0, -top); kh < min_of(k, s.h - top); kh++) {
-      const float* dz = task.z_row(oh, v) + task.layout.left * kLanes;
-      const float* x = task.x_row(top + kh, v);
-      float* grad = task.grad_weight + (v * k + kh) * k * kLanes;
-      int64_t ow = 0;
-      for (; ow + kGradTile <= s.ow; ow += kGradTile)
-        grad_weight_tile<K, STEP, kGradTile>(dz + ow * kLanes, x + ow * STEP * kLanes, grad, k);
-      if (ow < s.ow)
-        with_tile(s.ow - ow, [&]<int TILE>() {
-          if constexpr (TILE < kGradTile)
-            grad_weight_tile<K, STEP, TILE>(dz + ow * kLanes, x + ow * STEP * kLanes, grad, k);
-        });
-    }
+// The weight gradient of channel vector v from rows of dz.
+template <typename T, int K, int STEP>
+void add_grad_weight(const Task& task, Range rows, int64_t v) {
+  const int64_t width = task.args.shape.ow;
+  int64_t ow = 0;
+  for (; ow + kGradTile <= width; ow += kGradTile)
+    grad_weight_tile<T, K, STEP, kGradTile>(task, rows, v, ow);
+  with_tile(width - ow, [&]<int TILE>() {
+    if constexpr (TILE < kGradTile) grad_weight_tile<T, K, STEP, TILE>(task, rows, v, ow);
+  });
 }
 
 // Columns of one row and parity of grad_x: out[t] = sum over kh of correlate(dz row, taps).
 struct DataRow {
+  int64_t ih;
   int64_t kh_begin, kh_step, kh_end;   // kernel rows whose output row exists
   int64_t first_tap, taps;             // where the parity's taps start in a flipped kernel row
   int64_t shift;                       // dz column of output 0's first tap
   int64_t column, column_step, width;  // grad_x columns
 };
 
+// Writes the parities of row ih to `out`; returns how many there are.
+int64_t data_rows(const Task& task, int64_t ih, DataRow* out) {
+  const DwconvShape& s = task.args.shape;
+  DataRow row;
+  row.ih = ih;
+  // Kernel rows kh = ih + pad_t - oh * stride with 0 <= oh < OH.
+  const int64_t lowest = ih + s.pad_t - (s.oh - 1) * s.stride;
+  row.kh_begin = max_of((ih + s.pad_t) % s.stride, lowest);
+  row.kh_step = s.stride;
+  row.kh_end = min_of(s.k, ih + s.pad_t + 1);
+  row.first_tap = 0;
+  row.column_step = s.stride;
+  int64_t count = 0;
+  for (int64_t q = 0; q < s.stride; q++) {
+    row.taps = q < s.k ? (s.k - 1 - q) / s.stride + 1 : 0;
+    row.column = floor_mod(q - s.pad_l, s.stride);
+    row.width = s.w > row.column ? ceil_div(s.w - row.column, s.stride) : 0;
+    row.shift = task.layout.left + (row.column + s.pad_l - q) / s.stride - (row.taps - 1);
+    if (row.width > 0) out[count++] = row;
+    row.first_tap += row.taps;
+  }
+  return count;
+}
+
 template <typename T, int TAPS, int TILE>
-void data_tiles(const Task& task, const DataRow& row, int64_t ih, int64_t v, int64_t begin,
-                int64_t tiles) {
+EFFNET_NOINLINE void data_tiles(const Task& task, const DataRow& row, int64_t v, int64_t begin,
+                                int64_t tiles) {
   const DwconvShape& s = task.args.shape;
   const int64_t step = row.column_step * task.args.grad_x.w_stride;
-  T* out = pixel<T>(task.args.grad_x, task.n, ih, row.column + begin * row.column_step) +
+  T* out = pixel<T>(task.args.grad_x, task.n, row.ih, row.column + begin * row.column_step) +
            task.block.c0 + v * kLanes;
   for (int64_t tile = 0; tile < tiles; tile++, begin += TILE) {
     Vec acc[TILE] = {};
     for (int64_t kh = row.kh_begin; kh < row.kh_end; kh += row.kh_step) {
-      const float* dz = task.z_row((ih + s.pad_t - kh) / s.stride, v);
+      const float* dz = task.dz_row((row.ih + s.pad_t - kh) / s.stride, v);
       const float* w = task.flipped + ((v * s.k + kh) * s.k + row.first_tap) * kLanes;
       correlate<TAPS, 1, TILE>(acc, dz + (begin + row.shift) * kLanes, kLanes, w, row.taps);
     }
@@ -178,49 +252,28 @@ void data_tiles(const Task& task, const DataRow& row, int64_t ih, int64_t v, int
 }
 
 template <typename T, int TAPS>
-void data_columns(const Task& task, const DataRow& row, int64_t ih, int64_t v) {
+void data_columns(const Task& task, const DataRow& row, int64_t v) {
   const RowTiles tiles(row.width);
   with_tile(tiles.size, [&]<int TILE>() {
-    data_tiles<T, TAPS, TILE>(task, row, ih, v, 0, tiles.wide);
+    data_tiles<T, TAPS, TILE>(task, row, v, 0, tiles.wide);
     if constexpr (TILE > 1)
-      data_tiles<T, TAPS, TILE - 1>(task, row, ih, v, tiles.wide * TILE, tiles.count - tiles.wide);
+      data_tiles<T, TAPS, TILE - 1>(task, row, v, tiles.wide * TILE, tiles.count - tiles.wide);
   });
 }
 
 template <typename T>
-void write_grad_x(const Task& task, int64_t ih) {
-  const DwconvShape& s = task.args.shape;
-  DataRow row;
-  // Kernel rows kh = ih + pad_t - oh * stride with 0 <= oh < OH.
-  row.kh_begin = (ih + s.pad_t) % s.stride;
-  row.kh_step = s.stride;
-  const int64_t lowest = ih + s.pad_t - (s.oh - 1) * s.stride;
-  row.kh_begin = max_of(row.kh_begin, lowest);
-  row.kh_end = min_of(s.k, ih + s.pad_t + 1);
-  row.first_tap = 0;
-  row.column_step = s.stride;
-  for (int64_t q = 0; q < s.stride; q++) {
-    row.taps = q < s.k ? (s.k - 1 - q) / s.stride + 1 : 0;
-    row.column = floor_mod(q - s.pad_l, s.stride);
-    row.width = s.w > row.column ? ceil_div(s.w - row.column, s.stride) : 0;
-    row.shift = task.layout.left + (row.column + s.pad_l - q) / s.stride - (row.taps - 1);
-    for (int64_t v = 0; v < task.block.vecs && row.width > 0; v++) switch (row.taps) {
-        case 1:
-          data_columns<T, 1>(task, row, ih, v);
-          break;
-        case 2:
-          data_columns<T, 2>(task, row, ih, v);
-          break;
-        case 3:
-          data_columns<T, 3>(task, row, ih, v);
-          break;
-        case 5:
-          data_columns<T, 5>(task, row, ih, v);
-          break;
-        default:
-          data_columns<T, 0>(task, row, ih, v);
-      }
-    row.first_tap += row.taps;
+void write_grad_x(const Task& task, const DataRow& row, int64_t v) {
+  switch (row.taps) {
+    case 1:
+      return data_columns<T, 1>(task, row, v);
+    case 2:
+      return data_columns<T, 2>(task, row, v);
+    case 3:
+      return data_columns<T, 3>(task, row, v);
+    case 5:
+      return data_columns<T, 5>(task, row, v);
+    default:
+      return data_columns<T, 0>(task, row, v);
   }
 }
 
@@ -238,18 +291,25 @@ void run_chunk(const Task& task) {
         min_of(rows.begin, max_of(0, ceil_div(max_of(0, ih + s.pad_t - s.k + 1), s.stride)));
     rows.end = max_of(rows.end, min_of(s.oh, (ih_end - 1 + s.pad_t) / s.stride + 1));
   }
-  int64_t staged = max_of(0, own.begin * s.stride - s.pad_t);
-  for (int64_t oh = rows.begin; oh < rows.end; oh++) {
-    stage_dz<T>(task, oh);
-    if (weight && oh >= own.begin && oh < own.end) {
-      const int64_t top = oh * s.stride - s.pad_t;
-      staged = max_of(staged, top);
-      for (; staged < min_of(s.h, top + s.k); staged++) stage_x<T>(task, staged);
-      add_grad_weight<K, STEP>(task, oh);
-    }
-    for (; data && ih < ih_end && (ih + s.pad_t) / s.stride <= oh; ih++) write_grad_x<T>(task, ih);
+  for (int64_t oh = rows.begin; oh < rows.end; oh += kGroupRows) {
+    const Range group = {oh, min_of(rows.end, oh + kGroupRows)};
+    for (int64_t i = group.begin; i < group.end; i++) stage_dz<T>(task, i);
+    Range with_weight = {max_of(group.begin, own.begin), min_of(group.end, own.end)};
+    // The rows of grad_x whose dz is complete, a part at a time.
+    const int64_t ready =
+        group.end == rows.end ? ih_end : min_of(ih_end, group.end * s.stride - s.pad_t);
+    do {
+      DataRow parts[kDataRows];
+      int64_t count = 0;
+      for (; data && ih < ready && count + s.stride <= kDataRows; ih++)
+        count += data_rows(task, ih, parts + count);
+      for (int64_t v = 0; v < task.block.vecs; v++) {
+        if (weight && with_weight.size() > 0) add_grad_weight<T, K, STEP>(task, with_weight, v);
+        for (int64_t i = 0; i < count; i++) write_grad_x<T>(task, parts[i], v);
+      }
+      with_weight = {};
+    } while (data && ih < ready);
   }
-  for (; data && ih < ih_end; ih++) write_grad_x<T>(task, ih);
 }
 
 void write_grad_weight(const Task& task, int64_t part) {
@@ -267,8 +327,9 @@ bool backward(const DwconvBackwardArgs& args) {
   const DwconvShape& s = args.shape;
   const Layout layout(s);
   const int64_t tasks = layout.groups * layout.chunks, kk = s.k * s.k;
-  const Blocks blocks(s.c, tasks, args.threads, kScratchBytes / (layout.floats_per_vec * 4));
-  const int64_t floats = blocks.vecs * layout.floats_per_vec;
+  const Blocks blocks(s.c, tasks, args.threads, kPlaneBytes / (layout.floats_per_vec * 4));
+  const int64_t floats = layout.patch + blocks.vecs * layout.floats_per_vec;
+  const bool fetch_ahead = args.grad_weight && beyond_l2(s, sizeof(T));
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)
@@ -276,20 +337,17 @@ bool backward(const DwconvBackwardArgs& args) {
     const int64_t part = index / blocks.count;
     const ChannelBlock block = blocks[index % blocks.count];
     float* at = scratch + thread_index() * floats;
-    std::memset(at, 0, sizeof(float) * floats);
-    Task task = {args,    layout,  block,   0,      part % layout.chunks, at, nullptr,
+    Task task = {args,    layout,  block,   0,      part % layout.chunks, fetch_ahead, at, nullptr,
                  nullptr, nullptr, nullptr, nullptr};
-    task.x_ring = task.z_ring + layout.z_rows * block.vecs * layout.z_pitch * kLanes;
-    task.weight = task.x_ring + layout.x_rows * block.vecs * layout.x_pitch * kLanes;
+    task.planes = task.patch + layout.patch;
+    task.weight = task.planes + layout.rows * block.vecs * layout.pitch * kLanes;
     task.flipped = task.weight + kk * block.vecs * kLanes;
     task.grad_weight = task.flipped + kk * block.vecs * kLanes;
     task.vectors = task.grad_weight + kk * block.vecs * kLanes;
+    std::memset(task.grad_weight, 0, sizeof(float) * static_cast<size_t>(kk * block.vecs * kLanes));
     pack_weight(task.weight, args.weight, args.weight_dtype, kk, block);
     flip_weight(task);
-    const float* sources[kVectors] = {args.scale, args.shift,   args.mean,
-                                      args.rstd,  args.du_mean, args.duzh_mean};
-    for (int i = 0; i < kVectors; i++)
-      if (sources[i]) pack_vector(task.vectors + i * block.vecs * kLanes, sources[i], block);
+    pack_vectors(task);
     const Range images = part_of(s.n, layout.groups, part / layout.chunks);
     for (task.n = images.begin; task.n < images.end; task.n++) run_chunk<T, K, STEP>(task);
     if (args.grad_weight) write_grad_weight(task, part);

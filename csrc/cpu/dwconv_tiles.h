@@ -12,8 +12,11 @@ namespace effnet {
 namespace EFFNET_ISA {
 
 constexpr int kMaxTile = 8;  // outputs per register tile: 8 FMA chains cover 4 cycles x 2 ports
-constexpr int64_t kPlaneBytes = 28 << 10;  // staged rows of one channel vector: L1 cache
-constexpr int64_t kRingBytes = 512 << 10;  // staged rows of a task: L2 cache
+
+// Whether x comes from further than the L2 cache, of 2 MiB. Half or twice as much does little.
+inline bool beyond_l2(const DwconvShape& s, int64_t element_size) {
+  return s.n * s.h * s.w * s.c * element_size > 2 << 20;
+}
 
 // Channels [c0, c0 + vecs * kLanes), cut at C.
 struct ChannelBlock {
@@ -127,26 +130,64 @@ inline void pack_vector(float* out, const float* in, const ChannelBlock& block) 
     store(out + v * kLanes, load_n(in + block.c0 + v * kLanes, block.lanes(v)));
 }
 
-// Fills columns [0, columns) of the planes at `out` (pitch in columns) with value(column, v, lanes)
-// inside [inside.begin, inside.end) and zero outside. Full vectors come first: they need no masks.
-template <typename F>
-EFFNET_INLINE void stage_row(float* out, int64_t pitch, int64_t columns, Range inside,
-                             const ChannelBlock& block, const F& value) {
-  const int64_t begin = min_of(columns, max_of(0, inside.begin));
-  const int64_t end = max_of(begin, min_of(columns, inside.end));
-  const int64_t tail = block.lanes(block.vecs - 1);
-  const int64_t full = tail < kLanes ? block.vecs - 1 : block.vecs;
-  for (int64_t v = 0; v < block.vecs; v++) {
-    float* plane = out + v * pitch * kLanes;
-    for (int64_t j = 0; j < begin; j++) store(plane + j * kLanes, Vec{});
-    for (int64_t j = end; j < columns; j++) store(plane + j * kLanes, Vec{});
-  }
-  for (int64_t j = begin; j < end; j++) {
-    float* at = out + j * kLanes;
-    for (int64_t v = 0; v < full; v++, at += pitch * kLanes) store(at, value(j, v, kLanes));
-    if (full < block.vecs) store(at, value(j, full, tail));
+// A tile's input for one channel vector.
+struct Source {
+  const float* data;
+  int64_t pixel, row;  // strides
+};
+
+// Which of the columns [left, left + columns) lie in [0, w), counted from left.
+EFFNET_INLINE Range columns_inside(int64_t left, int64_t columns, int64_t w) {
+  const int64_t begin = min_of(columns, max_of(0, -left));
+  return {begin, max_of(begin, min_of(columns, w - left))};
+}
+
+// Copies columns [0, columns) of `rows` rows at x, zero outside `inside`, to the patch.
+template <typename T>
+EFFNET_INLINE void stage_patch(float* patch, const T* x, const Image& image, int64_t rows,
+                               int64_t columns, Range inside, int64_t lanes) {
+  for (int64_t i = 0; i < rows; i++, x += image.h_stride) {
+    int64_t j = 0;
+    for (; j < inside.begin; j++, patch += kLanes) store(patch, Vec{});
+    if (lanes >= kLanes)
+      for (; j < inside.end; j++, patch += kLanes) store(patch, load(x + j * image.w_stride));
+    else
+      for (; j < inside.end; j++, patch += kLanes)
+        store(patch, load_n(x + j * image.w_stride, lanes));
+    for (; j < columns; j++, patch += kLanes) store(patch, Vec{});
   }
 }
+
+// A tile of x: where it lies if it is full vectors of fp32 inside the image, else copied to
+// `patch`.
+template <typename T>
+EFFNET_INLINE Source source(float* patch, const T* x, const Image& image, int64_t rows,
+                            int64_t columns, Range inside, int64_t lanes) {
+  if constexpr (sizeof(T) == 4)
+    if (inside.size() == columns && lanes >= kLanes) return {x, image.w_stride, image.h_stride};
+  stage_patch(patch, x, image, rows, columns, inside, lanes);
+  return {patch, kLanes, columns * kLanes};
+}
+
+// Fetches LINES vectors of one row into the L2 cache at a time, and goes on where it ended. In the
+// order of addresses, which the hardware's own fetching follows; scattered fetches occupy the few
+// buffers of the L1 cache.
+template <typename T, int LINES>
+struct Fetch {
+  int64_t vecs, pixel_stride, pixel = 0, v = 0;
+  void run(const T* row) const {
+    const T* at = row + pixel * pixel_stride;
+    int64_t next = v;
+#pragma GCC unroll 16
+    for (int line = 0; line < LINES; line++) {
+      __builtin_prefetch(at + next * kLanes, 0, 2);
+      if (++next == vecs) next = 0, at += pixel_stride;
+    }
+  }
+  void advance() {
+    for (v += LINES; v >= vecs; v -= vecs) pixel++;
+  }
+};
 
 // TILE outputs of one channel vector, `step` elements apart.
 template <int TILE, typename T>
