@@ -167,6 +167,17 @@ void dwconv_train(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
   launch(kernels.fold_chan, fold);
 }
 
+// Moves BatchNorm's running statistics towards the batch's by the share `momentum`.
+void move_statistics(int64_t c, Address mean, Address var, Address running_mean,
+                     Address running_var, double correction, double momentum) {
+  const float share = static_cast<float>(momentum), keep = static_cast<float>(1.0 - momentum);
+  const float unbiased = static_cast<float>(correction);
+  const float *new_mean = at<float>(mean), *new_var = at<float>(var);
+  float *old_mean = at<float>(running_mean), *old_var = at<float>(running_var);
+  for (int64_t i = 0; i < c; i++) old_mean[i] = keep * old_mean[i] + share * new_mean[i];
+  for (int64_t i = 0; i < c; i++) old_var[i] = keep * old_var[i] + share * (unbiased * new_var[i]);
+}
+
 // sums [2,C]: sum du and sum du * zh; they are formed where `training` or where their address is
 // given. grad_x, grad_weight and sums may be 0: not wanted.
 void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
@@ -339,6 +350,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("dwconv_eval", &dwconv_eval);
   m.def("dwconv_train", &dwconv_train);
+  m.def("move_statistics", &move_statistics);
   m.def("dwconv_backward", &dwconv_backward);
   m.def("bn_act", &bn_act);
   m.def("squeeze", &squeeze);

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import _native, backends
 
 _LIBRARY = torch.library.Library("effnet_fast", "DEF")
 
@@ -104,9 +104,15 @@ def update_running_statistics(
     """
     if running_mean is None or running_var is None or count == 0:
         return
-    unbiased = var * (count / (count - 1)) if count > 1 else var
-    running = [running_mean, running_var]
-    new = [mean.to(running_mean.dtype), unbiased.to(running_var.dtype)]
+    correction = count / (count - 1) if count > 1 else 1.0
+    moved = (running_mean, running_var)
+    if all(v.dtype is torch.float32 and v.is_contiguous() and not v.is_inference() for v in moved):
+        torch.autograd.graph.increment_version(moved)
+        _native.load().move_statistics(
+            mean.numel(), mean.data_ptr(), var.data_ptr(),
+            running_mean.data_ptr(), running_var.data_ptr(), correction, momentum,
+        )  # fmt: skip
+        return
     with torch.no_grad():
-        torch._foreach_mul_(running, 1.0 - momentum)
-        torch._foreach_add_(running, new, alpha=momentum)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * correction).to(running_var.dtype), momentum)

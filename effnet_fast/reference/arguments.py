@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Padding = int | tuple[int, int, int, int] | None
+_BN_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
 def check_tensor(name: str, tensor: object, device: torch.device | None = None) -> None:
@@ -43,16 +44,12 @@ def check_batch_norm(
     training: bool,
 ) -> None:
     """Raises unless the BN vectors are None or [channels], and sufficient for the mode."""
-    vectors = {
-        "bn_weight": bn_weight,
-        "bn_bias": bn_bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
-    for name, vector in vectors.items():
+    vectors = (bn_weight, bn_bias, running_mean, running_var)
+    for name, vector in zip(_BN_VECTORS, vectors, strict=True):
         if vector is not None:
             check_tensor(name, vector, device)
-            check_shape(name, vector, (channels,))
+            if vector.shape != (channels,):
+                check_shape(name, vector, (channels,))
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be tensors or both be None")
     if running_mean is None and not training:
