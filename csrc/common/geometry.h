@@ -33,11 +33,12 @@ EFFNET_HD inline Range part_of(int64_t total, int64_t parts, int64_t index) {
 }
 
 // Chunks of output rows, each with its own partial sums: about 16 rows, an even number of chunks so
-// that two threads share them evenly. Depends on the shape alone, and so does the order of the
-// sums.
+// that two threads share them evenly (threads that share a row write to each other's neighbouring
+// lines). Depends on the shape alone, and so does the order of the sums.
 EFFNET_HD inline int64_t row_chunks(int64_t oh) {
+  if (oh <= 8) return 1;
   const int64_t chunks = ceil_div(oh, 16);
-  return chunks > 1 ? chunks + chunks % 2 : 1;
+  return chunks + chunks % 2;
 }
 
 // Groups of images that share one partial weight gradient: at most 16, and about 1024 outputs each.

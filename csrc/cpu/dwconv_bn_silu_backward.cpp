@@ -23,8 +23,8 @@ namespace {
 
 constexpr int kGradTile = kLanes == 16 ? 8 : 4;  // dz vectors held at once, within the registers
 constexpr int64_t kGroupRows = 4;                // rows of dz formed at a time
-constexpr int64_t kDataRows = 4 * kGroupRows;    // rows of grad_x, split by parity, worked at once
-constexpr int64_t kPlaneBytes = 640 << 10;       // planes of dz of a task
+constexpr int64_t kDataRows = 2 * kGroupRows;    // rows of grad_x written at a time
+constexpr int64_t kPlaneBytes = 512 << 10;       // planes of dz of a task
 
 // Per channel: u = z * scale + shift, dz = scale * du + (z - mean) * slope + offset.
 enum { kScale, kShift, kMean, kSlope, kOffset, kVectors };
@@ -49,8 +49,10 @@ struct Task {
   bool fetch_ahead;  // x comes from further than the L2 cache
   float *patch, *planes, *weight, *flipped, *grad_weight, *vectors;
 
-  float* dz_row(int64_t oh, int64_t v) const {
-    return planes + ((oh % layout.rows) * block.vecs + v) * layout.pitch * kLanes;
+  // Rows of dz go round `layout.rows` slots.
+  int64_t slot(int64_t oh) const { return oh % layout.rows; }
+  EFFNET_INLINE const float* plane(int64_t slot, int64_t v) const {
+    return planes + (slot * block.vecs + v) * layout.pitch * kLanes;
   }
 };
 
@@ -94,7 +96,7 @@ void stage_dz(const Task& task, int64_t oh) {
   const int64_t vecs = task.block.vecs, pitch = task.layout.pitch * kLanes;
   const T* z = pixel<T>(args.z, task.n, oh, 0) + task.block.c0;
   const T* grad_y = pixel<T>(args.grad_y, task.n, oh, 0) + task.block.c0;
-  float* const planes = task.dz_row(oh, 0);
+  float* const planes = task.planes + task.slot(oh) * vecs * pitch;
   const int64_t begin = task.layout.left, end = begin + args.shape.ow;
   for (int64_t v = 0; v < vecs; v++) {
     for (int64_t j = 0; j < begin; j++) store(planes + v * pitch + j * kLanes, Vec{});
@@ -129,29 +131,32 @@ void stage_dz(const Task& task, int64_t oh) {
   }
 }
 
-// grad[kh][j] += sum over the rows' TILE outputs from `ow` of dz[t] * x[t * STEP + j].
-template <typename T, int K, int STEP, int TILE>
-EFFNET_NOINLINE void grad_weight_tile(const Task& task, Range rows, int64_t v, int64_t ow) {
+// grad[kh][j] += sum over the rows' TILE outputs from `ow` of dz[t] * x[t * STEP + j], in[] being
+// the tile of x whose first row is in_row.
+template <int K, int STEP, int TILE>
+EFFNET_INLINE void grad_weight_vector(const Task& task, Range rows, int64_t first_slot, int64_t v,
+                                      int64_t ow, const Source& in, int64_t in_row) {
   const DwconvShape& s = task.args.shape;
-  const int64_t k = K ? K : s.k, top = rows.begin * STEP - s.pad_t, left = ow * STEP - s.pad_l;
-  const int64_t columns = (TILE - 1) * STEP + k;
-  const Range in_rows = {max_of(0, top), min_of(s.h, (rows.end - 1) * STEP - s.pad_t + k)};
-  const T* x = pixel<T>(task.args.x, task.n, in_rows.begin, left) + task.block.c0 + v * kLanes;
-  const Source in = source(task.patch, x, task.args.x, in_rows.size(), columns,
-                           columns_inside(left, columns, s.w), task.block.lanes(v));
-  const int64_t column = (task.layout.left + ow) * kLanes;
+  const int64_t k = K ? K : s.k, column = (task.layout.left + ow) * kLanes;
   for (int64_t kh = 0; kh < k; kh++) {
     float* grad = task.grad_weight + (v * k + kh) * k * kLanes;
     // Kernel row kh meets the image at these rows of dz.
     const int64_t begin = max_of(rows.begin, ceil_div(max_of(0, s.pad_t - kh), STEP));
     const int64_t last = s.h - 1 + s.pad_t - kh, end = last < 0 ? 0 : last / STEP + 1;
     const Range own = {begin, min_of(rows.end, end)};
-    const float* from = in.data + (own.begin * STEP - s.pad_t + kh - in_rows.begin) * in.row;
+    int64_t slot = first_slot + own.begin - rows.begin;
+    if (slot >= task.layout.rows) slot -= task.layout.rows;
+    const auto next_dz = [&] {
+      const float* dz = task.plane(slot, v) + column;
+      if (++slot == task.layout.rows) slot = 0;
+      return dz;
+    };
+    const float* from = in.data + (own.begin * STEP - s.pad_t + kh - in_row) * in.row;
     if constexpr (K > 0) {
       constexpr int PARTS = TILE < 2 ? 1 : K == 3 && kLanes == 16 ? 3 : 2;  // chains per tap
       Vec acc[K * PARTS] = {};
       for (int64_t oh = own.begin; oh < own.end; oh++, from += STEP * in.row) {
-        const float* dz = task.dz_row(oh, v) + column;
+        const float* dz = next_dz();
         Vec d[TILE];
 #pragma GCC unroll 8
         for (int t = 0; t < TILE; t++) d[t] = load(dz + t * kLanes);
@@ -172,108 +177,136 @@ EFFNET_NOINLINE void grad_weight_tile(const Task& task, Range rows, int64_t v, i
         store(grad + j * kLanes, load(grad + j * kLanes) + sum);
       }
     } else {
-      for (int64_t j = 0; j < k; j++, from += in.pixel) {
-        Vec sum = {};
-        for (int64_t oh = own.begin; oh < own.end; oh++) {
-          const float* dz = task.dz_row(oh, v) + column;
-          const float* xs = from + (oh - own.begin) * STEP * in.row;
+      for (int64_t oh = own.begin; oh < own.end; oh++, from += STEP * in.row) {
+        const float* dz = next_dz();
+        for (int64_t j = 0; j < k; j++) {
+          Vec sum = {};
 #pragma GCC unroll 8
           for (int t = 0; t < TILE; t++)
-            sum += load(dz + t * kLanes) * load(xs + t * STEP * in.pixel);
+            sum += load(dz + t * kLanes) * load(from + (t * STEP + j) * in.pixel);
+          store(grad + j * kLanes, load(grad + j * kLanes) + sum);
         }
-        store(grad + j * kLanes, load(grad + j * kLanes) + sum);
       }
     }
   }
 }
 
-// The weight gradient of channel vector v from rows of dz.
-template <typename T, int K, int STEP>
-void add_grad_weight(const Task& task, Range rows, int64_t v) {
-  const int64_t width = task.args.shape.ow;
-  int64_t ow = 0;
-  for (; ow + kGradTile <= width; ow += kGradTile)
-    grad_weight_tile<T, K, STEP, kGradTile>(task, rows, v, ow);
-  with_tile(width - ow, [&]<int TILE>() {
-    if constexpr (TILE < kGradTile) grad_weight_tile<T, K, STEP, TILE>(task, rows, v, ow);
-  });
+// One column tile of all channel vectors: each pixel's channels are read in a row.
+template <typename T, int K, int STEP, int TILE>
+EFFNET_NOINLINE void grad_weight_tile(const Task& task, Range rows, int64_t ow) {
+  const DwconvShape& s = task.args.shape;
+  const int64_t k = K ? K : s.k, top = rows.begin * STEP - s.pad_t, left = ow * STEP - s.pad_l;
+  const int64_t columns = (TILE - 1) * STEP + k, begin = max_of(0, top);
+  const int64_t in_rows = min_of(s.h, (rows.end - 1) * STEP - s.pad_t + k) - begin;
+  const Range inside = columns_inside(left, columns, s.w);
+  const int64_t slot = task.slot(rows.begin);
+  const T* x = pixel<T>(task.args.x, task.n, begin, left) + task.block.c0;
+  for (int64_t v = 0; v < task.block.vecs; v++, x += kLanes)
+    grad_weight_vector<K, STEP, TILE>(
+        task, rows, slot, v, ow,
+        source(task.patch, x, task.args.x, in_rows, columns, inside, task.block.lanes(v)), begin);
 }
 
-// Columns of one row and parity of grad_x: out[t] = sum over kh of correlate(dz row, taps).
+template <typename T, int K, int STEP>
+void add_grad_weight(const Task& task, Range rows) {
+  const int64_t width = task.args.shape.ow;
+  for (int64_t ow = 0; ow < width; ow += kGradTile)
+    with_tile(min_of(kGradTile, width - ow), [&]<int TILE>() {
+      if constexpr (TILE <= kGradTile) grad_weight_tile<T, K, STEP, TILE>(task, rows, ow);
+    });
+}
+
+// A row of grad_x, the kernel rows whose output row exists, and the first one's slot.
 struct DataRow {
-  int64_t ih;
-  int64_t kh_begin, kh_step, kh_end;   // kernel rows whose output row exists
-  int64_t first_tap, taps;             // where the parity's taps start in a flipped kernel row
-  int64_t shift;                       // dz column of output 0's first tap
-  int64_t column, column_step, width;  // grad_x columns
+  int64_t ih, kh_begin, kh_end, slot;
+  DataRow() = default;
+  DataRow(const Task& task, int64_t ih) : ih(ih) {
+    const DwconvShape& s = task.args.shape;
+    // kh = ih + pad_t - oh * stride with 0 <= oh < OH.
+    const int64_t lowest = ih + s.pad_t - (s.oh - 1) * s.stride;
+    kh_begin = max_of((ih + s.pad_t) % s.stride, lowest);
+    kh_end = min_of(s.k, ih + s.pad_t + 1);
+    slot = task.slot(max_of(0, ih + s.pad_t - kh_begin) / s.stride);
+  }
 };
 
-// Writes the parities of row ih to `out`; returns how many there are.
-int64_t data_rows(const Task& task, int64_t ih, DataRow* out) {
-  const DwconvShape& s = task.args.shape;
-  DataRow row;
-  row.ih = ih;
-  // Kernel rows kh = ih + pad_t - oh * stride with 0 <= oh < OH.
-  const int64_t lowest = ih + s.pad_t - (s.oh - 1) * s.stride;
-  row.kh_begin = max_of((ih + s.pad_t) % s.stride, lowest);
-  row.kh_step = s.stride;
-  row.kh_end = min_of(s.k, ih + s.pad_t + 1);
-  row.first_tap = 0;
-  row.column_step = s.stride;
-  int64_t count = 0;
-  for (int64_t q = 0; q < s.stride; q++) {
-    row.taps = q < s.k ? (s.k - 1 - q) / s.stride + 1 : 0;
-    row.column = floor_mod(q - s.pad_l, s.stride);
-    row.width = s.w > row.column ? ceil_div(s.w - row.column, s.stride) : 0;
-    row.shift = task.layout.left + (row.column + s.pad_l - q) / s.stride - (row.taps - 1);
-    if (row.width > 0) out[count++] = row;
-    row.first_tap += row.taps;
+// The columns of grad_x that meet the taps kw = q, q + stride, ...
+struct Parity {
+  int64_t first_tap = 0, taps;  // their place in a flipped kernel row
+  int64_t column, width;        // the first column, and how many there are, `stride` apart
+  int64_t shift;                // dz column of the first one's first tap
+  Parity(const Layout& layout, const DwconvShape& s, int64_t q) {
+    const auto taps_of = [&](int64_t i) { return i < s.k ? (s.k - 1 - i) / s.stride + 1 : 0; };
+    for (int64_t i = 0; i < q; i++) first_tap += taps_of(i);
+    taps = taps_of(q);
+    column = floor_mod(q - s.pad_l, s.stride);
+    width = s.w > column ? ceil_div(s.w - column, s.stride) : 0;
+    shift = layout.left + (column + s.pad_l - q) / s.stride - (taps - 1);
   }
-  return count;
-}
+};
 
+// out[t] = sum over kh of correlate(dz row, taps), TILE columns from `begin` of some rows.
 template <typename T, int TAPS, int TILE>
-EFFNET_NOINLINE void data_tiles(const Task& task, const DataRow& row, int64_t v, int64_t begin,
-                                int64_t tiles) {
+EFFNET_NOINLINE void data_tile(const Task& task, const Parity& parity, const DataRow* rows,
+                               int64_t count, int64_t begin) {
   const DwconvShape& s = task.args.shape;
-  const int64_t step = row.column_step * task.args.grad_x.w_stride;
-  T* out = pixel<T>(task.args.grad_x, task.n, row.ih, row.column + begin * row.column_step) +
-           task.block.c0 + v * kLanes;
-  for (int64_t tile = 0; tile < tiles; tile++, begin += TILE) {
-    Vec acc[TILE] = {};
-    for (int64_t kh = row.kh_begin; kh < row.kh_end; kh += row.kh_step) {
-      const float* dz = task.dz_row((row.ih + s.pad_t - kh) / s.stride, v);
-      const float* w = task.flipped + ((v * s.k + kh) * s.k + row.first_tap) * kLanes;
-      correlate<TAPS, 1, TILE>(acc, dz + (begin + row.shift) * kLanes, kLanes, w, row.taps);
+  const int64_t column = parity.column + begin * s.stride;
+  const float* flipped = task.flipped + parity.first_tap * kLanes;
+  for (int64_t v = 0; v < task.block.vecs; v++, flipped += s.k * s.k * kLanes)
+    for (int64_t i = 0; i < count; i++) {
+      const DataRow& row = rows[i];
+      Vec acc[TILE] = {};
+      int64_t slot = row.slot;
+      for (int64_t kh = row.kh_begin; kh < row.kh_end; kh += s.stride) {
+        correlate<TAPS, 1, TILE>(acc, task.plane(slot, v) + (begin + parity.shift) * kLanes, kLanes,
+                                 flipped + kh * s.k * kLanes, parity.taps);
+        slot = (slot ? slot : task.layout.rows) - 1;
+      }
+      T* out = pixel<T>(task.args.grad_x, task.n, row.ih, column) + task.block.c0 + v * kLanes;
+      store_tile<TILE>(out, s.stride * task.args.grad_x.w_stride, acc, task.block.lanes(v));
     }
-    store_tile<TILE>(out, step, acc, task.block.lanes(v));
-    out += TILE * step;
-  }
 }
 
 template <typename T, int TAPS>
-void data_columns(const Task& task, const DataRow& row, int64_t v) {
-  const RowTiles tiles(row.width);
-  with_tile(tiles.size, [&]<int TILE>() {
-    data_tiles<T, TAPS, TILE>(task, row, v, 0, tiles.wide);
-    if constexpr (TILE > 1)
-      data_tiles<T, TAPS, TILE - 1>(task, row, v, tiles.wide * TILE, tiles.count - tiles.wide);
-  });
+void data_columns(const Task& task, const Parity& parity, const DataRow* rows, int64_t count) {
+  const RowTiles tiles(parity.width);
+  int64_t begin = 0;
+  for (int64_t tile = 0; tile < tiles.count; tile++) {
+    const int64_t size = tile < tiles.wide ? tiles.size : tiles.size - 1;
+    with_tile(size,
+              [&]<int TILE>() { data_tile<T, TAPS, TILE>(task, parity, rows, count, begin); });
+    begin += size;
+  }
 }
 
 template <typename T>
-void write_grad_x(const Task& task, const DataRow& row, int64_t v) {
-  switch (row.taps) {
-    case 1:
-      return data_columns<T, 1>(task, row, v);
-    case 2:
-      return data_columns<T, 2>(task, row, v);
-    case 3:
-      return data_columns<T, 3>(task, row, v);
-    case 5:
-      return data_columns<T, 5>(task, row, v);
-    default:
-      return data_columns<T, 0>(task, row, v);
+void write_grad_x(const Task& task, Range rows) {
+  const DwconvShape& s = task.args.shape;
+  while (rows.begin < rows.end) {
+    DataRow part[kDataRows];
+    int64_t count = 0;
+    for (; rows.begin < rows.end && count < kDataRows; rows.begin++)
+      part[count++] = DataRow(task, rows.begin);
+    for (int64_t q = 0; q < s.stride; q++) {
+      const Parity parity(task.layout, s, q);
+      if (parity.width == 0) continue;
+      switch (parity.taps) {
+        case 1:
+          data_columns<T, 1>(task, parity, part, count);
+          break;
+        case 2:
+          data_columns<T, 2>(task, parity, part, count);
+          break;
+        case 3:
+          data_columns<T, 3>(task, parity, part, count);
+          break;
+        case 5:
+          data_columns<T, 5>(task, parity, part, count);
+          break;
+        default:
+          data_columns<T, 0>(task, parity, part, count);
+      }
+    }
   }
 }
 
@@ -294,21 +327,15 @@ void run_chunk(const Task& task) {
   for (int64_t oh = rows.begin; oh < rows.end; oh += kGroupRows) {
     const Range group = {oh, min_of(rows.end, oh + kGroupRows)};
     for (int64_t i = group.begin; i < group.end; i++) stage_dz<T>(task, i);
-    Range with_weight = {max_of(group.begin, own.begin), min_of(group.end, own.end)};
-    // The rows of grad_x whose dz is complete, a part at a time.
+    const Range with_weight = {max_of(group.begin, own.begin), min_of(group.end, own.end)};
+    if (weight && with_weight.size() > 0) add_grad_weight<T, K, STEP>(task, with_weight);
+    // The rows of grad_x whose dz is complete.
     const int64_t ready =
         group.end == rows.end ? ih_end : min_of(ih_end, group.end * s.stride - s.pad_t);
-    do {
-      DataRow parts[kDataRows];
-      int64_t count = 0;
-      for (; data && ih < ready && count + s.stride <= kDataRows; ih++)
-        count += data_rows(task, ih, parts + count);
-      for (int64_t v = 0; v < task.block.vecs; v++) {
-        if (weight && with_weight.size() > 0) add_grad_weight<T, K, STEP>(task, with_weight, v);
-        for (int64_t i = 0; i < count; i++) write_grad_x<T>(task, parts[i], v);
-      }
-      with_weight = {};
-    } while (data && ih < ready);
+    if (data && ih < ready) {
+      write_grad_x<T>(task, {ih, ready});
+      ih = ready;
+    }
   }
 }
 
