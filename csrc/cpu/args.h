@@ -69,7 +69,7 @@ struct BnReduceArgs {
   DType dtype;
   const void *z, *grad_y;  // contiguous channels-last
   const float *scale, *shift, *mean, *rstd;
-  float* partial;  // [chunks,2,C]: sum du, sum du * zh; chunks of kChunkPixels
+  float* partial;  // [chunks,2,C]: sum du, sum du * zh
   int threads;
 };
 

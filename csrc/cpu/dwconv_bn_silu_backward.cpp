@@ -339,16 +339,6 @@ void run_chunk(const Task& task) {
   }
 }
 
-void write_grad_weight(const Task& task, int64_t part) {
-  const int64_t kk = task.args.shape.k * task.args.shape.k;
-  for (int64_t v = 0; v < task.block.vecs; v++)
-    for (int64_t l = 0; l < task.block.lanes(v); l++) {
-      float* out =
-          task.args.grad_weight + (part * task.args.shape.c + task.block.c0 + v * kLanes + l) * kk;
-      for (int64_t i = 0; i < kk; i++) out[i] = task.grad_weight[(v * kk + i) * kLanes + l];
-    }
-}
-
 template <typename T, int K, int STEP>
 bool backward(const DwconvBackwardArgs& args) {
   const DwconvShape& s = args.shape;
@@ -377,7 +367,8 @@ bool backward(const DwconvBackwardArgs& args) {
     pack_vectors(task);
     const Range images = part_of(s.n, layout.groups, part / layout.chunks);
     for (task.n = images.begin; task.n < images.end; task.n++) run_chunk<T, K, STEP>(task);
-    if (args.grad_weight) write_grad_weight(task, part);
+    if (args.grad_weight)
+      unpack_weight(args.grad_weight + part * s.c * kk, task.grad_weight, kk, block);
   }
   return true;
 }

@@ -124,6 +124,22 @@ inline void pack_weight(float* out, const void* weight, DType dtype, int64_t kk,
     pack_weight(out, static_cast<const bf16*>(weight), kk, block);
 }
 
+// The way back: [v][K*K][kLanes] -> [C,K,K].
+inline void unpack_weight(float* out, const float* in, int64_t kk, const ChannelBlock& block) {
+  for (int64_t v = 0; v < block.vecs; v++, in += kk * kLanes)
+    for (int64_t begin = 0; begin < kk; begin += kLanes) {
+      float* to = out + (block.c0 + v * kLanes) * kk + begin;
+      const int64_t lanes = block.lanes(v), taps = min_of(kLanes, kk - begin);
+      Vec rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) rows[i] = i < taps ? load(in + (begin + i) * kLanes) : Vec{};
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; l++)
+        if (l < lanes) store_n(to + l * kk, rows[l], taps);
+    }
+}
+
 // A per-channel vector -> [v][kLanes], zero beyond C.
 inline void pack_vector(float* out, const float* in, const ChannelBlock& block) {
   for (int64_t v = 0; v < block.vecs; v++)
@@ -169,9 +185,7 @@ EFFNET_INLINE Source source(float* patch, const T* x, const Image& image, int64_
   return {patch, kLanes, columns * kLanes};
 }
 
-// Fetches LINES vectors of one row into the L2 cache at a time, and goes on where it ended. In the
-// order of addresses, which the hardware's own fetching follows; scattered fetches occupy the few
-// buffers of the L1 cache.
+// Fetches LINES vectors of one row at a time, and goes on where it ended: see fetch in vec.h.
 template <typename T, int LINES>
 struct Fetch {
   int64_t vecs, pixel_stride, pixel = 0, v = 0;

@@ -23,14 +23,17 @@ bool run_squeeze(const SqueezeArgs& args) {
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t index = 0; index < args.shape.n * chunks; index++) {
     const int64_t base = index / chunks * hw;
-    const Range pixels = {base + index % chunks * kChunkPixels,
-                          base + min_of(hw, (index % chunks + 1) * kChunkPixels)};
+    const Range part = part_of(hw, chunks, index % chunks);
+    const Range pixels = {base + part.begin, base + part.end};
     float* sums = args.partial + index * c;
     std::memset(sums, 0, sizeof(float) * c);
     for (int64_t begin = pixels.begin; begin < pixels.end; begin += kBlock) {
       const int64_t stop = min_of(pixels.end, begin + kBlock);
       for (int64_t i = 0; i < c; i += kLanes) {
         const int64_t lanes = min_of(kLanes, c - i);
+        fetch<kBlock>(static_cast<const T*>(args.x) + stop * c + i * kBlock);
+        if constexpr (PRODUCT)
+          fetch<kBlock>(static_cast<const T*>(args.grad_y) + stop * c + i * kBlock);
         Vec sum = {};
         for (int64_t p = begin; p < stop; p++) {
           Vec v = load_n(static_cast<const T*>(args.x) + p * c + i, lanes);

@@ -22,18 +22,16 @@ bool reduce(const BnReduceArgs& args) {
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
     float* sums = args.partial + chunk * 2 * c;
     std::memset(sums, 0, sizeof(float) * 2 * c);
-    const int64_t end = min_of(pixels, (chunk + 1) * kChunkPixels);
-    for (int64_t begin = chunk * kChunkPixels; begin < end; begin += kBlock) {
+    const Range own = part_of(pixels, chunks, chunk);
+    const int64_t end = own.end;
+    for (int64_t begin = own.begin; begin < end; begin += kBlock) {
       const int64_t stop = min_of(end, begin + kBlock);
       for (int64_t i = 0; i < c; i += kLanes) {
         const int64_t lanes = min_of(kLanes, c - i);
         const Vec scale = load_n(args.scale + i, lanes), shift = load_n(args.shift + i, lanes);
         const Vec mean = load_n(args.mean + i, lanes), rstd = load_n(args.rstd + i, lanes);
-        // What the next visits read, in the order of addresses: see Fetch in dwconv_tiles.h.
-        for (int64_t line = 0; line < kBlock; line++) {
-          __builtin_prefetch(all_z + stop * c + i * kBlock + line * kLanes, 0, 2);
-          __builtin_prefetch(all_dy + stop * c + i * kBlock + line * kLanes, 0, 2);
-        }
+        fetch<kBlock>(all_z + stop * c + i * kBlock);
+        fetch<kBlock>(all_dy + stop * c + i * kBlock);
         Vec du_sum = {}, duzh_sum = {};
         for (int64_t p = begin; p < stop; p++) {
           const Vec z = load_n(all_z + p * c + i, lanes);
