@@ -20,9 +20,9 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-constexpr int64_t kMaxRows = 8;            // output rows of a tile
-constexpr int64_t kMaxRowsBeyondL2 = 4;    // the same where x comes from further than L2
-constexpr int64_t kTileBytes = 512 << 10;  // x of a tile, all channels of a block
+constexpr int64_t kMaxRows = 8;          // output rows of a tile
+constexpr int64_t kMaxRowsBeyondL2 = 2;  // the same where x comes from further than L2
+constexpr int64_t kTileBytes = 1 << 20;  // x of a tile, all channels of a block
 
 struct Task {
   const DwconvForwardArgs& args;
