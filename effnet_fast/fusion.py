@@ -336,7 +336,7 @@ def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tenso
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if torch.jit.is_scripting() or backends.current_backend() == "reference":  # type: ignore[attr-defined]
         return module.forward_stock(x)
     try:
         structure = _structure(module)
