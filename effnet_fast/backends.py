@@ -7,6 +7,7 @@ never falls back, it raises the reason. "cpu:avx2" and the like force one instru
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -41,6 +42,7 @@ class OpArgs(NamedTuple):
     inference: bool = False
 
 
+@functools.cache
 def parse(name: str) -> tuple[str, str]:
     """Splits "cpu:avx2" into ("cpu", "avx2"); the second part is "" where not given.
 

@@ -59,11 +59,16 @@ def empty_nhwc(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
 
 
+def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor without gaps in `dtype`; itself where it is that already."""
+    if tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
 def fp32(vector: Tensor | None) -> Tensor | None:
-    """A vector [C] as the kernels read it: fp32 without gaps; itself where it is that already."""
-    if vector is None or (vector.dtype is torch.float32 and vector.is_contiguous()):
-        return vector
-    return vector.float().contiguous()
+    """A vector [C] as the kernels read it, fp32 without gaps; None stays None."""
+    return None if vector is None else dense(vector, torch.float32)
 
 
 def address(tensor: Tensor | None) -> int:

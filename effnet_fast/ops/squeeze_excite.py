@@ -14,14 +14,14 @@ from torch import Tensor
 from .. import _native, reference
 from ..backends import OpArgs, resolve
 from ..reference.squeeze_excite import check_arguments
-from .registration import address, differentiable_once, empty_nhwc, isa_of, nhwc, register
+from .registration import address, dense, differentiable_once, empty_nhwc, isa_of, nhwc, register
 
 
 def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """The parameters without gaps in one dtype: the one that they share if that is x's, or fp32."""
-    given = [p.dtype for p in parameters if p is not None]
-    dtype = x.dtype if all(d == x.dtype for d in given) else torch.float32
-    return [None if p is None else p.to(dtype).contiguous() for p in parameters]
+    alike = all(p is None or p.dtype is x.dtype for p in parameters)
+    dtype = x.dtype if alike else torch.float32
+    return [None if p is None else dense(p, dtype) for p in parameters]
 
 
 def _excite_cpu(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+import effnet_fast
+from effnet_fast import recognition
 from networks import Pair, assert_alike, pair, random_images, run_network
 
 # One module of each kind in a block with expansion and residual, in one without, and around them.
@@ -283,3 +285,17 @@ def test_features_taken_out_by_hooks_have_gradients() -> None:
         assert (actual is None) == (expected is None), key
         if expected is not None:
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_stock_path_does_not_look_for_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock is the yardstick of the benchmarks: it takes no longer than torchvision's modules."""
+    model = pair().actual
+
+    def fail(module: nn.Module) -> None:
+        raise AssertionError("looked at")
+
+    monkeypatch.setattr(recognition, "structure_of", fail)
+    with torch.inference_mode(), effnet_fast.use_backend("reference"):
+        model(random_images(1, 48))
+    with torch.inference_mode(), pytest.raises(AssertionError, match="looked at"):
+        model(random_images(1, 48))

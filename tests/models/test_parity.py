@@ -71,13 +71,13 @@ def test_swapped_channels_are_noticed(part: str, dim: int) -> None:
 
 
 def test_eval_backward() -> None:
-    trio(VARIANTS["b0"], 113).assert_parity(random_images(2, 113))
+    trio(VARIANTS["b0"], 113).assert_parity(*random_images(8, 113).split(2))
 
 
 def test_train_step() -> None:
     """Forward, backward and running statistics, with dropout and drop-path drawing alike."""
     models = trio(VARIANTS["b0"], 113).train()
-    models.assert_parity(random_images(4, 113))
+    models.assert_parity(*random_images(12, 113).split(4))
 
 
 def test_train_step_notices_swapped_channels() -> None:

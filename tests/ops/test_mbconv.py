@@ -117,6 +117,23 @@ def test_shared_memory_belongs_to_the_scope() -> None:
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
+def test_shared_memory_stays_for_the_next_pass(outer, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch.release()
+    like, shape = torch.empty(0), (1, 8, 4, 4)
+    with outer():
+        for _ in range(2):
+            with scratch.scope():
+                scratch.empty_nhwc("a", like, shape).fill_(1.0)
+            assert scratch.kept_bytes() == 8 * 4 * 4 * 4
+    with scratch.scope():  # a tensor of inference mode cannot be written to outside
+        scratch.empty_nhwc("a", like, shape).fill_(2.0)
+    monkeypatch.setattr(scratch, "KEPT_BYTES", 100)
+    with scratch.scope():
+        pass
+    assert scratch.kept_bytes() == 0
+
+
 def test_shared_memory_is_given_back_after_an_error() -> None:
     seen = []
 
