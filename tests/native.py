@@ -78,6 +78,19 @@ def compile_kernels(folder: Path, flags_of: Mapping[str, Sequence[str]]) -> dict
         return {isa: [job.result() for job in of_isa] for isa, of_isa in jobs.items()}
 
 
+def built_kernels(isas: Sequence[str]) -> dict[str, list[Path]] | None:
+    """The objects that an editable install left, or None where one is missing or out of date."""
+    folder = ROOT / "build/editable"
+    sources = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+    newest = max(path.stat().st_mtime for path in sources)
+    names = [path.stem for path in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    objects = {isa: [folder / f"{name}.{isa}.o" for name in names] for isa in isas}
+    for path in (path for of_isa in objects.values() for path in of_isa):
+        if not path.is_file() or path.stat().st_mtime < newest:
+            return None
+    return objects
+
+
 def link_driver(folder: Path, objects: dict[str, list[Path]], *flags: str) -> Path:
     """Links tests/csrc/driver.cpp with the kernels of these instruction sets."""
     isas = " ".join(f"ISA({isa})" for isa in objects)

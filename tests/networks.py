@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torchvision
-from tolerances import assert_no_worse_than
 from torch import Tensor, nn
 from torchvision.models import efficientnet as torchvision_efficientnet
 
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
 from effnet_fast.models.variants import B0_STAGES
+from tolerances import assert_no_worse_than
 
 if TYPE_CHECKING:
     from typing_extensions import Self
