@@ -50,14 +50,15 @@ def _captured(x: Tensor) -> bool:
     )
 
 
-def _backend_for(first: recognition.Layer, x: Tensor) -> str | None:
-    """The backend that runs a module whose first layer sees x; None for the stock path."""
+def _backend_for(structure: recognition.Layer | recognition.Block, x: Tensor) -> str | None:
+    """The backend that runs a module on x; None for the stock path."""
     name = backends.current_backend()
     if name == "reference" or _captured(x) or x.dim() != 4:
         return None
+    first = structure.first
     if x.shape[1] != first.conv.in_channels:
         return None  # stock raises PyTorch's own error
-    probe = backends.OpArgs(autocast(x), (first.conv.weight,), inference=True)
+    probe = backends.OpArgs(autocast(x), structure.parameters, inference=True)
     chosen = backends.resolve(name, recognition.OPS[first.kind], probe)
     return None if chosen == "reference" else chosen
 
@@ -81,6 +82,8 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
 def _run_depthwise(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     """The depthwise op with the module's own bookkeeping of its BatchNorm."""
     conv, bn = layer.conv, layer.bn
+    weight, bn_weight, bn_bias, mean, var = layer.tensors
+    assert weight is not None
     momentum = 0.0 if bn.momentum is None else bn.momentum
     tracked = bn.track_running_stats if bn.training else True
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
@@ -88,8 +91,8 @@ def _run_depthwise(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
         if bn.momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
     return dwconv_bn_silu(
-        autocast(x), conv.weight, bn.weight, bn.bias,
-        bn.running_mean if tracked else None, bn.running_var if tracked else None,
+        autocast(x), weight, bn_weight, bn_bias,
+        mean if tracked else None, var if tracked else None,
         conv.stride[0], _padding(conv), _uses_batch_statistics(bn), momentum, bn.eps, backend,
     )[0]  # fmt: skip
 
@@ -152,11 +155,10 @@ def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tenso
         structure = recognition.structure_of(module)
     except recognition.RefusedError:
         return module.forward_stock(x)
-    if isinstance(structure, recognition.Layer):
-        backend = _backend_for(structure, x)
-        return module.forward_stock(x) if backend is None else _run_layer(structure, x, backend)
-    backend = _backend_for(structure.expand or structure.depthwise, x)
+    backend = _backend_for(structure, x)
     if backend is None:
         return module.forward_stock(x)
+    if isinstance(structure, recognition.Layer):
+        return _run_layer(structure, x, backend)
     assert isinstance(module, layers.MBConv)
     return _run_block(module, structure, x, backend)

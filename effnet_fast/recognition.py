@@ -45,6 +45,16 @@ class Layer(NamedTuple):
     module: nn.Module
     tensors: tuple[Tensor | None, ...]
 
+    @property
+    def first(self) -> Layer:
+        """The layer that sees the input."""
+        return self
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """All tensors that the fused op reads."""
+        return self.tensors
+
 
 class Block(NamedTuple):
     """The layers of an MBConv; excite: weight and bias of fc1 and fc2."""
@@ -54,6 +64,17 @@ class Block(NamedTuple):
     squeeze: layers.SqueezeExcitation
     excite: tuple[Any, Any, Any, Any]
     project: Layer
+
+    @property
+    def first(self) -> Layer:
+        """The layer that sees the input."""
+        return self.expand or self.depthwise
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """All tensors that the fused op reads."""
+        expand = self.expand.tensors if self.expand else ()
+        return (*expand, *self.depthwise.tensors, *self.excite, *self.project.tensors)
 
 
 def _refuse_hooks(module: nn.Module) -> None:
@@ -149,6 +170,9 @@ def _layer(module: nn.Module) -> Layer:
         weight, bias = _conv_members(conv)
         if bias is not None:
             raise RefusedError(" has a bias")
+        shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        if weight.shape != shape:
+            raise RefusedError(f".weight has shape {list(weight.shape)}, not {list(shape)}")
         child = "1"
         _require(bn, nn.BatchNorm2d)
         vectors = _bn_members(bn, conv.out_channels)
@@ -190,15 +214,18 @@ def _check_squeeze(module: nn.Module, channels: int) -> tuple[Any, Any, Any, Any
         for key, shape in shapes.items():
             conv = children[key]
             tensors += _conv_members(conv)
-            if tensors[-2].shape != shape or conv.stride != (1, 1) or conv.padding != (0, 0):
+            weight, bias = tensors[-2:]
+            if bias is not None and bias.shape != shape[:1]:
+                raise RefusedError(f".bias has shape {list(bias.shape)}, not {list(shape[:1])}")
+            if weight.shape != shape or conv.stride != (1, 1) or conv.padding != (0, 0):
                 raise RefusedError(f" is not a 1x1 convolution of {channels} channels")
     except RefusedError as refused:
         raise RefusedError(f".{key}{refused}") from None
     pooled = children["avgpool"].output_size
     if pooled not in (1, (1, 1)):
         raise RefusedError(f".avgpool pools to {pooled}")
-    weight1, bias1, weight2, bias2 = tensors
-    return weight1, bias1, weight2, bias2
+    reduce_weight, reduce_bias, expand_weight, expand_bias = tensors
+    return reduce_weight, reduce_bias, expand_weight, expand_bias
 
 
 _BLOCK_CHILDREN = (("0", "1", "2"), ("0", "1", "2", "3"))
@@ -232,7 +259,7 @@ def _block(module: layers.MBConv) -> Block:
         name = last
         project = _layer(children[name])
     except RefusedError as refused:
-        place = name if name in own else f"block.{name}"
+        place = name if name in ("block", "stochastic_depth") else f"block.{name}"
         raise RefusedError(f"{place}{refused}") from None
     if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
         raise RefusedError("block.0 is not the pointwise layer before the depthwise one")

@@ -2,8 +2,8 @@
 
 A case's name says what it covers. "c" is the number of channels; a vector holds up to 16 of them
 and a kernel's block of channels up to 128; a chunk is about 16 output rows in the depthwise
-kernels and 512 pixels in the reductions. Cases named b0_... and b7_... are all the distinct block
-shapes of those networks at their own resolution.
+kernels and up to 128 pixels in the reductions. Cases named b0_... and b7_... are all the distinct
+block shapes of those networks at their own resolution.
 """
 
 from __future__ import annotations

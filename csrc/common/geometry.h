@@ -46,8 +46,7 @@ EFFNET_HD inline int64_t weight_groups(int64_t n, int64_t oh, int64_t ow) {
   return max_of(1, min_of(min_of(n, 16), n * oh * ow / 1024));
 }
 
-// Chunks of pixels in the reductions over whole planes: at most 128, and an even number of chunks
-// as above.
+// Chunks of at most 128 pixels in the reductions over whole planes, an even number as above.
 EFFNET_HD inline int64_t pixel_chunks(int64_t pixels) {
   if (pixels < 16) return 1;
   const int64_t chunks = ceil_div(pixels, 128);

@@ -21,7 +21,7 @@ namespace EFFNET_ISA {
 namespace {
 
 constexpr int64_t kMaxRows = 8;          // output rows of a tile
-constexpr int64_t kMaxRowsBeyondL2 = 2;  // the same where x comes from further than L2
+constexpr int64_t kMaxRowsBeyondL2 = 2;  // the same where an image does not fit L2
 constexpr int64_t kTileBytes = 1 << 20;  // x of a tile, all channels of a block
 
 struct Task {
@@ -124,7 +124,9 @@ template <typename T, int K, int STEP, bool TRAINING>
 void run_rows(const Task& task, Range rows) {
   const DwconvShape& s = task.args.shape;
   const RowTiles tiles(s.ow);
-  const int64_t groups = ceil_div(rows.size(), task.fetch_ahead ? kMaxRowsBeyondL2 : kMaxRows);
+  // By the image, not the batch: the order of the sums must not depend on the batch.
+  const bool far = beyond_l2(s, 1, sizeof(T));
+  const int64_t groups = ceil_div(rows.size(), far ? kMaxRowsBeyondL2 : kMaxRows);
   int64_t count = 0;
   for (int64_t i = 0; i < groups; i++) {
     const Range part = part_of(rows.size(), groups, i);
@@ -167,7 +169,7 @@ bool forward(const DwconvForwardArgs& args) {
   const int64_t patch = ((kMaxRows - 1) * STEP + s.k) * ((kMaxTile - 1) * STEP + s.k) * kLanes;
   const Blocks blocks(s.c, s.n * chunks, args.threads, kTileBytes / (patch * 4));
   const int64_t floats = patch + blocks.vecs * (kk + 5) * kLanes;
-  const bool fetch_ahead = beyond_l2(s, sizeof(T));
+  const bool fetch_ahead = beyond_l2(s, s.n, sizeof(T));
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)

@@ -1,11 +1,12 @@
 // Depthwise convolution with BatchNorm and SiLU, backward: data and weight gradients in one pass.
 //
-// Computes: dz = scale * (du - mean(du) - zh * mean(du * zh)), du = grad_y * silu'(z * scale +
-// shift)
+// Computes: du = grad_y * silu'(z * scale + shift)
+//           dz = scale * (du - mean(du) - zh * mean(du * zh))
 //           grad_x = conv_transpose(dz, weight), grad_weight = correlate(x, dz)
 //           (eval: the two means are absent)
 // Layout:   channels-last, any strides over N, H, W
-// Tiling:   a task owns a group of images' chunks of 16 rows and a block of channels, and goes
+// Tiling:   a task owns a group of images' chunks of up to 16 rows and a block of channels, and
+// goes
 //           through groups of 4 rows of dz. dz is formed once per element, in the order of
 //           addresses, into planes of fp32 in the L2 cache, one per row and channel vector; then
 //           each channel vector's planes yield its rows of grad_x and, with x read as in the
@@ -346,7 +347,7 @@ bool backward(const DwconvBackwardArgs& args) {
   const int64_t tasks = layout.groups * layout.chunks, kk = s.k * s.k;
   const Blocks blocks(s.c, tasks, args.threads, kPlaneBytes / (layout.floats_per_vec * 4));
   const int64_t floats = layout.patch + blocks.vecs * layout.floats_per_vec;
-  const bool fetch_ahead = args.grad_weight && beyond_l2(s, sizeof(T));
+  const bool fetch_ahead = args.grad_weight && beyond_l2(s, s.n, sizeof(T));
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)

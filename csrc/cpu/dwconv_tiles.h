@@ -1,8 +1,8 @@
 // Register tiles shared by the depthwise convolution's forward and backward passes.
 //
-// A row is staged once into scratch as fp32, one plane of [columns][kLanes] per channel vector,
-// with zero columns for the padding and zero lanes beyond C. Tiles then read it K times without
-// conversion, masks or border cases. An odd column pitch keeps planes off each other's cache sets.
+// A tile is one row and channel vector of up to kMaxTile outputs. It reads fp32 without masks or
+// border cases, at any pixel stride: x where it lies, or a copy with zero columns for the padding
+// and zero lanes beyond C.
 #pragma once
 
 #include "cpu/args.h"
@@ -13,9 +13,10 @@ namespace EFFNET_ISA {
 
 constexpr int kMaxTile = 8;  // outputs per register tile: 8 FMA chains cover 4 cycles x 2 ports
 
-// Whether x comes from further than the L2 cache, of 2 MiB. Half or twice as much does little.
-inline bool beyond_l2(const DwconvShape& s, int64_t element_size) {
-  return s.n * s.h * s.w * s.c * element_size > 2 << 20;
+// Whether x of `images` images comes from further than the L2 cache, of 2 MiB. Half or twice as
+// much does little.
+inline bool beyond_l2(const DwconvShape& s, int64_t images, int64_t element_size) {
+  return images * s.h * s.w * s.c * element_size > 2 << 20;
 }
 
 // Channels [c0, c0 + vecs * kLanes), cut at C.

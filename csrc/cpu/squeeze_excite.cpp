@@ -4,9 +4,11 @@
 //           y = x * gate; backward the sums of x * grad_y, then
 //           grad_x = grad_y * gate + grad_pooled / (H * W)
 // Layout:   contiguous channels-last; weights [R,C] and [C,R]; vectors over (n, c) in fp32
-// Bytes:    forward x twice (once where the producer pooled) and y; backward x, grad_y twice,
-// grad_x FLOPs:    2 per element, 4 * N * R * C for the layers Source:   Hu, Shen, Sun 2018,
-// "Squeeze-and-Excitation Networks" Truth:    effnet_fast/reference/squeeze_excite.py
+// Bytes:    forward x twice (once where the producer pooled) and y; backward x, grad_y twice and
+//           grad_x
+// FLOPs:    2 per element, 4 * N * R * C for the layers
+// Source:   Hu, Shen, Sun 2018, "Squeeze-and-Excitation Networks"
+// Truth:    effnet_fast/reference/squeeze_excite.py
 #include "cpu/kernels.h"
 
 namespace effnet {

@@ -15,8 +15,8 @@ template <typename T>
 bool reduce(const BnReduceArgs& args) {
   const int64_t c = args.shape.c, pixels = args.shape.hw;
   const int64_t chunks = pixel_chunks(pixels);
-  const T *const all_z = static_cast<const T*>(args.z), *const all_dy =
-                                                            static_cast<const T*>(args.grad_y);
+  const T* const all_z = static_cast<const T*>(args.z);
+  const T* const all_dy = static_cast<const T*>(args.grad_y);
   constexpr int64_t kBlock = 8;  // pixels per visit of a channel vector: as many open streams
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks; chunk++) {

@@ -108,6 +108,7 @@ EFFNET_INLINE void store_n(T* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = buffer[i];
 #endif
 }
+
 // rows[i][j] <-> rows[j][i]: log2(kLanes) times, row i and row i + kLanes / 2 are interleaved.
 EFFNET_INLINE void transpose(Vec* rows) {
   constexpr int kHalf = kLanes / 2;

@@ -27,8 +27,8 @@ from .registration import (
     native_weight,
     nhwc,
     register,
-    update_running_statistics,
 )
+from .statistics import update_running_statistics
 
 Sides = tuple[int, int, int, int]
 

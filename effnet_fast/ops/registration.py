@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, backends
+from .. import backends
 
 _LIBRARY = torch.library.Library("effnet_fast", "DEF")
 
@@ -89,35 +89,3 @@ def autocast(x: Tensor) -> Tensor:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
-
-
-def update_running_statistics(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float,
-) -> None:
-    """Moves the running statistics [C] as BatchNorm does, in place, the variance unbiased.
-
-    Args:
-        running_mean, running_var: both None to do nothing.
-        mean, var: the batch's, the variance biased, fp32.
-        count: values per channel in the batch; nothing moves where there are none.
-        momentum: share of the batch's statistics.
-    """
-    if running_mean is None or running_var is None or count == 0:
-        return
-    correction = count / (count - 1) if count > 1 else 1.0
-    moved = (running_mean, running_var)
-    if all(v.dtype is torch.float32 and v.is_contiguous() and not v.is_inference() for v in moved):
-        torch.autograd.graph.increment_version(moved)
-        _native.load().move_statistics(
-            mean.numel(), mean.data_ptr(), var.data_ptr(),
-            running_mean.data_ptr(), running_var.data_ptr(), correction, momentum,
-        )  # fmt: skip
-        return
-    with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * correction).to(running_var.dtype), momentum)

@@ -2,7 +2,8 @@
 
 Large blocks of fresh memory cost a page fault per 4 KiB, about as much as computing on them: in B7
 at 600 a quarter of the time. The expanded tensors of an MBConv never leave it, so one buffer each
-serves the whole network, and up to KEPT_BYTES of them stay with the thread for its next forward.
+serves the whole network, and up to KEPT_BYTES of them stay with the thread for its next forward,
+whichever model's, until the thread ends or calls `release`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 128 << 20  # B7's at 600x600 take 92 MB
+KEPT_BYTES = 128 << 20  # per thread; B7's at 600x600 take 92 MB
 
 _local = threading.local()
 
@@ -22,16 +23,16 @@ _local = threading.local()
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Shares the buffers of `empty_nhwc` until the outermost scope of this thread ends."""
-    if getattr(_local, "depth", 0):
+    if getattr(_local, "active", False):
         yield
         return
-    _local.depth = 1
+    _local.active = True
     if not hasattr(_local, "buffers"):
         _local.buffers = {}
     try:
         yield
     finally:
-        _local.depth = 0
+        _local.active = False
         if kept_bytes() > KEPT_BYTES:
             release()
 
@@ -54,13 +55,15 @@ def empty_nhwc(slot: str, like: Tensor, shape: tuple[int, int, int, int]) -> Ten
     """
     n, c, h, w = shape
     size = n * c * h * w
-    if not getattr(_local, "depth", 0):
+    if not getattr(_local, "active", False):
         flat = torch.empty(size, dtype=like.dtype, device=like.device)
     else:
         buffers = _local.buffers
         # Outside of inference mode torch writes to no tensor that was made inside.
         key = (slot, like.dtype, like.device, torch.is_inference_mode_enabled())
-        flat = buffers.get(key)
-        if flat is None or flat.numel() < size:
-            flat = buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        if key in buffers and buffers[key].numel() < size:
+            del buffers[key]  # before the larger one is there
+        if key not in buffers:
+            buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        flat = buffers[key]
     return flat[:size].view(n, h, w, c).permute(0, 3, 1, 2)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..backends import OpArgs, resolve
+from ..backends import NATIVE_DTYPES, OpArgs, resolve
 from ..reference.squeeze_excite import check_arguments
 from .registration import address, dense, differentiable_once, empty_nhwc, isa_of, nhwc, register
 
 
 def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """The parameters without gaps in one dtype: the one that they share if that is x's, or fp32."""
+    """The parameters without gaps in one dtype: x's if all are in it and the kernels, else fp32."""
     alike = all(p is None or p.dtype is x.dtype for p in parameters)
-    dtype = x.dtype if alike else torch.float32
+    dtype = x.dtype if alike and x.dtype in NATIVE_DTYPES else torch.float32
     return [None if p is None else dense(p, dtype) for p in parameters]
 
 

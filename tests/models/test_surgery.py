@@ -6,6 +6,7 @@ Each change is made alike to our network and to torchvision's, which must then s
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import networks
+from effnet_fast import fusion
 from networks import Pair, pair, random_images
 from surgery import (
     Damped,
@@ -315,3 +317,45 @@ def test_dynamic_quantization_of_the_classifier() -> None:
         ours, theirs = quantize(models.actual), quantize(models.stock)
     x = random_images(2, 48)
     torch.testing.assert_close(ours(x), theirs(x), rtol=0.05, atol=0.05)
+
+
+def _set_weight(weight: Tensor) -> Callable[[nn.Conv2d], None]:
+    return lambda conv: setattr(conv, "weight", nn.Parameter(weight))
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "reason"),
+    [
+        ("block.1.0", _set_weight(torch.zeros(192, 1, 5, 3)), r"block\.1\.0\.weight has shape"),
+        ("block.1.0", _set_weight(torch.zeros(8, 1, 5, 5)), r"block\.1\.0\.weight has shape"),
+        ("block.3.0", _set_weight(torch.zeros(99, 192, 1, 1)), r"block\.3\.0\.weight has shape"),
+        (
+            "block.2.fc1",
+            lambda conv: setattr(conv, "bias", nn.Parameter(torch.zeros(1))),
+            r"block\.2\.fc1\.bias has shape",
+        ),
+    ],
+)
+def test_parameters_of_another_shape_are_not_read(
+    path: str, change: Callable[[nn.Module], None], reason: str
+) -> None:
+    block = pair().actual.features[5][1]
+    change(block.get_submodule(path))
+    assert re.search(reason, fusion.explain(block) or "fused")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_parameters_of_another_dtype_go_to_stock(dtype: torch.dtype) -> None:
+    """Stock refuses a mixture of dtypes; read as fp32 they would give wrong numbers."""
+    models = pair()
+    for model in models.models:
+        model.features[5][1].block[2].to(dtype)
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="type"):
+            model(random_images(1, 48))
+
+
+def test_statistics_on_another_device_go_to_stock() -> None:
+    model = pair().actual.train()
+    model.features[5][1].block[1][1].running_mean = torch.zeros(192, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model(random_images(2, 48))

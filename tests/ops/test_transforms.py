@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from effnet_fast import ops, reference
 from parity import (
@@ -206,3 +208,26 @@ def test_compiled(name: str) -> None:
     expected = run(call, "auto", wanted=wanted)
     assert results.keys() == expected.keys()
     assert_same(results, expected)
+
+
+def test_running_statistics_move_in_a_traced_graph() -> None:
+    """make_fx records the update, and fake tensors are not written to."""
+    call = sample("dwconv_train")
+    names = ("running_mean", "running_var")
+
+    def step(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        tensors = call.tensors | {"x": x, "running_mean": mean, "running_var": var}
+        return ops.dwconv_bn_silu(**tensors, **call.options)
+
+    def fresh() -> list[Tensor]:
+        return [call.tensors[name].clone() for name in names]
+
+    graph = make_fx(step)(call.x, *fresh())
+    eager, traced = fresh(), fresh()
+    step(call.x, *eager)
+    graph(call.x, *traced)
+    assert not torch.equal(eager[0], fresh()[0])
+    for a, b in zip(traced, eager, strict=True):
+        assert torch.equal(a, b)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        step(mode.from_tensor(call.x), *(mode.from_tensor(t) for t in fresh()))

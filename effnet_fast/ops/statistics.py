@@ -1,0 +1,74 @@
+"""BatchNorm's running statistics in training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .registration import register
+
+
+def _move_cpu(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    correction: float,
+    momentum: float,
+) -> None:
+    moved = [t for t in (running_mean, running_var) if not t.is_inference()]
+    torch.autograd.graph.increment_version(moved)
+    _native.load().move_statistics(
+        mean.numel(), mean.data_ptr(), var.data_ptr(),
+        running_mean.data_ptr(), running_var.data_ptr(), correction, momentum,
+    )  # fmt: skip
+
+
+def _move_fake(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    correction: float,
+    momentum: float,
+) -> None:
+    return None
+
+
+move_op = register(
+    "move_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+    "float correction, float momentum) -> ()",
+    _move_cpu,
+    _move_fake,
+)
+
+
+def update_running_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+) -> None:
+    """Moves the running statistics [C] as BatchNorm does, in place, the variance unbiased.
+
+    Args:
+        running_mean, running_var: both None to do nothing.
+        mean, var: the batch's, the variance biased, fp32.
+        count: values per channel in the batch; nothing moves where there are none.
+        momentum: share of the batch's statistics.
+    """
+    if running_mean is None or running_var is None or count == 0:
+        return
+    correction = count / (count - 1) if count > 1 else 1.0
+    with torch.no_grad():
+        if all(
+            v.dtype is torch.float32 and v.is_contiguous() and v.device == mean.device
+            for v in (running_mean, running_var)
+        ):
+            move_op(running_mean, running_var, mean, var, correction, momentum)
+            return
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * correction).to(running_var.dtype), momentum)
