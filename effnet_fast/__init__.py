@@ -14,16 +14,17 @@ _MODELS = tuple(f"efficientnet_{size}" for size in (*(f"b{i}" for i in range(9))
 _EXPORTS = {
     **dict.fromkeys(_MODELS, "models"),
     "EfficientNet": "models",
+    "efficientnet": "models",
     "current_backend": "backends",
     "use_backend": "backends",
     "doctor": "diagnostics",
 }
-_SUBMODULES = ("backends", "checkpoints", "models", "ops", "reference")
+_SUBMODULES = ("backends", "checkpoints", "models", "ops", "reference", "scaling")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from . import backends, checkpoints, models, ops, reference
+    from . import backends, checkpoints, models, ops, reference, scaling
     from .backends import current_backend, use_backend
     from .diagnostics import doctor
     from .models import *  # noqa: F403

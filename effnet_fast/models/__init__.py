@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from effnet_fast.models.efficientnet import EfficientNet
-from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
 
 __all__ = [
     "VARIANTS",
     "EfficientNet",
+    "Stage",
     "Variant",
+    "custom_variant",
+    "efficientnet",
     "efficientnet_b0",
     "efficientnet_b1",
     "efficientnet_b2",
@@ -108,3 +111,28 @@ efficientnet_b6 = _entry_point("b6")
 efficientnet_b7 = _entry_point("b7")
 efficientnet_b8 = _entry_point("b8")
 efficientnet_l2 = _entry_point("l2")
+
+
+def efficientnet(
+    *,
+    depth: float = 1.0,
+    width: float = 1.0,
+    resolution: int = 224,
+    stages: tuple[Stage, ...] = B0_STAGES,
+    dropout: float = 0.2,
+    **options: Any,
+) -> EfficientNet:
+    """An EfficientNet of any size, between, beyond or beside the published ones.
+
+    Args:
+        depth, width, resolution, stages, dropout: as for `custom_variant`. The network takes images
+            of any side; `resolution` is what its counts are of.
+        options: as for `EfficientNet`.
+
+    Raises:
+        ValueError, TypeError: as `custom_variant` and `EfficientNet`.
+    """
+    variant = custom_variant(
+        depth=depth, width=width, resolution=resolution, stages=stages, dropout=dropout
+    )
+    return EfficientNet(variant, **options)

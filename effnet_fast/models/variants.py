@@ -8,6 +8,7 @@ and L2 as TensorFlow has them (a centre crop that leaves a border of 32 pixels).
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -52,6 +53,7 @@ class Variant:
         bn_eps, bn_momentum: BatchNorm2d's constants.
         resize, crop: side after resizing and of the centre crop for evaluation, pixels.
         interpolation: how evaluation images are resized.
+        baseline: the table whose widths and repeats are multiplied.
     """
 
     name: str
@@ -64,10 +66,11 @@ class Variant:
     resize: int
     crop: int
     interpolation: str
+    baseline: tuple[Stage, ...] = B0_STAGES
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """B0's stages with widths and repeats scaled."""
+        """The baseline's stages with widths and repeats scaled."""
         return tuple(
             replace(
                 stage,
@@ -75,7 +78,7 @@ class Variant:
                 out_channels=round_channels(stage.out_channels * self.width),
                 repeats=math.ceil(stage.repeats * self.depth),
             )
-            for stage in B0_STAGES
+            for stage in self.baseline
         )
 
     @property
@@ -108,3 +111,53 @@ _ROWS = (
     Variant("l2", 4.3, 5.3, 800, 0.5, 1e-3, 0.01, 832, 800, "bicubic"),
 )
 VARIANTS = MappingProxyType({variant.name: variant for variant in _ROWS})
+
+
+def custom_variant(
+    *,
+    depth: float = 1.0,
+    width: float = 1.0,
+    resolution: int = 224,
+    stages: tuple[Stage, ...] = B0_STAGES,
+    dropout: float = 0.2,
+) -> Variant:
+    """A network of any size, with B0's constants and preprocessing (a crop of 224 from 256).
+
+    Args:
+        depth, width: multipliers of the repeats and channels of `stages`.
+        resolution: side of the images, pixels.
+        stages: the baseline's table, each stage taking the channels that the one before it gives.
+        dropout: drop probability before the classifier.
+
+    Raises:
+        ValueError: a multiplier that is not positive and finite, a resolution below 1, no stages,
+            or stages that do not fit together.
+    """
+    for name, value in (("depth", depth), ("width", width)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
+        raise ValueError(f"resolution must be an int of at least 1, got {resolution!r}")
+    stages = tuple(stages)
+    if not stages:
+        raise ValueError("stages must hold at least one stage")
+    for before, after in itertools.pairwise(stages):
+        if before.out_channels != after.in_channels:
+            raise ValueError(
+                f"a stage of {before.out_channels} output channels is followed by one of "
+                f"{after.in_channels} input channels"
+            )
+    resize = round(resolution * 256 / 224)
+    return Variant(
+        "custom",
+        width,
+        depth,
+        resolution,
+        dropout,
+        1e-5,
+        0.1,
+        resize,
+        resolution,
+        "bicubic",
+        stages,
+    )

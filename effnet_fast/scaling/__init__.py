@@ -1,0 +1,17 @@
+"""Compound scaling: networks between and beyond the published ones, and what they cost."""
+
+from __future__ import annotations
+
+from effnet_fast.scaling.compound import CompoundScaling, Point, fit_phi, published
+from effnet_fast.scaling.counts import ConvShape, Counts, convolutions, count
+
+__all__ = [
+    "CompoundScaling",
+    "ConvShape",
+    "Counts",
+    "Point",
+    "convolutions",
+    "count",
+    "fit_phi",
+    "published",
+]

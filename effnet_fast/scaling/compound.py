@@ -1,0 +1,124 @@
+"""The compound scaling rule: one number phi sets depth, width and resolution together.
+
+Source: Tan & Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks"
+(arXiv 1905.11946), section 3.3: depth alpha^phi, width beta^phi, resolution gamma^phi under
+alpha * beta^2 * gamma^2 ~ 2, so that the multiply-adds grow by about 2^phi.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
+
+BASE_RESOLUTION = 224
+
+
+@dataclass(frozen=True)
+class Point:
+    """A scaled network.
+
+    Args:
+        phi: the compound coefficient.
+        depth, width: multipliers of the baseline's repeats and channels, before rounding.
+        exact_resolution: side of the images before rounding, pixels.
+        variant: the network that rounding makes of it; `effnet_fast.EfficientNet` builds it.
+    """
+
+    phi: float
+    depth: float
+    width: float
+    exact_resolution: float
+    variant: Variant
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images, pixels."""
+        return self.variant.resolution
+
+
+@dataclass(frozen=True)
+class CompoundScaling:
+    """The rule with its three constants; the defaults are the paper's, found by its grid search.
+
+    Args:
+        alpha, beta, gamma: growth of depth, width and resolution for each unit of phi.
+
+    Raises:
+        ValueError: a constant below 1 or not finite.
+    """
+
+    alpha: float = 1.2
+    beta: float = 1.1
+    gamma: float = 1.15
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 1.0):
+                raise ValueError(f"{name} must be a finite number of at least 1, got {value!r}")
+
+    @property
+    def growth(self) -> float:
+        """Factor of the multiply-adds for each unit of phi, before rounding: about 2."""
+        return self.alpha * self.beta**2 * self.gamma**2
+
+    def at(
+        self,
+        phi: float,
+        *,
+        stages: tuple[Stage, ...] = B0_STAGES,
+        base_resolution: int = BASE_RESOLUTION,
+        multiple: int = 8,
+    ) -> Point:
+        """The network at phi.
+
+        Args:
+            phi: any real number; 0 is the baseline, below it networks are smaller.
+            stages: the baseline's table.
+            base_resolution: side of the baseline's images, pixels.
+            multiple: resolutions are rounded to the nearest multiple of this, at least one.
+
+        Raises:
+            ValueError: phi not finite, or base_resolution or multiple below 1.
+        """
+        if not math.isfinite(phi):
+            raise ValueError(f"phi must be a finite number, got {phi!r}")
+        if base_resolution < 1 or multiple < 1:
+            raise ValueError(
+                "base_resolution and multiple must be at least 1, got "
+                f"{base_resolution} and {multiple}"
+            )
+        depth, width = self.alpha**phi, self.beta**phi
+        exact = base_resolution * self.gamma**phi
+        rounded = max(1, math.floor(exact / multiple + 0.5)) * multiple
+        variant = custom_variant(depth=depth, width=width, resolution=rounded, stages=stages)
+        return Point(phi, depth, width, exact, variant)
+
+
+def fit_phi(variant: Variant, scaling: CompoundScaling | None = None) -> float:
+    """The phi whose multipliers are nearest to the variant's, in least squares of logarithms.
+
+    Raises:
+        ValueError: alpha, beta and gamma are all 1: every phi gives the same network.
+    """
+    scaling = scaling or CompoundScaling()
+    bases = [math.log(c) for c in (scaling.alpha, scaling.beta, scaling.gamma)]
+    if not any(bases):
+        raise ValueError("alpha, beta and gamma are all 1: phi changes nothing")
+    multipliers = (variant.depth, variant.width, variant.resolution / BASE_RESOLUTION)
+    logs = [math.log(m) for m in multipliers]
+    return sum(a * b for a, b in zip(bases, logs, strict=True)) / sum(a * a for a in bases)
+
+
+def published(scaling: CompoundScaling | None = None) -> dict[str, tuple[Variant, Point]]:
+    """Every published network beside the formula's at the nearest phi: they were rounded by hand.
+
+    Returns:
+        by name, the published network and the formula's point.
+    """
+    scaling = scaling or CompoundScaling()
+    return {
+        name: (variant, scaling.at(fit_phi(variant, scaling))) for name, variant in VARIANTS.items()
+    }

@@ -1,0 +1,164 @@
+"""Exact counts of a network from its table: parameters, multiply-adds, activations.
+
+A multiply-add (MAC) is one multiplication and one addition. The literature on EfficientNet calls
+the number of MAC "FLOPs"; here FLOPs are twice the MAC, as everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from effnet_fast.layers import MBConvConfig
+from effnet_fast.models.variants import Variant
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A convolution (or the classifier, as a 1x1 one) as often as the network holds it alike.
+
+    Args:
+        stage: 0 for the stem, 1 to n for the stages of blocks, n + 1 for head and classifier.
+        kind: "stem", "expand", "depthwise", "reduce", "excite", "project", "head", "classifier".
+        in_channels, out_channels: channels of its input and output.
+        kernel, stride: K of the square kernel, and its stride.
+        groups: groups of the convolution.
+        side: side of its square output, pixels.
+        bias, norm: whether it has a bias, whether a BatchNorm follows.
+        repeats: how many of them there are.
+    """
+
+    stage: int
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    groups: int
+    side: int
+    bias: bool
+    norm: bool
+    repeats: int
+
+    @property
+    def parameters(self) -> int:
+        """Trained parameters of one: weight, bias, and the BatchNorm's weight and bias."""
+        weight = self.out_channels * (self.in_channels // self.groups) * self.kernel**2
+        return weight + self.out_channels * (self.bias + 2 * self.norm)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one for one image; taps that fall on the padding count."""
+        return self.activations * (self.in_channels // self.groups) * self.kernel**2
+
+    @property
+    def activations(self) -> int:
+        """Elements of the output of one for one image."""
+        return self.out_channels * self.side**2
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a network takes for one image.
+
+    Args:
+        parameters: trained parameters.
+        macs: multiply-adds of all convolutions and the classifier.
+        activations: elements of all their outputs.
+    """
+
+    parameters: int
+    macs: int
+    activations: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: two per multiply-add."""
+        return 2 * self.macs
+
+
+def convolutions(
+    variant: Variant,
+    resolution: int | None = None,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> Iterator[ConvShape]:
+    """All convolutions of a network in order, the alike blocks of a stage together.
+
+    Args:
+        variant: the network.
+        resolution: side of the square images, pixels; None means the variant's.
+        num_classes: size of the logits.
+        in_chans: channels of the images.
+
+    Raises:
+        ValueError: one of the three below 1.
+    """
+    side = variant.resolution if resolution is None else resolution
+    if min(side, num_classes, in_chans) < 1:
+        raise ValueError(
+            "resolution, num_classes and in_chans must be at least 1, got "
+            f"{side}, {num_classes} and {in_chans}"
+        )
+    side = _output_side(side, 2)
+    stem = variant.stem_channels
+    yield ConvShape(0, "stem", in_chans, stem, 3, 2, 1, side, False, True, 1)
+    for number, stage in enumerate(variant.stages, 1):
+        first = MBConvConfig(
+            stage.expand_ratio, stage.kernel, stage.stride, stage.in_channels, stage.out_channels
+        )
+        yield from _block(number, first, side, 1)
+        side = _output_side(side, stage.stride)
+        if stage.repeats > 1:
+            later = MBConvConfig(
+                stage.expand_ratio, stage.kernel, 1, stage.out_channels, stage.out_channels
+            )
+            yield from _block(number, later, side, stage.repeats - 1)
+    last, head = len(variant.stages) + 1, variant.head_channels
+    channels = variant.stages[-1].out_channels
+    yield ConvShape(last, "head", channels, head, 1, 1, 1, side, False, True, 1)
+    yield ConvShape(last, "classifier", head, num_classes, 1, 1, 1, 1, True, False, 1)
+
+
+def _output_side(side: int, stride: int) -> int:
+    """Of a convolution with an odd kernel K and (K-1)//2 of padding."""
+    return -(-side // stride)
+
+
+def _block(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterator[ConvShape]:
+    inner, squeezed = config.expanded_channels, config.squeeze_channels
+    out = _output_side(side, config.stride)
+    rows = [
+        ("depthwise", inner, inner, config.kernel, config.stride, inner, out, False, True),
+        ("reduce", inner, squeezed, 1, 1, 1, 1, True, False),
+        ("excite", squeezed, inner, 1, 1, 1, 1, True, False),
+        ("project", inner, config.out_channels, 1, 1, 1, out, False, True),
+    ]
+    if inner != config.input_channels:
+        rows.insert(0, ("expand", config.input_channels, inner, 1, 1, 1, side, False, True))
+    for row in rows:
+        yield ConvShape(stage, *row, repeats)
+
+
+def count(
+    variant: Variant,
+    resolution: int | None = None,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> Counts:
+    """The counts of a network, without building it.
+
+    Args:
+        variant, resolution, num_classes, in_chans: as for `convolutions`.
+
+    Raises:
+        ValueError: as `convolutions`.
+    """
+    parameters = macs = activations = 0
+    for conv in convolutions(variant, resolution, num_classes=num_classes, in_chans=in_chans):
+        parameters += conv.repeats * conv.parameters
+        macs += conv.repeats * conv.macs
+        activations += conv.repeats * conv.activations
+    return Counts(parameters, macs, activations)
