@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from effnet_fast.scaling.budget import Fit, fit
 from effnet_fast.scaling.compound import CompoundScaling, Point, fit_phi, published
 from effnet_fast.scaling.counts import ConvShape, Counts, convolutions, count
 
@@ -9,9 +10,11 @@ __all__ = [
     "CompoundScaling",
     "ConvShape",
     "Counts",
+    "Fit",
     "Point",
     "convolutions",
     "count",
+    "fit",
     "fit_phi",
     "published",
 ]
