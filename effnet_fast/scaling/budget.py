@@ -95,4 +95,8 @@ def fit(
             beyond, binding = point.phi, over
         else:
             within, counts = point, larger
+    # Networks may change at a round phi, as all do at 0, which halving never meets exactly.
+    point, larger = at(round(within.phi, 9) + 0.0)
+    if point.phi > within.phi and not passed(larger):
+        within, counts = point, larger
     return Fit(within, counts, binding, shares(counts))
