@@ -26,16 +26,22 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(n, h * w, c)
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """x [N,C,H,W], NHWC without gaps, as [N * H * W, C]."""
+    n, c, h, w = x.shape
+    return x.as_strided((n * h * w, c), (c, 1))
+
+
 def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend: str) -> None:
     """Writes conv(x * gate) to y [N,Cout,H,W]; x and y in NHWC order."""
     n, in_channels, h, w = x.shape
-    matrix = weight.to(x.dtype).reshape(weight.shape[0], in_channels)
     if gate is None:
-        out = _rows(y).view(n * h * w, -1)
-        torch.mm(_rows(x).view(n * h * w, in_channels), matrix.t(), out=out)
+        matrix = weight if weight.dtype is x.dtype else weight.to(x.dtype)
+        matrix = matrix.reshape(-1, in_channels)
+        torch.mm(_matrix(x), matrix.t(), out=_matrix(y))
     elif n == 1 and weight.shape[0] <= h * w:  # the weight is smaller than the image
         gated = (weight.reshape(-1, in_channels) * gate.reshape(1, in_channels)).to(x.dtype)
-        torch.mm(_rows(x)[0], gated.t(), out=_rows(y)[0])
+        torch.mm(_matrix(x), gated.t(), out=_matrix(y))
     elif weight.shape[0] <= h * w:
         gated = weight.reshape(1, -1, in_channels) * gate.reshape(n, 1, in_channels)
         torch.bmm(_rows(x), gated.to(x.dtype).transpose(1, 2), out=_rows(y))

@@ -66,4 +66,4 @@ def empty_nhwc(slot: str, like: Tensor, shape: tuple[int, int, int, int]) -> Ten
         if key not in buffers:
             buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         flat = buffers[key]
-    return flat[:size].view(n, h, w, c).permute(0, 3, 1, 2)
+    return flat.as_strided(shape, (h * w * c, 1, w * c, c))
