@@ -31,7 +31,7 @@ def _stock(t: dict[str, torch.Tensor], case, training: bool) -> torch.Tensor:
 
 def _contestant(
     name: str, t: dict[str, torch.Tensor], case, training: bool
-) -> Callable[[], object]:
+) -> Callable[[], torch.Tensor]:
     if name == "stock":
         return lambda: _stock(t, case, training)
     if name == "conv_alone":
@@ -60,7 +60,7 @@ def test_training(benchmark, case, contestant: str) -> None:
         k: v.clone().requires_grad_(not k.startswith("running")) for k, v in call.tensors.items()
     }
     forward = _contestant(contestant, tensors, case, True)
-    grad_y = torch.randn_like(forward())  # type: ignore[call-overload]
+    grad_y = torch.randn_like(forward())
     inputs = [t for t in tensors.values() if t.requires_grad]
     benchmark.group = f"{case.name} training"
-    benchmark(lambda: torch.autograd.grad(forward(), inputs, grad_y))  # type: ignore[arg-type]
+    benchmark(lambda: torch.autograd.grad(forward(), inputs, grad_y))

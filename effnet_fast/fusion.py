@@ -45,7 +45,7 @@ def _captured(x: Tensor) -> bool:
     return (
         type(x) not in recognition.PLAIN
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit exports it implicitly
         or backends.in_transform()
     )
 
@@ -101,7 +101,7 @@ def _run_layer(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     if layer.kind == recognition.DEPTHWISE:
         return _run_depthwise(layer, x, backend)
     if not _infers(x, layer):
-        return layer.module.forward_stock(x)  # type: ignore[operator]
+        return layer.module.forward_stock(x)
     conv, bn = layer.conv, layer.bn
     if layer.kind == recognition.DENSE:
         return stem_conv_bn_silu_eval(
@@ -149,6 +149,7 @@ def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tenso
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
+    # torch.jit exports is_scripting implicitly, which mypy does not accept.
     if torch.jit.is_scripting() or backends.current_backend() == "reference":  # type: ignore[attr-defined]
         return module.forward_stock(x)
     try:

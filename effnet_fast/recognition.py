@@ -42,7 +42,7 @@ class Layer(NamedTuple):
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
     silu: bool
-    module: nn.Module
+    module: layers.Conv2dNormActivation
     tensors: tuple[Tensor | None, ...]
 
     @property

@@ -31,6 +31,16 @@ CALIBRATION_IMAGES = 8
 ALIKE = 1e-3  # relative rms; float32 errs by 1e-5 in these networks
 PUBLISHED = tuple(name for name in VARIANTS if name not in ("b8", "l2"))  # torchvision's
 # Ten blocks of every kind (with and without expansion, residual, stride) in a few milliseconds.
+PARAMETERS = {
+    "b0": 5_288_548,
+    "b1": 7_794_184,
+    "b2": 9_109_994,
+    "b3": 12_233_232,
+    "b4": 19_341_616,
+    "b5": 30_389_784,
+    "b6": 43_040_704,
+    "b7": 66_347_960,
+}
 TINY = replace(VARIANTS["b0"], name="tiny", width=0.25, depth=0.5, resolution=48)
 
 

@@ -31,7 +31,7 @@ def _eval_cpu(
     residual: bool,
     backend: str,
 ) -> Tensor:
-    y = _eval_fake(x, expand, depthwise, squeeze, project, stride, padding, eps, residual, backend)
+    y = _eval_fake(x, expand, depthwise, squeeze, project, stride, padding)
     h = x
     if expand:
         shape = (x.shape[0], expand[0].shape[0], *x.shape[2:])
@@ -57,9 +57,7 @@ def _eval_fake(
     project: Any,
     stride: int,
     padding: tuple[int, int, int, int],
-    eps: list[float],
-    residual: bool,
-    backend: str,
+    *_: Any,
 ) -> Tensor:
     shape = output_shape(x, depthwise[0].shape[-1], stride, padding)
     return empty_nhwc(x, (shape[0], project[0].shape[0], *shape[2:]))

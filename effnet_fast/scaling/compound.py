@@ -21,16 +21,23 @@ class Point:
 
     Args:
         phi: the compound coefficient.
-        depth, width: multipliers of the baseline's repeats and channels, before rounding.
         exact_resolution: side of the images before rounding, pixels.
         variant: the network that rounding makes of it; `effnet_fast.EfficientNet` builds it.
     """
 
     phi: float
-    depth: float
-    width: float
     exact_resolution: float
     variant: Variant
+
+    @property
+    def depth(self) -> float:
+        """Multiplier of the baseline's repeats, before rounding."""
+        return self.variant.depth
+
+    @property
+    def width(self) -> float:
+        """Multiplier of the baseline's channels, before rounding."""
+        return self.variant.width
 
     @property
     def resolution(self) -> int:
@@ -94,7 +101,7 @@ class CompoundScaling:
         exact = base_resolution * self.gamma**phi
         rounded = max(1, math.floor(exact / multiple + 0.5)) * multiple
         variant = custom_variant(depth=depth, width=width, resolution=rounded, stages=stages)
-        return Point(phi, depth, width, exact, variant)
+        return Point(phi, exact, variant)
 
 
 def fit_phi(variant: Variant, scaling: CompoundScaling | None = None) -> float:

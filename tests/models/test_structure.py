@@ -14,17 +14,8 @@ from torch import nn
 import networks
 from effnet_fast import models
 from effnet_fast.models import VARIANTS, EfficientNet
+from networks import PARAMETERS
 
-PARAMETERS = {
-    "b0": 5_288_548,
-    "b1": 7_794_184,
-    "b2": 9_109_994,
-    "b3": 12_233_232,
-    "b4": 19_341_616,
-    "b5": 30_389_784,
-    "b6": 43_040_704,
-    "b7": 66_347_960,
-}
 HEADS = {"b0": (32, 1280), "b2": (32, 1408), "b4": (48, 1792), "b7": (64, 2560)}
 STAGE_CHANNELS = {
     "b0": [16, 24, 40, 80, 112, 192, 320],

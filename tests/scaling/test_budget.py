@@ -85,4 +85,4 @@ def test_takes_less_than_two_seconds() -> None:
 )
 def test_bad_budgets(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fit(**options)  # type: ignore[arg-type]
+        fit(**options)

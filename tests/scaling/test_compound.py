@@ -126,4 +126,4 @@ def test_bad_points() -> None:
 )
 def test_bad_networks(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        effnet_fast.efficientnet(**options)  # type: ignore[arg-type]
+        effnet_fast.efficientnet(**options)
