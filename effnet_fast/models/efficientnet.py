@@ -75,7 +75,13 @@ class EfficientNet(nn.Module):
 
         conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
         self.features = nn.Sequential(
-            conv(in_chans, variant.stem_channels, kernel_size=3, stride=2),
+            conv(
+                in_chans,
+                variant.stem_channels,
+                kernel_size=3,
+                stride=2,
+                padding="same" if variant.padding == "same" else None,
+            ),
             *_stages(variant, stochastic_depth_prob, norm_layer),
             conv(variant.stages[-1].out_channels, variant.head_channels, kernel_size=1),
         )
@@ -120,6 +126,7 @@ def _stages(
                 stride=stage.stride if repeat == 0 else 1,
                 input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
                 out_channels=stage.out_channels,
+                padding=variant.padding,
             )
             prob = stochastic_depth_prob * float(index) / variant.blocks
             blocks.append(MBConv(config, prob, norm_layer))
