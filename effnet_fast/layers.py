@@ -76,7 +76,12 @@ class Conv2dNormActivation(nn.Sequential):
         bias: bool | None = None,
     ) -> None:
         bias = norm_layer is None if bias is None else bias
-        options = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
+        options: dict[str, Any] = {
+            "stride": stride,
+            "dilation": dilation,
+            "groups": groups,
+            "bias": bias,
+        }
         # At stride 1 an odd kernel is padded alike on both sides, whichever the rule.
         same = padding == "same" and (stride != 1 or kernel_size % 2 == 0)
         if padding is None or padding == "same":

@@ -7,16 +7,22 @@ Source: Tan & Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neur
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
 from effnet_fast.layers import Conv2dNormActivation, MBConv, MBConvConfig
+from effnet_fast.models.loading import load_network
 from effnet_fast.models.variants import VARIANTS, Variant
 from effnet_fast.ops import scratch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MEMORY_MODES = ("fast", "lean")
 
@@ -70,6 +76,7 @@ class EfficientNet(nn.Module):
                 "norm_layer must make a module from a number of channels, or be None, "
                 f"got {type(norm_layer).__name__}"
             )
+        self.variant = variant
         self.backend = backend
         self.memory = memory
 
@@ -92,6 +99,51 @@ class EfficientNet(nn.Module):
         )
         for module in self.modules():
             _init_parameters(module)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_url: str | os.PathLike[str],
+        *,
+        family: str = "auto",
+        variant: Variant | str | None = None,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        ema: bool = True,
+        **options: Any,
+    ) -> Self:
+        """The network that a checkpoint of any family is of, with its weights, in training mode.
+
+        Padding, BN constants and preprocessing (`model.variant`) are the family's, so that logits
+        are those of the family's own package.
+
+        Args:
+            path_or_url: as for `checkpoints.load`. The model keeps no hold on the file.
+            family: "torchvision", "timm", "timm_tf", "lukemelas", "nvidia", or "auto": as the
+                file's metadata and names tell. What cannot be told from them, timm's plain from
+                its tf_ networks, is told from the name of the file or of the model in it; where
+                that says nothing, plain is assumed with a warning.
+            variant: a published size or a `Variant`; None finds the published size by the shapes.
+            num_classes: 0 leaves the classifier out; None means as many as the file has.
+            in_chans: channels of the images; a stem of another number is summed or repeated, see
+                `adapt_input_channels`. None means as many as the file has.
+            ema: whether to prefer the moving average of the weights in a training checkpoint.
+            options: as for `EfficientNet`.
+
+        Raises:
+            OSError, ValueError: as `checkpoints.load`, or the file's layers are not those of the
+                variant; the first names and shapes that differ are given.
+        """
+        return load_network(
+            cls,
+            path_or_url,
+            family=family,
+            variant=variant,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            ema=ema,
+            **options,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.backend == "auto":
