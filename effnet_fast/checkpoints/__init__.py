@@ -23,12 +23,14 @@ from effnet_fast.checkpoints.families import (
 )
 from effnet_fast.checkpoints.naming import NAMINGS, SHOWN, complete, convert, naming_of
 from effnet_fast.checkpoints.reading import read
-from effnet_fast.checkpoints.writing import SUFFIXES, check_suffix, save
+from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
 
 __all__ = [
     "FAMILIES",
+    "FAMILY_ENTRY",
     "FORMATS",
     "NAMINGS",
+    "SAFETENSORS",
     "SUFFIXES",
     "Checkpoint",
     "Family",

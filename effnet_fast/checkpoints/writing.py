@@ -50,13 +50,13 @@ def save(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     tensors = {key: _own(value) for key, value in state.items()}
     try:
-        if suffix == SAFETENSORS:
-            with open(temporary, "xb"):
-                pass  # raises OSError, which safetensors would wrap
-            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-        else:
-            with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file:  # raises OSError, which safetensors would wrap
+            permissions = os.fstat(file.fileno()).st_mode
+            if suffix != SAFETENSORS:
                 torch.save(tensors, file)
+        if suffix == SAFETENSORS:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+            os.chmod(temporary, permissions)  # safetensors makes files for their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
