@@ -77,8 +77,7 @@ def load(
     `EfficientNet.from_checkpoint`.
 
     Args:
-        path_or_url: a local file, `.safetensors` or whatever torch.save writes. The tensors of a
-            safetensors file are backed by it and valid until it is overwritten in place.
+        path_or_url: a local file, `.safetensors` or whatever torch.save writes.
         format: "auto" (told from the names), or the naming that the file must have: "torchvision",
             "timm", "timm_tf" (the same names), "lukemelas" or "nvidia".
         ema: whether to prefer the moving average of the weights in a training checkpoint.
@@ -98,7 +97,6 @@ def open_checkpoint(
     family: str = "auto",
     *,
     ema: bool = True,
-    mmap: bool = False,
     names_too: bool = False,
 ) -> Checkpoint:
     """Reads a file and tells whose network it is of.
@@ -110,7 +108,6 @@ def open_checkpoint(
             file, of the file or of its folders decides then ("tf_efficientnet_b0..."), and where
             nothing does, plain is assumed and `Checkpoint.assumption` says so.
         ema: as for `load`.
-        mmap: whether tensors of any file may be backed by it.
         names_too: whether `family` also tells how the file must name its parameters.
 
     Raises:
@@ -118,7 +115,7 @@ def open_checkpoint(
     """
     check_family(family, FORMATS)
     path = os.fspath(path_or_url)
-    content = read(path, ema=ema, mmap=mmap)
+    content = read(path, ema=ema)
     try:
         naming = naming_of(content.state)
         if names_too and family != "auto" and FAMILIES[family].naming != naming:

@@ -45,15 +45,13 @@ class Content:
     architecture: str = ""
 
 
-def read(path: str | os.PathLike[str], *, ema: bool = True, mmap: bool = False) -> Content:
+def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     """Reads a checkpoint.
 
     Args:
         path: a local file.
         ema: whether the moving average of the weights goes before the weights where there is one;
             False never takes it.
-        mmap: whether tensors of a `.pth` file may be backed by the file, as those of a safetensors
-            file are: they are then valid until the file is written to.
 
     Raises:
         OSError: the file cannot be opened.
@@ -65,9 +63,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = True, mmap: bool = False) 
         head = file.read(9)
     is_safetensors = name.endswith(".safetensors") or head[8:] == b"{"
     try:
-        content, metadata = (
-            _read_safetensors(name) if is_safetensors else (_read_pth(name, mmap), {})
-        )
+        content, metadata = _read_safetensors(name) if is_safetensors else (_read_pth(name), {})
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{name}: not a file of plain tensors, which is all that is loaded"
@@ -89,13 +85,14 @@ class ScriptError(ValueError):
 
 
 def _read_safetensors(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(name, framework="pt") as file:
+    # Read, not mapped: tensors stay as they are when the file is written to, and mapping it took
+    # ten times as long where page faults are dear.
+    with safe_open(name, framework="pt", backend="pread") as file:
         return file.get_tensors(), dict(file.metadata() or {})
 
 
-def _read_pth(name: str, mmap: bool) -> Any:
-    zipped = zipfile.is_zipfile(name)  # the format since torch 1.6, the only one that maps
-    if zipped:
+def _read_pth(name: str) -> Any:
+    if zipfile.is_zipfile(name):  # the format since torch 1.6
         with zipfile.ZipFile(name) as archive:
             if any(member.endswith("/constants.pkl") for member in archive.namelist()):
                 raise ScriptError(
@@ -104,7 +101,7 @@ def _read_pth(name: str, mmap: bool) -> Any:
                 )
     # The options that torchvision's and timm's scripts store: reading one sets attributes only.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+        return torch.load(name, map_location="cpu", weights_only=True)
 
 
 def _state_dict(content: Any, ema: bool) -> dict[str, Tensor]:

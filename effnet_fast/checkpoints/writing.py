@@ -38,7 +38,7 @@ def save(
     Args:
         state: named tensors of any device.
         path: `.safetensors`, or `.pth`, `.pt`, `.bin` for torch.save. A file that is there is
-            replaced, also where the tensors are backed by it.
+            replaced, also one that the tensors are mapped from.
         metadata: text entries of a safetensors file; other files have no place for them.
 
     Raises:

@@ -72,7 +72,7 @@ def convert(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.output.exists() and not arguments.force:
         raise ValueError(f"{arguments.output}: exists; --force replaces it")
     checkpoint = checkpoints.open_checkpoint(
-        arguments.input, arguments.family, ema=not arguments.no_ema, mmap=True
+        arguments.input, arguments.family, ema=not arguments.no_ema
     )
     state = checkpoints.convert(checkpoint.state, arguments.to)
     checkpoints.save(state, arguments.output, {checkpoints.FAMILY_ENTRY: checkpoint.family})

@@ -38,10 +38,10 @@ def load_network(
 
     See `EfficientNet.from_checkpoint` for the arguments and errors.
     """
-    checkpoint = checkpoints.open_checkpoint(path, family, ema=ema, mmap=True)
+    checkpoint = checkpoints.open_checkpoint(path, family, ema=ema)
     if checkpoint.assumption:
         warnings.warn(f"{os.fspath(path)}: {checkpoint.assumption}", stacklevel=3)
-    state = dict(checkpoint.state)
+    state = checkpoint.state
     with _naming(path):
         found = family_variant(_find_variant(build, state, variant), checkpoint)
         options["num_classes"] = _classes(state, num_classes)
@@ -51,18 +51,28 @@ def load_network(
     with _naming(path):
         checkpoints.check(model, state)
     own = model.state_dict()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if tensors.keys() - own.keys():  # of a norm_layer: nothing in the file would fill them
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if names - own.keys():  # of a norm_layer: nothing in the file would fill them
         model = build(found, **options)
         model.load_state_dict(state)
         return model
-    # Copied, so that the model does not change or fail when the file is written to.
-    copies = {
-        key: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(state[key])
-        for key, tensor in own.items()
-    }
-    model.load_state_dict(copies, assign=True)
+    # Each tensor of the file is given up as soon as it is copied: one copy of them in memory.
+    tensors = {key: _parameter(state.pop(key), tensor) for key, tensor in own.items()}
+    model.load_state_dict(tensors, assign=True)
     return model
+
+
+def _parameter(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the dtype of `like`, on the default device, in memory that torch manages."""
+    if (
+        tensor.dtype == like.dtype
+        and tensor.device == torch.get_default_device()
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().resizable()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    ):
+        return tensor
+    return torch.empty(like.shape, dtype=like.dtype).copy_(tensor)
 
 
 @contextlib.contextmanager
