@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torchvision
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torchvision.models import efficientnet as torchvision_efficientnet
 
@@ -85,6 +84,8 @@ def torchvision_network(variant: Variant, **kwargs: object) -> nn.Module:
 
 def pad_same(model: nn.Module) -> None:
     """Gives torchvision's network timm's SAME padding where it strides, in place."""
+    from timm.layers import Conv2dSame  # importing timm costs seconds
+
     for module in model.modules():
         for name, conv in module.named_children():
             if isinstance(conv, nn.Conv2d) and conv.stride != (1, 1):
