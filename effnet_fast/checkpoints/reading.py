@@ -154,7 +154,7 @@ def _strip(mapping: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
     state = {}
     strays = []
     for key, value in mapping.items():
-        if key in COUNTERS and prefix:
+        if isinstance(key, str) and key.removeprefix(COMPILED_PREFIX) in COUNTERS:
             continue
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"entry {key!r} is of type {type(value).__name__}, not a tensor")

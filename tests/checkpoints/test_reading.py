@@ -1,13 +1,22 @@
 """Weights files: both readers, what is refused, and that nothing is half loaded."""
 
+import argparse
+import functools
 import pickle
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from effnet_fast import checkpoints
+from effnet_fast import EfficientNet, checkpoints
+from effnet_fast.checkpoints import FAMILIES
+from effnet_fast.checkpoints.reading import EMA_WRAPPERS, WRAPPERS
+from networks import TINY
+
+CLASSES = 4
 
 
 class Small(nn.Module):
@@ -23,6 +32,19 @@ class Small(nn.Module):
 def state():
     torch.manual_seed(0)
     return {key: value.clone() for key, value in Small().state_dict().items()}
+
+
+@functools.cache
+def tiny_state():
+    """A small network's, as one sees it after loading: no batches counted."""
+    torch.manual_seed(0)
+    model = EfficientNet(TINY, num_classes=CLASSES)
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def tiny():
+    return tiny_state()
 
 
 def save(content, path):
@@ -45,10 +67,121 @@ def test_load_reads_safetensors(tmp_path, state):
     assert_same({key: loaded[key] for key in state}, state)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_load_unwraps(tmp_path, state, wrapper):
-    wrapped = {"epoch": 3, wrapper: {f"module.{key}": value for key, value in state.items()}}
-    assert_same(checkpoints.load(save(wrapped, tmp_path / "a.pth")), state)
+def wrapped(state, wrappers, prefix):
+    """A training checkpoint around a state dict, the last of `wrappers` innermost."""
+    content = {f"{prefix}{key}": value for key, value in state.items()}
+    if prefix:
+        content["n_averaged"] = torch.tensor(7)  # torch.optim.swa_utils.AveragedModel's
+    for wrapper in reversed(wrappers):
+        content = {"epoch": 3, wrapper: content, "optimizer": {"state": {0: torch.ones(2)}}}
+    return content
+
+
+PREFIXES = st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "backbone."]), max_size=3)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    wrappers=st.lists(st.sampled_from([*EMA_WRAPPERS, *WRAPPERS]), max_size=3),
+    prefix=PREFIXES.map("".join),
+    family=st.sampled_from(list(FAMILIES)),
+    uncounted=st.sets(st.integers(0, 31)),
+)
+def test_load_unwraps(tmp_path, wrappers, prefix, family, uncounted):
+    tiny = tiny_state()
+    named = checkpoints.convert(tiny, family)
+    counts = [key for key in named if key.endswith("num_batches_tracked")]
+    missing = {counts[i] for i in uncounted if i < len(counts)}
+    kept = {key: value for key, value in named.items() if key not in missing}
+    path = save(wrapped(kept, wrappers, prefix), tmp_path / "a.pth")
+    assert_same(checkpoints.load(path), tiny)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_missing_names_are_given_and_nothing_is_half_loaded(tmp_path, data):
+    tiny = tiny_state()
+    family = data.draw(st.sampled_from(list(FAMILIES)))
+    named = checkpoints.convert(tiny, family)
+    needed = [key for key in named if not key.endswith("num_batches_tracked")]
+    dropped = data.draw(st.sets(st.sampled_from(needed), min_size=1, max_size=4))
+    kept = {key: value for key, value in named.items() if key not in dropped}
+    model = EfficientNet(TINY, num_classes=CLASSES)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"a\.pth: ") as caught:
+        checkpoints.load_into(model, save(kept, tmp_path / "a.pth"))
+    assert_same(model.state_dict(), before)
+    missing = [k for k, n in zip(tiny, named, strict=True) if n in dropped]
+    told = str(caught.value)
+    assert any(key in told for key in (*missing, *dropped)) or "not an EfficientNet's" in told
+
+
+@pytest.mark.parametrize("wrapper", EMA_WRAPPERS)
+def test_the_moving_average_goes_first(tmp_path, tiny, wrapper):
+    average = {key: value + 1 for key, value in tiny.items()}
+    path = save({"state_dict": tiny, wrapper: average}, tmp_path / "a.pth")
+    assert_same(checkpoints.load(path), average)
+    assert_same(checkpoints.load(path, ema=False), tiny)
+    path = save({"model": tiny, wrapper: None}, tmp_path / "b.pth")
+    assert_same(checkpoints.load(path), tiny)
+    path = save({wrapper: {"decay": 0.9}, "model": {"state_dict": tiny}}, tmp_path / "c.pth")
+    assert_same(checkpoints.load(path), tiny)
+
+
+def test_the_options_of_training_scripts_are_plain_data(tmp_path, tiny):
+    options = argparse.Namespace(lr=0.1, model="efficientnet_b0")
+    path = save({"model": tiny, "args": options}, tmp_path / "a.pth")
+    assert_same(checkpoints.load(path), tiny)
+    # Reading that has not changed what torch.load takes elsewhere.
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_load_reads_wrappers_of_torch(tmp_path, tiny):
+    model = EfficientNet(TINY, num_classes=CLASSES)
+    model.load_state_dict(tiny)
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.DataParallel(model))
+    path = save({"model_ema": averaged.state_dict()}, tmp_path / "a.pth")
+    assert_same(checkpoints.load(path), tiny)
+    path = save(torch.compile(model).state_dict(), tmp_path / "b.pth")
+    assert_same(checkpoints.load(path), tiny)
+
+
+def test_load_reads_the_old_format_of_torch(tmp_path, tiny):
+    torch.save(tiny, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    assert_same(checkpoints.load(tmp_path / "a.pth"), tiny)
+
+
+def test_load_knows_safetensors_by_their_content(tmp_path, tiny):
+    save_file(tiny, tmp_path / "blob")
+    assert_same(checkpoints.load(tmp_path / "blob"), tiny)
+
+
+def test_names_beside_the_prefix_are_given(tmp_path, tiny):
+    content = {f"net.{key}": value for key, value in tiny.items()} | {"loss.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"begin with 'net\.', but for 1 \(loss\.weight\)"):
+        checkpoints.load(save(content, tmp_path / "a.pth"))
+
+
+def test_load_refuses_torchscript(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: a TorchScript archive, which holds code"):
+        checkpoints.load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_loaded_tensors_do_not_follow_the_file(tmp_path, tiny, suffix):
+    path = tmp_path / f"a{suffix}"
+    checkpoints.save(tiny, path)
+    loaded = checkpoints.load(path)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert_same(loaded, tiny)
+    loaded["features.0.0.weight"].add_(1)  # and they may be written to
+    checkpoints.save(loaded, path)
 
 
 def test_load_executes_nothing(tmp_path, state):
@@ -95,18 +228,27 @@ def test_load_refuses_other_networks(tmp_path):
         checkpoints.load(path)
 
 
-@pytest.mark.parametrize(
-    ("key", "naming"),
-    [
-        ("conv_stem.weight", "timm"),
-        ("_conv_stem.weight", "lukemelas"),
-        ("stem.conv.weight", "nvidia"),
-    ],
-)
-def test_load_names_the_naming_it_cannot_read(tmp_path, key, naming):
-    path = save({key: torch.ones(1)}, tmp_path / "a.pth")
-    with pytest.raises(NotImplementedError, match=f"named as {naming} names them"):
-        checkpoints.load(path)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_load_gives_torchvisions_names(tmp_path, tiny, family):
+    path = save(checkpoints.convert(tiny, family), tmp_path / "a.pth")
+    assert_same(checkpoints.load(path), tiny)
+    assert_same(checkpoints.load(path, format=family), tiny)
+    other = "nvidia" if family != "nvidia" else "lukemelas"
+    with pytest.raises(ValueError, match=rf"a\.pth: parameters are named as .*, not as {other}"):
+        checkpoints.load(path, format=other)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_load_gives_the_networks_order(tmp_path, tiny, family):
+    save_file(checkpoints.convert(tiny, family), tmp_path / "a.safetensors")
+    assert_same(checkpoints.load(tmp_path / "a.safetensors"), tiny)
+
+
+def test_load_keeps_what_surgery_added(tmp_path, tiny):
+    changed = {"classifier.1.0.weight": torch.ones(2), **tiny}
+    del changed["classifier.1.weight"]
+    loaded = checkpoints.load(save(changed, tmp_path / "a.pth"))
+    assert loaded.keys() == changed.keys()
 
 
 def test_load_refuses_unknown_format(tmp_path):
