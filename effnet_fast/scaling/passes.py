@@ -236,13 +236,31 @@ def traffic(
     for group in _groups(variant, resolution, options):
         table = {"stem": chosen.stem, "head": chosen.head}.get(group.kind, chosen.block)
         for row in table:
-            if group.runs(row):
-                elements = sum(group.elements[t] for t in row.reads + row.writes)
+            if elements := group.elements_of(row):
                 size = elements * group.repeats * batch * element_size
                 rows.append(Traffic(group.stage, row.op, row.name, size))
         size = group.parameters * chosen.weight_passes * weight_size
         rows.append(Traffic(group.stage, "weights", "weights", size))
     return rows
+
+
+def moved_elements(
+    rows: tuple[Pass, ...], sizes: dict[str, int], *, expands: bool, residual: bool
+) -> int:
+    """Elements that the passes of one block read and write.
+
+    Args:
+        rows: passes of a `Plan`.
+        sizes: elements of x, e, d and y.
+        expands, residual: whether the block has an expansion, and a residual.
+    """
+    return sum(
+        sizes[tensor]
+        for row in rows
+        if (expands or row.op != "expand")
+        and (residual or not row.name.startswith(("residual", "drop_path")))
+        for tensor in row.reads + row.writes
+    )
 
 
 @dataclass(frozen=True)
@@ -252,16 +270,14 @@ class _Group:
     stage: int
     kind: str
     repeats: int
-    elements: dict[str, int]  # of x, e, d and y for one image
+    sizes: dict[str, int]  # elements of x, e, d and y for one image
     parameters: int
     expands: bool
     residual: bool
 
-    def runs(self, row: Pass) -> bool:
-        """Whether the block has what the pass belongs to."""
-        if row.op == "expand" and not self.expands:
-            return False
-        return self.residual or not row.name.startswith(("residual", "drop_path"))
+    def elements_of(self, row: Pass) -> int:
+        """What a pass reads and writes."""
+        return moved_elements((row,), self.sizes, expands=self.expands, residual=self.residual)
 
 
 def _groups(variant: Variant, resolution: int | None, options: dict[str, int]) -> Iterator[_Group]:
@@ -283,7 +299,7 @@ def _groups(variant: Variant, resolution: int | None, options: dict[str, int]) -
             stage=conv.stage,
             kind=first.kind if first.kind in ("stem", "head") else "block",
             repeats=conv.repeats,
-            elements=sizes,
+            sizes=sizes,
             parameters=sum(c.repeats * c.parameters for c in convs.values()),
             expands="expand" in convs,
             residual=alike and conv.kind == "project",
