@@ -1,0 +1,59 @@
+"""Networks with published weights: which ones were asked for, and how they get in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from effnet_fast.models.input_channels import adapt_input_channels
+from effnet_fast.weights import WeightsEnum, get_model_weights
+
+STEM = "features.0.0.weight"  # [stem channels, in_chans, 3, 3]
+
+
+def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None:
+    """The published weights that an argument of `entry_point` ("efficientnet_b0") asks for.
+
+    Raises:
+        ValueError: there are none for this network, or none of that name, or num_classes is
+            another number than theirs.
+        TypeError: weights of another network, or something else.
+    """
+    if weights is None:
+        return None
+    try:
+        enum = get_model_weights(entry_point)
+    except ValueError as error:
+        raise ValueError(f"weights must be None, got {weights!r}: {error}") from error
+    published = enum.verify(weights)
+    assert published is not None
+    classes = len(published.meta["categories"])
+    if num_classes != classes:
+        raise ValueError(
+            f"The parameter 'num_classes' expected value {classes} but got {num_classes} instead: "
+            f"{published!r} has {classes} classes. To train others, replace the classifier of the "
+            "loaded network"
+        )
+    return published
+
+
+def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool) -> None:
+    """Loads published weights into `model`: all of them or, when one does not fit, none.
+
+    The stem is adapted to `in_chans` by `adapt_input_channels`.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ from the model's, of which the first few are
+            named; or what `WeightsEnum.get_state_dict` raises, as other errors.
+    """
+    from effnet_fast import checkpoints  # imports safetensors, which naming weights does without
+
+    state = published.get_state_dict(progress=progress)
+    if STEM in state:
+        state = {**state, STEM: adapt_input_channels(state[STEM], in_chans)}
+    try:
+        checkpoints.check(model, state)
+    except ValueError as error:
+        raise ValueError(f"{published!r}: {error}") from error
+    model.load_state_dict(state, strict=True)
