@@ -1,0 +1,365 @@
+"""Downloads against a host on this machine: whole, checked, or not at all."""
+
+import errno
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from effnet_fast import downloads
+from host import Answer, serve
+
+SIZE = 300_000  # bytes: several of the server's writes
+CONTENT = random.Random(0).randbytes(SIZE)
+OTHER = random.Random(1).randbytes(SIZE)
+FETCH = """
+import sys
+from effnet_fast import downloads
+print(downloads.fetch(sys.argv[1], sys.argv[2], progress=False))
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(downloads, "PAUSE", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def host():
+    with serve(CONTENT) as host:
+        yield host
+
+
+def fetch(host, folder, **options):
+    return downloads.fetch(host.url(), folder, progress=False, **options)
+
+
+def part(host, folder, content):
+    """Leaves a part of the file, as a killed process does."""
+    path = folder / (os.path.basename(host.url()) + ".part")
+    path.write_bytes(content)
+    return path
+
+
+def holds(path, content=CONTENT):
+    """Whether the folder holds this file and nothing else."""
+    assert sorted(path.parent.iterdir()) == [path]
+    return path.read_bytes() == content
+
+
+def test_downloads_once(host, tmp_path):
+    path = fetch(host, tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / os.path.basename(host.url())
+    assert holds(path)
+    assert fetch(host, path.parent) == path
+    assert host.asked == [None]
+
+
+def test_shows_progress_only_when_asked(host, tmp_path, capsys):
+    fetch(host, tmp_path / "silent")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    downloads.fetch(host.url(), tmp_path / "shown", progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "weights-" in captured.err
+    assert "100%" in captured.err
+
+
+def test_without_a_length(host, tmp_path):
+    host.length = False
+    assert holds(fetch(host, tmp_path))
+
+
+@pytest.mark.parametrize("status", downloads.PASSING)
+def test_tries_again_after_a_passing_error(host, tmp_path, status):
+    host.answers = [Answer(status=status)]
+    assert holds(fetch(host, tmp_path))
+    assert len(host.asked) == 2
+
+
+def test_continues_a_broken_connection(host, tmp_path):
+    host.answers = [Answer(cut=100_000), Answer(cut=50_000)]
+    assert holds(fetch(host, tmp_path))
+    assert host.asked == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_goes_on_as_long_as_something_arrives(host, tmp_path):
+    host.answers = [Answer(cut=20_000)] * 10
+    assert holds(fetch(host, tmp_path))
+    assert len(host.asked) == 11 > 2 * downloads.ATTEMPTS
+
+
+def test_continues_after_silence(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
+    host.answers = [Answer(cut=100_000, stall=5.0)]
+    start = time.monotonic()
+    assert holds(fetch(host, tmp_path))
+    assert time.monotonic() - start < 3
+    assert host.asked == [None, "bytes=100000-"]
+
+
+def test_continues_what_an_earlier_process_left(host, tmp_path):
+    part(host, tmp_path, CONTENT[:123_457])
+    assert holds(fetch(host, tmp_path))
+    assert host.asked == ["bytes=123457-"]
+
+
+def test_takes_a_part_that_is_complete(host, tmp_path):
+    part(host, tmp_path, CONTENT)
+    assert holds(fetch(host, tmp_path))
+    assert host.asked == [f"bytes={SIZE}-"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [OTHER[:1000], OTHER, CONTENT + b"more"],
+    ids=["of_another_file", "whole_of_another_file", "too_long"],
+)
+def test_starts_over_when_the_part_is_of_something_else(host, tmp_path, content):
+    part(host, tmp_path, content)
+    assert holds(fetch(host, tmp_path))
+    assert host.asked[-1] is None
+
+
+def test_starts_over_when_the_host_ignores_ranges(host, tmp_path):
+    host.ranges = False
+    part(host, tmp_path, OTHER[:1000])
+    host.answers = [Answer(cut=100_000)]
+    assert holds(fetch(host, tmp_path))
+
+
+def test_starts_over_when_the_host_sends_another_range(host, tmp_path):
+    part(host, tmp_path, CONTENT[:1000])
+    host.answers = [Answer(shift=10)]
+    assert holds(fetch(host, tmp_path))
+    assert host.asked == ["bytes=1000-", None]
+
+
+@pytest.mark.parametrize("etag", ['"2"', None], ids=["noticed_by_the_host", "noticed_by_the_hash"])
+def test_starts_over_when_the_file_changes_on_the_way(host, tmp_path, etag):
+    url = host.url()
+    host.content = OTHER
+    host.etag = etag and '"1"'
+    host.answers = [Answer(cut=100_000, stall=0.3)]
+    threading.Timer(0.15, lambda: vars(host).update(content=CONTENT, etag=etag)).start()
+    assert holds(downloads.fetch(url, tmp_path, progress=False))
+    assert len(host.asked) == (2 if etag else 3)
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no_ranges"])
+@pytest.mark.parametrize(
+    "served",
+    [OTHER, CONTENT[:-1], CONTENT[: SIZE // 2], CONTENT + b"\0", b"", b"<html>log in</html>"],
+    ids=["other", "one_byte_short", "half", "one_byte_long", "empty", "page"],
+)
+def test_refuses_what_has_another_hash(host, tmp_path, served, ranges):
+    url, promised = host.url(), hashlib.sha256(CONTENT).hexdigest()[:8]
+    host.content, host.ranges = served, ranges
+    with pytest.raises(ValueError, match="weights-") as caught:
+        downloads.fetch(url, tmp_path, progress=False)
+    message = str(caught.value)
+    assert str(tmp_path / os.path.basename(url)) in message
+    assert promised in message
+    assert hashlib.sha256(served).hexdigest() in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_a_file_that_was_tampered_with(host, tmp_path):
+    path = fetch(host, tmp_path)
+    for position in (0, SIZE // 2, SIZE - 1):
+        tampered = bytearray(CONTENT)
+        tampered[position] ^= 1
+        path.write_bytes(tampered)
+        with pytest.raises(ValueError, match="is left as it is; move or delete it") as caught:
+            fetch(host, tmp_path)
+        assert str(path) in str(caught.value)
+        assert hashlib.sha256(tampered).hexdigest() in str(caught.value)
+        assert holds(path, bytes(tampered))
+    path.unlink()
+    assert holds(fetch(host, tmp_path))
+
+
+def test_refuses_a_file_that_was_truncated(host, tmp_path):
+    path = fetch(host, tmp_path)
+    path.write_bytes(CONTENT[:1000])
+    with pytest.raises(ValueError, match="SHA-256"):
+        fetch(host, tmp_path)
+    assert host.asked == [None]
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_gives_up_at_once_when_the_host_refuses(host, tmp_path, status):
+    host.answers = [Answer(status=status)] * 9
+    with pytest.raises(
+        ConnectionError, match=f"{host.url()}: not downloaded: HTTP status {status}"
+    ):
+        fetch(host, tmp_path)
+    assert len(host.asked) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gives_up_when_the_host_stays_broken(host, tmp_path):
+    host.answers = [Answer(status=500)] * 99
+    with pytest.raises(ConnectionError, match=r"4 attempts in a row failed.* HTTP status 500"):
+        fetch(host, tmp_path)
+    assert len(host.asked) == downloads.ATTEMPTS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gives_up_without_a_host(host, tmp_path):
+    url = "http://127.0.0.1:1/weights-0123abcd.pth"
+    with pytest.raises(ConnectionError, match=r"refused.*put the file at .*/weights-0123abcd\.pth"):
+        downloads.fetch(url, tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no_ranges"])
+def test_a_host_that_always_breaks_off(host, tmp_path, ranges):
+    host.ranges = ranges
+    host.answers = [Answer(cut=1000)] + [Answer(cut=0 if ranges else 1000)] * 99
+    with pytest.raises(ConnectionError, match=rf"closed after 1000 of {SIZE} bytes"):
+        fetch(host, tmp_path)
+    left = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert left == ([CONTENT[:1000]] if ranges else [])  # what can be continued is kept
+    host.answers = []
+    assert holds(fetch(host, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights-0123abc.pth", "weights-DEFAULT0.pth", ""])
+def test_refuses_names_without_a_hash(tmp_path, name):
+    with pytest.raises(ValueError, match="the name has no -<sha256>"):
+        downloads.fetch(f"http://127.0.0.1:1/{name}", tmp_path)
+
+
+def test_takes_longer_hashes(host, tmp_path):
+    url = host.url(sha256=hashlib.sha256(CONTENT).hexdigest())
+    assert holds(downloads.fetch(url, tmp_path, progress=False))
+
+
+class TestProcesses:
+    @staticmethod
+    def start(host, folder):
+        command = [sys.executable, "-c", FETCH, host.url(), str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def test_several_at_once_share_one_download(self, host, tmp_path):
+        host.answers = [Answer(delay=0.3)]
+        processes = [self.start(host, tmp_path) for _ in range(3)]
+        outputs = [process.communicate(timeout=60) for process in processes]
+        path = tmp_path / os.path.basename(host.url())
+        assert outputs == [(f"{path}\n", "")] * 3
+        assert holds(path)
+        assert len(host.asked) == 1
+
+    def test_the_next_takes_over_from_one_that_fails(self, host, tmp_path):
+        host.answers = [Answer(cut=200_000, stall=60.0)]
+        first = self.start(host, tmp_path)
+        file = tmp_path / (os.path.basename(host.url()) + ".part")
+        deadline = time.monotonic() + 30
+        while not (file.exists() and file.stat().st_size > 100_000):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        second = self.start(host, tmp_path)
+        time.sleep(0.5)  # long enough to wait for the lock, which is not a condition
+        first.kill()
+        first.communicate()
+        assert second.communicate(timeout=60)[1] == ""
+        assert holds(tmp_path / os.path.basename(host.url()))
+        assert host.asked[0] is None
+        assert len(host.asked) == 2
+        assert int(host.asked[1].removeprefix("bytes=").rstrip("-")) > 100_000
+
+
+def test_threads_at_once_share_one_download(host, tmp_path):
+    host.answers = [Answer(delay=0.1)]
+    paths = []
+    threads = [threading.Thread(target=lambda: paths.append(fetch(host, tmp_path))) for _ in "1234"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 4
+    assert holds(paths[0])
+    assert len(host.asked) == 1
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_systems_without_locks(host, tmp_path, monkeypatch, error):
+    def flock(file, operation):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(downloads.fcntl, "flock", flock)
+    assert holds(fetch(host, tmp_path))
+    host.content = OTHER
+    with pytest.raises(ValueError, match="SHA-256"):
+        downloads.fetch(host.url(sha256="01234567"), tmp_path / "b", progress=False)
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+class TestFileSystem:
+    def test_too_little_space(self, host, tmp_path, monkeypatch):
+        usage = types.SimpleNamespace(free=SIZE - 1)
+        monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(OSError, match=f"{SIZE} bytes are missing and {SIZE - 1}") as caught:
+            fetch(host, tmp_path)
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(tmp_path / os.path.basename(host.url()))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_full_disk(self, host, tmp_path):
+        file = tmp_path / (os.path.basename(host.url()) + ".part")
+        file.symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            fetch(host, tmp_path)
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(tmp_path / os.path.basename(host.url()))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_folder_without_permission(self, host):
+        with tempfile.TemporaryDirectory(dir="/tmp") as name:
+            os.chmod(name, 0o555)
+            root = os.geteuid() == 0
+            try:
+                if root:
+                    os.seteuid(65534)  # permissions do not bind root
+                with pytest.raises(PermissionError, match="cannot be downloaded to") as caught:
+                    fetch(host, name)
+            finally:
+                if root:
+                    os.seteuid(0)
+                os.chmod(name, 0o755)
+            assert caught.value.filename.startswith(name)
+            assert list(Path(name).iterdir()) == []
+
+    def test_folder_that_is_a_file(self, host, tmp_path):
+        (tmp_path / "file").write_text("hello")
+        with pytest.raises(FileExistsError, match="cannot be downloaded to"):
+            fetch(host, tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "hello"
+
+    def test_reading_needs_no_permission_to_write(self, host, tmp_path, monkeypatch):
+        path = fetch(host, tmp_path)
+
+        def refuse(*args, **options):
+            raise AssertionError("the folder was to be left alone")
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        monkeypatch.setattr(downloads, "_part", refuse)
+        assert fetch(host, tmp_path) == path
+
+    def test_file_mode_follows_the_umask(self, host, tmp_path):
+        mask = os.umask(0o027)
+        try:
+            assert fetch(host, tmp_path).stat().st_mode & 0o777 == 0o640
+        finally:
+            os.umask(mask)
