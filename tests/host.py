@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,6 +21,7 @@ class Answer:
     stall: float = 0.0  # seconds of silence after `cut` bytes, before the connection is closed
     shift: int = 0  # bytes by which a range starts later than was asked for
     delay: float = 0.0  # seconds before each 64 KiB
+    then: Callable[[], object] | None = None  # called before the connection is closed
 
 
 @dataclass
@@ -97,6 +98,8 @@ def _handler(host: Host) -> type[BaseHTTPRequestHandler]:
                     self.wfile.write(body[at : at + (1 << 16)])
                 self.wfile.flush()
                 time.sleep(answer.stall)
+                if answer.then is not None:
+                    answer.then()
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

@@ -1,6 +1,7 @@
 """Downloads against a host on this machine: whole, checked, or not at all."""
 
 import errno
+import functools
 import hashlib
 import os
 import random
@@ -150,8 +151,8 @@ def test_starts_over_when_the_file_changes_on_the_way(host, tmp_path, etag):
     url = host.url()
     host.content = OTHER
     host.etag = etag and '"1"'
-    host.answers = [Answer(cut=100_000, stall=0.3)]
-    threading.Timer(0.15, lambda: vars(host).update(content=CONTENT, etag=etag)).start()
+    change = functools.partial(vars(host).update, content=CONTENT, etag=etag)
+    host.answers = [Answer(cut=100_000, then=change)]
     assert holds(downloads.fetch(url, tmp_path, progress=False))
     assert len(host.asked) == (2 if etag else 3)
 

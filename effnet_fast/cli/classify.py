@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from effnet_fast import checkpoints, images
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.weights import CATEGORIES, ENUMS, WeightsEnum, get_model_weights, get_weight
 
+DEFAULT_MODEL = "b0"
+PUBLISHED_FAMILIES = ("auto", "torchvision")
+NAME = r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+"  # DEFAULT, EfficientNet_B0_Weights.DEFAULT
 CLASSES = 1000  # ImageNet's, where no weights say otherwise
 CLASSIFIER = "classifier.1.weight"  # [classes, channels]
 
@@ -25,9 +31,25 @@ def add_parser(subparsers: Any) -> None:
         "classify", help="classify images", description="Prints the likeliest classes of images."
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file")
-    common.add_common(parser, default_model="b0")
-    parser.add_argument("--weights", type=Path, help="trained weights, .safetensors or .pth")
-    parser.add_argument("--labels", type=Path, help="text file with a class name per line")
+    common.add_common(parser, default_model=None)
+    parser.add_argument(
+        "--weights",
+        metavar="NAME|FILE",
+        help="published weights by name (DEFAULT, IMAGENET1K_V1, EfficientNet_B3_Weights.DEFAULT), "
+        "or a file, .safetensors or .pth",
+    )
+    parser.add_argument(
+        "--family",
+        choices=checkpoints.FORMATS,
+        default="auto",
+        help="whose names the file's parameters have (default: told from the names)",
+    )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        help="text file with a class name per line (default: ImageNet's, where weights for 1000 "
+        "classes are given)",
+    )
     parser.add_argument("--top", type=common.positive_int, default=5, help="how many classes")
     parser.add_argument("--backend", default="auto", help="auto, reference, cpu, cpu:avx2, ...")
     common.add_progress(parser)
@@ -38,28 +60,44 @@ def run(arguments: argparse.Namespace) -> None:
     """Classifies the images one by one and prints all results at the end."""
     common.check_backend(arguments.backend)
     common.set_threads(arguments)
-    variant = VARIANTS[arguments.model]
     if arguments.weights is None:
         print(
             "effnet-fast: no --weights: random ones are used, labels mean nothing", file=sys.stderr
         )
     with common.bad_input(OSError, ValueError, NotImplementedError):
-        model = _load_model(variant, arguments.weights, arguments.backend)
-        labels = _load_labels(arguments.labels, len(model.get_parameter(CLASSIFIER)))
+        source = _find_source(arguments)
+        model = _load_model(source, arguments)
+        labels = _load_labels(source, arguments.labels, len(model.get_parameter(CLASSIFIER)))
     results = []
     with common.progress(arguments, len(arguments.images), "images") as bar:
         for path in arguments.images:
             with common.bad_input(OSError, ValueError):
-                x = images.preprocess(images.load(path), variant)
+                x = source.preset(images.load(path))[None]
             results.append({"path": path, "top": classify(model, x, arguments.top, labels)})
             bar.update()
     if arguments.json:
-        weights = None if arguments.weights is None else str(arguments.weights)
-        report = {"model": variant.name, "backend": arguments.backend, "weights": weights}
-        common.print_json({**report, "images": results})
+        report = {"model": source.variant.name, "backend": arguments.backend}
+        weights = None if arguments.weights is None else str(source.published or source.file)
+        common.print_json({**report, "weights": weights, "images": results})
     else:
         for result in results:
             _print_result(result)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the network's weights come from, and what follows from that."""
+
+    variant: Variant
+    published: WeightsEnum | None = None
+    file: str | None = None
+
+    @property
+    def preset(self) -> images.ImageClassification:
+        """How images are prepared: as the published weights say, or else the variant."""
+        if self.published is not None:
+            return self.published.transforms()
+        return images.preset(self.variant)
 
 
 def classify(
@@ -79,24 +117,55 @@ def classify(
     ]
 
 
-def _load_model(variant: Variant, weights: Path | None, backend: str) -> EfficientNet:
-    if weights is None:
-        return common.build_model(variant, backend, CLASSES)
-    state = checkpoints.load(weights)
+def _find_source(arguments: argparse.Namespace) -> Source:
+    """Takes --weights for a name where it is one, and for a file otherwise."""
+    text, model = arguments.weights, arguments.model
+    if text is None or not _is_name(text):
+        return Source(VARIANTS[model or DEFAULT_MODEL], file=text)
+    if arguments.family not in PUBLISHED_FAMILIES:
+        raise ValueError(
+            f"--weights {text} are torchvision's: --family {arguments.family} is for files"
+        )
+    if "." not in text:
+        enum = get_model_weights(f"efficientnet_{model or DEFAULT_MODEL}")
+        return Source(VARIANTS[model or DEFAULT_MODEL], enum.verify(text))
+    published = get_weight(text)
+    owner = next(name for name, enum in ENUMS.items() if isinstance(published, enum))
+    owner = owner.removeprefix("efficientnet_")
+    if model not in (None, owner):
+        raise ValueError(f"--weights {text} are of {owner}, but --model is {model}")
+    return Source(VARIANTS[owner], published)
+
+
+def _is_name(text: str) -> bool:
+    """Whether it is written like the name of published weights, and is no file."""
+    return re.fullmatch(NAME, text) is not None and not Path(text).is_file()
+
+
+def _load_model(source: Source, arguments: argparse.Namespace) -> EfficientNet:
+    if source.published is None and source.file is None:
+        return common.build_model(source.variant, arguments.backend, CLASSES)
+    if source.published is not None:
+        silent = arguments.no_progress or not sys.stderr.isatty()
+        state, name = source.published.get_state_dict(progress=not silent), str(source.published)
+    else:
+        assert source.file is not None
+        state, name = checkpoints.load(source.file, arguments.family), source.file
     classifier = state.get(CLASSIFIER)
     classes = CLASSES if classifier is None or classifier.ndim != 2 else len(classifier)
-    model = common.build_model(variant, backend, classes)
+    model = common.build_model(source.variant, arguments.backend, classes)
     try:
         checkpoints.check(model, state)
     except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     model.load_state_dict(state)
     return model
 
 
-def _load_labels(path: Path | None, classes: int) -> list[str] | None:
+def _load_labels(source: Source, path: Path | None, classes: int) -> list[str] | None:
     if path is None:
-        return None
+        random = source.published is None and source.file is None
+        return None if random or classes != CLASSES else CATEGORIES
     labels = path.read_text(encoding="utf-8").splitlines()
     if len(labels) != classes:
         raise ValueError(f"{path}: {len(labels)} lines, but the network has {classes} classes")
