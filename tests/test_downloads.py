@@ -1,6 +1,7 @@
 """Downloads against a host on this machine: whole, checked, or not at all."""
 
 import errno
+import fcntl
 import functools
 import hashlib
 import os
@@ -292,6 +293,20 @@ def test_threads_at_once_share_one_download(host, tmp_path):
     assert len(paths) == 4
     assert holds(paths[0])
     assert len(host.asked) == 1
+
+
+def test_waits_for_a_part_that_is_then_removed(host, tmp_path):
+    file = part(host, tmp_path, b"")
+    paths = []
+    thread = threading.Thread(target=lambda: paths.append(fetch(host, tmp_path)))
+    with open(file, "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread.start()
+        time.sleep(0.3)  # long enough to wait for the lock, which is not a condition
+        assert host.asked == []
+        file.unlink()
+    thread.join()
+    assert holds(paths[0])
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP])
