@@ -219,6 +219,13 @@ class TestNetworks:
         assert stem.shape[1] == in_chans
         assert same_tensors(model.state_dict(), {**b0_state, STEM: stem})
 
+    def test_a_network_without_classifier_does_without_its_weights(self, published, b0_state):
+        model = effnet_fast.efficientnet_b0()
+        del model.classifier
+        pretrained.put(model, B0, in_chans=3, progress=False)
+        rest = {key: value for key, value in b0_state.items() if "classifier" not in key}
+        assert same_tensors(model.state_dict(), rest)
+
     def test_keeps_the_other_options(self, published, b0_state):
         options = {"dropout": 0.0, "stochastic_depth_prob": 0.5, "backend": "reference"}
         model = effnet_fast.efficientnet_b0(
@@ -227,7 +234,7 @@ class TestNetworks:
         assert (model.classifier[0].p, model.backend, model.memory) == (0.0, "reference", "lean")
         assert same_tensors(model.state_dict(), b0_state)
 
-    @pytest.mark.parametrize("num_classes", [10, 999, 0, 1001])
+    @pytest.mark.parametrize("num_classes", [10, 999, 1, 1001])
     def test_refuses_another_number_of_classes(self, published, num_classes):
         message = (
             f"'num_classes' expected value 1000 but got {num_classes} instead: {B0!r} has 1000"

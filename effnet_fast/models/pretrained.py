@@ -10,6 +10,7 @@ from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.weights import WeightsEnum, get_model_weights
 
 STEM = "features.0.0.weight"  # [stem channels, in_chans, 3, 3]
+ENDS = ("features.8.", "classifier.")  # what a network of features may do without
 
 
 def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None:
@@ -17,7 +18,7 @@ def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None
 
     Raises:
         ValueError: there are none for this network, or none of that name, or num_classes is
-            another number than theirs.
+            neither theirs nor 0, which stands for no classifier.
         TypeError: weights of another network, or something else.
     """
     if weights is None:
@@ -29,7 +30,7 @@ def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None
     published = enum.verify(weights)
     assert published is not None
     classes = len(published.meta["categories"])
-    if num_classes != classes:
+    if num_classes not in (classes, 0):
         raise ValueError(
             f"The parameter 'num_classes' expected value {classes} but got {num_classes} instead: "
             f"{published!r} has {classes} classes. To train others, replace the classifier of the "
@@ -41,7 +42,8 @@ def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None
 def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool) -> None:
     """Loads published weights into `model`: all of them or, when one does not fit, none.
 
-    The stem is adapted to `in_chans` by `adapt_input_channels`.
+    The stem is adapted to `in_chans` by `adapt_input_channels`. A model without the head or the
+    classifier does without their weights.
 
     Raises:
         ValueError: names, shapes or dtypes differ from the model's, of which the first few are
@@ -50,8 +52,10 @@ def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool)
     from effnet_fast import checkpoints  # imports safetensors, which naming weights does without
 
     state = published.get_state_dict(progress=progress)
+    absent = tuple(end for end in ENDS if not any(k.startswith(end) for k in model.state_dict()))
+    state = {key: value for key, value in state.items() if not key.startswith(absent)}
     if STEM in state:
-        state = {**state, STEM: adapt_input_channels(state[STEM], in_chans)}
+        state[STEM] = adapt_input_channels(state[STEM], in_chans)
     try:
         checkpoints.check(model, state)
     except ValueError as error:
