@@ -1,4 +1,4 @@
-"""Fetches files whose names promise their SHA-256: whole, checked, or not at all.
+"""Fetches files whose URLs promise their SHA-256: whole, checked, or not at all.
 
 What has arrived lies in NAME.part beside the file, locked while a process writes it; it gets the
 file's name when it is complete and its hash is right. A part that was left by a lost connection or
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from effnet_fast import __version__
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # torch.hub's convention: NAME-<sha256>.pth
+HASH_IN_FRAGMENT = re.compile(r"sha256=([0-9a-f]{8,64})")  # pip's: URL#sha256=<sha256>
 CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
 TIMEOUT = 30.0  # seconds of silence that end an attempt
 ATTEMPTS = 4  # in a row that bring nothing new
@@ -41,29 +42,27 @@ class _InterruptedError(Exception):
     """An attempt ended early for a reason that may pass."""
 
 
-def fetch(url: str, folder: str | os.PathLike[str], *, progress: bool = True) -> Path:
+def fetch(url: str, folder: str | os.PathLike[str] | None = None, *, progress: bool = True) -> Path:
     """The file of `url` in `folder`, downloaded unless it lies there, its SHA-256 checked.
 
     Processes that fetch the same file into the same folder at once take turns, and one downloads.
 
     Args:
-        url: its last part holds the first 8 or more digits of the hash, NAME-<sha256>.SUFFIX.
-        folder: made where it does not exist.
+        url: holds the first 8 or more digits of the hash, in the file's name as in
+            .../NAME-<sha256>.SUFFIX, or behind it as in .../NAME.SUFFIX#sha256=<sha256>; the file
+            is then kept under a name with 8 of them, since many have such names.
+        folder: made where it does not exist; None means torch.hub.get_dir()/checkpoints.
         progress: shows a progress bar on stderr.
 
     Raises:
-        ValueError: the hash differs, or the URL's name has none. A file that was found is left
+        ValueError: the hash differs, or the URL has none. A file that was found is left
             as it is; what was downloaded is removed.
         ConnectionError: the server cannot be reached or refuses; what has arrived is kept for the
             next call where the server can continue it.
         OSError: the folder cannot be written, or is full.
     """
-    name = os.path.basename(urllib.parse.urlparse(url).path)
-    match = HASH_IN_NAME.search(name)
-    if match is None:
-        raise ValueError(f"{url}: the name has no -<sha256>. that a download could be checked by")
-    prefix = match.group(1)
-    path = Path(folder) / name
+    name, prefix = _name_and_hash(url)
+    path = (_hub_folder() if folder is None else Path(folder)) / name
     if not path.exists():
         with _explained(path), _part(path) as file:
             if file is not None:
@@ -87,6 +86,29 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
+
+
+def _name_and_hash(url: str) -> tuple[str, str]:
+    parts = urllib.parse.urlparse(url)
+    name = os.path.basename(parts.path)
+    if match := HASH_IN_FRAGMENT.fullmatch(parts.fragment):
+        stem, suffix = os.path.splitext(name)
+        in_name = HASH_IN_NAME.search(name)
+        if in_name is None:
+            name = f"{stem}-{match.group(1)[:8]}{suffix}"
+        return name, match.group(1)
+    if match := HASH_IN_NAME.search(name):
+        return name, match.group(1)
+    raise ValueError(
+        f"{url}: a download could not be checked: allowed are URLs that tell the file's SHA-256, "
+        "as .../NAME-<sha256>.SUFFIX or .../NAME.SUFFIX#sha256=<sha256>"
+    )
+
+
+def _hub_folder() -> Path:
+    import torch  # nothing else here needs it
+
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 class _Download:
@@ -168,14 +190,10 @@ class _Download:
         return urllib.request.Request(self.url, headers=headers)
 
     def _refused(self, error: urllib.error.HTTPError, offset: int) -> None:
-        """Returns where the refusal means that the part is complete; raises otherwise."""
-        if error.code == 416 and offset:
-            _, total = _content_range(error)
-            if total == offset:
-                self.joined = True
-                return
-            self._start_over()
-            raise _InterruptedError(f"HTTP status 416 for the bytes from {offset} on") from error
+        """Returns where the refusal means that the part lacks nothing; raises otherwise."""
+        if error.code == 416 and offset:  # no bytes from there on: the hash tells what the part is
+            self.joined = True
+            return
         if error.code in PASSING:
             raise _InterruptedError(f"HTTP status {error.code} {error.reason}") from error
         self._give_up(f"HTTP status {error.code} {error.reason}")

@@ -150,8 +150,6 @@ class WeightsEnum(Enum):
         # Names of weights need neither of these, which import urllib, tqdm and safetensors.
         from effnet_fast import checkpoints, downloads
 
-        if model_dir is None:
-            model_dir = os.path.join(torch.hub.get_dir(), "checkpoints")
         path = downloads.fetch(self.url, model_dir, progress=progress)
         state = checkpoints.load(path, format="torchvision")
         if map_location is None:

@@ -237,9 +237,36 @@ def test_a_host_that_always_breaks_off(host, tmp_path, ranges):
     assert holds(fetch(host, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "weights-0123abc.pth", "weights-DEFAULT0.pth", ""])
-def test_refuses_names_without_a_hash(tmp_path, name):
-    with pytest.raises(ValueError, match="the name has no -<sha256>"):
+@pytest.mark.parametrize("sha256", [8, 64])
+def test_takes_a_hash_behind_the_name(host, tmp_path, sha256):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    url = f"{host.address}/folder/model.bin#sha256={digest[:sha256]}"
+    for _ in range(2):
+        path = downloads.fetch(url, tmp_path, progress=False)
+        assert path.name == f"model-{digest[:8]}.bin"
+        assert holds(path)
+    assert host.asked == [None]
+    host.content = OTHER
+    with pytest.raises(ValueError, match="It was removed"):
+        downloads.fetch(url, tmp_path / "other", progress=False)
+
+
+def test_the_hash_behind_the_name_goes_before_that_in_it(host, tmp_path):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert holds(downloads.fetch(f"{host.url()}#sha256={digest}", tmp_path, progress=False))
+    with pytest.raises(ValueError, match="is left as it is"):
+        downloads.fetch(f"{host.url()}#sha256={'0' * 64}", tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("weights.pth", "weights-0123abc.pth", "weights-DEFAULT0.pth", ""),
+        *("weights.pth#sha256=", "weights.pth#sha256=0123abc", "weights.pth#md5=0123abcd"),
+    ],
+)
+def test_refuses_urls_without_a_hash(tmp_path, name):
+    with pytest.raises(ValueError, match=r"allowed are URLs that tell the file's SHA-256"):
         downloads.fetch(f"http://127.0.0.1:1/{name}", tmp_path)
 
 
@@ -323,10 +350,15 @@ def test_file_systems_without_locks(host, tmp_path, monkeypatch, error):
 
 
 class TestFileSystem:
-    def test_too_little_space(self, host, tmp_path, monkeypatch):
-        usage = types.SimpleNamespace(free=SIZE - 1)
+    @pytest.mark.parametrize("found", [0, 100_000])
+    def test_too_little_space(self, host, tmp_path, monkeypatch, found):
+        part(host, tmp_path, CONTENT[:found])
+        missing = SIZE - found
+        usage = types.SimpleNamespace(free=missing - 1)
         monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(OSError, match=f"{SIZE} bytes are missing and {SIZE - 1}") as caught:
+        with pytest.raises(
+            OSError, match=f"{missing} bytes are missing and {missing - 1}"
+        ) as caught:
             fetch(host, tmp_path)
         assert caught.value.errno == errno.ENOSPC
         assert caught.value.filename == str(tmp_path / os.path.basename(host.url()))
