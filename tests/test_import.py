@@ -52,7 +52,8 @@ def test_a_network_brings_in_nothing_heavy():
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
     added = json.loads(output)["added"]
     assert "effnet_fast.weights" in added
-    assert [name for name in added for heavy in HEAVY if f"{name}.".startswith(f"{heavy}.")] == []
+    heavy = set(HEAVY) - {"safetensors"}  # reads the weights
+    assert not heavy & ({name.split(".")[0] for name in added} | set(added))
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -16,7 +16,7 @@ from effnet_fast import checkpoints, images
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS, Variant
-from effnet_fast.weights import CATEGORIES, ENUMS, WeightsEnum, get_model_weights, get_weight
+from effnet_fast.weights import CATEGORIES, ENUMS, get_model_weights, get_weight
 
 DEFAULT_MODEL = "b0"
 PUBLISHED_FAMILIES = ("auto", "torchvision")
@@ -65,39 +65,42 @@ def run(arguments: argparse.Namespace) -> None:
             "effnet-fast: no --weights: random ones are used, labels mean nothing", file=sys.stderr
         )
     with common.bad_input(OSError, ValueError, NotImplementedError):
-        source = _find_source(arguments)
-        model = _load_model(source, arguments)
-        labels = _load_labels(source, arguments.labels, len(model.get_parameter(CLASSIFIER)))
+        network = _find_network(arguments)
+        labels = _find_labels(network, arguments.labels)
     results = []
     with common.progress(arguments, len(arguments.images), "images") as bar:
         for path in arguments.images:
             with common.bad_input(OSError, ValueError):
-                x = source.preset(images.load(path))[None]
-            results.append({"path": path, "top": classify(model, x, arguments.top, labels)})
+                x = network.preset(images.load(path))[None]
+            top = classify(network.model, x, arguments.top, labels)
+            results.append({"path": path, "top": top})
             bar.update()
     if arguments.json:
-        report = {"model": source.variant.name, "backend": arguments.backend}
-        weights = None if arguments.weights is None else str(source.published or source.file)
-        common.print_json({**report, "weights": weights, "images": results})
+        report = {"model": network.size, "backend": arguments.backend, "weights": network.weights}
+        common.print_json({**report, "images": results})
     else:
         for result in results:
             _print_result(result)
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the network's weights come from, and what follows from that."""
+class Network:
+    """What classifies: the model in evaluation mode, its size, and what goes with its weights.
 
-    variant: Variant
-    published: WeightsEnum | None = None
-    file: str | None = None
+    Args:
+        preset: how images are prepared.
+        weights: a file or the full name of published ones; None for random ones.
+    """
+
+    model: EfficientNet
+    size: str
+    preset: images.ImageClassification
+    weights: str | None
 
     @property
-    def preset(self) -> images.ImageClassification:
-        """How images are prepared: as the published weights say, or else the variant."""
-        if self.published is not None:
-            return self.published.transforms()
-        return images.preset(self.variant)
+    def classes(self) -> int:
+        """Number of logits."""
+        return len(self.model.get_parameter(CLASSIFIER))
 
 
 def classify(
@@ -117,24 +120,17 @@ def classify(
     ]
 
 
-def _find_source(arguments: argparse.Namespace) -> Source:
+def _find_network(arguments: argparse.Namespace) -> Network:
     """Takes --weights for a name where it is one, and for a file otherwise."""
-    text, model = arguments.weights, arguments.model
-    if text is None or not _is_name(text):
-        return Source(VARIANTS[model or DEFAULT_MODEL], file=text)
-    if arguments.family not in PUBLISHED_FAMILIES:
-        raise ValueError(
-            f"--weights {text} are torchvision's: --family {arguments.family} is for files"
-        )
-    if "." not in text:
-        enum = get_model_weights(f"efficientnet_{model or DEFAULT_MODEL}")
-        return Source(VARIANTS[model or DEFAULT_MODEL], enum.verify(text))
-    published = get_weight(text)
-    owner = next(name for name, enum in ENUMS.items() if isinstance(published, enum))
-    owner = owner.removeprefix("efficientnet_")
-    if model not in (None, owner):
-        raise ValueError(f"--weights {text} are of {owner}, but --model is {model}")
-    return Source(VARIANTS[owner], published)
+    text, backend = arguments.weights, arguments.backend
+    if text is not None and _is_name(text):
+        return _published_network(arguments)
+    variant = VARIANTS[arguments.model or DEFAULT_MODEL]
+    if text is None:
+        model = common.build_model(variant, backend, CLASSES)
+    else:
+        model = _load(variant, checkpoints.load(text, arguments.family), backend, text)
+    return Network(model, variant.name, images.preset(variant), text)
 
 
 def _is_name(text: str) -> bool:
@@ -142,33 +138,44 @@ def _is_name(text: str) -> bool:
     return re.fullmatch(NAME, text) is not None and not Path(text).is_file()
 
 
-def _load_model(source: Source, arguments: argparse.Namespace) -> EfficientNet:
-    if source.published is None and source.file is None:
-        return common.build_model(source.variant, arguments.backend, CLASSES)
-    if source.published is not None:
-        silent = arguments.no_progress or not sys.stderr.isatty()
-        state, name = source.published.get_state_dict(progress=not silent), str(source.published)
-    else:
-        assert source.file is not None
-        state, name = checkpoints.load(source.file, arguments.family), source.file
+def _published_network(arguments: argparse.Namespace) -> Network:
+    text, size = arguments.weights, arguments.model
+    if arguments.family not in PUBLISHED_FAMILIES:
+        raise ValueError(f"--weights {text} names torchvision's, not {arguments.family}'s")
+    if "." not in text:
+        text = f"{get_model_weights(f'efficientnet_{size or DEFAULT_MODEL}').__name__}.{text}"
+    published = get_weight(text)
+    owner = next(name for name, enum in ENUMS.items() if isinstance(published, enum))
+    owner = owner.removeprefix("efficientnet_")
+    if size not in (None, owner):
+        raise ValueError(f"--weights {text} are of {owner}, but --model is {size}")
+    silent = arguments.no_progress or not sys.stderr.isatty()
+    state = published.get_state_dict(progress=not silent)
+    model = _load(VARIANTS[owner], state, arguments.backend, str(published))
+    return Network(model, owner, published.transforms(), str(published))
+
+
+def _load(variant: Variant, state: dict[str, Tensor], backend: str, weights: str) -> EfficientNet:
     classifier = state.get(CLASSIFIER)
     classes = CLASSES if classifier is None or classifier.ndim != 2 else len(classifier)
-    model = common.build_model(source.variant, arguments.backend, classes)
+    model = common.build_model(variant, backend, classes)
     try:
         checkpoints.check(model, state)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{weights}: {error}") from error
     model.load_state_dict(state)
     return model
 
 
-def _load_labels(source: Source, path: Path | None, classes: int) -> list[str] | None:
+def _find_labels(network: Network, path: Path | None) -> list[str] | None:
     if path is None:
-        random = source.published is None and source.file is None
-        return None if random or classes != CLASSES else CATEGORIES
+        known = network.weights is not None and network.classes == CLASSES
+        return CATEGORIES if known else None
     labels = path.read_text(encoding="utf-8").splitlines()
-    if len(labels) != classes:
-        raise ValueError(f"{path}: {len(labels)} lines, but the network has {classes} classes")
+    if len(labels) != network.classes:
+        raise ValueError(
+            f"{path}: {len(labels)} lines, but the network has {network.classes} classes"
+        )
     return labels
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from effnet_fast import checkpoints
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.weights import WeightsEnum, get_model_weights
 
@@ -49,8 +50,6 @@ def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool)
         ValueError: names, shapes or dtypes differ from the model's, of which the first few are
             named; or what `WeightsEnum.get_state_dict` raises, as other errors.
     """
-    from effnet_fast import checkpoints  # imports safetensors, which naming weights does without
-
     state = published.get_state_dict(progress=progress)
     absent = tuple(end for end in ENDS if not any(k.startswith(end) for k in model.state_dict()))
     state = {key: value for key, value in state.items() if not key.startswith(absent)}
