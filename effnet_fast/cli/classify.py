@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast import checkpoints, images
+from effnet_fast import checkpoints, images, models
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -129,7 +129,7 @@ def _find_network(arguments: argparse.Namespace) -> Network:
     if text is None:
         model = common.build_model(variant, backend, CLASSES)
     else:
-        model = _load(variant, checkpoints.load(text, arguments.family), backend, text)
+        model = _load(variant, text, arguments.family, backend)
     return Network(model, variant.name, images.preset(variant), text)
 
 
@@ -150,19 +150,20 @@ def _published_network(arguments: argparse.Namespace) -> Network:
     if size not in (None, owner):
         raise ValueError(f"--weights {text} are of {owner}, but --model is {size}")
     silent = arguments.no_progress or not sys.stderr.isatty()
-    state = published.get_state_dict(progress=not silent)
-    model = _load(VARIANTS[owner], state, arguments.backend, str(published))
+    build = getattr(models, f"efficientnet_{owner}")
+    model = build(weights=published, progress=not silent, backend=arguments.backend).eval()
     return Network(model, owner, published.transforms(), str(published))
 
 
-def _load(variant: Variant, state: dict[str, Tensor], backend: str, weights: str) -> EfficientNet:
+def _load(variant: Variant, path: str, family: str, backend: str) -> EfficientNet:
+    state = checkpoints.load(path, family)
     classifier = state.get(CLASSIFIER)
     classes = CLASSES if classifier is None or classifier.ndim != 2 else len(classifier)
     model = common.build_model(variant, backend, classes)
     try:
         checkpoints.check(model, state)
     except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(state)
     return model
 
