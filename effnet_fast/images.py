@@ -119,8 +119,8 @@ class ImageClassification(nn.Module):
         if not x.is_floating_point():
             x = x.to(torch.float32) / torch.iinfo(x.dtype).max
         x = x.to(torch.float32)
-        mean = torch.tensor(self.mean, device=x.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(3, 1, 1)
+        mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device).view(3, 1, 1)
+        std = torch.tensor(self.std, dtype=x.dtype, device=x.device).view(3, 1, 1)
         return (x - mean) / std
 
     def extra_repr(self) -> str:
@@ -145,7 +145,8 @@ class ImageClassification(nn.Module):
         width, height = image.size
         new_height, new_width = _resized(height, width, self.resize_size[0])
         limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and new_height * new_width > limit:
+        grows = new_height * new_width > height * width
+        if limit is not None and grows and new_height * new_width > limit:
             raise ValueError(
                 f"image of {width}x{height} pixels is too narrow: resized to a shorter side of "
                 f"{self.resize_size[0]} it would have {new_height * new_width} pixels, more than "

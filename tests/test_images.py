@@ -259,6 +259,20 @@ class TestPreset:
         assert image.mode == mode
         assert torch.equal(ours(image), theirs(rgb))
 
+    def test_the_default_dtype_changes_nothing(self):
+        preset, x = presets(97, 131)[0], tensor(211, 157)
+        expected = preset(x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(preset(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_large_images_that_shrink_are_fine(self, monkeypatch):
+        ours, theirs = presets(97, 131)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+        assert torch.equal(ours(photo(333, 257)), theirs(photo(333, 257)))
+
     def test_other_constants(self):
         constants = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)}
         ours, theirs = presets(97, 131, **constants)
