@@ -27,6 +27,8 @@ CONTESTANT = "contestant"  # the parameter of a test that is not part of its con
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("effnet-fast benchmarks")
     group.addoption("--quick", action="store_true", help="a few shapes and short bursts")
+    group.addoption("--rounds", type=int, help="bursts of each contestant")
+    group.addoption("--commit", help="what to record as the commit (default: git's)")
     group.addoption("--record", action="store_true", help="append the results to a CSV file")
     group.addoption("--results", type=Path, default=records.RESULTS, help="folder of the CSV files")
 
@@ -59,6 +61,8 @@ class Arena:
 
     def __init__(self, config: pytest.Config) -> None:
         self._quick = config.getoption("--quick")
+        self._rounds = config.getoption("--rounds")
+        self._commit = config.getoption("--commit")
         self._record = config.getoption("--record")
         self._results = config.getoption("--results")
         self._outcomes: dict[Key, Outcome | AssertionError] = {}
@@ -77,10 +81,10 @@ class Arena:
         return found
 
     def _hold(self, contest: Contest, names: list[str]) -> Outcome:
-        outcome = hold(contest, names, self._quick)
+        outcome = hold(contest, names, quick=self._quick, rounds=self._rounds)
         if self._record:
             measured = limits.measure(contest.device) if contest.work else None
-            records.append(records.rows_of(outcome, measured), self._results)
+            records.append(records.rows_of(outcome, measured, self._commit), self._results)
         return outcome
 
 

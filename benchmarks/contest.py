@@ -110,8 +110,16 @@ PACES = {
 }
 
 
-def hold(contest: Contest, names: list[str], quick: bool = False) -> Outcome:
+def hold(
+    contest: Contest, names: list[str], *, quick: bool = False, rounds: int | None = None
+) -> Outcome:
     """Checks, builds and times the contestants of these names.
+
+    Args:
+        contest: what is held.
+        names: who takes part.
+        quick: fewer bursts.
+        rounds: so many bursts of each contestant instead.
 
     Raises:
         AssertionError: this package computes something else than it should; nothing is timed.
@@ -132,7 +140,7 @@ def hold(contest: Contest, names: list[str], quick: bool = False) -> Outcome:
     pace = PACES[quick, contest.engines]
     times = timing.measure(
         ready,
-        rounds=pace.rounds,
+        rounds=rounds or pace.rounds,
         discard_s=pace.discard_s,
         burst_s=pace.burst_s,
         call_for=cuda_call_for if contest.device == "cuda" else None,

@@ -21,7 +21,15 @@ from benchmarks.limits import DTYPES
 from cases import DwconvCase, MBConvCase, PointwiseCase, SqueezeExciteCase
 from effnet_fast import layers, ops
 from effnet_fast.backends import use_backend
-from parity import Call, Dtypes, check, dwconv_call, pointwise_call, squeeze_excite_call
+from parity import (
+    Call,
+    Dtypes,
+    check,
+    dwconv_call,
+    pointwise_call,
+    random_like,
+    squeeze_excite_call,
+)
 from tolerances import GRADIENT_FACTOR, assert_no_worse_than
 
 STOCK, COMPILED, CONV = "torch", "torch_compile", "conv_alone"
@@ -201,7 +209,7 @@ def _step(
 
         return infer
     with use_backend(backend):
-        grad_y = torch.randn_like(forward())
+        grad_y = random_like(forward())
 
     def train() -> object:
         with use_backend(backend):

@@ -78,12 +78,13 @@ PACKAGES = {
 }
 
 
-def rows_of(outcome: Outcome, limits: Limits | None) -> list[Row]:
-    """A contest's result as rows, the conditions included."""
+def rows_of(outcome: Outcome, limits: Limits | None, commit: str | None = None) -> list[Row]:
+    """A contest's result as rows, the conditions included; `commit` None means git's."""
     contest, work = outcome.contest, outcome.contest.work
     floor = limits.floor_s(work, contest.dtype) * 1e3 if limits and work else None
     common = {
         **_conditions(contest.device),
+        "commit": git_commit() if commit is None else commit,
         "what": contest.what,
         "case": contest.case,
         "mode": contest.mode,
@@ -201,7 +202,6 @@ def _conditions(device: str) -> dict[str, object]:
     cuda = device == "cuda"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(),
         "machine": machine(device),
         "device": device,
         "threads": torch.get_num_threads(),
@@ -213,7 +213,7 @@ def _conditions(device: str) -> dict[str, object]:
     }
 
 
-def commit() -> str:
+def git_commit() -> str:
     """The checkout's commit, with a plus where files differ from it; empty outside of git."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")

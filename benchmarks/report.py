@@ -198,11 +198,12 @@ GROWTH_WORDS = (
 )
 WORDS = (
     "# Benchmarks\n\n"
-    "Written by `python -m benchmarks.report` from benchmarks/results/*.csv; not edited by hand.\n\n"
+    "Written by `python -m benchmarks.report` from benchmarks/results/*.csv; not edited by hand."
+    "\n\n"
     "Every figure has its peers and its limit beside it, from the same run. Times are medians of "
     "calls in alternating bursts. A ratio below 1 means less time than the best of the peers. The "
     "floor is the larger of the fewest bytes over the rate of a copy of that size, and the "
-    "operations, SiLUs included, over the rate of multiply-adds: nothing can be faster. Peak memory "
+    "operations, SiLUs included, over the rate of multiply-adds: nothing is faster. Peak memory "
     "is what a contestant's first call adds to what stood before it."
 )
 

@@ -15,7 +15,7 @@ from effnet_fast import downloads
 from effnet_fast.cli import bench, common
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.weights import EfficientNet_B0_Weights
-from host import serve
+from host import CONTENT, serve
 
 # Workers side by side would spin against each other's OpenMP threads: one thread each. The tests
 # of threading set their own number.
@@ -60,11 +60,23 @@ def b0_file(b0_state):
 
 
 @pytest.fixture
-def published(b0_file, tmp_path, monkeypatch):
+def quick_retries(monkeypatch):
+    """Short pauses before the next attempt, and no proxy between this machine and itself."""
+    monkeypatch.setattr(downloads, "PAUSE", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def host(quick_retries):
+    """A host that serves `CONTENT`."""
+    with serve(CONTENT) as host:
+        yield host
+
+
+@pytest.fixture
+def published(quick_retries, b0_file, tmp_path, monkeypatch):
     """A host that serves `b0_file` as B0's published weights, and an empty cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(downloads, "PAUSE", 0.01)
     with serve(b0_file) as host:
         url = host.url("efficientnet_b0_stand-in")
         monkeypatch.setattr(EfficientNet_B0_Weights.IMAGENET1K_V1.value, "url", url)

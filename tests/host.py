@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from effnet_fast import downloads
+
+SIZE = 300_000  # bytes: several of the server's writes
+CONTENT = random.Random(0).randbytes(SIZE)
+OTHER = random.Random(1).randbytes(SIZE)
 
 
 @dataclass
@@ -40,6 +49,24 @@ class Host:
         """Where the content is, under a name that promises its hash."""
         digest = sha256 or hashlib.sha256(self.content).hexdigest()[:8]
         return f"{self.address}/models/{name}-{digest}.pth"
+
+
+def fetch(host: Host, folder: Path) -> Path:
+    """Fetches what the host serves."""
+    return downloads.fetch(host.url(), folder, progress=False)
+
+
+def part(host: Host, folder: Path, content: bytes) -> Path:
+    """Leaves a part of the file, as a killed process does."""
+    path = folder / (os.path.basename(host.url()) + ".part")
+    path.write_bytes(content)
+    return path
+
+
+def holds(path: Path, content: bytes = CONTENT) -> bool:
+    """Whether the file has this content, in a folder without other files."""
+    assert sorted(path.parent.iterdir()) == [path]
+    return path.read_bytes() == content
 
 
 @contextlib.contextmanager
