@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 FORMATS = ("auto", *FAMILIES)
+ADDRESSES = ("https://", "http://")
 FAMILY_ENTRY = "effnet_fast.family"  # of a safetensors file's metadata
 
 
@@ -67,7 +68,11 @@ class Checkpoint:
 
 
 def load(
-    path_or_url: str | os.PathLike[str], format: str = "auto", *, ema: bool = True
+    path_or_url: str | os.PathLike[str],
+    format: str = "auto",
+    *,
+    ema: bool = True,
+    progress: bool = True,
 ) -> dict[str, Tensor]:
     """Reads a state dict of any family; names and order are torchvision's, tensors on the CPU.
 
@@ -77,19 +82,22 @@ def load(
     `EfficientNet.from_checkpoint`.
 
     Args:
-        path_or_url: a local file, `.safetensors` or whatever torch.save writes.
+        path_or_url: a file, `.safetensors` or whatever torch.save writes; or the https address of
+            one, which `downloads.fetch` keeps in torch.hub.get_dir()/checkpoints and whose SHA-256
+            it checks at every call (digits of it in the name, or #sha256=... behind the address).
         format: "auto" (told from the names), or the naming that the file must have: "torchvision",
             "timm", "timm_tf" (the same names), "lukemelas" or "nvidia".
         ema: whether to prefer the moving average of the weights in a training checkpoint.
+        progress: shows a progress bar while downloading.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or not be downloaded.
         ValueError: unknown format; the file is corrupt, needs code to be loaded, holds something
             else than tensors, or names them in no known way or another than `format`. The message
             names the path.
     """
     check_family(format, FORMATS, "format")
-    return open_checkpoint(path_or_url, format, ema=ema, names_too=True).state
+    return open_checkpoint(path_or_url, format, ema=ema, names_too=True, progress=progress).state
 
 
 def open_checkpoint(
@@ -98,6 +106,7 @@ def open_checkpoint(
     *,
     ema: bool = True,
     names_too: bool = False,
+    progress: bool = True,
 ) -> Checkpoint:
     """Reads a file and tells whose network it is of.
 
@@ -107,14 +116,19 @@ def open_checkpoint(
             timm's plain and tf_ networks have the same names; the name of the model within the
             file, of the file or of its folders decides then ("tf_efficientnet_b0..."), and where
             nothing does, plain is assumed and `Checkpoint.assumption` says so.
-        ema: as for `load`.
+        ema, progress: as for `load`.
         names_too: whether `family` also tells how the file must name its parameters.
 
     Raises:
         what `load` does.
     """
     check_family(family, FORMATS)
-    path = os.fspath(path_or_url)
+    given = os.fspath(path_or_url)
+    path = given
+    if given.startswith(ADDRESSES):
+        from effnet_fast import downloads  # imports urllib, which files do without
+
+        path = os.fspath(downloads.fetch(given, progress=progress))
     content = read(path, ema=ema)
     try:
         naming = naming_of(content.state)
@@ -123,7 +137,7 @@ def open_checkpoint(
         state = complete(convert(content.state))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    hints = (content.architecture, *reversed(Path(path).parts))
+    hints = (content.architecture, *reversed(Path(given).parts))
     assumption = ""
     if family == "auto":
         family, assumption = _find_family(content.metadata, naming, hints)

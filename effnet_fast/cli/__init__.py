@@ -1,4 +1,4 @@
-"""The command line: `effnet-fast classify | bench | convert | doctor | info`, one file per subcommand."""
+"""The command line, one file per subcommand: `effnet-fast classify | bench | convert | ...`."""
 
 from __future__ import annotations
 

@@ -110,6 +110,7 @@ class EfficientNet(nn.Module):
         num_classes: int | None = None,
         in_chans: int | None = None,
         ema: bool = True,
+        progress: bool = True,
         **options: Any,
     ) -> Self:
         """The network that a checkpoint of any family is of, with its weights, in training mode.
@@ -128,6 +129,7 @@ class EfficientNet(nn.Module):
             in_chans: channels of the images; a stem of another number is summed or repeated, see
                 `adapt_input_channels`. None means as many as the file has.
             ema: whether to prefer the moving average of the weights in a training checkpoint.
+            progress: shows a progress bar while downloading.
             options: as for `EfficientNet`.
 
         Raises:
@@ -142,6 +144,7 @@ class EfficientNet(nn.Module):
             num_classes=num_classes,
             in_chans=in_chans,
             ema=ema,
+            progress=progress,
             **options,
         )
 

@@ -32,13 +32,14 @@ def load_network(
     num_classes: int | None = None,
     in_chans: int | None = None,
     ema: bool = True,
+    progress: bool = True,
     **options: Any,
 ) -> Network:
     """`build(variant, num_classes=, in_chans=, **options)` with a file's weights.
 
     See `EfficientNet.from_checkpoint` for the arguments and errors.
     """
-    checkpoint = checkpoints.open_checkpoint(path, family, ema=ema)
+    checkpoint = checkpoints.open_checkpoint(path, family, ema=ema, progress=progress)
     if checkpoint.assumption:
         warnings.warn(f"{os.fspath(path)}: {checkpoint.assumption}", stacklevel=3)
     state = checkpoint.state
