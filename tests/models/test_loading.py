@@ -150,7 +150,7 @@ def test_options_are_passed_on(tmp_path, tiny):
     path = write(tiny, tmp_path / "a.pth")
     model = EfficientNet.from_checkpoint(path, variant=TINY, dropout=0.7, backend="reference")
     assert (model.classifier[0].p, model.backend) == (0.7, "reference")
-    with pytest.raises(ValueError, match="^dropout must be between 0 and 1"):
+    with pytest.raises(ValueError, match=r"^dropout must be between 0 and 1"):
         EfficientNet.from_checkpoint(path, variant=TINY, dropout=7)
 
 
