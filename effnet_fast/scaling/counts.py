@@ -162,3 +162,70 @@ def count(
         macs += conv.repeats * conv.macs
         activations += conv.repeats * conv.activations
     return Counts(parameters, macs, activations)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks that are alike, or the stem, or the head with the classifier.
+
+    Args:
+        stage: as in `ConvShape`.
+        kind: "stem", "block" or "head".
+        repeats: how many of them there are.
+        convs: their convolutions by kind; the head's hold the classifier too.
+        elements: for one image, of the input x, the depthwise convolution's input e (x where
+            nothing expands) and output d, and the output y; the stem and the head have x and y.
+        residual: whether x is added to y.
+    """
+
+    stage: int
+    kind: str
+    repeats: int
+    convs: dict[str, ConvShape]
+    elements: dict[str, int]
+    residual: bool
+
+    @property
+    def expands(self) -> bool:
+        """Whether there is a 1x1 convolution before the depthwise one."""
+        return "expand" in self.convs
+
+    @property
+    def parameters(self) -> int:
+        """Trained parameters of one."""
+        return sum(conv.parameters for conv in self.convs.values())
+
+
+def groups(
+    variant: Variant,
+    resolution: int | None = None,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> Iterator[Group]:
+    """The rows of `convolutions` gathered into blocks, with the sizes of their tensors.
+
+    Args:
+        variant, resolution, num_classes, in_chans: as for `convolutions`.
+
+    Raises:
+        ValueError: as `convolutions`.
+    """
+    x = in_chans * (variant.resolution if resolution is None else resolution) ** 2
+    convs: dict[str, ConvShape] = {}
+    for conv in convolutions(variant, resolution, num_classes=num_classes, in_chans=in_chans):
+        convs[conv.kind] = conv
+        if conv.kind not in ("stem", "project", "classifier"):
+            continue
+        first, last = next(iter(convs.values())), convs.get("head", conv)
+        kind = first.kind if first.kind in ("stem", "head") else "block"
+        y = last.activations
+        sizes = {"x": x, "y": y}
+        residual = False
+        if kind == "block":
+            depthwise = convs["depthwise"]
+            sizes["e"] = convs["expand"].activations if "expand" in convs else x
+            sizes["d"] = depthwise.activations
+            residual = depthwise.stride == 1 and first.in_channels == last.out_channels
+        yield Group(conv.stage, kind, conv.repeats, convs, sizes, residual)
+        x, convs = y, {}
