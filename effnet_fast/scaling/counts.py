@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from effnet_fast.layers import MBConvConfig
 from effnet_fast.models.variants import Variant
 
 
-@dataclass(frozen=True)
-class ConvShape:
+class ConvShape(NamedTuple):
     """A convolution (or the classifier, as a 1x1 one) as often as the network holds it alike.
 
     Args:
@@ -102,9 +102,10 @@ def convolutions(
             f"{side}, {num_classes} and {in_chans}"
         )
     side = _output_side(side, 2)
-    stem = variant.stem_channels
+    stages = variant.stages
+    stem = stages[0].in_channels
     yield ConvShape(0, "stem", in_chans, stem, 3, 2, 1, side, False, True, 1)
-    for number, stage in enumerate(variant.stages, 1):
+    for number, stage in enumerate(stages, 1):
         first = MBConvConfig(
             stage.expand_ratio, stage.kernel, stage.stride, stage.in_channels, stage.out_channels
         )
@@ -115,8 +116,8 @@ def convolutions(
                 stage.expand_ratio, stage.kernel, 1, stage.out_channels, stage.out_channels
             )
             yield from _block(number, later, side, stage.repeats - 1)
-    last, head = len(variant.stages) + 1, variant.head_channels
-    channels = variant.stages[-1].out_channels
+    last, head = len(stages) + 1, variant.head_channels
+    channels = stages[-1].out_channels
     yield ConvShape(last, "head", channels, head, 1, 1, 1, side, False, True, 1)
     yield ConvShape(last, "classifier", head, num_classes, 1, 1, 1, 1, True, False, 1)
 
@@ -164,8 +165,7 @@ def count(
     return Counts(parameters, macs, activations)
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Blocks that are alike, or the stem, or the head with the classifier.
 
     Args:

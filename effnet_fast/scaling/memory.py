@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from effnet_fast.models.variants import Variant
-from effnet_fast.ops.scratch import KEPT_BYTES
 from effnet_fast.scaling.counts import Group, groups
 from effnet_fast.scaling.memory_plans import PLANS, Plan, Step, Steps, plans
 
@@ -91,10 +90,8 @@ def memory(
     images = batch * rows[0].elements["x"] * dtype.itemsize
     standing = parameters + images
     if mode == "inference":
-        kept = _shared(sized) if chosen.shared else 0
-        peak = _forward(sized, chosen, kept)[1]
-        return Memory(parameters, 0, images, 0, standing + peak)
-    saved, peak = _forward(sized, chosen, 0)
+        return Memory(parameters, 0, images, 0, standing + _forward(sized, chosen)[1])
+    saved, peak = _forward(sized, chosen)
     peak = max(peak, saved + _backward(sized, chosen, dtype), trained)
     optimizer = optimizer_tensors * trained
     return Memory(parameters, optimizer, images, saved, standing + optimizer + peak)
@@ -172,24 +169,22 @@ Sized = list[tuple[Group, dict[str, int]]]
 
 
 def _shared(sized: Sized) -> int:
-    """Bytes of the buffers for e and d that stand from pass to pass; 0 where they are freed."""
+    """Bytes of the buffers for e and d, which outlast the pass.
+
+    Where they are too large for that (`scratch.KEPT_BYTES`) they grow during the pass, and have
+    grown to this when it is at its peak.
+    """
     blocks = [(g, sizes) for g, sizes in sized if g.kind == "block"]
-    kept = max((s["e"] for g, s in blocks if g.expands), default=0)
-    kept += max((s["d"] for _, s in blocks), default=0)
-    return kept if kept <= KEPT_BYTES else 0
+    expanded = max((sizes["e"] for g, sizes in blocks if g.expands), default=0)
+    return expanded + max((sizes["d"] for _, sizes in blocks), default=0)
 
 
-def _forward(sized: Sized, plan: Plan, kept: int) -> tuple[int, int]:
+def _forward(sized: Sized, plan: Plan) -> tuple[int, int]:
     """Bytes alive after the forward pass, and the most during it."""
-    live = peak = kept
+    live = peak = _shared(sized) if plan.shared else 0
     owed = 0
-    held = {"e": 0, "d": 0}
     for index, (group, sizes) in enumerate(sized):
         steps = {"stem": plan.stem, "head": plan.head}.get(group.kind, plan.block)
-        if plan.shared and not kept and group.kind == "block":
-            for letter in "ed" if group.expands else "d":
-                growth = max(0, sizes[letter] - held[letter])
-                live, held[letter] = live + growth, held[letter] + growth
         left, most = _follow(steps, group, sizes)
         live += group.repeats * left
         peak = max(peak, live - left + most)

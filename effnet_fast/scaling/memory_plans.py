@@ -114,7 +114,8 @@ project         convolution     yv      -
 project         finish          y       -
 """
 _LEAN_BACKWARD = _FAST_BACKWARD.replace(
-    "depthwise       backward", "expand          recompute       e       -\ndepthwise       backward"
+    "depthwise       backward",
+    "expand          recompute       e       -\ndepthwise       backward",
 )
 _STOCK_EDGE = "edge conv_bn_silu yyyv -"
 _STOCK_EDGE_BACKWARD = "edge silu_bwd y yy\nedge bn_bwd yy yyyv"
