@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from effnet_fast.layers import MBConvConfig
-from effnet_fast.models.variants import Variant
+from effnet_fast.models.variants import B0_STAGES, HEAD_RATIO, Stage, Variant
 
 
 class ConvShape(NamedTuple):
@@ -163,6 +163,43 @@ def count(
         macs += conv.repeats * conv.macs
         activations += conv.repeats * conv.activations
     return Counts(parameters, macs, activations)
+
+
+def unrounded_macs(
+    *,
+    depth: float = 1.0,
+    width: float = 1.0,
+    resolution: float = 224.0,
+    stages: tuple[Stage, ...] = B0_STAGES,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> float:
+    """Multiply-adds of one image if channels, repeats and sides could be any real numbers.
+
+    Each stage's blocks count `depth` times, its channels `width` times; each stride halves the
+    side. What depth, width and resolution then multiply is exact: 1x1 convolutions of the blocks
+    grow with depth * width**2 * resolution**2, depthwise ones with width instead of width**2,
+    squeeze-excite without the resolution, the stem and the head without the depth, the classifier
+    with the width alone. So the whole grows less than depth * width**2 * resolution**2.
+
+    Args:
+        depth, width: multipliers of the repeats and channels of `stages`.
+        resolution: side of the square images, pixels.
+        stages, num_classes, in_chans: as for `custom_variant` and `count`.
+    """
+    side = resolution / 2
+    total = 9 * in_chans * width * stages[0].in_channels * side**2
+    for stage in stages:
+        for index in range(stage.repeats):
+            channels = width * (stage.out_channels if index else stage.in_channels)
+            inner, out = channels * stage.expand_ratio, width * stage.out_channels
+            expand = channels * inner * side**2 if stage.expand_ratio != 1 else 0.0
+            side /= 1 if index else stage.stride
+            depthwise = inner * stage.kernel**2 * side**2
+            total += depth * (expand + depthwise + 2 * inner * channels / 4 + inner * out * side**2)
+    last = width * stages[-1].out_channels
+    head = HEAD_RATIO * last
+    return total + last * head * side**2 + head * num_classes
 
 
 class Group(NamedTuple):

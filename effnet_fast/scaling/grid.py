@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -161,14 +161,14 @@ def _score(job: _Job) -> float:
         return float(job.scorer(network))
 
 
-def _run(jobs: list[_Job], workers: int, engine: str) -> Iterator[tuple[_Job, float]]:
+def _run(jobs: list[_Job], workers: int, engine: str) -> Generator[tuple[_Job, float], None, None]:
     """Jobs and their scores in the order in which they end."""
     if not jobs:
         return
     if engine == "ray":
         results = _run_on_ray(jobs)
     elif workers == 1 or len(jobs) == 1:
-        results = ((job, lambda job=job: _score(job)) for job in jobs)  # type: ignore[misc]
+        results = ((job, partial(_score, job)) for job in jobs)
     else:
         results = _run_in_processes(jobs, workers)
     with closing(results):
@@ -184,10 +184,10 @@ def _run(jobs: list[_Job], workers: int, engine: str) -> Iterator[tuple[_Job, fl
             yield job, score
 
 
-Results = Iterator[tuple[_Job, Callable[[], float]]]
+Results = Generator[tuple[_Job, Callable[[], float]], None, None]
 
 
-def _run_in_processes(jobs: list[_Job], workers: int) -> Any:
+def _run_in_processes(jobs: list[_Job], workers: int) -> Results:
     # A forked child of a process that has used OpenMP hangs in its first parallel region.
     context = torch.multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
@@ -199,7 +199,7 @@ def _run_in_processes(jobs: list[_Job], workers: int) -> Any:
         pool.shutdown(cancel_futures=True)
 
 
-def _run_on_ray(jobs: list[_Job]) -> Any:
+def _run_on_ray(jobs: list[_Job]) -> Results:
     try:
         import ray
     except ImportError as error:
@@ -210,4 +210,4 @@ def _run_on_ray(jobs: list[_Job]) -> Any:
     while waiting:
         done, waiting = ray.wait(waiting)
         for reference in done:
-            yield running[reference], lambda reference=reference: ray.get(reference)
+            yield running[reference], partial(ray.get, reference)

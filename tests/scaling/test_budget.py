@@ -75,7 +75,7 @@ def test_takes_less_than_two_seconds() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "at least one of target_flops, target_macs and target_params"),
+        ({}, "at least one of target_flops, .* and target_latency"),
         ({"target_macs": 0}, "target_macs must be positive"),
         ({"target_params": float("nan")}, "target_params must be positive"),
         ({"target_macs": 10.0}, "the smallest needs [0-9]+ parameters, [0-9]+ multiply-adds"),
