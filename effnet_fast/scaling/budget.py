@@ -74,7 +74,7 @@ class _Budget:
         if self.latency_model is None:
             return None
         return self.latency_model.predict(
-            variant, num_classes=self.num_classes, in_chans=self.in_chans
+            variant, self.conditions.plan, num_classes=self.num_classes, in_chans=self.in_chans
         )
 
     def used(self, variant: Variant) -> dict[str, float]:

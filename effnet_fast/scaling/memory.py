@@ -110,15 +110,16 @@ def _sizes(group: Group, batch: int, dtype: torch.dtype, device: str) -> dict[st
     sizes = {letter: batch * count * size for letter, count in group.elements.items()}
     last = group.convs.get("project") or next(iter(group.convs.values()))
     sizes |= {"v": 2 * last.out_channels * size, "c": batch * last.out_channels * size}
+    on_cpu = device == "cpu"
+    averaged = batch * group.elements.get("d", group.elements["y"])
+    sizes["f"] = averaged * FP32 if on_cpu and size < FP32 else 0
     if group.kind != "block":
         return sizes
     depthwise, reduce = group.convs["depthwise"], group.convs["reduce"]
     inner, squeezed = depthwise.out_channels, reduce.out_channels
     sizes |= {"c": batch * inner * size, "r": batch * squeezed * size, "i": sizes["e"]}
     sizes |= {"C": batch * inner * FP32, "R": batch * squeezed * FP32}
-    sizes |= {"u": 2 * inner * size, "w": 2 * inner * size}
-    on_cpu = device == "cpu"
-    sizes["f"] = batch * group.elements["d"] * FP32 if on_cpu and size < FP32 else 0
+    sizes |= {"u": 2 * inner * size, "w": 2 * inner * size, "W": 2 * inner * FP32}
     sizes["o"] = _padded_gradient(group, size) if on_cpu else 0
     matrix = inner * last.out_channels * (FP32 + (size if size < FP32 else 0))
     smaller = last.out_channels <= last.side**2

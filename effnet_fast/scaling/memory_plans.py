@@ -7,8 +7,8 @@ named "residual" and "drop_path" where it has a residual, those named "plain" wh
     x e d y   the block's input, the tensors before and after the depthwise convolution, the output
     i         what the depthwise convolution reads: e, or x where nothing expands
     c r       a value per image and channel, expanded (the head's) or squeezed; C R in fp32
-    u w v     mean and variance of the BatchNorm over e, d and y
-    f         an fp32 copy of d, where PyTorch makes one to average 16-bit values
+    u w v     mean and variance of the BatchNorm over e, d and y; W in fp32
+    f         an fp32 copy of d (the head's y), which PyTorch makes to average 16-bit values
     o         what oneDNN takes for the weight gradient of a depthwise convolution
     g         the weight with its gate applied, per image, or d where that is smaller
 
@@ -78,14 +78,14 @@ depthwise       conv_bwd        io      oid
 # This version's CPU kernels in training: depthwise + BN + SiLU and squeeze-excite.
 _FUSED = f"""
 {_STOCK_EXPAND}
-depthwise       fused           ddw     -
+depthwise       fused           ddW     -
 squeeze_excite  fused           dCRC    -
 {_STOCK_PROJECT}
 """
 _FUSED_BACKWARD = f"""
 {_STOCK_PROJECT_BACKWARD}
 squeeze_excite  fused_bwd       d       ddCRC
-depthwise       fused_bwd       i       ddiw
+depthwise       fused_bwd       i       ddiW
 {_STOCK_EXPAND_BACKWARD}
 """
 # The design: x, z1 = e, z2 = d, z3 = y and vectors are saved.
@@ -123,7 +123,7 @@ _FAST_EDGE = "edge convolution yv -\nedge finish y -"
 _FAST_EDGE_BACKWARD = "edge bn_silu_bwd y yyv"
 # The head's output ends in the pool, whose gradient has its size; the classifier keeps its input
 # and dropout's mask. The stem's input needs no gradient.
-_POOL, _POOL_BACKWARD = "edge pool_dropout cc y", "edge pool_bwd y cc"
+_POOL, _POOL_BACKWARD = "edge pool_dropout fcc fy", "edge pool_bwd y cc"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ block           project         g       gCC
 block           done            -       x
 """
 _EDGE_INFERENCE = "edge convolution y -\nedge bn_silu y y"
-_EDGE_DONE = "edge done - x\nedge pool - y"
+_EDGE_DONE = "edge done - x\nedge pool f fy"
 PLANS = {
     ("training", "stock"): _training(_STOCK, _STOCK_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
     ("training", "fused"): _training(_FUSED, _FUSED_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
