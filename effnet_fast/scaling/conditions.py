@@ -8,7 +8,7 @@ import torch
 
 from effnet_fast import backends
 from effnet_fast.models.variants import Variant
-from effnet_fast.scaling.memory import OPTIMIZER_TENSORS, Memory, memory
+from effnet_fast.scaling.memory import OPTIMIZER_TENSORS, Memory, count_memory
 from effnet_fast.scaling.memory_plans import plans
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,8 +24,8 @@ class Conditions:
         dtype: torch.float32, torch.bfloat16 or torch.float16, of parameters and activations.
         training: a training step instead of a forward pass.
         device: "cpu" or "cuda".
-        plan: how blocks are computed, as for `memory`; None means "fused" where this package has
-            kernels that run here, else "stock".
+        plan: how blocks are computed, as for `count_memory`; None means "fused" where this package
+            has kernels that run here, else "stock".
         optimizer_tensors: tensors that the optimizer keeps for each parameter.
 
     Raises:
@@ -70,7 +70,7 @@ class Conditions:
     def memory(self, variant: Variant, *, num_classes: int = 1000, in_chans: int = 3) -> Memory:
         """What a network takes under these conditions, bytes."""
         assert self.plan is not None
-        return memory(
+        return count_memory(
             variant,
             self.mode,
             self.plan,

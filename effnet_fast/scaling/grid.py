@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -138,7 +139,8 @@ def grid_search(
             trials.append(trial)
             if on_trial is not None:
                 on_trial(trial)
-    return sorted(trials, key=lambda trial: -trial.score)
+    rule = attrgetter("alpha", "beta", "gamma")
+    return sorted(trials, key=lambda trial: (-trial.score, rule(trial.scaling)))
 
 
 def _trial(job: _Job, score: float, scorer_name: str) -> Trial:

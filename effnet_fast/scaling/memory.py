@@ -41,7 +41,7 @@ class Memory:
     peak: int
 
 
-def memory(
+def count_memory(
     variant: Variant,
     mode: str = "inference",
     plan: str = "stock",

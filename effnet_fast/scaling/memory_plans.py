@@ -1,4 +1,5 @@
-"""What each way of running a block takes and frees, step by step: the tables behind `memory`.
+"""What each way of running a block takes and frees, step by step: the tables behind
+`count_memory`.
 
 A row is a step: what it belongs to, its name, the tensors that it takes and those that it frees
 when it is done. Rows of "expand" exist where a block expands, of "narrow" where it does not; rows

@@ -28,13 +28,22 @@ PRICES = {
 }
 HELD_OUT = ((0.8, 1.1, 176), (1.1, 0.8, 192), (1.9, 1.4, 320), (0.5, 0.5, 136), (1.1, 1.0, 240))
 MEDIAN_ERROR = 0.1
+EMPTY_PRICES = json.dumps(
+    {
+        "format": 1,
+        "prices": {"fused": {"seconds": {}, "median_error": 0, "largest_error": 0}},
+    }
+)
+
+
+def total(prices: dict[str, float], sample: Sample, conditions: Conditions) -> float:
+    """Seconds that the prices make of the sample's network."""
+    amounts = features(sample.variant, conditions)
+    return sum(prices[name] * n for name, n in zip(FEATURES, amounts, strict=True))
 
 
 def price(sizes: tuple[float, float, int], conditions: Conditions, scale: float = 1.0) -> float:
-    depth, width, side = sizes
-    variant = custom_variant(depth=depth, width=width, resolution=side)
-    amounts = features(variant, conditions)
-    return scale * sum(PRICES[name] * n for name, n in zip(FEATURES, amounts, strict=True))
+    return scale * total(PRICES, Sample(*sizes, {}), conditions)
 
 
 def samples(conditions: Conditions, noise: float = 0.0) -> list[Sample]:
@@ -93,11 +102,10 @@ def test_one_disturbed_measurement_moves_little() -> None:
     rows[4] = replace(rows[4], seconds={"fused": 3 * rows[4].seconds["fused"]})
     found = fit_prices(rows, conditions, "fused")
     assert found.largest_error > 0.5  # it is reported
-    predicted = [
-        sum(found.seconds[n] * a for n, a in zip(FEATURES, features(s.variant, conditions)))
-        for s in rows
+    errors = [
+        abs(total(found.seconds, row, conditions) / price(sizes, conditions) - 1)
+        for row, sizes in zip(rows, NETWORKS, strict=True)
     ]
-    errors = [abs(p / price(sizes, conditions) - 1) for p, sizes in zip(predicted, NETWORKS)]
     assert statistics.median(errors) < 0.05
 
 
@@ -106,14 +114,7 @@ def test_error_is_of_networks_that_the_fit_has_not_seen() -> None:
     conditions = Conditions()
     rows = samples(conditions, noise=0.1)
     found = fit_prices(rows, conditions, "fused")
-    fitted = [
-        abs(
-            sum(found.seconds[n] * a for n, a in zip(FEATURES, features(s.variant, conditions)))
-            / s.seconds["fused"]
-            - 1
-        )
-        for s in rows
-    ]
+    fitted = [abs(total(found.seconds, row, conditions) / row.seconds["fused"] - 1) for row in rows]
     assert found.median_error > statistics.median(fitted)
     assert found.largest_error >= found.median_error > 0.01
 
@@ -159,10 +160,9 @@ def test_other_machines_are_named(measured: Conditions) -> None:
         ("{", "no latency calibration"),
         ("[]", "no latency calibration"),
         ('{"format": 7}', "format 7 is not 1"),
-        ('{"format": 1, "prices": {"fused": {"seconds": {}, "median_error": 0, '
-         '"largest_error": 0}}}', "prices must be of blocks"),
+        (EMPTY_PRICES, "prices must be of blocks"),
     ],
-)  # fmt: skip
+)
 def test_bad_files(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(content)
@@ -240,11 +240,10 @@ def test_held_out_networks_on_this_machine() -> None:
     rows = [Sample(*size, taken) for size, taken in zip(sizes, times, strict=True)]
     for plan in ("stock", "fused"):
         prices = fit_prices(rows[: len(NETWORKS)], conditions, plan).seconds
-        errors = []
-        for row in rows[len(NETWORKS) :]:
-            amounts = features(row.variant, conditions)
-            predicted = sum(prices[n] * a for n, a in zip(FEATURES, amounts, strict=True))
-            errors.append(abs(predicted / row.seconds[plan] - 1))
+        errors = [
+            abs(total(prices, row, conditions) / row.seconds[plan] - 1)
+            for row in rows[len(NETWORKS) :]
+        ]
         assert statistics.median(errors) < MEDIAN_ERROR
 
 

@@ -14,7 +14,7 @@ from allocations import peak_bytes, saved_bytes, standing_bytes, train_step
 from effnet_fast import EfficientNet, use_backend
 from effnet_fast.models import VARIANTS, Stage, Variant, custom_variant
 from effnet_fast.ops import scratch
-from effnet_fast.scaling import groups, memory
+from effnet_fast.scaling import count_memory, groups
 from effnet_fast.scaling.memory_plans import PLANS
 
 BACKENDS = {"stock": "reference", "fused": "auto"}
@@ -76,14 +76,14 @@ def beside_maps(variant: Variant) -> int:
 
 @pytest.mark.parametrize("name", STOCK_FP32)
 def test_stock_is_the_published_figure(name: str) -> None:
-    counted = memory(VARIANTS[name], "training", "stock")
+    counted = count_memory(VARIANTS[name], "training", "stock")
     assert round((counted.saved + counted.images) / 1e6) == STOCK_FP32[name]
 
 
 @pytest.mark.parametrize("name", STOCK_BF16)
 def test_stock_in_bf16_is_the_published_figure_less_a_second_count_of_inputs(name: str) -> None:
     """That table counts the input of every block twice; hooks find it saved once."""
-    counted = memory(VARIANTS[name], "training", "stock", dtype=torch.bfloat16)
+    counted = count_memory(VARIANTS[name], "training", "stock", dtype=torch.bfloat16)
     blocks = [g for g in groups(VARIANTS[name]) if g.kind == "block"]
     inputs = sum(2 * g.repeats * g.elements["x"] for g in blocks)
     total = (counted.saved + counted.images + inputs) / 1e6
@@ -94,7 +94,7 @@ def test_stock_in_bf16_is_the_published_figure_less_a_second_count_of_inputs(nam
 @pytest.mark.parametrize("name", STOCK_FP32)
 def test_design_is_the_published_figure(plan: str, name: str) -> None:
     variant = VARIANTS[name]
-    saved = memory(variant, "training", plan, dtype=torch.bfloat16).saved
+    saved = count_memory(variant, "training", plan, dtype=torch.bfloat16).saved
     assert round((saved - beside_maps(variant)) / 1e6) == DESIGN_BF16[plan][name]
     assert beside_maps(variant) < 0.05 * saved
 
@@ -102,8 +102,8 @@ def test_design_is_the_published_figure(plan: str, name: str) -> None:
 @pytest.mark.parametrize("plan", SHARES)
 @pytest.mark.parametrize("name", STOCK_FP32)
 def test_design_saves_a_third_and_a_fifth(plan: str, name: str) -> None:
-    saved = memory(VARIANTS[name], "training", plan).saved
-    stock = memory(VARIANTS[name], "training", "stock").saved
+    saved = count_memory(VARIANTS[name], "training", plan).saved
+    stock = count_memory(VARIANTS[name], "training", "stock").saved
     assert saved / stock == pytest.approx(SHARES[plan], abs=0.017)
 
 
@@ -112,7 +112,7 @@ def test_design_saves_a_third_and_a_fifth(plan: str, name: str) -> None:
 @pytest.mark.parametrize("case", EACH_CASE)
 def test_saved_is_what_hooks_count(case: str, plan: str, dtype: torch.dtype) -> None:
     batch, variant = CASES[case]
-    counted = memory(variant, "training", plan, batch=batch, dtype=dtype)
+    counted = count_memory(variant, "training", plan, batch=batch, dtype=dtype)
     model = network(variant, plan, dtype).train()
     measured = saved_bytes(model, images(variant, batch, dtype))
     # fp32 copies of a few vectors per channel are not followed in 16 bits.
@@ -127,7 +127,7 @@ def test_peak_of_training(case: str, plan: str, dtype: torch.dtype) -> None:
     batch, variant = CASES[case]
     model = network(variant, plan, dtype).train()
     x = images(variant, batch, dtype)
-    counted = memory(variant, "training", plan, batch=batch, dtype=dtype, optimizer_tensors=0)
+    counted = count_memory(variant, "training", plan, batch=batch, dtype=dtype, optimizer_tensors=0)
     train_step(model, x)
     model.zero_grad()
     peak = peak_bytes(lambda: train_step(model, x)) + standing_bytes(model) + x.nbytes
@@ -152,7 +152,7 @@ def test_peak_of_inference(case: str, plan: str, dtype: torch.dtype) -> None:
     run()
     peak = peak_bytes(run) + scratch.kept_bytes() + standing_bytes(model) + x.nbytes
     scratch.release()
-    counted = memory(variant, "inference", plan, batch=batch, dtype=dtype)
+    counted = count_memory(variant, "inference", plan, batch=batch, dtype=dtype)
     assert counted.peak == pytest.approx(peak, rel=PEAK_ERROR)
 
 
@@ -183,39 +183,39 @@ def test_peak_of_a_process(plan: str, request: pytest.FixtureRequest) -> None:
     """What the system gives a process beyond what stood, for a training step of eight images."""
     script = HIGH_WATER.format(tests=str(request.path.parents[1]), backend=BACKENDS[plan])
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
-    counted = memory(VARIANTS["b0"], "training", plan, batch=8, optimizer_tensors=0)
+    counted = count_memory(VARIANTS["b0"], "training", plan, batch=8, optimizer_tensors=0)
     assert counted.peak - counted.parameters == pytest.approx(int(found.stdout), rel=PEAK_ERROR)
 
 
 def test_batch_and_optimizer_are_stated() -> None:
     variant = VARIANTS["b0"]
-    plain, adam = (memory(variant, "training", optimizer_tensors=n) for n in (0, 2))
+    plain, adam = (count_memory(variant, "training", optimizer_tensors=n) for n in (0, 2))
     parameters = sum(g.repeats * g.parameters for g in groups(variant)) * 4
     assert adam.peak - plain.peak == adam.optimizer == 2 * parameters
     assert plain.optimizer == 0
-    four = memory(variant, "training", batch=4, optimizer_tensors=0)
+    four = count_memory(variant, "training", batch=4, optimizer_tensors=0)
     assert four.images == 4 * plain.images
     assert four.saved == pytest.approx(4 * plain.saved, rel=1e-2)
 
 
 def test_other_devices_take_no_copies_of_the_cpu() -> None:
     variant = VARIANTS["b0"]
-    cpu = memory(variant, "training", dtype=torch.bfloat16)
-    other = memory(variant, "training", dtype=torch.bfloat16, device="cuda")
+    cpu = count_memory(variant, "training", dtype=torch.bfloat16)
+    other = count_memory(variant, "training", dtype=torch.bfloat16, device="cuda")
     assert other.saved == cpu.saved
     assert other.peak < cpu.peak
 
 
 def test_kernels_save_less_than_stock_whatever_the_network() -> None:
     for variant in (*VARIANTS.values(), OWN):
-        saved = {p: memory(variant, "training", p).saved for m, p in PLANS if m == "training"}
+        saved = {p: count_memory(variant, "training", p).saved for m, p in PLANS if m == "training"}
         assert saved["stock"] > saved["fused"] > saved["fast"] > saved["lean"]
 
 
 def test_the_current_backend_changes_no_count() -> None:
     with use_backend("reference"):
-        inside = memory(VARIANTS["b0"], "inference", "fused")
-    assert inside == memory(VARIANTS["b0"], "inference", "fused")
+        inside = count_memory(VARIANTS["b0"], "inference", "fused")
+    assert inside == count_memory(VARIANTS["b0"], "inference", "fused")
 
 
 @pytest.mark.parametrize(
@@ -230,4 +230,4 @@ def test_the_current_backend_changes_no_count() -> None:
 )
 def test_bad_arguments(arguments: tuple[str, ...], options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        memory(VARIANTS["b0"], *arguments, **options)
+        count_memory(VARIANTS["b0"], *arguments, **options)

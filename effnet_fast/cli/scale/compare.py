@@ -10,8 +10,8 @@ from effnet_fast.cli.scale import options, plot, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.scaling import compare
 from effnet_fast.scaling.accuracy import NOTE
-from effnet_fast.scaling.compare import FACTORS, SERIES, Row
 from effnet_fast.scaling.latency import bursts
+from effnet_fast.scaling.series import FACTORS, SERIES, Row
 
 
 def add_parser(subparsers: Any) -> None:
@@ -75,7 +75,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "series": row.series,
         "target_macs": row.target_macs,
         "phi": row.point.phi,
-        **options.network_json(row.point.variant, row.counts),
+        **options.network_json(row.point.variant, row.counts, row.point.exact_resolution),
         "memory_peak": row.memory.peak,
         "top1_estimate": row.top1,
         "latency_s": row.seconds,

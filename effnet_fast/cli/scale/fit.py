@@ -11,7 +11,7 @@ from typing import Any
 from effnet_fast.cli import common
 from effnet_fast.cli.scale import options, units
 from effnet_fast.cli.scale.options import WORDS
-from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.models.variants import VARIANTS
 from effnet_fast.scaling import Conditions, LatencyModel, calibrate, count, fit, max_batch
 from effnet_fast.scaling.latency import bursts
 
@@ -125,7 +125,7 @@ def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[st
         )
     report: dict[str, Any] = {
         "phi": result.point.phi,
-        **options.network_json(result.point.variant, result.counts),
+        **options.network_json(result.point.variant, result.counts, result.point.exact_resolution),
         "binding": list(result.binding),
         "limits": {name: limit for name, limit in limits.items() if limit is not None},
         "shares": result.shares,
@@ -143,14 +143,20 @@ def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[st
 def batch_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[str, Any]:
     """Everything that `--json` prints of the largest batch that fits the memory."""
     if arguments.model is not None:
-        report = _network_report(VARIANTS[arguments.model])
+        variant = VARIANTS[arguments.model]
+        report = {"model": variant.name, **options.network_json(variant, count(variant))}
     elif arguments.phi is not None:
         with common.bad_input(ValueError, OverflowError):
             point = options.rule_of(arguments).at(arguments.phi, multiple=arguments.multiple)
-        report = {"phi": arguments.phi, **_network_report(point.variant)}
+        variant = point.variant
+        report = {
+            "phi": arguments.phi,
+            **options.network_json(variant, count(variant), point.exact_resolution),
+        }
     else:
         report = fit_report(arguments, conditions)
-    variant = _variant(report, arguments)
+        rule = options.rule_of(arguments)
+        variant = rule.at(report["phi"], multiple=arguments.multiple).variant
     with common.bad_input(ValueError):
         batch = max_batch(variant, arguments.memory, conditions)
     conditions = replace(conditions, batch=batch)
@@ -159,16 +165,6 @@ def batch_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[
     report["memory"] = vars(conditions.memory(variant))
     report["conditions"] = options.conditions_json(conditions)
     return report
-
-
-def _network_report(variant: Variant) -> dict[str, Any]:
-    return {"model": variant.name, **options.network_json(variant, count(variant))}
-
-
-def _variant(report: dict[str, Any], arguments: argparse.Namespace) -> Variant:
-    if arguments.model is not None:
-        return VARIANTS[arguments.model]
-    return options.rule_of(arguments).at(report["phi"], multiple=arguments.multiple).variant
 
 
 def _print_report(report: dict[str, Any]) -> None:

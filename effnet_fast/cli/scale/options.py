@@ -10,6 +10,7 @@ from effnet_fast.models.variants import Variant
 from effnet_fast.scaling import CompoundScaling, Conditions, Counts, LatencyModel
 from effnet_fast.scaling.compound import BASE_RESOLUTION
 from effnet_fast.scaling.conditions import DTYPE_NAMES, DTYPES
+from effnet_fast.scaling.counts import unrounded_macs
 from effnet_fast.scaling.memory import OPTIMIZER_TENSORS
 from effnet_fast.scaling.memory_plans import MODES, plans
 
@@ -82,13 +83,23 @@ def conditions_of(arguments: argparse.Namespace) -> Conditions:
         )
 
 
-def network_json(variant: Variant, counts: Counts) -> dict[str, Any]:
-    """A network's multipliers and counts for `--json`."""
+def network_json(
+    variant: Variant, counts: Counts, exact_resolution: float | None = None
+) -> dict[str, Any]:
+    """A network's multipliers and counts for `--json`.
+
+    exact_resolution is that before rounding; None means that there was no rounding.
+    """
+    exact = exact_resolution or float(variant.resolution)
+    unrounded = unrounded_macs(
+        depth=variant.depth, width=variant.width, resolution=exact, stages=variant.baseline
+    )
     return {
         "width": variant.width,
         "depth": variant.depth,
         "resolution": variant.resolution,
-        "resolution_multiplier": variant.resolution / BASE_RESOLUTION,
+        "exact_resolution": exact,
+        "resolution_multiplier": exact / BASE_RESOLUTION,
         "stage_channels": [stage.out_channels for stage in variant.stages],
         "repeats": [stage.repeats for stage in variant.stages],
         "stem_channels": variant.stem_channels,
@@ -96,6 +107,7 @@ def network_json(variant: Variant, counts: Counts) -> dict[str, Any]:
         "params": counts.parameters,
         "macs": counts.macs,
         "flops": counts.flops,
+        "unrounded_macs": unrounded,
         "activations": counts.activations,
     }
 

@@ -9,13 +9,13 @@ from effnet_fast.cli import common
 from effnet_fast.cli.scale import options, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.models.variants import Variant
-from effnet_fast.scaling import CompoundScaling, Conditions, count, memory, published, traffic
+from effnet_fast.scaling import CompoundScaling, Conditions, count, count_memory, published, traffic
 from effnet_fast.scaling.compound import Point
 from effnet_fast.scaling.conditions import DTYPES
 from effnet_fast.scaling.memory_plans import PLANS as MEMORY_PLANS
 from effnet_fast.scaling.passes import PLANS as TRAFFIC_PLANS
 
-Network = tuple[str, float, Variant, Point | None]  # name, phi, network, the rule's beside it
+Network = tuple[str, Point, Variant | None]  # name, the rule's network, the published one
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,20 +42,17 @@ def run(arguments: argparse.Namespace) -> None:
     with common.bad_input(ValueError, OverflowError):
         if arguments.phi:
             points = [rule.at(phi, multiple=arguments.multiple) for phi in arguments.phi]
-            networks: list[Network] = [(f"phi {p.phi:g}", p.phi, p.variant, None) for p in points]
+            networks: list[Network] = [(f"phi {p.phi:g}", p, None) for p in points]
         else:
-            networks = [
-                (name, rule_point.phi, variant, rule_point)
-                for name, (variant, rule_point) in published(rule).items()
-            ]
+            beside = published(rule)
+            networks = [(name, point, variant) for name, (variant, point) in beside.items()]
     conditions = Conditions(arguments.batch, DTYPES[arguments.dtype], plan="stock")
     report = {
         "rule": vars(rule),
         "batch": arguments.batch,
         "dtype": arguments.dtype,
         "networks": [
-            network_report(name, phi, variant, point, conditions)
-            for name, phi, variant, point in networks
+            network_report(name, point, variant, conditions) for name, point, variant in networks
         ],
     }
     if arguments.json:
@@ -65,40 +62,34 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def network_report(
-    name: str, phi: float, variant: Variant, rule_point: Point | None, conditions: Conditions
+    name: str, point: Point, published: Variant | None, conditions: Conditions
 ) -> dict[str, Any]:
-    """All counts of one network; "rule" is the formula's network at the same phi, if given."""
+    """All counts of one network; "rule" is the formula's at the same phi if a published is given."""
+    variant = published or point.variant
+    exact = None if published else point.exact_resolution
     size = conditions.dtype.itemsize
+
+    def memory_of(mode: str, plan: str) -> dict[str, int]:
+        return vars(
+            count_memory(variant, mode, plan, batch=conditions.batch, dtype=conditions.dtype)
+        )
+
+    def traffic_of(mode: str, plan: str) -> int:
+        rows = traffic(
+            variant, mode, plan, batch=conditions.batch, element_size=size, weight_size=size
+        )
+        return sum(row.bytes for row in rows)
+
     report = {
         "name": name,
-        "phi": phi,
-        **options.network_json(variant, count(variant)),
-        "memory_bytes": _nested(
-            MEMORY_PLANS,
-            lambda mode, plan: vars(
-                memory(variant, mode, plan, batch=conditions.batch, dtype=conditions.dtype)
-            ),
-        ),
-        "traffic_bytes": _nested(
-            TRAFFIC_PLANS,
-            lambda mode, plan: sum(
-                row.bytes
-                for row in traffic(
-                    variant,
-                    mode,
-                    plan,
-                    batch=conditions.batch,
-                    element_size=size,
-                    weight_size=size,
-                )
-            ),
-        ),
+        "phi": point.phi,
+        **options.network_json(variant, count(variant), exact),
+        "memory_bytes": _nested(MEMORY_PLANS, memory_of),
+        "traffic_bytes": _nested(TRAFFIC_PLANS, traffic_of),
     }
-    if rule_point is not None:
-        report["rule"] = {
-            "exact_resolution": rule_point.exact_resolution,
-            **options.network_json(rule_point.variant, count(rule_point.variant)),
-        }
+    if published:
+        counts = count(point.variant)
+        report["rule"] = options.network_json(point.variant, counts, point.exact_resolution)
     return report
 
 
@@ -114,7 +105,12 @@ def _print_report(report: dict[str, Any], rule: CompoundScaling) -> None:
     networks = report["networks"]
     print(f"alpha {rule.alpha:g}, beta {rule.beta:g}, gamma {rule.gamma:g}")
     head = ["", "phi", "depth", "width", "resolution", "params", "MAC", "FLOPs", "activations"]
+    head.append("rounding")
     print(common.format_table([head, *(row for n in networks for row in _size_rows(n))]))
+    print(
+        "Rounding: what MAC gain because repeats are rounded up, channels to multiples of 8 and the "
+        "rule's\nresolution to one of its own."
+    )
     print(f"\nBytes, batch {report['batch']}, {report['dtype']}")
     plans = [("memory_bytes", *key) for key in MEMORY_PLANS]
     plans += [("traffic_bytes", *key) for key in TRAFFIC_PLANS]
@@ -137,7 +133,8 @@ def _size_rows(network: dict[str, Any]) -> list[list[str]]:
     if rule := network.get("rule"):
         rows.append(_size_row("  rule", "", rule))
         pairs = ("depth", "width", "resolution", "params", "macs", "flops", "activations")
-        rows.append(["  difference", "", *(f"{rule[k] / network[k] - 1:+.1%}" for k in pairs)])
+        differences = [f"{rule[key] / network[key] - 1:+.1%}" for key in pairs]
+        rows.append(["  difference", "", *differences, ""])
     return rows
 
 
@@ -151,4 +148,5 @@ def _size_row(name: str, phi: str, network: dict[str, Any]) -> list[str]:
         str(network["resolution"]),
         f"{network['params']:,}",
         *map(units.format_count, counts),
+        f"{network['macs'] / network['unrounded_macs'] - 1:+.1%}",
     ]

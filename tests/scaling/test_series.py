@@ -7,7 +7,7 @@ import torch
 
 from effnet_fast.models import VARIANTS, Stage
 from effnet_fast.scaling import CompoundScaling, Conditions, compare, count
-from effnet_fast.scaling.compare import FACTORS, SERIES
+from effnet_fast.scaling.series import FACTORS, SERIES
 
 MACS = count(VARIANTS["b0"]).macs
 
@@ -50,7 +50,7 @@ def test_conditions_and_rule_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((len(variants), given))
         return [{"stock": 0.5}] * len(variants)
 
-    monkeypatch.setattr("effnet_fast.scaling.compare.measure", measure)
+    monkeypatch.setattr("effnet_fast.scaling.series.measure", measure)
     rule = CompoundScaling(1.0, 1.0, 1.4)
     rows = compare([1e9], scaling=rule, conditions=conditions)
     assert asked == [(4, conditions)]
