@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 def network_report(
     name: str, point: Point, published: Variant | None, conditions: Conditions
 ) -> dict[str, Any]:
-    """All counts of one network; "rule" is the formula's at the same phi if a published is given."""
+    """All counts of the published network, "rule" being the point's; without one, the point's."""
     variant = published or point.variant
     exact = None if published else point.exact_resolution
     size = conditions.dtype.itemsize
@@ -108,8 +108,8 @@ def _print_report(report: dict[str, Any], rule: CompoundScaling) -> None:
     head.append("rounding")
     print(common.format_table([head, *(row for n in networks for row in _size_rows(n))]))
     print(
-        "Rounding: what MAC gain because repeats are rounded up, channels to multiples of 8 and the "
-        "rule's\nresolution to one of its own."
+        "Rounding: what MAC gain because repeats are rounded up, and channels and the rule's "
+        "resolutions\nto multiples."
     )
     print(f"\nBytes, batch {report['batch']}, {report['dtype']}")
     plans = [("memory_bytes", *key) for key in MEMORY_PLANS]
