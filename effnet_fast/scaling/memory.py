@@ -1,8 +1,9 @@
 """The memory that a network takes to run and to train, from its table, without building it.
 
 The steps of `memory_plans` are followed through the network, block by block, and the most that is
-alive at one time is the peak. Counted is what PyTorch's allocator hands out; the interpreter, the
-libraries and what the allocator keeps beyond that are not, nor are cuDNN's workspaces.
+alive at one time is the peak. Counted is what PyTorch's allocator hands out; the interpreter and
+the libraries are not, nor what the C library keeps beyond that (glibc's heap: up to a fifth more,
+unless MALLOC_MMAP_THRESHOLD_ makes it map large blocks), nor cuDNN's workspaces.
 """
 
 from __future__ import annotations
