@@ -56,16 +56,22 @@ class Conditions:
                 f"plan must be one of {', '.join(plans(self.mode))} for {self.mode}, "
                 f"got {self.plan!r}"
             )
+        elif self.plan == "fused" and not self._could_fuse():
+            raise ValueError(
+                f"plan 'fused' is of the CPU's kernels in fp32 and bf16, not of {self.device} in "
+                f"{DTYPE_NAMES[self.dtype]}"
+            )
 
     @property
     def mode(self) -> str:
         """ "training" or "inference"."""
         return "training" if self.training else "inference"
 
+    def _could_fuse(self) -> bool:
+        return self.dtype in backends.NATIVE_DTYPES and self.device == "cpu"
+
     def _has_kernels(self) -> bool:
-        if self.dtype not in backends.NATIVE_DTYPES or self.device != "cpu":
-            return False
-        return backends.can_run("cpu", "dwconv_bn_silu") is None
+        return self._could_fuse() and backends.can_run("cpu", "dwconv_bn_silu") is None
 
     def memory(self, variant: Variant, *, num_classes: int = 1000, in_chans: int = 3) -> Memory:
         """What a network takes under these conditions, bytes."""

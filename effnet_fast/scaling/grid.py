@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -163,40 +164,63 @@ def _score(job: _Job) -> float:
         return float(job.scorer(network))
 
 
-def _run(jobs: list[_Job], workers: int, engine: str) -> Generator[tuple[_Job, float], None, None]:
-    """Jobs and their scores in the order in which they end."""
-    if not jobs:
-        return
-    if engine == "ray":
-        results = _run_on_ray(jobs)
-    elif workers == 1 or len(jobs) == 1:
-        results = ((job, partial(_score, job)) for job in jobs)
-    else:
-        results = _run_in_processes(jobs, workers)
-    with closing(results):
-        for job, result in results:
-            s = job.scaling
-            name = f"the trial of alpha={s.alpha:g}, beta={s.beta:g}, gamma={s.gamma:g}"
-            try:
-                score = result()
-            except Exception as error:
-                raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}") from error
-            if not math.isfinite(score):
-                raise RuntimeError(f"{name} scored {score}, which is no finite number")
-            yield job, score
-
-
 Results = Generator[tuple[_Job, Callable[[], float]], None, None]
 
 
-def _run_in_processes(jobs: list[_Job], workers: int) -> Results:
+def _run(jobs: list[_Job], workers: int, engine: str) -> Generator[tuple[_Job, float], None, None]:
+    """Jobs and their scores in the order in which they end; a failure is raised at the end.
+
+    After one, no trial begins that has not begun, but those that run are waited for.
+    """
+    if not jobs:
+        return
+    stop = Event()
+    if engine == "ray":
+        results = _run_on_ray(jobs)
+    elif workers == 1 or len(jobs) == 1:
+        results = _run_here(jobs, stop)
+    else:
+        results = _run_in_processes(jobs, workers, stop)
+    failure = None
+    with closing(results):
+        for job, result in results:
+            try:
+                score = result()
+                if not math.isfinite(score):
+                    raise ValueError(f"its score is {score}, which is no finite number")
+            except Exception as error:
+                stop.set()
+                failure = failure or (job.scaling, error)
+            else:
+                yield job, score
+    if failure is not None:
+        rule, error = failure
+        name = f"alpha={rule.alpha:g}, beta={rule.beta:g}, gamma={rule.gamma:g}"
+        raise RuntimeError(
+            f"the trial of {name} failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _run_here(jobs: list[_Job], stop: Event) -> Results:
+    for job in jobs:
+        if stop.is_set():
+            return
+        yield job, partial(_score, job)
+
+
+def _run_in_processes(jobs: list[_Job], workers: int, stop: Event) -> Results:
     # A forked child of a process that has used OpenMP hangs in its first parallel region.
     context = torch.multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
     try:
         futures = {pool.submit(_score, job): job for job in jobs}
         for future in as_completed(futures):
+            if future.cancelled():
+                continue
             yield futures[future], future.result
+            if stop.is_set():
+                for other in futures:
+                    other.cancel()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -22,6 +22,7 @@ import numpy
 import torch
 
 from effnet_fast import timing
+from effnet_fast.backends import can_run
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import Variant, custom_variant
 from effnet_fast.scaling.conditions import DTYPE_NAMES, DTYPES, Conditions
@@ -297,6 +298,8 @@ def calibrate(
         raise ValueError(
             f"plan {conditions.plan!r} cannot be measured; allowed are {', '.join(BACKENDS)}"
         )
+    if conditions.plan == "fused" and (reason := can_run("cpu", "dwconv_bn_silu")):
+        raise ValueError(f"plan 'fused' cannot be measured: {reason}")
     if conditions.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda': torch finds no GPU that it can use")
     networks = list(networks)

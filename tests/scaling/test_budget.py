@@ -210,6 +210,8 @@ def test_no_image_fits() -> None:
         ({"dtype": torch.float64}, "dtype must be one of torch.float32"),
         ({"device": "tpu"}, "device must be 'cpu' or 'cuda'"),
         ({"plan": "lean"}, "plan must be one of stock, fused for inference"),
+        ({"plan": "fused", "device": "cuda"}, "in fp32 and bf16, not of cuda in fp32"),
+        ({"plan": "fused", "dtype": torch.float16}, "in fp32 and bf16, not of cpu in fp16"),
         ({"optimizer_tensors": -1}, "optimizer_tensors must be at least 0"),
     ],
 )

@@ -184,7 +184,7 @@ def test_failed_trial_loses_none_that_ended(tmp_path: Path) -> None:
         calls.append(network)
         return math.nan if len(calls) == 3 else size(network)
 
-    message = "alpha=1.2, beta=1.05, gamma=1 scored nan, which is no finite number"
+    message = "alpha=1.2, beta=1.05, gamma=1 failed: ValueError: its score is nan, which is no"
     with pytest.raises(RuntimeError, match=message):
         grid_search(scorer, scalings=RULES, phi=SMALL, csv=path)
     assert len(path.read_text().splitlines()) == 3
@@ -222,6 +222,27 @@ def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(os.getpid()) not in processes
     assert beside == grid_search(scorer, scalings=RULES, phi=SMALL)
     assert len(path.read_text().splitlines()) == 1 + len(RULES)
+
+
+@pytest.mark.slow
+def test_trials_beside_a_failed_one_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_scorer.py").write_text(
+        "import time\n"
+        "def score(network):\n"
+        "    if network.variant.depth == 1.1 ** -14:\n"
+        "        raise OSError('no data')\n"
+        "    time.sleep(0.5)\n"
+        "    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    scorer = importlib.import_module("failing_scorer").score
+    path = tmp_path / "trials.csv"
+    with pytest.raises(RuntimeError, match=r"alpha=1.1, .* failed: OSError: no data"):
+        grid_search(scorer, scalings=RULES, phi=SMALL, workers=2, csv=path)
+    assert len(path.read_text().splitlines()) >= 2  # the one that ran beside it, at least
 
 
 class FakeRay(types.ModuleType):

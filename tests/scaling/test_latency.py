@@ -180,9 +180,13 @@ def test_unknown_dtype_in_a_file(measured: Conditions, tmp_path: Path) -> None:
         LatencyModel.load(path)
 
 
-def test_what_cannot_be_measured() -> None:
+def test_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="plan 'lean' cannot be measured; allowed are stock"):
         calibrate(Conditions(training=True, plan="lean"))
+    with monkeypatch.context() as patch:
+        patch.setattr(latency, "can_run", lambda backend, op: "the extension is missing")
+        with pytest.raises(ValueError, match="plan 'fused' cannot be measured: the extension"):
+            calibrate(Conditions(plan="fused"))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch finds no GPU"):
             calibrate(Conditions(device="cuda"))
