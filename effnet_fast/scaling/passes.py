@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from effnet_fast.models.variants import Variant
-from effnet_fast.scaling.counts import Group, groups
+from effnet_fast.scaling.counts import groups
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,10 @@ def traffic(
     for group in groups(variant, resolution, **options):
         table = {"stem": chosen.stem, "head": chosen.head}.get(group.kind, chosen.block)
         for row in table:
-            if _runs(row, group):
-                elements = sum(group.elements[t] for t in row.reads + row.writes)
+            elements = moved_elements(
+                (row,), group.elements, expands=group.expands, residual=group.residual
+            )
+            if elements:
                 size = elements * group.repeats * batch * element_size
                 rows.append(Traffic(group.stage, row.op, row.name, size))
         size = group.repeats * group.parameters * chosen.weight_passes * weight_size
@@ -244,8 +246,20 @@ def traffic(
     return rows
 
 
-def _runs(row: Pass, group: Group) -> bool:
-    """Whether the block has what the pass belongs to."""
-    if row.op == "expand" and not group.expands:
-        return False
-    return group.residual or not row.name.startswith(("residual", "drop_path"))
+def moved_elements(
+    rows: tuple[Pass, ...], sizes: dict[str, int], *, expands: bool, residual: bool
+) -> int:
+    """Elements that the passes of one block read and write.
+
+    Args:
+        rows: passes of a `Plan`.
+        sizes: elements of x, e, d and y.
+        expands, residual: whether the block has an expansion, and a residual.
+    """
+    return sum(
+        sizes[tensor]
+        for row in rows
+        if (expands or row.op != "expand")
+        and (residual or not row.name.startswith(("residual", "drop_path")))
+        for tensor in row.reads + row.writes
+    )
