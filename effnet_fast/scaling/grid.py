@@ -181,7 +181,7 @@ def _run(jobs: list[_Job], workers: int, engine: str) -> Generator[tuple[_Job, f
         results = _run_here(jobs, stop)
     else:
         results = _run_in_processes(jobs, workers, stop)
-    failure = None
+    failure: tuple[CompoundScaling, Exception] | None = None
     with closing(results):
         for job, result in results:
             try:
@@ -194,11 +194,11 @@ def _run(jobs: list[_Job], workers: int, engine: str) -> Generator[tuple[_Job, f
             else:
                 yield job, score
     if failure is not None:
-        rule, error = failure
+        rule, cause = failure
         name = f"alpha={rule.alpha:g}, beta={rule.beta:g}, gamma={rule.gamma:g}"
         raise RuntimeError(
-            f"the trial of {name} failed: {type(error).__name__}: {error}"
-        ) from error
+            f"the trial of {name} failed: {type(cause).__name__}: {cause}"
+        ) from cause
 
 
 def _run_here(jobs: list[_Job], stop: Event) -> Results:
