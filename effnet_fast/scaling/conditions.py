@@ -22,8 +22,9 @@ class Conditions:
     Args:
         batch: images a call.
         dtype: torch.float32, torch.bfloat16 or torch.float16, of parameters and activations.
+            A name among "fp32", "bf16" and "fp16" is taken too.
         training: a training step instead of a forward pass.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda", or a torch.device of these types.
         plan: how blocks are computed, as for `count_memory`; None means "fused" where this package
             has kernels that run here, else "stock".
         optimizer_tensors: tensors that the optimizer keeps for each parameter.
@@ -42,6 +43,9 @@ class Conditions:
     def __post_init__(self) -> None:
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
             raise ValueError(f"batch must be an int of at least 1, got {self.batch!r}")
+        object.__setattr__(self, "dtype", DTYPES.get(str(self.dtype), self.dtype))
+        if isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", self.device.type)
         if self.dtype not in DTYPE_NAMES:
             allowed = ", ".join(map(str, DTYPE_NAMES))
             raise ValueError(f"dtype must be one of {allowed}, got {self.dtype!r}")

@@ -94,7 +94,9 @@ def solve_nonnegative(matrix: numpy.ndarray, target: numpy.ndarray) -> numpy.nda
     x = numpy.zeros(matrix.shape[1])
     free = numpy.zeros(matrix.shape[1], dtype=bool)
     tolerance = 1e-12 * max(1.0, float(numpy.linalg.norm(target)))
-    while not free.all():
+    for _ in range(3 * len(x)):  # rounding could make it go in circles
+        if free.all():
+            break
         slope = matrix.T @ (target - matrix @ x)
         slope[free] = -numpy.inf
         if slope.max() <= tolerance:

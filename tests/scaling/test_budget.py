@@ -203,6 +203,12 @@ def test_no_image_fits() -> None:
         max_batch(VARIANTS["b7"], 0.0)
 
 
+def test_names_of_dtypes_and_devices() -> None:
+    named = Conditions(dtype="bf16", device=torch.device("cuda", 1))
+    assert named == Conditions(dtype=torch.bfloat16, device="cuda")
+    assert named.plan == "stock"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
