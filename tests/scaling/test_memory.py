@@ -32,6 +32,8 @@ OWN = custom_variant(
     stages=(Stage(1, 3, 1, 24, 16, 2), Stage(4, 5, 2, 16, 32, 2), Stage(6, 3, 1, 32, 48, 1)),
     resolution=72,
 )
+HELD_INPUT = (Stage(1, 3, 1, 48, 16, 3), Stage(2, 3, 2, 16, 8, 1))
+WIDE_FIRST = (Stage(6, 3, 2, 32, 8, 1),)
 # batch, network: every kind of block, few and many images, a side that strides do not divide.
 CASES = {
     "small_b1": (1, SMALL),
@@ -39,6 +41,8 @@ CASES = {
     "odd_side": (2, replace(SMALL, resolution=101)),
     "own_stages": (3, OWN),
     "deep": (2, custom_variant(width=0.4, depth=1.3, resolution=64)),
+    "peak_in_first_stage": (2, custom_variant(stages=HELD_INPUT, resolution=96)),
+    "peak_in_first_backward": (2, custom_variant(stages=WIDE_FIRST, resolution=96)),
     "b0": (2, VARIANTS["b0"]),
 }
 EACH_CASE = [pytest.param(n, marks=[pytest.mark.slow] if n == "b0" else []) for n in CASES]
