@@ -113,7 +113,7 @@ class _Budget:
         )
 
 
-def _check_limits(given: dict[str, float | None]) -> dict[str, float]:
+def _check_limits(**given: float | None) -> dict[str, float]:
     limits = {name: limit for name, limit in given.items() if limit is not None}
     if not limits:
         names = [f"target_{name}" for name in given]
@@ -169,22 +169,19 @@ def fit(
     """
     scaling = scaling or CompoundScaling()
     limits = _check_limits(
-        {
-            "flops": target_flops,
-            "macs": target_macs,
-            "memory": target_memory,
-            "params": target_params,
-            "latency": target_latency,
-        }
+        flops=target_flops,
+        macs=target_macs,
+        memory=target_memory,
+        params=target_params,
+        latency=target_latency,
     )
     if scaling.growth == 1.0:
         raise ValueError("alpha, beta and gamma are all 1: no phi makes the network larger")
     conditions = Conditions(batch, dtype, training, device, plan, optimizer_tensors)
     if target_latency is None:
         latency_model = None
-    elif latency_model is None:
-        latency_model = calibrate(conditions)
     else:
+        latency_model = latency_model or calibrate(conditions)
         latency_model.check(conditions)
     budget = _Budget(limits, conditions, latency_model, num_classes, in_chans)
 

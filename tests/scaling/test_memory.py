@@ -9,13 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from allocations import peak_bytes, saved_bytes, standing_bytes, train_step
 from effnet_fast import EfficientNet, use_backend
 from effnet_fast.models import VARIANTS, Stage, Variant, custom_variant
 from effnet_fast.ops import scratch
-from effnet_fast.scaling import count_memory, groups
+from effnet_fast.scaling import CompoundScaling, count_memory, groups
 from effnet_fast.scaling.memory_plans import PLANS
 
 BACKENDS = {"stock": "reference", "fused": "auto"}
@@ -230,6 +232,18 @@ def test_the_current_backend_changes_no_count() -> None:
     with use_backend("reference"):
         inside = count_memory(VARIANTS["b0"], "inference", "fused")
     assert inside == count_memory(VARIANTS["b0"], "inference", "fused")
+
+
+@pytest.mark.parametrize("key", PLANS, ids=" ".join)
+@settings(max_examples=30, deadline=None)
+@given(phi=st.floats(-20, 8), step=st.floats(0, 2), batch=st.integers(1, 64))
+def test_grows_with_phi(key: tuple[str, str], phi: float, step: float, batch: int) -> None:
+    small, large = (CompoundScaling().at(p).variant for p in (phi, phi + step))
+    for dtype in DTYPES:
+        options = {"batch": batch, "dtype": dtype}
+        assert (
+            count_memory(small, *key, **options).peak <= count_memory(large, *key, **options).peak
+        )
 
 
 @pytest.mark.parametrize(
