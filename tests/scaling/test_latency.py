@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -238,10 +239,12 @@ def test_held_out_networks_on_this_machine() -> None:
     torch.set_num_threads(1)
     conditions = Conditions(plan="fused")
     sizes = [*NETWORKS, *HELD_OUT]
+    random.shuffle(sizes)  # so that a busy spell hits both kinds
     variants = [custom_variant(depth=d, width=w, resolution=side) for d, w, side in sizes]
     times = latency.measure(variants, conditions)
     torch.set_num_threads(threads)
-    rows = [Sample(*size, taken) for size, taken in zip(sizes, times, strict=True)]
+    measured = dict(zip(sizes, times, strict=True))
+    rows = [Sample(*size, measured[size]) for size in (*NETWORKS, *HELD_OUT)]
     for plan in ("stock", "fused"):
         prices = fit_prices(rows[: len(NETWORKS)], conditions, plan).seconds
         errors = [
