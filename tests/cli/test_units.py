@@ -3,7 +3,7 @@
 import argparse
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_fast.cli.scale import units
@@ -53,6 +53,7 @@ def test_refused(parse, text, message):
         parse(text)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-3, 1e17))
 def test_written_counts_are_read_again(amount):
     assert units.parse_count(units.format_count(amount)) == pytest.approx(amount, rel=6e-3)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,6 +139,7 @@ def test_unrounded_baseline_is_b0() -> None:
     assert unrounded_macs() == count(VARIANTS["b0"]).macs
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 7.0))
 def test_work_before_rounding_never_passes_the_rule(phi: float) -> None:
     macs, rule = growth(phi)
