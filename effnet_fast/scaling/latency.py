@@ -204,9 +204,11 @@ class LatencyModel:
             )
 
     def foreign(self) -> str | None:
-        """How the machine that was measured differs from this one; None where it does not."""
+        """How what was measured differs from here and now; None where it does not."""
         here = {"machine": _machine(self.conditions.device), **_versions()}
         there = {"machine": self.machine, **self.versions}
+        if self.conditions.device == "cpu":
+            here["threads"], there["threads"] = str(torch.get_num_threads()), str(self.threads)
         parts = [f"{n} {there.get(n)}, not {here[n]}" for n in here if there.get(n) != here[n]]
         return "; ".join(parts) or None
 

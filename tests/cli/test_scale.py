@@ -125,7 +125,7 @@ def test_calibration_of_another_machine_is_named(quick, capsys, tmp_path):
     path.write_text(json.dumps(content))
     assert cli.main(["scale", *argv]) == 0
     captured = capsys.readouterr()
-    assert "was measured elsewhere: machine abacus, not" in captured.err
+    assert "was measured under other conditions: machine abacus, not" in captured.err
     assert "Measured on abacus" in captured.out
 
 

@@ -153,6 +153,10 @@ def test_other_machines_are_named(measured: Conditions) -> None:
     difference = model.foreign()
     assert "machine a pocket calculator, not " in difference
     assert f"torch 1.0, not {torch.__version__}" in difference
+    threads = torch.get_num_threads()
+    assert replace(calibrate(measured), threads=threads + 1).foreign() == (
+        f"threads {threads + 1}, not {threads}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,10 @@ def latency_model(arguments: argparse.Namespace, conditions: Conditions) -> Late
             model = LatencyModel.load(path)
             model.check(conditions)
             if foreign := model.foreign():
-                print(f"effnet-fast: {path} was measured elsewhere: {foreign}", file=sys.stderr)
+                print(
+                    f"effnet-fast: {path} was measured under other conditions: {foreign}",
+                    file=sys.stderr,
+                )
             return model
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path.parent} is no folder to write the calibration to")
@@ -217,7 +220,7 @@ def _print_latency(report: dict[str, Any]) -> None:
             f"{model['largest_error'][plan]:.1%} (worst)."
         )
     print(
-        f"Measured on {model['machine']}, {model['threads']} threads, torch "
+        f"Measured on {model['machine']}, threads: {model['threads']}, torch "
         f"{model['versions'].get('torch')}."
     )
 
