@@ -7,8 +7,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from effnet_fast import weights as published_weights
+from effnet_fast.models import pretrained
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
+from effnet_fast.weights import WeightsEnum
 
 __all__ = [
     "VARIANTS",
@@ -38,7 +41,7 @@ class EntryPoint(Protocol):
     def __call__(
         self,
         *,
-        weights: None = None,
+        weights: WeightsEnum | str | None = None,
         progress: bool = True,
         num_classes: int = 1000,
         dropout: float | None = None,
@@ -56,7 +59,7 @@ def _entry_point(name: str) -> EntryPoint:
 
     def build(
         *,
-        weights: None = None,
+        weights: WeightsEnum | str | None = None,
         progress: bool = True,
         num_classes: int = 1000,
         dropout: float | None = None,
@@ -66,13 +69,8 @@ def _entry_point(name: str) -> EntryPoint:
         backend: str = "auto",
         memory: str = "fast",
     ) -> EfficientNet:
-        if weights is not None:
-            raise NotImplementedError(
-                f"weights must be None, got {weights!r}: published weights are not fetched by "
-                "name. Load a file with model.load_state_dict(...), or on the command line with "
-                "effnet-fast classify --weights FILE"
-            )
-        return EfficientNet(
+        published = pretrained.find(f"efficientnet_{name}", weights, num_classes)
+        model = EfficientNet(
             variant,
             num_classes=num_classes,
             dropout=dropout,
@@ -82,19 +80,30 @@ def _entry_point(name: str) -> EntryPoint:
             backend=backend,
             memory=memory,
         )
+        if published is not None:
+            pretrained.put(model, published, in_chans, progress)
+        return model
 
     build.__name__ = build.__qualname__ = f"efficientnet_{name}"
-    build.__doc__ = f"""EfficientNet-{name.upper()} with random weights, for images of about \
+    enum = f"EfficientNet_{name.upper()}_Weights"
+    published_set = f"None for random ones, or a member of `{enum}` or its name"
+    build.__doc__ = f"""EfficientNet-{name.upper()}, for images of about \
 {variant.resolution} x {variant.resolution}.
 
     Args:
-        weights: None; other values raise NotImplementedError.
-        progress: kept for torchvision's signature; nothing is downloaded.
-        num_classes, dropout, stochastic_depth_prob, norm_layer, in_chans, backend, memory: as
-            in `EfficientNet`; dropout is {variant.dropout} unless given.
+        weights: {published_set if enum in vars(published_weights) else "None: none are published"}.
+        progress: shows a progress bar on stderr while weights are downloaded.
+        num_classes: of the logits; with weights, theirs, which is 1000.
+        in_chans: channels of the images; the stem of published weights is adapted to them, as
+            `effnet_fast.models.input_channels` tells.
+        dropout, stochastic_depth_prob, norm_layer, backend, memory: as in `EfficientNet`; dropout
+            is {variant.dropout} unless given.
 
     Raises:
-        ValueError: an argument outside what is allowed.
+        ValueError: an argument outside what is allowed; a file of weights that is not the
+            published one.
+        TypeError: weights of another network.
+        OSError: the weights cannot be downloaded or read.
 
     Source: Tan & Le, https://arxiv.org/abs/1905.11946.
     """
