@@ -14,6 +14,7 @@ _MODELS = tuple(f"efficientnet_{size}" for size in (*(f"b{i}" for i in range(9))
 _EXPORTS = {
     **dict.fromkeys(_MODELS, "models"),
     "EfficientNet": "models",
+    "EfficientNetFeatures": "models",
     "efficientnet": "models",
     "current_backend": "backends",
     "use_backend": "backends",

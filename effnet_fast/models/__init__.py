@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, overload
 
 from torch import nn
 
-from effnet_fast.models.efficientnet import EfficientNet
+from effnet_fast.models.efficientnet import ALL_MAPS, EfficientNet, EfficientNetFeatures
+from effnet_fast.models.feature_info import FeatureInfo, OutIndices
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
 
 __all__ = [
     "VARIANTS",
     "EfficientNet",
+    "EfficientNetFeatures",
+    "FeatureInfo",
     "Stage",
     "Variant",
     "custom_variant",
@@ -35,6 +38,7 @@ class EntryPoint(Protocol):
 
     __name__: str
 
+    @overload
     def __call__(
         self,
         *,
@@ -45,9 +49,30 @@ class EntryPoint(Protocol):
         stochastic_depth_prob: float = 0.2,
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
+        global_pool: str = "avg",
+        features_only: Literal[False] = False,
+        out_indices: OutIndices = ALL_MAPS,
         backend: str = "auto",
         memory: str = "fast",
     ) -> EfficientNet: ...
+
+    @overload
+    def __call__(
+        self,
+        *,
+        features_only: Literal[True],
+        weights: None = None,
+        progress: bool = True,
+        num_classes: int = 1000,
+        dropout: float | None = None,
+        stochastic_depth_prob: float = 0.2,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        out_indices: OutIndices = ALL_MAPS,
+        backend: str = "auto",
+        memory: str = "fast",
+    ) -> EfficientNetFeatures: ...
 
 
 def _entry_point(name: str) -> EntryPoint:
@@ -63,24 +88,29 @@ def _entry_point(name: str) -> EntryPoint:
         stochastic_depth_prob: float = 0.2,
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
+        global_pool: str = "avg",
+        features_only: bool = False,
+        out_indices: OutIndices = ALL_MAPS,
         backend: str = "auto",
         memory: str = "fast",
-    ) -> EfficientNet:
+    ) -> Any:
         if weights is not None:
             raise NotImplementedError(
                 f"weights must be None, got {weights!r}: published weights are not fetched by "
                 "name. Load a file with model.load_state_dict(...), or on the command line with "
                 "effnet-fast classify --weights FILE"
             )
+        shared: dict[str, Any] = {
+            "stochastic_depth_prob": stochastic_depth_prob,
+            "norm_layer": norm_layer,
+            "in_chans": in_chans,
+            "backend": backend,
+            "memory": memory,
+        }
+        if features_only:
+            return EfficientNetFeatures(variant, out_indices=out_indices, **shared)
         return EfficientNet(
-            variant,
-            num_classes=num_classes,
-            dropout=dropout,
-            stochastic_depth_prob=stochastic_depth_prob,
-            norm_layer=norm_layer,
-            in_chans=in_chans,
-            backend=backend,
-            memory=memory,
+            variant, num_classes=num_classes, dropout=dropout, global_pool=global_pool, **shared
         )
 
     build.__name__ = build.__qualname__ = f"efficientnet_{name}"
@@ -90,11 +120,14 @@ def _entry_point(name: str) -> EntryPoint:
     Args:
         weights: None; other values raise NotImplementedError.
         progress: kept for torchvision's signature; nothing is downloaded.
-        num_classes, dropout, stochastic_depth_prob, norm_layer, in_chans, backend, memory: as
-            in `EfficientNet`; dropout is {variant.dropout} unless given.
+        num_classes, dropout, stochastic_depth_prob, norm_layer, in_chans, global_pool, backend,
+            memory: as in `EfficientNet`; dropout is {variant.dropout} unless given.
+        features_only: build an `EfficientNetFeatures`, the encoder of the feature maps;
+            num_classes, dropout and global_pool then have no meaning.
+        out_indices: which maps that gives, as in `EfficientNetFeatures`.
 
     Raises:
-        ValueError: an argument outside what is allowed.
+        ValueError, TypeError, IndexError: an argument outside what is allowed.
 
     Source: Tan & Le, https://arxiv.org/abs/1905.11946.
     """
@@ -113,6 +146,7 @@ efficientnet_b8 = _entry_point("b8")
 efficientnet_l2 = _entry_point("l2")
 
 
+@overload
 def efficientnet(
     *,
     depth: float = 1.0,
@@ -120,14 +154,41 @@ def efficientnet(
     resolution: int = 224,
     stages: tuple[Stage, ...] = B0_STAGES,
     dropout: float = 0.2,
+    features_only: Literal[False] = False,
     **options: Any,
-) -> EfficientNet:
+) -> EfficientNet: ...
+
+
+@overload
+def efficientnet(
+    *,
+    features_only: Literal[True],
+    depth: float = 1.0,
+    width: float = 1.0,
+    resolution: int = 224,
+    stages: tuple[Stage, ...] = B0_STAGES,
+    dropout: float = 0.2,
+    **options: Any,
+) -> EfficientNetFeatures: ...
+
+
+def efficientnet(
+    *,
+    depth: float = 1.0,
+    width: float = 1.0,
+    resolution: int = 224,
+    stages: tuple[Stage, ...] = B0_STAGES,
+    dropout: float = 0.2,
+    features_only: bool = False,
+    **options: Any,
+) -> EfficientNet | EfficientNetFeatures:
     """An EfficientNet of any size, between, beyond or beside the published ones.
 
     Args:
         depth, width, resolution, stages, dropout: as for `custom_variant`. The network takes images
             of any side; `resolution` is what its counts are of.
-        options: as for `EfficientNet`.
+        features_only: build an `EfficientNetFeatures`.
+        options: as for `EfficientNet`, or `EfficientNetFeatures`.
 
     Raises:
         ValueError, TypeError: as `custom_variant` and `EfficientNet`.
@@ -135,4 +196,5 @@ def efficientnet(
     variant = custom_variant(
         depth=depth, width=width, resolution=resolution, stages=stages, dropout=dropout
     )
-    return EfficientNet(variant, **options)
+    kind = EfficientNetFeatures if features_only else EfficientNet
+    return kind(variant, **options)

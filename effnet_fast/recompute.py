@@ -1,0 +1,71 @@
+"""Gradient checkpointing: run again in backward instead of keeping activations.
+
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174). What
+torch.utils.checkpoint leaves to its caller is done here: the second run takes the backend of the
+first, and moves no running statistics a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import checkpoint
+
+from . import backends
+
+
+@contextlib.contextmanager
+def _second_run(module: nn.Module, backend: str) -> Iterator[None]:
+    """The backend of the first run, and no updates of BatchNorm's buffers.
+
+    In training a BatchNorm that does not track normalises by the batch's statistics all the same.
+    """
+    tracking = [
+        m
+        for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+    ]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        with backends.use_backend(backend):
+            yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
+
+
+def _contexts(
+    module: nn.Module, backend: str
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), _second_run(module, backend)
+
+
+def applies(x: Tensor) -> bool:
+    """Whether running again could save memory: not while something else records the operators."""
+    return (
+        torch.is_grad_enabled()
+        and isinstance(x, Tensor)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
+        and not torch.compiler.is_exporting()
+        and not backends.in_transform()
+    )
+
+
+def run(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    """function(x), keeping x and the random state alone for backward.
+
+    Args:
+        function: what runs `module`, in backward again, with the same random draws.
+        module: whose BatchNorms are not to be updated by the second run.
+        x: [N,C,H,W].
+    """
+    if torch.compiler.is_compiling():  # the compiled backward repeats no update of a buffer
+        return checkpoint.checkpoint(function, x, use_reentrant=False)
+    contexts = partial(_contexts, module, backends.current_backend())
+    return checkpoint.checkpoint(function, x, use_reentrant=False, context_fn=contexts)
