@@ -21,23 +21,24 @@ from . import backends
 
 @contextlib.contextmanager
 def _second_run(module: nn.Module, backend: str) -> Iterator[None]:
-    """The backend of the first run, and no updates of BatchNorm's buffers.
+    """The backend of the first run, and BatchNorms that move copies of their buffers.
 
-    In training a BatchNorm that does not track normalises by the batch's statistics all the same.
+    In training they normalise by the batch's statistics; what they move is nobody's concern then.
     """
-    tracking = [
-        m
-        for m in module.modules()
-        if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+    kept = [
+        (norm, name, buffer)
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm) and norm.training
+        for name, buffer in norm.named_buffers(recurse=False)
     ]
-    for norm in tracking:
-        norm.track_running_stats = False
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
     try:
         with backends.use_backend(backend):
             yield
     finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
 
 
 def _contexts(
