@@ -91,7 +91,7 @@ class Backbone(nn.Module):
         self.feature_info = FeatureInfo(describe(variant), out_indices)
         self._frozen_depth = 0
         self._frozen_norms = False
-        self._frozen_names: tuple[str, ...] = ()
+        self._frozen_names = frozenset[str]()
 
         conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
         makers: list[Callable[[], nn.Module]] = [
@@ -116,7 +116,6 @@ class Backbone(nn.Module):
                 with backends.use_backend(self.backend):
                     yield
 
-    @torch.jit.ignore
     def train(self, mode: bool = True) -> Self:
         """As nn.Module's; BatchNorms that `freeze` holds stay in eval mode."""
         super().train(mode)
@@ -125,7 +124,6 @@ class Backbone(nn.Module):
                 norm.eval()
         return self
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keeps the input of each MBConv alone for backward, and computes the rest again.
 
@@ -137,7 +135,6 @@ class Backbone(nn.Module):
             if isinstance(module, MBConv):
                 module.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def freeze(self, stages: int | None = None, *, bn: bool = True) -> Self:
         """Excludes the first layers from training; takes the place of an earlier `freeze`.
 
@@ -170,13 +167,12 @@ class Backbone(nn.Module):
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
                     names.append(name)
-        self._frozen_names = tuple(names)
+        self._frozen_names = frozenset(names)
         if self._frozen_norms:
             for norm in self._norms_of_frozen():
                 norm.eval()
         return self
 
-    @torch.jit.ignore
     def unfreeze(self) -> Self:
         """Undoes `freeze`: what it froze is trained again, its BatchNorms in the network's mode.
 
@@ -189,20 +185,17 @@ class Backbone(nn.Module):
         if self._frozen_norms:
             for norm in self._norms_of_frozen():
                 norm.train(self.training)
-        self._frozen_depth, self._frozen_norms, self._frozen_names = 0, False, ()
+        self._frozen_depth, self._frozen_norms, self._frozen_names = 0, False, frozenset()
         return self
 
-    @torch.jit.ignore
     def _count_stages(self) -> int:
         """Stages of MBConv in the whole network."""
         return len(self.feature_info.stages) - 1
 
-    @torch.jit.ignore
     def _norms_of_frozen(self) -> Iterator[nn.Module]:
         for child in list(self.features.children())[: self._frozen_depth]:
             yield from (m for m in child.modules() if isinstance(m, _BatchNorm))
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions of the parameters' names by depth, as timm's tools take them.
 
@@ -217,7 +210,6 @@ class Backbone(nn.Module):
             "blocks": [(block, None), (rf"^features\.{last + 1}\.", (99999,))],
         }
 
-    @torch.jit.ignore
     def param_groups(
         self,
         lr: float,

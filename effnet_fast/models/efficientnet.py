@@ -6,7 +6,7 @@ methods and arguments beyond torchvision's as timm/models/efficientnet.py has th
 https://github.com/huggingface/pytorch-image-models.
 """
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward into the code that it pickles.
 
 from collections.abc import Callable
 from typing import Any
@@ -90,7 +90,6 @@ class EfficientNet(Backbone):
         for module in self.modules():
             init_parameters(module)
 
-    @torch.jit.ignore
     def _set_head(self, num_classes: int, global_pool: str, dropout: float) -> None:
         make_pool, widening = POOLS[global_pool]
         self.num_classes = num_classes
@@ -130,14 +129,12 @@ class EfficientNet(Backbone):
             return self._before_last(x)
         return self.classifier(x)
 
-    @torch.jit.ignore
     def _before_last(self, x: Tensor) -> Tensor:
         if isinstance(self.classifier, nn.Sequential):
             for layer in list(self.classifier)[:-1]:
                 x = layer(x)
         return x
 
-    @torch.jit.ignore
     def forward_intermediates(
         self,
         x: Tensor,
@@ -188,13 +185,11 @@ class EfficientNet(Backbone):
                     x = rest(x)
         return x, maps
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The layer that gives the logits, nn.Identity where num_classes is 0."""
         classifier = self.classifier
         return classifier[-1] if isinstance(classifier, nn.Sequential) else classifier
 
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, randomly initialised classifier on the network's device, in its dtype and mode.
 
@@ -238,6 +233,8 @@ class EfficientNetFeatures(Backbone):
             `EfficientNet`.
     """
 
+    _taken: list[int]
+
     def __init__(
         self,
         variant: Variant | str,
@@ -258,7 +255,7 @@ class EfficientNetFeatures(Backbone):
             memory=memory,
             out_indices=out_indices,
         )
-        self._taken: list[int] = self.feature_info.get("stage")
+        self._taken = self.feature_info.get("stage")
         for module in self.modules():
             init_parameters(module)
 
@@ -277,7 +274,6 @@ class EfficientNetFeatures(Backbone):
                 maps.append(x)
         return maps
 
-    @torch.jit.ignore
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
