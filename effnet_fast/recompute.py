@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,25 @@ def _second_run(module: nn.Module, backend: str) -> Iterator[None]:
             setattr(norm, name, buffer)
 
 
+class _EverySecondRun(contextlib.AbstractContextManager[None]):
+    """`_second_run` anew for each backward: a graph that is retained is run through again."""
+
+    def __init__(self, module: nn.Module, backend: str) -> None:
+        self.module = module
+        self.backend = backend
+
+    def __enter__(self) -> None:
+        self.entered = _second_run(self.module, self.backend)
+        self.entered.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.__exit__(*error)
+
+
 def _contexts(
     module: nn.Module, backend: str
 ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), _second_run(module, backend)
+    return contextlib.nullcontext(), _EverySecondRun(module, backend)
 
 
 def applies(x: Tensor) -> bool:

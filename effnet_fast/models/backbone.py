@@ -35,6 +35,9 @@ MEMORY_MODES = ("fast", "lean")
 
 def to_channels_last(x: Tensor) -> Tensor:
     """Images [N,C,H,W] without gaps in channels_last; anything else as it is."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if backends.in_transform():  # noqa: SIM102  # TorchScript would compile a joint condition
+            return x  # vmap has no channels_last
     if x.dim() == 4 and x.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     return x

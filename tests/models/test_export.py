@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit"),
     pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec"),
+    pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean"),
     pytest.mark.filterwarnings("ignore:The feature will be removed"),
 ]
 X = random_images(2, 32)

@@ -85,6 +85,19 @@ def test_stock_would_update_statistics_twice() -> None:
     )
 
 
+def test_backward_twice() -> None:
+    """Gradients add up; the statistics stay where the one forward has put them."""
+    results = []
+    for model in with_and_without():
+        torch.manual_seed(0)
+        y = model(X).square().mean()
+        y.backward(retain_graph=True)
+        y.backward()
+        results.append({k: p.grad for k, p in model.named_parameters()})
+        results[-1] |= dict(model.named_buffers())
+    assert all(torch.equal(t, results[1][k]) for k, t in results[0].items())
+
+
 def test_blocks_run_twice_and_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[type] = []
     original = fusion.run
