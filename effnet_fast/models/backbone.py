@@ -35,12 +35,13 @@ MEMORY_MODES = ("fast", "lean")
 
 def to_channels_last(x: Tensor) -> Tensor:
     """Images [N,C,H,W] without gaps in channels_last; anything else as it is."""
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if backends.in_transform():  # noqa: SIM102  # TorchScript would compile a joint condition
-            return x  # vmap has no channels_last
-    if x.dim() == 4 and x.is_contiguous():
+    if x.dim() != 4 or not x.is_contiguous():
+        return x
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return x.contiguous(memory_format=torch.channels_last)
-    return x
+    if backends.in_transform():  # vmap has no channels_last
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 torch.fx.wrap("to_channels_last")  # for calls from this file
