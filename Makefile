@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+OUT ?= gpu-results
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -16,7 +18,7 @@ NATIVE_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 # A photograph of a cat that is shipped inside scikit-image's wheel.
 PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
 
-.PHONY: demo test lint clean qemu
+.PHONY: demo test bench report gpu lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
@@ -25,6 +27,20 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test qemu
 	PATH="$(CURDIR)/$(VENV)/qemu/usr/bin:$(CURDIR)/$(BIN):$$PATH" \
 	    $(BIN)/python -m pytest -n 2 -m "not gpu" $(PYTEST_ARGS)
+
+# Every contest on the CPU, its peers installed; hours. BENCH_ARGS=--quick takes three minutes.
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only --record $(BENCH_ARGS)
+
+# Tables and figures in docs/ and README.md, from benchmarks/results/*.csv.
+report: $(VENV)/.test
+	$(BIN)/python -m benchmarks.report
+
+# Build, parity, timings and counters on an NVIDIA GPU, with the Python and packages that are there.
+# OUT is the folder for results; PART one of parity, kernels, networks, tune; DRY_RUN=1 only lists.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(PART),--part $(PART)) \
+	    $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY_RUN),--dry-run)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -50,6 +66,10 @@ $(VENV)/.demo: $(VENV)/.pip $(BUILD_SOURCES)
 $(VENV)/.test: $(VENV)/.pip $(BUILD_SOURCES)
 	@echo "Installing into $(VENV): PyTorch is a large download, the kernels compile for a minute."
 	$(PIP) install -qq $(PINS) -e '.[test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) install -qq $(PINS) -e '.[bench]'
 	touch $@
 
 # The tests of the plain and AVX2 kernels run under an emulated older CPU. The emulator is unpacked

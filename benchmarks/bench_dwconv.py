@@ -1,66 +1,31 @@
-"""Depthwise convolution + BN + SiLU against stock's three operators, on the networks' own shapes.
+"""Depthwise convolution + BN + SiLU, on every shape of B0 and B7.
 
-`pytest benchmarks/bench_dwconv.py --benchmark-only`; parity is checked before anything is timed.
+`pytest benchmarks/bench_dwconv.py --benchmark-only`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-import torch
-from torch.nn import functional as F
 
-from cases import DWCONV_CASES, LARGE_DWCONV_CASES
-from effnet_fast import ops
-from parity import check, dwconv_call
+from benchmarks import op_contests as ops
+from benchmarks.contest import OURS
+from benchmarks.params import DTYPES, quick_if
+from cases import DwconvCase, dwconv_of
 
-SHAPES = [
-    p
-    for p in (*DWCONV_CASES, *LARGE_DWCONV_CASES)
-    if str(p.values[0].name).startswith(("b0", "b7"))
-]
-CONTESTANTS = ("stock", "fused", "conv_alone")
+COMPILED = pytest.param(ops.COMPILED, marks=pytest.mark.full)
+CASES = [*dwconv_of("b0", batch=1), *dwconv_of("b7", batch=1)]
+QUICK = ("b0_c32_112_k3_s1", "b0_c144_56_k5_s2", "b0_c672_14_k5_s1")
 
 
-def _stock(t: dict[str, torch.Tensor], case, training: bool) -> torch.Tensor:
-    z = F.conv2d(t["x"], t["weight"], None, case.stride, (case.k - 1) // 2, groups=case.c)
-    z = F.batch_norm(z, t["running_mean"], t["running_var"], t["bn_weight"], t["bn_bias"], training)
-    return F.silu(z, inplace=True)
+@pytest.mark.parametrize("contestant", [OURS, ops.STOCK, COMPILED, ops.CONV])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", quick_if(QUICK, CASES))
+def test_inference(enter, case: DwconvCase, dtype: str, device: str, contestant: str) -> None:
+    enter(contestant, ops.dwconv, case, "inference", dtype, device)
 
 
-def _contestant(
-    name: str, t: dict[str, torch.Tensor], case, training: bool
-) -> Callable[[], torch.Tensor]:
-    if name == "stock":
-        return lambda: _stock(t, case, training)
-    if name == "conv_alone":
-        pad = (case.k - 1) // 2
-        return lambda: F.conv2d(t["x"], t["weight"], None, case.stride, pad, groups=case.c)
-    return lambda: ops.dwconv_bn_silu(**t, stride=case.stride, training=training, backend="cpu")
-
-
-@pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("case", SHAPES)
-def test_inference(benchmark, case, contestant: str) -> None:
-    call = dwconv_call(case)
-    check(call, "cpu", wanted=())
-    benchmark.group = case.name
-    with torch.inference_mode():
-        benchmark(_contestant(contestant, call.tensors, case, False))
-
-
-@pytest.mark.parametrize("contestant", CONTESTANTS[:2])
-@pytest.mark.parametrize("case", SHAPES)
-def test_training(benchmark, case, contestant: str) -> None:
-    """Forward and backward."""
-    call = dwconv_call(case, training=True)
-    check(call, "cpu")
-    tensors = {
-        k: v.clone().requires_grad_(not k.startswith("running")) for k, v in call.tensors.items()
-    }
-    forward = _contestant(contestant, tensors, case, True)
-    grad_y = torch.randn_like(forward())
-    inputs = [t for t in tensors.values() if t.requires_grad]
-    benchmark.group = f"{case.name} training"
-    benchmark(lambda: torch.autograd.grad(forward(), inputs, grad_y))
+@pytest.mark.parametrize("contestant", [OURS, ops.STOCK, COMPILED])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", quick_if(QUICK[1:], CASES))
+def test_training(enter, case: DwconvCase, dtype: str, device: str, contestant: str) -> None:
+    enter(contestant, ops.dwconv, case, "training", dtype, device)

@@ -1,3 +1,147 @@
-"""Fixtures of every benchmark."""
+"""Options and fixtures of every benchmark: which contests are held, and how.
+
+pytest benchmarks --benchmark-only            every contest on the CPU
+pytest benchmarks --benchmark-only -m gpu     every contest on the GPU
+    --quick     a few shapes, no compiled peers, short bursts: three minutes on two cores
+    --record    append what is found to benchmarks/results/<machine>.csv (or under --results)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
+from benchmarks import limits, records
+from benchmarks.contest import CLOCK, Contest, Outcome, hold
+
+Key = tuple[Any, ...]  # which contest a test belongs to
+CONTESTANT = "contestant"  # the parameter of a test that is not part of its contest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("effnet-fast benchmarks")
+    group.addoption("--quick", action="store_true", help="a few shapes and short bursts")
+    group.addoption("--rounds", type=int, help="bursts of each contestant")
+    group.addoption("--commit", help="what to record as the commit (default: git's)")
+    group.addoption("--record", action="store_true", help="append the results to a CSV file")
+    group.addoption("--results", type=Path, default=records.RESULTS, help="folder of the CSV files")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Gives contests the clock that replays samples; --quick leaves out what is marked full."""
+    for item in items:
+        if CONTESTANT in _parameters(item):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+    if config.getoption("--quick"):
+        out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    return getattr(val, "name", None)
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a contest takes place."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return request.param
+
+
+class Arena:
+    """Holds each contest once, for all of its contestants' tests."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._quick = config.getoption("--quick")
+        self._rounds = config.getoption("--rounds")
+        self._commit = config.getoption("--commit")
+        self._record = config.getoption("--record")
+        self._results = config.getoption("--results")
+        self._outcomes: dict[Key, Outcome | AssertionError] = {}
+
+    def outcome(self, key: Key, build: Callable[[], Contest], names: list[str]) -> Outcome:
+        """The contest's result; that of the last one is kept, so that its tensors can go."""
+        if key not in self._outcomes:
+            self._outcomes.clear()
+            try:
+                self._outcomes[key] = self._hold(build(), names)
+            except AssertionError as error:
+                self._outcomes[key] = error
+        found = self._outcomes[key]
+        if isinstance(found, AssertionError):
+            raise found
+        return found
+
+    def _hold(self, contest: Contest, names: list[str]) -> Outcome:
+        outcome = hold(contest, names, quick=self._quick, rounds=self._rounds)
+        if self._record:
+            measured = limits.measure(contest.device) if contest.work else None
+            records.append(records.rows_of(outcome, measured, self._commit), self._results)
+        return outcome
+
+
+@pytest.fixture(scope="session")
+def arena(pytestconfig: pytest.Config) -> Arena:
+    return Arena(pytestconfig)
+
+
+@functools.cache
+def _selected(session: pytest.Session) -> dict[Key, list[str]]:
+    """The contestants of each contest, among the tests that were selected."""
+    chosen: dict[Key, list[str]] = {}
+    for item in session.items:
+        if CONTESTANT in _parameters(item):
+            chosen.setdefault(_contest_key(item), []).append(_parameters(item)[CONTESTANT])
+    return chosen
+
+
+def _parameters(item: Any) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _contest_key(item: Any) -> Key:
+    others = (f"{k}={v!r}" for k, v in _parameters(item).items() if k != CONTESTANT)
+    return (item.path, item.originalname, *sorted(others))
+
+
+@pytest.fixture
+def enter(benchmark: Any, arena: Arena, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Lets a contestant take part in a contest, and hands its samples to pytest-benchmark.
+
+    Called as enter(contestant, build, *arguments) where build(*arguments) makes the contest. The
+    parity check comes first; where benchmarks are disabled it is all that runs.
+    """
+
+    def run(contestant: str, build: Callable[..., Contest], *arguments: object) -> None:
+        if benchmark.disabled:
+            build(*arguments).check()
+            benchmark.pedantic(lambda: None)
+            return
+        key = _contest_key(request.node)
+        names = _selected(request.session)[key]
+        outcome = arena.outcome(key, lambda: build(*arguments), names)
+        if contestant in outcome.absent:
+            pytest.skip(outcome.absent[contestant])
+        standing = outcome.standings[contestant]
+        benchmark.group = outcome.contest.name
+        benchmark.extra_info.update(_extra(standing))
+        benchmark.pedantic(CLOCK.step, rounds=CLOCK.load(standing.timing.samples))
+
+    return run
+
+
+def _extra(standing: Any) -> dict[str, object]:
+    found = {
+        "ratio to best peer": standing.ratio,
+        "best peer": standing.best_peer,
+        "peak memory, bytes": standing.peak_bytes,
+    }
+    return {name: value for name, value in found.items() if value is not None}

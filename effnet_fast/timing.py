@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 MIN_CALLS = 2  # timed calls per burst, however long one takes
+CallFor = Callable[[Callable[[], object], float, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,18 @@ class Timing:
 
     Args:
         median, p20, p80: the 50th, 20th and 80th percentile.
-        calls: number of timed calls.
+        samples: every timed call, in order.
     """
 
     median: float
     p20: float
     p80: float
-    calls: int
+    samples: tuple[float, ...]
+
+    @property
+    def calls(self) -> int:
+        """Number of timed calls."""
+        return len(self.samples)
 
 
 def measure(
@@ -37,6 +43,7 @@ def measure(
     discard_s: float = 0.2,
     burst_s: float = 0.4,
     on_burst: Callable[[str], None] | None = None,
+    call_for: CallFor | None = None,
 ) -> dict[str, Timing]:
     """Times every contestant in alternating bursts.
 
@@ -46,6 +53,8 @@ def measure(
         discard_s: seconds of untimed calls (at least one) that open a burst.
         burst_s: seconds of timed calls (at least two) in a burst.
         on_burst: called with the contestant's name after each burst, for a progress bar.
+        call_for: calls a function for some seconds and at least some times, and returns what each
+            call took, ms; None means by the clock of the CPU.
 
     Returns:
         one `Timing` per contestant, in the order given.
@@ -60,12 +69,13 @@ def measure(
             f"rounds must be at least 1 and durations at least 0, given rounds={rounds}, "
             f"discard_s={discard_s}, burst_s={burst_s}"
         )
+    call_for = call_for or call_for_seconds
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         for name in names if index % 2 == 0 else reversed(names):
-            _call_for(contestants[name], discard_s, at_least=1)
-            samples[name] += _call_for(contestants[name], burst_s, at_least=MIN_CALLS)
+            call_for(contestants[name], discard_s, 1)
+            samples[name] += call_for(contestants[name], burst_s, MIN_CALLS)
             if on_burst is not None:
                 on_burst(name)
     return {name: summarize(samples[name]) for name in names}
@@ -74,11 +84,11 @@ def measure(
 def summarize(samples_ms: list[float]) -> Timing:
     """Median and percentiles of at least two samples, linearly interpolated."""
     p20, *_, p80 = statistics.quantiles(samples_ms, n=5, method="inclusive")
-    return Timing(statistics.median(samples_ms), p20, p80, len(samples_ms))
+    return Timing(statistics.median(samples_ms), p20, p80, tuple(samples_ms))
 
 
-def _call_for(function: Callable[[], object], seconds: float, at_least: int) -> list[float]:
-    """Calls until the time is up; the duration of each call, ms."""
+def call_for_seconds(function: Callable[[], object], seconds: float, at_least: int) -> list[float]:
+    """Calls until the time is up and at least so often; the duration of each call, ms."""
     durations: list[float] = []
     start = now = time.perf_counter()
     while now - start < seconds or len(durations) < at_least:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
-from effnet_fast.models import VARIANTS, EfficientNet
+from shapes import shapes_of
 
 BATCH_PIXELS = 2000  # images of a network's case: as many as have about this many pixels, at most 2
 
@@ -194,72 +193,53 @@ _MBCONV = (
 )
 
 
-@dataclass(frozen=True)
-class _Block:
-    """One MBConv: sides of the square input and output, and its convolutions' sizes."""
-
-    size: int
-    out_size: int
-    stride: int
-    kernel: int
-    channels: tuple[int, int, int]  # in, expanded, out
-    squeezed: int
-    residual: bool
-
-
 def _batch(size: int) -> int:
     return max(1, min(2, BATCH_PIXELS // size**2))
 
 
-def _blocks(variant: str) -> Iterator[_Block]:
-    with torch.device("meta"):
-        model = EfficientNet(variant)
-    size = (VARIANTS[variant].resolution + 1) // 2
-    for block in (block for stage in model.features[1:-1] for block in stage):
-        *_, depthwise, squeeze, project = block.block
-        conv = depthwise[0]
-        out_size = (size + conv.stride[0] - 1) // conv.stride[0]
-        channels = (block.block[0][0].in_channels, conv.out_channels, project[0].out_channels)
-        yield _Block(
-            *(size, out_size, conv.stride[0], conv.kernel_size[0], channels),
-            *(squeeze.fc1.out_channels, block.use_res_connect),
-        )
-        size = out_size
-
-
-def _dwconv_of(variant: str) -> Iterator[DwconvCase]:
-    for b in _blocks(variant):
+def dwconv_of(variant: str, batch: int | None = None) -> Iterator[DwconvCase]:
+    for b in shapes_of(variant).blocks:
         c, name = b.channels[1], f"{variant}_c{b.channels[1]}_{b.size}_k{b.kernel}_s{b.stride}"
-        yield DwconvCase(name, _batch(b.out_size), c, b.size, b.size, b.kernel, b.stride)
+        yield DwconvCase(name, batch or _batch(b.out_size), c, b.size, b.size, b.kernel, b.stride)
 
 
-def _squeeze_excite_of(variant: str) -> Iterator[SqueezeExciteCase]:
-    for b in _blocks(variant):
+def squeeze_excite_of(variant: str, batch: int | None = None) -> Iterator[SqueezeExciteCase]:
+    for b in shapes_of(variant).blocks:
         c, size = b.channels[1], b.out_size
         name = f"{variant}_c{c}_{size}_r{b.squeezed}"
-        yield SqueezeExciteCase(name, _batch(size), c, size, size, b.squeezed)
+        yield SqueezeExciteCase(name, batch or _batch(size), c, size, size, b.squeezed)
 
 
-def _pointwise_of(variant: str) -> Iterator[PointwiseCase]:
-    for b in _blocks(variant):
+def pointwise_of(variant: str, batch: int | None = None) -> Iterator[PointwiseCase]:
+    for b in shapes_of(variant).blocks:
         c, expanded, out = b.channels
-        if expanded != c:
+        if b.expands:
             yield PointwiseCase(
                 f"{variant}_expand_c{c}_{expanded}_{b.size}",
-                *(_batch(b.size), c, expanded, b.size, b.size),
+                *(batch or _batch(b.size), c, expanded, b.size, b.size),
             )
         yield PointwiseCase(
             f"{variant}_project_c{expanded}_{out}_{b.out_size}{'_residual' * b.residual}",
-            *(_batch(b.out_size), expanded, out, b.out_size, b.out_size),
+            *(batch or _batch(b.out_size), expanded, out, b.out_size, b.out_size),
             act=None, gate=True, residual=b.residual,
         )  # fmt: skip
 
 
-def _mbconv_of(variant: str) -> Iterator[MBConvCase]:
-    for b in _blocks(variant):
+def mbconv_of(variant: str, batch: int | None = None) -> Iterator[MBConvCase]:
+    for b in shapes_of(variant).blocks:
         c, expanded, out = b.channels
         name = f"{variant}_c{c}_{out}_{b.size}_k{b.kernel}_s{b.stride}"
-        sizes = (_batch(b.size), c, expanded, out, b.size, b.size, b.kernel, b.stride, b.squeezed)
+        sizes = (
+            batch or _batch(b.size),
+            c,
+            expanded,
+            out,
+            b.size,
+            b.size,
+            b.kernel,
+            b.stride,
+            b.squeezed,
+        )
         yield MBConvCase(name, *sizes, b.residual)
 
 
@@ -270,15 +250,15 @@ def _params(*groups: Iterable[Any], slow: bool = False) -> list[Any]:
     return [pytest.param(case, id=case.name, marks=marks) for case in cases]
 
 
-DWCONV_CASES = _params(_DWCONV, _dwconv_of("b0"))
-SQUEEZE_EXCITE_CASES = _params(_SQUEEZE_EXCITE, _squeeze_excite_of("b0"))
-POINTWISE_CASES = _params(_POINTWISE, _pointwise_of("b0"))
+DWCONV_CASES = _params(_DWCONV, dwconv_of("b0"))
+SQUEEZE_EXCITE_CASES = _params(_SQUEEZE_EXCITE, squeeze_excite_of("b0"))
+POINTWISE_CASES = _params(_POINTWISE, pointwise_of("b0"))
 STEM_CASES = _params(_STEM)
-MBCONV_CASES = _params(_MBCONV, _mbconv_of("b0"))
+MBCONV_CASES = _params(_MBCONV, mbconv_of("b0"))
 # A float64 reference of one of these takes about a second: compare them in a few modes only.
-LARGE_DWCONV_CASES = _params(_dwconv_of("b7"), slow=True)
-LARGE_SQUEEZE_EXCITE_CASES = _params(_squeeze_excite_of("b7"), slow=True)
-LARGE_POINTWISE_CASES = _params(_pointwise_of("b7"), slow=True)
+LARGE_DWCONV_CASES = _params(dwconv_of("b7"), slow=True)
+LARGE_SQUEEZE_EXCITE_CASES = _params(squeeze_excite_of("b7"), slow=True)
+LARGE_POINTWISE_CASES = _params(pointwise_of("b7"), slow=True)
 LARGE_STEM_CASES = _params([StemCase("b7", 1, 3, 64, 600, 600)], slow=True)
 
 

@@ -127,9 +127,9 @@ def run(
 
 
 def random_like(y: Tensor) -> Tensor:
-    """A fixed normal tensor of y's shape and dtype (rounded to bf16 first), channels_last."""
+    """A fixed normal tensor like y (rounded to bf16 first), channels_last."""
     values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    return channels_last(values.bfloat16().to(y.dtype))
+    return channels_last(values.bfloat16().to(y))
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -64,7 +64,21 @@ def test_reports_each_burst(clock):
 
 
 def test_percentiles():
-    assert timing.summarize([float(i) for i in range(11)]) == timing.Timing(5.0, 2.0, 8.0, 11)
+    samples = [float(i) for i in range(11)]
+    assert timing.summarize(samples) == timing.Timing(5.0, 2.0, 8.0, tuple(samples))
+
+
+def test_another_clock():
+    """What takes the samples can be exchanged, for a device that is timed by its own events."""
+    asked = []
+
+    def call_for(function, seconds, at_least):
+        asked.append((function(), seconds, at_least))
+        return [7.0] * at_least
+
+    times = timing.measure({"a": lambda: "a"}, rounds=2, burst_s=3.0, call_for=call_for)
+    assert asked == 2 * [("a", 0.2, 1), ("a", 3.0, timing.MIN_CALLS)]
+    assert times["a"].samples == 2 * timing.MIN_CALLS * (7.0,)
 
 
 @pytest.mark.parametrize("options", [{"rounds": 0}, {"discard_s": -1}, {"burst_s": -1}], ids=str)

@@ -91,3 +91,14 @@ def bad_input(*errors: type[Exception]) -> Iterator[None]:
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on standard output, indented."""
     print(json.dumps(content, indent=2))
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Rows under one another, the first column flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

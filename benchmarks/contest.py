@@ -1,0 +1,204 @@
+"""Contests: several ways of computing one thing, checked, then timed side by side.
+
+A contest checks this package's result first and is called off when that is wrong. Its contestants
+then alternate in bursts (effnet_fast/timing.py), all of them whom pytest has selected, and every
+contestant's samples go to the pytest-benchmark fixture of its own test through a clock that replays
+them. On a GPU a sample is the device's own time between two events, with the L2 cache flushed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.limits import Work
+from benchmarks.memory import peak_bytes
+from effnet_fast import timing
+
+OURS = "effnet_fast"  # contestants of this package begin with this
+FLUSH_BYTES = 2**28  # more than any L2 cache
+Contestant = Callable[[], object]
+
+
+class UnavailableError(Exception):
+    """A contestant cannot run here; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One thing to compute, and who computes it.
+
+    Args:
+        what: "dwconv_bn_silu", "network" and so on.
+        case: which shape or network.
+        mode: "inference" or "training".
+        dtype: "fp32", "bf16" or "fp16".
+        device: "cpu" or "cuda".
+        batch: images in a call.
+        build: by name, makes the function that is timed, or raises UnavailableError.
+        check: raises AssertionError where this package's result is wrong.
+        work: what has to be done at the least; None where that has no meaning.
+        yardsticks: contestants that compute less than the others, and are no peers.
+        measure_memory: whether peak memory says anything.
+        engines: whether contestants have threads of their own, which spin on after a call: bursts
+            then discard calls for longer.
+    """
+
+    what: str
+    case: str
+    mode: str
+    dtype: str
+    device: str
+    batch: int
+    build: Mapping[str, Callable[[], Contestant]]
+    check: Callable[[], None] = field(compare=False)
+    work: Work | None = None
+    yardsticks: frozenset[str] = frozenset()
+    measure_memory: bool = True
+    engines: bool = False
+
+    @property
+    def name(self) -> str:
+        """What, case, mode, dtype, device and batch in one line: the key of the contest."""
+        return f"{self.what} {self.case} {self.mode} {self.dtype} {self.device} batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a contest found of one contestant.
+
+    Args:
+        timing: its samples, ms.
+        peak_bytes: of its first call, or None where that cannot be told.
+        best_peer: the fastest contestant that is not this package's, itself where it is that.
+        ratio: its median over the best peer's, None where there is no peer.
+    """
+
+    timing: timing.Timing
+    peak_bytes: int | None
+    best_peer: str | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A contest's result: standings, and why the others did not take part."""
+
+    contest: Contest
+    standings: dict[str, Standing]
+    absent: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long contestants run: as `timing.measure` takes it."""
+
+    rounds: int
+    discard_s: float
+    burst_s: float
+
+
+# By whether the run is to be quick, and whether contestants are engines.
+PACES = {
+    (False, False): Pace(5, 0.05, 0.1),
+    (False, True): Pace(5, 0.2, 0.4),
+    (True, False): Pace(3, 0.05, 0.1),
+    (True, True): Pace(3, 0.2, 0.4),
+}
+
+
+def hold(
+    contest: Contest, names: list[str], *, quick: bool = False, rounds: int | None = None
+) -> Outcome:
+    """Checks, builds and times the contestants of these names.
+
+    Args:
+        contest: what is held.
+        names: who takes part.
+        quick: fewer bursts.
+        rounds: so many bursts of each contestant instead.
+
+    Raises:
+        AssertionError: this package computes something else than it should; nothing is timed.
+    """
+    contest.check()
+    ready: dict[str, Contestant] = {}
+    absent: dict[str, str] = {}
+    peaks: dict[str, int | None] = {}
+    for name in names:
+        try:
+            ready[name] = contest.build[name]()
+            if contest.measure_memory:
+                peaks[name] = peak_bytes(ready[name], contest.device)
+        except UnavailableError as error:
+            absent[name] = str(error)
+    if not ready:
+        return Outcome(contest, {}, absent)
+    pace = PACES[quick, contest.engines]
+    times = timing.measure(
+        ready,
+        rounds=rounds or pace.rounds,
+        discard_s=pace.discard_s,
+        burst_s=pace.burst_s,
+        call_for=cuda_call_for if contest.device == "cuda" else None,
+    )
+    peers = [n for n in times if not n.startswith(OURS) and n not in contest.yardsticks]
+    best = min(peers, key=lambda n: times[n].median, default=None)
+    standings = {
+        name: Standing(
+            timing=time,
+            peak_bytes=peaks.get(name),
+            best_peer=best,
+            ratio=time.median / times[best].median if best else None,
+        )
+        for name, time in times.items()
+    }
+    return Outcome(contest, standings, absent)
+
+
+def cuda_call_for(function: Contestant, seconds: float, at_least: int) -> list[float]:
+    """Device times of calls in ms, each after the L2 cache was flushed."""
+    flush = torch.empty(FLUSH_BYTES // 4, device="cuda")
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(events) < at_least:
+        pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        flush.zero_()
+        pair[0].record()
+        function()
+        pair[1].record()
+        events.append(pair)
+        if len(events) % 16 == 0:  # keeps the host at most this many calls ahead
+            pair[1].synchronize()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in events]
+
+
+class ReplayClock:
+    """A clock that moves only when `step` is called, by the next of the samples it was given.
+
+    pytest-benchmark takes its time from the clock that it is told to use, so timing `step` by this
+    clock gives it samples that were taken elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._samples: list[float] = []
+
+    def load(self, samples_ms: tuple[float, ...]) -> int:
+        """Gives the clock its samples; returns how many there are."""
+        self._samples = [ms * 1e-3 for ms in reversed(samples_ms)]
+        return len(samples_ms)
+
+    def __call__(self) -> float:
+        return self._now
+
+    def step(self) -> None:
+        """Lets the next sample's time pass."""
+        self._now += self._samples.pop()
+
+
+CLOCK = ReplayClock()

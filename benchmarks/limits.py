@@ -1,0 +1,198 @@
+"""What this machine can do at most, measured in the same run as what is held against it.
+
+Rates are the best of several tries: whatever else runs can only make them smaller. A floor is the
+larger of a computation's arithmetic and of its bytes over these rates; nothing runs faster.
+
+Source of the cost of a SiLU: 11.5 slots of a fused multiply-add for 16 elements with AVX-512,
+counted in this package's kernel (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native") / "peaks.cpp"
+TRIES = 7
+TRY_S = 0.08  # seconds that one try takes
+COPY_SIZES = tuple(2**n for n in range(16, 29, 2))  # bytes read and written: 64 KiB to 256 MiB
+MATRIX_SIDE = 8192  # of the square matrices whose product is timed on a GPU
+SILU_FLOPS = 23.0  # 11.5 slots of two operations a lane, for one element a lane
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a computation must do at the least.
+
+    Args:
+        bytes: read and written, inputs and outputs once each.
+        dense_flops: two per multiply-add of products that the matrix or dot units could do.
+        other_flops: two per multiply-add of depthwise convolutions.
+        silus: elements that SiLU is taken of, forward or backward.
+    """
+
+    bytes: float
+    dense_flops: float = 0.0
+    other_flops: float = 0.0
+    silus: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations without SiLU's."""
+        return self.dense_flops + self.other_flops
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rates of a device.
+
+    Args:
+        device: "cpu" or "cuda".
+        dense: operations a second of products, by dtype ("fp32", "bf16", "fp16").
+        fma: operations a second of fp32 multiply-adds outside products.
+        copies: (bytes read and written, bytes a second), for growing sizes.
+    """
+
+    device: str
+    dense: dict[str, float]
+    fma: float
+    copies: tuple[tuple[int, float], ...]
+
+    def copy_rate(self, size: float) -> float:
+        """Bytes a second of a copy that moves `size` bytes, in the cache where that fits."""
+        sizes = [s for s, _ in self.copies]
+        rates = [r for _, r in self.copies]
+        at = bisect.bisect_left(sizes, size)
+        if at in (0, len(sizes)):
+            return rates[min(at, len(sizes) - 1)]
+        share = (size - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
+        return rates[at - 1] + share * (rates[at] - rates[at - 1])
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes a second of the largest copy."""
+        return self.copies[-1][1]
+
+    def floor_s(self, work: Work, dtype: str) -> float:
+        """Seconds that `work` takes at the least in a dtype."""
+        dense = self.dense.get(dtype) or self.dense["fp32"]
+        vector = work.other_flops + SILU_FLOPS * work.silus
+        return max(
+            work.bytes / self.copy_rate(work.bytes), work.dense_flops / dense + vector / self.fma
+        )
+
+
+@functools.cache
+def measure(device: str = "cpu") -> Limits:
+    """The rates of this machine, measured once a process.
+
+    Raises:
+        RuntimeError: the CPU's peak needs g++, and there is none.
+    """
+    return _cpu() if device == "cpu" else _cuda()
+
+
+def _cpu() -> Limits:
+    library = _library()
+    threads = torch.get_num_threads()
+    fma = _best(lambda n: library.run_fma(threads, n))
+    dense = {"fp32": fma}
+    if library.run_dot(1, 1):
+        dense["bf16"] = _best(lambda n: library.run_dot(threads, n))
+    return Limits("cpu", dense, fma, _copies(torch.device("cpu"), time.perf_counter))
+
+
+def _best(run: Callable[[int], float]) -> float:
+    """The highest rate of `run`, which does a number of rounds and returns the operations."""
+    rounds, best = 1000, 0.0
+    while True:
+        start = time.perf_counter()
+        run(rounds)
+        if time.perf_counter() - start > TRY_S:
+            break
+        rounds *= 2
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        operations = run(rounds)
+        best = max(best, operations / (time.perf_counter() - start))
+    return best
+
+
+def _copies(device: torch.device, clock: Callable[[], float]) -> tuple[tuple[int, float], ...]:
+    found = []
+    for size in COPY_SIZES:
+        source = torch.rand(size // 8, device=device)
+        target = torch.empty_like(source)
+        calls = max(1, int(2**26 / size))
+        best = 0.0
+        for _ in range(TRIES):
+            start = clock()
+            for _ in range(calls):
+                target.copy_(source)
+            best = max(best, calls * size / (clock() - start))
+        found.append((size, best))
+    return tuple(found)
+
+
+def _library() -> ctypes.CDLL:
+    """The compiled peaks.cpp, from a cache keyed by its text."""
+    key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effnet-fast"
+    path = folder / f"peaks-{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(path)
+    library = ctypes.CDLL(str(path))
+    for function in (library.run_fma, library.run_dot):
+        function.restype = ctypes.c_double
+        function.argtypes = (ctypes.c_int, ctypes.c_int64)
+    return library
+
+
+def _compile(path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / "peaks.so"
+        command = ["g++", "-O3", "-march=native", "-ffast-math", "-std=c++17", "-shared", "-fPIC"]
+        try:
+            subprocess.run(
+                [*command, "-pthread", str(SOURCE), "-o", str(built)],
+                check=True, capture_output=True, text=True,
+            )  # fmt: skip
+        except FileNotFoundError:
+            raise RuntimeError("g++ is needed to measure the peak rates of the CPU") from None
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"g++ cannot compile {SOURCE.name}: {error.stderr}") from error
+        built.replace(path)
+
+
+def _cuda() -> Limits:
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    dense = {name: _product_rate(dtype, clock) for name, dtype in DTYPES.items()}
+    return Limits("cuda", dense, dense["fp32"], _copies(torch.device("cuda"), clock))
+
+
+def _product_rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    side = MATRIX_SIDE
+    a, b = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    best = 0.0
+    for _ in range(TRIES):
+        start = clock()
+        torch.mm(a, b)
+        best = max(best, 2 * side**3 / (clock() - start))
+    return best

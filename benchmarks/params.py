@@ -1,0 +1,31 @@
+"""Parameters that several suites share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+DTYPES = ("fp32", pytest.param("bf16", marks=pytest.mark.full))
+
+
+def quick_if(names: Iterable[str], cases: Iterable[Any], key: str = "name") -> list[Any]:
+    """Distinct cases as parameters, of which --quick leaves out all but those of these names.
+
+    Args:
+        names: the names that stay.
+        cases: what the parameters are of.
+        key: the attribute that is a case's name.
+
+    Raises:
+        ValueError: there is no case of such a name.
+    """
+    kept, distinct = set(names), dict.fromkeys(cases)
+    if unknown := kept - {getattr(case, key) for case in distinct}:
+        raise ValueError(f"no case is named {', '.join(sorted(unknown))}")
+    return [
+        pytest.param(case, id=name, marks=[] if name in kept else [pytest.mark.full])
+        for case in distinct
+        for name in [getattr(case, key)]
+    ]

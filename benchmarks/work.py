@@ -1,0 +1,102 @@
+"""What each op and network has to do at the least: bytes, operations, SiLUs.
+
+Activations are read and written as often as the plan of effnet_fast/scaling/passes.py with the
+fewest bytes has it; parameters once, in training three times.
+"""
+
+from __future__ import annotations
+
+from benchmarks.limits import Work
+from cases import DwconvCase, MBConvCase, PointwiseCase, SqueezeExciteCase
+from effnet_fast.models import Variant
+from effnet_fast.scaling import PLANS, convolutions, traffic
+from effnet_fast.scaling.passes import moved_elements
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PLAN = {"inference": "block_fused", "training": "fast"}
+FLOPS_PER_MAC = {"inference": 2, "training": 6}  # forward, and the gradients of data and weight
+SILUS = {"inference": 1, "training": 2}  # forward, and its derivative
+PARAMETER_PASSES = {"inference": 1, "training": 3}
+ACTIVATED = ("stem", "expand", "depthwise", "head")  # what a SiLU follows
+UNMATRIX = ("stem", "depthwise")  # convolutions that run at the rate of fp32 multiply-adds
+
+
+def _out(size: int, stride: int) -> int:
+    return -(-size // stride)
+
+
+def dwconv(case: DwconvCase, mode: str, dtype: str) -> Work:
+    """Inference reads x and writes y. Training writes z and y and reads z, then reads grad_y and z
+    twice (BN's sums come first), reads x and writes its gradient."""
+    x = case.n * case.c * case.h * case.w
+    y = case.n * case.c * _out(case.h, case.stride) * _out(case.w, case.stride)
+    elements = x + y if mode == "inference" else 2 * x + 7 * y + x
+    parameters = case.c * (case.k**2 + 4) * PARAMETER_PASSES[mode]
+    return Work(
+        bytes=BYTES[dtype] * (elements + parameters),
+        other_flops=FLOPS_PER_MAC[mode] * y * case.k**2,
+        silus=SILUS[mode] * y,
+    )
+
+
+def squeeze_excite(case: SqueezeExciteCase, mode: str, dtype: str) -> Work:
+    """Inference reads x and writes y; backward reads x and grad_y and writes x's gradient."""
+    x = case.n * case.c * case.h * case.w
+    elements = 2 * x if mode == "inference" else 5 * x
+    weights = 2 * case.c * case.r
+    return Work(
+        bytes=BYTES[dtype] * (elements + weights * PARAMETER_PASSES[mode]),
+        dense_flops=FLOPS_PER_MAC[mode] * case.n * weights,
+        other_flops=FLOPS_PER_MAC[mode] * x,
+    )
+
+
+def pointwise(case: PointwiseCase, mode: str, dtype: str) -> Work:
+    """Reads x and the residual, writes y."""
+    if mode != "inference":
+        raise ValueError(f"mode must be inference, got {mode!r}")
+    pixels = case.n * case.h * case.w
+    elements = pixels * (case.c + case.out * (2 if case.residual else 1)) + case.c * case.out
+    return Work(
+        bytes=BYTES[dtype] * elements,
+        dense_flops=2 * pixels * case.c * case.out,
+        silus=pixels * case.out if case.act == "silu" else 0,
+    )
+
+
+def mbconv(case: MBConvCase, mode: str, dtype: str) -> Work:
+    """The passes of one block."""
+    size, out = case.n * case.h * case.w, case.n * _out(case.h, case.stride) ** 2
+    expands = case.expanded != case.c
+    sizes = {"x": size * case.c, "d": out * case.expanded, "y": out * case.out}
+    sizes["e"] = size * case.expanded if expands else sizes["x"]
+    plan = PLANS[mode, PLAN[mode]].block
+    elements = moved_elements(plan, sizes, expands=expands, residual=case.residual)
+    weights = case.expanded * (case.out + case.k**2 + 2 * case.r + case.c * expands)
+    macs = sizes["e"] * case.c * expands + sizes["d"] * case.out
+    return Work(
+        bytes=BYTES[dtype] * (elements + weights * PARAMETER_PASSES[mode]),
+        dense_flops=FLOPS_PER_MAC[mode] * macs,
+        other_flops=FLOPS_PER_MAC[mode] * sizes["d"] * case.k**2,
+        silus=SILUS[mode] * (sizes["e"] * expands + sizes["d"]),
+    )
+
+
+def network(variant: Variant, resolution: int, batch: int, mode: str, dtype: str) -> Work:
+    """All passes of a network; the classifier and squeeze-and-excitation included."""
+    size = BYTES[dtype]
+    rows = traffic(
+        *(variant, mode, PLAN[mode], resolution), batch=batch, element_size=size, weight_size=size
+    )
+    convs = list(convolutions(variant, resolution))
+    macs = {
+        unmatrix: sum(c.repeats * c.macs for c in convs if (c.kind in UNMATRIX) == unmatrix)
+        for unmatrix in (False, True)
+    }
+    silus = sum(c.repeats * c.activations for c in convs if c.kind in ACTIVATED)
+    return Work(
+        bytes=sum(row.bytes for row in rows),
+        dense_flops=FLOPS_PER_MAC[mode] * batch * macs[False],
+        other_flops=FLOPS_PER_MAC[mode] * batch * macs[True],
+        silus=SILUS[mode] * batch * silus,
+    )

@@ -1,0 +1,102 @@
+"""Limits, floors and the work that is held against them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+import torch
+
+from benchmarks import limits, memory, work
+from benchmarks.limits import Limits, Work
+from cases import dwconv_of, mbconv_of, pointwise_of, squeeze_excite_of
+from effnet_fast.models import VARIANTS
+from effnet_fast.scaling import count
+from shapes import shapes_of
+
+# Rates of a two-core machine and the floors published for it, ms.
+MACHINE = Limits("cpu", {"fp32": 235e9, "bf16": 470e9}, 235e9, ((1, 18.8e9),))
+FLOORS = {
+    ("b0", 224, 1): (3.9, 2.4),
+    ("b0", 224, 8): (31.0, 19.6),
+    ("b4", 380, 1): (42.0, 24.7),
+    ("b7", 600, 1): (348.0, 196.0),
+}
+
+
+@pytest.mark.parametrize("network", FLOORS, ids=str)
+def test_floors_of_networks(network: tuple[str, int, int]) -> None:
+    size, side, batch = network
+    for dtype, expected in zip(("fp32", "bf16"), FLOORS[network], strict=True):
+        least = work.network(VARIANTS[size], side, batch, "inference", dtype)
+        assert MACHINE.floor_s(least, dtype) * 1e3 == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("size", ["b0", "b7"])
+def test_network_is_the_sum_of_its_parts(size: str) -> None:
+    """Operations of all ops beside the stem, the head and the classifier: all of the network's."""
+    variant = VARIANTS[size]
+    blocks = [work.mbconv(case, "inference", "fp32").flops for case in mbconv_of(size, batch=1)]
+    shapes = shapes_of(size)
+    edges = [
+        2 * s.channels * s.out_channels * s.kernel**2 * s.out_size**2
+        for s in (shapes.stem, shapes.head)
+    ]
+    squeezed = [4 * case.c * case.r for case in squeeze_excite_of(size, batch=1)]
+    total = sum(blocks) + sum(edges) + sum(squeezed) + 2 * shapes.head.out_channels * 1000
+    assert total == 2 * count(variant).macs
+    ops = [work.dwconv(case, "inference", "fp32").flops for case in dwconv_of(size, batch=1)]
+    ops += [work.pointwise(case, "inference", "fp32").flops for case in pointwise_of(size, batch=1)]
+    assert sum(ops) == sum(blocks)
+
+
+def test_floor_is_the_larger_of_bytes_and_operations() -> None:
+    assert MACHINE.floor_s(Work(bytes=18.8e9), "fp32") == pytest.approx(1.0)
+    assert MACHINE.floor_s(Work(bytes=1.0, dense_flops=235e9), "fp32") == pytest.approx(1.0)
+    assert MACHINE.floor_s(Work(bytes=1.0, dense_flops=235e9), "bf16") == pytest.approx(0.5)
+    assert MACHINE.floor_s(Work(bytes=1.0, other_flops=235e9), "bf16") == pytest.approx(1.0)
+    assert MACHINE.floor_s(Work(bytes=1.0, dense_flops=235e9), "fp16") == pytest.approx(1.0)
+
+
+def test_copy_rate_between_sizes() -> None:
+    measured = Limits("cpu", {"fp32": 1.0}, 1.0, ((100, 8.0), (200, 4.0), (400, 2.0)))
+    assert [measured.copy_rate(s) for s in (1, 100, 150, 400, 9999)] == [8.0, 8.0, 6.0, 2.0, 2.0]
+    assert measured.memory_rate == 2.0
+
+
+def _product_rate(a: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(a, a)
+    return 2 * len(a) ** 3 / (time.perf_counter() - start)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_measured_rates_are_above_what_torch_reaches() -> None:
+    """The peak must not be below a matrix product of the same moment (half of it: noise)."""
+    found = limits.measure("cpu")
+    assert found is limits.measure("cpu")
+    a = torch.randn(1024, 1024)
+    rate = max(_product_rate(a) for _ in range(10))
+    assert found.fma > 0.5 * rate
+    assert found.dense["fp32"] == found.fma
+    assert found.dense.get("bf16", found.fma) >= found.fma * 0.5
+    assert all(rate > 1e8 for _, rate in found.copies)
+
+
+def test_without_a_compiler_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"g\+\+ is needed"):
+        limits._library()
+
+
+def test_peak_memory_of_a_call() -> None:
+    size = 64 * 2**20
+    for _ in range(2):  # what the first call freed must count again
+        peak = memory.peak_bytes(lambda: torch.ones(size // 4).sum(), "cpu")
+        assert peak is not None
+        assert 0.98 * size <= peak <= 1.1 * size  # threads count their pages in batches
+    assert (memory.peak_bytes(lambda: None, "cpu") or 0) < 2**20

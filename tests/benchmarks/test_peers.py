@@ -1,0 +1,107 @@
+"""Peers: each computes what stock does, or says why it does not take part."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from benchmarks import network_contests as networks
+from benchmarks import op_contests
+from benchmarks.contest import OURS, UnavailableError
+from benchmarks.network_contests import Case
+from benchmarks.peers import PEERS, Peer
+from cases import dwconv_of, mbconv_of, pointwise_of, squeeze_excite_of
+
+SMALL = Case("b0", 2, 64)
+ON_CPU = [p for p in PEERS if "cpu" in p.devices and not p.compiles]
+
+
+def _installed(peer: Peer) -> bool:
+    return all(importlib.util.find_spec(module) for module in peer.requires)
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("peer", ON_CPU, ids=lambda peer: peer.name)
+def test_takes_part(peer: Peer, mode: str) -> None:
+    if mode not in peer.modes or not _installed(peer):
+        pytest.skip(f"not for {mode}, or not installed")
+    contest = networks.contest(SMALL, mode, peer.dtypes[0], "cpu", names=[peer.name])
+    result = contest.build[peer.name]()()
+    assert isinstance(result, torch.Tensor)
+    assert result.isfinite().all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+def test_jax_computes_what_stock_does() -> None:
+    networks.contest(SMALL, "inference", "fp32", "cpu", names=["jax"]).build["jax"]()
+
+
+def test_check_passes_and_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in ("inference", "training"):
+        contest = networks.contest(SMALL, mode, "fp32", "cpu")
+        contest.check()
+        setup = networks._setup(SMALL, mode, "fp32", "cpu")
+        weight = setup.model.features[3][0].block[1][0].weight
+        exact = networks._logits(setup)
+        monkeypatch.setattr(networks, "_logits", lambda setup, exact=exact: exact)
+        with torch.no_grad():
+            weight[[0, 1]] = weight[[1, 0]]
+        with pytest.raises(AssertionError):
+            networks._check(setup)
+        monkeypatch.undo()
+
+
+def test_a_peer_that_computes_something_else_is_left_out() -> None:
+    setup = networks._setup(SMALL, "inference", "fp32", "cpu")
+    wrong = Peer("wrong", lambda setup: lambda: torch.zeros(2, 1000))
+    with pytest.raises(UnavailableError, match="computes other logits: relative error 1"):
+        networks._builder(wrong, setup)()
+
+
+def test_a_peer_that_fails_or_is_missing_says_why() -> None:
+    setup = networks._setup(SMALL, "inference", "fp32", "cpu")
+
+    def broken(setup: object) -> None:
+        raise RuntimeError("no such\nlibrary")
+
+    with pytest.raises(UnavailableError, match="RuntimeError: no such"):
+        Peer("broken", broken).runner(setup)
+    with pytest.raises(UnavailableError, match="no_such_module is not installed"):
+        Peer("missing", broken, requires=("no_such_module",)).runner(setup)
+
+
+OPS = [
+    (op_contests.dwconv, next(dwconv_of("b0", 1))),
+    (op_contests.squeeze_excite, next(squeeze_excite_of("b0", 1))),
+    (op_contests.pointwise, list(pointwise_of("b0", 1))[5]),
+    (op_contests.mbconv, list(mbconv_of("b0", 1))[2]),
+]
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize(("build", "case"), OPS, ids=[build.__name__ for build, _ in OPS])
+def test_op_contestants_agree(build, case, mode: str) -> None:
+    """This package's result and stock's are the same but for rounding, gradients included."""
+    if mode == "training" and build is op_contests.pointwise:
+        pytest.skip("there is no training kernel")
+    contest = build(case, mode, "fp32", "cpu")
+    contest.check()
+    actual = contest.build[OURS]()()
+    stock = contest.build[op_contests.STOCK]()()
+    pairs = [(actual, stock)] if mode == "inference" else zip(actual[:1], stock[:1], strict=True)
+    for a, b in pairs:
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_every_entry_is_held_by_a_peer() -> None:
+    for mode in ("inference", "training"):
+        for entry in networks.entries(mode):
+            case, dtype, device, contestant = entry.values
+            [peer] = [p for p in PEERS if p.name == contestant]
+            assert mode in peer.modes
+            assert dtype in peer.dtypes
+            assert device in peer.devices
+            assert case in networks.CASES[mode, device]
