@@ -14,7 +14,7 @@ from effnet_fast.models import VARIANTS, EfficientNet, Variant
 
 
 @dataclass(frozen=True)
-class StemShape:
+class DenseShape:
     """The first convolution, or the head's: K, stride, channels, sides of input and output."""
 
     channels: int
@@ -54,9 +54,9 @@ class BlockShape:
 class NetworkShapes:
     """A network's layers in order, repeated ones repeated."""
 
-    stem: StemShape
+    stem: DenseShape
     blocks: tuple[BlockShape, ...]
-    head: StemShape
+    head: DenseShape
 
 
 @functools.cache
@@ -84,9 +84,9 @@ def shapes_of(variant: Variant | str, resolution: int | None = None) -> NetworkS
     return NetworkShapes(stem, tuple(blocks), _dense(model.features[-1][0], size))
 
 
-def _dense(conv: torch.nn.Conv2d, size: int) -> StemShape:
+def _dense(conv: torch.nn.Conv2d, size: int) -> DenseShape:
     sides = (size, _out_size(conv, size))
-    return StemShape(
+    return DenseShape(
         conv.in_channels, conv.out_channels, *sides, conv.kernel_size[0], conv.stride[0]
     )
 

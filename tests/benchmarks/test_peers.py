@@ -13,6 +13,7 @@ from benchmarks.contest import OURS, UnavailableError
 from benchmarks.network_contests import Case
 from benchmarks.peers import PEERS, Peer
 from cases import dwconv_of, mbconv_of, pointwise_of, squeeze_excite_of
+from effnet_fast import recognition
 
 SMALL = Case("b0", 2, 64)
 ON_CPU = [p for p in PEERS if "cpu" in p.devices and not p.compiles]
@@ -31,6 +32,19 @@ def test_takes_part(peer: Peer, mode: str) -> None:
     result = contest.build[peer.name]()()
     assert isinstance(result, torch.Tensor)
     assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["torch_contiguous", "torch_channels_last", "torch_amp"])
+def test_stock_never_takes_a_fused_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers made of this package's modules run PyTorch's operators and look for nothing else."""
+    dtype = "bf16" if name == "torch_amp" else "fp32"
+    contest = networks.contest(SMALL, "inference", dtype, "cpu", names=[name])
+
+    def fail(module: object) -> None:
+        raise AssertionError("looked for something to fuse")
+
+    monkeypatch.setattr(recognition, "structure_of", fail)
+    contest.build[name]()()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
