@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODELS = tuple(f"efficientnet_{size}" for size in (*(f"b{i}" for i in range(9)), "l2"))
+_WEIGHTS = tuple(f"EfficientNet_B{i}_Weights" for i in range(8))
 _EXPORTS = {
     **dict.fromkeys(_MODELS, "models"),
+    **dict.fromkeys((*_WEIGHTS, "get_model_weights", "get_weight"), "weights"),
     "EfficientNet": "models",
     "EfficientNetFeatures": "models",
     "efficientnet": "models",
@@ -20,15 +22,27 @@ _EXPORTS = {
     "use_backend": "backends",
     "doctor": "diagnostics",
 }
-_SUBMODULES = ("backends", "checkpoints", "models", "ops", "reference", "scaling")
+_SUBMODULES = ("backends", "checkpoints", "models", "ops", "reference", "scaling", "weights")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from . import backends, checkpoints, models, ops, reference, scaling
+    from . import backends, checkpoints, models, ops, reference, scaling, weights
     from .backends import current_backend, use_backend
     from .diagnostics import doctor
     from .models import *  # noqa: F403
+    from .weights import (
+        EfficientNet_B0_Weights,
+        EfficientNet_B1_Weights,
+        EfficientNet_B2_Weights,
+        EfficientNet_B3_Weights,
+        EfficientNet_B4_Weights,
+        EfficientNet_B5_Weights,
+        EfficientNet_B6_Weights,
+        EfficientNet_B7_Weights,
+        get_model_weights,
+        get_weight,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,6 @@
-"""From an image file to the tensor that a network is evaluated on.
+"""From an image to the tensor that a network is evaluated on.
 
-The transform is the evaluation preset of torchvision's IMAGENET1K_V1 weights on a PIL image:
-resize the shorter side, crop the centre, scale to [0, 1], normalise by ImageNet's mean and std.
+The preset is torchvision's: resize the shorter side, crop the centre, scale to [0, 1], normalise.
 Source: torchvision/transforms/_presets.py, ImageClassification.
 """
 
@@ -9,21 +8,26 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from effnet_fast.models.variants import Variant
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from effnet_fast.models.variants import Variant
+
+# Pillow is imported where it is used: presets of tensors do without, and importing it costs 20 ms.
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's channel means over [0, 1], red green blue
 STD = (0.229, 0.224, 0.225)
-RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
+INTERPOLATIONS = ("bilinear", "bicubic")
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L")  # 16-bit grey, which Pillow would clip at 255
 
 
@@ -37,6 +41,8 @@ def load(path: str | os.PathLike[str]) -> Image.Image:
         ValueError: it is of another format, truncated, corrupt, or has more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb). The message names the path.
     """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -54,6 +60,145 @@ def load(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"{os.fspath(path)}: truncated or corrupt image: {error}") from error
 
 
+class ImageClassification(nn.Module):
+    """Prepares images for evaluation, as torchvision's preset of the same name does.
+
+    Called with a Pillow image of any mode, which is converted to RGB, or with a tensor
+    [...,3,H,W] of integers (uint8: 0 to 255) or floating point (0 to 1), it returns float32
+    [...,3,crop_size,crop_size], normalised. A tensor stays on its device.
+
+    Args:
+        crop_size: side of the centre crop, pixels; what the image lacks is filled with zeros.
+        resize_size: length of the shorter side after resizing, pixels.
+        mean, std: per channel, of values scaled to [0, 1].
+        interpolation: "bilinear" or "bicubic", or torchvision's InterpolationMode of these.
+        antialias: whether tensors are filtered when they shrink; Pillow images always are.
+
+    Raises:
+        ValueError: an argument outside what is allowed; a tensor of another shape; an image
+            without pixels, or so narrow that resizing its shorter side would need more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        TypeError: neither a Pillow image nor a tensor of integers or floating point.
+    """
+
+    def __init__(
+        self,
+        *,
+        crop_size: int,
+        resize_size: int = 256,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        interpolation: Any = "bilinear",
+        antialias: bool | None = True,
+    ) -> None:
+        super().__init__()
+        for name, size in (("crop_size", crop_size), ("resize_size", resize_size)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+        interpolation = getattr(interpolation, "value", interpolation)
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}"
+            )
+        if len(mean) != 3 or len(std) != 3 or not all(std):
+            raise ValueError(
+                f"mean and std must be three numbers, std without 0; got {mean!r} and {std!r}"
+            )
+        self.crop_size = [crop_size]
+        self.resize_size = [resize_size]
+        self.mean = list(mean)
+        self.std = list(std)
+        self.interpolation = interpolation
+        self.antialias = antialias
+
+    def forward(self, img: Image.Image | Tensor) -> Tensor:
+        if isinstance(img, Tensor):
+            x = self._resize_and_crop_tensor(img)
+        else:
+            x = self._resize_and_crop_image(img)
+        if not x.is_floating_point():
+            x = x.to(torch.float32) / torch.iinfo(x.dtype).max
+        x = x.to(torch.float32)
+        mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device).view(3, 1, 1)
+        std = torch.tensor(self.std, dtype=x.dtype, device=x.device).view(3, 1, 1)
+        return (x - mean) / std
+
+    def extra_repr(self) -> str:
+        return (
+            f"crop_size={self.crop_size}, resize_size={self.resize_size}, mean={self.mean}, "
+            f"std={self.std}, interpolation={self.interpolation}, antialias={self.antialias}"
+        )
+
+    def _resize_and_crop_image(self, image: Image.Image) -> Tensor:
+        """A Pillow image to uint8 [3,crop,crop]."""
+        from PIL import Image
+
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"the image must be a Pillow image or a tensor, got {type(image).__name__}"
+            )
+        if self.antialias is False:
+            warnings.warn(
+                "antialias=False applies to tensors alone: Pillow always filters", stacklevel=4
+            )
+        image = _to_rgb(image)
+        width, height = image.size
+        new_height, new_width = _resized(height, width, self.resize_size[0])
+        limit = Image.MAX_IMAGE_PIXELS
+        grows = new_height * new_width > height * width
+        if limit is not None and grows and new_height * new_width > limit:
+            raise ValueError(
+                f"image of {width}x{height} pixels is too narrow: resized to a shorter side of "
+                f"{self.resize_size[0]} it would have {new_height * new_width} pixels, more than "
+                f"{limit}"
+            )
+        image = image.resize((new_width, new_height), Image.Resampling[self.interpolation.upper()])
+        side = self.crop_size[0]
+        left, top = _crop_start(new_width, side), _crop_start(new_height, side)
+        image = image.crop((left, top, left + side, top + side))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def _resize_and_crop_tensor(self, x: Tensor) -> Tensor:
+        """[...,3,H,W] to [...,3,crop,crop] in the same dtype."""
+        if not (x.is_floating_point() or x.dtype in INTEGERS):
+            raise TypeError(f"a tensor image must be of integers or floating point, got {x.dtype}")
+        if x.ndim < 3 or x.shape[-3] != 3:
+            raise ValueError(f"a tensor image must be of shape [...,3,H,W], got {tuple(x.shape)}")
+        height, width = x.shape[-2:]
+        size = _resized(height, width, self.resize_size[0])
+        if size != (height, width):
+            x = self._resize_tensor(x, size)
+        side = self.crop_size[0]
+        top, left = _crop_start(size[0], side), _crop_start(size[1], side)
+        return F.pad(x, (-left, left + side - size[1], -top, top + side - size[0]))
+
+    def _resize_tensor(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        leading, dtype = x.shape[:-3], x.dtype
+        if x.numel() == 0:
+            return x.new_empty(*leading, 3, *size)
+        if dtype not in (torch.float32, torch.float64):
+            x = x.to(torch.float32)
+        x = F.interpolate(
+            x.reshape(-1, *x.shape[-3:]),
+            size,
+            mode=self.interpolation,
+            align_corners=False,
+            antialias=bool(self.antialias),
+        )
+        if dtype == torch.uint8 and self.interpolation == "bicubic":
+            x = x.clamp(0, 255)  # bicubic overshoots
+        if dtype in INTEGERS:
+            x = x.round()
+        return x.to(dtype).reshape(*leading, 3, *size)
+
+
+def preset(variant: Variant) -> ImageClassification:
+    """The preset that `variant` prescribes (a row of `effnet_fast.models.variants.VARIANTS`)."""
+    return ImageClassification(
+        crop_size=variant.crop, resize_size=variant.resize, interpolation=variant.interpolation
+    )
+
+
 def preprocess(image: Image.Image, variant: Variant) -> Tensor:
     """Prepares an image for evaluation as `variant` prescribes (resize, crop, interpolation).
 
@@ -65,42 +210,27 @@ def preprocess(image: Image.Image, variant: Variant) -> Tensor:
         float32 tensor [1, 3, crop, crop], channels_last.
 
     Raises:
-        ValueError: the image is so narrow that resizing its shorter side would need more than
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        ValueError, TypeError: as `ImageClassification`.
     """
-    image = _resize_shorter_side(_to_rgb(image), variant.resize, variant.interpolation)
-    pixels = np.array(_crop_center(image, variant.crop))  # [H, W, 3] uint8
-    x = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-    x = x.to(torch.float32) / 255
-    mean = torch.tensor(MEAN).view(3, 1, 1)
-    std = torch.tensor(STD).view(3, 1, 1)
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    return preset(variant)(image)[None].contiguous(memory_format=torch.channels_last)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in WIDE_MODES:
+        from PIL import Image
+
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
-def _resize_shorter_side(image: Image.Image, side: int, interpolation: str) -> Image.Image:
-    width, height = image.size
-    shorter, longer = min(width, height), max(width, height)
-    if shorter == side:
-        return image
-    target = int(side * longer / shorter)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and side * target > limit:
-        raise ValueError(
-            f"image of {width}x{height} pixels is too narrow: resized to a shorter side of {side} "
-            f"it would have {side * target} pixels, more than {limit}"
-        )
-    size = (side, target) if width <= height else (target, side)
-    return image.resize(size, RESAMPLING[interpolation])
+def _resized(height: int, width: int, shorter_side: int) -> tuple[int, int]:
+    """Height and width when the shorter of them becomes `shorter_side`."""
+    if min(height, width) < 1:
+        raise ValueError(f"an image of {width}x{height} pixels has none to resize")
+    longer_side = int(shorter_side * max(height, width) / min(height, width))
+    return (longer_side, shorter_side) if width <= height else (shorter_side, longer_side)
 
 
-def _crop_center(image: Image.Image, side: int) -> Image.Image:
-    width, height = image.size
-    left = round((width - side) / 2.0)
-    top = round((height - side) / 2.0)
-    return image.crop((left, top, left + side, top + side))
+def _crop_start(length: int, side: int) -> int:
+    """Where a centre crop begins; below 0 where zeros come first."""
+    return -((side - length) // 2) if side > length else round((length - side) / 2.0)

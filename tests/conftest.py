@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 
@@ -10,6 +11,11 @@ import pytest
 import torch
 
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
+from effnet_fast import downloads
+from effnet_fast.cli import bench, common
+from effnet_fast.models.variants import VARIANTS
+from effnet_fast.weights import EfficientNet_B0_Weights
+from host import CONTENT, serve
 
 # Workers side by side would spin against each other's OpenMP threads: one thread each. The tests
 # of threading set their own number.
@@ -25,3 +31,53 @@ def seed() -> int:
     numpy.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def one_thread():
+    """What is small is slower on several threads, by far where others use the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def b0_state():
+    """A state dict of B0 whose logits depend on the image."""
+    model = common.build_model(VARIANTS["b0"], "reference")
+    x = bench.random_images(4, 64, torch.Generator().manual_seed(0))
+    bench.calibrate(model, x)
+    return model.state_dict()
+
+
+@pytest.fixture(scope="session")
+def b0_file(b0_state):
+    """The bytes of a .pth file of `b0_state`."""
+    buffer = io.BytesIO()
+    torch.save(b0_state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    """Short pauses before the next attempt, and no proxy between this machine and itself."""
+    monkeypatch.setattr(downloads, "PAUSE", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def host(quick_retries):
+    """A host that serves `CONTENT`."""
+    with serve(CONTENT) as host:
+        yield host
+
+
+@pytest.fixture
+def published(quick_retries, b0_file, tmp_path, monkeypatch):
+    """A host that serves `b0_file` as B0's published weights, and an empty cache."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with serve(b0_file) as host:
+        url = host.url("efficientnet_b0_stand-in")
+        monkeypatch.setattr(EfficientNet_B0_Weights.IMAGENET1K_V1.value, "url", url)
+        yield host

@@ -16,7 +16,9 @@ PUBLIC = (
         f"efficientnet_{name}"
         for name in ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8", "l2")
     ),
+    *(f"EfficientNet_B{i}_Weights" for i in range(8)),
     *("use_backend", "doctor", "ops", "reference", "checkpoints", "__version__"),
+    *("weights", "get_weight", "get_model_weights"),
 )
 SCRIPT = """
 import json, sys, time
@@ -43,6 +45,15 @@ def test_time_beside_torch(runs):
 def test_imports_nothing_heavy(runs):
     added = runs[0]["added"]
     assert [name for name in added for heavy in HEAVY if f"{name}.".startswith(f"{heavy}.")] == []
+
+
+def test_a_network_brings_in_nothing_heavy():
+    script = SCRIPT.replace("import effnet_fast\n", "import effnet_fast.models\n")
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
+    added = json.loads(output)["added"]
+    assert "effnet_fast.weights" in added
+    heavy = set(HEAVY) - {"safetensors"}  # reads the weights
+    assert not heavy & ({name.split(".")[0] for name in added} | set(added))
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effnet_fast import checkpoints, images
+from effnet_fast import checkpoints, images, models
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.weights import CATEGORIES, ENUMS, get_model_weights, get_weight
 
+DEFAULT_MODEL = "b0"
+PUBLISHED_FAMILIES = ("auto", "torchvision")
+NAME = r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+"  # DEFAULT, EfficientNet_B0_Weights.DEFAULT
 CLASSES = 1000  # ImageNet's, where no weights say otherwise
 CLASSIFIER = "classifier.1.weight"  # [classes, channels]
 
@@ -25,9 +31,25 @@ def add_parser(subparsers: Any) -> None:
         "classify", help="classify images", description="Prints the likeliest classes of images."
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file")
-    common.add_common(parser, default_model="b0")
-    parser.add_argument("--weights", type=Path, help="trained weights, .safetensors or .pth")
-    parser.add_argument("--labels", type=Path, help="text file with a class name per line")
+    common.add_common(parser, default_model=None)
+    parser.add_argument(
+        "--weights",
+        metavar="NAME|FILE",
+        help="published weights by name (DEFAULT, IMAGENET1K_V1, EfficientNet_B3_Weights.DEFAULT), "
+        "or a file, .safetensors or .pth",
+    )
+    parser.add_argument(
+        "--family",
+        choices=checkpoints.FORMATS,
+        default="auto",
+        help="whose names the file's parameters have (default: told from the names)",
+    )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        help="text file with a class name per line (default: ImageNet's, where weights for 1000 "
+        "classes are given)",
+    )
     parser.add_argument("--top", type=common.positive_int, default=5, help="how many classes")
     parser.add_argument("--backend", default="auto", help="auto, reference, cpu, cpu:avx2, ...")
     common.add_progress(parser)
@@ -38,28 +60,47 @@ def run(arguments: argparse.Namespace) -> None:
     """Classifies the images one by one and prints all results at the end."""
     common.check_backend(arguments.backend)
     common.set_threads(arguments)
-    variant = VARIANTS[arguments.model]
     if arguments.weights is None:
         print(
             "effnet-fast: no --weights: random ones are used, labels mean nothing", file=sys.stderr
         )
     with common.bad_input(OSError, ValueError, NotImplementedError):
-        model = _load_model(variant, arguments.weights, arguments.backend)
-        labels = _load_labels(arguments.labels, len(model.get_parameter(CLASSIFIER)))
+        network = _find_network(arguments)
+        labels = _find_labels(network, arguments.labels)
     results = []
     with common.progress(arguments, len(arguments.images), "images") as bar:
         for path in arguments.images:
             with common.bad_input(OSError, ValueError):
-                x = images.preprocess(images.load(path), variant)
-            results.append({"path": path, "top": classify(model, x, arguments.top, labels)})
+                x = network.preset(images.load(path))[None]
+            top = classify(network.model, x, arguments.top, labels)
+            results.append({"path": path, "top": top})
             bar.update()
     if arguments.json:
-        weights = None if arguments.weights is None else str(arguments.weights)
-        report = {"model": variant.name, "backend": arguments.backend, "weights": weights}
+        report = {"model": network.size, "backend": arguments.backend, "weights": network.weights}
         common.print_json({**report, "images": results})
     else:
         for result in results:
             _print_result(result)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What classifies: the model in evaluation mode, its size, and what goes with its weights.
+
+    Args:
+        preset: how images are prepared.
+        weights: a file or the full name of published ones; None for random ones.
+    """
+
+    model: EfficientNet
+    size: str
+    preset: images.ImageClassification
+    weights: str | None
+
+    @property
+    def classes(self) -> int:
+        """Number of logits."""
+        return len(self.model.get_parameter(CLASSIFIER))
 
 
 def classify(
@@ -79,27 +120,63 @@ def classify(
     ]
 
 
-def _load_model(variant: Variant, weights: Path | None, backend: str) -> EfficientNet:
-    if weights is None:
-        return common.build_model(variant, backend, CLASSES)
-    state = checkpoints.load(weights)
+def _find_network(arguments: argparse.Namespace) -> Network:
+    """Takes --weights for a name where it is one, and for a file otherwise."""
+    text, backend = arguments.weights, arguments.backend
+    if text is not None and _is_name(text):
+        return _published_network(arguments)
+    variant = VARIANTS[arguments.model or DEFAULT_MODEL]
+    if text is None:
+        model = common.build_model(variant, backend, CLASSES)
+    else:
+        model = _load(variant, text, arguments.family, backend)
+    return Network(model, variant.name, images.preset(variant), text)
+
+
+def _is_name(text: str) -> bool:
+    """Whether it is written like the name of published weights, and is no file."""
+    return re.fullmatch(NAME, text) is not None and not Path(text).is_file()
+
+
+def _published_network(arguments: argparse.Namespace) -> Network:
+    text, size = arguments.weights, arguments.model
+    if arguments.family not in PUBLISHED_FAMILIES:
+        raise ValueError(f"--weights {text} names torchvision's, not {arguments.family}'s")
+    if "." not in text:
+        text = f"{get_model_weights(f'efficientnet_{size or DEFAULT_MODEL}').__name__}.{text}"
+    published = get_weight(text)
+    owner = next(name for name, enum in ENUMS.items() if isinstance(published, enum))
+    owner = owner.removeprefix("efficientnet_")
+    if size not in (None, owner):
+        raise ValueError(f"--weights {text} are of {owner}, but --model is {size}")
+    silent = arguments.no_progress or not sys.stderr.isatty()
+    build = getattr(models, f"efficientnet_{owner}")
+    model = build(weights=published, progress=not silent, backend=arguments.backend).eval()
+    return Network(model, owner, published.transforms(), str(published))
+
+
+def _load(variant: Variant, path: str, family: str, backend: str) -> EfficientNet:
+    state = checkpoints.load(path, family)
     classifier = state.get(CLASSIFIER)
     classes = CLASSES if classifier is None or classifier.ndim != 2 else len(classifier)
     model = common.build_model(variant, backend, classes)
     try:
         checkpoints.check(model, state)
     except ValueError as error:
-        raise ValueError(f"{weights}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     model.load_state_dict(state)
     return model
 
 
-def _load_labels(path: Path | None, classes: int) -> list[str] | None:
+def _find_labels(network: Network, path: Path | None) -> list[str] | None:
     if path is None:
-        return None
+        known = network.weights is not None and network.classes == CLASSES
+        return CATEGORIES if known else None
     labels = path.read_text(encoding="utf-8").splitlines()
-    if len(labels) != classes:
-        raise ValueError(f"{path}: {len(labels)} lines, but the network has {classes} classes")
+    if len(labels) != network.classes:
+        raise ValueError(
+            f"{path}: {len(labels)} lines, but the network has {network.classes} classes"
+        )
     return labels
 
 

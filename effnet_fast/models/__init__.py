@@ -7,9 +7,12 @@ from typing import Any, Literal, Protocol, overload
 
 from torch import nn
 
+from effnet_fast import weights as published_weights
+from effnet_fast.models import pretrained
 from effnet_fast.models.efficientnet import ALL_MAPS, EfficientNet, EfficientNetFeatures
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
+from effnet_fast.weights import WeightsEnum
 
 __all__ = [
     "VARIANTS",
@@ -42,7 +45,7 @@ class EntryPoint(Protocol):
     def __call__(
         self,
         *,
-        weights: None = None,
+        weights: WeightsEnum | str | None = None,
         progress: bool = True,
         num_classes: int = 1000,
         dropout: float | None = None,
@@ -61,7 +64,7 @@ class EntryPoint(Protocol):
         self,
         *,
         features_only: Literal[True],
-        weights: None = None,
+        weights: WeightsEnum | str | None = None,
         progress: bool = True,
         num_classes: int = 1000,
         dropout: float | None = None,
@@ -81,7 +84,7 @@ def _entry_point(name: str) -> EntryPoint:
 
     def build(
         *,
-        weights: None = None,
+        weights: WeightsEnum | str | None = None,
         progress: bool = True,
         num_classes: int = 1000,
         dropout: float | None = None,
@@ -94,12 +97,9 @@ def _entry_point(name: str) -> EntryPoint:
         backend: str = "auto",
         memory: str = "fast",
     ) -> Any:
-        if weights is not None:
-            raise NotImplementedError(
-                f"weights must be None, got {weights!r}: published weights are not fetched by "
-                "name. Load a file with model.load_state_dict(...), or on the command line with "
-                "effnet-fast classify --weights FILE"
-            )
+        published = pretrained.find(
+            f"efficientnet_{name}", weights, 0 if features_only else num_classes
+        )
         shared: dict[str, Any] = {
             "stochastic_depth_prob": stochastic_depth_prob,
             "norm_layer": norm_layer,
@@ -107,27 +107,44 @@ def _entry_point(name: str) -> EntryPoint:
             "backend": backend,
             "memory": memory,
         }
+        model: nn.Module
         if features_only:
-            return EfficientNetFeatures(variant, out_indices=out_indices, **shared)
-        return EfficientNet(
-            variant, num_classes=num_classes, dropout=dropout, global_pool=global_pool, **shared
-        )
+            model = EfficientNetFeatures(variant, out_indices=out_indices, **shared)
+        else:
+            model = EfficientNet(
+                variant,
+                num_classes=num_classes,
+                dropout=dropout,
+                global_pool=global_pool,
+                **shared,
+            )
+        if published is not None:
+            pretrained.put(model, published, in_chans, progress)
+        return model
 
     build.__name__ = build.__qualname__ = f"efficientnet_{name}"
-    build.__doc__ = f"""EfficientNet-{name.upper()} with random weights, for images of about \
+    enum = f"EfficientNet_{name.upper()}_Weights"
+    published_set = f"None for random ones, or a member of `{enum}` or its name"
+    build.__doc__ = f"""EfficientNet-{name.upper()}, for images of about \
 {variant.resolution} x {variant.resolution}.
 
     Args:
-        weights: None; other values raise NotImplementedError.
-        progress: kept for torchvision's signature; nothing is downloaded.
-        num_classes, dropout, stochastic_depth_prob, norm_layer, in_chans, global_pool, backend,
-            memory: as in `EfficientNet`; dropout is {variant.dropout} unless given.
+        weights: {published_set if enum in vars(published_weights) else "None: none are published"}.
+        progress: shows a progress bar on stderr while weights are downloaded.
+        num_classes: of the logits; with weights, theirs, which is 1000, or 0 for no classifier.
+        in_chans: channels of the images; the stem of published weights is adapted to them, as
+            `effnet_fast.models.input_channels` tells.
+        dropout, stochastic_depth_prob, norm_layer, global_pool, backend, memory: as in
+            `EfficientNet`; dropout is {variant.dropout} unless given.
         features_only: build an `EfficientNetFeatures`, the encoder of the feature maps;
             num_classes, dropout and global_pool then have no meaning.
         out_indices: which maps that gives, as in `EfficientNetFeatures`.
 
     Raises:
-        ValueError, TypeError, IndexError: an argument outside what is allowed.
+        ValueError, IndexError: an argument outside what is allowed; a file of weights that is not
+            the published one.
+        TypeError: weights of another network, or an argument of another type.
+        OSError: the weights cannot be downloaded or read.
 
     Source: Tan & Le, https://arxiv.org/abs/1905.11946.
     """

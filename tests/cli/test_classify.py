@@ -1,5 +1,6 @@
 """classify: the same classes as torchvision's network and preset, and every bad input."""
 
+import functools
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import EfficientNet_B0_Weights
 
-from effnet_fast import cli, images
+from effnet_fast import cli, images, weights
 from effnet_fast.cli import bench, common
 from effnet_fast.models.variants import VARIANTS
 
@@ -161,3 +162,114 @@ def test_refuses_unknown_backends(folder, capsys):
 def test_refuses_backends_that_cannot_run_here(folder, capsys):
     message = refused(["classify", folder / "a.png", "--backend", "cuda"], capsys)
     assert message.startswith("backend cuda cannot run here: ")
+
+
+class TestPublishedWeights:
+    @pytest.mark.parametrize(
+        "name", ["DEFAULT", "IMAGENET1K_V1", "EfficientNet_B0_Weights.IMAGENET1K_V1"]
+    )
+    def test_names_classes(self, published, folder, capsys, name):
+        report, notes = classify([folder / "a.png", "--weights", name], capsys)
+        assert notes == ""
+        assert (report["model"], report["weights"]) == (
+            "b0",
+            "EfficientNet_B0_Weights.IMAGENET1K_V1",
+        )
+        top = report["images"][0]["top"]
+        assert len(top) == 5
+        categories = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
+        assert [entry["label"] for entry in top] == [categories[entry["class"]] for entry in top]
+
+    def test_agrees_with_torchvision(self, published, b0_state, folder, capsys):
+        report, _ = classify([folder / "a.png", "--weights", "DEFAULT", "--top", 3], capsys)
+        stock = torchvision.models.efficientnet_b0().eval()
+        stock.load_state_dict(b0_state)
+        preset = EfficientNet_B0_Weights.IMAGENET1K_V1.transforms()
+        with torch.inference_mode():
+            expected = stock(preset(Image.open(folder / "a.png"))[None])[0].softmax(0).topk(3)
+        top = report["images"][0]["top"]
+        assert [entry["class"] for entry in top] == expected.indices.tolist()
+        actual = torch.tensor([entry["probability"] for entry in top])
+        torch.testing.assert_close(actual, expected.values, rtol=PROBABILITY_RTOL, atol=0)
+
+    def test_prepares_images_as_the_weights_say(self, published, folder, monkeypatch, capsys):
+        argv = [folder / "a.png", "--weights", "DEFAULT"]
+        before, _ = classify(argv, capsys)
+        member = weights.EfficientNet_B0_Weights.DEFAULT
+        other = functools.partial(member.value.transforms, crop_size=96)
+        monkeypatch.setattr(member.value, "transforms", other)
+        after, _ = classify(argv, capsys)
+        assert before["images"] != after["images"]
+
+    def test_labels_override_names(self, published, folder, tmp_path, capsys):
+        labels = tmp_path / "labels.txt"
+        labels.write_text("".join(f"own {i}\n" for i in range(1000)))
+        argv = [folder / "a.png", "--weights", "DEFAULT", "--labels", labels]
+        report, _ = classify(argv, capsys)
+        assert all(e["label"] == f"own {e['class']}" for e in report["images"][0]["top"])
+
+    def test_files_of_1000_classes_have_names(self, b0_file, folder, tmp_path, capsys):
+        path = tmp_path / "b0.pth"
+        path.write_bytes(b0_file)
+        for family in ([], ["--family", "torchvision"]):
+            report, _ = classify([folder / "a.png", "--weights", path, *family], capsys)
+            assert report["weights"] == str(path)
+            assert all(e["label"] in weights.CATEGORIES for e in report["images"][0]["top"])
+
+    def test_the_enum_tells_the_model(self, folder, monkeypatch, capsys):
+        asked = []
+
+        def get_state_dict(self, **options):
+            asked.append(repr(self))
+            raise ValueError("stop")
+
+        monkeypatch.setattr(weights.WeightsEnum, "get_state_dict", get_state_dict)
+        argv = ["classify", folder / "a.png", "--weights", "EfficientNet_B1_Weights.DEFAULT"]
+        assert refused(argv, capsys) == "stop"
+        assert refused(["classify", folder / "a.png", "--weights", "DEFAULT"], capsys) == "stop"
+        argv = ["classify", folder / "a.png", "--model", "b1", "--weights", "IMAGENET1K_V1"]
+        assert refused(argv, capsys) == "stop"
+        assert asked == [
+            "EfficientNet_B1_Weights.IMAGENET1K_V2",
+            "EfficientNet_B0_Weights.IMAGENET1K_V1",
+            "EfficientNet_B1_Weights.IMAGENET1K_V1",
+        ]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                ["--weights", "IMAGENET1K_V9"],
+                "EfficientNet_B0_Weights has no member 'IMAGENET1K_V9'; allowed are IMAGENET1K_V1",
+            ),
+            (["--weights", "EfficientNet_B9_Weights.DEFAULT"], "'EfficientNet_B9_Weights.DEFAULT'"),
+            (["--weights", "DEFAULT", "--model", "b8"], "efficientnet_b8 has no published weights"),
+            (
+                ["--weights", "EfficientNet_B1_Weights.DEFAULT", "--model", "b0"],
+                "--weights EfficientNet_B1_Weights.DEFAULT are of b1, but --model is b0",
+            ),
+        ],
+    )
+    def test_refuses_bad_names(self, folder, capsys, options, message):
+        assert refused(["classify", folder / "a.png", *options], capsys).startswith(message)
+
+    def test_refuses_tampered_files(self, published, folder, tmp_path, capsys):
+        argv = ["classify", folder / "a.png", "--weights", "DEFAULT"]
+        assert cli.main([str(word) for word in argv]) == 0
+        capsys.readouterr()
+        (path,) = (tmp_path / "torch/hub/checkpoints").iterdir()
+        path.write_bytes(path.read_bytes()[:-1])
+        assert refused(argv, capsys).startswith(f"{path}: the file's SHA-256 is ")
+
+    def test_says_that_there_is_no_network(self, published, folder, monkeypatch, capsys):
+        member = weights.EfficientNet_B0_Weights.DEFAULT
+        monkeypatch.setattr(member.value, "url", "http://127.0.0.1:1/b0-01234567.pth")
+        message = refused(["classify", folder / "a.png", "--weights", "DEFAULT"], capsys)
+        assert message.startswith("http://127.0.0.1:1/b0-01234567.pth: not downloaded: ")
+
+    def test_a_file_with_the_look_of_a_name_is_a_file(self, b0_file, folder, monkeypatch, capsys):
+        monkeypatch.chdir(folder)
+        (folder / "DEFAULT").write_bytes(b0_file)
+        report, _ = classify([folder / "a.png", "--weights", "DEFAULT"], capsys)
+        (folder / "DEFAULT").unlink()
+        assert report["weights"] == "DEFAULT"

@@ -56,6 +56,7 @@ for isa in native.isas():
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 y = effnet_fast.efficientnet_b0().eval()(torch.ones(1, 3, 64, 64))
 assert y.shape == (1, 1000) and y.isfinite().all()
+assert len(effnet_fast.EfficientNet_B0_Weights.DEFAULT.meta["categories"]) == y.shape[1]
 print("works")
 """
 
@@ -97,7 +98,8 @@ def test_sdist_holds_all_sources(sdist: Path, tree: Path) -> None:
         expected = {str(p.relative_to(tree)) for p in (tree / folder).rglob("*") if p.is_file()}
         assert expected
         assert expected <= files
-    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"} <= files
+    expected = {"setup.py", "pyproject.toml", "README.md", "constraints.txt"}
+    assert expected | {"LICENSE", "LICENSE.torchvision"} <= files
     assert not [name for name in files if name.endswith((".so", ".pyc", ".o"))]
 
 

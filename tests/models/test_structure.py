@@ -225,10 +225,6 @@ class TestArguments:
         with pytest.raises(ValueError, match=r"b0, b1, .*got 'b9'"):
             EfficientNet("b9")
 
-    def test_weights_say_what_to_do_instead(self) -> None:
-        with pytest.raises(NotImplementedError, match=r"load_state_dict.*classify --weights FILE"):
-            build("b0", weights="IMAGENET1K_V1")
-
 
 def test_package_does_not_need_torchvision() -> None:
     import ast

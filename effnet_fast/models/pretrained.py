@@ -1,0 +1,63 @@
+"""Networks with published weights: which ones were asked for, and how they get in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from effnet_fast import checkpoints
+from effnet_fast.models.input_channels import adapt_input_channels
+from effnet_fast.weights import WeightsEnum, get_model_weights
+
+STEM = "features.0.0.weight"  # [stem channels, in_chans, 3, 3]
+# Stages, head and classifier: what a network that ends early may do without.
+ENDS = (*(f"features.{i}." for i in range(1, 9)), "classifier.")
+
+
+def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None:
+    """The published weights that an argument of `entry_point` ("efficientnet_b0") asks for.
+
+    Raises:
+        ValueError: there are none for this network, or none of that name, or num_classes is
+            neither theirs nor 0, which stands for no classifier.
+        TypeError: weights of another network, or something else.
+    """
+    if weights is None:
+        return None
+    try:
+        enum = get_model_weights(entry_point)
+    except ValueError as error:
+        raise ValueError(f"weights must be None, got {weights!r}: {error}") from error
+    published = enum.verify(weights)
+    assert published is not None
+    classes = len(published.meta["categories"])
+    if num_classes not in (classes, 0):
+        raise ValueError(
+            f"The parameter 'num_classes' expected value {classes} but got {num_classes} instead: "
+            f"{published!r} has {classes} classes. To train others, replace the classifier of the "
+            "loaded network"
+        )
+    return published
+
+
+def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool) -> None:
+    """Loads published weights into `model`: all of them or, when one does not fit, none.
+
+    The stem is adapted to `in_chans` by `adapt_input_channels`. A model that ends early, without
+    the classifier, the head or the last stages, does without their weights.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ from the model's, of which the first few are
+            named; or what `WeightsEnum.get_state_dict` raises, as other errors.
+    """
+    state = published.get_state_dict(progress=progress)
+    absent = tuple(end for end in ENDS if not any(k.startswith(end) for k in model.state_dict()))
+    state = {key: value for key, value in state.items() if not key.startswith(absent)}
+    if STEM in state:
+        state[STEM] = adapt_input_channels(state[STEM], in_chans)
+    try:
+        checkpoints.check(model, state)
+    except ValueError as error:
+        raise ValueError(f"{published!r}: {error}") from error
+    model.load_state_dict(state, strict=True)
