@@ -219,11 +219,14 @@ class TestNetworks:
         assert stem.shape[1] == in_chans
         assert same_tensors(model.state_dict(), {**b0_state, STEM: stem})
 
-    def test_a_network_without_classifier_does_without_its_weights(self, published, b0_state):
+    @pytest.mark.parametrize("stages", [9, 8, 4])
+    def test_a_network_that_ends_early_does_without_the_rest(self, published, b0_state, stages):
         model = effnet_fast.efficientnet_b0()
         del model.classifier
+        del model.features[stages:]
         pretrained.put(model, B0, in_chans=3, progress=False)
-        rest = {key: value for key, value in b0_state.items() if "classifier" not in key}
+        kept = tuple(f"features.{i}." for i in range(stages))
+        rest = {key: value for key, value in b0_state.items() if key.startswith(kept)}
         assert same_tensors(model.state_dict(), rest)
 
     @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3, 4), (1, 2)], ids=str)

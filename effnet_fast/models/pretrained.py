@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,7 @@ from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.weights import WeightsEnum, get_model_weights
 
 STEM = "features.0.0.weight"  # [stem channels, in_chans, 3, 3]
-# Stages, head and classifier: what a network that ends early may do without.
-ENDS = (*(f"features.{i}." for i in range(1, 9)), "classifier.")
+PART = re.compile(r"(features\.\d+|classifier)\.")  # a network of features ends with one of them
 
 
 def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None:
@@ -44,16 +44,16 @@ def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None
 def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool) -> None:
     """Loads published weights into `model`: all of them or, when one does not fit, none.
 
-    The stem is adapted to `in_chans` by `adapt_input_channels`. A model that ends early, without
-    the classifier, the head or the last stages, does without their weights.
+    The stem is adapted to `in_chans` by `adapt_input_channels`. A model without the classifier,
+    the head or the last stages does without their weights.
 
     Raises:
         ValueError: names, shapes or dtypes differ from the model's, of which the first few are
             named; or what `WeightsEnum.get_state_dict` raises, as other errors.
     """
     state = published.get_state_dict(progress=progress)
-    absent = tuple(end for end in ENDS if not any(k.startswith(end) for k in model.state_dict()))
-    state = {key: value for key, value in state.items() if not key.startswith(absent)}
+    own = {_part(key) for key in model.state_dict()}
+    state = {key: value for key, value in state.items() if _part(key) in {*own, None}}
     if STEM in state:
         state[STEM] = adapt_input_channels(state[STEM], in_chans)
     try:
@@ -61,3 +61,8 @@ def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool)
     except ValueError as error:
         raise ValueError(f"{published!r}: {error}") from error
     model.load_state_dict(state, strict=True)
+
+
+def _part(key: str) -> str | None:
+    match = PART.match(key)
+    return match and match.group(1)
