@@ -169,20 +169,23 @@ class EfficientNet(Backbone):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         info = self.feature_info.stages if extra_blocks else self.feature_info.info
         taken = [info[i]["stage"] for i in take_indices(len(info), indices)]
-        children = list(self.features.children())
-        stages = children[: taken[-1] + 1 if stop_early else len(self.feature_info.stages)]
-        maps = []
         x = self._prepared(x)
-        with self._execution():
-            for index, stage in enumerate(stages):
-                x = stage(x)
-                if index in taken:
-                    maps.append(x)
-            if intermediates_only:
-                return maps
-            if len(stages) == len(self.feature_info.stages):
-                for rest in children[len(stages) :]:
-                    x = rest(x)
+        if torch.compiler.is_compiling():
+            x, maps = self._walk(x, taken, stop_early)
+        else:
+            with self._execution():
+                x, maps = self._walk(x, taken, stop_early)
+        return maps if intermediates_only else (x, maps)
+
+    def _walk(self, x: Tensor, taken: list[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
+        children = list(self.features.children())
+        ends = len(self.feature_info.stages)  # the head comes after these
+        stages = taken[-1] + 1 if stop_early else ends
+        maps = []
+        for index, child in enumerate(children if stages == ends else children[:stages]):
+            x = child(x)
+            if index in taken:
+                maps.append(x)
         return x, maps
 
     def get_classifier(self) -> nn.Module:

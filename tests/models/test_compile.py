@@ -153,6 +153,17 @@ def test_encoder_and_frozen_stages() -> None:
     assert_alike(*results)
 
 
+def test_intermediates() -> None:
+    model = pair().actual
+    run = torch.compile(model.forward_intermediates, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        y, maps = run(X, [0, -1])
+        expected, others = model.forward_intermediates(X, [0, -1])
+    assert_alike(
+        {"y": y, "a": maps[0], "b": maps[1]}, {"y": expected, "a": others[0], "b": others[1]}
+    )
+
+
 def test_second_derivative_is_refused() -> None:
     """AOTAutograd's own error: nothing wrong comes out."""
     model = compiled(pair().actual)
