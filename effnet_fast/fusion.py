@@ -20,6 +20,7 @@ from .ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
 from .ops.registration import autocast
 from .ops.squeeze_excite import apply as squeeze_excite
 from .ops.stem_conv_bn_silu import eval_op as stem_conv_bn_silu_eval
+from .same_padding import Conv2dSame, same_sides
 
 
 def explain(module: nn.Module) -> str | None:
@@ -68,7 +69,10 @@ def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+def _padding(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) of a convolution whose input is as large as x [N,C,H,W]."""
+    if type(conv) is Conv2dSame:
+        return same_sides(conv, x)
     assert not isinstance(conv.padding, str)
     top, left = conv.padding
     return left, left, top, top
@@ -88,7 +92,7 @@ def _run_depthwise(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     return dwconv_bn_silu(
         autocast(x), weight, bn_weight, bn_bias,
         mean if tracked else None, var if tracked else None,
-        conv.stride[0], _padding(conv), _uses_batch_statistics(bn), momentum, bn.eps, backend,
+        conv.stride[0], _padding(conv, x), _uses_batch_statistics(bn), momentum, bn.eps, backend,
     )[0]  # fmt: skip
 
 
@@ -101,7 +105,7 @@ def _run_layer(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     if layer.kind == recognition.DENSE:
         return stem_conv_bn_silu_eval(
             autocast(x), *layer.tensors,
-            conv.stride, conv.padding, bn.eps, backend,
+            conv.stride, _padding(conv, x), bn.eps, backend,
         )  # fmt: skip
     return pointwise_bn_act_eval(
         autocast(x), *layer.tensors, None, None, layer.silu, bn.eps, backend
@@ -119,7 +123,7 @@ def _run_block(module: layers.MBConv, block: recognition.Block, x: Tensor, backe
         dropped = module.stochastic_depth.training and module.stochastic_depth.p > 0
         y = mbconv_eval(
             autocast(x), expand.tensors if expand else [], depthwise.tensors, parameters,
-            project.tensors, depthwise.conv.stride[0], _padding(depthwise.conv),
+            project.tensors, depthwise.conv.stride[0], _padding(depthwise.conv, x),
             [expand.bn.eps if expand else 0.0, depthwise.bn.eps, project.bn.eps],
             module.use_res_connect and not dropped, backend,
         )  # fmt: skip

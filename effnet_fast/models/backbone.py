@@ -88,6 +88,7 @@ class Backbone(nn.Module):
                 "norm_layer must make a module from a number of channels, or be None, "
                 f"got {type(norm_layer).__name__}"
             )
+        self.variant = variant
         self.backend = backend
         self.memory = memory
         self.in_chans = in_chans
@@ -99,7 +100,14 @@ class Backbone(nn.Module):
 
         conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
         makers: list[Callable[[], nn.Module]] = [
-            partial(conv, in_chans, variant.stem_channels, kernel_size=3, stride=2),
+            partial(
+                conv,
+                in_chans,
+                variant.stem_channels,
+                kernel_size=3,
+                stride=2,
+                padding="same" if variant.padding == "same" else None,
+            ),
             *_stages(variant, stochastic_depth_prob, norm_layer),
             partial(conv, variant.stages[-1].out_channels, variant.head_channels, kernel_size=1),
         ]
@@ -251,6 +259,7 @@ def _stages(
                 stride=stage.stride if repeat == 0 else 1,
                 input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
                 out_channels=stage.out_channels,
+                padding=variant.padding,
             )
             prob = stochastic_depth_prob * float(index) / variant.blocks
             blocks.append(partial(MBConv, config, prob, norm_layer))

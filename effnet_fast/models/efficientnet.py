@@ -8,8 +8,9 @@ https://github.com/huggingface/pytorch-image-models.
 
 # Annotations are not postponed: torch.fx writes those of forward into the code that it pickles.
 
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,11 @@ from effnet_fast.models.backbone import (
 )
 from effnet_fast.models.feature_info import OutIndices, take_indices
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
+from effnet_fast.models.loading import load_network
 from effnet_fast.models.variants import Variant
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ALL_MAPS = (0, 1, 2, 3, 4)
 
@@ -99,6 +104,54 @@ class EfficientNet(Backbone):
         # Dropout in place would overwrite maps that nothing has pooled.
         self.classifier = make_classifier(
             self.head_hidden_size, num_classes, dropout, in_place=bool(global_pool)
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_url: str | os.PathLike[str],
+        *,
+        family: str = "auto",
+        variant: Variant | str | None = None,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        ema: bool = True,
+        progress: bool = True,
+        **options: Any,
+    ) -> "Self":
+        """The network that a checkpoint of any family is of, with its weights, in training mode.
+
+        Padding, BN constants and preprocessing (`model.variant`) are the family's, so that logits
+        are those of the family's own package.
+
+        Args:
+            path_or_url: as for `checkpoints.load`. The model keeps no hold on the file.
+            family: "torchvision", "timm", "timm_tf", "lukemelas", "nvidia", or "auto": as the
+                file's metadata and names tell. What cannot be told from them, timm's plain from
+                its tf_ networks, is told from the name of the file or of the model in it; where
+                that says nothing, plain is assumed with a warning.
+            variant: a published size or a `Variant`; None finds the published size by the shapes.
+            num_classes: 0 leaves the classifier out; None means as many as the file has.
+            in_chans: channels of the images; a stem of another number is summed or repeated, see
+                `adapt_input_channels`. None means as many as the file has.
+            ema: whether to prefer the moving average of the weights in a training checkpoint.
+            progress: shows a progress bar while downloading.
+            options: as for `EfficientNet`.
+
+        Raises:
+            OSError, ValueError: as `checkpoints.load`, or the file's layers are not those of the
+                variant; the first names and shapes that differ are given.
+        """
+        return load_network(
+            cls,
+            path_or_url,
+            family=family,
+            variant=variant,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            ema=ema,
+            progress=progress,
+            **options,
         )
 
     def forward(self, x: Tensor) -> Tensor:
