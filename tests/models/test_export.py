@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime
@@ -196,6 +197,14 @@ class TestTorchScript:
             stock = copy.deepcopy(models.stock).train(training)
             networks.assert_alike(run_network(module.train(training), X), run_network(stock, X))
             module.load_state_dict(networks.calibrated_state(MINI))
+
+    def test_script_of_same_padding(self) -> None:
+        """At both sizes, since the padding depends on them."""
+        model = EfficientNet(replace(MINI, padding="same")).eval()
+        model.load_state_dict(networks.calibrated_state(MINI))
+        scripted = torch.jit.script(model)
+        for x in (X, random_images(2, 33)):
+            assert_close(scripted(x), model(x))
 
     def test_script_of_an_encoder_and_of_unpooled_maps(self) -> None:
         model = EfficientNetFeatures(MINI, out_indices=(0, 2)).eval()
