@@ -1,6 +1,8 @@
 """convert: every family and both formats, what is said, and that OUT is whole or untouched."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,3 +134,31 @@ def test_bad_input_leaves_nothing(tmp_path, state, capsys):
     assert "suffix must be" in refused(capsys, source, tmp_path / "b.onnx", "--to", "timm")
     assert "No such file" in refused(capsys, source, tmp_path / "no" / "b.pth", "--to", "timm")
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+
+
+MEASURE = """
+import resource, sys
+from effnet_fast import cli
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small, source, output = sys.argv[1:]
+cli.main(["convert", small, small + ".safetensors", "--to", "nvidia", "--json"])
+before = peak()
+cli.main(["convert", source, output, "--to", "nvidia"])
+print(peak() - before, file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffixes", [(".pth", ".safetensors"), (".safetensors", ".pth")])
+def test_holds_one_copy(tmp_path, state, suffixes):
+    """More memory than after the first conversion: one copy of the tensors and no second."""
+    source, output = (tmp_path / f"{i}{suffix}" for i, suffix in enumerate(suffixes))
+    with torch.device("meta"):
+        large = EfficientNet("b5").state_dict()
+    large = {key: torch.ones(value.shape, dtype=value.dtype) for key, value in large.items()}
+    checkpoints.save(large, source)
+    checkpoints.save(state, tmp_path / "small.pth")
+    argv = [sys.executable, "-c", MEASURE, tmp_path / "small.pth", source, output]
+    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, check=True)
+    assert int(done.stderr.splitlines()[-1]) < 1.25 * source.stat().st_size
