@@ -57,6 +57,7 @@ class Backbone(nn.Module):
             last of them are not built; None builds everything.
 
     Attributes:
+        variant: the row of the table that was built.
         feature_info: `FeatureInfo` of the maps at strides 2, 4, 8, 16 and 32.
         grad_checkpointing: whether `set_grad_checkpointing` is on.
 
