@@ -43,12 +43,7 @@ def explain(module: nn.Module) -> str | None:
 
 def _captured(x: Tensor) -> bool:
     """Whether something records the operators instead of running them on plain tensors."""
-    return (
-        type(x) not in recognition.PLAIN
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit exports it implicitly
-        or backends.in_transform()
-    )
+    return type(x) not in recognition.PLAIN or backends.in_transform()
 
 
 def _backend_for(structure: recognition.Layer | recognition.Block, x: Tensor) -> str | None:
@@ -153,8 +148,11 @@ def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tenso
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    # torch.jit exports is_scripting implicitly, which mypy does not accept.
-    if torch.jit.is_scripting() or backends.current_backend() == "reference":  # type: ignore[attr-defined]
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit exports it implicitly
+        or backends.current_backend() == "reference"
+    ):
         return module.forward_stock(x)
     try:
         structure = recognition.structure_of(module)

@@ -19,10 +19,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from . import fusion
+from . import fusion, recompute
 from .same_padding import Conv2dSame
 
-STOCHASTIC_DEPTH_MODES = ("batch", "row")
 PADDINGS = ("symmetric", "same")
 
 
@@ -111,6 +110,8 @@ class Conv2dNormActivation(nn.Sequential):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.forward_stock(x)
         return fusion.run(self, x)
 
 
@@ -162,8 +163,8 @@ def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> T
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p, the drop probability, must be between 0 and 1, got {p}")
-    if mode not in STOCHASTIC_DEPTH_MODES:
-        raise ValueError(f"mode must be one of {STOCHASTIC_DEPTH_MODES}, got {mode!r}")
+    if mode not in ["batch", "row"]:  # as TorchScript can read it
+        raise ValueError(f"mode must be one of 'batch', 'row', got '{mode}'")
     if not training or p == 0.0:
         return x
     keep = 1.0 - p
@@ -282,8 +283,13 @@ class MBConv(nn.Module):
         norm_layer: makes a normalisation from its channels.
         se_layer: makes the squeeze-and-excitation from (channels, squeeze channels, activation=).
 
+    Attributes:
+        grad_checkpointing: whether backward computes the block's activations again.
+
     Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381).
     """
+
+    grad_checkpointing = False
 
     def __init__(
         self,
@@ -313,4 +319,8 @@ class MBConv(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.forward_stock(x)
+        if self.grad_checkpointing and recompute.applies(x):
+            return recompute.run(partial(fusion.run, self), self, x)
         return fusion.run(self, x)

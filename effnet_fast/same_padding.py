@@ -27,15 +27,13 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 def same_sides(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
     """(left, right, top, bottom) for a convolution over x [N,C,H,W], in pixels."""
-    rows, columns = (
-        dilation * (kernel - 1) + 1
-        for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)
-    )
-    height, width = x.shape[2], x.shape[3]  # FX can index what it cannot unpack
-    return (
-        *same_padding(width, columns, conv.stride[1]),
-        *same_padding(height, rows, conv.stride[0]),
-    )
+    top, bottom = _along(x.shape[2], conv.kernel_size[0], conv.stride[0], conv.dilation[0])
+    left, right = _along(x.shape[3], conv.kernel_size[1], conv.stride[1], conv.dilation[1])
+    return left, right, top, bottom
+
+
+def _along(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    return same_padding(size, dilation * (kernel - 1) + 1, stride)
 
 
 class Conv2dSame(nn.Conv2d):
@@ -78,7 +76,10 @@ class Conv2dSame(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(F.pad(x, same_sides(self, x)), self.weight, self.bias)
+        # `same_sides`, which TorchScript cannot read: it passes no module to a function.
+        top, bottom = _along(x.shape[2], self.kernel_size[0], self.stride[0], self.dilation[0])
+        left, right = _along(x.shape[3], self.kernel_size[1], self.stride[1], self.dilation[1])
+        return self._conv_forward(F.pad(x, (left, right, top, bottom)), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, padding=same"

@@ -42,6 +42,8 @@ PARAMETERS = {
     "b7": 66_347_960,
 }
 TINY = replace(VARIANTS["b0"], name="tiny", width=0.25, depth=0.5, resolution=48)
+# Four blocks, for what takes long per operator: compilers.
+MINI = replace(TINY, name="mini", depth=1.0, resolution=32, baseline=B0_STAGES[:3])
 
 
 def reduced_resolution(variant: Variant) -> int:
@@ -70,7 +72,7 @@ def torchvision_network(variant: Variant, **kwargs: object) -> nn.Module:
             width_mult=variant.width,
             depth_mult=variant.depth,
         )
-        for stage in B0_STAGES
+        for stage in variant.baseline
     ]
     kwargs.setdefault(
         "norm_layer",

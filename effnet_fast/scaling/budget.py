@@ -1,15 +1,22 @@
-"""From a budget to a network: the largest phi whose counts stay within every limit."""
+"""From a budget to a network: the largest phi that stays within every limit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from effnet_fast.models.variants import B0_STAGES, Stage
+import torch
+
+from effnet_fast.models.variants import B0_STAGES, Stage, Variant
 from effnet_fast.scaling.compound import BASE_RESOLUTION, CompoundScaling, Point
+from effnet_fast.scaling.conditions import Conditions
 from effnet_fast.scaling.counts import Counts, count
+from effnet_fast.scaling.latency import LatencyModel, calibrate
+from effnet_fast.scaling.memory import OPTIMIZER_TENSORS, Memory
 
 SMALLEST_PHI, LARGEST_PHI = -64.0, 32.0  # 8 channels and one block a stage; 2**32 times B0
 STEPS = 48  # halvings of the interval: 3e-13 of phi
+LARGEST_BATCH = 1 << 24  # images
 
 
 @dataclass(frozen=True)
@@ -18,22 +25,119 @@ class Fit:
 
     Args:
         point: the network and its phi, the largest within the budget.
-        counts: its counts.
+        counts: its counts, of one image.
+        memory: what it takes under the conditions, bytes for the whole batch.
+        latency: predicted seconds for the whole batch; None where no latency was limited.
         binding: names of the limits that the next larger network passes.
         shares: what the network uses of each limit, by name, at most 1.
+        conditions: what memory and latency are of.
+        latency_model: what predicted the latency, with its error.
     """
 
     point: Point
     counts: Counts
+    memory: Memory
+    latency: float | None
     binding: tuple[str, ...]
     shares: dict[str, float]
+    conditions: Conditions
+    latency_model: LatencyModel | None = None
+
+
+# The name of each limit, its unit, and how a text gives an amount of it.
+UNITS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "flops": ("FLOPs", "{:.0f}".format),
+    "macs": ("multiply-adds", "{:.0f}".format),
+    "params": ("parameters", "{:.0f}".format),
+    "memory": ("bytes of memory", "{:.0f}".format),
+    "latency": ("ms", lambda seconds: f"{seconds * 1e3:.3g}"),
+}
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """The limits, and what a network uses of each."""
+
+    limits: dict[str, float]
+    conditions: Conditions
+    latency_model: LatencyModel | None
+    num_classes: int
+    in_chans: int
+
+    def count(self, variant: Variant) -> Counts:
+        return count(variant, num_classes=self.num_classes, in_chans=self.in_chans)
+
+    def memory(self, variant: Variant) -> Memory:
+        return self.conditions.memory(variant, num_classes=self.num_classes, in_chans=self.in_chans)
+
+    def latency(self, variant: Variant) -> float | None:
+        if self.latency_model is None:
+            return None
+        return self.latency_model.predict(
+            variant, self.conditions.plan, num_classes=self.num_classes, in_chans=self.in_chans
+        )
+
+    def used(self, variant: Variant) -> dict[str, float]:
+        """By name, for the limits alone."""
+        counts = self.count(variant)
+        used: dict[str, float] = {
+            "flops": counts.flops,
+            "macs": counts.macs,
+            "params": counts.parameters,
+        }
+        if "memory" in self.limits:
+            used["memory"] = self.memory(variant).peak
+        if (latency := self.latency(variant)) is not None:
+            used["latency"] = latency
+        return {name: used[name] for name in self.limits}
+
+    def shares(self, variant: Variant) -> dict[str, float]:
+        used = self.used(variant)
+        return {name: used[name] / limit for name, limit in self.limits.items()}
+
+    def passed(self, variant: Variant) -> tuple[str, ...]:
+        return tuple(name for name, share in self.shares(variant).items() if share > 1.0)
+
+    def refuse(self, smallest: Variant) -> ValueError:
+        """For a budget that the smallest network passes: what that needs, and what was given."""
+        names = dict.fromkeys(("params", "macs", "flops", *self.limits))
+        used = replace(self, limits=dict.fromkeys(names, 1.0)).used(smallest)
+        needs = [f"{UNITS[name][1](used[name])} {UNITS[name][0]}" for name in names]
+        given = [
+            f"target_{name}={UNITS[name][1](limit)} {UNITS[name][0]}"
+            for name, limit in self.limits.items()
+        ]
+        return ValueError(
+            f"no network is that small: the smallest needs {', '.join(needs[:-1])} and "
+            f"{needs[-1]}; given were {', '.join(given)}"
+        )
+
+
+def _check_limits(**given: float | None) -> dict[str, float]:
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    if not limits:
+        names = [f"target_{name}" for name in given]
+        raise ValueError(f"give at least one of {', '.join(names[:-1])} and {names[-1]}")
+    for name, limit in limits.items():
+        if not limit > 0:
+            raise ValueError(f"target_{name} must be positive, got {limit!r}")
+    return limits
 
 
 def fit(
     *,
     target_flops: float | None = None,
     target_macs: float | None = None,
+    target_memory: float | None = None,
     target_params: float | None = None,
+    target_latency: float | None = None,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+    device: str = "cpu",
+    plan: str | None = None,
+    optimizer_tensors: int = OPTIMIZER_TENSORS,
+    latency_model: LatencyModel | None = None,
     scaling: CompoundScaling | None = None,
     stages: tuple[Stage, ...] = B0_STAGES,
     base_resolution: int = BASE_RESOLUTION,
@@ -47,56 +151,114 @@ def fit(
         target_flops: floating-point operations for one image, two per multiply-add. What the
             literature on EfficientNet calls FLOPs is target_macs.
         target_macs: multiply-adds for one image.
+        target_memory: bytes for the whole batch, as `Memory.peak`.
         target_params: trained parameters.
+        target_latency: seconds for the whole batch.
+        batch, dtype, training, device, plan, optimizer_tensors: as for `Conditions`; the counted
+            limits do not depend on them.
+        latency_model: what predicts the latency, of the same conditions; None measures this
+            machine when target_latency is given (about a minute).
         scaling: the rule; None means the paper's constants.
         stages, base_resolution, multiple: as for `CompoundScaling.at`.
         num_classes, in_chans: as for `count`.
 
     Raises:
         ValueError: no limit, one that is not positive, one below what the smallest network needs
-            (the text says what that is) or beyond phi = 32, or a rule that does not grow.
+            (the text says what that is) or beyond phi = 32, a rule that does not grow, or a
+            latency model of other conditions.
     """
     scaling = scaling or CompoundScaling()
-    given = {"flops": target_flops, "macs": target_macs, "params": target_params}
-    limits = {name: limit for name, limit in given.items() if limit is not None}
-    if not limits:
-        raise ValueError("give at least one of target_flops, target_macs and target_params")
-    for name, limit in limits.items():
-        if not limit > 0:
-            raise ValueError(f"target_{name} must be positive, got {limit!r}")
+    limits = _check_limits(
+        flops=target_flops,
+        macs=target_macs,
+        memory=target_memory,
+        params=target_params,
+        latency=target_latency,
+    )
     if scaling.growth == 1.0:
         raise ValueError("alpha, beta and gamma are all 1: no phi makes the network larger")
+    conditions = Conditions(batch, dtype, training, device, plan, optimizer_tensors)
+    if target_latency is None:
+        latency_model = None
+    else:
+        latency_model = latency_model or calibrate(conditions)
+        latency_model.check(conditions)
+    budget = _Budget(limits, conditions, latency_model, num_classes, in_chans)
 
-    def at(phi: float) -> tuple[Point, Counts]:
-        point = scaling.at(phi, stages=stages, base_resolution=base_resolution, multiple=multiple)
-        return point, count(point.variant, num_classes=num_classes, in_chans=in_chans)
+    def at(phi: float) -> Point:
+        return scaling.at(phi, stages=stages, base_resolution=base_resolution, multiple=multiple)
 
-    def shares(counts: Counts) -> dict[str, float]:
-        used = {"flops": counts.flops, "macs": counts.macs, "params": counts.parameters}
-        return {name: used[name] / limit for name, limit in limits.items()}
+    point, binding = _largest(at, budget)
+    return Fit(
+        point,
+        budget.count(point.variant),
+        budget.memory(point.variant),
+        budget.latency(point.variant),
+        binding,
+        budget.shares(point.variant),
+        conditions,
+        latency_model,
+    )
 
-    def passed(counts: Counts) -> tuple[str, ...]:
-        return tuple(name for name, share in shares(counts).items() if share > 1.0)
 
-    within, counts = at(SMALLEST_PHI)
-    if passed(counts):
-        raise ValueError(
-            f"no network is that small: the smallest needs {counts.parameters} parameters, "
-            f"{counts.macs} multiply-adds and {counts.flops} FLOPs; given were "
-            + ", ".join(f"target_{name}={limit:g}" for name, limit in limits.items())
-        )
+def _largest(at: Callable[[float], Point], budget: _Budget) -> tuple[Point, tuple[str, ...]]:
+    """The largest point within the budget, and what the next larger one passes."""
+    within = at(SMALLEST_PHI)
+    if budget.passed(within.variant):
+        raise budget.refuse(within.variant)
     beyond = LARGEST_PHI
-    binding = passed(at(beyond)[1])
+    binding = budget.passed(at(beyond).variant)
     if not binding:
         raise ValueError(f"the limits lie beyond phi = {LARGEST_PHI:g}")
     for _ in range(STEPS):
-        point, larger = at((within.phi + beyond) / 2)
-        if over := passed(larger):
+        point = at((within.phi + beyond) / 2)
+        if over := budget.passed(point.variant):
             beyond, binding = point.phi, over
         else:
-            within, counts = point, larger
+            within = point
     # Networks may change at a round phi, as all do at 0, which halving never meets exactly.
-    point, larger = at(round(within.phi, 9) + 0.0)
-    if point.phi > within.phi and not passed(larger):
-        within, counts = point, larger
-    return Fit(within, counts, binding, shares(counts))
+    point = at(round(within.phi, 9) + 0.0)
+    if point.phi > within.phi and not budget.passed(point.variant):
+        within = point
+    return within, binding
+
+
+def max_batch(
+    variant: Variant,
+    memory: float,
+    conditions: Conditions | None = None,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> int:
+    """The largest batch whose peak memory stays within `memory` bytes.
+
+    Args:
+        variant: the network, at its own resolution.
+        memory: bytes.
+        conditions: whose batch is not looked at; None means inference in fp32 on the CPU.
+        num_classes, in_chans: as for `count`.
+
+    Raises:
+        ValueError: memory not positive, or too little for one image (the text says what that
+            takes).
+    """
+    conditions = conditions or Conditions()
+    if not memory > 0:
+        raise ValueError(f"memory must be positive, got {memory!r}")
+
+    def peak(batch: int) -> int:
+        held = replace(conditions, batch=batch)
+        return held.memory(variant, num_classes=num_classes, in_chans=in_chans).peak
+
+    if peak(1) > memory:
+        raise ValueError(
+            f"one image takes {peak(1)} bytes in {conditions.mode}, given were {memory:.0f}"
+        )
+    small, large = 1, 2
+    while large <= LARGEST_BATCH and peak(large) <= memory:
+        small, large = large, 2 * large
+    while large - small > 1:
+        middle = (small + large) // 2
+        small, large = (middle, large) if peak(middle) <= memory else (small, middle)
+    return small

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from effnet_fast.layers import MBConvConfig
-from effnet_fast.models.variants import Variant
+from effnet_fast.models.variants import B0_STAGES, HEAD_RATIO, Stage, Variant
 
 
-@dataclass(frozen=True)
-class ConvShape:
+class ConvShape(NamedTuple):
     """A convolution (or the classifier, as a 1x1 one) as often as the network holds it alike.
 
     Args:
@@ -102,9 +102,10 @@ def convolutions(
             f"{side}, {num_classes} and {in_chans}"
         )
     side = _output_side(side, 2)
-    stem = variant.stem_channels
+    stages = variant.stages
+    stem = stages[0].in_channels
     yield ConvShape(0, "stem", in_chans, stem, 3, 2, 1, side, False, True, 1)
-    for number, stage in enumerate(variant.stages, 1):
+    for number, stage in enumerate(stages, 1):
         first = MBConvConfig(
             stage.expand_ratio, stage.kernel, stage.stride, stage.in_channels, stage.out_channels
         )
@@ -115,8 +116,8 @@ def convolutions(
                 stage.expand_ratio, stage.kernel, 1, stage.out_channels, stage.out_channels
             )
             yield from _block(number, later, side, stage.repeats - 1)
-    last, head = len(variant.stages) + 1, variant.head_channels
-    channels = variant.stages[-1].out_channels
+    last, head = len(stages) + 1, variant.head_channels
+    channels = stages[-1].out_channels
     yield ConvShape(last, "head", channels, head, 1, 1, 1, side, False, True, 1)
     yield ConvShape(last, "classifier", head, num_classes, 1, 1, 1, 1, True, False, 1)
 
@@ -162,3 +163,106 @@ def count(
         macs += conv.repeats * conv.macs
         activations += conv.repeats * conv.activations
     return Counts(parameters, macs, activations)
+
+
+def unrounded_macs(
+    *,
+    depth: float = 1.0,
+    width: float = 1.0,
+    resolution: float = 224.0,
+    stages: tuple[Stage, ...] = B0_STAGES,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> float:
+    """Multiply-adds of one image if channels, repeats and sides could be any real numbers.
+
+    Each stage's blocks count `depth` times, its channels `width` times; each stride halves the
+    side. What depth, width and resolution then multiply is exact: 1x1 convolutions of the blocks
+    grow with depth * width**2 * resolution**2, depthwise ones with width instead of width**2,
+    squeeze-excite without the resolution, the stem and the head without the depth, the classifier
+    with the width alone. So the whole grows less than depth * width**2 * resolution**2.
+
+    Args:
+        depth, width: multipliers of the repeats and channels of `stages`.
+        resolution: side of the square images, pixels.
+        stages, num_classes, in_chans: as for `custom_variant` and `count`.
+    """
+    side = resolution / 2
+    total = 9 * in_chans * width * stages[0].in_channels * side**2
+    for stage in stages:
+        for index in range(stage.repeats):
+            channels = width * (stage.out_channels if index else stage.in_channels)
+            inner, out = channels * stage.expand_ratio, width * stage.out_channels
+            expand = channels * inner * side**2 if stage.expand_ratio != 1 else 0.0
+            side /= 1 if index else stage.stride
+            depthwise = inner * stage.kernel**2 * side**2
+            total += depth * (expand + depthwise + 2 * inner * channels / 4 + inner * out * side**2)
+    last = width * stages[-1].out_channels
+    head = HEAD_RATIO * last
+    return total + last * head * side**2 + head * num_classes
+
+
+class Group(NamedTuple):
+    """Blocks that are alike, or the stem, or the head with the classifier.
+
+    Args:
+        stage: as in `ConvShape`.
+        kind: "stem", "block" or "head".
+        repeats: how many of them there are.
+        convs: their convolutions by kind; the head's hold the classifier too.
+        elements: for one image, of the input x, the depthwise convolution's input e (x where
+            nothing expands) and output d, and the output y; the stem and the head have x and y.
+        residual: whether x is added to y.
+    """
+
+    stage: int
+    kind: str
+    repeats: int
+    convs: dict[str, ConvShape]
+    elements: dict[str, int]
+    residual: bool
+
+    @property
+    def expands(self) -> bool:
+        """Whether there is a 1x1 convolution before the depthwise one."""
+        return "expand" in self.convs
+
+    @property
+    def parameters(self) -> int:
+        """Trained parameters of one."""
+        return sum(conv.parameters for conv in self.convs.values())
+
+
+def groups(
+    variant: Variant,
+    resolution: int | None = None,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+) -> Iterator[Group]:
+    """The rows of `convolutions` gathered into blocks, with the sizes of their tensors.
+
+    Args:
+        variant, resolution, num_classes, in_chans: as for `convolutions`.
+
+    Raises:
+        ValueError: as `convolutions`.
+    """
+    x = in_chans * (variant.resolution if resolution is None else resolution) ** 2
+    convs: dict[str, ConvShape] = {}
+    for conv in convolutions(variant, resolution, num_classes=num_classes, in_chans=in_chans):
+        convs[conv.kind] = conv
+        if conv.kind not in ("stem", "project", "classifier"):
+            continue
+        first, last = next(iter(convs.values())), convs.get("head", conv)
+        kind = first.kind if first.kind in ("stem", "head") else "block"
+        y = last.activations
+        sizes = {"x": x, "y": y}
+        residual = False
+        if kind == "block":
+            depthwise = convs["depthwise"]
+            sizes["e"] = convs["expand"].activations if "expand" in convs else x
+            sizes["d"] = depthwise.activations
+            residual = depthwise.stride == 1 and first.in_channels == last.out_channels
+        yield Group(conv.stage, kind, conv.repeats, convs, sizes, residual)
+        x, convs = y, {}

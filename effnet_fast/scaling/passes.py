@@ -18,11 +18,10 @@ the one after it, and y its output:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from effnet_fast.models.variants import Variant
-from effnet_fast.scaling.counts import ConvShape, convolutions
+from effnet_fast.scaling.counts import groups
 
 
 @dataclass(frozen=True)
@@ -233,13 +232,16 @@ def traffic(
     chosen = PLANS[mode, plan]
     options = {"num_classes": num_classes, "in_chans": in_chans}
     rows = []
-    for group in _groups(variant, resolution, options):
+    for group in groups(variant, resolution, **options):
         table = {"stem": chosen.stem, "head": chosen.head}.get(group.kind, chosen.block)
         for row in table:
-            if elements := group.elements_of(row):
+            elements = moved_elements(
+                (row,), group.elements, expands=group.expands, residual=group.residual
+            )
+            if elements:
                 size = elements * group.repeats * batch * element_size
                 rows.append(Traffic(group.stage, row.op, row.name, size))
-        size = group.parameters * chosen.weight_passes * weight_size
+        size = group.repeats * group.parameters * chosen.weight_passes * weight_size
         rows.append(Traffic(group.stage, "weights", "weights", size))
     return rows
 
@@ -261,47 +263,3 @@ def moved_elements(
         and (residual or not row.name.startswith(("residual", "drop_path")))
         for tensor in row.reads + row.writes
     )
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Blocks that are alike, or the stem, or the head with the classifier."""
-
-    stage: int
-    kind: str
-    repeats: int
-    sizes: dict[str, int]  # elements of x, e, d and y for one image
-    parameters: int
-    expands: bool
-    residual: bool
-
-    def elements_of(self, row: Pass) -> int:
-        """What a pass reads and writes."""
-        return moved_elements((row,), self.sizes, expands=self.expands, residual=self.residual)
-
-
-def _groups(variant: Variant, resolution: int | None, options: dict[str, int]) -> Iterator[_Group]:
-    """The rows of `convolutions` gathered into blocks, with the sizes of their tensors."""
-    x = options["in_chans"] * (variant.resolution if resolution is None else resolution) ** 2
-    convs: dict[str, ConvShape] = {}
-    for conv in convolutions(variant, resolution, **options):
-        convs[conv.kind] = conv
-        if conv.kind not in ("stem", "project", "classifier"):
-            continue
-        first, last = next(iter(convs.values())), convs.get("head", conv)
-        depthwise = convs.get("depthwise", last)
-        y = last.activations
-        sizes = {"x": x, "e": x, "d": depthwise.activations, "y": y}
-        if "expand" in convs:
-            sizes["e"] = convs["expand"].activations
-        alike = depthwise.stride == 1 and first.in_channels == last.out_channels
-        yield _Group(
-            stage=conv.stage,
-            kind=first.kind if first.kind in ("stem", "head") else "block",
-            repeats=conv.repeats,
-            sizes=sizes,
-            parameters=sum(c.repeats * c.parameters for c in convs.values()),
-            expands="expand" in convs,
-            residual=alike and conv.kind == "project",
-        )
-        x, convs = y, {}

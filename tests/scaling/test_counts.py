@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_fast
 from effnet_fast.models import VARIANTS, Variant, custom_variant
 from effnet_fast.models.variants import B0_STAGES, Stage
-from effnet_fast.scaling import convolutions, count
+from effnet_fast.scaling import (
+    CompoundScaling,
+    convolutions,
+    count,
+    count_memory,
+    groups,
+    published,
+)
+from effnet_fast.scaling.counts import unrounded_macs
 from networks import PARAMETERS
 
 # Billions of multiply-adds, to three decimals: the meta data of torchvision 0.28's weights.
-GMAC = {
-    "b0": 0.386,
-    "b1": 0.687,
-    "b2": 0.994,
-    "b3": 1.827,
-    "b4": 4.394,
-    "b5": 10.266,
-    "b6": 19.068,
-    "b7": 37.746,
+# Stem, head, channels and repeats of the stages: tables of the public implementations.
+PUBLISHED = {
+    "b0": (0.386, 32, 1280, (16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+    "b1": (0.687, 32, 1280, (16, 24, 40, 80, 112, 192, 320), (2, 3, 3, 4, 4, 5, 2)),
+    "b2": (0.994, 32, 1408, (16, 24, 48, 88, 120, 208, 352), (2, 3, 3, 4, 4, 5, 2)),
+    "b3": (1.827, 40, 1536, (24, 32, 48, 96, 136, 232, 384), (2, 3, 3, 5, 5, 6, 2)),
+    "b4": (4.394, 48, 1792, (24, 32, 56, 112, 160, 272, 448), (2, 4, 4, 6, 6, 8, 2)),
+    "b5": (10.266, 48, 2048, (24, 40, 64, 128, 176, 304, 512), (3, 5, 5, 7, 7, 9, 3)),
+    "b6": (19.068, 56, 2304, (32, 40, 72, 144, 200, 344, 576), (3, 6, 6, 8, 8, 11, 3)),
+    "b7": (37.746, 64, 2560, (32, 48, 80, 160, 224, 384, 640), (4, 7, 7, 10, 10, 13, 4)),
 }
+# What unrounded networks lack of depth * width**2 * resolution**2 times B0, by phi.
+SHORTFALL = {1: 0.0254, 2: 0.0463, 3: 0.0637, 5: 0.0905, 7: 0.1098}
+MS_PER_POINT = 1.0  # 10,000 points in 10 s
 OWN_TABLE = (Stage(1, 3, 2, 20, 12, 2), Stage(3, 7, 1, 12, 28, 3), Stage(4, 3, 2, 28, 36, 1))
 
 
@@ -33,13 +48,13 @@ def points() -> list[Variant]:
     draws = random.Random(0)
     return [
         custom_variant(
-            depth=draws.uniform(0.3, 1.8),
-            width=draws.uniform(0.3, 1.6),
-            resolution=draws.randrange(33, 260),
+            depth=draws.uniform(0.1, 1.4),
+            width=draws.uniform(0.1, 1.6),
+            resolution=draws.randrange(9, 260),
             stages=stages,
         )
         for stages in (B0_STAGES, OWN_TABLE)
-        for _ in range(8)
+        for _ in range(25)
     ]
 
 
@@ -62,12 +77,22 @@ def measured(variant: Variant, **options: int) -> tuple[int, int, int]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops(), elements
 
 
-@pytest.mark.parametrize("name", GMAC)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published(name: str) -> None:
-    counts = count(VARIANTS[name])
+    variant, counts = VARIANTS[name], count(VARIANTS[name])
+    billions, stem, head, channels, repeats = PUBLISHED[name]
     assert counts.parameters == PARAMETERS[name]
-    assert round(counts.macs / 1e9, 3) == GMAC[name]
+    assert round(counts.macs / 1e9, 3) == billions
     assert counts.flops == 2 * counts.macs
+    assert (variant.stem_channels, variant.head_channels) == (stem, head)
+    assert tuple(stage.out_channels for stage in variant.stages) == channels
+    assert tuple(stage.repeats for stage in variant.stages) == repeats
+
+
+def test_rule_is_the_published_b0_and_nothing_else() -> None:
+    for name, (variant, point) in published().items():
+        same = count(variant) == count(point.variant)
+        assert same == (name == "b0")
 
 
 @pytest.mark.parametrize("variant", points(), ids=lambda v: f"{v.resolution}")
@@ -101,3 +126,79 @@ def test_rows_stand_for_all_convolutions() -> None:
 def test_bad_sizes(option: str) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         count(VARIANTS["b0"], **{option: 0})
+
+
+def growth(phi: float) -> tuple[float, float]:
+    """Of the unrounded multiply-adds over B0's, and depth * width**2 * resolution**2."""
+    point = CompoundScaling().at(phi)
+    sizes = {"depth": point.depth, "width": point.width, "resolution": point.exact_resolution}
+    return unrounded_macs(**sizes) / unrounded_macs(), CompoundScaling().growth ** phi
+
+
+def test_unrounded_baseline_is_b0() -> None:
+    assert unrounded_macs() == count(VARIANTS["b0"]).macs
+
+
+@settings(deadline=None)
+@given(st.floats(0.0, 7.0))
+def test_work_before_rounding_never_passes_the_rule(phi: float) -> None:
+    macs, rule = growth(phi)
+    assert macs <= rule * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("phi", SHORTFALL)
+def test_work_before_rounding_falls_short_of_the_rule(phi: int) -> None:
+    macs, rule = growth(phi)
+    assert 1 - macs / rule == pytest.approx(SHORTFALL[phi], abs=5e-5)
+
+
+@pytest.mark.parametrize("phi", range(7))
+def test_each_unit_of_phi_falls_short_by_less_than_four_percent(phi: int) -> None:
+    (small, small_rule), (large, large_rule) = growth(phi), growth(phi + 1)
+    assert 0.96 < (large / small) / (large_rule / small_rule) < 1.0
+
+
+def test_one_dimension_of_the_1x1_convolutions_grows_exactly() -> None:
+    wide = replace(B0_STAGES[1], kernel=1)
+    one = {"stages": (replace(wide, repeats=1),), "num_classes": 1, "in_chans": 1}
+    two = {"stages": (wide,), "num_classes": 1, "in_chans": 1}
+    assert unrounded_macs(**two) > unrounded_macs(**one)
+    edges = unrounded_macs(depth=1e-12, **two)
+    blocks = unrounded_macs(**two) - edges
+    assert unrounded_macs(depth=3.0, **two) - edges == pytest.approx(3.0 * blocks)
+
+
+def test_rounding_adds_work() -> None:
+    """Repeats are rounded up, so networks between the published ones cost up to 40% more."""
+    excess = []
+    for step in range(1, 71):
+        point = CompoundScaling().at(step / 10)
+        sizes = {"depth": point.depth, "width": point.width, "resolution": point.exact_resolution}
+        excess.append(count(point.variant).macs / unrounded_macs(**sizes) - 1)
+    assert 0.35 < max(excess) < 0.65
+    assert min(excess) > -0.05
+
+
+def test_ten_thousand_points_in_ten_seconds() -> None:
+    scaling = CompoundScaling()
+    taken = []
+    for _ in range(3):  # the best counts: a busy machine can only add to it
+        start = time.process_time()
+        for step in range(100):
+            variant = scaling.at(step / 12).variant
+            count(variant)
+            count_memory(variant, "inference", "fused")
+            count_memory(variant, "training", "fused")
+        taken.append((time.process_time() - start) / 100 * 1e3)
+    assert min(taken) < MS_PER_POINT
+
+
+def test_groups_hold_every_convolution() -> None:
+    variant = VARIANTS["b3"]
+    rows = list(groups(variant))
+    assert sum(g.repeats * g.parameters for g in rows) == count(variant).parameters
+    assert [row for g in rows for row in g.convs.values()] == list(convolutions(variant))
+    assert [g.kind for g in rows][:: len(rows) - 1] == ["stem", "head"]
+    assert sum(g.repeats for g in rows if g.kind == "block") == variant.blocks
+    residual = sum(g.repeats for g in rows if g.residual)
+    assert residual == variant.blocks - len(variant.stages)

@@ -1,0 +1,229 @@
+"""`effnet-fast scale fit`: the largest network within a budget, or the largest batch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from effnet_fast.cli import common
+from effnet_fast.cli.scale import options, units
+from effnet_fast.cli.scale.options import WORDS
+from effnet_fast.models.variants import VARIANTS
+from effnet_fast.scaling import Conditions, LatencyModel, calibrate, count, fit, max_batch
+from effnet_fast.scaling.latency import bursts
+
+# Option, its type, name of fit's argument, help.
+LIMITS = (
+    ("macs", units.parse_count, "multiply-adds of one image: 1G, 386M"),
+    ("flops", units.parse_count, "operations of one image, two for each multiply-add: 2G"),
+    ("params", units.parse_count, "trained parameters: 5M"),
+    ("memory", units.parse_bytes, "peak memory for the batch: 8GiB, 500MB"),
+    ("latency", units.parse_seconds, "time for the batch on this machine: 15ms"),
+)
+NETWORK_LIMITS = tuple(name for name, *_ in LIMITS if name != "memory")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "fit",
+        help="the largest network within a budget",
+        description="Finds the largest network of the scaling rule that passes no limit. " + WORDS,
+    )
+    for name, kind, text in LIMITS:
+        parser.add_argument(f"--{name}", type=kind, metavar="AMOUNT", help=text)
+    parser.add_argument(
+        "--max-batch",
+        action="store_true",
+        help="find the largest batch that fits --memory, of the network that --model, --phi or "
+        "the other limits give",
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--model", choices=tuple(VARIANTS), help="with --max-batch: this network")
+    given.add_argument("--phi", type=float, help="with --max-batch: the network at this phi")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="for --latency: read the measurements from here, or measure and write them",
+    )
+    options.add_rule(parser)
+    options.add_conditions(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_progress(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the network, or the batch, as a short table or JSON."""
+    _check(arguments)
+    conditions = options.conditions_of(arguments)
+    report = batch_report(arguments, conditions) if arguments.max_batch else None
+    report = report or fit_report(arguments, conditions)
+    if arguments.json:
+        common.print_json(report)
+    else:
+        _print_report(report)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    named = arguments.model is not None or arguments.phi is not None
+    limits = [f"--{name}" for name in NETWORK_LIMITS if getattr(arguments, name) is not None]
+    if arguments.max_batch:
+        if arguments.memory is None:
+            raise common.CommandError("--max-batch needs --memory, which the batch has to fit")
+        if named == bool(limits):
+            raise common.CommandError(
+                "--max-batch needs one network: give --model or --phi, or limits other than "
+                "--memory, but not both"
+            )
+    elif named:
+        raise common.CommandError("--model and --phi belong to --max-batch")
+    elif not limits and arguments.memory is None:
+        names = [f"--{name}" for name, *_ in LIMITS]
+        raise common.CommandError(f"give at least one limit: {', '.join(names)}")
+    if arguments.calibration is not None and arguments.latency is None:
+        raise common.CommandError("--calibration belongs to --latency")
+
+
+def latency_model(arguments: argparse.Namespace, conditions: Conditions) -> LatencyModel:
+    """From the file that --calibration names if it is there, else measured, and written there."""
+    path = arguments.calibration
+    with common.bad_input(OSError, ValueError):
+        if path is not None and path.exists():
+            model = LatencyModel.load(path)
+            model.check(conditions)
+            if foreign := model.foreign():
+                print(
+                    f"effnet-fast: {path} was measured under other conditions: {foreign}",
+                    file=sys.stderr,
+                )
+            return model
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is no folder to write the calibration to")
+        with common.progress(arguments, bursts(conditions), "measuring") as bar:
+            model = calibrate(conditions, on_burst=lambda name: bar.update())
+        if path is not None:
+            model.save(path)
+        return model
+
+
+def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[str, Any]:
+    """Everything that `--json` prints of the largest network within the limits."""
+    rule = options.rule_of(arguments)
+    limits = {name: getattr(arguments, name) for name, *_ in LIMITS}
+    if arguments.max_batch:
+        limits["memory"] = None  # limits the batch, not the network
+    latency = latency_model(arguments, conditions) if arguments.latency is not None else None
+    with common.bad_input(ValueError):
+        result = fit(
+            **{f"target_{name}": limit for name, limit in limits.items()},
+            **vars(conditions),
+            latency_model=latency,
+            scaling=rule,
+            multiple=arguments.multiple,
+        )
+    report: dict[str, Any] = {
+        "phi": result.point.phi,
+        **options.network_json(result.point.variant, result.counts, result.point.exact_resolution),
+        "binding": list(result.binding),
+        "limits": {name: limit for name, limit in limits.items() if limit is not None},
+        "shares": result.shares,
+        "memory": vars(result.memory),
+        "conditions": options.conditions_json(conditions),
+        "rule": vars(rule),
+    }
+    if latency is not None:
+        variant = result.point.variant
+        report["latency_s"] = {plan: latency.predict(variant, plan) for plan in latency.prices}
+        report["latency_model"] = options.latency_json(latency)
+    return report
+
+
+def batch_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[str, Any]:
+    """Everything that `--json` prints of the largest batch that fits the memory."""
+    if arguments.model is not None:
+        variant = VARIANTS[arguments.model]
+        report = {"model": variant.name, **options.network_json(variant, count(variant))}
+    elif arguments.phi is not None:
+        with common.bad_input(ValueError, OverflowError):
+            point = options.rule_of(arguments).at(arguments.phi, multiple=arguments.multiple)
+        variant = point.variant
+        report = {
+            "phi": arguments.phi,
+            **options.network_json(variant, count(variant), point.exact_resolution),
+        }
+    else:
+        report = fit_report(arguments, conditions)
+        rule = options.rule_of(arguments)
+        variant = rule.at(report["phi"], multiple=arguments.multiple).variant
+    with common.bad_input(ValueError):
+        batch = max_batch(variant, arguments.memory, conditions)
+    conditions = replace(conditions, batch=batch)
+    report["max_batch"] = batch
+    report["memory_limit"] = arguments.memory
+    report["memory"] = vars(conditions.memory(variant))
+    report["conditions"] = options.conditions_json(conditions)
+    return report
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    head = f"phi {report['phi']:.4f}" if "phi" in report else f"efficientnet_{report['model']}"
+    if "max_batch" in report:
+        head = f"batch {report['max_batch']} of {head}"
+    print(head)
+    rows = [
+        ["depth", f"{report['depth']:.3f}", f"repeats {_list(report['repeats'])}"],
+        ["width", f"{report['width']:.3f}", f"channels {_list(report['stage_channels'])}"],
+        ["resolution", f"{report['resolution_multiplier']:.3f}", f"{report['resolution']} pixels"],
+    ]
+    print(common.format_table([["", "multiplier", "rounded"], *rows]))
+    used = {
+        "params": (report["params"], units.format_count),
+        "macs": (report["macs"], units.format_count),
+        "flops": (report["flops"], units.format_count),
+        "memory": (report["memory"]["peak"], units.format_bytes),
+    }
+    plan = report["conditions"]["plan"]
+    if "latency_s" in report:
+        used["latency"] = (report["latency_s"][plan], units.format_seconds)
+    limits = dict(report.get("limits", {}))
+    if "memory_limit" in report:
+        limits["memory"] = report["memory_limit"]
+    table = [["", "needs", "limit", "used", ""]]
+    for name, (amount, text) in used.items():
+        limit = limits.get(name)
+        share = ["", ""] if limit is None else [text(limit), f"{amount / limit:.1%}"]
+        mark = "binds" if name in report.get("binding", ()) else ""
+        table.append([name, text(amount), *share, mark])
+    print(common.format_table(table))
+    c = report["conditions"]
+    print(
+        f"Memory{' and latency' if 'latency_s' in report else ''}: "
+        f"{'a training step' if c['training'] else 'inference'}, batch {c['batch']}, "
+        f"{c['dtype']}, {c['device']}, {plan} blocks."
+    )
+    if "latency_s" in report:
+        _print_latency(report)
+    print(WORDS)
+
+
+def _print_latency(report: dict[str, Any]) -> None:
+    model = report["latency_model"]
+    for plan, seconds in report["latency_s"].items():
+        print(
+            f"Latency, {plan}: {units.format_seconds(seconds)}, predicted; networks that the fit "
+            f"had not seen were off by {model['median_error'][plan]:.1%} (median) and "
+            f"{model['largest_error'][plan]:.1%} (worst)."
+        )
+    print(
+        f"Measured on {model['machine']}, threads: {model['threads']}, torch "
+        f"{model['versions'].get('torch')}."
+    )
+
+
+def _list(values: list[int]) -> str:
+    return ",".join(map(str, values))

@@ -1,0 +1,201 @@
+"""What each way of running a block takes and frees, step by step: the tables behind
+`count_memory`.
+
+A row is a step: what it belongs to, its name, the tensors that it takes and those that it frees
+when it is done. Rows of "expand" exist where a block expands, of "narrow" where it does not; rows
+named "residual" and "drop_path" where it has a residual, those named "plain" where it has none.
+
+    x e d y   the block's input, the tensors before and after the depthwise convolution, the output
+    i         what the depthwise convolution reads: e, or x where nothing expands
+    c r       a value per image and channel, expanded (the head's) or squeezed; C R in fp32
+    u w v     mean and variance of the BatchNorm over e, d and y; W in fp32
+    f         an fp32 copy of d (the head's y), which PyTorch makes to average 16-bit values
+    o         what oneDNN takes for the weight gradient of a depthwise convolution
+    g         the weight with its gate applied, per image, or d where that is smaller
+
+What a training plan takes forward and does not free is what it saves for backward, and y. The
+stock rows are what PyTorch 2.13 does on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """One row: what it belongs to, its name, letters of the tensors it takes, then frees."""
+
+    op: str
+    name: str
+    takes: str
+    frees: str
+
+
+Steps = tuple[Step, ...]
+
+
+def _steps(table: str) -> Steps:
+    rows = (line.split() for line in table.splitlines() if line)
+    return tuple(Step(op, name, *(t.replace("-", "") for t in ends)) for op, name, *ends in rows)
+
+
+# In-place SiLU keeps a copy of its input, the convolution behind it keeps its output.
+_STOCK_EXPAND = "expand conv_bn_silu eeeu -"
+_STOCK_EXPAND_BACKWARD = """
+expand          silu_bwd        e       ee
+expand          bn_bwd          ee      eeeu
+expand          conv_bwd        x       ex
+expand          residual_bwd    -       y
+narrow          residual_bwd    -       y
+"""
+_STOCK_PROJECT = """
+project         conv_bn         yyv     -
+project         drop_path       y       y
+"""
+_STOCK_PROJECT_BACKWARD = """
+project         drop_path_bwd   y       -
+project         bn_bwd          yy      yyyv
+project         conv_bwd        d       yd
+"""
+_STOCK = f"""
+{_STOCK_EXPAND}
+depthwise       conv_bn_silu    dddw    -
+squeeze_excite  squeeze         fc      f
+squeeze_excite  excite          rrc     -
+squeeze_excite  scale           d       -
+{_STOCK_PROJECT}
+"""
+_STOCK_BACKWARD = f"""
+{_STOCK_PROJECT_BACKWARD}
+squeeze_excite  scale_bwd       dd      ddd
+squeeze_excite  excite_bwd      -       ccrr
+squeeze_excite  squeeze_bwd     d       d
+depthwise       silu_bwd        d       dd
+depthwise       bn_bwd          dd      dddw
+depthwise       conv_bwd        io      oid
+{_STOCK_EXPAND_BACKWARD}
+"""
+# This version's CPU kernels in training: depthwise + BN + SiLU and squeeze-excite.
+_FUSED = f"""
+{_STOCK_EXPAND}
+depthwise       fused           ddW     -
+squeeze_excite  fused           dCRC    -
+{_STOCK_PROJECT}
+"""
+_FUSED_BACKWARD = f"""
+{_STOCK_PROJECT_BACKWARD}
+squeeze_excite  fused_bwd       d       ddCRC
+depthwise       fused_bwd       i       ddiW
+{_STOCK_EXPAND_BACKWARD}
+"""
+# The design: x, z1 = e, z2 = d, z3 = y and vectors are saved.
+_FAST = """
+expand          convolution     eu      -
+depthwise       convolution     dw      -
+squeeze_excite  squeeze         CCCRC   -
+project         convolution     yv      -
+project         finish          y       -
+"""
+_FAST_BACKWARD = """
+project         data            d       yv
+project         plain           -       y
+squeeze_excite  excite_bwd      -       CCCRC
+depthwise       backward        i       ddw
+narrow          done            -       x
+expand          data            x       eexu
+project         residual_bwd    -       y
+"""
+_LEAN = """
+expand          convolution     eu      -
+depthwise       convolution     dw      -
+expand          done            -       e
+squeeze_excite  squeeze         CCCRC   -
+project         convolution     yv      -
+project         finish          y       -
+"""
+_LEAN_BACKWARD = _FAST_BACKWARD.replace(
+    "depthwise       backward",
+    "expand          recompute       e       -\ndepthwise       backward",
+)
+_STOCK_EDGE = "edge conv_bn_silu yyyv -"
+_STOCK_EDGE_BACKWARD = "edge silu_bwd y yy\nedge bn_bwd yy yyyv"
+_FAST_EDGE = "edge convolution yv -\nedge finish y -"
+_FAST_EDGE_BACKWARD = "edge bn_silu_bwd y yyv"
+# The head's output ends in the pool, whose gradient has its size; the classifier keeps its input
+# and dropout's mask. The stem's input needs no gradient.
+_POOL, _POOL_BACKWARD = "edge pool_dropout fcc fy", "edge pool_bwd y cc"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps forward and, in training, backward, of a block, of the stem and of the head.
+
+    Args:
+        shared: whether e and d of all blocks live in two buffers that outlast the pass.
+    """
+
+    block: Steps
+    stem: Steps
+    head: Steps
+    block_backward: Steps = ()
+    stem_backward: Steps = ()
+    head_backward: Steps = ()
+    shared: bool = False
+
+
+def _training(block: str, backward: str, edge: str, edge_backward: str) -> Plan:
+    return Plan(
+        _steps(block),
+        _steps(edge),
+        _steps(f"{edge}\n{_POOL}"),
+        _steps(backward),
+        _steps(f"{edge_backward}\nedge conv_bwd - y"),
+        _steps(f"{_POOL_BACKWARD}\n{edge_backward}\nedge conv_bwd x yx"),
+    )
+
+
+_STOCK_INFERENCE = """
+expand          convolution     e       -
+expand          bn_silu         e       e
+depthwise       convolution     d       -
+depthwise       bn_silu         d       d
+expand          done            -       e
+squeeze_excite  squeeze         fc      f
+squeeze_excite  excite          rc      cr
+squeeze_excite  scale           d       dc
+project         convolution     y       -
+project         bn              y       y
+project         done            -       dx
+"""
+_FUSED_INFERENCE = """
+block           depthwise       yC      -
+block           excite          RC      R
+block           project         g       gCC
+block           done            -       x
+"""
+_EDGE_INFERENCE = "edge convolution y -\nedge bn_silu y y"
+_EDGE_DONE = "edge done - x\nedge pool f fy"
+PLANS = {
+    ("training", "stock"): _training(_STOCK, _STOCK_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
+    ("training", "fused"): _training(_FUSED, _FUSED_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
+    ("training", "fast"): _training(_FAST, _FAST_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
+    ("training", "lean"): _training(_LEAN, _LEAN_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
+    ("inference", "stock"): Plan(
+        _steps(_STOCK_INFERENCE),
+        _steps(_EDGE_INFERENCE),
+        _steps(f"{_EDGE_INFERENCE}\n{_EDGE_DONE}"),
+    ),
+    ("inference", "fused"): Plan(
+        _steps(_FUSED_INFERENCE),
+        _steps("edge fused y -"),
+        _steps(f"edge fused y -\n{_EDGE_DONE}"),
+        shared=True,
+    ),
+}
+MODES = ("inference", "training")
+
+
+def plans(mode: str) -> tuple[str, ...]:
+    """Names of the plans of "inference" or "training"."""
+    return tuple(name for m, name in PLANS if m == mode)

@@ -1,0 +1,283 @@
+"""The latency model: its solver, what it recovers, and its file."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import random
+import statistics
+import time
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from effnet_fast import timing
+from effnet_fast.models import VARIANTS, custom_variant
+from effnet_fast.scaling import CompoundScaling, Conditions, LatencyModel, calibrate, latency
+from effnet_fast.scaling.latency import FEATURES, NETWORKS, Sample, features, fit_prices
+
+PRICES = {
+    "blocks": 1.3e-4,
+    "pointwise_macs": 9e-12,
+    "depthwise_macs": 1.2e-10,
+    "stem_macs": 4e-11,
+    "activation_bytes": 1.1e-10,
+    "weight_bytes": 1.4e-10,
+}
+HELD_OUT = (
+    *((0.8, 1.1, 176), (1.1, 0.8, 192), (1.8, 1.3, 288), (0.5, 0.5, 136), (1.1, 1.0, 240)),
+    *((0.9, 0.9, 168), (0.6, 0.7, 120), (1.3, 0.9, 216), (0.7, 1.2, 144)),
+)
+MEDIAN_ERROR = 0.1
+EMPTY_PRICES = json.dumps(
+    {
+        "format": 1,
+        "prices": {"fused": {"seconds": {}, "median_error": 0, "largest_error": 0}},
+    }
+)
+
+
+def total(prices: dict[str, float], sample: Sample, conditions: Conditions) -> float:
+    """Seconds that the prices make of the sample's network."""
+    amounts = features(sample.variant, conditions)
+    return sum(prices[name] * n for name, n in zip(FEATURES, amounts, strict=True))
+
+
+def price(sizes: tuple[float, float, int], conditions: Conditions, scale: float = 1.0) -> float:
+    return scale * total(PRICES, Sample(*sizes, {}), conditions)
+
+
+def samples(conditions: Conditions, noise: float = 0.0) -> list[Sample]:
+    draws = numpy.random.default_rng(0)
+    return [
+        Sample(*sizes, {"fused": price(sizes, conditions) * (1 + noise * draws.standard_normal())})
+        for sizes in NETWORKS
+    ]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Conditions:
+    """Replaces measuring by the prices above, stock twice as dear."""
+
+    def measure(variants, conditions, *, on_burst=None):
+        plans = {"stock": 2.0, "fused": 1.0}
+        sizes = [(v.depth, v.width, v.resolution) for v in variants]
+        return [{p: price(size, conditions, f) for p, f in plans.items()} for size in sizes]
+
+    monkeypatch.setattr(latency, "measure", measure)
+    return Conditions(batch=2, plan="fused")
+
+
+def test_solver_against_every_choice_of_free_entries() -> None:
+    draws = numpy.random.default_rng(1)
+    for _ in range(40):
+        matrix, target = draws.standard_normal((8, 4)), draws.standard_normal(8)
+        found = latency.solve_nonnegative(matrix, target)
+        assert found.min() >= 0
+        best = float(target @ target)
+        for size in range(1, 5):
+            for free in itertools.combinations(range(4), size):
+                x = numpy.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+                if x.min() >= 0:
+                    rest = matrix[:, free] @ x - target
+                    best = min(best, float(rest @ rest))
+        rest = matrix @ found - target
+        assert float(rest @ rest) == pytest.approx(best, rel=1e-9)
+
+
+def test_solver_takes_columns_of_zeros() -> None:
+    found = latency.solve_nonnegative(numpy.array([[0.0, 2.0], [0.0, 2.0]]), numpy.ones(2))
+    assert found.tolist() == pytest.approx([0.0, 0.5])
+
+
+def test_prices_are_found_again() -> None:
+    conditions = Conditions(batch=3)
+    found = fit_prices(samples(conditions), conditions, "fused")
+    assert found.seconds == pytest.approx(PRICES, rel=1e-6)
+    assert found.largest_error < 1e-6
+
+
+def test_one_disturbed_measurement_moves_little() -> None:
+    conditions = Conditions()
+    rows = samples(conditions, noise=0.01)
+    rows[4] = replace(rows[4], seconds={"fused": 3 * rows[4].seconds["fused"]})
+    found = fit_prices(rows, conditions, "fused")
+    assert found.largest_error > 0.5  # it is reported
+    errors = [
+        abs(total(found.seconds, row, conditions) / price(sizes, conditions) - 1)
+        for row, sizes in zip(rows, NETWORKS, strict=True)
+    ]
+    assert statistics.median(errors) < 0.05
+
+
+def test_error_is_of_networks_that_the_fit_has_not_seen() -> None:
+    """With noise, leave-one-out errors exceed those of the fit itself."""
+    conditions = Conditions()
+    rows = samples(conditions, noise=0.1)
+    found = fit_prices(rows, conditions, "fused")
+    fitted = [abs(total(found.seconds, row, conditions) / row.seconds["fused"] - 1) for row in rows]
+    assert found.median_error > statistics.median(fitted)
+    assert found.largest_error >= found.median_error > 0.01
+
+
+def test_amounts_grow_with_phi() -> None:
+    rule = CompoundScaling()
+    rows = [features(rule.at(step / 7).variant, Conditions()) for step in range(-40, 60)]
+    for small, large in itertools.pairwise(rows):
+        assert all(a <= b for a, b in zip(small, large, strict=True))
+
+
+def test_calibration(measured: Conditions) -> None:
+    model = calibrate(measured)
+    assert list(model.prices) == ["stock", "fused"]
+    assert len(model.samples) == len(NETWORKS)
+    expected = price((1.4, 1.8, 380), measured)
+    network = custom_variant(depth=1.4, width=1.8, resolution=380)
+    assert model.predict(network) == pytest.approx(expected, rel=1e-6)
+    assert model.predict(network, "stock") == pytest.approx(2 * expected, rel=1e-6)
+    assert model.versions["torch"] == torch.__version__
+    assert model.threads == torch.get_num_threads()
+    assert model.foreign() is None
+    with pytest.raises(ValueError, match="plan 'lean' was not measured; measured are stock, fused"):
+        model.predict(network, "lean")
+
+
+def test_file_gives_the_model_again(measured: Conditions, tmp_path: Path) -> None:
+    model = calibrate(measured)
+    model.save(tmp_path / "calibration.json")
+    assert LatencyModel.load(tmp_path / "calibration.json") == model
+
+
+def test_other_machines_are_named(measured: Conditions) -> None:
+    model = replace(calibrate(measured), machine="a pocket calculator", versions={"torch": "1.0"})
+    difference = model.foreign()
+    assert "machine a pocket calculator, not " in difference
+    assert f"torch 1.0, not {torch.__version__}" in difference
+    threads = torch.get_num_threads()
+    assert replace(calibrate(measured), threads=threads + 1).foreign() == (
+        f"threads {threads + 1}, not {threads}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no latency calibration"),
+        ("[]", "no latency calibration"),
+        ('{"format": 7}', "format 7 is not 1"),
+        (EMPTY_PRICES, "prices must be of blocks"),
+    ],
+)
+def test_bad_files(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        LatencyModel.load(path)
+
+
+def test_unknown_dtype_in_a_file(measured: Conditions, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    calibrate(measured).save(path)
+    content = json.loads(path.read_text())
+    content["conditions"]["dtype"] = "int3"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no latency calibration: 'int3'"):
+        LatencyModel.load(path)
+
+
+def test_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="plan 'lean' cannot be measured; allowed are stock"):
+        calibrate(Conditions(training=True, plan="lean"))
+    with monkeypatch.context() as patch:
+        patch.setattr(latency, "can_run", lambda backend, op: "the extension is missing")
+        with pytest.raises(ValueError, match="plan 'fused' cannot be measured: the extension"):
+            calibrate(Conditions(plan="fused"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch finds no GPU"):
+            calibrate(Conditions(device="cuda"))
+    with pytest.raises(ValueError, match="3 samples are too few"):
+        fit_prices(samples(Conditions())[:3], Conditions(), "fused")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_contestants_run_what_they_say(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan is timed in every round; the quickest burst counts."""
+    monkeypatch.setattr(latency, "DISCARD_S", 0.0)
+    monkeypatch.setattr(latency, "BURST_S", 0.0)
+    seen = []
+
+    def record(contestants, **options):
+        times = timing.measure(contestants, **options)
+        seen.append({plan: taken.median / 1e3 for plan, taken in times.items()})
+        return times
+
+    monkeypatch.setattr(latency, "timing", types.SimpleNamespace(measure=record))
+    bursts = []
+    conditions = Conditions(batch=2, training=training, plan="fused")
+    variant = custom_variant(depth=0.1, width=0.2, resolution=32)
+    (found,) = latency.measure([variant], conditions, on_burst=bursts.append)
+    assert len(bursts) == latency.bursts(conditions, 1) == 2 * latency.ROUNDS
+    assert found == {plan: min(row[plan] for row in seen) for plan in ("stock", "fused")}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_contestants_take_gradients_only_in_training(training: bool) -> None:
+    variant = custom_variant(depth=0.1, width=0.2, resolution=32)
+    calls = latency.contestants(variant, Conditions(batch=2, training=training, plan="fused"))
+    assert list(calls) == ["stock", "fused"]
+    steps = {}
+    for plan, call in calls.items():
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            call()
+        steps[plan] = {event.key for event in record.key_averages()}
+        assert ("ConvolutionBackward0" in steps[plan]) == training
+    fused = {key for key in steps["fused"] if key.startswith("effnet_fast::")}
+    assert fused
+    assert not fused & steps["stock"]
+
+
+def processor_time(function: Callable[[], object], seconds: float, at_least: int) -> list[float]:
+    """As the clock of `timing`, but without what others do on the processor meanwhile."""
+    taken: list[float] = []
+    while sum(taken) < seconds * 1e3 or len(taken) < at_least:
+        start = time.process_time()
+        function()
+        taken.append((time.process_time() - start) * 1e3)
+    return taken
+
+
+@pytest.mark.slow
+def test_held_out_networks_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are measured in the same rounds: on a shared machine, minutes differ by a factor."""
+    by_processor = functools.partial(timing.measure, call_for=processor_time)
+    monkeypatch.setattr(latency, "timing", types.SimpleNamespace(measure=by_processor))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    conditions = Conditions(plan="fused")
+    sizes = [*NETWORKS, *HELD_OUT]
+    random.shuffle(sizes)  # so that a busy spell hits both kinds
+    variants = [custom_variant(depth=d, width=w, resolution=side) for d, w, side in sizes]
+    times = latency.measure(variants, conditions)
+    torch.set_num_threads(threads)
+    measured = dict(zip(sizes, times, strict=True))
+    rows = [Sample(*size, measured[size]) for size in (*NETWORKS, *HELD_OUT)]
+    for plan in ("stock", "fused"):
+        prices = fit_prices(rows[: len(NETWORKS)], conditions, plan).seconds
+        errors = [
+            abs(total(prices, row, conditions) / row.seconds[plan] - 1)
+            for row in rows[len(NETWORKS) :]
+        ]
+        assert statistics.median(errors) < MEDIAN_ERROR
+
+
+def test_published_networks_are_predicted_in_order(measured: Conditions) -> None:
+    model = calibrate(measured)
+    times = [model.predict(variant) for variant in VARIANTS.values()]
+    assert times == sorted(times)
