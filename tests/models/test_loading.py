@@ -177,6 +177,9 @@ def test_num_classes(tmp_path, tiny):
     path = write(encoder, tmp_path / "b.pth")
     with pytest.raises(ValueError, match=r"b\.pth: no classifier\.1\.weight: give num_classes=0"):
         EfficientNet.from_checkpoint(path, variant=TINY)
+    for name in ("a.pth", "b.pth"):
+        model = EfficientNet.from_checkpoint(tmp_path / name, variant=TINY, num_classes=0)
+        assert_same(model.state_dict(), encoder)
 
 
 def test_names_what_differs_from_the_variant(tmp_path, tiny, b0):
