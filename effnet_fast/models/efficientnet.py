@@ -315,6 +315,35 @@ class EfficientNetFeatures(Backbone):
         for module in self.modules():
             init_parameters(module)
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_url: str | os.PathLike[str],
+        *,
+        family: str = "auto",
+        variant: Variant | str | None = None,
+        in_chans: int | None = None,
+        ema: bool = True,
+        progress: bool = True,
+        **options: Any,
+    ) -> "Self":
+        """The encoder of the network that a checkpoint is of, with its weights, in training mode.
+
+        The file may be of the whole network or of an encoder with as many maps. Arguments and
+        errors are those of `EfficientNet.from_checkpoint`; `options` those of this class.
+        """
+        return load_network(
+            cls,
+            path_or_url,
+            family=family,
+            variant=variant,
+            in_chans=in_chans,
+            ema=ema,
+            progress=progress,
+            classifies=False,
+            **options,
+        )
+
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self._prepared(x)
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_fast import EfficientNet, checkpoints
+from effnet_fast import EfficientNet, EfficientNetFeatures, checkpoints
 from effnet_fast.checkpoints import FAMILIES, FAMILY_ENTRY, Checkpoint
 from effnet_fast.models import VARIANTS
 from effnet_fast.models.input_channels import adapt_input_channels
@@ -180,6 +180,33 @@ def test_num_classes(tmp_path, tiny):
     for name in ("a.pth", "b.pth"):
         model = EfficientNet.from_checkpoint(tmp_path / name, variant=TINY, num_classes=0)
         assert_same(model.state_dict(), encoder)
+
+
+def test_encoder(tmp_path, b0):
+    path = write(checkpoints.convert(b0, "timm"), tmp_path / "tf_efficientnet_b0.pth")
+    whole = EfficientNet.from_checkpoint(path).eval()
+    x = torch.randn(1, 3, 64, 96)
+    for out_indices in ((0, 1, 2, 3, 4), (1, 3)):
+        encoder = EfficientNetFeatures.from_checkpoint(path, out_indices=out_indices).eval()
+        assert encoder.variant == whole.variant
+        maps = whole.forward_intermediates(x, list(out_indices), intermediates_only=True)
+        assert all(map(torch.equal, encoder(x), maps))
+        again = write(encoder.state_dict(), tmp_path / "encoder.safetensors")
+        loaded = EfficientNetFeatures.from_checkpoint(again, out_indices=out_indices)
+        assert_same(loaded.state_dict(), encoder.state_dict())
+    with pytest.raises(ValueError, match=r"encoder\.safetensors: .* missing \(features\.6\."):
+        EfficientNetFeatures.from_checkpoint(again)
+    grey = EfficientNetFeatures.from_checkpoint(path, in_chans=1)
+    assert grey.features[0][0].in_channels == 1
+
+
+def test_encoder_of_no_published_size(tmp_path, tiny):
+    path = write(tiny, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: no published size .*Give variant=") as caught:
+        EfficientNetFeatures.from_checkpoint(path)
+    assert "classifier" not in str(caught.value)
+    encoder = EfficientNetFeatures.from_checkpoint(path, variant=TINY)
+    assert_same(encoder.state_dict(), {k: v for k, v in tiny.items() if k in encoder.state_dict()})
 
 
 def test_names_what_differs_from_the_variant(tmp_path, tiny, b0):
