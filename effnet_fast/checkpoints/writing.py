@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ def save(
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     tensors = {key: _own(value) for key, value in state.items()}
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target.parent))
     try:
         with open(temporary, "xb") as file:  # raises OSError, which safetensors would wrap
             permissions = os.fstat(file.fileno()).st_mode
