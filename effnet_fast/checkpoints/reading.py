@@ -61,7 +61,8 @@ class Content:
 
     Args:
         state: named tensors on the CPU, as the file names them but for wrappers' prefixes.
-        metadata: a safetensors file's text entries.
+        metadata: a safetensors file's text entries, or those that this package's networks put
+            into the attribute of a state dict in which PyTorch keeps versions of modules.
         architecture: the model's name where the file, or config.json beside it, tells it, else "".
     """
 
@@ -98,10 +99,12 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     except Exception as error:  # on garbage, either reader raises whatever it trips over
         raise ValueError(f"{name}: truncated or corrupt weights file") from error
     try:
-        state = _state_dict(content, ema)
+        state, remembered = _state_dict(content, ema)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Content(state, metadata, _architecture(content) or _hub_architecture(name))
+    return Content(
+        state, {**remembered, **metadata}, _architecture(content) or _hub_architecture(name)
+    )
 
 
 def _file_of(name: str) -> str:
@@ -170,13 +173,17 @@ def _read_pth(name: str) -> Any:
         return torch.load(name, map_location="cpu", weights_only=True)
 
 
-def _state_dict(content: Any, ema: bool) -> dict[str, Tensor]:
-    """The state dict within a file's content, without what wrappers put in front of its names."""
+def _state_dict(content: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict within a file's content, without what wrappers put in front of its names.
+
+    Returns:
+        it, and what the network that it was saved from has put into it beside tensors.
+    """
     if isinstance(content, Mapping):
         for mapping in itertools.chain(_within(content, ema, DEPTH), _only_network(content)):
             prefix = _prefix(mapping)
             if prefix is not None:
-                return _strip(mapping, prefix)
+                return _strip(mapping, prefix), _remembered(mapping)
     innermost = _innermost(content)
     if not isinstance(innermost, Mapping) or not innermost:
         raise ValueError(f"holds {type(innermost).__name__}, not named tensors")
@@ -184,6 +191,19 @@ def _state_dict(content: Any, ema: bool) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"entry {key!r} is of type {type(value).__name__}, not a tensor")
     raise ValueError(f"not an EfficientNet's state dict: none of {', '.join(STEM_KEYS)} is in it")
+
+
+def _remembered(mapping: Mapping[Any, Any]) -> dict[str, str]:
+    modules = getattr(mapping, "_metadata", None)
+    if not isinstance(modules, Mapping):
+        return {}
+    entries = [entry for entry in modules.values() if isinstance(entry, Mapping)]
+    return {
+        key: value
+        for entry in entries
+        for key, value in entry.items()
+        if isinstance(key, str) and isinstance(value, str)
+    }
 
 
 def _within(content: Mapping[Any, Any], ema: bool, depth: int) -> Iterator[Mapping[Any, Any]]:

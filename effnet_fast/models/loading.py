@@ -18,13 +18,14 @@ from torch.overrides import TorchFunctionMode
 from effnet_fast import checkpoints
 from effnet_fast.checkpoints import FAMILIES, Checkpoint
 from effnet_fast.checkpoints.families import INCEPTION_MEAN, INCEPTION_STD
+from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.variants import VARIANTS, Variant
 
 STEM, CLASSIFIER = "features.0.0.weight", "classifier.1.weight"
 PART = re.compile(r"(features\.\d+|classifier)\.")  # a network of features ends with one of them
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
-Network = TypeVar("Network", bound=nn.Module)
+Network = TypeVar("Network", bound=Backbone)
 
 
 def load_network(
@@ -48,7 +49,7 @@ def load_network(
     checkpoint = checkpoints.open_checkpoint(path, family, ema=ema, progress=progress)
     if checkpoint.assumption:
         warnings.warn(f"{os.fspath(path)}: {checkpoint.assumption}", stacklevel=3)
-    state = checkpoint.state
+    state, origin = checkpoint.state, frozenset(checkpoint.metadata.items())
     with _naming(path):
         found = family_variant(_find_variant(build, state, variant, classifies), checkpoint)
         if classifies:
@@ -65,10 +66,12 @@ def load_network(
     if names - own.keys():  # of a norm_layer: nothing in the file would fill them
         model = build(found, **options)
         model.load_state_dict(state)
+        model._origin = origin
         return model
     # Each tensor of the file is given up as soon as it is copied: one copy of them in memory.
     tensors = {key: _parameter(state.pop(key), tensor) for key, tensor in own.items()}
     model.load_state_dict(tensors, assign=True)
+    model._origin = origin
     return model
 
 

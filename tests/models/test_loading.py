@@ -182,6 +182,19 @@ def test_num_classes(tmp_path, tiny):
         assert_same(model.state_dict(), encoder)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["", "dp", "c"])
+def test_what_is_trained_on_stays_of_its_family(tmp_path, tiny, family, wrap):
+    path = write(checkpoints.convert(tiny, family), tmp_path / "efficientnet_b0_ap.pth")
+    model = EfficientNet.from_checkpoint(path, variant=TINY, family=family)
+    copied = copy.deepcopy(model)
+    again = tmp_path / "best.pth"
+    torch.save({"epoch": 1, "state_dict": wrap(copied).state_dict()}, again)
+    loaded = EfficientNet.from_checkpoint(again, variant=TINY)
+    assert loaded.variant == model.variant
+    assert_same(loaded.state_dict(), tiny)
+
+
 def test_encoder(tmp_path, b0):
     path = write(checkpoints.convert(b0, "timm"), tmp_path / "tf_efficientnet_b0.pth")
     whole = EfficientNet.from_checkpoint(path).eval()
