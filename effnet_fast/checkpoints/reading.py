@@ -99,12 +99,10 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     except Exception as error:  # on garbage, either reader raises whatever it trips over
         raise ValueError(f"{name}: truncated or corrupt weights file") from error
     try:
-        state, remembered = _state_dict(content, ema)
+        state, beside = _state_dict(content, ema)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Content(
-        state, {**remembered, **metadata}, _architecture(content) or _hub_architecture(name)
-    )
+    return Content(state, {**beside, **metadata}, _architecture(content) or _hub_architecture(name))
 
 
 def _file_of(name: str) -> str:
@@ -183,7 +181,7 @@ def _state_dict(content: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, s
         for mapping in itertools.chain(_within(content, ema, DEPTH), _only_network(content)):
             prefix = _prefix(mapping)
             if prefix is not None:
-                return _strip(mapping, prefix), _remembered(mapping)
+                return _strip(mapping, prefix), remembered(mapping)
     innermost = _innermost(content)
     if not isinstance(innermost, Mapping) or not innermost:
         raise ValueError(f"holds {type(innermost).__name__}, not named tensors")
@@ -193,7 +191,8 @@ def _state_dict(content: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, s
     raise ValueError(f"not an EfficientNet's state dict: none of {', '.join(STEM_KEYS)} is in it")
 
 
-def _remembered(mapping: Mapping[Any, Any]) -> dict[str, str]:
+def remembered(mapping: Mapping[Any, Any]) -> dict[str, str]:
+    """The text that a network put into its state dict beside tensors."""
     modules = getattr(mapping, "_metadata", None)
     if not isinstance(modules, Mapping):
         return {}

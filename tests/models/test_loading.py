@@ -190,9 +190,12 @@ def test_what_is_trained_on_stays_of_its_family(tmp_path, tiny, family, wrap):
     copied = copy.deepcopy(model)
     again = tmp_path / "best.pth"
     torch.save({"epoch": 1, "state_dict": wrap(copied).state_dict()}, again)
-    loaded = EfficientNet.from_checkpoint(again, variant=TINY)
-    assert loaded.variant == model.variant
-    assert_same(loaded.state_dict(), tiny)
+    for suffix in (".safetensors", ".pt"):
+        checkpoints.save(wrap(copied).state_dict(), again.with_suffix(suffix))
+    for suffix in (".pth", ".safetensors", ".pt"):
+        loaded = EfficientNet.from_checkpoint(again.with_suffix(suffix), variant=TINY)
+        assert loaded.variant == model.variant
+        assert_same(loaded.state_dict(), tiny)
 
 
 def test_encoder(tmp_path, b0):
