@@ -242,6 +242,32 @@ def test_figures(argv, suffix, magic, quick, capsys, tmp_path):
         assert b"estimate" in content
 
 
+def test_small_networks_have_no_estimate(quick, capsys, tmp_path):
+    """Below B0 the formula would give what no network has: less than nothing."""
+    argv = ["compare", "--macs", "200M", "--plot", str(tmp_path / "figure.svg")]
+    for measured in ([], ["--no-measure"]):
+        report = run_json([*argv, *measured], capsys)
+        assert {n["top1_estimate"] for n in report["networks"]} == {None}
+        assert all(line.endswith("  -") for line in run(argv, capsys).splitlines()[1:5])
+
+
+def test_files_that_cannot_be_written_are_refused_first(quick, capsys, tmp_path, monkeypatch):
+    folder, path = tmp_path / "figure.svg", tmp_path / "x.svg"
+    folder.mkdir()
+    assert "it is a folder" in refused(["compare", "--plot", str(folder)], capsys)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "no permission to write" in refused(["compare", "--plot", str(path)], capsys)
+    argv = ["fit", "--latency", "1s", "--calibration", str(path)]
+    assert f"--calibration {path}: there is no permission" in refused(argv, capsys)
+    assert quick == []
+
+
+def test_nothing_is_measured_without_a_gpu(quick, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "finds no GPU" in refused(["compare", "--device", "cuda"], capsys)
+    run(["compare", "--device", "cuda", "--no-measure", "--macs", "400M"], capsys)
+
+
 def test_figures_need_matplotlib(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     path = tmp_path / "figure.svg"
@@ -268,7 +294,7 @@ def test_figures_need_matplotlib(capsys, tmp_path, monkeypatch):
         (["fit", "--macs", "1G", "--calibration", "x"], "--calibration belongs to --latency"),
         (
             ["fit", "--latency", "1s", "--calibration", "/no/such/folder/x.json"],
-            "/no/such/folder is no folder",
+            "--calibration /no/such/folder/x.json: there is no folder /no/such/folder",
         ),
         (
             ["fit", "--memory", "1MB", "--max-batch", "--model", "b7"],
@@ -280,7 +306,8 @@ def test_figures_need_matplotlib(capsys, tmp_path, monkeypatch):
         (["grid", "--engine", "ray"], "needs the package ray: pip install ray"),
         (["compare", "--plot", "figure.txt"], "the file must end in .svg or .png"),
         (["compare", "--plot", "/no/such/folder/x.svg"], "there is no folder /no/such/folder"),
-        (["compare", "--macs", "10", "--no-measure"], "no network is that small"),
+        (["compare", "--macs", "10", "--no-measure"], "series 'depth': no network is that small"),
+        (["compare", "--training", "--plan", "lean"], "plan 'lean' cannot be measured"),
     ],
 )
 def test_bad_input(argv, message, capsys, monkeypatch):

@@ -102,8 +102,8 @@ def latency_model(arguments: argparse.Namespace, conditions: Conditions) -> Late
                     file=sys.stderr,
                 )
             return model
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path.parent} is no folder to write the calibration to")
+        if path is not None:
+            common.check_writable("--calibration", path)
         with common.progress(arguments, bursts(conditions), "measuring") as bar:
             model = calibrate(conditions, on_burst=lambda name: bar.update())
         if path is not None:

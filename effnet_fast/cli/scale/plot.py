@@ -10,7 +10,11 @@ from typing import Any
 from effnet_fast.cli import common
 
 FORMATS = (".svg", ".png")
-LABELS = {"top1_estimate": "ImageNet top-1, estimate (%)", "latency_s": "measured time (ms)"}
+LABELS = {
+    "top1_estimate": "ImageNet top-1, estimate (%)",
+    "memory_peak": "peak memory (MB)",
+    "latency_s": "measured time (ms)",
+}
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +26,14 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuses a --plot that could not be drawn, before anything has been computed.
 
     Raises:
-        CommandError: matplotlib is missing, the format is unknown, or there is no such folder.
+        CommandError: matplotlib is missing, the format is unknown, or the file cannot be written.
     """
     path = arguments.plot
     if path is None:
         return
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise common.CommandError(f"--plot {path}: the file must end in {' or '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise common.CommandError(f"--plot {path}: there is no folder {path.parent}")
+    common.check_writable("--plot", path)
     if importlib.util.find_spec("matplotlib") is None:
         raise common.CommandError(
             '--plot needs matplotlib: pip install "effnet-fast[plot]", or pip install matplotlib'
@@ -38,20 +41,23 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def series(path: Path, report: dict[str, Any]) -> None:
-    """Estimated accuracy, and time where it was measured, over multiply-adds for each series."""
+    """Estimated accuracy, memory and measured time over multiply-adds, where there are such."""
     networks = report["networks"]
     plan = report["conditions"]["plan"]
-    panels: dict[str, Any] = {"top1_estimate": lambda n: n["top1_estimate"]}
+    panels: dict[str, Any] = {}
+    if any(n["top1_estimate"] is not None for n in networks):
+        panels["top1_estimate"] = lambda n: n["top1_estimate"]
+    panels["memory_peak"] = lambda n: n["memory_peak"] / 1e6
     if networks[0]["latency_s"]:
         panels["latency_s"] = lambda n: n["latency_s"][plan] * 1e3
     figure, axes = _figure(len(panels))
     for ax, (name, value) in zip(axes, panels.items(), strict=True):
         for label in dict.fromkeys(n["series"] for n in networks):
-            own = [n for n in networks if n["series"] == label]
+            own = [n for n in networks if n["series"] == label and value(n) is not None]
             ax.plot([n["macs"] / 1e9 for n in own], [value(n) for n in own], "o-", label=label)
         ax.set_xscale("log")
         ax.set_xlabel("multiply-adds (billions)")
-        suffix = f", {plan}" if name == "latency_s" else ""
+        suffix = "" if name == "top1_estimate" else f", {plan}"
         ax.set_ylabel(LABELS[name] + suffix)
         ax.legend()
     _save(figure, path)
