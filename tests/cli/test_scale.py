@@ -184,7 +184,8 @@ def test_grid(capsys, tmp_path):
     assert path.read_bytes() == before
     assert "scored by estimate" in text
     assert "Top-1 is an estimate" in text
-    assert len(text.splitlines()) == 5
+    assert "here FLOPs are twice as many" in text
+    assert len(text.splitlines()) == 6
 
 
 def test_grid_with_an_own_scorer(capsys, tmp_path, monkeypatch):
