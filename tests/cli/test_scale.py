@@ -231,8 +231,11 @@ def test_compare_without_measuring(quick, capsys):
         ["compare", "--macs", "400M"],
         ["compare", "--macs", "400M", "--no-measure"],
         ["grid", "--step", "0.2", "--tolerance", "0.2"],
+        ["table"],
+        ["table", "--phi", "0", "0.5"],
+        ["fit", "--macs", "1G", "--params", "8M", "--latency", "5s"],
     ],
-    ids=["compare", "counts", "grid"],
+    ids=["compare", "counts", "grid", "table", "phi", "fit"],
 )
 def test_figures(argv, suffix, magic, quick, capsys, tmp_path):
     path = tmp_path / f"figure.{suffix}"
@@ -240,7 +243,9 @@ def test_figures(argv, suffix, magic, quick, capsys, tmp_path):
     content = path.read_bytes()
     assert content.startswith(magic)
     if suffix == "svg":
-        assert b"estimate" in content
+        assert {"table": b"parameters", "fit": b"share of the limit"}.get(
+            argv[0], b"estimate"
+        ) in content
 
 
 def test_small_networks_have_no_estimate(quick, capsys, tmp_path):
@@ -291,6 +296,10 @@ def test_figures_need_matplotlib(capsys, tmp_path, monkeypatch):
         (["fit", "--macs", "1G", "--plan", "lean"], "plan must be one of stock, fused for infe"),
         (["fit", "--macs", "1G", "--max-batch"], "--max-batch needs --memory"),
         (["fit", "--memory", "1GB", "--max-batch"], "--max-batch needs one network"),
+        (
+            ["fit", "--memory", "1GB", "--max-batch", "--model", "b0", "--plot", "x.svg"],
+            "--plot shows networks near the limits",
+        ),
         (["fit", "--memory", "1GB", "--model", "b0"], "--model and --phi belong to --max-batch"),
         (["fit", "--macs", "1G", "--calibration", "x"], "--calibration belongs to --latency"),
         (

@@ -74,6 +74,48 @@ def grid(path: Path, report: dict[str, Any]) -> None:
     _save(figure, path)
 
 
+def table(path: Path, report: dict[str, Any]) -> None:
+    """Multiply-adds, parameters and memory over phi, the rule's beside the published networks'."""
+    networks = sorted(report["networks"], key=lambda n: n["phi"])
+    panels = {
+        "multiply-adds (billions)": lambda n: n["macs"] / 1e9,
+        "parameters (millions)": lambda n: n["params"] / 1e6,
+    }
+    figure, axes = _figure(len(panels))
+    for ax, (label, value) in zip(axes, panels.items(), strict=True):
+        for name, marker, key in (("published", "o", None), ("rule", "x--", "rule")):
+            own = [(n["phi"], n.get(key) if key else n) for n in networks]
+            shown = [(phi, value(n)) for phi, n in own if n is not None]
+            if shown:
+                name = name if key or "rule" in networks[0] else "rule"
+                ax.plot(*zip(*shown, strict=True), marker, label=name)
+        ax.set_yscale("log")
+        ax.set_xlabel("phi")
+        ax.set_ylabel(label)
+        ax.legend()
+    _save(figure, path)
+
+
+def shares(path: Path, found: float, series: dict[str, list[tuple[float, float]]]) -> None:
+    """What networks near the found phi use of each limit.
+
+    Args:
+        path: the file.
+        found: phi of the network within the limits.
+        series: by limit, phi and the share in use.
+    """
+    figure, (ax,) = _figure(1)
+    for name, points in series.items():
+        ax.plot(*zip(*points, strict=True), drawstyle="steps-mid", label=name)
+    ax.axhline(1.0, color="black", linewidth=0.8)
+    ax.axvline(found, color="black", linewidth=0.8, linestyle=":", label=f"phi = {found:.3f}")
+    ax.set_yscale("log")
+    ax.set_xlabel("phi")
+    ax.set_ylabel("share of the limit")
+    ax.legend()
+    _save(figure, path)
+
+
 def _figure(panels: int) -> tuple[Any, Any]:
     # Without pyplot there is no choice of a window system, which may be missing.
     from matplotlib.figure import Figure
