@@ -70,6 +70,8 @@ def test_written_counts_are_read_again(amount):
         (units.format_count(999_499_999), "999M"),
         (units.format_count(999_500_000), "1.00G"),
         (units.format_bytes(241_000), "241 kB"),
+        (units.format_bytes(1.5e40), "1.5e+25 PB"),
+        (units.format_seconds(999.4), "999000 ms"),
         (units.format_bytes(88_278_084), "88.3 MB"),
         (units.format_bytes(999), "999 B"),
         (units.format_seconds(0.00827), "8.27 ms"),

@@ -141,6 +141,25 @@ def test_line_cut_off_by_a_kill_is_run_again(tmp_path: Path) -> None:
     assert path.read_text() == content
 
 
+def test_file_that_cannot_be_written_is_refused_before_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trials.csv"
+    grid_search(size, scalings=RULES[:1], phi=SMALL, csv=path)
+    opened = Path.open
+
+    def refuse(self: Path, mode: str = "r", *args: object, **options: object) -> object:
+        if mode not in ("r", "rb"):
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    scored = []
+    with pytest.raises(PermissionError):
+        grid_search(scored.append, scorer_name=f"{__name__}:size", scalings=RULES, csv=path)
+    assert scored == []
+
+
 def test_trials_at_another_phi_are_kept_apart(tmp_path: Path) -> None:
     path = tmp_path / "trials.csv"
     grid_search(scalings=RULES, csv=path)

@@ -75,7 +75,7 @@ def grid(path: Path, report: dict[str, Any]) -> None:
 
 
 def table(path: Path, report: dict[str, Any]) -> None:
-    """Multiply-adds, parameters and memory over phi, the rule's beside the published networks'."""
+    """Multiply-adds and parameters over phi, of the published networks and of the rule's."""
     networks = sorted(report["networks"], key=lambda n: n["phi"])
     panels = {
         "multiply-adds (billions)": lambda n: n["macs"] / 1e9,
@@ -106,12 +106,12 @@ def shares(path: Path, found: float, series: dict[str, list[tuple[float, float]]
     """
     figure, (ax,) = _figure(1)
     for name, points in series.items():
-        ax.plot(*zip(*points, strict=True), drawstyle="steps-mid", label=name)
-    ax.axhline(1.0, color="black", linewidth=0.8)
+        phis, used = zip(*points, strict=True)
+        ax.plot(phis, [100 * share for share in used], drawstyle="steps-mid", label=name)
+    ax.axhline(100.0, color="black", linewidth=0.8)
     ax.axvline(found, color="black", linewidth=0.8, linestyle=":", label=f"phi = {found:.3f}")
-    ax.set_yscale("log")
     ax.set_xlabel("phi")
-    ax.set_ylabel("share of the limit")
+    ax.set_ylabel("share of the limit (%)")
     ax.legend()
     _save(figure, path)
 

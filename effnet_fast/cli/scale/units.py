@@ -69,9 +69,11 @@ def _format(amount: float, units: list[tuple[float, str]]) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three significant digits without an exponent."""
+    """Three significant digits, without an exponent up to a million."""
     if value == 0:
         return "0"
     rounded = float(f"{value:.3g}")
+    if abs(rounded) >= 1e6:
+        return f"{rounded:.3g}"
     places = 2 - math.floor(math.log10(abs(rounded)))
     return f"{rounded:.{max(0, places)}f}"
