@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from types import MappingProxyType
 
 from effnet_fast.layers import round_channels
@@ -137,7 +137,7 @@ def custom_variant(
     for name, value in (("depth", depth), ("width", width)):
         if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
+    if isinstance(resolution, bool) or not isinstance(resolution, Integral) or resolution < 1:
         raise ValueError(f"resolution must be an int of at least 1, got {resolution!r}")
     stages = tuple(stages)
     if not stages:
@@ -151,6 +151,7 @@ def custom_variant(
                 f"a stage of {before.out_channels} output channels is followed by one of "
                 f"{after.in_channels} input channels"
             )
+    resolution = int(resolution)
     resize = round(resolution * 256 / 224)
     return Variant(
         "custom",

@@ -128,7 +128,8 @@ def test_numbers_of_numpy_are_taken() -> None:
     scaling = CompoundScaling(numpy.float64(1.2), numpy.float32(1.1), 1.15)
     point = scaling.at(numpy.float64(1.5), multiple=numpy.int64(8))
     assert point.resolution == scaling.at(1.5).resolution
-    assert type(point.resolution) is int
+    variant = custom_variant(depth=numpy.float32(1), resolution=numpy.int64(96))
+    assert {type(point.resolution), type(variant.resolution)} == {int}
 
 
 @pytest.mark.parametrize(
