@@ -16,6 +16,7 @@ _EXPORTS = {
     **dict.fromkeys(_MODELS, "models"),
     **dict.fromkeys((*_WEIGHTS, "get_model_weights", "get_weight"), "weights"),
     "EfficientNet": "models",
+    "EfficientNetFeatures": "models",
     "efficientnet": "models",
     "current_backend": "backends",
     "use_backend": "backends",

@@ -1,8 +1,10 @@
-"""Access to the compiled extension, without failing the import where it is missing."""
+"""Access to the compiled extension, without failing the import where it is missing.
+
+It is loaded along with this module, because torch.compile can read a global but follow no import.
+"""
 
 from __future__ import annotations
 
-import functools
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +12,6 @@ from types import ModuleType
 import torch  # noqa: F401  (first: the extension shares the OpenMP runtime that torch has loaded)
 
 
-@functools.cache
 def _try_load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("effnet_fast._C"), ""
@@ -28,9 +29,12 @@ def _try_load() -> tuple[ModuleType | None, str]:
         )
 
 
+_MODULE, _REASON = _try_load()
+
+
 def unavailable_reason() -> str | None:
     """Why the extension cannot be used, or None where it can."""
-    return _try_load()[1] or None
+    return _REASON or None
 
 
 def load() -> ModuleType:
@@ -39,7 +43,6 @@ def load() -> ModuleType:
     Raises:
         RuntimeError: it is missing or cannot be loaded; the text says what to do.
     """
-    module, reason = _try_load()
-    if module is None:
-        raise RuntimeError(reason)
-    return module
+    if _MODULE is None:
+        raise RuntimeError(_REASON)
+    return _MODULE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -22,6 +23,11 @@ OPS = ("dwconv_bn_silu", "pointwise_bn_act", "squeeze_excite")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 _current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
+# Whether any thread is inside `use_backend`: torch.compile can read and guard a plain global, but
+# no ContextVar.
+_chosen = False
+_choices = 0
+_lock = threading.Lock()
 
 
 class OpArgs(NamedTuple):
@@ -69,14 +75,25 @@ def use_backend(name: str) -> Iterator[None]:
     """
     parse(name)
     token = _current.set(name)
+    _count_choice(1)
     try:
         yield
     finally:
+        _count_choice(-1)
         _current.reset(token)
+
+
+def _count_choice(step: int) -> None:
+    global _choices, _chosen
+    with _lock:
+        _choices += step
+        _chosen = _choices > 0
 
 
 def current_backend() -> str:
     """The backend of the innermost `use_backend`, "auto" outside of any."""
+    if torch.compiler.is_compiling() and not _chosen:
+        return "auto"
     return _current.get()
 
 
@@ -162,7 +179,8 @@ def can_run(backend: str, op: str, args: OpArgs | None = None) -> str | None:
 
 def in_transform() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: only the reference can."""
-    in_functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    # torch.compile follows this; with peek_interpreter_stack it believes to be in a transform.
+    in_functorch = torch._C._functorch.get_dynamic_layer_stack_depth() > 0
     return in_functorch or forward_ad._current_level >= 0
 
 

@@ -20,6 +20,7 @@ from .ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
 from .ops.registration import autocast
 from .ops.squeeze_excite import apply as squeeze_excite
 from .ops.stem_conv_bn_silu import eval_op as stem_conv_bn_silu_eval
+from .same_padding import Conv2dSame, same_sides
 
 
 def explain(module: nn.Module) -> str | None:
@@ -42,12 +43,7 @@ def explain(module: nn.Module) -> str | None:
 
 def _captured(x: Tensor) -> bool:
     """Whether something records the operators instead of running them on plain tensors."""
-    return (
-        type(x) not in recognition.PLAIN
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit exports it implicitly
-        or backends.in_transform()
-    )
+    return type(x) not in recognition.PLAIN or backends.in_transform()
 
 
 def _backend_for(structure: recognition.Layer | recognition.Block, x: Tensor) -> str | None:
@@ -73,7 +69,10 @@ def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+def _padding(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) of a convolution whose input is as large as x [N,C,H,W]."""
+    if type(conv) is Conv2dSame:
+        return same_sides(conv, x)
     assert not isinstance(conv.padding, str)
     top, left = conv.padding
     return left, left, top, top
@@ -93,7 +92,7 @@ def _run_depthwise(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     return dwconv_bn_silu(
         autocast(x), weight, bn_weight, bn_bias,
         mean if tracked else None, var if tracked else None,
-        conv.stride[0], _padding(conv), _uses_batch_statistics(bn), momentum, bn.eps, backend,
+        conv.stride[0], _padding(conv, x), _uses_batch_statistics(bn), momentum, bn.eps, backend,
     )[0]  # fmt: skip
 
 
@@ -106,7 +105,7 @@ def _run_layer(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     if layer.kind == recognition.DENSE:
         return stem_conv_bn_silu_eval(
             autocast(x), *layer.tensors,
-            conv.stride, conv.padding, bn.eps, backend,
+            conv.stride, _padding(conv, x), bn.eps, backend,
         )  # fmt: skip
     return pointwise_bn_act_eval(
         autocast(x), *layer.tensors, None, None, layer.silu, bn.eps, backend
@@ -124,7 +123,7 @@ def _run_block(module: layers.MBConv, block: recognition.Block, x: Tensor, backe
         dropped = module.stochastic_depth.training and module.stochastic_depth.p > 0
         y = mbconv_eval(
             autocast(x), expand.tensors if expand else [], depthwise.tensors, parameters,
-            project.tensors, depthwise.conv.stride[0], _padding(depthwise.conv),
+            project.tensors, depthwise.conv.stride[0], _padding(depthwise.conv, x),
             [expand.bn.eps if expand else 0.0, depthwise.bn.eps, project.bn.eps],
             module.use_res_connect and not dropped, backend,
         )  # fmt: skip
@@ -149,8 +148,11 @@ def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tenso
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    # torch.jit exports is_scripting implicitly, which mypy does not accept.
-    if torch.jit.is_scripting() or backends.current_backend() == "reference":  # type: ignore[attr-defined]
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit exports it implicitly
+        or backends.current_backend() == "reference"
+    ):
         return module.forward_stock(x)
     try:
         structure = recognition.structure_of(module)

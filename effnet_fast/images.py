@@ -195,7 +195,11 @@ class ImageClassification(nn.Module):
 def preset(variant: Variant) -> ImageClassification:
     """The preset that `variant` prescribes (a row of `effnet_fast.models.variants.VARIANTS`)."""
     return ImageClassification(
-        crop_size=variant.crop, resize_size=variant.resize, interpolation=variant.interpolation
+        crop_size=variant.crop,
+        resize_size=variant.resize,
+        mean=variant.mean,
+        std=variant.std,
+        interpolation=variant.interpolation,
     )
 
 

@@ -19,9 +19,10 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from . import fusion
+from . import fusion, recompute
+from .same_padding import Conv2dSame
 
-STOCHASTIC_DEPTH_MODES = ("batch", "row")
+PADDINGS = ("symmetric", "same")
 
 
 def round_channels(channels: float, divisor: int = 8) -> int:
@@ -31,6 +32,12 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     """
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
+
+
+def check_padding(padding: str) -> None:
+    """Raises ValueError for what is none of PADDINGS."""
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
 
 
 class Conv2dNormActivation(nn.Sequential):
@@ -43,7 +50,8 @@ class Conv2dNormActivation(nn.Sequential):
         in_channels, out_channels: channels of x and y.
         kernel_size: K of the square kernel.
         stride: the same in both directions.
-        padding: on every side; None means (K-1)//2 * dilation.
+        padding: on every side; None means (K-1)//2 * dilation, "same" what TensorFlow means by it,
+            for which the convolution is a Conv2dSame where that makes a difference.
         groups: groups of the convolution.
         norm_layer: makes the normalisation from its channels; None leaves it out.
         activation_layer: makes the activation; None leaves it out.
@@ -58,7 +66,7 @@ class Conv2dNormActivation(nn.Sequential):
         out_channels: int,
         kernel_size: int = 3,
         stride: int = 1,
-        padding: int | None = None,
+        padding: int | str | None = None,
         groups: int = 1,
         norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
         activation_layer: Callable[..., nn.Module] | None = nn.ReLU,
@@ -66,19 +74,21 @@ class Conv2dNormActivation(nn.Sequential):
         inplace: bool | None = True,
         bias: bool | None = None,
     ) -> None:
-        if padding is None:
+        bias = norm_layer is None if bias is None else bias
+        options: dict[str, Any] = {
+            "stride": stride,
+            "dilation": dilation,
+            "groups": groups,
+            "bias": bias,
+        }
+        # At stride 1 an odd kernel is padded alike on both sides, whichever the rule.
+        same = padding == "same" and (stride != 1 or kernel_size % 2 == 0)
+        if padding is None or padding == "same":
             padding = (kernel_size - 1) // 2 * dilation
         layers: list[nn.Module] = [
-            nn.Conv2d(
-                in_channels,
-                out_channels,
-                kernel_size,
-                stride,
-                padding,
-                dilation=dilation,
-                groups=groups,
-                bias=norm_layer is None if bias is None else bias,
-            )
+            Conv2dSame(in_channels, out_channels, kernel_size, **options)
+            if same
+            else nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, **options)
         ]
         if norm_layer is not None:
             layers.append(norm_layer(out_channels))
@@ -100,6 +110,8 @@ class Conv2dNormActivation(nn.Sequential):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.forward_stock(x)
         return fusion.run(self, x)
 
 
@@ -151,8 +163,8 @@ def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> T
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p, the drop probability, must be between 0 and 1, got {p}")
-    if mode not in STOCHASTIC_DEPTH_MODES:
-        raise ValueError(f"mode must be one of {STOCHASTIC_DEPTH_MODES}, got {mode!r}")
+    if mode not in ["batch", "row"]:  # as TorchScript can read it
+        raise ValueError(f"mode must be one of 'batch', 'row', got '{mode}'")
     if not training or p == 0.0:
         return x
     keep = 1.0 - p
@@ -196,6 +208,7 @@ class MBConvConfig:
         kernel: K of the depthwise convolution, odd.
         stride: stride of the depthwise convolution, 1 or 2.
         input_channels, out_channels: channels of the block's input and output.
+        padding: of the depthwise convolution: "symmetric", (K-1)//2 on both sides, or "same".
 
     Raises:
         ValueError: a field out of its range.
@@ -206,6 +219,7 @@ class MBConvConfig:
     stride: int
     input_channels: int
     out_channels: int
+    padding: str = "symmetric"
 
     def __post_init__(self) -> None:
         if self.stride not in (1, 2):
@@ -218,6 +232,8 @@ class MBConvConfig:
                 f"{self.input_channels}, out_channels={self.out_channels}, "
                 f"expand_ratio={self.expand_ratio}"
             )
+
+        check_padding(self.padding)
 
     @property
     def expanded_channels(self) -> int:
@@ -250,6 +266,7 @@ def _mbconv_layers(
         expanded,
         kernel_size=config.kernel,
         stride=config.stride,
+        padding="same" if config.padding == "same" else None,
         groups=expanded,
         activation_layer=nn.SiLU,
     )
@@ -266,8 +283,13 @@ class MBConv(nn.Module):
         norm_layer: makes a normalisation from its channels.
         se_layer: makes the squeeze-and-excitation from (channels, squeeze channels, activation=).
 
+    Attributes:
+        grad_checkpointing: whether backward computes the block's activations again.
+
     Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381).
     """
+
+    grad_checkpointing = False
 
     def __init__(
         self,
@@ -297,4 +319,8 @@ class MBConv(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.forward_stock(x)
+        if self.grad_checkpointing and recompute.applies(x):
+            return recompute.run(partial(fusion.run, self), self, x)
         return fusion.run(self, x)

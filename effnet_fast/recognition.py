@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import layers
+from .same_padding import Conv2dSame
 
 PLAIN = (Tensor, nn.Parameter)
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 DENSE, DEPTHWISE, POINTWISE = "dense", "depthwise", "pointwise"
 # The op that a layer of each kind is.
 OPS = {
@@ -100,9 +102,9 @@ def _refuse_global_hooks() -> None:
         raise RefusedError("a global module hook is registered")
 
 
-def _require(module: nn.Module | None, kind: type) -> None:
-    if type(module) is not kind:
-        raise RefusedError(f" is {type(module).__name__}, not {kind.__name__}")
+def _require(module: nn.Module | None, *kinds: type) -> None:
+    if type(module) not in kinds:
+        raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
     assert module is not None
     _refuse_hooks(module)
 
@@ -166,7 +168,7 @@ def _layer(module: nn.Module) -> Layer:
     conv, bn, act = children["0"], children["1"], children.get("2", _MISSING)
     child = "0"
     try:
-        _require(conv, nn.Conv2d)
+        _require(conv, *CONVOLUTIONS)
         weight, bias = _conv_members(conv)
         if bias is not None:
             raise RefusedError(" has a bias")

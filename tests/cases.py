@@ -140,7 +140,7 @@ _POINTWISE = (
 
 @dataclass(frozen=True)
 class StemCase:
-    """x [n,c,h,w] to [n,out,Ho,Wo], kernel kxk; padding over h and over w, as Conv2d has it."""
+    """x [n,c,h,w] to [n,out,Ho,Wo], kernel kxk; padding is (left, right, top, bottom)."""
 
     name: str
     n: int
@@ -150,15 +150,17 @@ class StemCase:
     w: int
     k: int = 3
     stride: int = 2
-    padding: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
 
 
 _STEM = (
     StemCase("c_eq_vector", 2, 3, 16, 10, 10),
     StemCase("out_odd", 2, 4, 21, 9, 7),
     StemCase("c_one", 3, 1, 8, 9, 7),
-    StemCase("k5_stride_1", 2, 3, 8, 9, 7, 5, 1, (2, 2)),
-    StemCase("oblong_padding", 2, 3, 8, 9, 7, 3, 2, (0, 2)),
+    StemCase("k5_stride_1", 2, 3, 8, 9, 7, 5, 1, (2, 2, 2, 2)),
+    StemCase("oblong_padding", 2, 3, 8, 9, 7, 3, 2, (2, 2, 0, 0)),
+    StemCase("same_even", 2, 3, 8, 10, 8, 3, 2, (0, 1, 0, 1)),
+    StemCase("same_odd_rows", 2, 3, 8, 9, 8, 3, 2, (0, 1, 1, 1)),
     StemCase("one_pixel", 16, 3, 8, 1, 1),
     StemCase("batch_0", 0, 3, 8, 9, 7),
     StemCase("b0", 1, 3, 32, 224, 224),

@@ -42,6 +42,8 @@ PARAMETERS = {
     "b7": 66_347_960,
 }
 TINY = replace(VARIANTS["b0"], name="tiny", width=0.25, depth=0.5, resolution=48)
+# Four blocks, for what takes long per operator: compilers.
+MINI = replace(TINY, name="mini", depth=1.0, resolution=32, baseline=B0_STAGES[:3])
 
 
 def reduced_resolution(variant: Variant) -> int:
@@ -57,7 +59,7 @@ def random_images(count: int, resolution: int, channels: int = 3, seed: int = 0)
 
 def torchvision_network(variant: Variant, **kwargs: object) -> nn.Module:
     """torchvision's network for a variant that need not be one of its own."""
-    if variant.name in PUBLISHED:
+    if variant == VARIANTS.get(variant.name) and variant.name in PUBLISHED:
         return getattr(torchvision.models, f"efficientnet_{variant.name}")(**kwargs)
     stages = [
         torchvision_efficientnet.MBConvConfig(
@@ -70,13 +72,35 @@ def torchvision_network(variant: Variant, **kwargs: object) -> nn.Module:
             width_mult=variant.width,
             depth_mult=variant.depth,
         )
-        for stage in B0_STAGES
+        for stage in variant.baseline
     ]
     kwargs.setdefault(
         "norm_layer",
         functools.partial(nn.BatchNorm2d, eps=variant.bn_eps, momentum=variant.bn_momentum),
     )
-    return torchvision_efficientnet.EfficientNet(stages, variant.dropout, **kwargs)
+    model = torchvision_efficientnet.EfficientNet(stages, variant.dropout, **kwargs)
+    if variant.padding == "same":
+        pad_same(model)
+    return model
+
+
+def pad_same(model: nn.Module) -> None:
+    """Gives torchvision's network timm's SAME padding where it strides, in place."""
+    from timm.layers import Conv2dSame  # importing timm costs seconds
+
+    for module in model.modules():
+        for name, conv in module.named_children():
+            if isinstance(conv, nn.Conv2d) and conv.stride != (1, 1):
+                same = Conv2dSame(
+                    conv.in_channels,
+                    conv.out_channels,
+                    conv.kernel_size,
+                    conv.stride,
+                    groups=conv.groups,
+                    bias=False,
+                )
+                same.weight = conv.weight
+                setattr(module, name, same)
 
 
 def calibrate(model: nn.Module, images: Tensor) -> None:

@@ -229,6 +229,25 @@ class TestNetworks:
         rest = {key: value for key, value in b0_state.items() if key.startswith(kept)}
         assert same_tensors(model.state_dict(), rest)
 
+    @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3, 4), (1, 2)], ids=str)
+    def test_encoders_take_what_they_have(self, published, b0_state, out_indices):
+        model = effnet_fast.efficientnet_b0(
+            weights=B0, features_only=True, out_indices=out_indices, in_chans=1, progress=False
+        )
+        state = {**b0_state, STEM: adapt_input_channels(b0_state[STEM], 1)}
+        kept = model.state_dict()
+        assert same_tensors(kept, {key: state[key] for key in kept})
+        assert max(kept) < f"features.{(2, 3, 4, 6, 8)[out_indices[-1]]}"
+
+    def test_no_classifier(self, published, b0_state):
+        options = {"num_classes": 0, "global_pool": "catavgmax"}
+        model = effnet_fast.efficientnet_b0(weights=B0, progress=False, **options).eval()
+        assert same_tensors(
+            model.features.state_dict(),
+            {key.removeprefix("features."): t for key, t in b0_state.items() if "features" in key},
+        )
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 2560)
+
     def test_keeps_the_other_options(self, published, b0_state):
         options = {"dropout": 0.0, "stochastic_depth_prob": 0.5, "backend": "reference"}
         model = effnet_fast.efficientnet_b0(

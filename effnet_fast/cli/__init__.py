@@ -1,7 +1,4 @@
-"""The command line: `effnet-fast classify | bench | doctor | info | scale`.
-
-One file or package per subcommand.
-"""
+"""The command line, one file or package per subcommand: `effnet-fast classify | bench | ...`."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from effnet_fast import __version__
-from effnet_fast.cli import bench, classify, doctor, info, scale
+from effnet_fast.cli import bench, classify, convert, doctor, info, scale
 from effnet_fast.cli.common import CommandError
 
-COMMANDS = (classify, bench, doctor, info, scale)
+COMMANDS = (classify, bench, convert, doctor, info, scale)
 BAD_INPUT = 2  # exit status, argparse's own for wrong usage
 INTERRUPTED = 130  # a shell's status for Ctrl-C
 

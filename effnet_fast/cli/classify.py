@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from effnet_fast import checkpoints, images, models
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
-from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.models.variants import VARIANTS
 from effnet_fast.weights import CATEGORIES, ENUMS, get_model_weights, get_weight
 
 DEFAULT_MODEL = "b0"
@@ -42,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
         "--family",
         choices=checkpoints.FORMATS,
         default="auto",
-        help="whose names the file's parameters have (default: told from the names)",
+        help="whose network the file is of (default: as its metadata and names tell)",
     )
     parser.add_argument(
         "--labels",
@@ -125,12 +126,11 @@ def _find_network(arguments: argparse.Namespace) -> Network:
     text, backend = arguments.weights, arguments.backend
     if text is not None and _is_name(text):
         return _published_network(arguments)
+    if text is not None:
+        return _network_of_file(arguments)
     variant = VARIANTS[arguments.model or DEFAULT_MODEL]
-    if text is None:
-        model = common.build_model(variant, backend, CLASSES)
-    else:
-        model = _load(variant, text, arguments.family, backend)
-    return Network(model, variant.name, images.preset(variant), text)
+    model = common.build_model(variant, backend, CLASSES)
+    return Network(model, variant.name, images.preset(variant), None)
 
 
 def _is_name(text: str) -> bool:
@@ -155,17 +155,21 @@ def _published_network(arguments: argparse.Namespace) -> Network:
     return Network(model, owner, published.transforms(), str(published))
 
 
-def _load(variant: Variant, path: str, family: str, backend: str) -> EfficientNet:
-    state = checkpoints.load(path, family)
-    classifier = state.get(CLASSIFIER)
-    classes = CLASSES if classifier is None or classifier.ndim != 2 else len(classifier)
-    model = common.build_model(variant, backend, classes)
-    try:
-        checkpoints.check(model, state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    model.load_state_dict(state)
-    return model
+def _network_of_file(arguments: argparse.Namespace) -> Network:
+    silent = arguments.no_progress or not sys.stderr.isatty()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model = EfficientNet.from_checkpoint(
+            arguments.weights,
+            family=arguments.family,
+            variant=arguments.model,
+            backend=arguments.backend,
+            progress=not silent,
+        ).eval()
+    for warning in caught:
+        print(f"effnet-fast: {warning.message}", file=sys.stderr)
+    variant = model.variant
+    return Network(model, variant.name, images.preset(variant), arguments.weights)
 
 
 def _find_labels(network: Network, path: Path | None) -> list[str] | None:

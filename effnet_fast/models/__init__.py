@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, overload
 
 from torch import nn
 
 from effnet_fast import weights as published_weights
 from effnet_fast.models import pretrained
-from effnet_fast.models.efficientnet import EfficientNet
+from effnet_fast.models.efficientnet import ALL_MAPS, EfficientNet, EfficientNetFeatures
+from effnet_fast.models.feature_info import FeatureInfo, OutIndices
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
 from effnet_fast.weights import WeightsEnum
 
 __all__ = [
     "VARIANTS",
     "EfficientNet",
+    "EfficientNetFeatures",
+    "FeatureInfo",
     "Stage",
     "Variant",
     "custom_variant",
@@ -38,6 +41,7 @@ class EntryPoint(Protocol):
 
     __name__: str
 
+    @overload
     def __call__(
         self,
         *,
@@ -48,9 +52,30 @@ class EntryPoint(Protocol):
         stochastic_depth_prob: float = 0.2,
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
+        global_pool: str = "avg",
+        features_only: Literal[False] = False,
+        out_indices: OutIndices = ALL_MAPS,
         backend: str = "auto",
         memory: str = "fast",
     ) -> EfficientNet: ...
+
+    @overload
+    def __call__(
+        self,
+        *,
+        features_only: Literal[True],
+        weights: WeightsEnum | str | None = None,
+        progress: bool = True,
+        num_classes: int = 1000,
+        dropout: float | None = None,
+        stochastic_depth_prob: float = 0.2,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        out_indices: OutIndices = ALL_MAPS,
+        backend: str = "auto",
+        memory: str = "fast",
+    ) -> EfficientNetFeatures: ...
 
 
 def _entry_point(name: str) -> EntryPoint:
@@ -66,20 +91,33 @@ def _entry_point(name: str) -> EntryPoint:
         stochastic_depth_prob: float = 0.2,
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
+        global_pool: str = "avg",
+        features_only: bool = False,
+        out_indices: OutIndices = ALL_MAPS,
         backend: str = "auto",
         memory: str = "fast",
-    ) -> EfficientNet:
-        published = pretrained.find(f"efficientnet_{name}", weights, num_classes)
-        model = EfficientNet(
-            variant,
-            num_classes=num_classes,
-            dropout=dropout,
-            stochastic_depth_prob=stochastic_depth_prob,
-            norm_layer=norm_layer,
-            in_chans=in_chans,
-            backend=backend,
-            memory=memory,
+    ) -> Any:
+        published = pretrained.find(
+            f"efficientnet_{name}", weights, 0 if features_only else num_classes
         )
+        shared: dict[str, Any] = {
+            "stochastic_depth_prob": stochastic_depth_prob,
+            "norm_layer": norm_layer,
+            "in_chans": in_chans,
+            "backend": backend,
+            "memory": memory,
+        }
+        model: nn.Module
+        if features_only:
+            model = EfficientNetFeatures(variant, out_indices=out_indices, **shared)
+        else:
+            model = EfficientNet(
+                variant,
+                num_classes=num_classes,
+                dropout=dropout,
+                global_pool=global_pool,
+                **shared,
+            )
         if published is not None:
             pretrained.put(model, published, in_chans, progress)
         return model
@@ -93,16 +131,19 @@ def _entry_point(name: str) -> EntryPoint:
     Args:
         weights: {published_set if enum in vars(published_weights) else "None: none are published"}.
         progress: shows a progress bar on stderr while weights are downloaded.
-        num_classes: of the logits; with weights, theirs, which is 1000.
+        num_classes: of the logits; with weights, theirs, which is 1000, or 0 for no classifier.
         in_chans: channels of the images; the stem of published weights is adapted to them, as
             `effnet_fast.models.input_channels` tells.
-        dropout, stochastic_depth_prob, norm_layer, backend, memory: as in `EfficientNet`; dropout
-            is {variant.dropout} unless given.
+        dropout, stochastic_depth_prob, norm_layer, global_pool, backend, memory: as in
+            `EfficientNet`; dropout is {variant.dropout} unless given.
+        features_only: build an `EfficientNetFeatures`, the encoder of the feature maps;
+            num_classes, dropout and global_pool then have no meaning.
+        out_indices: which maps that gives, as in `EfficientNetFeatures`.
 
     Raises:
-        ValueError: an argument outside what is allowed; a file of weights that is not the
-            published one.
-        TypeError: weights of another network.
+        ValueError, IndexError: an argument outside what is allowed; a file of weights that is not
+            the published one.
+        TypeError: weights of another network, or an argument of another type.
         OSError: the weights cannot be downloaded or read.
 
     Source: Tan & Le, https://arxiv.org/abs/1905.11946.
@@ -122,6 +163,7 @@ efficientnet_b8 = _entry_point("b8")
 efficientnet_l2 = _entry_point("l2")
 
 
+@overload
 def efficientnet(
     *,
     depth: float = 1.0,
@@ -129,14 +171,41 @@ def efficientnet(
     resolution: int = 224,
     stages: tuple[Stage, ...] = B0_STAGES,
     dropout: float = 0.2,
+    features_only: Literal[False] = False,
     **options: Any,
-) -> EfficientNet:
+) -> EfficientNet: ...
+
+
+@overload
+def efficientnet(
+    *,
+    features_only: Literal[True],
+    depth: float = 1.0,
+    width: float = 1.0,
+    resolution: int = 224,
+    stages: tuple[Stage, ...] = B0_STAGES,
+    dropout: float = 0.2,
+    **options: Any,
+) -> EfficientNetFeatures: ...
+
+
+def efficientnet(
+    *,
+    depth: float = 1.0,
+    width: float = 1.0,
+    resolution: int = 224,
+    stages: tuple[Stage, ...] = B0_STAGES,
+    dropout: float = 0.2,
+    features_only: bool = False,
+    **options: Any,
+) -> EfficientNet | EfficientNetFeatures:
     """An EfficientNet of any size, between, beyond or beside the published ones.
 
     Args:
         depth, width, resolution, stages, dropout: as for `custom_variant`. The network takes images
             of any side; `resolution` is what its counts are of.
-        options: as for `EfficientNet`.
+        features_only: build an `EfficientNetFeatures`.
+        options: as for `EfficientNet`, or `EfficientNetFeatures`.
 
     Raises:
         ValueError, TypeError: as `custom_variant` and `EfficientNet`.
@@ -144,4 +213,5 @@ def efficientnet(
     variant = custom_variant(
         depth=depth, width=width, resolution=resolution, stages=stages, dropout=dropout
     )
-    return EfficientNet(variant, **options)
+    kind = EfficientNetFeatures if features_only else EfficientNet
+    return kind(variant, **options)

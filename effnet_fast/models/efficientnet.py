@@ -1,27 +1,39 @@
-"""EfficientNet: the network built from a variant's table.
+"""EfficientNet, the classifier, and EfficientNetFeatures, the encoder of its feature maps.
 
 Source: Tan & Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks"
-(arXiv 1905.11946); module tree, initialisation and order of random draws as torchvision 0.28.
+(arXiv 1905.11946); module tree, initialisation and order of random draws as torchvision 0.28;
+methods and arguments beyond torchvision's as timm/models/efficientnet.py has them,
+https://github.com/huggingface/pytorch-image-models.
 """
 
-from __future__ import annotations
+# Annotations are not postponed: torch.fx writes those of forward into the code that it pickles.
 
-import math
-from collections.abc import Callable, Iterator
-from functools import partial
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from effnet_fast import backends
-from effnet_fast.layers import Conv2dNormActivation, MBConv, MBConvConfig
-from effnet_fast.models.variants import VARIANTS, Variant
-from effnet_fast.ops import scratch
+from effnet_fast.models.backbone import (
+    Backbone,
+    check_count,
+    check_probability,
+    find_variant,
+    init_parameters,
+)
+from effnet_fast.models.feature_info import OutIndices, take_indices
+from effnet_fast.models.heads import POOLS, check_head, make_classifier
+from effnet_fast.models.loading import load_network
+from effnet_fast.models.variants import Variant
 
-MEMORY_MODES = ("fast", "lean")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ALL_MAPS = (0, 1, 2, 3, 4)
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(Backbone):
     """EfficientNet, x [N,in_chans,H,W] -> logits [N,num_classes].
 
     Children: `features` (stem, seven stages of MBConv, head), `avgpool`, `classifier`. A
@@ -29,16 +41,23 @@ class EfficientNet(nn.Module):
 
     Args:
         variant: row of `VARIANTS`, or its name.
-        num_classes: size of the logits.
+        num_classes: size of the logits; 0 leaves the classifier out, and pooled features
+            [N,head_hidden_size] come out.
         dropout: drop probability before the classifier; None means the variant's.
         stochastic_depth_prob: p of the drop-path, growing linearly from 0 at the first block
             towards p after the last.
         norm_layer: makes a normalisation from its channels; None means BatchNorm2d with the
             variant's constants.
         in_chans: channels of the input images.
+        global_pool: "avg", "max", "avgmax" (half their sum), "catavgmax" (one after the other), or
+            "" for none, which gives maps and needs num_classes=0.
         backend: what computes the fused ops, as in `use_backend`; "auto" leaves the choice to
             the context, "reference" is stock PyTorch. May be changed later as `model.backend`.
         memory: "fast", or "lean" to save less for backward and compute it again.
+
+    Attributes:
+        num_features: channels of the last feature map.
+        head_hidden_size: inputs of the classifier, twice as many for "catavgmax".
 
     Raises:
         ValueError: an argument outside what is allowed.
@@ -54,122 +73,270 @@ class EfficientNet(nn.Module):
         stochastic_depth_prob: float = 0.2,
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
+        global_pool: str = "avg",
         backend: str = "auto",
         memory: str = "fast",
     ) -> None:
-        super().__init__()
-        variant = _find_variant(variant)
+        variant = find_variant(variant)
         dropout = variant.dropout if dropout is None else dropout
-        _check_counts(num_classes=num_classes, in_chans=in_chans)
-        _check_probabilities(dropout=dropout, stochastic_depth_prob=stochastic_depth_prob)
-        _check_choices(backend, memory)
-        if norm_layer is None:
-            norm_layer = _default_norm(variant)
-        elif not callable(norm_layer):
-            raise TypeError(
-                "norm_layer must make a module from a number of channels, or be None, "
-                f"got {type(norm_layer).__name__}"
-            )
-        self.backend = backend
-        self.memory = memory
-
-        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
-        self.features = nn.Sequential(
-            conv(in_chans, variant.stem_channels, kernel_size=3, stride=2),
-            *_stages(variant, stochastic_depth_prob, norm_layer),
-            conv(variant.stages[-1].out_channels, variant.head_channels, kernel_size=1),
+        check_count("num_classes", num_classes, least=0)
+        check_probability("dropout", dropout)
+        check_head(num_classes, global_pool)
+        super().__init__(
+            variant,
+            stochastic_depth_prob=stochastic_depth_prob,
+            norm_layer=norm_layer,
+            in_chans=in_chans,
+            backend=backend,
+            memory=memory,
         )
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(
-            nn.Dropout(p=dropout, inplace=True),
-            nn.Linear(variant.head_channels, num_classes),
-        )
+        self.num_features = variant.head_channels
+        self._set_head(num_classes, global_pool, dropout)
         for module in self.modules():
-            _init_parameters(module)
+            init_parameters(module)
+
+    def _set_head(self, num_classes: int, global_pool: str, dropout: float) -> None:
+        make_pool, widening = POOLS[global_pool]
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.head_hidden_size = widening * self.num_features
+        self.avgpool = make_pool()
+        # Dropout in place would overwrite maps that nothing has pooled.
+        self.classifier = make_classifier(
+            self.head_hidden_size, num_classes, dropout, in_place=bool(global_pool)
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_url: str | os.PathLike[str],
+        *,
+        family: str = "auto",
+        variant: Variant | str | None = None,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        ema: bool = True,
+        progress: bool = True,
+        **options: Any,
+    ) -> "Self":
+        """The network that a checkpoint of any family is of, with its weights, in training mode.
+
+        Padding, BN constants and preprocessing (`model.variant`) are the family's, so that logits
+        are those of the family's own package.
+
+        Args:
+            path_or_url: as for `checkpoints.load`. The model keeps no hold on the file.
+            family: "torchvision", "timm", "timm_tf", "lukemelas", "nvidia", or "auto": as the
+                file's metadata and names tell. What cannot be told from them, timm's plain from
+                its tf_ networks, is told from the name of the file or of the model in it; where
+                that says nothing, plain is assumed with a warning.
+            variant: a published size or a `Variant`; None finds the published size by the shapes.
+            num_classes: 0 leaves the classifier out; None means as many as the file has.
+            in_chans: channels of the images; a stem of another number is summed or repeated, see
+                `adapt_input_channels`. None means as many as the file has.
+            ema: whether to prefer the moving average of the weights in a training checkpoint.
+            progress: shows a progress bar while downloading.
+            options: as for `EfficientNet`.
+
+        Raises:
+            OSError, ValueError: as `checkpoints.load`, or the file's layers are not those of the
+                variant; the first names and shapes that differ are given.
+        """
+        return load_network(
+            cls,
+            path_or_url,
+            family=family,
+            variant=variant,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            ema=ema,
+            progress=progress,
+            **options,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.backend == "auto":
-            return self._logits(x)
-        with backends.use_backend(self.backend):
-            return self._logits(x)
+        return self.forward_head(self.forward_features(x))
 
-    def _logits(self, x: Tensor) -> Tensor:
-        if x.dim() == 4 and x.is_contiguous():
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = self.avgpool(self._features(x))
-        return self.classifier(torch.flatten(x, 1))
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
+        x = self._prepared(x)
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            return self.features(x)
+        with self._execution():
+            return self.features(x)
 
-    def _features(self, x: Tensor) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling, dropout and classifier.
+
+        Args:
+            x: what `forward_features` gives.
+            pre_logits: stop before the last layer of the classifier, after dropout.
+
+        Returns:
+            [N,num_classes], or [N,head_hidden_size]; with global_pool="" the map itself.
+        """
+        x = self.avgpool(x)
+        if self.global_pool != "":
+            x = torch.flatten(x, 1)
+        if not torch.jit.is_scripting() and pre_logits:  # type: ignore[attr-defined]
+            return self._before_last(x)
+        return self.classifier(x)
+
+    def _before_last(self, x: Tensor) -> Tensor:
+        if isinstance(self.classifier, nn.Sequential):
+            for layer in list(self.classifier)[:-1]:
+                x = layer(x)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: OutIndices | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        extra_blocks: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The last feature map, and those on the way.
+
+        Args:
+            x: [N,in_chans,H,W].
+            indices: which of the maps that `feature_info` lists: None for all, an int for the last
+                n, or places, counted from the end if negative.
+            norm: kept for timm's signature; maps end in their own normalisation.
+            stop_early: run no stage after the last map asked for; without the last stage the head
+                is left out too.
+            output_fmt: "NCHW", the order of the dimensions.
+            intermediates_only: leave the last feature map out.
+            extra_blocks: count stem and every stage instead, eight in the published networks.
+
+        Returns:
+            (x, maps) as `forward_features` gives x, maps in the order of the network; or maps.
+
+        Raises:
+            ValueError: another output_fmt, or indices that are empty or repeated.
+            IndexError, TypeError: indices outside the maps, or no ints.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        info = self.feature_info.stages if extra_blocks else self.feature_info.info
+        taken = [info[i]["stage"] for i in take_indices(len(info), indices)]
+        x = self._prepared(x)
         if torch.compiler.is_compiling():
-            return self.features(x)
-        with scratch.scope():
-            return self.features(x)
+            x, maps = self._walk(x, taken, stop_early)
+        else:
+            with self._execution():
+                x, maps = self._walk(x, taken, stop_early)
+        return maps if intermediates_only else (x, maps)
+
+    def _walk(self, x: Tensor, taken: list[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
+        children = list(self.features.children())
+        ends = len(self.feature_info.stages)  # the head comes after these
+        stages = taken[-1] + 1 if stop_early else ends
+        maps = []
+        for index, child in enumerate(children if stages == ends else children[:stages]):
+            x = child(x)
+            if index in taken:
+                maps.append(x)
+        return x, maps
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that gives the logits, nn.Identity where num_classes is 0."""
+        classifier = self.classifier
+        return classifier[-1] if isinstance(classifier, nn.Sequential) else classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, randomly initialised classifier on the network's device, in its dtype and mode.
+
+        Args:
+            num_classes: size of the logits; 0 leaves the classifier out.
+            global_pool: as in `EfficientNet`; None keeps the pooling.
+
+        Raises:
+            ValueError: an argument outside what is allowed.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_count("num_classes", num_classes, least=0)
+        check_head(num_classes, global_pool)
+        old = [m.p for m in self.classifier.modules() if isinstance(m, nn.Dropout)]
+        like = next(self.features.parameters())
+        with torch.device(like.device):
+            self._set_head(num_classes, global_pool, old[0] if old else 0.0)
+        init_parameters(self.classifier[1])
+        self.classifier.to(like.dtype).train(self.training)
+        self.avgpool.train(self.training)
 
 
-def _stages(
-    variant: Variant, stochastic_depth_prob: float, norm_layer: Callable[..., nn.Module]
-) -> Iterator[nn.Sequential]:
-    """The seven stages; drop-path of block i of n is stochastic_depth_prob * i / n."""
-    index = 0
-    for stage in variant.stages:
-        blocks = []
-        for repeat in range(stage.repeats):
-            config = MBConvConfig(
-                expand_ratio=stage.expand_ratio,
-                kernel=stage.kernel,
-                stride=stage.stride if repeat == 0 else 1,
-                input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
-                out_channels=stage.out_channels,
-            )
-            prob = stochastic_depth_prob * float(index) / variant.blocks
-            blocks.append(MBConv(config, prob, norm_layer))
-            index += 1
-        yield nn.Sequential(*blocks)
+class EfficientNetFeatures(Backbone):
+    """EfficientNet as an encoder, x [N,in_chans,H,W] -> list of maps at strides 2, 4, 8, 16, 32.
 
+    The child `features` has the same paths and parameters as in `EfficientNet`, without the layers
+    after the last map asked for. `load_state_dict` takes the whole network's state too, and leaves
+    out what belongs to those layers and the classifier.
 
-def _init_parameters(module: nn.Module) -> None:
-    """torchvision's initialisation, which does not divide a depthwise fan-out by the groups."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
-        if module.weight is not None:
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Linear):
-        limit = 1.0 / math.sqrt(module.out_features)
-        nn.init.uniform_(module.weight, -limit, limit)
-        nn.init.zeros_(module.bias)
+    Args:
+        out_indices: which of the five maps: places, counted from the end if negative, or an int for
+            the last n. They come out in the order of the network.
+        variant, stochastic_depth_prob, norm_layer, in_chans, backend, memory: as in `EfficientNet`.
 
+    Attributes:
+        feature_info: their channels(), reduction() and module_name().
 
-def _default_norm(variant: Variant) -> Callable[..., nn.Module]:
-    return partial(nn.BatchNorm2d, eps=variant.bn_eps, momentum=variant.bn_momentum)
+    Raises:
+        IndexError: a map that does not exist.
+        TypeError, ValueError: indices that are no ints, empty or repeated; other arguments as
+            `EfficientNet`.
+    """
 
+    _taken: list[int]
 
-def _find_variant(variant: Variant | str) -> Variant:
-    if isinstance(variant, Variant):
-        return variant
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    return VARIANTS[variant]
+    def __init__(
+        self,
+        variant: Variant | str,
+        *,
+        out_indices: OutIndices = ALL_MAPS,
+        stochastic_depth_prob: float = 0.2,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        in_chans: int = 3,
+        backend: str = "auto",
+        memory: str = "fast",
+    ) -> None:
+        super().__init__(
+            variant,
+            stochastic_depth_prob=stochastic_depth_prob,
+            norm_layer=norm_layer,
+            in_chans=in_chans,
+            backend=backend,
+            memory=memory,
+            out_indices=out_indices,
+        )
+        self._taken = self.feature_info.get("stage")
+        for module in self.modules():
+            init_parameters(module)
 
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self._prepared(x)
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            return self._maps(x)
+        with self._execution():
+            return self._maps(x)
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {count!r}")
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = []
+        for index, stage in enumerate(self.features):
+            x = stage(x)
+            if index in self._taken:
+                maps.append(x)
+        return maps
 
-
-def _check_probabilities(**probabilities: float) -> None:
-    for name, probability in probabilities.items():
-        if not isinstance(probability, (int, float)) or not 0.0 <= probability <= 1.0:
-            raise ValueError(f"{name} must be between 0 and 1, got {probability!r}")
-
-
-def _check_choices(backend: str, memory: str) -> None:
-    if not isinstance(backend, str):
-        raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
-    backends.parse(backend)
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        unbuilt = range(len(self.features), self._count_stages() + 2)
+        beyond = tuple(
+            f"{prefix}{name}." for name in ("classifier", *(f"features.{i}" for i in unbuilt))
+        )
+        for key in [key for key in state_dict if key.startswith(beyond)]:
+            del state_dict[key]  # of the copy that load_state_dict makes
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import MappingProxyType
 
-from effnet_fast.layers import round_channels
+from effnet_fast.layers import check_padding, round_channels
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 HEAD_RATIO = 4  # channels of the head over those of the last stage
 
 
@@ -55,6 +57,12 @@ class Variant:
         resize, crop: side after resizing and of the centre crop for evaluation, pixels.
         interpolation: how evaluation images are resized.
         baseline: the table whose widths and repeats are multiplied.
+        padding: of the convolutions that stride: "symmetric", (K-1)//2 on both sides, or "same" as
+            TensorFlow means it.
+        mean, std: of each channel of the training images over [0, 1], red green blue.
+
+    Raises:
+        ValueError: an unknown padding.
     """
 
     name: str
@@ -68,6 +76,12 @@ class Variant:
     crop: int
     interpolation: str
     baseline: tuple[Stage, ...] = B0_STAGES
+    padding: str = "symmetric"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        check_padding(self.padding)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

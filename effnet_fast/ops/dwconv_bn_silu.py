@@ -17,10 +17,10 @@ from .. import _native, reference
 from ..backends import OpArgs, resolve
 from ..reference.arguments import Padding
 from ..reference.dwconv_bn_silu import check_arguments
+from . import second_derivative
 from .registration import (
     address,
     autocast,
-    differentiable_once,
     empty_nhwc,
     fp32,
     isa_of,
@@ -270,7 +270,7 @@ class DwconvBnSilu(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @differentiable_once
+    @second_derivative.differentiable(second_derivative.dwconv_bn_silu)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, z, bn_weight, bn_bias, mean, var = ctx.saved_tensors
         stride, padding, eps, training, backend = ctx.config
@@ -377,8 +377,7 @@ def dwconv_bn_silu(
     Raises:
         TypeError, ValueError: as `effnet_fast.reference.dwconv_bn_silu`; ValueError for an unknown
             backend too.
-        RuntimeError: the backend named by the caller cannot run this call, with the reason; a
-            second derivative was asked for.
+        RuntimeError: the backend named by the caller cannot run this call, with the reason.
 
     Source: Tan & Le (arXiv 1905.11946), section 4; Ioffe & Szegedy (arXiv 1502.03167).
     """

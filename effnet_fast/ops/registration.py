@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,25 +20,6 @@ def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> 
     _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"effnet_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.effnet_fast, name).default
-
-
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an autograd Function's backward refuse to be differentiated itself.
-
-    torch's own `once_differentiable` treats the gradients as constants, without a word, where the
-    gradient of the output requires none.
-    """
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused kernels have no second derivative, and backward ran with "
-                "create_graph=True: use backend='reference'"
-            )
-        return backward(ctx, *grads)
-
-    return checked
 
 
 def isa_of(backend: str) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import _native, reference
 from ..backends import NATIVE_DTYPES, OpArgs, resolve
 from ..reference.squeeze_excite import check_arguments
-from .registration import address, dense, differentiable_once, empty_nhwc, isa_of, nhwc, register
+from . import second_derivative
+from .registration import address, dense, empty_nhwc, isa_of, nhwc, register
 
 
 def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
@@ -204,7 +205,7 @@ class SqueezeExcite(torch.autograd.Function):
         return y
 
     @staticmethod
-    @differentiable_once
+    @second_derivative.differentiable(second_derivative.squeeze_excite)
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters, pooled, hidden, gate = ctx.saved_tensors
         grads = backward_op(
@@ -260,8 +261,7 @@ def squeeze_excite(
     Raises:
         TypeError, ValueError: as `effnet_fast.reference.squeeze_excite`; ValueError for an unknown
             backend too.
-        RuntimeError: the backend named by the caller cannot run this call, with the reason; a
-            second derivative was asked for.
+        RuntimeError: the backend named by the caller cannot run this call, with the reason.
 
     Source: Hu et al. (arXiv 1709.01507), equations 2 to 4.
     """

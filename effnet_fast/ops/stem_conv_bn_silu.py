@@ -1,6 +1,7 @@
 """Dense convolution, BatchNorm and SiLU for inference: the stem.
 
-The convolution is torch's own; BN and SiLU are one in-place pass over its output.
+The convolution is torch's own; BN and SiLU are one in-place pass over its output. torch pads alike
+on both sides: for other padding x is copied, which the few channels of an image make cheap.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ from torch import Tensor
 
 from .. import _native
 from .registration import address, fp32, isa_of, nhwc, register
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    left, right, top, bottom = padding
+    if (left, top) != (right, bottom):
+        x, left, top = F.pad(x, padding), 0, 0
+    return nhwc(F.conv2d(x, weight.to(x.dtype), None, stride, (top, left)))
 
 
 def _eval_cpu(
@@ -25,7 +33,7 @@ def _eval_cpu(
     eps: float,
     backend: str,
 ) -> Tensor:
-    y = nhwc(F.conv2d(x, weight.to(x.dtype), None, stride, padding))
+    y = _convolve(x, weight, stride, padding)
     if y.numel() == 0:
         return y
     vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
@@ -49,12 +57,13 @@ def _eval_fake(
     eps: float,
     backend: str,
 ) -> Tensor:
-    return nhwc(F.conv2d(x, weight.to(x.dtype), None, stride, padding))
+    return _convolve(x, weight, stride, padding)
 
 
+# padding is (left, right, top, bottom).
 eval_op = register(
     "stem_conv_bn_silu_eval(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, "
-    "Tensor mean, Tensor var, int[2] stride, int[2] padding, float eps, str backend) -> Tensor",
+    "Tensor mean, Tensor var, int[2] stride, int[4] padding, float eps, str backend) -> Tensor",
     _eval_cpu,
     _eval_fake,
 )

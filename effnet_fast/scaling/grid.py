@@ -174,9 +174,7 @@ def _score(job: _Job) -> float:
         return estimate_top1(point.variant)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(job.seed)
-        network = EfficientNet(point.variant)
-        network.variant = point.variant  # type: ignore[assignment]
-        return float(job.scorer(network))
+        return float(job.scorer(EfficientNet(point.variant)))
 
 
 Results = Generator[tuple[_Job, Callable[[], float]], None, None]

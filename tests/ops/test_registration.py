@@ -49,7 +49,7 @@ def arguments(op: str, call: Call) -> tuple[Any, ...]:
     if op == "stem_conv_bn_silu_eval":
         channels = (x.shape[1] + 1, x.shape[1], 3, 3)
         vectors = [None if v is None else v.repeat(2)[: channels[0]] for v in others[1:]]
-        return (x, others[0].new_ones(channels), *vectors, (2, 2), (1, 1), 1e-5, "cpu")
+        return (x, others[0].new_ones(channels), *vectors, (2, 2), (0, 1, 0, 1), 1e-5, "cpu")
     if op == "mbconv_eval":
         c = x.shape[1]
         expand = [others[0].new_ones(c, c, 1, 1), *others[1:]]

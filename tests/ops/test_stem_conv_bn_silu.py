@@ -25,7 +25,7 @@ def tensors(case: StemCase, dtypes: Dtypes) -> list[Tensor]:
 
 def stock(case: StemCase, x: Tensor, weight: Tensor, *bn: Tensor | None) -> Tensor:
     gamma, beta, mean, var = bn
-    z = F.conv2d(x, weight.to(x.dtype), None, case.stride, case.padding)
+    z = F.conv2d(F.pad(x, case.padding), weight.to(x.dtype), None, case.stride)
     return F.silu(F.batch_norm(z, mean, var, gamma, beta, eps=EPS))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from effnet_fast import ops, reference
+from effnet_fast import ops, reference, use_backend
 from parity import (
     SAMPLES,
     Call,
+    Results,
     assert_parity,
     assert_same,
     random_like,
@@ -39,26 +41,59 @@ def function_of_x(call: Call, backend: str | None) -> Callable[[Tensor], Tensor]
     return lambda x: function(**{**call.tensors, "x": x}, **options)
 
 
+def second_derivatives(call: Call, backend: str, penalty: bool) -> Results:
+    """Gradients, and what a gradient penalty or a product with the Hessian gives."""
+    tensors = {k: v.clone() for k, v in call.tensors.items()}
+    leaves = [tensors[k].requires_grad_() for k in call.differentiable]
+    y = getattr(ops, call.op)(**tensors, **call.options, backend=backend)
+    grad_y = random_like(y)
+    first = torch.autograd.grad(y, leaves, grad_y.requires_grad_(), create_graph=True)
+    targets = [*leaves, grad_y]
+    if penalty:  # grad_y takes part
+        scalar = first[0].square().sum().sqrt()
+    else:
+        scalar = sum((g * torch.linspace(-1, 1, g.numel()).view_as(g)).sum() for g in first)
+    second = torch.autograd.grad(scalar, targets)
+    names = [*call.differentiable, "grad_y"]
+    results = {f"grad {k}": g.detach() for k, g in zip(call.differentiable, first, strict=True)}
+    return results | {f"grad grad {k}": g for k, g in zip(names, second, strict=True)}
+
+
+@pytest.mark.parametrize("penalty", [False, True])
 @DIFFERENTIABLE
-def test_second_derivative_is_refused(name: str) -> None:
-    """Also where grad_y needs no gradient, which torch's once_differentiable lets pass."""
+def test_second_derivative(name: str, penalty: bool) -> None:
+    """As the reference's, also where the fused op was the one that ran forward."""
+    call = sample(name)
+    actual, stock = (second_derivatives(call, b, penalty) for b in ("cpu", "reference"))
+    double = call.with_tensors(**{k: v.double() for k, v in call.tensors.items()})
+    exact = second_derivatives(double, "reference", penalty)
+    assert all(stock[key].abs().sum() > 0 for key in stock)
+    assert_parity(actual, stock, exact, call.x.dtype)
+
+
+@DIFFERENTIABLE
+def test_second_derivative_where_grad_y_is_a_constant(name: str) -> None:
+    """torch's once_differentiable would let this pass with gradients that are constants."""
     call = sample(name)
     x = call.x.clone().requires_grad_()
     y = function_of_x(call, "cpu")(x)
-    for grad_y in (torch.ones_like(y), torch.ones_like(y, requires_grad=True)):
-        with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
-            torch.autograd.grad(y, x, grad_y, create_graph=True)
-    torch.autograd.grad(y, x, torch.ones_like(y))
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    assert grad.requires_grad
+    assert torch.autograd.grad(grad.square().sum(), x)[0].abs().sum() > 0
 
 
-@ANY_SAMPLE
-def test_second_derivative_by_the_reference(name: str) -> None:
-    call = sample(name)
-    x = call.x.clone().requires_grad_()
-    y = function_of_x(call, "reference")(x)
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(grad.sum(), x)
-    assert second.abs().sum() > 0
+def test_second_derivative_of_inputs_that_depend_on_each_other() -> None:
+    call = sample("squeeze_excite")
+    results = []
+    for backend in ("cpu", "reference"):
+        x = call.x.clone().requires_grad_()
+        bias = x.mean((0, 2, 3)) ** 2
+        tensors = call.tensors | {"x": x, "expand_bias": bias}
+        y = ops.squeeze_excite(**tensors, backend=backend)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append((grad, *torch.autograd.grad(grad.square().sum(), x)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @DIFFERENTIABLE
@@ -192,7 +227,7 @@ def test_compiled(name: str) -> None:
     call = sample(name)
     wanted = with_gradients(call)
     torch._dynamo.reset()
-    function = torch.compile(getattr(ops, call.op), backend="aot_eager")
+    function = torch.compile(getattr(ops, call.op), backend="aot_eager", fullgraph=True)
     tensors = {k: v.clone().requires_grad_(wanted is None) for k, v in call.tensors.items()}
     for key in ("running_mean", "running_var"):
         if key in tensors:
@@ -208,6 +243,52 @@ def test_compiled(name: str) -> None:
     expected = run(call, "auto", wanted=wanted)
     assert results.keys() == expected.keys()
     assert_same(results, expected)
+
+
+def operators(call: Call, function: Callable[..., Tensor], **options: bool) -> list[set[str]]:
+    """What torch.compile captures of the call, per graph."""
+    graphs: list[set[str]] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=record, **options)(**call.tensors, **call.options)
+    return graphs
+
+
+@ANY_SAMPLE
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled_calls_are_fused(name: str) -> None:
+    """One graph, with our op in it unless torch.func is at work inside."""
+    call = sample(name)
+    (graph,) = operators(call, getattr(ops, call.op), fullgraph=True)
+    assert any(target.startswith("effnet_fast.") for target in graph)
+
+    def under_vmap(x: Tensor, **rest: object) -> Tensor:
+        function = getattr(ops, call.op)
+        return torch.func.vmap(lambda x: function(x=x, **rest))(x[None])[0]
+
+    if not call.options.get("training"):
+        (graph,) = operators(call, under_vmap, fullgraph=True)
+        assert not any(target.startswith("effnet_fast.") for target in graph)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled_call_follows_the_surrounding_backend() -> None:
+    """A choice made after compilation counts, in its own thread alone."""
+    call = sample("dwconv_eval").with_tensors(x=sample("dwconv_eval").x.contiguous())
+    torch._dynamo.reset()
+    function = torch.compile(ops.dwconv_bn_silu, backend="eager")
+    expected = function(**call.tensors, **call.options)  # NCHW: the reference
+    for _ in range(2):
+        with use_backend("cpu"), pytest.raises(RuntimeError, match="takes channels_last"):
+            function(**call.tensors, **call.options)
+        assert torch.equal(function(**call.tensors, **call.options), expected)
+    with use_backend("cpu"):
+        thread = ThreadPoolExecutor(1).submit(function, **call.tensors, **call.options)
+        assert torch.equal(thread.result(), expected)
 
 
 def test_running_statistics_move_in_a_traced_graph() -> None:

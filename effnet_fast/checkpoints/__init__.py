@@ -1,0 +1,208 @@
+"""Checkpoints of every family: read, renamed, checked, and put into a model whole or not at all.
+
+Names of parameters are torchvision's once a file is loaded; `convert` gives them any family's.
+What belongs to a family beside names (padding, BN constants, input normalisation) is in
+`families.FAMILIES`, and `EfficientNet.from_checkpoint` builds the network that goes with a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from effnet_fast.checkpoints.families import (
+    FAMILIES,
+    Family,
+    check_family,
+    is_inception_normalised,
+    timm_family,
+)
+from effnet_fast.checkpoints.naming import NAMINGS, SHOWN, complete, convert, naming_of
+from effnet_fast.checkpoints.reading import read
+from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
+
+__all__ = [
+    "FAMILIES",
+    "FAMILY_ENTRY",
+    "FORMATS",
+    "NAMINGS",
+    "SAFETENSORS",
+    "SUFFIXES",
+    "Checkpoint",
+    "Family",
+    "check",
+    "check_suffix",
+    "convert",
+    "load",
+    "load_into",
+    "open_checkpoint",
+    "save",
+]
+
+FORMATS = ("auto", *FAMILIES)
+ADDRESSES = ("https://", "http://")
+FAMILY_ENTRY = "effnet_fast.family"  # of a safetensors file's metadata
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file's weights and what they are of.
+
+    Args:
+        state: named as torchvision names them, in its order, on the CPU.
+        family: a key of FAMILIES.
+        naming: how the file names parameters, a key of NAMINGS.
+        assumption: what was assumed for want of any sign, else "".
+        inception: whether the file's name says that images are normalised to [-1, 1].
+    """
+
+    state: dict[str, Tensor]
+    family: str
+    naming: str
+    assumption: str = ""
+    inception: bool = False
+
+
+def load(
+    path_or_url: str | os.PathLike[str],
+    format: str = "auto",
+    *,
+    ema: bool = True,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Reads a state dict of any family; names and order are torchvision's, tensors on the CPU.
+
+    A state dict within a training checkpoint ("state_dict", "model", ...) is found, prefixes of
+    wrappers ("module.", "_orig_mod.", ...) are taken off, counts of batches that are missing are 0.
+    Names alone are converted: a network of another padding or eps gives other numbers, see
+    `EfficientNet.from_checkpoint`.
+
+    Args:
+        path_or_url: a file, `.safetensors` or whatever torch.save writes; or the https address of
+            one, which `downloads.fetch` keeps in torch.hub.get_dir()/checkpoints and whose SHA-256
+            it checks at every call (digits of it in the name, or #sha256=... behind the address).
+        format: "auto" (told from the names), or the naming that the file must have: "torchvision",
+            "timm", "timm_tf" (the same names), "lukemelas" or "nvidia".
+        ema: whether to prefer the moving average of the weights in a training checkpoint.
+        progress: shows a progress bar while downloading.
+
+    Raises:
+        OSError: the file cannot be opened, or not be downloaded.
+        ValueError: unknown format; the file is corrupt, needs code to be loaded, holds something
+            else than tensors, or names them in no known way or another than `format`. The message
+            names the path.
+    """
+    check_family(format, FORMATS, "format")
+    return open_checkpoint(path_or_url, format, ema=ema, names_too=True, progress=progress).state
+
+
+def open_checkpoint(
+    path_or_url: str | os.PathLike[str],
+    family: str = "auto",
+    *,
+    ema: bool = True,
+    names_too: bool = False,
+    progress: bool = True,
+) -> Checkpoint:
+    """Reads a file and tells whose network it is of.
+
+    Args:
+        path_or_url: as for `load`.
+        family: a key of FAMILIES, or "auto": what the file's metadata say, else what its names say.
+            timm's plain and tf_ networks have the same names; the name of the model within the
+            file, of the file or of its folders decides then ("tf_efficientnet_b0..."), and where
+            nothing does, plain is assumed and `Checkpoint.assumption` says so.
+        ema, progress: as for `load`.
+        names_too: whether `family` also tells how the file must name its parameters.
+
+    Raises:
+        what `load` does.
+    """
+    check_family(family, FORMATS)
+    given = os.fspath(path_or_url)
+    path = given
+    if given.startswith(ADDRESSES):
+        from effnet_fast import downloads  # imports urllib, which files do without
+
+        path = os.fspath(downloads.fetch(given, progress=progress))
+    content = read(path, ema=ema)
+    try:
+        naming = naming_of(content.state)
+        if names_too and family != "auto" and FAMILIES[family].naming != naming:
+            raise ValueError(f"parameters are named as {naming} names them, not as {family} does")
+        state = complete(convert(content.state))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    hints = (content.architecture, *reversed(Path(given).parts))
+    assumption = ""
+    if family == "auto":
+        family, assumption = _find_family(content.metadata, naming, hints)
+    return Checkpoint(state, family, naming, assumption, is_inception_normalised(hints))
+
+
+def _find_family(
+    metadata: Mapping[str, str], naming: str, hints: tuple[str, ...]
+) -> tuple[str, str]:
+    """The family, and what had to be assumed to tell it."""
+    if metadata.get(FAMILY_ENTRY) in FAMILIES:
+        return metadata[FAMILY_ENTRY], ""
+    if naming != "timm":
+        return naming, ""
+    if family := timm_family(hints):
+        return family, ""
+    return "timm", (
+        "timm's plain network is assumed (symmetric padding, eps 1e-5), as nothing tells it from "
+        'the tf_ one (SAME padding, eps 1e-3): give family="timm" or family="timm_tf"'
+    )
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str], format: str = "auto") -> None:
+    """Loads a file into `model`, in place: all of it or, when anything differs, nothing.
+
+    Raises:
+        what `load` and `check` raise, with the path.
+    """
+    state = load(path, format)
+    try:
+        check(model, state)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
+    model.load_state_dict(state, strict=True)
+
+
+def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Compares names, shapes and dtypes with the model's own state dict.
+
+    Floating-point tensors of any precision fit one another (they are cast when loaded); a
+    floating-point tensor and an integer one do not.
+
+    Raises:
+        ValueError: something differs; the first few differences of each kind are named.
+    """
+    own = model.state_dict()
+    common = [key for key in own if key in state]
+    kinds = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in common
+            if state[key].shape != own[key].shape
+        ],
+        "of another dtype": [
+            f"{key} {state[key].dtype} instead of {own[key].dtype}"
+            for key in common
+            if state[key].is_floating_point() != own[key].is_floating_point()
+        ],
+    }
+    problems = [f"{len(found)} {kind} ({_first(found)})" for kind, found in kinds.items() if found]
+    if problems:
+        raise ValueError(f"weights do not fit the model: {'; '.join(problems)}")
+
+
+def _first(items: list[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

@@ -1,0 +1,291 @@
+"""How each family names the parameters of an EfficientNet, and the way from any to any other.
+
+All families register their modules in the same order, so two namings are two lists of modules of
+equal length. Only the weights of NVIDIA's squeeze-and-excitation have another shape: they are
+linear layers, [R,C] for [R,C,1,1].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from effnet_fast.checkpoints.families import FAMILIES, check_family
+
+SHOWN = 3  # names that an error message gives of each kind
+_LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+# Whether each block of each stage expands: all that the list of modules depends on.
+Structure = list[list[bool]]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Names of modules; {stage}, {after} = stage + 1, {block} and {index} count from 0.
+
+    Args:
+        stem, head: convolution and norm; {head} in the latter is the stage after the last, plus 1.
+        block: what the names within a block begin with; {index} counts over all stages.
+        expanded: expansion and norm, depthwise and norm, squeeze, excite, projection and norm.
+        plain: the same without expansion.
+        classifier: the linear layer.
+        linear_se: whether squeeze and excite are linear layers.
+    """
+
+    stem: tuple[str, str]
+    block: str
+    expanded: tuple[str, ...]
+    plain: tuple[str, ...]
+    head: tuple[str, str]
+    classifier: str
+    linear_se: bool = False
+
+    @property
+    def stem_key(self) -> str:
+        """The name of the stem's weight, which no other naming has."""
+        return f"{self.stem[0]}.weight"
+
+    @property
+    def block_pattern(self) -> re.Pattern[str]:
+        """Matches the name of a tensor within a block; its last group is the module in there."""
+        pattern = re.escape(self.block).replace(r"\{", "{").replace(r"\}", "}")
+        pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", pattern)
+        return re.compile(rf"{pattern}(?P<module>.+)\.\w+")
+
+
+_LUKEMELAS_BLOCK = (
+    *("_expand_conv", "_bn0", "_depthwise_conv", "_bn1"),
+    *("_se_reduce", "_se_expand", "_project_conv", "_bn2"),
+)
+_NVIDIA_BLOCK = (
+    *("expand.conv", "expand.bn", "depsep.conv", "depsep.bn"),
+    *("se.squeeze", "se.expand", "proj.conv", "proj.bn"),
+)
+NAMINGS = MappingProxyType(
+    {
+        "torchvision": Naming(
+            stem=("features.0.0", "features.0.1"),
+            block="features.{after}.{block}.block.",
+            expanded=("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
+            plain=("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
+            head=("features.{head}.0", "features.{head}.1"),
+            classifier="classifier.1",
+        ),
+        "timm": Naming(
+            stem=("conv_stem", "bn1"),
+            block="blocks.{stage}.{block}.",
+            expanded=(
+                *("conv_pw", "bn1", "conv_dw", "bn2"),
+                *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
+            ),
+            plain=("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2"),
+            head=("conv_head", "bn2"),
+            classifier="classifier",
+        ),
+        "lukemelas": Naming(
+            stem=("_conv_stem", "_bn0"),
+            block="_blocks.{index}.",
+            expanded=_LUKEMELAS_BLOCK,
+            plain=_LUKEMELAS_BLOCK[2:],
+            head=("_conv_head", "_bn1"),
+            classifier="_fc",
+        ),
+        "nvidia": Naming(
+            stem=("stem.conv", "stem.bn"),
+            block="layers.{stage}.block{block}.",
+            expanded=_NVIDIA_BLOCK,
+            plain=_NVIDIA_BLOCK[2:],
+            head=("features.conv", "features.bn"),
+            classifier="classifier.fc",
+            linear_se=True,
+        ),
+    }
+)
+STEM_KEYS = {naming.stem_key: name for name, naming in NAMINGS.items()}
+_OLD_NVIDIA_STAGE = re.compile(r"^layer(\d+)\.")  # "layer1." of the releases 20.12 and 21.03
+
+
+def naming_of(state: Mapping[str, Tensor]) -> str:
+    """The naming that a state dict follows.
+
+    Raises:
+        ValueError: it has the stem's weight under no known name.
+    """
+    for key, name in STEM_KEYS.items():
+        if key in state:
+            return name
+    raise ValueError(f"not an EfficientNet's state dict: none of {', '.join(STEM_KEYS)} is in it")
+
+
+def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
+    """Which blocks there are in each stage, and which of them expand.
+
+    Raises:
+        ValueError: it cannot be told, as what would tell it is missing.
+    """
+    rules = NAMINGS[naming]
+    pattern = rules.block_pattern
+    telling = set(rules.expanded) - set(rules.plain)
+    found: dict[tuple[int, int], bool] = {}
+    for key in state:
+        if match := pattern.fullmatch(key):
+            stage, block = _place(match)
+            expands = match["module"] in telling
+            found[stage, block] = found.get((stage, block), False) or expands
+    if naming == "lukemelas":
+        return _split(state, [expands for _, expands in sorted(found.items())])
+    stages: Structure = []
+    for (stage, block), expands in sorted(found.items()):
+        if stage > len(stages) or block > (len(stages[stage]) if stage < len(stages) else 0):
+            raise ValueError(f"no tensors of the block before {_prefix(rules, stage, block)}*")
+        if stage == len(stages):
+            stages.append([])
+        stages[stage].append(expands)
+    return stages
+
+
+def convert(
+    state: Mapping[str, Tensor], to: str = "torchvision", source: str | None = None
+) -> dict[str, Tensor]:
+    """Renames a state dict; the tensors are those given or views of them, in the same order.
+
+    Names say nothing of padding and BN constants: what a network of another family makes of the
+    weights is exact only where those agree (see `families.FAMILIES`).
+
+    Args:
+        state: an EfficientNet's, in any naming.
+        to: "torchvision", "timm" (or "timm_tf", which has the same names), "lukemelas" or "nvidia".
+        source: the naming of `state`; None reads it from the names.
+
+    Raises:
+        ValueError: unknown `to` or `source`; `state` is of another naming; or it holds names that
+            an EfficientNet does not have there, of which the first are given.
+    """
+    check_family(to, argument="to")
+    found, target = naming_of(state), FAMILIES[to].naming
+    if source is not None:
+        check_family(source, argument="source")
+        if FAMILIES[source].naming != found:
+            raise ValueError(f"parameters are named as {found} names them, not as {source} does")
+    if found == target:
+        return dict(state)
+    if found == "nvidia":
+        state = {_modern_nvidia(key): value for key, value in state.items()}
+    structure = structure_of(state, found)
+    names = dict(zip(_modules(found, structure), _modules(target, structure), strict=True))
+    converted, unknown = {}, []
+    for key, value in state.items():
+        module, _, leaf = key.rpartition(".")
+        if module not in names or leaf not in _LEAVES:
+            unknown.append(key)
+            continue
+        converted[f"{names[module]}.{leaf}"] = value
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} names that {found}'s EfficientNet lacks ({_first(unknown)})"
+        )
+    return _reshape_squeeze_excite(converted, target)
+
+
+def complete(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A torchvision-named state dict in the order of the network, with every count of batches.
+
+    safetensors files are sorted otherwise; counts (num_batches_tracked), which older checkpoints
+    lack, are 0 where they are missing.
+    """
+    names = list(state)
+    for key in state:
+        module, _, leaf = key.rpartition(".")
+        count = f"{module}.num_batches_tracked"
+        if leaf == "running_var" and count not in state:
+            names.append(count)
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for key in names))
+    order = {name: i for i, name in enumerate(_modules("torchvision", _structure_or_none(state)))}
+    rank = {name: order.get(name, len(order) + i) for i, name in enumerate(modules)}
+    leaves = {leaf: i for i, leaf in enumerate(_LEAVES)}
+
+    def place(key: str) -> tuple[int, int]:
+        module, _, leaf = key.rpartition(".")
+        return rank[module], leaves.get(leaf, len(leaves))
+
+    return {
+        key: state[key] if key in state else torch.zeros((), dtype=torch.long)
+        for key in sorted(names, key=place)
+    }
+
+
+def _structure_or_none(state: Mapping[str, Tensor]) -> Structure:
+    try:
+        return structure_of(state, "torchvision")
+    except ValueError:  # the check against a model will name what is missing
+        return []
+
+
+def _place(match: re.Match[str]) -> tuple[int, int]:
+    """Stage and block of a name; the flat index as the block of stage 0."""
+    groups = match.groupdict()
+    if "index" in groups:
+        return 0, int(groups["index"])
+    stage = int(groups["after"]) - 1 if "after" in groups else int(groups["stage"])
+    return stage, int(groups["block"])
+
+
+def _split(state: Mapping[str, Tensor], blocks: list[bool]) -> Structure:
+    """Stages of blocks that are counted through: each begins where the shape of a block changes."""
+    stages: Structure = []
+    previous = None
+    for index, expands in enumerate(blocks):
+        prefix = f"_blocks.{index}."
+        keys = [f"{prefix}_project_conv.weight", f"{prefix}_depthwise_conv.weight"]
+        if missing := [key for key in keys if key not in state]:
+            raise ValueError(f"{missing[0]} is missing, without which stages cannot be told apart")
+        kind = (state[keys[0]].shape[:1], state[keys[1]].shape[2:], expands)
+        if kind != previous:
+            stages.append([])
+            previous = kind
+        stages[-1].append(expands)
+    return stages
+
+
+def _prefix(rules: Naming, stage: int, block: int, index: int = 0) -> str:
+    return rules.block.format(stage=stage, after=stage + 1, block=block, index=index)
+
+
+def _modules(naming: str, structure: Structure) -> Iterator[str]:
+    """The modules that have parameters, in the order in which every family registers them."""
+    rules = NAMINGS[naming]
+    yield from rules.stem
+    index = 0
+    for stage, blocks in enumerate(structure):
+        for block, expands in enumerate(blocks):
+            prefix = _prefix(rules, stage, block, index)
+            yield from (f"{prefix}{m}" for m in (rules.expanded if expands else rules.plain))
+            index += 1
+    yield from (name.format(head=len(structure) + 1) for name in rules.head)
+    yield rules.classifier
+
+
+def _modern_nvidia(key: str) -> str:
+    return _OLD_NVIDIA_STAGE.sub(lambda match: f"layers.{int(match[1]) - 1}.", key)
+
+
+def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, Tensor]:
+    """The weights of squeeze-and-excitation as [R,C] for linear layers, else as [R,C,1,1]."""
+    rules = NAMINGS[naming]
+    names = tuple(f".{name}.weight" for name in (*rules.expanded[4:6], *rules.plain[2:4]))
+    for key, value in state.items():
+        if not key.endswith(names):
+            continue
+        if rules.linear_se and value.shape[2:] == (1, 1):
+            state[key] = value[:, :, 0, 0]
+        elif not rules.linear_se and value.dim() == 2:
+            state[key] = value[:, :, None, None]
+    return state
+
+
+def _first(items: list[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

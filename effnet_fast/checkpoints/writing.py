@@ -1,0 +1,71 @@
+"""From named tensors to a file that is either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SAFETENSORS = ".safetensors"
+PICKLES = (".pth", ".pt", ".bin")
+SUFFIXES = (SAFETENSORS, *PICKLES)
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """The suffix of a file to be written.
+
+    Raises:
+        ValueError: it is none of SUFFIXES.
+    """
+    suffix = Path(path).suffix
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{os.fspath(path)}: the suffix must be one of {', '.join(SUFFIXES)}")
+    return suffix
+
+
+def save(
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a state dict; whoever reads `path` sees the old file or the whole new one.
+
+    Args:
+        state: named tensors of any device.
+        path: `.safetensors`, or `.pth`, `.pt`, `.bin` for torch.save. A file that is there is
+            replaced, also one that the tensors are mapped from.
+        metadata: text entries of a safetensors file; other files have no place for them.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the folder cannot be written to.
+    """
+    suffix = check_suffix(path)
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    tensors = {key: _own(value) for key, value in state.items()}
+    try:
+        with open(temporary, "xb") as file:  # raises OSError, which safetensors would wrap
+            permissions = os.fstat(file.fileno()).st_mode
+            if suffix != SAFETENSORS:
+                torch.save(tensors, file)
+        if suffix == SAFETENSORS:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+            os.chmod(temporary, permissions)  # safetensors makes files for their owner alone
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor without gaps and without a larger storage behind it, which would be saved too."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

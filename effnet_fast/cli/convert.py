@@ -1,0 +1,122 @@
+"""`effnet-fast convert IN OUT --to FAMILY`: a checkpoint under another family's names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from effnet_fast import checkpoints
+from effnet_fast.checkpoints import FAMILIES, FORMATS, Checkpoint
+from effnet_fast.cli import common
+from effnet_fast.models.loading import family_variant, published_variant
+from effnet_fast.models.variants import Variant
+
+# What of a network is no tensor, and so is lost where a file has no place for it.
+CONSTANTS = ("padding", "bn_eps")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="rename a checkpoint's parameters as another family names them",
+        description="Renames a checkpoint's parameters as another family names them. What training "
+        "scripts wrap around them is left out. OUT is written whole or not at all.",
+    )
+    parser.add_argument("input", metavar="IN", help="checkpoint of any family: a file or an URL")
+    parser.add_argument("output", metavar="OUT", type=Path, help=f"file, {_suffixes()}")
+    parser.add_argument("--to", required=True, choices=tuple(FAMILIES), help="the names to give")
+    parser.add_argument(
+        "--from",
+        dest="family",
+        choices=FORMATS,
+        default="auto",
+        help="whose network IN is of (default: as its metadata, names and file name tell)",
+    )
+    parser.add_argument("--no-ema", action="store_true", help="not the moving average of weights")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Converts the file; prints a summary or JSON."""
+    with common.bad_input(OSError, ValueError):
+        report = convert(arguments)
+    if arguments.json:
+        common.print_json(report)
+        return
+    print(
+        f"{report['output']}: {report['tensors']} tensors, {report['parameters']:,} parameters of "
+        f"{report['family']}'s {report['variant'] or 'network'}, named as {report['to']} does"
+    )
+    for note in report["notes"]:
+        print(f"effnet-fast: {note}", file=sys.stderr)
+
+
+def convert(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Writes the file.
+
+    Returns:
+        what `--json` prints: input, output, the input's family and naming, the output's (to), the
+        published size or None (variant), numbers of tensors and parameters, bytes, and notes.
+
+    Raises:
+        OSError, ValueError: of the files; nothing has been written then.
+    """
+    checkpoints.check_suffix(arguments.output)
+    if arguments.output.exists() and not arguments.force:
+        raise ValueError(f"{arguments.output}: exists; --force replaces it")
+    checkpoint = checkpoints.open_checkpoint(
+        arguments.input, arguments.family, ema=not arguments.no_ema
+    )
+    state = checkpoints.convert(checkpoint.state, arguments.to)
+    checkpoints.save(state, arguments.output, {checkpoints.FAMILY_ENTRY: checkpoint.family})
+    variant = published_variant(checkpoint.state)
+    return {
+        "input": os.fspath(arguments.input),
+        "output": str(arguments.output),
+        "family": checkpoint.family,
+        "naming": checkpoint.naming,
+        "to": arguments.to,
+        "variant": variant and variant.name,
+        "tensors": len(state),
+        "parameters": sum(
+            tensor.numel()
+            for key, tensor in checkpoint.state.items()
+            if key.endswith((".weight", ".bias"))
+        ),
+        "bytes": arguments.output.stat().st_size,
+        "notes": _notes(checkpoint, arguments, variant),
+    }
+
+
+def _notes(
+    checkpoint: Checkpoint, arguments: argparse.Namespace, variant: Variant | None
+) -> list[str]:
+    """What names cannot say, and the user has to."""
+    notes = [checkpoint.assumption] if checkpoint.assumption else []
+    if variant is None:
+        return notes
+    own = family_variant(variant, checkpoint)
+    stock = family_variant(variant, replace(checkpoint, family=arguments.to))
+    differing = [name for name in CONSTANTS if getattr(own, name) != getattr(stock, name)]
+    if differing:
+        constants = ", ".join(f"{name}={getattr(own, name)}" for name in differing)
+        where = "its metadata say so"
+        if arguments.output.suffix != checkpoints.SAFETENSORS:
+            where = f'give family="{checkpoint.family}" with it'
+        notes.append(
+            f"these weights are for a network with {constants}, which is not what "
+            f"{arguments.to}'s own {variant.name} has. EfficientNet.from_checkpoint builds it: "
+            f"{where}"
+        )
+    return notes
+
+
+def _suffixes() -> str:
+    return " or ".join(checkpoints.SUFFIXES)

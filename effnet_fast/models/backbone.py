@@ -1,0 +1,317 @@
+"""What every EfficientNet consists of, whatever stands on top: stem, stages of MBConv, head.
+
+Running them on channels_last activations and one backend, recomputing them in backward, freezing
+the first of them, and naming their parameters by depth.
+
+Source: Tan & Le (arXiv 1905.11946); module tree, initialisation and random draws as torchvision
+0.28; gradient checkpointing and the groups by depth under the names that timm gives them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from effnet_fast import backends
+from effnet_fast.layers import Conv2dNormActivation, MBConv, MBConvConfig
+from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
+from effnet_fast.models.param_groups import param_groups
+from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.ops import scratch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MEMORY_MODES = ("fast", "lean")
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """Images [N,C,H,W] without gaps in channels_last; anything else as it is."""
+    if x.dim() != 4 or not x.is_contiguous():
+        return x
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return x.contiguous(memory_format=torch.channels_last)
+    if backends.in_transform():  # vmap has no channels_last
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+torch.fx.wrap("to_channels_last")  # for calls from this file
+
+
+class Backbone(nn.Module):
+    """Base of `EfficientNet` and `EfficientNetFeatures`: the child `features` and its settings.
+
+    Args:
+        variant: row of `VARIANTS`, or its name.
+        stochastic_depth_prob, norm_layer, in_chans, backend, memory: as in `EfficientNet`.
+        out_indices: which feature maps are wanted, as in `EfficientNetFeatures`: layers after the
+            last of them are not built; None builds everything.
+
+    Attributes:
+        variant: the row of the table that was built.
+        feature_info: `FeatureInfo` of the maps at strides 2, 4, 8, 16 and 32.
+        grad_checkpointing: whether `set_grad_checkpointing` is on.
+
+    Raises:
+        ValueError: an argument outside what is allowed.
+        TypeError: a norm_layer that cannot be called.
+    """
+
+    def __init__(
+        self,
+        variant: Variant | str,
+        *,
+        stochastic_depth_prob: float,
+        norm_layer: Callable[..., nn.Module] | None,
+        in_chans: int,
+        backend: str,
+        memory: str,
+        out_indices: OutIndices | None = None,
+    ) -> None:
+        super().__init__()
+        variant = find_variant(variant)
+        check_count("in_chans", in_chans)
+        check_probability("stochastic_depth_prob", stochastic_depth_prob)
+        _check_choices(backend, memory)
+        if norm_layer is None:
+            norm_layer = partial(nn.BatchNorm2d, eps=variant.bn_eps, momentum=variant.bn_momentum)
+        elif not callable(norm_layer):
+            raise TypeError(
+                "norm_layer must make a module from a number of channels, or be None, "
+                f"got {type(norm_layer).__name__}"
+            )
+        self.variant = variant
+        self.backend = backend
+        self.memory = memory
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+        self.feature_info = FeatureInfo(describe(variant), out_indices)
+        self._frozen_depth = 0
+        self._frozen_norms = False
+        self._frozen_names = frozenset[str]()
+
+        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
+        makers: list[Callable[[], nn.Module]] = [
+            partial(
+                conv,
+                in_chans,
+                variant.stem_channels,
+                kernel_size=3,
+                stride=2,
+                padding="same" if variant.padding == "same" else None,
+            ),
+            *_stages(variant, stochastic_depth_prob, norm_layer),
+            partial(conv, variant.stages[-1].out_channels, variant.head_channels, kernel_size=1),
+        ]
+        if out_indices is not None:
+            del makers[self.feature_info.get("stage")[-1] + 1 :]
+        self.features = nn.Sequential(*(make() for make in makers))
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        return to_channels_last(x)
+
+    @contextlib.contextmanager
+    def _execution(self) -> Iterator[None]:
+        """This network's backend, and memory that its blocks share."""
+        with scratch.scope():
+            if self.backend == "auto":
+                yield
+            else:
+                with backends.use_backend(self.backend):
+                    yield
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's; BatchNorms that `freeze` holds stay in eval mode."""
+        super().train(mode)
+        if self._frozen_norms:
+            for norm in self._norms_of_frozen():
+                norm.eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keeps the input of each MBConv alone for backward, and computes the rest again.
+
+        The results, random draws and running statistics are those without: statistics move once
+        in a step. Costs about one more forward pass.
+        """
+        self.grad_checkpointing = enable
+        for module in self.features.modules():
+            if isinstance(module, MBConv):
+                module.grad_checkpointing = enable
+
+    def freeze(self, stages: int | None = None, *, bn: bool = True) -> Self:
+        """Excludes the first layers from training; takes the place of an earlier `freeze`.
+
+        Args:
+            stages: stages of MBConv to freeze, the stem with them; 0 freezes nothing, None the
+                whole of `features`, its last convolution included.
+            bn: also keep their BatchNorms in eval mode, whatever `train()` is told.
+
+        Returns:
+            The network itself.
+
+        Raises:
+            ValueError: more stages than there are, or a negative number.
+        """
+        limit = min(self._count_stages(), len(self.features) - 1)
+        if stages is not None and (
+            isinstance(stages, bool) or not isinstance(stages, int) or not 0 <= stages <= limit
+        ):
+            raise ValueError(
+                f"stages must be an int between 0 and {limit}, or None for all of features, "
+                f"got {stages!r}"
+            )
+        self.unfreeze()
+        if stages != 0:
+            self._frozen_depth = len(self.features) if stages is None else stages + 1
+        self._frozen_norms = bn and self._frozen_depth > 0
+        names = []
+        for index in range(self._frozen_depth):
+            for name, parameter in self.features[index].named_parameters(f"features.{index}"):
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    names.append(name)
+        self._frozen_names = frozenset(names)
+        if self._frozen_norms:
+            for norm in self._norms_of_frozen():
+                norm.eval()
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undoes `freeze`: what it froze is trained again, its BatchNorms in the network's mode.
+
+        Parameters that were frozen by other means stay so.
+        """
+        parameters = dict(self.named_parameters())
+        for name in self._frozen_names:
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        if self._frozen_norms:
+            for norm in self._norms_of_frozen():
+                norm.train(self.training)
+        self._frozen_depth, self._frozen_norms, self._frozen_names = 0, False, frozenset()
+        return self
+
+    def _count_stages(self) -> int:
+        """Stages of MBConv in the whole network."""
+        return len(self.feature_info.stages) - 1
+
+    def _norms_of_frozen(self) -> Iterator[nn.Module]:
+        for child in list(self.features.children())[: self._frozen_depth]:
+            yield from (m for m in child.modules() if isinstance(m, _BatchNorm))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions of the parameters' names by depth, as timm's tools take them.
+
+        The stem comes first, then every block (every stage if `coarse`), the last convolution with
+        the last block, and what is not matched, the classifier, at the end.
+        """
+        last = self._count_stages()
+        stages = "|".join(str(i) for i in range(1, last + 1))
+        block = rf"^features\.({stages})\." + ("" if coarse else r"(\d+)\.")
+        return {
+            "stem": r"^features\.0\.",
+            "blocks": [(block, None), (rf"^features\.{last + 1}\.", (99999,))],
+        }
+
+    def param_groups(
+        self,
+        lr: float,
+        weight_decay: float = 0.05,
+        *,
+        layer_decay: float = 0.75,
+        min_scale: float = 0.0,
+        no_weight_decay: Collection[str] = (),
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimiser, with a learning rate that falls towards the input.
+
+        See `effnet_fast.models.param_groups.param_groups`.
+        """
+        return param_groups(
+            self,
+            lr,
+            weight_decay,
+            layer_decay=layer_decay,
+            min_scale=min_scale,
+            no_weight_decay=no_weight_decay,
+        )
+
+
+def _stages(
+    variant: Variant, stochastic_depth_prob: float, norm_layer: Callable[..., nn.Module]
+) -> Iterator[Callable[[], nn.Module]]:
+    """Makers of the stages; drop-path of block i of n is stochastic_depth_prob * i / n."""
+    index = 0
+    for stage in variant.stages:
+        blocks: list[Callable[[], nn.Module]] = []
+        for repeat in range(stage.repeats):
+            config = MBConvConfig(
+                expand_ratio=stage.expand_ratio,
+                kernel=stage.kernel,
+                stride=stage.stride if repeat == 0 else 1,
+                input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
+                out_channels=stage.out_channels,
+                padding=variant.padding,
+            )
+            prob = stochastic_depth_prob * float(index) / variant.blocks
+            blocks.append(partial(MBConv, config, prob, norm_layer))
+            index += 1
+        yield partial(_sequence, blocks)
+
+
+def _sequence(makers: list[Callable[[], nn.Module]]) -> nn.Sequential:
+    return nn.Sequential(*(make() for make in makers))
+
+
+def init_parameters(module: nn.Module) -> None:
+    """torchvision's initialisation, which does not divide a depthwise fan-out by the groups."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+        if module.weight is not None:
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        limit = 1.0 / math.sqrt(module.out_features)
+        nn.init.uniform_(module.weight, -limit, limit)
+        nn.init.zeros_(module.bias)
+
+
+def find_variant(variant: Variant | str) -> Variant:
+    """The variant of a name; ValueError for an unknown one."""
+    if isinstance(variant, Variant):
+        return variant
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    return VARIANTS[variant]
+
+
+def check_count(name: str, count: int, least: int = 1) -> None:
+    """Raises ValueError for what is no int of at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {count!r}")
+
+
+def check_probability(name: str, probability: float) -> None:
+    """Raises ValueError for what is no number between 0 and 1."""
+    if not isinstance(probability, (int, float)) or not 0.0 <= probability <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {probability!r}")
+
+
+def _check_choices(backend: str, memory: str) -> None:
+    if not isinstance(backend, str):
+        raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
+    backends.parse(backend)
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")

@@ -1,0 +1,211 @@
+"""The network that goes with a checkpoint: its size, family, classes and channels."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from effnet_fast import checkpoints
+from effnet_fast.checkpoints import FAMILIES, Checkpoint
+from effnet_fast.checkpoints.families import INCEPTION_MEAN, INCEPTION_STD
+from effnet_fast.models.input_channels import adapt_input_channels
+from effnet_fast.models.variants import VARIANTS, Variant
+
+STEM, CLASSIFIER = "features.0.0.weight", "classifier.1.weight"
+FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load_network(
+    build: Callable[..., Network],
+    path: str | os.PathLike[str],
+    *,
+    family: str = "auto",
+    variant: Variant | str | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    ema: bool = True,
+    progress: bool = True,
+    **options: Any,
+) -> Network:
+    """`build(variant, num_classes=, in_chans=, **options)` with a file's weights.
+
+    See `EfficientNet.from_checkpoint` for the arguments and errors.
+    """
+    checkpoint = checkpoints.open_checkpoint(path, family, ema=ema, progress=progress)
+    if checkpoint.assumption:
+        warnings.warn(f"{os.fspath(path)}: {checkpoint.assumption}", stacklevel=3)
+    state = checkpoint.state
+    with _naming(path):
+        found = family_variant(_find_variant(build, state, variant), checkpoint)
+        options["num_classes"] = _classes(state, num_classes)
+        options["in_chans"] = _channels_of_images(state, in_chans)
+    with torch.device("meta"), _Uninitialised():
+        model = build(found, **options)
+    with _naming(path):
+        checkpoints.check(model, state)
+    own = model.state_dict()
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if names - own.keys():  # of a norm_layer: nothing in the file would fill them
+        model = build(found, **options)
+        model.load_state_dict(state)
+        return model
+    # Each tensor of the file is given up as soon as it is copied: one copy of them in memory.
+    tensors = {key: _parameter(state.pop(key), tensor) for key, tensor in own.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _parameter(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the dtype of `like`, on the default device, in memory that torch manages."""
+    if (
+        tensor.dtype == like.dtype
+        and tensor.device == torch.get_default_device()
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().resizable()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    ):
+        return tensor
+    return torch.empty(like.shape, dtype=like.dtype).copy_(tensor)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what fills parameters that are about to be replaced.
+
+    On the meta device filling them computes nothing, but the first time imports PyTorch's
+    decompositions, 1.4 s and 100 MiB.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in FILLING and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file's name before what is wrong with its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def family_variant(variant: Variant, checkpoint: Checkpoint) -> Variant:
+    """The variant as the checkpoint's family has it: padding, BN constants, preprocessing."""
+    family = FAMILIES[checkpoint.family]
+    changes: dict[str, Any] = {"padding": family.padding}
+    if family.bn_eps is not None:
+        changes |= {"bn_eps": family.bn_eps, "bn_momentum": family.bn_momentum}
+    if family.crop_border is not None:
+        side = variant.resolution
+        changes |= {"crop": side, "resize": side + family.crop_border}
+    if checkpoint.inception:
+        changes |= {"mean": INCEPTION_MEAN, "std": INCEPTION_STD}
+    return replace(variant, **changes)
+
+
+def published_variant(state: Mapping[str, Tensor]) -> Variant | None:
+    """The published size whose channels and repeats those of a torchvision-named state are."""
+    found = _channels(state)
+    return next((v for v in VARIANTS.values() if _variant_channels(v) == found), None)
+
+
+def _find_variant(
+    build: Callable[..., nn.Module], state: Mapping[str, Tensor], given: Variant | str | None
+) -> Variant:
+    if isinstance(given, Variant):
+        return given
+    if given is not None:
+        if given not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {given!r}")
+        return VARIANTS[given]
+    if variant := published_variant(state):
+        return variant
+    found = _channels(state)
+    nearest = max(VARIANTS.values(), key=lambda v: _agreement(_variant_channels(v), found))
+    message = f"no published size has these layers; the nearest is {nearest.name}"
+    classes = state[CLASSIFIER].shape[0] if CLASSIFIER in state else 1000
+    with torch.device("meta"), _Uninitialised():
+        model = build(nearest, num_classes=classes)
+    try:
+        checkpoints.check(model, state)
+    except ValueError as error:
+        message = f"{message}: {error}"
+    raise ValueError(f"{message}. Give variant= for a network of another size")
+
+
+def _variant_channels(variant: Variant) -> list[int]:
+    """Output channels of the stem, of every block behind the stage's number, and of the head."""
+    blocks = ([i] + [s.out_channels] * s.repeats for i, s in enumerate(variant.stages, 1))
+    return [variant.stem_channels, *itertools.chain(*blocks), variant.head_channels]
+
+
+def _channels(state: Mapping[str, Tensor]) -> list[int]:
+    """The same of a torchvision-named state dict, as far as it goes."""
+
+    def width(*names: str) -> list[int]:
+        return [len(state[name]) for name in names if name in state and state[name].dim()][:1]
+
+    channels = width(STEM)
+    for stage in itertools.count(1):
+        prefix = f"features.{stage}.0.block."
+        if not any(key.startswith(prefix) for key in state):
+            return channels + width(f"features.{stage}.0.weight")
+        channels.append(stage)
+        for block in itertools.count():
+            prefix = f"features.{stage}.{block}.block."
+            found = width(f"{prefix}3.0.weight", f"{prefix}2.0.weight")
+            if not found:
+                break
+            channels += found
+    raise AssertionError
+
+
+def _agreement(expected: list[int], found: list[int]) -> int:
+    """How far two lists agree: equal entries, and how near their lengths are."""
+    equal = sum(a == b for a, b in zip(expected, found, strict=False))
+    return equal - abs(len(expected) - len(found))
+
+
+def _classes(state: dict[str, Tensor], wanted: int | None) -> int:
+    """Size of the logits; drops the classifier from `state` where none is wanted."""
+    if wanted == 0:
+        for key in [key for key in state if key.startswith("classifier.")]:
+            del state[key]
+        return 0
+    if CLASSIFIER not in state:
+        if wanted is None:
+            raise ValueError(
+                f"no {CLASSIFIER}: give num_classes=0 for a network without classifier"
+            )
+        return wanted
+    found = state[CLASSIFIER].shape[:1].numel()
+    if wanted not in (None, found):
+        raise ValueError(
+            f"num_classes is {wanted}, but the file's classifier has {found} classes: leave "
+            "num_classes out and replace the classifier afterwards"
+        )
+    return found
+
+
+def _channels_of_images(state: dict[str, Tensor], wanted: int | None) -> int:
+    """Channels of the images; adapts the stem in `state` to the number that is wanted."""
+    stem = state[STEM]
+    if stem.dim() != 4:
+        raise ValueError(f"{STEM} has shape {tuple(stem.shape)}, not four dimensions")
+    if wanted is None:
+        return stem.shape[1]
+    state[STEM] = adapt_input_channels(stem, wanted)
+    return wanted

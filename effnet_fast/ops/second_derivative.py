@@ -1,0 +1,69 @@
+"""Gradients that can be differentiated again: through the reference.
+
+The fused backward kernels have no derivative. Where backward runs with create_graph=True, as a
+gradient penalty has it, the reference is run on the saved inputs and differentiated in their stead.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+Inputs = tuple[Tensor | None, ...]
+# The saved inputs of an autograd Function, and the op's reference as a function of them.
+Again = Callable[[Any], tuple[Inputs, Callable[..., Tensor]]]
+
+
+def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
+    """`Again` of DwconvBnSilu."""
+    x, weight, _, bn_weight, bn_bias, mean, var = ctx.saved_tensors
+    stride, padding, eps, training, _ = ctx.config
+    running_mean, running_var = (None, None) if training else (mean, var)
+
+    def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        return reference.dwconv_bn_silu(
+            x, weight, gamma, beta, running_mean, running_var,
+            stride=stride, padding=padding, training=training, eps=eps,
+        )  # fmt: skip
+
+    return (x, weight, bn_weight, bn_bias), function
+
+
+def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
+    """`Again` of SqueezeExcite."""
+    return ctx.saved_tensors[:5], reference.squeeze_excite
+
+
+def differentiable(again: Again) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes an autograd Function's backward differentiable where its gradients are to be.
+
+    torch's own `once_differentiable` treats the gradients as constants, without a word, where the
+    gradient of the output requires none.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def checked(ctx: Any, grad_y: Tensor, *others: Any) -> Any:
+            if torch.is_grad_enabled():
+                return _by_reference(ctx, again, grad_y)
+            return backward(ctx, grad_y, *others)
+
+        return checked
+
+    return decorate
+
+
+def _by_reference(ctx: Any, again: Again, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, function = again(ctx)
+    # Views: one input may depend on another, and each gradient is the partial one.
+    views = [None if t is None else t.view_as(t) for t in inputs]
+    needs = ctx.needs_input_grad
+    wanted = [t for t, need in zip(views, needs, strict=False) if need and t is not None]
+    grads = iter(torch.autograd.grad(function(*views), wanted, grad_y, create_graph=True))
+    return tuple(next(grads) if need else None for need in needs)

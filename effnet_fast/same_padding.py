@@ -1,0 +1,85 @@
+"""TensorFlow's SAME padding: the output has ceil(size / stride) rows, and the odd one falls behind.
+
+It differs from padding (K-1)//2 on both sides only where the stride is above 1 and the size a
+multiple of it: at stride 2 a 3x3 kernel then pads (0, 1), a 5x5 kernel (1, 2).
+
+Source: "Notes on padding", https://www.tensorflow.org/api_docs/python/tf/nn#notes_on_padding_2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after `size` values, all in pixels.
+
+    No branch depends on `size`, so the result may be a symbol when a graph is captured.
+    """
+    total = kernel - stride + -size % stride
+    if kernel < stride:
+        total = max(total, 0)
+    return total // 2, total - total // 2
+
+
+def same_sides(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) for a convolution over x [N,C,H,W], in pixels."""
+    top, bottom = _along(x.shape[2], conv.kernel_size[0], conv.stride[0], conv.dilation[0])
+    left, right = _along(x.shape[3], conv.kernel_size[1], conv.stride[1], conv.dilation[1])
+    return left, right, top, bottom
+
+
+def _along(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    return same_padding(size, dilation * (kernel - 1) + 1, stride)
+
+
+class Conv2dSame(nn.Conv2d):
+    """nn.Conv2d with SAME padding, which depends on the size of the input.
+
+    x [N,Cin,H,W] -> y [N,Cout,ceil(H/stride),ceil(W/stride)]. Parameters and state dict are those
+    of nn.Conv2d.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype: as
+            nn.Conv2d.
+
+    Raises:
+        TypeError: `padding` is given.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        *,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # `same_sides`, which TorchScript cannot read: it passes no module to a function.
+        top, bottom = _along(x.shape[2], self.kernel_size[0], self.stride[0], self.dilation[0])
+        left, right = _along(x.shape[3], self.kernel_size[1], self.stride[1], self.dilation[1])
+        return self._conv_forward(F.pad(x, (left, right, top, bottom)), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, padding=same"
