@@ -33,6 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, default=records.RESULTS, help="folder of the CSV files")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Finds out before hours of timing whether the results can be written."""
+    if config.getoption("--record"):
+        try:
+            records.prepare(config.getoption("--results"))
+        except OSError as error:
+            raise pytest.UsageError(f"--results: {error}") from error
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Gives contests the clock that replays samples; --quick leaves out what is marked full."""
     for item in items:
@@ -65,7 +74,7 @@ class Arena:
         self._commit = config.getoption("--commit")
         self._record = config.getoption("--record")
         self._results = config.getoption("--results")
-        self._outcomes: dict[Key, Outcome | AssertionError] = {}
+        self._outcomes: dict[Key, Outcome | Exception] = {}
 
     def outcome(self, key: Key, build: Callable[[], Contest], names: list[str]) -> Outcome:
         """The contest's result; that of the last one is kept, so that its tensors can go."""
@@ -73,10 +82,10 @@ class Arena:
             self._outcomes.clear()
             try:
                 self._outcomes[key] = self._hold(build(), names)
-            except AssertionError as error:
+            except Exception as error:  # every contestant's test fails with it, at once
                 self._outcomes[key] = error
         found = self._outcomes[key]
-        if isinstance(found, AssertionError):
+        if isinstance(found, Exception):
             raise found
         return found
 
