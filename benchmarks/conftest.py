@@ -9,6 +9,7 @@ pytest benchmarks --benchmark-only -m gpu     every contest on the GPU
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from benchmarks import limits, records
-from benchmarks.contest import CLOCK, Contest, Outcome, hold
+from benchmarks.contest import CLOCK, Contest, Outcome, Standing, hold
 
 Key = tuple[Any, ...]  # which contest a test belongs to
 CONTESTANT = "contestant"  # the parameter of a test that is not part of its contest
@@ -92,9 +93,20 @@ class Arena:
     def _hold(self, contest: Contest, names: list[str]) -> Outcome:
         outcome = hold(contest, names, quick=self._quick, rounds=self._rounds)
         if self._record:
-            measured = limits.measure(contest.device) if contest.work else None
-            records.append(records.rows_of(outcome, measured, self._commit), self._results)
+            rows = records.rows_of(outcome, _limits(contest), self._commit)
+            records.append(rows, self._results)
         return outcome
+
+
+def _limits(contest: Contest) -> limits.Limits | None:
+    """The machine's, or None with a warning: what was timed is worth keeping without them."""
+    if contest.work is None:
+        return None
+    try:
+        return limits.measure(contest.device)
+    except RuntimeError as error:
+        warnings.warn(f"no limits: {error}", stacklevel=2)
+        return None
 
 
 @pytest.fixture(scope="session")
@@ -141,14 +153,17 @@ def enter(benchmark: Any, arena: Arena, request: pytest.FixtureRequest) -> Calla
             pytest.skip(outcome.absent[contestant])
         standing = outcome.standings[contestant]
         benchmark.group = outcome.contest.name
-        benchmark.extra_info.update(_extra(standing))
+        benchmark.extra_info.update(_extra(outcome.contest, contestant, standing))
         benchmark.pedantic(CLOCK.step, rounds=CLOCK.load(standing.timing.samples))
 
     return run
 
 
-def _extra(standing: Any) -> dict[str, object]:
+def _extra(contest: Contest, contestant: str, standing: Standing) -> dict[str, object]:
+    machine = None if contestant in contest.yardsticks else _limits(contest)
+    floor = machine.floor_s(contest.work, contest.dtype) * 1e3 if machine else None
     found = {
+        "share of floor": floor and floor / standing.timing.median,
         "ratio to best peer": standing.ratio,
         "best peer": standing.best_peer,
         "peak memory, bytes": standing.peak_bytes,

@@ -174,6 +174,15 @@ def _compile(**options: Any) -> Callable[[Setup], Runner]:
     return build
 
 
+def _freeze(setup: Setup) -> Runner:
+    """The option makes it another compiler to the cache, the patch is what takes effect."""
+    from torch._inductor import config
+
+    options = {"freezing": True}
+    with config.patch(options):
+        return _compile(options=options)(setup)
+
+
 def _cuda_graph(build: Callable[[Setup], Runner]) -> Callable[[Setup], Runner]:
     def build_graph(setup: Setup) -> Runner:
         run = build(setup)
@@ -331,7 +340,6 @@ def _tensorrt(setup: Setup) -> Runner:
 
 
 CPU, CUDA = ("cpu",), ("cuda",)
-_freeze = _compile(options={"freezing": True})
 _autotune = _compile(mode="max-autotune")
 _compiled_graphs = _compile(mode="reduce-overhead")
 ONNX = "onnxscript"  # what torch.onnx.export needs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,16 @@ def test_memory_is_that_of_a_fresh_thread_and_not_of_who_keeps_it() -> None:
     assert standings["peer"].peak_bytes is None
 
 
+def test_compiled_code_of_other_contests_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the compiler's limit of versions a peer would run uncompiled, and nobody would know."""
+    log: list[str] = []
+    monkeypatch.setitem(sys.modules, "torch._dynamo", object())
+    monkeypatch.setattr(torch.compiler, "reset", lambda: log.append("reset"))
+    hold(_contest(log), ["peer"])
+    assert log[:3] == ["check", "reset", "peer"]
+    assert log.count("reset") == 1
+
+
 def test_rounds_can_be_told() -> None:
     outcome = hold(_contest([]), ["peer"], rounds=7)
     assert outcome.standings["peer"].timing.calls == 14
@@ -146,7 +157,9 @@ def contest(case):
                    check=check)
 
 @pytest.mark.parametrize("contestant", ["effnet_fast", "torch"])
-@pytest.mark.parametrize("case", ["green", "red", "broken", pytest.param("long", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "case", ["green", "red", "broken", pytest.param("long", marks=pytest.mark.full)]
+)
 def test_op(enter, case, contestant):
     enter(contestant, contest, case)
 """

@@ -7,6 +7,7 @@ import importlib.util
 
 import pytest
 import torch
+from torch._inductor import config
 
 from benchmarks import network_contests as networks
 from benchmarks import op_contests, peers
@@ -126,10 +127,16 @@ def test_networks_of_others_drop_nothing(name: str, monkeypatch: pytest.MonkeyPa
         assert built[0]._global_params.drop_connect_rate == 0.0
 
 
-def test_compiled_peers_keep_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is compiled again later, is compiled as it was asked for."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda model, **o: asked.append(o) or model)
+def test_compiled_peers_are_different_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal options would share one entry in the compiler's cache: the first's code for all."""
+    asked, frozen = [], []
+
+    def compiled(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+        asked.append(options)
+        frozen.append(config.freezing)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
     setup = networks._setup(SMALL, "inference", "fp32", "cpu")
     for peer in PEERS:
         if peer.name.startswith("torch_compile"):
@@ -140,6 +147,7 @@ def test_compiled_peers_keep_their_options(monkeypatch: pytest.MonkeyPatch) -> N
         {"mode": "max-autotune"},
         {"mode": "reduce-overhead"},
     ]
+    assert frozen == [False, True, False, False]
 
 
 def test_a_peer_that_fails_or_is_missing_says_why() -> None:
