@@ -24,11 +24,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import device_clock
+from effnet_fast import timing
 
 SOURCE = Path(__file__).with_name("native") / "peaks.cpp"
 TRIES = 30
 TRY_S = 0.02  # seconds that one try takes: short, so that some fall between what else runs
 COPY_SIZES = tuple(2**n for n in range(16, 29, 2))  # bytes read and written: 64 KiB to 256 MiB
+CPU_MATRIX_SIDE = 1024
 MATRIX_SIDE = 8192  # of the square matrices whose product is timed on a GPU
 SILU_FLOPS = 23.0  # 11.5 slots of two operations a lane, for one element a lane
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,9 +112,11 @@ def _cpu() -> Limits:
     library = _library()
     threads = torch.get_num_threads()
     fma = _best(lambda n: library.run_fma(threads, n))
-    dense = {"fp32": fma}
+    # A product of matrices stands in for units that no chain here drives, such as AMX tiles.
+    dense = {"fp32": max(fma, _cpu_product_rate(torch.float32))}
+    dense["bf16"] = max(dense["fp32"], _cpu_product_rate(torch.bfloat16))
     if library.run_dot(1, 1):
-        dense["bf16"] = _best(lambda n: library.run_dot(threads, n))
+        dense["bf16"] = max(dense["bf16"], _best(lambda n: library.run_dot(threads, n)))
     return Limits("cpu", dense, fma, _copies())
 
 
@@ -130,6 +134,14 @@ def _best(run: Callable[[int], float]) -> float:
         operations = run(rounds)
         best = max(best, operations / (time.perf_counter() - start))
     return best
+
+
+def _cpu_product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of a product of two square matrices."""
+    side = CPU_MATRIX_SIDE
+    a = torch.randn(side, side).to(dtype)
+    times = timing.call_for_seconds(lambda: torch.mm(a, a), TRY_S, TRIES)
+    return 2e3 * side**3 / min(times)
 
 
 def _copies() -> tuple[tuple[int, float], ...]:
