@@ -205,7 +205,8 @@ WORDS = (
     "calls in alternating bursts. A ratio below 1 means less time than the best of the peers. The "
     "floor is the larger of the fewest bytes over the rate of a copy of that size, and the "
     "operations, SiLUs included, over the rate of multiply-adds: nothing is faster. Peak memory "
-    "is what a contestant's first call adds to what stood before it."
+    "is what a call in a thread of its own adds to what stood before it; engines that keep what "
+    "they take have none."
 )
 
 
