@@ -9,6 +9,7 @@ pytest benchmarks --benchmark-only -m gpu     every contest on the GPU
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from benchmarks import limits, records
-from benchmarks.contest import CLOCK, Contest, Outcome, hold
+from benchmarks.contest import CLOCK, Contest, Outcome, Standing, hold
 
 Key = tuple[Any, ...]  # which contest a test belongs to
 CONTESTANT = "contestant"  # the parameter of a test that is not part of its contest
@@ -31,6 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--commit", help="what to record as the commit (default: git's)")
     group.addoption("--record", action="store_true", help="append the results to a CSV file")
     group.addoption("--results", type=Path, default=records.RESULTS, help="folder of the CSV files")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Finds out before hours of timing whether the results can be written."""
+    if config.getoption("--record"):
+        try:
+            records.prepare(config.getoption("--results"))
+        except OSError as error:
+            raise pytest.UsageError(f"--results: {error}") from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -65,7 +75,7 @@ class Arena:
         self._commit = config.getoption("--commit")
         self._record = config.getoption("--record")
         self._results = config.getoption("--results")
-        self._outcomes: dict[Key, Outcome | AssertionError] = {}
+        self._outcomes: dict[Key, Outcome | Exception] = {}
 
     def outcome(self, key: Key, build: Callable[[], Contest], names: list[str]) -> Outcome:
         """The contest's result; that of the last one is kept, so that its tensors can go."""
@@ -73,19 +83,30 @@ class Arena:
             self._outcomes.clear()
             try:
                 self._outcomes[key] = self._hold(build(), names)
-            except AssertionError as error:
+            except Exception as error:  # every contestant's test fails with it, at once
                 self._outcomes[key] = error
         found = self._outcomes[key]
-        if isinstance(found, AssertionError):
+        if isinstance(found, Exception):
             raise found
         return found
 
     def _hold(self, contest: Contest, names: list[str]) -> Outcome:
         outcome = hold(contest, names, quick=self._quick, rounds=self._rounds)
         if self._record:
-            measured = limits.measure(contest.device) if contest.work else None
-            records.append(records.rows_of(outcome, measured, self._commit), self._results)
+            rows = records.rows_of(outcome, _limits(contest), self._commit)
+            records.append(rows, self._results)
         return outcome
+
+
+def _limits(contest: Contest) -> limits.Limits | None:
+    """The machine's, or None with a warning: what was timed is worth keeping without them."""
+    if contest.work is None:
+        return None
+    try:
+        return limits.measure(contest.device)
+    except RuntimeError as error:
+        warnings.warn(f"no limits: {error}", stacklevel=2)
+        return None
 
 
 @pytest.fixture(scope="session")
@@ -132,14 +153,17 @@ def enter(benchmark: Any, arena: Arena, request: pytest.FixtureRequest) -> Calla
             pytest.skip(outcome.absent[contestant])
         standing = outcome.standings[contestant]
         benchmark.group = outcome.contest.name
-        benchmark.extra_info.update(_extra(standing))
+        benchmark.extra_info.update(_extra(outcome.contest, contestant, standing))
         benchmark.pedantic(CLOCK.step, rounds=CLOCK.load(standing.timing.samples))
 
     return run
 
 
-def _extra(standing: Any) -> dict[str, object]:
+def _extra(contest: Contest, contestant: str, standing: Standing) -> dict[str, object]:
+    machine = None if contestant in contest.yardsticks else _limits(contest)
+    floor = machine.floor_s(contest.work, contest.dtype) * 1e3 if machine else None
     found = {
+        "share of floor": floor and floor / standing.timing.median,
         "ratio to best peer": standing.ratio,
         "best peer": standing.best_peer,
         "peak memory, bytes": standing.peak_bytes,

@@ -8,18 +8,18 @@ them. On a GPU a sample is the device's own time between two events, with the L2
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks import device_clock
 from benchmarks.limits import Work
 from benchmarks.memory import peak_bytes
 from effnet_fast import timing
 
 OURS = "effnet_fast"  # contestants of this package begin with this
-FLUSH_BYTES = 2**28  # more than any L2 cache
 Contestant = Callable[[], object]
 
 
@@ -43,6 +43,7 @@ class Contest:
         work: what has to be done at the least; None where that has no meaning.
         yardsticks: contestants that compute less than the others, and are no peers.
         measure_memory: whether peak memory says anything.
+        keeps_memory: contestants of which it does not, since they keep what they take.
         engines: whether contestants have threads of their own, which spin on after a call: bursts
             then discard calls for longer.
     """
@@ -58,6 +59,7 @@ class Contest:
     work: Work | None = None
     yardsticks: frozenset[str] = frozenset()
     measure_memory: bool = True
+    keeps_memory: frozenset[str] = frozenset()
     engines: bool = False
 
     @property
@@ -115,6 +117,8 @@ def hold(
 ) -> Outcome:
     """Checks, builds and times the contestants of these names.
 
+    One that runs out of memory is absent.
+
     Args:
         contest: what is held.
         names: who takes part.
@@ -125,16 +129,25 @@ def hold(
         AssertionError: this package computes something else than it should; nothing is timed.
     """
     contest.check()
+    if "torch._dynamo" in sys.modules:
+        # Other contests' compiled code would count against the compiler's limit, beyond which it
+        # runs things as they are, and make it compile for all shapes.
+        torch.compiler.reset()
     ready: dict[str, Contestant] = {}
     absent: dict[str, str] = {}
     peaks: dict[str, int | None] = {}
     for name in names:
         try:
-            ready[name] = contest.build[name]()
-            if contest.measure_memory:
-                peaks[name] = peak_bytes(ready[name], contest.device)
+            function = contest.build[name]()
+            if contest.measure_memory and name not in contest.keeps_memory:
+                peaks[name] = peak_bytes(function, contest.device)
+            else:
+                function()
+            ready[name] = function
         except UnavailableError as error:
             absent[name] = str(error)
+        except torch.OutOfMemoryError:
+            absent[name] = "out of memory"
     if not ready:
         return Outcome(contest, {}, absent)
     pace = PACES[quick, contest.engines]
@@ -143,7 +156,7 @@ def hold(
         rounds=rounds or pace.rounds,
         discard_s=pace.discard_s,
         burst_s=pace.burst_s,
-        call_for=cuda_call_for if contest.device == "cuda" else None,
+        call_for=device_clock.call_for if contest.device == "cuda" else None,
     )
     peers = [n for n in times if not n.startswith(OURS) and n not in contest.yardsticks]
     best = min(peers, key=lambda n: times[n].median, default=None)
@@ -157,24 +170,6 @@ def hold(
         for name, time in times.items()
     }
     return Outcome(contest, standings, absent)
-
-
-def cuda_call_for(function: Contestant, seconds: float, at_least: int) -> list[float]:
-    """Device times of calls in ms, each after the L2 cache was flushed."""
-    flush = torch.empty(FLUSH_BYTES // 4, device="cuda")
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(events) < at_least:
-        pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        flush.zero_()
-        pair[0].record()
-        function()
-        pair[1].record()
-        events.append(pair)
-        if len(events) % 16 == 0:  # keeps the host at most this many calls ahead
-            pair[1].synchronize()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in events]
 
 
 class ReplayClock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ def peak_bytes(function: Callable[[], object], device: str) -> int | None:
     """Bytes that a call needs beyond what stood before it; None where that cannot be told.
 
     On a CPU it is the growth of the resident set, in pages of 4 KiB: memory which the allocator had
-    kept from earlier calls is handed back to the system first, what an engine keeps for itself is
-    not seen again after its first call.
+    kept from earlier calls is handed back to the system first, and the call has a thread of its
+    own: workspaces that belong to a thread, this package's too, are taken anew and count.
     """
     gc.collect()
     if device == "cuda":
@@ -34,8 +35,10 @@ def peak_bytes(function: Callable[[], object], device: str) -> int | None:
         RESET.write_text(RESET_PEAK)
     except (OSError, AttributeError):  # no /proc, not ours to write, or no glibc
         return None
-    before = _status("VmRSS")
-    function()
+    with ThreadPoolExecutor(1) as fresh:
+        fresh.submit(torch.get_num_threads).result()  # starts the thread and its pool's settings
+        before = _status("VmRSS")
+        fresh.submit(function).result()
     return max(0, _status("VmHWM") - before)
 
 

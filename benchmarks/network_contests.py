@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import work
 from benchmarks.contest import OURS, Contest, UnavailableError
-from benchmarks.limits import DTYPES
 from benchmarks.peers import PEERS, Peer, Runner, Setup, network_step
 from effnet_fast.cli.bench import calibrate, random_images
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
 from effnet_fast.scaling import CompoundScaling
-from tolerances import assert_no_worse_than
+from tolerances import GRADIENT_FACTOR, assert_no_worse_than
 
 CALIBRATION_IMAGES = 4
 CHECKED_IMAGES = 4  # of the batch, in float64
 PEER_FACTOR = 10.0  # a peer's error over stock's in the same dtype, beyond which it is left out
-PHI = "phi"
 PEER_FLOOR = 1e-4  # relative rms of an error that is nobody's fault
+LOSS_EPS = 8  # a loss is one number, whose error is luck: so many eps of the dtype are allowed
+PHI = "phi"
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,18 @@ def contest(
         pytest.skip("there is no CUDA device")
     setup = _setup(case, mode, dtype, device)
     peers = [p for p in PEERS if _takes_part(p, mode, device, dtype)]
+    expected = functools.cache(lambda: expect(setup))
     return Contest(
         *(what, case.name, mode, dtype, device, case.batch),
-        build={p.name: _builder(p, setup) for p in peers if names is None or p.name in names},
-        check=lambda: _check(setup),
+        build={
+            p.name: lambda p=p: build(p, setup, expected())
+            for p in peers
+            if names is None or p.name in names
+        },
+        check=lambda: check(setup),
         work=work.network(case.variant, case.resolution, case.batch, mode, dtype),
         engines=True,
+        keeps_memory=frozenset(p.name for p in peers if p.keeps_memory),
     )
 
 
@@ -137,59 +143,96 @@ def _setup(case: Case, mode: str, dtype: str, device: str) -> Setup:
     return Setup(case.variant, model, x, dtype, device, mode)
 
 
-def _builder(peer: Peer, setup: Setup) -> Callable[[], Runner]:
-    """The peer's runner, once it has been seen to compute what stock does."""
+@dataclass(frozen=True)
+class Expected:
+    """What stock computes.
 
-    def build() -> Runner:
-        runner = peer.runner(setup)
-        if peer.same_numbers and not peer.name.startswith(OURS) and setup.mode == "inference":
-            result = runner()
-            assert isinstance(result, Tensor)
-            stock, exact = _logits(setup)
-            error, allowed = _error(result, exact), PEER_FACTOR * _error(stock, exact) + PEER_FLOOR
-            if not error <= allowed:
-                raise UnavailableError(
-                    f"computes other logits: relative error {error:.1e}, stock's is "
-                    f"{_error(stock, exact):.1e}"
-                )
-        return runner
+    Args:
+        result: logits of the first images, or the loss of the whole batch.
+        allowed: relative rms of a contestant's error.
+    """
 
-    return build
+    result: Tensor
+    allowed: float
 
 
-def _logits(setup: Setup) -> tuple[Tensor, Tensor]:
-    """Stock's in the contest's dtype, and in float64, of the first images."""
+def expect(setup: Setup) -> Expected:
+    """Stock's logits in float64, or its loss in fp32 (BN makes it one of all images)."""
+    if setup.mode == "training":
+        loss = _result(copy.deepcopy(setup.model), setup.x, setup.mode)
+        return Expected(loss, PEER_FLOOR + LOSS_EPS * _eps(setup))
     x = setup.x[:CHECKED_IMAGES]
-    low = network_step(
+    exact = _result(copy.deepcopy(setup.model).double(), x.double(), setup.mode)
+    stock = _result(
         copy.deepcopy(setup.model).to(setup.torch_dtype), x.to(setup.torch_dtype), setup.mode
     )
-    exact = network_step(copy.deepcopy(setup.model).double(), x.double(), setup.mode)
-    stock, truth = low(), exact()
-    assert isinstance(stock, Tensor)
-    assert isinstance(truth, Tensor)
-    return stock, truth
+    return Expected(exact, PEER_FLOOR + PEER_FACTOR * relative_error(stock, exact))
 
 
-def _error(actual: Tensor, exact: Tensor) -> float:
-    """Relative rms of the first images' logits."""
+def build(peer: Peer, setup: Setup, expected: Expected) -> Runner:
+    """The peer's runner, once it has been seen to compute what stock does.
+
+    Raises:
+        AssertionError: this package's own does not.
+        UnavailableError: another's does not, or it cannot run.
+    """
+    runner = peer.runner(setup)
+    if peer.same_numbers:
+        result = runner()
+        assert isinstance(result, Tensor)
+        error = relative_error(result, expected.result)
+        if not error <= expected.allowed:
+            kind = AssertionError if peer.name.startswith(OURS) else UnavailableError
+            raise kind(
+                f"{peer.name} computes something else: relative error {error:.1e}, of which "
+                f"{expected.allowed:.1e} is allowed"
+            )
+    return runner
+
+
+def _eps(setup: Setup) -> float:
+    """Of the dtype; cuDNN's convolutions of fp32 round to TF32 unless told otherwise."""
+    if setup.device == "cuda" and setup.dtype == "fp32":
+        return 2.0**-10
+    return torch.finfo(setup.torch_dtype).eps
+
+
+def _result(model: nn.Module, x: Tensor, mode: str) -> Tensor:
+    result = network_step(model, x, mode)()
+    assert isinstance(result, Tensor)
+    return result
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Relative rms of a loss, or of the first images' logits."""
     exact = exact.double().cpu()
-    difference = actual[: len(exact)].double().cpu() - exact
+    actual = actual.double().cpu()
+    difference = (actual[: len(exact)] if exact.dim() else actual) - exact
     return (difference.norm() / exact.norm()).item()
 
 
-def _check(setup: Setup) -> None:
-    """The rule of parity on this package's logits, or its loss, of the first images."""
-    stock, exact = _logits(setup)
-    fused = copy.deepcopy(setup.model).to(setup.torch_dtype)
+def check(setup: Setup) -> None:
+    """Holds this package's logits, or its loss and gradients, of the first images to stock's.
+
+    The gradients are judged as one vector: those of a single layer may be near zero.
+    """
+    fused, stock, exact = (copy.deepcopy(setup.model) for _ in range(3))
     fused.backend = "auto"
-    x = setup.x[:CHECKED_IMAGES].to(setup.torch_dtype)
-    actual = network_step(fused, x, setup.mode)()
-    assert isinstance(actual, Tensor)
-    # A loss is one number: its error is luck, so it is held to the dtype's own resolution.
-    if setup.mode == "training":
-        eps = torch.finfo(DTYPES[setup.dtype]).eps
-        assert abs(actual.item() - exact.item()) <= 8 * eps * abs(exact.item()) + 3 * abs(
-            stock.item() - exact.item()
-        ), f"the loss is {actual.item()}, in float64 {exact.item()}"
-    else:
-        assert_no_worse_than(actual, stock, exact, dtype=setup.torch_dtype)
+    x = setup.x[:CHECKED_IMAGES]
+    low = setup.torch_dtype
+    results = [
+        _result(model.to(dtype), x.to(dtype), setup.mode)
+        for model, dtype in ((fused, low), (stock, low), (exact, torch.float64))
+    ]
+    if setup.mode == "inference":
+        assert_no_worse_than(*results, dtype=low)
+        return
+    error, stock_error = (relative_error(result, results[2]) for result in results[:2])
+    assert error <= LOSS_EPS * _eps(setup) + GRADIENT_FACTOR * stock_error, (
+        f"the loss is {results[0].item()}, in float64 {results[2].item()}"
+    )
+    gradients = [
+        torch.cat([p.grad.double().flatten() for p in model.parameters()])
+        for model in (fused, stock, exact)
+    ]
+    assert_no_worse_than(*(g.to(low) for g in gradients[:2]), gradients[2], GRADIENT_FACTOR)

@@ -5,6 +5,7 @@ Source: the network as effnet_fast/models has it; BN in evaluation mode is folde
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,26 @@ from effnet_fast.layers import MBConv
 JAX_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def runner(model: nn.Module, x: Tensor, dtype: str) -> Callable[[], Tensor]:
-    """Runs an EfficientNet in evaluation mode on x [N,3,H,W]; returns the logits as fp32."""
+def runner(model: nn.Module, x: Tensor, dtype: str, device: str) -> Callable[[], Tensor]:
+    """Runs an EfficientNet in evaluation mode on x [N,3,H,W]; returns the logits as fp32.
+
+    Raises:
+        RuntimeError: this JAX has no such device ("cpu" or "cuda").
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else most of the GPU's memory
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     kind = JAX_DTYPES[dtype]
     layers = _layers(model)
-    weights = jax.tree.map(lambda t: jnp.asarray(t.detach().cpu().numpy(), kind), _tensors(layers))
-    pixels = jnp.asarray(x.detach().cpu().permute(0, 2, 3, 1).contiguous().numpy(), kind)
+    place = jax.devices({"cpu": "cpu", "cuda": "gpu"}[device])[0]
+
+    def array(t: Tensor) -> Any:
+        return jax.device_put(jnp.asarray(t.detach().cpu().numpy(), kind), place)
+
+    weights = jax.tree.map(array, _tensors(layers))
+    pixels = array(x.permute(0, 2, 3, 1).contiguous())
 
     def conv_norm(p: dict[str, Any], layer: dict[str, Any], x: Any) -> Any:
         x = jax.lax.conv_general_dilated(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
+import io
 import platform
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -98,6 +100,7 @@ def rows_of(outcome: Outcome, limits: Limits | None, commit: str | None = None) 
         "limit_fma_gflops": limits.fma / 1e9 if limits else None,
         "limit_memory_gbs": limits.memory_rate / 1e9 if limits else None,
     }
+    partial = contest.yardsticks  # the floor is of the whole
     rows = []
     for name, standing in outcome.standings.items():
         time, peak = standing.timing, standing.peak_bytes
@@ -111,7 +114,7 @@ def rows_of(outcome: Outcome, limits: Limits | None, commit: str | None = None) 
                 calls=time.calls,
                 best_peer=standing.best_peer or "",
                 ratio=standing.ratio,
-                floor_share=floor / time.median if floor else None,
+                floor_share=floor / time.median if floor and name not in partial else None,
                 peak_mb=None if peak is None else peak / 1e6,
                 package=_package_version(name),
             )
@@ -122,22 +125,41 @@ def rows_of(outcome: Outcome, limits: Limits | None, commit: str | None = None) 
 def append(rows: Iterable[Row], folder: Path = RESULTS) -> None:
     """Adds rows to the file of their machine, which is made with a header when it is new.
 
+    The rows of a file are written at once, so that an interrupted run leaves no half row.
+
     Raises:
         ValueError: the file's header is another one; nothing is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    files: dict[Path, list[Row]] = {}
     for row in rows:
-        path = folder / f"{slug(row.machine)}.csv"
-        if path.exists():
+        files.setdefault(folder / f"{slug(row.machine)}.csv", []).append(row)
+    for path, own in files.items():
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if path.exists() and path.stat().st_size:
             with path.open(newline="", encoding="utf-8") as file:
                 header = next(csv.reader(file), [])
             if tuple(header) != FIELDS:
                 raise ValueError(f"{path} has the columns {header}, not {list(FIELDS)}")
+        else:
+            writer.writerow(FIELDS)
+        writer.writerows([_cell(value) for value in asdict(row).values()] for row in own)
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writerow(FIELDS)
-            writer.writerow([_cell(value) for value in asdict(row).values()])
+            file.write(text.getvalue())
+
+
+def prepare(folder: Path) -> None:
+    """Makes the folder of results and sees that rows can be added in it.
+
+    Raises:
+        OSError: they cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    for path in folder.glob("*.csv"):
+        path.open("a").close()
 
 
 def read(path: Path) -> list[Row]:

@@ -75,10 +75,10 @@ def summary(rows: Sequence[Row]) -> str:
                     mode,
                     str(own.batch),
                     own.dtype,
-                    _ms(own.p50_ms),
-                    _ms(stock.p50_ms) if stock else "",
+                    _figure(own.p50_ms),
+                    _figure(stock.p50_ms) if stock else "",
                     f"{own.p50_ms / stock.p50_ms:.2f}" if stock else "",
-                    f"{_ms(peer.p50_ms)} ({_contestant(peer)})",
+                    f"{_figure(peer.p50_ms)} ({_contestant(peer)})",
                     f"{own.p50_ms / peer.p50_ms:.2f}",
                     f"{own.floor_share:.0%}",
                 ]
@@ -96,8 +96,9 @@ def _contestant(row: Row) -> str:
     return f"{row.contestant} {row.package}".strip()
 
 
-def _ms(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+def _figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def all_contestants(rows: Sequence[Row], mode: str) -> str:
@@ -109,7 +110,7 @@ def all_contestants(rows: Sequence[Row], mode: str) -> str:
             lines.append(
                 [
                     *(_network(row.case), str(row.batch), row.dtype, _contestant(row)),
-                    *(_ms(row.p20_ms), _ms(row.p50_ms), _ms(row.p80_ms)),
+                    *(_figure(row.p20_ms), _figure(row.p50_ms), _figure(row.p80_ms)),
                     *(f"{row.ratio:.2f}", f"{row.floor_share:.0%}", peak),
                 ]
             )
@@ -136,7 +137,7 @@ def ops(rows: Sequence[Row], mode: str) -> str:
 
 
 def _us(row: Row) -> str:
-    return f"{row.p50_ms * 1e3:.3g}"
+    return _figure(row.p50_ms * 1e3)
 
 
 def growths(rows: Sequence[Row]) -> list[growth.Growth]:
@@ -204,7 +205,8 @@ WORDS = (
     "calls in alternating bursts. A ratio below 1 means less time than the best of the peers. The "
     "floor is the larger of the fewest bytes over the rate of a copy of that size, and the "
     "operations, SiLUs included, over the rate of multiply-adds: nothing is faster. Peak memory "
-    "is what a contestant's first call adds to what stood before it."
+    "is what a call in a thread of its own adds to what stood before it; engines that keep what "
+    "they take have none."
 )
 
 

@@ -36,26 +36,30 @@ void on_threads(int threads, Function function) {
   std::vector<std::thread> team;
   for (int t = 1; t < threads; ++t) team.emplace_back(function);
   function();
-  for (auto &thread : team) thread.join();
+  for (auto& thread : team) thread.join();
 }
 
 // Written after the loop, so that the chains are computed at all.
 volatile float sink;
 
+// Named variables: GCC 12 keeps an array of vectors in memory and the chains then time the stack.
+#define EACH_CHAIN(STEP) \
+  STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)
+
 void fma_chains(int64_t iterations) {
-  Vector sum[kChains], factor, term;
-  for (int i = 0; i < kLanes; ++i) factor[i] = 0.999f, term[i] = 1e-3f;
-  for (auto &s : sum) s = factor;
-  for (int64_t i = 0; i < iterations; ++i) {
-#pragma GCC unroll 12
-    for (auto &s : sum) {
-      s = s * factor + term;
-      IN_REGISTER(s);
-    }
+  const Vector factor = Vector{} + 0.999f, term = Vector{} + 1e-3f;
+#define BEGIN(i) Vector s##i = factor;
+#define STEP(i)                \
+  s##i = s##i * factor + term; \
+  IN_REGISTER(s##i);
+#define ADD(i) total += s##i;
+  EACH_CHAIN(BEGIN)
+  for (int64_t n = 0; n < iterations; ++n) {
+    EACH_CHAIN(STEP)
   }
-  float total = 0;
-  for (auto &s : sum) total += s[0];
-  sink = total;
+  Vector total{};
+  EACH_CHAIN(ADD)
+  sink = total[0];
 }
 
 }  // namespace
@@ -72,17 +76,17 @@ double run_dot(int threads, int64_t iterations) {
 #ifdef __AVX512BF16__
   on_threads(threads, [=] {
     __m512 sum[kChains];
-    for (auto &s : sum) s = _mm512_set1_ps(1.0f);
+    for (auto& s : sum) s = _mm512_set1_ps(1.0f);
     const __m512bh a = _mm512_cvtne2ps_pbh(sum[0], sum[0]);
     for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 12
-      for (auto &s : sum) {
+      for (auto& s : sum) {
         s = _mm512_dpbf16_ps(s, a, a);
         IN_REGISTER(s);
       }
     }
     float total = 0;
-    for (auto &s : sum) total += _mm512_cvtss_f32(s);
+    for (auto& s : sum) total += _mm512_cvtss_f32(s);
     sink = total;
   });
   return 4.0 * 16 * kChains * static_cast<double>(iterations) * threads;

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -37,13 +41,61 @@ def test_part_selects_its_steps() -> None:
         gpu.main(["--part", "nonsense"])
 
 
+# One process for all: most of the time goes into importing what the tests import.
+COLLECT = """
+import json, sys, pytest
+for arguments in json.load(sys.stdin):
+    print(*arguments)
+    code = pytest.main([*arguments, "--collect-only"])
+    assert code == 0, code
+"""
+
+
 def test_benchmarks_of_a_dry_run_exist(tmp_path: Path) -> None:
     """Every pytest step selects something, with options that pytest knows."""
-    for step in gpu.STEPS:
-        if "pytest" in step.command:
-            command = [*gpu._words(step, tmp_path, "abc"), "--collect-only"]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    steps = [step for step in gpu.STEPS if "pytest" in step.command]
+    assert len(steps) == 8
+    arguments = [gpu._words(step, tmp_path, "abc")[3:] for step in steps]
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT],
+        cwd=ROOT,
+        input=json.dumps(arguments),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    selected = done.stdout
+    assert "cuda-b0_224_batch1-bf16-torch_compile_graphs" in selected
+    assert "bf16-torch_compile]" not in selected  # each takes a minute or more to compile
+    assert "b7_600_batch16-bf16-torch_compile" not in selected
+
+
+def test_an_interrupt_ends_the_step_and_the_run(tmp_path: Path) -> None:
+    steps = (
+        _python("build", "long", "import time; print('begun', flush=True); time.sleep(60)"),
+        _python("parity", "next", "print()"),
+    )
+    log = tmp_path / "long.log"
+
+    def interrupt() -> None:
+        while not (log.exists() and "\nbegun" in log.read_text()):
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    [result] = gpu.run(steps, tmp_path, gpu.RESERVE_S + 120)
+    thread.join()
+    assert result.outcome == gpu.INTERRUPTED
+    assert result.seconds < 30
+
+
+def test_summary_names_a_file_that_it_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("date,what\n")
+    records.append(records.rows_of(outcome(), LIMITS, "abc"), tmp_path)
+    text = gpu.summary([], tmp_path)
+    assert f"{tmp_path / 'a.csv'} has the columns" in text
+    assert "0.50 of torch" in text
 
 
 def test_a_failing_step_does_not_stop_the_rest(

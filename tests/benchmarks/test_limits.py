@@ -73,14 +73,16 @@ def _product_rate(a: torch.Tensor) -> float:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_measured_rates_are_above_what_torch_reaches() -> None:
-    """The peak must not be below a matrix product of the same moment (half of it: noise)."""
+    """The chains must not be below a matrix product of the same moment, but for noise: that runs
+    on the same units."""
     found = limits.measure("cpu")
     assert found is limits.measure("cpu")
     a = torch.randn(1024, 1024)
-    rate = max(_product_rate(a) for _ in range(10))
-    assert found.fma > 0.5 * rate
-    assert found.dense["fp32"] == found.fma
-    assert found.dense.get("bf16", found.fma) >= found.fma * 0.5
+    rate = max(_product_rate(a) for _ in range(30))
+    assert found.fma > 0.7 * rate
+    assert found.dense["fp32"] >= found.fma
+    rate = max(_product_rate(a.bfloat16()) for _ in range(30))
+    assert found.dense["bf16"] > 0.7 * rate
     assert all(rate > 1e8 for _, rate in found.copies)
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 import pytest
 import torch
+from torch._inductor import config
 
 from benchmarks import network_contests as networks
-from benchmarks import op_contests
+from benchmarks import op_contests, peers
 from benchmarks.contest import OURS, UnavailableError
 from benchmarks.network_contests import Case
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import PEERS, Peer, Runner, network_step
 from cases import dwconv_of, mbconv_of, pointwise_of, squeeze_excite_of
 from effnet_fast import recognition
 
 SMALL = Case("b0", 2, 64)
 ON_CPU = [p for p in PEERS if "cpu" in p.devices and not p.compiles]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _installed(peer: Peer) -> bool:
@@ -52,26 +57,97 @@ def test_jax_computes_what_stock_does() -> None:
     networks.contest(SMALL, "inference", "fp32", "cpu", names=["jax"]).build["jax"]()
 
 
-def test_check_passes_and_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    for mode in ("inference", "training"):
-        contest = networks.contest(SMALL, mode, "fp32", "cpu")
-        contest.check()
-        setup = networks._setup(SMALL, mode, "fp32", "cpu")
-        weight = setup.model.features[3][0].block[1][0].weight
-        exact = networks._logits(setup)
-        monkeypatch.setattr(networks, "_logits", lambda setup, exact=exact: exact)
-        with torch.no_grad():
-            weight[[0, 1]] = weight[[1, 0]]
-        with pytest.raises(AssertionError):
-            networks._check(setup)
-        monkeypatch.undo()
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_check_passes_and_finds_a_fault(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = networks._setup(SMALL, mode, "fp32", "cpu")
+    networks.check(setup)
+    _break_ours(monkeypatch)
+    with pytest.raises(AssertionError):
+        networks.check(setup)
 
 
-def test_a_peer_that_computes_something_else_is_left_out() -> None:
+def test_check_finds_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = networks._setup(SMALL, "training", "fp32", "cpu")
+    step = networks.network_step
+
+    def wrong(model: torch.nn.Module, x: torch.Tensor, mode: str) -> Runner:
+        if getattr(model, "backend", None) == "auto":
+            model.features[3][0].block[1][0].weight.register_hook(lambda grad: grad.flip(0))
+        return step(model, x, mode)
+
+    monkeypatch.setattr(networks, "network_step", wrong)
+    with pytest.raises(AssertionError):
+        networks.check(setup)
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_who_computes_something_else_does_not_take_part(mode: str) -> None:
+    setup = networks._setup(SMALL, mode, "fp32", "cpu")
+    expected = networks.expect(setup)
+    wrong = copy.deepcopy(setup.model)
+    _swap_channels(wrong)
+    step = network_step(wrong, setup.x, mode)
+    for name, error in (("wrong", UnavailableError), (f"{OURS}_graph", AssertionError)):
+        with pytest.raises(error, match="computes something else: relative error"):
+            networks.build(Peer(name, lambda setup: step), setup, expected)
+
+
+def _swap_channels(model: torch.nn.Module) -> None:
+    weight = model.features[3][0].block[1][0].weight
+    with torch.no_grad():
+        weight[[0, 1]] = weight[[1, 0]]
+
+
+def _break_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two channels of a weight change places in what runs on this package's kernels."""
+    step = networks.network_step
+
+    def wrong(model: torch.nn.Module, x: torch.Tensor, mode: str) -> Runner:
+        if getattr(model, "backend", None) == "auto":
+            _swap_channels(model)
+        return step(model, x, mode)
+
+    monkeypatch.setattr(networks, "network_step", wrong)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm", "lukemelas"])
+def test_networks_of_others_drop_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drops are work that the other contestants are spared, and make training steps differ."""
+    setup = networks._setup(SMALL, "training", "fp32", "cpu")
+    [peer] = [p for p in PEERS if p.name == name]
+    if not _installed(peer):
+        pytest.skip("not installed")
+    built = []
+    monkeypatch.setattr(peers, "_foreign", lambda setup, model, naming: built.append(model))
+    peer.runner(setup)
+    for module in built[0].modules():
+        rates = [getattr(module, n, 0.0) for n in ("p", "drop_prob", "drop_rate")]
+        assert not any(rates), module
+    if name == "lukemelas":
+        assert built[0]._global_params.drop_connect_rate == 0.0
+
+
+def test_compiled_peers_are_different_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal options would share one entry in the compiler's cache: the first's code for all."""
+    asked, frozen = [], []
+
+    def compiled(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+        asked.append(options)
+        frozen.append(config.freezing)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
     setup = networks._setup(SMALL, "inference", "fp32", "cpu")
-    wrong = Peer("wrong", lambda setup: lambda: torch.zeros(2, 1000))
-    with pytest.raises(UnavailableError, match="computes other logits: relative error 1"):
-        networks._builder(wrong, setup)()
+    for peer in PEERS:
+        if peer.name.startswith("torch_compile"):
+            peer.runner(setup)
+    assert asked == [
+        {},
+        {"options": {"freezing": True}},
+        {"mode": "max-autotune"},
+        {"mode": "reduce-overhead"},
+    ]
+    assert frozen == [False, True, False, False]
 
 
 def test_a_peer_that_fails_or_is_missing_says_why() -> None:

@@ -72,5 +72,29 @@ def test_figures_have_five_digits(tmp_path: Path) -> None:
     assert records.read(path)[0].p50_ms == 12.346
 
 
+def test_what_computes_a_part_has_no_share_of_the_whole() -> None:
+    found = outcome()
+    found = replace(found, contest=replace(found.contest, yardsticks=frozenset(("torch",))))
+    assert [row.floor_share is None for row in records.rows_of(found, LIMITS, "")] == [False, True]
+
+
+def test_rows_of_a_run_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = records.rows_of(outcome(), LIMITS, "abc")
+    records.append(rows, tmp_path)
+    [path] = tmp_path.glob("*.csv")
+    before = path.read_bytes()
+    cells = iter(range(3 * len(records.FIELDS) // 2))  # fails in the middle of the second row
+
+    def cell(value: object) -> str:
+        if next(cells, None) is None:
+            raise KeyboardInterrupt
+        return str(value)
+
+    monkeypatch.setattr(records, "_cell", cell)
+    with pytest.raises(KeyboardInterrupt):
+        records.append(rows, tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_slug() -> None:
     assert records.slug("NVIDIA H100 80GB (HBM3)") == "nvidia-h100-80gb-hbm3"

@@ -116,3 +116,10 @@ def test_growth_with_phi_counts_doublings() -> None:
 def test_growth_with_batch() -> None:
     rows = [_row(what="growth with batch", batch=n, p50_ms=3.0 * n) for n in (1, 2, 4)]
     assert growth.fit("batch", "effnet_fast", rows).time == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01234, "0.0123"), (999.4, "999"), (999.6, "1000"), (12345.6, "12346")]
+)
+def test_figures_are_never_in_exponents(value: float, text: str) -> None:
+    assert report._figure(value) == text
