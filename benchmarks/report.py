@@ -27,12 +27,21 @@ def key(row: Row) -> Contest:
 
 
 def published(rows: Iterable[Row]) -> list[Row]:
-    """The rows of each contest's latest run that have a peer and a limit beside them."""
+    """The rows that have a peer and a limit beside them, of one run of each contest.
+
+    It is the latest of the runs with the most contestants: one that was held with a few of them
+    has another best peer.
+    """
     rows = [row for row in rows if row.ratio is not None and row.floor_share is not None]
-    latest: dict[Contest, str] = {}
+    runs: dict[Contest, dict[str, int]] = {}
     for row in rows:
-        latest[key(row)] = max(latest.get(key(row), ""), row.date)
-    return [row for row in rows if latest[key(row)] == row.date]
+        sizes = runs.setdefault(key(row), {})
+        sizes[row.date] = sizes.get(row.date, 0) + 1
+    chosen = {
+        contest: max(sizes, key=lambda date, sizes=sizes: (sizes[date], date))
+        for contest, sizes in runs.items()
+    }
+    return [row for row in rows if chosen[key(row)] == row.date]
 
 
 def contests(rows: Iterable[Row], whats: Sequence[str], mode: str) -> dict[Contest, list[Row]]:

@@ -89,6 +89,9 @@ def test_only_the_latest_run_with_peer_and_limit_is_published() -> None:
     assert report.published([old, new]) == [new]
     assert report.published([old, replace(new, ratio=None)]) == [old]
     assert report.published([old, replace(new, floor_share=None)]) == [old]
+    full = [old, replace(old, contestant="openvino")]
+    assert report.published([*full, new]) == full
+    assert report.published([*full, new, replace(new, contestant="timm")])[0] == new
     other = replace(old, dtype="bf16")
     assert report.published([old, other, new]) == [other, new]
 
