@@ -201,6 +201,10 @@ class Backbone(nn.Module):
         self._frozen_depth, self._frozen_norms, self._frozen_names = 0, False, frozenset()
         return self
 
+    def unbuilt(self) -> tuple[str, ...]:
+        """Beginnings of the keys in a whole network's state dict that have no place in this one."""
+        return ()
+
     def _count_stages(self) -> int:
         """Stages of MBConv in the whole network."""
         return len(self.feature_info.stages) - 1

@@ -315,6 +315,37 @@ class EfficientNetFeatures(Backbone):
         for module in self.modules():
             init_parameters(module)
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_url: str | os.PathLike[str],
+        *,
+        family: str = "auto",
+        variant: Variant | str | None = None,
+        in_chans: int | None = None,
+        ema: bool = True,
+        progress: bool = True,
+        **options: Any,
+    ) -> "Self":
+        """The encoder with the weights of a whole network's checkpoint, of any family.
+
+        Args:
+            path_or_url, family, variant, in_chans, ema, progress: as for
+                `EfficientNet.from_checkpoint`, whose errors are raised.
+            options: as for `EfficientNetFeatures`.
+        """
+        return load_network(
+            lambda variant, num_classes, **arguments: cls(variant, **arguments),
+            path_or_url,
+            family=family,
+            variant=variant,
+            num_classes=0,
+            in_chans=in_chans,
+            ema=ema,
+            progress=progress,
+            **options,
+        )
+
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self._prepared(x)
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
@@ -330,13 +361,15 @@ class EfficientNetFeatures(Backbone):
                 maps.append(x)
         return maps
 
+    def unbuilt(self) -> tuple[str, ...]:
+        stages = range(len(self.features), self._count_stages() + 2)
+        names = ["classifier", *(f"features.{stage}" for stage in stages)]
+        return tuple(f"{name}." for name in names if name not in self._modules)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        unbuilt = range(len(self.features), self._count_stages() + 2)
-        beyond = tuple(
-            f"{prefix}{name}." for name in ("classifier", *(f"features.{i}" for i in unbuilt))
-        )
+        beyond = tuple(prefix + name for name in self.unbuilt())
         for key in [key for key in state_dict if key.startswith(beyond)]:
             del state_dict[key]  # of the copy that load_state_dict makes
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -11,18 +11,19 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from effnet_fast import checkpoints
 from effnet_fast.checkpoints import FAMILIES, Checkpoint
 from effnet_fast.checkpoints.families import INCEPTION_MEAN, INCEPTION_STD
+from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.variants import VARIANTS, Variant
 
 STEM, CLASSIFIER = "features.0.0.weight", "classifier.1.weight"
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
-Network = TypeVar("Network", bound=nn.Module)
+Network = TypeVar("Network", bound=Backbone)
 
 
 def load_network(
@@ -39,6 +40,8 @@ def load_network(
 ) -> Network:
     """`build(variant, num_classes=, in_chans=, **options)` with a file's weights.
 
+    Those of layers that the network says are not built are left out.
+
     See `EfficientNet.from_checkpoint` for the arguments and errors.
     """
     checkpoint = checkpoints.open_checkpoint(path, family, ema=ema, progress=progress)
@@ -51,6 +54,7 @@ def load_network(
         options["in_chans"] = _channels_of_images(state, in_chans)
     with torch.device("meta"), _Uninitialised():
         model = build(found, **options)
+    _drop_unbuilt(model, state)
     with _naming(path):
         checkpoints.check(model, state)
     own = model.state_dict()
@@ -63,6 +67,11 @@ def load_network(
     tensors = {key: _parameter(state.pop(key), tensor) for key, tensor in own.items()}
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def _drop_unbuilt(model: Backbone, state: dict[str, Tensor]) -> None:
+    for key in [key for key in state if key.startswith(model.unbuilt())]:
+        del state[key]
 
 
 def _parameter(tensor: Tensor, like: Tensor) -> Tensor:
@@ -123,7 +132,7 @@ def published_variant(state: Mapping[str, Tensor]) -> Variant | None:
 
 
 def _find_variant(
-    build: Callable[..., nn.Module], state: Mapping[str, Tensor], given: Variant | str | None
+    build: Callable[..., Backbone], state: dict[str, Tensor], given: Variant | str | None
 ) -> Variant:
     if isinstance(given, Variant):
         return given
@@ -139,6 +148,7 @@ def _find_variant(
     classes = state[CLASSIFIER].shape[0] if CLASSIFIER in state else 1000
     with torch.device("meta"), _Uninitialised():
         model = build(nearest, num_classes=classes)
+    _drop_unbuilt(model, state)
     try:
         checkpoints.check(model, state)
     except ValueError as error:

@@ -156,6 +156,16 @@ class TestStateDict:
         with pytest.raises(RuntimeError, match=r"Missing key.*features\.0\.0\.weight"):
             EfficientNetFeatures(TINY).load_state_dict(state)
 
+    def test_of_a_subclass_with_a_classifier_of_its_own(self) -> None:
+        class Dense(EfficientNetFeatures):
+            def __init__(self) -> None:
+                super().__init__(TINY, out_indices=(0,))
+                self.classifier = nn.Conv2d(8, 2, 1)
+
+        model, other = Dense(), Dense()
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model.classifier.weight, other.classifier.weight)
+
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_segmentation(training: bool) -> None:

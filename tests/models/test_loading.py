@@ -13,7 +13,7 @@ from torch import nn
 
 from effnet_fast import EfficientNet, checkpoints
 from effnet_fast.checkpoints import FAMILIES, FAMILY_ENTRY, Checkpoint
-from effnet_fast.models import VARIANTS
+from effnet_fast.models import VARIANTS, EfficientNetFeatures
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.loading import family_variant, published_variant
 from host import serve
@@ -144,6 +144,34 @@ def test_in_chans(tmp_path, tiny, in_chans):
     assert model.eval()(torch.randn(1, in_chans, 32, 32)).shape == (1, CLASSES)
     again = write(model.state_dict(), tmp_path / "b.safetensors")
     assert EfficientNet.from_checkpoint(again, variant=TINY).features[0][0].in_channels == in_chans
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoder(tmp_path, b0, family):
+    """The size is found and the weights are those of the layers that are built."""
+    path = write(
+        checkpoints.convert(b0, family), tmp_path / "a.safetensors", **{FAMILY_ENTRY: family}
+    )
+    whole = EfficientNet.from_checkpoint(path, in_chans=1)
+    model = EfficientNetFeatures.from_checkpoint(path, in_chans=1, out_indices=(1, 2))
+    assert len(model.features) == 4
+    assert model.variant == whole.variant
+    state = whole.state_dict()
+    assert_same(model.state_dict(), {key: state[key] for key in model.state_dict()})
+    x = torch.randn(1, 1, 48, 48)
+    maps = model.eval()(x)
+    _, expected = whole.eval().forward_intermediates(x, (1, 2))
+    assert all(map(torch.equal, maps, expected))
+
+
+def test_encoder_names_what_differs(tmp_path, tiny, b0):
+    state = {**b0, "features.9.0.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"a\.pth.*features\.9\.0\.weight"):
+        EfficientNetFeatures.from_checkpoint(write(state, tmp_path / "a.pth"), variant="b0")
+    state = {**b0, "features.3.1.block.3.0.weight": torch.zeros(8, 240, 1, 1)}
+    with pytest.raises(ValueError, match=r"b0: .*features\.3\.1\.block\.3\.0\.weight") as caught:
+        EfficientNetFeatures.from_checkpoint(write(state, tmp_path / "b.pth"), out_indices=(0, 2))
+    assert "unexpected" not in str(caught.value), "an encoder lacks those layers by design"
 
 
 def test_options_are_passed_on(tmp_path, tiny):
