@@ -22,15 +22,13 @@ from effnet_fast.models.backbone import (
     find_variant,
     init_parameters,
 )
-from effnet_fast.models.feature_info import OutIndices, take_indices
+from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, take_indices
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.loading import load_network
 from effnet_fast.models.variants import Variant
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-ALL_MAPS = (0, 1, 2, 3, 4)
 
 
 class EfficientNet(Backbone):
@@ -276,8 +274,9 @@ class EfficientNetFeatures(Backbone):
     out what belongs to those layers and the classifier.
 
     Args:
-        out_indices: which of the five maps: places, counted from the end if negative, or an int for
-            the last n. They come out in the order of the network.
+        out_indices: which of the five maps (`stages` of one's own may give fewer): places, counted
+            from the end if negative, an int for the last n, or None for all. They come out in the
+            order of the network.
         variant, stochastic_depth_prob, norm_layer, in_chans, backend, memory: as in `EfficientNet`.
 
     Attributes:
@@ -295,13 +294,16 @@ class EfficientNetFeatures(Backbone):
         self,
         variant: Variant | str,
         *,
-        out_indices: OutIndices = ALL_MAPS,
+        out_indices: OutIndices | None = None,
         stochastic_depth_prob: float = 0.2,
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
         backend: str = "auto",
         memory: str = "fast",
     ) -> None:
+        variant = find_variant(variant)
+        if out_indices is None:
+            out_indices = FeatureInfo(describe(variant)).out_indices
         super().__init__(
             variant,
             stochastic_depth_prob=stochastic_depth_prob,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,14 @@ def test_later_layers_are_not_built(out_indices: object, built: int) -> None:
     maps = model.eval()(random_images(2, 64))
     assert [m.shape[1] for m in maps] == model.feature_info.channels()
     assert [64 // m.shape[2] for m in maps] == model.feature_info.reduction()
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_all_maps_of_a_network_with_fewer(stages: int) -> None:
+    model = EfficientNetFeatures(replace(TINY, baseline=TINY.baseline[:stages])).eval()
+    assert len(model.features) == stages + 1
+    maps = model(random_images(1, 32))
+    assert [32 // m.shape[2] for m in maps] == model.feature_info.reduction() == [2, 4, 8][:stages]
 
 
 def test_order_of_indices_does_not_matter() -> None:
