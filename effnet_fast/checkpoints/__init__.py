@@ -45,7 +45,10 @@ __all__ = [
 
 FORMATS = ("auto", *FAMILIES)
 ADDRESSES = ("https://", "http://")
-FAMILY_ENTRY = "effnet_fast.family"  # of a safetensors file's metadata
+# Entries of a safetensors file's metadata.
+FAMILY_ENTRY = "effnet_fast.family"
+NORMALISATION_ENTRY = "effnet_fast.normalisation"  # INCEPTION, where it is not ImageNet's
+INCEPTION = "inception"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Checkpoint:
         family: a key of FAMILIES.
         naming: how the file names parameters, a key of NAMINGS.
         assumption: what was assumed for want of any sign, else "".
-        inception: whether the file's name says that images are normalised to [-1, 1].
+        inception: whether the file's metadata or name say that images are normalised to [-1, 1].
     """
 
     state: dict[str, Tensor]
@@ -65,6 +68,12 @@ class Checkpoint:
     naming: str
     assumption: str = ""
     inception: bool = False
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What names of parameters do not say, for `save` to write into a safetensors file."""
+        entries = {FAMILY_ENTRY: self.family}
+        return entries | ({NORMALISATION_ENTRY: INCEPTION} if self.inception else {})
 
 
 def load(
@@ -82,9 +91,11 @@ def load(
     `EfficientNet.from_checkpoint`.
 
     Args:
-        path_or_url: a file, `.safetensors` or whatever torch.save writes; or the https address of
-            one, which `downloads.fetch` keeps in torch.hub.get_dir()/checkpoints and whose SHA-256
-            it checks at every call (digits of it in the name, or #sha256=... behind the address).
+        path_or_url: a file, `.safetensors` or whatever torch.save writes; a folder as the Hugging
+            Face Hub has them, with model.safetensors or pytorch_model.bin; or the https address of
+            a file, which `downloads.fetch` keeps in torch.hub.get_dir()/checkpoints and whose
+            SHA-256 it checks at every call (digits of it in the name, or #sha256=... behind the
+            address).
         format: "auto" (told from the names), or the naming that the file must have: "torchvision",
             "timm", "timm_tf" (the same names), "lukemelas" or "nvidia".
         ema: whether to prefer the moving average of the weights in a training checkpoint.
@@ -114,8 +125,9 @@ def open_checkpoint(
         path_or_url: as for `load`.
         family: a key of FAMILIES, or "auto": what the file's metadata say, else what its names say.
             timm's plain and tf_ networks have the same names; the name of the model within the
-            file, of the file or of its folders decides then ("tf_efficientnet_b0..."), and where
-            nothing does, plain is assumed and `Checkpoint.assumption` says so.
+            file or config.json beside it, of the file or of its folders decides then
+            ("tf_efficientnet_b0..."), and where nothing does, plain is assumed and
+            `Checkpoint.assumption` says so.
         ema, progress: as for `load`.
         names_too: whether `family` also tells how the file must name its parameters.
 
@@ -141,7 +153,10 @@ def open_checkpoint(
     assumption = ""
     if family == "auto":
         family, assumption = _find_family(content.metadata, naming, hints)
-    return Checkpoint(state, family, naming, assumption, is_inception_normalised(hints))
+    inception = is_inception_normalised(hints) or (
+        content.metadata.get(NORMALISATION_ENTRY) == INCEPTION
+    )
+    return Checkpoint(state, family, naming, assumption, inception)
 
 
 def _find_family(

@@ -44,9 +44,10 @@ FAMILIES = MappingProxyType(
         "nvidia": Family("nvidia", "symmetric", 1e-3, 0.01, 32),
     }
 )
+# timm's and lukemelas's names of a network, which files and folders bear.
+_NETWORK = re.compile(r"(?P<tf>tf_)?efficientnet[_-](?:b\d|l2)(?!\d)")
 # Trained with AdvProp, or by timm's later recipes, on images normalised to [-1, 1].
-_INCEPTION_NAME = re.compile(r"^adv-efficientnet|[_.]ap[-_.]|[_.]ap$|[_.]ra4_")
-_TIMM_TF, _TIMM = "tf_efficientnet", "efficientnet"
+_INCEPTION_NAME = re.compile(rf"^adv-efficientnet-b\d|{_NETWORK.pattern}[_.](?:ap(?![^-_.])|ra4_)")
 
 
 def check_family(name: str, allowed: Iterable[str] = FAMILIES, argument: str = "family") -> None:
@@ -56,15 +57,13 @@ def check_family(name: str, allowed: Iterable[str] = FAMILIES, argument: str = "
 
 
 def timm_family(names: Iterable[str]) -> str | None:
-    """ "timm_tf" or "timm" by the first of `names` that speaks of an EfficientNet, else None.
+    """ "timm_tf" or "timm" by the first of `names` that names an EfficientNet, else None.
 
     Parameters are named alike in both, which pad differently and have another eps.
     """
     for name in names:
-        if _TIMM_TF in name:
-            return "timm_tf"
-        if _TIMM in name:
-            return "timm"
+        if match := _NETWORK.search(name):
+            return "timm_tf" if match["tf"] else "timm"
     return None
 
 

@@ -7,13 +7,18 @@ Nothing that a file holds is executed: `.safetensors` files are read by safetens
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
+import pathlib
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -22,12 +27,32 @@ from effnet_fast.checkpoints.naming import SHOWN, STEM_KEYS
 
 # Where training scripts keep the state dict and its exponential moving average, and what
 # torch.compile, data parallel wrappers and AveragedModel put in front of names or beside them.
-EMA_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+EMA_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params")
 COMPILED_PREFIX = "_orig_mod."
 COUNTERS = ("n_averaged",)
 ARCHITECTURE = "arch"  # timm's entry with the name of the model
 DEPTH = 4  # wrappers within wrappers
+# What the Hugging Face Hub's folders hold.
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB_CONFIG = "config.json"
+
+# Types of the options and metrics that training scripts store beside the weights. Reading them
+# sets attributes and bytes only, whatever the file says. A path of any system is read as a name.
+_NUMBERS = dict.fromkeys(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")
+_MAKE_SCALAR = np.float64(0).__reduce__()[0]
+PLAIN_DATA: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *_NUMBERS,
+    *((_MAKE_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(
+        (pathlib.PurePosixPath, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ),
+]
+_NEEDED = re.compile(r"GLOBAL (\S+)")  # in the message with which torch refuses a type
 
 
 @dataclass(frozen=True)
@@ -36,8 +61,9 @@ class Content:
 
     Args:
         state: named tensors on the CPU, as the file names them but for wrappers' prefixes.
-        metadata: a safetensors file's text entries.
-        architecture: the model's name where the file tells it, else "".
+        metadata: a safetensors file's text entries, or those that this package's networks put
+            into the attribute of a state dict in which PyTorch keeps versions of modules.
+        architecture: the model's name where the file, or config.json beside it, tells it, else "".
     """
 
     state: dict[str, Tensor]
@@ -49,7 +75,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     """Reads a checkpoint.
 
     Args:
-        path: a local file.
+        path: a local file, or a folder as the Hugging Face Hub has them.
         ema: whether the moving average of the weights goes before the weights where there is one;
             False never takes it.
 
@@ -58,7 +84,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
         ValueError: it is corrupt, needs code to be loaded, or holds something else than tensors
             under an EfficientNet's names. The message names the path.
     """
-    name = os.fspath(path)
+    name = _file_of(os.fspath(path))
     with open(name, "rb") as file:  # raises OSError, before either reader words it its own way
         head = file.read(9)
     is_safetensors = name.endswith(".safetensors") or head[8:] == b"{"
@@ -66,18 +92,60 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
         content, metadata = _read_safetensors(name) if is_safetensors else (_read_pth(name), {})
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{name}: not a file of plain tensors, which is all that is loaded"
+            f"{name}: not a file of plain tensors, which is all that is loaded{_needed(error)}"
         ) from error
     except (OSError, ScriptError):
         raise
     except Exception as error:  # on garbage, either reader raises whatever it trips over
         raise ValueError(f"{name}: truncated or corrupt weights file") from error
     try:
-        state = _state_dict(content, ema)
+        state, beside = _state_dict(content, ema)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    architecture = content.get(ARCHITECTURE, "") if isinstance(content, Mapping) else ""
-    return Content(state, metadata, architecture if isinstance(architecture, str) else "")
+    return Content(state, {**beside, **metadata}, _architecture(content) or _hub_architecture(name))
+
+
+def _file_of(name: str) -> str:
+    """The file itself, or the one that a folder of the Hugging Face Hub holds."""
+    if not os.path.isdir(name):
+        return name
+    files = [os.path.join(name, file) for file in HUB_FILES]
+    for file in files:
+        if os.path.isfile(file):
+            return file
+    raise ValueError(f"{name}: a folder that holds neither {' nor '.join(HUB_FILES)}")
+
+
+def _architecture(content: Any) -> str:
+    """The model's name in timm's training checkpoints, else in the options stored with them."""
+    if not isinstance(content, Mapping):
+        return ""
+    arguments = content.get("args")
+    for name in (content.get(ARCHITECTURE), getattr(arguments, "model", None)):
+        if isinstance(name, str) and name:
+            return name
+    return ""
+
+
+def _hub_architecture(name: str) -> str:
+    """The model's name in config.json beside a file, with the tag of its weights as timm has it."""
+    try:
+        with open(os.path.join(os.path.dirname(name), HUB_CONFIG), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):  # none, or another program's
+        return ""
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return ""
+    weights = config.get("pretrained_cfg")
+    tag = weights.get("tag") if isinstance(weights, dict) else None
+    return f"{config['architecture']}.{tag}" if tag else config["architecture"]
+
+
+def _needed(error: pickle.UnpicklingError) -> str:
+    match = _NEEDED.search(str(error))
+    if match is None:
+        return ""
+    return f": it needs {match[1]}. Where it was written, save the model's state_dict() alone"
 
 
 class ScriptError(ValueError):
@@ -99,18 +167,21 @@ def _read_pth(name: str) -> Any:
                     f"{name}: a TorchScript archive, which holds code: save the "
                     "module's state_dict() instead"
                 )
-    # The options that torchvision's and timm's scripts store: reading one sets attributes only.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals(PLAIN_DATA):
         return torch.load(name, map_location="cpu", weights_only=True)
 
 
-def _state_dict(content: Any, ema: bool) -> dict[str, Tensor]:
-    """The state dict within a file's content, without what wrappers put in front of its names."""
+def _state_dict(content: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict within a file's content, without what wrappers put in front of its names.
+
+    Returns:
+        it, and what the network that it was saved from has put into it beside tensors.
+    """
     if isinstance(content, Mapping):
-        for mapping in _within(content, ema, DEPTH):
+        for mapping in itertools.chain(_within(content, ema, DEPTH), _only_network(content)):
             prefix = _prefix(mapping)
             if prefix is not None:
-                return _strip(mapping, prefix)
+                return _strip(mapping, prefix), remembered(mapping)
     innermost = _innermost(content)
     if not isinstance(innermost, Mapping) or not innermost:
         raise ValueError(f"holds {type(innermost).__name__}, not named tensors")
@@ -120,6 +191,20 @@ def _state_dict(content: Any, ema: bool) -> dict[str, Tensor]:
     raise ValueError(f"not an EfficientNet's state dict: none of {', '.join(STEM_KEYS)} is in it")
 
 
+def remembered(mapping: Mapping[Any, Any]) -> dict[str, str]:
+    """The text that a network put into its state dict beside tensors."""
+    modules = getattr(mapping, "_metadata", None)
+    if not isinstance(modules, Mapping):
+        return {}
+    entries = [entry for entry in modules.values() if isinstance(entry, Mapping)]
+    return {
+        key: value
+        for entry in entries
+        for key, value in entry.items()
+        if isinstance(key, str) and isinstance(value, str)
+    }
+
+
 def _within(content: Mapping[Any, Any], ema: bool, depth: int) -> Iterator[Mapping[Any, Any]]:
     """The mappings in which a state dict may be, the preferred ones first."""
     for wrapper in (*(EMA_WRAPPERS if ema else ()), *WRAPPERS):
@@ -127,6 +212,24 @@ def _within(content: Mapping[Any, Any], ema: bool, depth: int) -> Iterator[Mappi
         if isinstance(inner, Mapping) and depth > 0:
             yield from _within(inner, ema, depth - 1)
     yield content
+
+
+def _only_network(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
+    """The network among the entries of a file that are under none of the known names.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = {
+        str(key): value
+        for key, value in content.items()
+        if isinstance(value, Mapping) and key not in EMA_WRAPPERS and _prefix(value) is not None
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"holds several networks ({', '.join(found)}): save the state dict of one of them"
+        )
+    yield from found.values()
 
 
 def _innermost(content: Any) -> Any:
@@ -139,31 +242,45 @@ def _innermost(content: Any) -> Any:
 
 
 def _prefix(mapping: Mapping[Any, Any]) -> str | None:
-    """What stands before the stem's name; None where there is no stem."""
+    """What stands before the stem's name; None where there is no stem.
+
+    Raises:
+        ValueError: there are several stems, of several networks.
+    """
+    prefixes = []
     for key in mapping:
         if not isinstance(key, str):
             continue
         plain = key.replace(COMPILED_PREFIX, "")
         for stem in STEM_KEYS:
             if plain == stem or plain.endswith(f".{stem}"):
-                return plain.removesuffix(stem)
-    return None
+                prefixes.append(plain.removesuffix(stem))
+    if len(prefixes) > 1:
+        names = ", ".join(map(repr, prefixes[:SHOWN]))
+        raise ValueError(
+            f"holds several networks (names begin with {names}): save the state dict of one of them"
+        )
+    return prefixes[0] if prefixes else None
 
 
 def _strip(mapping: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
-    state = {}
-    strays = []
+    """The network's tensors by their names behind `prefix`.
+
+    What else the module that wraps the network has, such as the weights of a loss, is left out.
+    """
+    state, others = {}, []
     for key, value in mapping.items():
         if isinstance(key, str) and key.removeprefix(COMPILED_PREFIX) in COUNTERS:
             continue
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"entry {key!r} is of type {type(value).__name__}, not a tensor")
         plain = key.replace(COMPILED_PREFIX, "")
-        if not plain.startswith(prefix):
-            strays.append(key)
-            continue
-        state[plain.removeprefix(prefix)] = value.detach()
-    if strays:
+        if plain.startswith(prefix):
+            state[plain.removeprefix(prefix)] = value.detach()
+        else:
+            others.append(plain)
+    own = {name.partition(".")[0] for name in state}
+    if strays := [name for name in others if name.partition(".")[0] in own]:
         raise ValueError(
             f"names begin with {prefix!r}, but for {len(strays)} ({', '.join(strays[:SHOWN])})"
         )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from effnet_fast.checkpoints.reading import remembered
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".pth", ".pt", ".bin")
@@ -39,7 +43,8 @@ def save(
         state: named tensors of any device.
         path: `.safetensors`, or `.pth`, `.pt`, `.bin` for torch.save. A file that is there is
             replaced, also one that the tensors are mapped from.
-        metadata: text entries of a safetensors file; other files have no place for them.
+        metadata: text entries of a safetensors file; other files have no place for them. What a
+            network that comes from a checkpoint put into its state dict is kept in either.
 
     Raises:
         ValueError: another suffix.
@@ -48,14 +53,19 @@ def save(
     suffix = check_suffix(path)
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    tensors = {key: _own(value) for key, value in state.items()}
+    tensors = OrderedDict((key, _own(value)) for key, value in state.items())
+    if hasattr(state, "_metadata"):  # versions of modules, and whose the network is
+        tensors._metadata = state._metadata  # type: ignore[attr-defined]
+    metadata = {"format": "pt", **remembered(state), **(metadata or {})}
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target.parent))
     try:
         with open(temporary, "xb") as file:  # raises OSError, which safetensors would wrap
             permissions = os.fstat(file.fileno()).st_mode
             if suffix != SAFETENSORS:
                 torch.save(tensors, file)
         if suffix == SAFETENSORS:
-            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+            save_file(tensors, temporary, metadata=metadata)
             os.chmod(temporary, permissions)  # safetensors makes files for their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -23,6 +23,7 @@ DEFAULT_MODEL = "b0"
 PUBLISHED_FAMILIES = ("auto", "torchvision")
 NAME = r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+"  # DEFAULT, EfficientNet_B0_Weights.DEFAULT
 CLASSES = 1000  # ImageNet's, where no weights say otherwise
+CHANNELS = 3  # red, green, blue
 CLASSIFIER = "classifier.1.weight"  # [classes, channels]
 
 
@@ -168,6 +169,11 @@ def _network_of_file(arguments: argparse.Namespace) -> Network:
         ).eval()
     for warning in caught:
         print(f"effnet-fast: {warning.message}", file=sys.stderr)
+    if model.in_chans != CHANNELS:
+        raise ValueError(
+            f"{arguments.weights}: the network takes {model.in_chans}-channel images; those that "
+            f"are read here have {CHANNELS} channels"
+        )
     variant = model.variant
     return Network(model, variant.name, images.preset(variant), arguments.weights)
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,19 @@ def check_backend(name: str) -> None:
         reasons = [can_run(name, op) for op in OPS]
     if all(reasons):
         raise CommandError(f"backend {name} cannot run here: {reasons[0]}")
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Refuses a file that could not be written, before anything has been computed for it."""
+    problem = None
+    if not path.parent.is_dir():
+        problem = f"there is no folder {path.parent}"
+    elif path.is_dir():
+        problem = "it is a folder"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "there is no permission to write it"
+    if problem is not None:
+        raise CommandError(f"{option} {path}: {problem}")
 
 
 @contextlib.contextmanager

@@ -72,10 +72,13 @@ def convert(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.output.exists() and not arguments.force:
         raise ValueError(f"{arguments.output}: exists; --force replaces it")
     checkpoint = checkpoints.open_checkpoint(
-        arguments.input, arguments.family, ema=not arguments.no_ema
+        arguments.input,
+        arguments.family,
+        ema=not arguments.no_ema,
+        progress=sys.stderr.isatty(),
     )
     state = checkpoints.convert(checkpoint.state, arguments.to)
-    checkpoints.save(state, arguments.output, {checkpoints.FAMILY_ENTRY: checkpoint.family})
+    checkpoints.save(state, arguments.output, checkpoint.metadata)
     variant = published_variant(checkpoint.state)
     return {
         "input": os.fspath(arguments.input),

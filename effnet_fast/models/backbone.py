@@ -95,6 +95,8 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo(describe(variant), out_indices)
+        # What names of parameters do not say of a network that comes from a checkpoint.
+        self._origin = frozenset[tuple[str, str]]()
         self._frozen_depth = 0
         self._frozen_norms = False
         self._frozen_names = frozenset[str]()
@@ -128,6 +130,14 @@ class Backbone(nn.Module):
             else:
                 with backends.use_backend(self.backend):
                     yield
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # torch.save keeps this attribute of a state dict; who reads the file finds the family.
+        metadata = getattr(destination, "_metadata", {})
+        metadata.setdefault(prefix[:-1], {}).update(self._origin)
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module's; BatchNorms that `freeze` holds stay in eval mode."""
@@ -200,10 +210,6 @@ class Backbone(nn.Module):
                 norm.train(self.training)
         self._frozen_depth, self._frozen_norms, self._frozen_names = 0, False, frozenset()
         return self
-
-    def unbuilt(self) -> tuple[str, ...]:
-        """Beginnings of the keys in a whole network's state dict that have no place in this one."""
-        return ()
 
     def _count_stages(self) -> int:
         """Stages of MBConv in the whole network."""

@@ -329,22 +329,20 @@ class EfficientNetFeatures(Backbone):
         progress: bool = True,
         **options: Any,
     ) -> "Self":
-        """The encoder with the weights of a whole network's checkpoint, of any family.
+        """The encoder of the network that a checkpoint is of, with its weights, in training mode.
 
-        Args:
-            path_or_url, family, variant, in_chans, ema, progress: as for
-                `EfficientNet.from_checkpoint`, whose errors are raised.
-            options: as for `EfficientNetFeatures`.
+        The file may be of the whole network or of an encoder with as many maps. Arguments and
+        errors are those of `EfficientNet.from_checkpoint`; `options` those of this class.
         """
         return load_network(
-            lambda variant, num_classes, **arguments: cls(variant, **arguments),
+            cls,
             path_or_url,
             family=family,
             variant=variant,
-            num_classes=0,
             in_chans=in_chans,
             ema=ema,
             progress=progress,
+            classifies=False,
             **options,
         )
 
@@ -363,15 +361,12 @@ class EfficientNetFeatures(Backbone):
                 maps.append(x)
         return maps
 
-    def unbuilt(self) -> tuple[str, ...]:
-        stages = range(len(self.features), self._count_stages() + 2)
-        names = ["classifier", *(f"features.{stage}" for stage in stages)]
-        return tuple(f"{name}." for name in names if name not in self._modules)
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        beyond = tuple(prefix + name for name in self.unbuilt())
+        stages = range(len(self.features), self._count_stages() + 2)
+        names = ["classifier", *(f"features.{stage}" for stage in stages)]
+        beyond = tuple(f"{prefix}{name}." for name in names if name not in self._modules)
         for key in [key for key in state_dict if key.startswith(beyond)]:
             del state_dict[key]  # of the copy that load_state_dict makes
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

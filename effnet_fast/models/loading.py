@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from effnet_fast import checkpoints
@@ -22,6 +23,7 @@ from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.variants import VARIANTS, Variant
 
 STEM, CLASSIFIER = "features.0.0.weight", "classifier.1.weight"
+PART = re.compile(r"(features\.\d+|classifier)\.")  # a network of features ends with one of them
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 Network = TypeVar("Network", bound=Backbone)
 
@@ -36,25 +38,27 @@ def load_network(
     in_chans: int | None = None,
     ema: bool = True,
     progress: bool = True,
+    classifies: bool = True,
     **options: Any,
 ) -> Network:
     """`build(variant, num_classes=, in_chans=, **options)` with a file's weights.
 
-    Those of layers that the network says are not built are left out.
-
-    See `EfficientNet.from_checkpoint` for the arguments and errors.
+    See `EfficientNet.from_checkpoint` for the arguments and errors. A network that does not
+    classify takes no num_classes, and of the weights those of the layers that it has.
     """
     checkpoint = checkpoints.open_checkpoint(path, family, ema=ema, progress=progress)
     if checkpoint.assumption:
         warnings.warn(f"{os.fspath(path)}: {checkpoint.assumption}", stacklevel=3)
-    state = checkpoint.state
+    state, origin = checkpoint.state, frozenset(checkpoint.metadata.items())
     with _naming(path):
-        found = family_variant(_find_variant(build, state, variant), checkpoint)
-        options["num_classes"] = _classes(state, num_classes)
+        found = family_variant(_find_variant(build, state, variant, classifies), checkpoint)
+        if classifies:
+            options["num_classes"] = _classes(state, num_classes)
         options["in_chans"] = _channels_of_images(state, in_chans)
     with torch.device("meta"), _Uninitialised():
         model = build(found, **options)
-    _drop_unbuilt(model, state)
+    if not classifies:
+        drop_other_layers(model, state)
     with _naming(path):
         checkpoints.check(model, state)
     own = model.state_dict()
@@ -62,16 +66,25 @@ def load_network(
     if names - own.keys():  # of a norm_layer: nothing in the file would fill them
         model = build(found, **options)
         model.load_state_dict(state)
+        model._origin = origin
         return model
     # Each tensor of the file is given up as soon as it is copied: one copy of them in memory.
     tensors = {key: _parameter(state.pop(key), tensor) for key, tensor in own.items()}
     model.load_state_dict(tensors, assign=True)
+    model._origin = origin
     return model
 
 
-def _drop_unbuilt(model: Backbone, state: dict[str, Tensor]) -> None:
-    for key in [key for key in state if key.startswith(model.unbuilt())]:
+def drop_other_layers(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Takes the classifier, head and last stages out of `state` as far as `model` lacks them."""
+    own = {_part(key) for key in model.state_dict()}
+    for key in [key for key in state if _part(key) not in {*own, None}]:
         del state[key]
+
+
+def _part(key: str) -> str | None:
+    match = PART.match(key)
+    return match and match.group(1)
 
 
 def _parameter(tensor: Tensor, like: Tensor) -> Tensor:
@@ -126,13 +139,20 @@ def family_variant(variant: Variant, checkpoint: Checkpoint) -> Variant:
 
 
 def published_variant(state: Mapping[str, Tensor]) -> Variant | None:
-    """The published size whose channels and repeats those of a torchvision-named state are."""
+    """The published size whose channels and repeats those of a torchvision-named state are.
+
+    A state without the head, or the last stages too, is of the only size that begins so.
+    """
     found = _channels(state)
-    return next((v for v in VARIANTS.values() if _variant_channels(v) == found), None)
+    fitting = [v for v in VARIANTS.values() if _variant_channels(v)[: len(found)] == found]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _find_variant(
-    build: Callable[..., Backbone], state: dict[str, Tensor], given: Variant | str | None
+    build: Callable[..., nn.Module],
+    state: dict[str, Tensor],
+    given: Variant | str | None,
+    classifies: bool,
 ) -> Variant:
     if isinstance(given, Variant):
         return given
@@ -145,10 +165,11 @@ def _find_variant(
     found = _channels(state)
     nearest = max(VARIANTS.values(), key=lambda v: _agreement(_variant_channels(v), found))
     message = f"no published size has these layers; the nearest is {nearest.name}"
-    classes = state[CLASSIFIER].shape[0] if CLASSIFIER in state else 1000
+    classes = state[CLASSIFIER].shape[:1].numel() if CLASSIFIER in state else 1000
     with torch.device("meta"), _Uninitialised():
-        model = build(nearest, num_classes=classes)
-    _drop_unbuilt(model, state)
+        model = build(nearest, num_classes=classes) if classifies else build(nearest)
+    if not classifies:
+        drop_other_layers(model, state)
     try:
         checkpoints.check(model, state)
     except ValueError as error:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
 
 from effnet_fast import checkpoints
 from effnet_fast.models.input_channels import adapt_input_channels
+from effnet_fast.models.loading import drop_other_layers
 from effnet_fast.weights import WeightsEnum, get_model_weights
 
 STEM = "features.0.0.weight"  # [stem channels, in_chans, 3, 3]
-PART = re.compile(r"(features\.\d+|classifier)\.")  # a network of features ends with one of them
 
 
 def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None:
@@ -52,8 +51,7 @@ def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool)
             named; or what `WeightsEnum.get_state_dict` raises, as other errors.
     """
     state = published.get_state_dict(progress=progress)
-    own = {_part(key) for key in model.state_dict()}
-    state = {key: value for key, value in state.items() if _part(key) in {*own, None}}
+    drop_other_layers(model, state)
     if STEM in state:
         state[STEM] = adapt_input_channels(state[STEM], in_chans)
     try:
@@ -61,8 +59,3 @@ def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool)
     except ValueError as error:
         raise ValueError(f"{published!r}: {error}") from error
     model.load_state_dict(state, strict=True)
-
-
-def _part(key: str) -> str | None:
-    match = PART.match(key)
-    return match and match.group(1)

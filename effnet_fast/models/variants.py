@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from types import MappingProxyType
 
 from effnet_fast.layers import check_padding, round_channels
@@ -145,22 +146,26 @@ def custom_variant(
 
     Raises:
         ValueError: a multiplier that is not positive and finite, a resolution below 1, no stages,
-            or stages that do not fit together.
+            a stage without blocks, or stages that do not fit together.
     """
     for name, value in (("depth", depth), ("width", width)):
-        if not (math.isfinite(value) and value > 0):
+        if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
+    if isinstance(resolution, bool) or not isinstance(resolution, Integral) or resolution < 1:
         raise ValueError(f"resolution must be an int of at least 1, got {resolution!r}")
     stages = tuple(stages)
     if not stages:
         raise ValueError("stages must hold at least one stage")
+    for stage in stages:
+        if stage.repeats < 1:
+            raise ValueError(f"repeats of a stage must be at least 1, got {stage.repeats!r}")
     for before, after in itertools.pairwise(stages):
         if before.out_channels != after.in_channels:
             raise ValueError(
                 f"a stage of {before.out_channels} output channels is followed by one of "
                 f"{after.in_channels} input channels"
             )
+    resolution = int(resolution)
     resize = round(resolution * 256 / 224)
     return Variant(
         "custom",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from effnet_fast.models.variants import B0_STAGES, Stage, Variant
+from effnet_fast.scaling.checks import positive
 from effnet_fast.scaling.compound import BASE_RESOLUTION, CompoundScaling, Point
 from effnet_fast.scaling.conditions import Conditions
 from effnet_fast.scaling.counts import Counts, count
@@ -16,7 +18,6 @@ from effnet_fast.scaling.memory import OPTIMIZER_TENSORS, Memory
 
 SMALLEST_PHI, LARGEST_PHI = -64.0, 32.0  # 8 channels and one block a stage; 2**32 times B0
 STEPS = 48  # halvings of the interval: 3e-13 of phi
-LARGEST_BATCH = 1 << 24  # images
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,7 @@ def _check_limits(**given: float | None) -> dict[str, float]:
     if not limits:
         names = [f"target_{name}" for name in given]
         raise ValueError(f"give at least one of {', '.join(names[:-1])} and {names[-1]}")
-    for name, limit in limits.items():
-        if not limit > 0:
-            raise ValueError(f"target_{name} must be positive, got {limit!r}")
-    return limits
+    return {name: positive(f"target_{name}", limit) for name, limit in limits.items()}
 
 
 def fit(
@@ -240,12 +238,12 @@ def max_batch(
         num_classes, in_chans: as for `count`.
 
     Raises:
-        ValueError: memory not positive, or too little for one image (the text says what that
-            takes).
+        ValueError: memory not positive and finite, or too little for one image (the text says what
+            that takes).
     """
     conditions = conditions or Conditions()
-    if not memory > 0:
-        raise ValueError(f"memory must be positive, got {memory!r}")
+    if positive("memory", memory) == math.inf:
+        raise ValueError("memory must be finite: no batch is the largest in an infinite one")
 
     def peak(batch: int) -> int:
         held = replace(conditions, batch=batch)
@@ -256,7 +254,7 @@ def max_batch(
             f"one image takes {peak(1)} bytes in {conditions.mode}, given were {memory:.0f}"
         )
     small, large = 1, 2
-    while large <= LARGEST_BATCH and peak(large) <= memory:
+    while peak(large) <= memory:
         small, large = large, 2 * large
     while large - small > 1:
         middle = (small + large) // 2

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
+from effnet_fast.scaling.checks import is_real, whole
 
 BASE_RESOLUTION = 224
 
@@ -63,7 +64,7 @@ class CompoundScaling:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 1.0):
+            if not (is_real(value) and math.isfinite(value) and value >= 1.0):
                 raise ValueError(f"{name} must be a finite number of at least 1, got {value!r}")
 
     @property
@@ -88,17 +89,20 @@ class CompoundScaling:
             multiple: resolutions are rounded to the nearest multiple of this, at least one.
 
         Raises:
-            ValueError: phi not finite, or base_resolution or multiple below 1.
+            ValueError: phi not finite, or so far from 0 that no float holds the multipliers, or
+                base_resolution or multiple no int of at least 1.
         """
-        if not math.isfinite(phi):
+        if not (is_real(phi) and math.isfinite(phi)):
             raise ValueError(f"phi must be a finite number, got {phi!r}")
-        if base_resolution < 1 or multiple < 1:
-            raise ValueError(
-                "base_resolution and multiple must be at least 1, got "
-                f"{base_resolution} and {multiple}"
-            )
-        depth, width = self.alpha**phi, self.beta**phi
-        exact = base_resolution * self.gamma**phi
+        base_resolution = whole("base_resolution", base_resolution)
+        multiple = whole("multiple", multiple)
+        try:
+            depth, width = self.alpha**phi, self.beta**phi
+            exact = base_resolution * self.gamma**phi
+        except OverflowError:
+            depth = width = exact = math.inf
+        if not all(0 < size < math.inf for size in (depth, width, exact)):
+            raise ValueError(f"phi = {phi:g} is too far from 0: no float holds its multipliers")
         rounded = max(1, math.floor(exact / multiple + 0.5)) * multiple
         variant = custom_variant(depth=depth, width=width, resolution=rounded, stages=stages)
         return Point(phi, exact, variant)

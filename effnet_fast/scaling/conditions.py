@@ -8,6 +8,7 @@ import torch
 
 from effnet_fast import backends
 from effnet_fast.models.variants import Variant
+from effnet_fast.scaling.checks import whole
 from effnet_fast.scaling.memory import OPTIMIZER_TENSORS, Memory, count_memory
 from effnet_fast.scaling.memory_plans import plans
 
@@ -41,8 +42,10 @@ class Conditions:
     optimizer_tensors: int = OPTIMIZER_TENSORS
 
     def __post_init__(self) -> None:
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
-            raise ValueError(f"batch must be an int of at least 1, got {self.batch!r}")
+        for name, least in (("batch", 1), ("optimizer_tensors", 0)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        if not isinstance(self.training, bool):
+            raise ValueError(f"training must be True or False, got {self.training!r}")
         object.__setattr__(self, "dtype", DTYPES.get(str(self.dtype), self.dtype))
         if isinstance(self.device, torch.device):
             object.__setattr__(self, "device", self.device.type)
@@ -51,8 +54,6 @@ class Conditions:
             raise ValueError(f"dtype must be one of {allowed}, got {self.dtype!r}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
-        if self.optimizer_tensors < 0:
-            raise ValueError(f"optimizer_tensors must be at least 0, got {self.optimizer_tensors}")
         if self.plan is None:
             object.__setattr__(self, "plan", "fused" if self._has_kernels() else "stock")
         elif self.plan not in plans(self.mode):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from effnet_fast.layers import MBConvConfig
 from effnet_fast.models.variants import B0_STAGES, HEAD_RATIO, Stage, Variant
+from effnet_fast.scaling.checks import whole
 
 
 class ConvShape(NamedTuple):
@@ -93,15 +94,11 @@ def convolutions(
         in_chans: channels of the images.
 
     Raises:
-        ValueError: one of the three below 1.
+        ValueError: one of the three is no int of at least 1.
     """
     side = variant.resolution if resolution is None else resolution
-    if min(side, num_classes, in_chans) < 1:
-        raise ValueError(
-            "resolution, num_classes and in_chans must be at least 1, got "
-            f"{side}, {num_classes} and {in_chans}"
-        )
-    side = _output_side(side, 2)
+    num_classes, in_chans = whole("num_classes", num_classes), whole("in_chans", in_chans)
+    side = _output_side(whole("resolution", side), 2)
     stages = variant.stages
     stem = stages[0].in_channels
     yield ConvShape(0, "stem", in_chans, stem, 3, 2, 1, side, False, True, 1)

@@ -20,6 +20,7 @@ import torch
 
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.scaling.accuracy import LABEL, estimate_top1
+from effnet_fast.scaling.checks import whole
 from effnet_fast.scaling.compound import CompoundScaling, Point
 from effnet_fast.scaling.counts import count
 from effnet_fast.scaling.trials import Trial, TrialFile
@@ -87,7 +88,7 @@ def grid_search(
     scalings: Iterable[CompoundScaling] | None = None,
     phi: float = 1.0,
     csv: str | Path | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     engine: str = "process",
     seed: int = 0,
     on_trial: Callable[[Trial], None] | None = None,
@@ -104,7 +105,8 @@ def grid_search(
         scalings: what is tried; None means `candidates()`.
         phi: the compound coefficient at which the networks are compared.
         csv: file to which each trial is appended as it ends, and whose trials are not repeated.
-        workers: processes that run trials side by side; 1 runs them in this one.
+        workers: how many trials run side by side. With engine "process", 1 or None runs them in
+            this process, and more share its threads among them; with "ray", None hands Ray all.
         engine: "process", or "ray" to let Ray place them (the package must be installed).
         seed: of the random weights, the same in every trial.
         on_trial: called after each trial, also those that the file had already.
@@ -117,13 +119,14 @@ def grid_search(
         RuntimeError: the scorer failed or gave no finite number; what had ended is in the file.
         ImportError: engine "ray" without the package.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    if workers is not None:
+        workers = whole("workers", workers)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     jobs = [_Job(s, phi, scorer, seed) for s in (candidates() if scalings is None else scalings)]
-    if scorer_name is None:
-        scorer_name = LABEL if scorer is None else f"{scorer.__module__}:{scorer.__qualname__}"
+    for job in jobs:  # refuses a phi out of range before anything is run or written
+        job.scaling.at(phi)
+    scorer_name = scorer_name or _name(scorer)
     file = TrialFile(csv, scorer_name)
     known = {(trial.scaling, trial.phi): trial for trial in file.trials}
     trials = []
@@ -142,6 +145,18 @@ def grid_search(
                 on_trial(trial)
     rule = attrgetter("alpha", "beta", "gamma")
     return sorted(trials, key=lambda trial: (-trial.score, rule(trial.scaling)))
+
+
+def _name(scorer: Scorer | None) -> str:
+    if scorer is None:
+        return LABEL
+    try:
+        return f"{scorer.__module__}:{scorer.__qualname__}"
+    except AttributeError:
+        raise ValueError(
+            f"the scorer {scorer!r} has no name under which a file could keep its trials: give "
+            "scorer_name"
+        ) from None
 
 
 def _trial(job: _Job, score: float, scorer_name: str) -> Trial:
@@ -165,7 +180,9 @@ def _score(job: _Job) -> float:
 Results = Generator[tuple[_Job, Callable[[], float]], None, None]
 
 
-def _run(jobs: list[_Job], workers: int, engine: str) -> Generator[tuple[_Job, float], None, None]:
+def _run(
+    jobs: list[_Job], workers: int | None, engine: str
+) -> Generator[tuple[_Job, float], None, None]:
     """Jobs and their scores in the order in which they end; a failure is raised at the end.
 
     After one, no trial begins that has not begun, but those that run are waited for.
@@ -174,11 +191,11 @@ def _run(jobs: list[_Job], workers: int, engine: str) -> Generator[tuple[_Job, f
         return
     stop = Event()
     if engine == "ray":
-        results = _run_on_ray(jobs)
-    elif workers == 1 or len(jobs) == 1:
+        results = _run_on_ray(jobs, workers or len(jobs), stop)
+    elif workers in (None, 1) or len(jobs) == 1:
         results = _run_here(jobs, stop)
     else:
-        results = _run_in_processes(jobs, workers, stop)
+        results = _run_in_processes(jobs, min(workers or 1, len(jobs)), stop)
     failure: tuple[CompoundScaling, Exception] | None = None
     with closing(results):
         for job, result in results:
@@ -209,7 +226,8 @@ def _run_here(jobs: list[_Job], stop: Event) -> Results:
 def _run_in_processes(jobs: list[_Job], workers: int, stop: Event) -> Results:
     # A forked child of a process that has used OpenMP hangs in its first parallel region.
     context = torch.multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+    threads = max(1, torch.get_num_threads() // workers)
+    pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,))
     try:
         futures = {pool.submit(_score, job): job for job in jobs}
         for future in as_completed(futures):
@@ -223,15 +241,17 @@ def _run_in_processes(jobs: list[_Job], workers: int, stop: Event) -> Results:
         pool.shutdown(cancel_futures=True)
 
 
-def _run_on_ray(jobs: list[_Job]) -> Results:
+def _run_on_ray(jobs: list[_Job], workers: int, stop: Event) -> Results:
     try:
         import ray
     except ImportError as error:
         raise ImportError("engine 'ray' needs the package ray: pip install ray") from error
     remote = ray.remote(_score)
-    running = {remote.remote(job): job for job in jobs}
-    waiting = list(running)
-    while waiting:
-        done, waiting = ray.wait(waiting)
+    waiting = iter(jobs)
+    running = {remote.remote(job): job for job in itertools.islice(waiting, workers)}
+    while running:
+        done, _ = ray.wait(list(running))
         for reference in done:
-            yield running[reference], partial(ray.get, reference)
+            yield running.pop(reference), partial(ray.get, reference)
+        if not stop.is_set():
+            running |= {remote.remote(job): job for job in itertools.islice(waiting, len(done))}

@@ -27,6 +27,7 @@ from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import Variant, custom_variant
 from effnet_fast.scaling.conditions import DTYPE_NAMES, DTYPES, Conditions
 from effnet_fast.scaling.counts import groups
+from effnet_fast.scaling.solver import solve_nonnegative
 
 FORMAT = 1  # of the file
 # What runs each plan that can be measured: the backend given to the network.
@@ -77,45 +78,6 @@ def features(
         row[4] += conditions.batch * group.repeats * elements * size
         row[5] += group.repeats * group.parameters * size
     return tuple(row)
-
-
-def solve_nonnegative(matrix: numpy.ndarray, target: numpy.ndarray) -> numpy.ndarray:
-    """x with no entry below 0 that makes |matrix x - target| least.
-
-    Args:
-        matrix: [rows, columns], fp64.
-        target: [rows], fp64.
-
-    Source: Lawson & Hanson, Solving Least Squares Problems (1974), algorithm 23.10.
-    """
-    scale = numpy.linalg.norm(matrix, axis=0)
-    scale[scale == 0] = 1.0
-    matrix = matrix / scale
-    x = numpy.zeros(matrix.shape[1])
-    free = numpy.zeros(matrix.shape[1], dtype=bool)
-    tolerance = 1e-12 * max(1.0, float(numpy.linalg.norm(target)))
-    for _ in range(3 * len(x)):  # rounding could make it go in circles
-        if free.all():
-            break
-        slope = matrix.T @ (target - matrix @ x)
-        slope[free] = -numpy.inf
-        if slope.max() <= tolerance:
-            break
-        free[slope.argmax()] = True
-        while True:
-            trial = numpy.zeros_like(x)
-            trial[free] = numpy.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
-            if trial[free].min() > 0:
-                x = trial
-                break
-            shrinking = free & (trial <= 0)
-            step = (x[shrinking] / (x[shrinking] - trial[shrinking])).min()
-            x = x + step * (trial - x)
-            free &= x > tolerance
-            x[~free] = 0.0
-            if not free.any():
-                break
-    return x / scale
 
 
 @dataclass(frozen=True)
@@ -230,20 +192,29 @@ class LatencyModel:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")
             prices = {plan: Prices(**fields) for plan, fields in content["prices"].items()}
-            if any(set(p.seconds) != set(FEATURES) for p in prices.values()):
+            if not prices or any(set(p.seconds) != set(FEATURES) for p in prices.values()):
                 raise ValueError(f"prices must be of {', '.join(FEATURES)}")
+            for p in prices.values():
+                _check_amounts((*p.seconds.values(), p.median_error, p.largest_error))
             conditions = content["conditions"]
             conditions["dtype"] = DTYPES[conditions["dtype"]]
             return LatencyModel(
                 Conditions(**conditions),
                 prices,
                 tuple(Sample(**sample) for sample in content["samples"]),
-                content["machine"],
-                content["versions"],
-                content["threads"],
+                str(content["machine"]),
+                dict(content["versions"]),
+                int(content["threads"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no latency calibration: {error}") from error
+
+
+def _check_amounts(amounts: Iterable[object]) -> None:
+    for amount in amounts:
+        number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+        if not (number and 0 <= amount < math.inf):  # type: ignore[operator]
+            raise ValueError(f"a price or an error is {amount!r}, not a number of at least 0")
 
 
 def _to_json(conditions: Conditions) -> dict[str, Any]:
@@ -298,14 +269,7 @@ def calibrate(
     Raises:
         ValueError: a plan that cannot be measured, or a device that is not there.
     """
-    if conditions.plan not in BACKENDS:
-        raise ValueError(
-            f"plan {conditions.plan!r} cannot be measured; allowed are {', '.join(BACKENDS)}"
-        )
-    if conditions.plan == "fused" and (reason := can_run("cpu", "dwconv_bn_silu")):
-        raise ValueError(f"plan 'fused' cannot be measured: {reason}")
-    if conditions.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda': torch finds no GPU that it can use")
+    check_measurable(conditions)
     networks = list(networks)
     variants = [custom_variant(depth=d, width=w, resolution=side) for d, w, side in networks]
     seconds = measure(variants, conditions, on_burst=on_burst)
@@ -314,6 +278,23 @@ def calibrate(
     prices = {plan: fit_prices(samples, conditions, plan) for plan in plans}
     machine = _machine(conditions.device)
     return LatencyModel(conditions, prices, samples, machine, _versions(), torch.get_num_threads())
+
+
+def check_measurable(conditions: Conditions) -> None:
+    """Refuses conditions that cannot be measured here.
+
+    Raises:
+        ValueError: a plan that is not among `BACKENDS` or cannot run, or a device that is not
+            there.
+    """
+    if conditions.plan not in BACKENDS:
+        raise ValueError(
+            f"plan {conditions.plan!r} cannot be measured; allowed are {', '.join(BACKENDS)}"
+        )
+    if conditions.plan == "fused" and (reason := can_run("cpu", "dwconv_bn_silu")):
+        raise ValueError(f"plan 'fused' cannot be measured: {reason}")
+    if conditions.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': torch finds no GPU that it can use")
 
 
 def measured_plans(conditions: Conditions) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from effnet_fast.models.variants import Variant
+from effnet_fast.scaling.checks import whole
 from effnet_fast.scaling.counts import Group, groups
 from effnet_fast.scaling.memory_plans import PLANS, Plan, Step, Steps, plans
 
@@ -78,11 +79,8 @@ def count_memory(
     if (mode, plan) not in PLANS:
         allowed = "; ".join(f"{m}: {', '.join(plans(m))}" for m in ("inference", "training"))
         raise ValueError(f"no plan {plan!r} of mode {mode!r}; there are {allowed}")
-    if batch < 1 or optimizer_tensors < 0:
-        raise ValueError(
-            "batch must be at least 1 and optimizer_tensors at least 0, got "
-            f"{batch} and {optimizer_tensors}"
-        )
+    batch = whole("batch", batch)
+    optimizer_tensors = whole("optimizer_tensors", optimizer_tensors, 0)
     chosen = PLANS[mode, plan]
     rows = list(groups(variant, resolution, num_classes=num_classes, in_chans=in_chans))
     sized = [(g, _sizes(g, batch, dtype, device)) for g in rows]

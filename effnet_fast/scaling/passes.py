@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from effnet_fast.models.variants import Variant
+from effnet_fast.scaling.checks import whole
 from effnet_fast.scaling.counts import groups
 
 
@@ -224,11 +225,8 @@ def traffic(
     if (mode, plan) not in PLANS:
         allowed = "; ".join(f"{m}: {', '.join(plans(m))}" for m in MODES)
         raise ValueError(f"no plan {plan!r} of mode {mode!r}; there are {allowed}")
-    if min(batch, element_size, weight_size) < 1:
-        raise ValueError(
-            "batch, element_size and weight_size must be at least 1, got "
-            f"{batch}, {element_size} and {weight_size}"
-        )
+    batch, element_size = whole("batch", batch), whole("element_size", element_size)
+    weight_size = whole("weight_size", weight_size)
     chosen = PLANS[mode, plan]
     options = {"num_classes": num_classes, "in_chans": in_chans}
     rows = []

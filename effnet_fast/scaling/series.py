@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage
+from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant
 from effnet_fast.scaling.accuracy import estimate_top1
 from effnet_fast.scaling.budget import fit
-from effnet_fast.scaling.compound import CompoundScaling, Point
+from effnet_fast.scaling.compound import BASE_RESOLUTION, CompoundScaling, Point
 from effnet_fast.scaling.conditions import Conditions
 from effnet_fast.scaling.counts import Counts, count
-from effnet_fast.scaling.latency import measure
+from effnet_fast.scaling.latency import check_measurable, measure
 from effnet_fast.scaling.memory import Memory
 
 # Each doubles the multiply-adds for each unit of phi, before rounding.
@@ -34,7 +35,8 @@ class Row:
         point: the network, with the series' own phi.
         counts: of one image.
         memory: under the conditions of the comparison.
-        top1: estimated, percent; None for a baseline other than B0.
+        top1: estimated, percent; None for a baseline other than B0, and where the network is
+            shallower, narrower or of smaller images than B0: the formula knows no such network.
         seconds: measured for a call on the batch, by plan; None where nothing was measured.
     """
 
@@ -68,18 +70,23 @@ def compare(
         on_burst: called after each burst of calls, as for `calibrate`.
 
     Raises:
-        ValueError: as `fit`.
+        ValueError: as `fit`, with the series that has no such network; conditions that cannot be
+            measured here.
     """
     if targets is None:
         base = count(VARIANTS["b0"]).macs
         targets = [base * factor for factor in FACTORS]
     conditions = conditions or Conditions()
+    if measured:
+        check_measurable(conditions)
     rules = ONE_DIMENSION | {"compound": scaling or CompoundScaling()}
-    found = [
-        (name, target, fit(target_macs=target, scaling=rule, stages=stages, multiple=multiple))
-        for target in targets
-        for name, rule in rules.items()
-    ]
+    found = []
+    for target, (name, rule) in itertools.product(targets, rules.items()):
+        try:
+            result = fit(target_macs=target, scaling=rule, stages=stages, multiple=multiple)
+        except ValueError as error:
+            raise ValueError(f"series {name!r}: {error}") from error
+        found.append((name, target, result))
     variants = [result.point.variant for *_, result in found]
     seconds = measure(variants, conditions, on_burst=on_burst) if measured else [None] * len(found)
     return [
@@ -89,8 +96,14 @@ def compare(
             result.point,
             result.counts,
             conditions.memory(result.point.variant),
-            estimate_top1(result.point.variant) if stages == B0_STAGES else None,
+            _top1(result.point.variant),
             times,
         )
         for (name, target, result), times in zip(found, seconds, strict=True)
     ]
+
+
+def _top1(variant: Variant) -> float | None:
+    smallest = min(variant.depth, variant.width, variant.resolution / BASE_RESOLUTION)
+    known = variant.baseline == B0_STAGES and smallest >= 1.0
+    return estimate_top1(variant) if known else None

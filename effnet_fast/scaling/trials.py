@@ -55,7 +55,7 @@ class TrialFile:
 
     Raises:
         ValueError: the file holds something else, or trials of another scorer.
-        OSError: it can be neither read nor made.
+        OSError: it can be neither read and written nor made.
     """
 
     def __init__(self, path: str | Path | None, scorer: str) -> None:
@@ -103,8 +103,8 @@ class TrialFile:
                     f"{self.path}, line {number}: scored by {trial.scorer}, not by {scorer}"
                 )
             self.trials.append(trial)
-        if whole != content:
-            os.truncate(self.path, len(whole))
+        with self.path.open("r+b") as file:  # also where nothing is cut: it must be writable
+            file.truncate(len(whole))
 
 
 def _parse(row: list[str]) -> Trial:

@@ -1,5 +1,7 @@
 """Whose network a file is of: what is told from names, files and metadata, and what is assumed."""
 
+import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -45,9 +47,29 @@ def test_files_tell_what_names_do_not(tmp_path, tiny, path, expected):
     assert found(state, tmp_path / path) == (expected, "")
 
 
-def test_what_nothing_tells_is_assumed_and_said(tmp_path, tiny):
+@pytest.mark.parametrize("path", ["last.pth", "efficientnet_runs/last.pth", "effnet/b0.pth"])
+def test_what_nothing_tells_is_assumed_and_said(tmp_path, tiny, path):
     state = checkpoints.convert(tiny, "timm")
-    assert found(state, tmp_path / "last.pth") == ("timm", UNTOLD)
+    assert found(state, tmp_path / path) == ("timm", UNTOLD)
+
+
+def test_the_options_in_a_training_checkpoint_name_the_model(tmp_path, tiny):
+    options = argparse.Namespace(model="tf_efficientnet_b0")
+    state = {"args": options, "state_dict": checkpoints.convert(tiny, "timm")}
+    assert found(state, tmp_path / "last.pth") == ("timm_tf", "")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
+def test_config_beside_a_file_names_the_model(tmp_path, tiny, whole):
+    path = tmp_path / "model.safetensors"
+    checkpoints.save(checkpoints.convert(tiny, "timm"), path)
+    config = {"architecture": "tf_efficientnet_b0", "pretrained_cfg": {"tag": "ap_in1k"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = checkpoints.open_checkpoint(tmp_path if whole else path)
+    assert (checkpoint.family, checkpoint.inception) == ("timm_tf", True)
+    for other in ("{", "[]", '{"architecture": ["EfficientNet"]}', '{"architecture": "resnet50"}'):
+        (tmp_path / "config.json").write_text(other)
+        assert checkpoints.open_checkpoint(path).assumption
 
 
 @pytest.mark.parametrize(
@@ -78,12 +100,18 @@ def test_metadata_tell_whatever_the_names(tmp_path, tiny, family):
         ("tf_efficientnet_b4_ns-d6313a46.pth", False),
         ("efficientnet-b4-6ed6700e.pth", False),
         ("efficientnet_b4_apex.pth", False),
+        ("my_ap_run/last.pth", False),
+        ("run_ra4_1/efficientnet_b0.pth", False),
     ],
 )
 def test_input_normalisation(tmp_path, tiny, name, inception):
     state = checkpoints.convert(tiny, "timm")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     torch.save(state, tmp_path / name)
-    assert checkpoints.open_checkpoint(tmp_path / name).inception == inception
+    checkpoint = checkpoints.open_checkpoint(tmp_path / name)
+    assert checkpoint.inception == inception
+    checkpoints.save(state, tmp_path / "other.safetensors", checkpoint.metadata)
+    assert checkpoints.open_checkpoint(tmp_path / "other.safetensors").inception == inception
 
 
 def test_refuses_unknown_families(tmp_path):

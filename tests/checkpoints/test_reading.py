@@ -2,8 +2,10 @@
 
 import argparse
 import functools
+import pathlib
 import pickle
 
+import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -161,10 +163,63 @@ def test_load_knows_safetensors_by_their_content(tmp_path, tiny):
     assert_same(checkpoints.load(tmp_path / "blob"), tiny)
 
 
-def test_names_beside_the_prefix_are_given(tmp_path, tiny):
-    content = {f"net.{key}": value for key, value in tiny.items()} | {"loss.weight": torch.ones(1)}
-    with pytest.raises(ValueError, match=r"begin with 'net\.', but for 1 \(loss\.weight\)"):
+@pytest.mark.parametrize("prefix", ["net.", "model._orig_mod."])
+def test_other_parts_of_the_wrapping_module_are_left_out(tmp_path, tiny, prefix):
+    network = {f"{prefix}{key}": value for key, value in tiny.items()}
+    content = {"criterion.weight": torch.ones(1), **network}
+    assert_same(checkpoints.load(save({"state_dict": content}, tmp_path / "a.pth")), tiny)
+
+
+def test_names_that_lack_the_prefix_are_given(tmp_path, tiny):
+    content = {f"net.{key}": value for key, value in tiny.items()}
+    content["features.0.1.bias"] = content.pop("net.features.0.1.bias")
+    with pytest.raises(ValueError, match=r"begin with 'net\.', but for 1 \(features\.0\.1\.bias\)"):
         checkpoints.load(save(content, tmp_path / "a.pth"))
+
+
+def test_one_network_is_found_under_any_name_and_several_are_refused(tmp_path, tiny):
+    other = {key: value + 1 for key, value in tiny.items()}
+    path = save({"net": tiny, "acc": 93.5, "optimizer": {"state": {}}}, tmp_path / "a.pth")
+    assert_same(checkpoints.load(path), tiny)
+    path = save({"teacher": other, "student": other, "model": tiny}, tmp_path / "b.pth")
+    assert_same(checkpoints.load(path), tiny)
+    path = save({"teacher": other, "student": tiny}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"c\.pth: holds several networks \(teacher, student\)"):
+        checkpoints.load(path)
+    both = {f"{name}.{key}": value for name in ("ema", "net") for key, value in tiny.items()}
+    with pytest.raises(ValueError, match=r"several networks \(names begin with 'ema\.', 'net\.'\)"):
+        checkpoints.load(save({"state_dict": both}, tmp_path / "d.pth"))
+
+
+@pytest.mark.parametrize(
+    "value", [numpy.float64(0.5), numpy.int32(3), numpy.bool_(True), pathlib.Path("runs")], ids=str
+)
+def test_metrics_and_paths_are_plain_data(tmp_path, tiny, value):
+    options = argparse.Namespace(value=value)
+    path = save({"model": tiny, "best": value, "args": options}, tmp_path / "a.pth")
+    assert_same(checkpoints.load(path), tiny)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_of_other_systems_are_plain_data(tmp_path, tiny, module):
+    content = {"model": tiny, "data": pathlib.PurePosixPath("runs")}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    old = b"cpathlib\nPurePosixPath\n"
+    written = (tmp_path / "a.pth").read_bytes()
+    assert old in written
+    new = f"c{module}\nWindowsPath\n".encode()
+    (tmp_path / "a.pth").write_bytes(written.replace(old, new))
+    assert_same(checkpoints.load(tmp_path / "a.pth"), tiny)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_load_reads_folders_of_the_hub(tmp_path, tiny, name):
+    with pytest.raises(
+        ValueError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"
+    ):
+        checkpoints.load(tmp_path)
+    checkpoints.save(tiny, tmp_path / name)
+    assert_same(checkpoints.load(tmp_path), tiny)
 
 
 def test_load_refuses_torchscript(tmp_path):
@@ -192,7 +247,9 @@ def test_load_executes_nothing(tmp_path, state):
             return (open, (str(marker), "w"))
 
     path = save({**state, "extra": Attack()}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"a\.pth: not a file of plain tensors") as caught:
+    with pytest.raises(
+        ValueError, match=r"a\.pth: not a file of plain .*: it needs _?io\.open"
+    ) as caught:
         checkpoints.load(path)
     assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
     assert not marker.exists()

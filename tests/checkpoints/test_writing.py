@@ -108,5 +108,6 @@ def test_refuses_other_suffixes_and_folders(tmp_path):
     with pytest.raises(ValueError, match=r"a\.onnx: the suffix must be one of \.safetensors, "):
         checkpoints.save(state(), tmp_path / "a.onnx")
     for suffix in SUFFIXES:
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError) as caught:
             checkpoints.save(state(), tmp_path / "absent" / f"a{suffix}")
+        assert caught.value.filename == str(tmp_path / "absent")

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import EfficientNet_B0_Weights
 
-from effnet_fast import cli, images, weights
+from effnet_fast import EfficientNet, cli, images, weights
 from effnet_fast.cli import bench, common
 from effnet_fast.models.variants import VARIANTS
 
@@ -145,6 +145,14 @@ def test_refuses_weights_of_another_model(folder, capsys):
     assert message.startswith(
         f"{weights}: weights do not fit the model: 148 missing (features.1.1."
     )
+
+
+def test_refuses_weights_for_other_images(folder, tmp_path, capsys):
+    model = EfficientNet.from_checkpoint(folder / "ten.pth", in_chans=1)
+    path = tmp_path / "grey.pth"
+    torch.save(model.state_dict(), path)
+    message = refused(["classify", folder / "a.png", "--weights", path], capsys)
+    assert message.startswith(f"{path}: the network takes 1-channel images; ")
 
 
 def test_refuses_labels_of_another_number(folder, capsys):

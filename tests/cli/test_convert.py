@@ -99,6 +99,14 @@ def test_says_what_is_assumed(tmp_path, state, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_input_normalisation_stays(tmp_path, state):
+    source, output = tmp_path / "tf_efficientnet_b0_ap.pth", tmp_path / "b.safetensors"
+    checkpoints.save(checkpoints.convert(state, "timm"), source)
+    assert convert(source, output, "--to", "torchvision") == 0
+    variant = EfficientNet.from_checkpoint(output).variant
+    assert (variant.mean, variant.padding) == ((0.5, 0.5, 0.5), "same")
+
+
 def test_moving_average(tmp_path, state):
     average = {key: value + 1 for key, value in state.items()}
     torch.save({"model": state, "model_ema": average}, tmp_path / "a.pth")

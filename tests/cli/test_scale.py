@@ -184,7 +184,8 @@ def test_grid(capsys, tmp_path):
     assert path.read_bytes() == before
     assert "scored by estimate" in text
     assert "Top-1 is an estimate" in text
-    assert len(text.splitlines()) == 5
+    assert "here FLOPs are twice as many" in text
+    assert len(text.splitlines()) == 6
 
 
 def test_grid_with_an_own_scorer(capsys, tmp_path, monkeypatch):
@@ -230,8 +231,11 @@ def test_compare_without_measuring(quick, capsys):
         ["compare", "--macs", "400M"],
         ["compare", "--macs", "400M", "--no-measure"],
         ["grid", "--step", "0.2", "--tolerance", "0.2"],
+        ["table"],
+        ["table", "--phi", "0", "0.5"],
+        ["fit", "--macs", "1G", "--params", "8M", "--latency", "5s"],
     ],
-    ids=["compare", "counts", "grid"],
+    ids=["compare", "counts", "grid", "table", "phi", "fit"],
 )
 def test_figures(argv, suffix, magic, quick, capsys, tmp_path):
     path = tmp_path / f"figure.{suffix}"
@@ -239,7 +243,35 @@ def test_figures(argv, suffix, magic, quick, capsys, tmp_path):
     content = path.read_bytes()
     assert content.startswith(magic)
     if suffix == "svg":
-        assert b"estimate" in content
+        assert {"table": b"parameters", "fit": b"share of the limit"}.get(
+            argv[0], b"estimate"
+        ) in content
+
+
+def test_small_networks_have_no_estimate(quick, capsys, tmp_path):
+    """Below B0 the formula would give what no network has: less than nothing."""
+    argv = ["compare", "--macs", "200M", "--plot", str(tmp_path / "figure.svg")]
+    for measured in ([], ["--no-measure"]):
+        report = run_json([*argv, *measured], capsys)
+        assert {n["top1_estimate"] for n in report["networks"]} == {None}
+        assert all(line.endswith("  -") for line in run(argv, capsys).splitlines()[1:5])
+
+
+def test_files_that_cannot_be_written_are_refused_first(quick, capsys, tmp_path, monkeypatch):
+    folder, path = tmp_path / "figure.svg", tmp_path / "x.svg"
+    folder.mkdir()
+    assert "it is a folder" in refused(["compare", "--plot", str(folder)], capsys)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "no permission to write" in refused(["compare", "--plot", str(path)], capsys)
+    argv = ["fit", "--latency", "1s", "--calibration", str(path)]
+    assert f"--calibration {path}: there is no permission" in refused(argv, capsys)
+    assert quick == []
+
+
+def test_nothing_is_measured_without_a_gpu(quick, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "finds no GPU" in refused(["compare", "--device", "cuda"], capsys)
+    run(["compare", "--device", "cuda", "--no-measure", "--macs", "400M"], capsys)
 
 
 def test_figures_need_matplotlib(capsys, tmp_path, monkeypatch):
@@ -264,11 +296,15 @@ def test_figures_need_matplotlib(capsys, tmp_path, monkeypatch):
         (["fit", "--macs", "1G", "--plan", "lean"], "plan must be one of stock, fused for infe"),
         (["fit", "--macs", "1G", "--max-batch"], "--max-batch needs --memory"),
         (["fit", "--memory", "1GB", "--max-batch"], "--max-batch needs one network"),
+        (
+            ["fit", "--memory", "1GB", "--max-batch", "--model", "b0", "--plot", "x.svg"],
+            "--plot shows networks near the limits",
+        ),
         (["fit", "--memory", "1GB", "--model", "b0"], "--model and --phi belong to --max-batch"),
         (["fit", "--macs", "1G", "--calibration", "x"], "--calibration belongs to --latency"),
         (
             ["fit", "--latency", "1s", "--calibration", "/no/such/folder/x.json"],
-            "/no/such/folder is no folder",
+            "--calibration /no/such/folder/x.json: there is no folder /no/such/folder",
         ),
         (
             ["fit", "--memory", "1MB", "--max-batch", "--model", "b7"],
@@ -280,7 +316,8 @@ def test_figures_need_matplotlib(capsys, tmp_path, monkeypatch):
         (["grid", "--engine", "ray"], "needs the package ray: pip install ray"),
         (["compare", "--plot", "figure.txt"], "the file must end in .svg or .png"),
         (["compare", "--plot", "/no/such/folder/x.svg"], "there is no folder /no/such/folder"),
-        (["compare", "--macs", "10", "--no-measure"], "no network is that small"),
+        (["compare", "--macs", "10", "--no-measure"], "series 'depth': no network is that small"),
+        (["compare", "--training", "--plan", "lean"], "plan 'lean' cannot be measured"),
     ],
 )
 def test_bad_input(argv, message, capsys, monkeypatch):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_fast import EfficientNet, checkpoints
+from effnet_fast import EfficientNet, EfficientNetFeatures, checkpoints
 from effnet_fast.checkpoints import FAMILIES, FAMILY_ENTRY, Checkpoint
-from effnet_fast.models import VARIANTS, EfficientNetFeatures
+from effnet_fast.models import VARIANTS
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.loading import family_variant, published_variant
 from host import serve
@@ -146,34 +146,6 @@ def test_in_chans(tmp_path, tiny, in_chans):
     assert EfficientNet.from_checkpoint(again, variant=TINY).features[0][0].in_channels == in_chans
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_encoder(tmp_path, b0, family):
-    """The size is found and the weights are those of the layers that are built."""
-    path = write(
-        checkpoints.convert(b0, family), tmp_path / "a.safetensors", **{FAMILY_ENTRY: family}
-    )
-    whole = EfficientNet.from_checkpoint(path, in_chans=1)
-    model = EfficientNetFeatures.from_checkpoint(path, in_chans=1, out_indices=(1, 2))
-    assert len(model.features) == 4
-    assert model.variant == whole.variant
-    state = whole.state_dict()
-    assert_same(model.state_dict(), {key: state[key] for key in model.state_dict()})
-    x = torch.randn(1, 1, 48, 48)
-    maps = model.eval()(x)
-    _, expected = whole.eval().forward_intermediates(x, (1, 2))
-    assert all(map(torch.equal, maps, expected))
-
-
-def test_encoder_names_what_differs(tmp_path, tiny, b0):
-    state = {**b0, "features.9.0.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"a\.pth.*features\.9\.0\.weight"):
-        EfficientNetFeatures.from_checkpoint(write(state, tmp_path / "a.pth"), variant="b0")
-    state = {**b0, "features.3.1.block.3.0.weight": torch.zeros(8, 240, 1, 1)}
-    with pytest.raises(ValueError, match=r"b0: .*features\.3\.1\.block\.3\.0\.weight") as caught:
-        EfficientNetFeatures.from_checkpoint(write(state, tmp_path / "b.pth"), out_indices=(0, 2))
-    assert "unexpected" not in str(caught.value), "an encoder lacks those layers by design"
-
-
 def test_options_are_passed_on(tmp_path, tiny):
     path = write(tiny, tmp_path / "a.pth")
     model = EfficientNet.from_checkpoint(path, variant=TINY, dropout=0.7, backend="reference")
@@ -205,6 +177,52 @@ def test_num_classes(tmp_path, tiny):
     path = write(encoder, tmp_path / "b.pth")
     with pytest.raises(ValueError, match=r"b\.pth: no classifier\.1\.weight: give num_classes=0"):
         EfficientNet.from_checkpoint(path, variant=TINY)
+    for name in ("a.pth", "b.pth"):
+        model = EfficientNet.from_checkpoint(tmp_path / name, variant=TINY, num_classes=0)
+        assert_same(model.state_dict(), encoder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["", "dp", "c"])
+def test_what_is_trained_on_stays_of_its_family(tmp_path, tiny, family, wrap):
+    path = write(checkpoints.convert(tiny, family), tmp_path / "efficientnet_b0_ap.pth")
+    model = EfficientNet.from_checkpoint(path, variant=TINY, family=family)
+    copied = copy.deepcopy(model)
+    again = tmp_path / "best.pth"
+    torch.save({"epoch": 1, "state_dict": wrap(copied).state_dict()}, again)
+    for suffix in (".safetensors", ".pt"):
+        checkpoints.save(wrap(copied).state_dict(), again.with_suffix(suffix))
+    for suffix in (".pth", ".safetensors", ".pt"):
+        loaded = EfficientNet.from_checkpoint(again.with_suffix(suffix), variant=TINY)
+        assert loaded.variant == model.variant
+        assert_same(loaded.state_dict(), tiny)
+
+
+def test_encoder(tmp_path, b0):
+    path = write(checkpoints.convert(b0, "timm"), tmp_path / "tf_efficientnet_b0.pth")
+    whole = EfficientNet.from_checkpoint(path).eval()
+    x = torch.randn(1, 3, 64, 96)
+    for out_indices in ((0, 1, 2, 3, 4), (1, 3)):
+        encoder = EfficientNetFeatures.from_checkpoint(path, out_indices=out_indices).eval()
+        assert encoder.variant == whole.variant
+        maps = whole.forward_intermediates(x, list(out_indices), intermediates_only=True)
+        assert all(map(torch.equal, encoder(x), maps))
+        again = write(encoder.state_dict(), tmp_path / "encoder.safetensors")
+        loaded = EfficientNetFeatures.from_checkpoint(again, out_indices=out_indices)
+        assert_same(loaded.state_dict(), encoder.state_dict())
+    with pytest.raises(ValueError, match=r"encoder\.safetensors: .* missing \(features\.6\."):
+        EfficientNetFeatures.from_checkpoint(again)
+    grey = EfficientNetFeatures.from_checkpoint(path, in_chans=1)
+    assert grey.features[0][0].in_channels == 1
+
+
+def test_encoder_of_no_published_size(tmp_path, tiny):
+    path = write(tiny, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: no published size .*Give variant=") as caught:
+        EfficientNetFeatures.from_checkpoint(path)
+    assert "classifier" not in str(caught.value)
+    encoder = EfficientNetFeatures.from_checkpoint(path, variant=TINY)
+    assert_same(encoder.state_dict(), {k: v for k, v in tiny.items() if k in encoder.state_dict()})
 
 
 def test_names_what_differs_from_the_variant(tmp_path, tiny, b0):

@@ -6,6 +6,7 @@ import contextlib
 import time
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,14 +197,27 @@ def test_largest_batch(conditions: Conditions, memory: float) -> None:
     assert peak(batch) <= memory < peak(batch + 1)
 
 
+@pytest.mark.parametrize("memory", [1e15, 3.3e16])
+def test_largest_batch_has_no_ceiling(memory: float) -> None:
+    conditions = Conditions(plan="stock")
+    batch = max_batch(VARIANTS["b0"], memory, conditions)
+    peaks = [replace(conditions, batch=b).memory(VARIANTS["b0"]).peak for b in (batch, batch + 1)]
+    assert peaks[0] <= memory < peaks[1]
+
+
 def test_no_image_fits() -> None:
     with pytest.raises(ValueError, match=r"one image takes \d+ bytes in inference, given were 5"):
         max_batch(VARIANTS["b7"], 5.0)
-    with pytest.raises(ValueError, match="memory must be positive"):
+    with pytest.raises(ValueError, match="memory must be a positive number"):
         max_batch(VARIANTS["b7"], 0.0)
+    with pytest.raises(ValueError, match="memory must be a positive number, got '8GiB'"):
+        max_batch(VARIANTS["b7"], "8GiB")
+    with pytest.raises(ValueError, match="memory must be finite"):
+        max_batch(VARIANTS["b7"], float("inf"))
 
 
 def test_names_of_dtypes_and_devices() -> None:
+    assert Conditions(batch=numpy.int64(4)) == Conditions(batch=4)
     named = Conditions(dtype="bf16", device=torch.device("cuda", 1))
     assert named == Conditions(dtype=torch.bfloat16, device="cuda")
     assert named.plan == "stock"
@@ -218,7 +232,10 @@ def test_names_of_dtypes_and_devices() -> None:
         ({"plan": "lean"}, "plan must be one of stock, fused for inference"),
         ({"plan": "fused", "device": "cuda"}, "in fp32 and bf16, not of cuda in fp32"),
         ({"plan": "fused", "dtype": torch.float16}, "in fp32 and bf16, not of cpu in fp16"),
-        ({"optimizer_tensors": -1}, "optimizer_tensors must be at least 0"),
+        ({"optimizer_tensors": -1}, "optimizer_tensors must be an int of at least 0"),
+        ({"optimizer_tensors": 1.5}, "optimizer_tensors must be an int of at least 0"),
+        ({"batch": True}, "batch must be an int of at least 1"),
+        ({"training": None}, "training must be True or False"),
     ],
 )
 def test_bad_conditions(options: dict[str, object], message: str) -> None:
@@ -243,12 +260,14 @@ def test_latency_of_other_conditions(options: dict[str, object], message: str) -
     ("options", "message"),
     [
         ({}, "at least one of target_flops, .* and target_latency"),
-        ({"target_macs": 0}, "target_macs must be positive"),
-        ({"target_params": float("nan")}, "target_params must be positive"),
+        ({"target_macs": 0}, "target_macs must be a positive number"),
+        ({"target_macs": "1G"}, "target_macs must be a positive number, got '1G'"),
+        ({"target_macs": True}, "target_macs must be a positive number"),
+        ({"target_params": float("nan")}, "target_params must be a positive number"),
         ({"target_macs": 10.0}, "the smallest needs [0-9]+ parameters, [0-9]+ multiply-adds"),
         ({"target_memory": 1e3}, "FLOPs and [0-9]+ bytes of memory; given were target_memory=1000"),
         ({"target_memory": float("inf")}, "beyond phi = 32"),
-        ({"target_latency": -1.0}, "target_latency must be positive"),
+        ({"target_latency": -1.0}, "target_latency must be a positive number"),
         ({"target_macs": 1e30}, "beyond phi = 32"),
         ({"target_macs": 1e9, "scaling": CompoundScaling(1, 1, 1)}, "makes the network larger"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -97,25 +99,44 @@ def test_efficientnet_without_arguments_is_b0() -> None:
         assert torch.equal(ours[name], tensor)
 
 
-@pytest.mark.parametrize("constants", [{"alpha": 0.9}, {"beta": math.nan}, {"gamma": math.inf}])
-def test_bad_constants(constants: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "constants",
+    [{"alpha": 0.9}, {"beta": math.nan}, {"gamma": math.inf}, {"alpha": None}, {"beta": "1.1"}],
+)
+def test_bad_constants(constants: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be a finite number of at least 1"):
         CompoundScaling(**constants)
 
 
 def test_bad_points() -> None:
     scaling = CompoundScaling()
-    with pytest.raises(ValueError, match="phi must be a finite number"):
-        scaling.at(math.nan)
-    with pytest.raises(ValueError, match="base_resolution and multiple"):
-        scaling.at(1, multiple=0)
+    for phi in (math.nan, math.inf, None, "1"):
+        with pytest.raises(ValueError, match="phi must be a finite number"):
+            scaling.at(phi)
+    for far in (-1e6, 1e6):
+        with pytest.raises(ValueError, match="is too far from 0"):
+            scaling.at(far)
+    for name in ("multiple", "base_resolution"):
+        for size in (0, 2.5, True, None):
+            with pytest.raises(ValueError, match=f"{name} must be an int of at least 1"):
+                scaling.at(1, **{name: size})
     with pytest.raises(ValueError, match="phi changes nothing"):
         fit_phi(VARIANTS["b0"], CompoundScaling(1, 1, 1))
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    scaling = CompoundScaling(numpy.float64(1.2), numpy.float32(1.1), 1.15)
+    point = scaling.at(numpy.float64(1.5), multiple=numpy.int64(8))
+    assert point.resolution == scaling.at(1.5).resolution
+    variant = custom_variant(depth=numpy.float32(1), resolution=numpy.int64(96))
+    assert {type(point.resolution), type(variant.resolution)} == {int}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"depth": None}, "depth must be a positive finite number"),
+        ({"stages": [replace(B0_STAGES[0], repeats=0)]}, "repeats of a stage must be at least 1"),
         ({"depth": 0.0}, "depth must be a positive finite number"),
         ({"width": math.inf}, "width must be a positive finite number"),
         ({"resolution": 0}, "resolution must be an int of at least 1"),

@@ -124,7 +124,7 @@ def test_rows_stand_for_all_convolutions() -> None:
 
 @pytest.mark.parametrize("option", ["resolution", "num_classes", "in_chans"])
 def test_bad_sizes(option: str) -> None:
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match=f"{option} must be an int of at least 1"):
         count(VARIANTS["b0"], **{option: 0})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
@@ -140,6 +141,25 @@ def test_line_cut_off_by_a_kill_is_run_again(tmp_path: Path) -> None:
     assert path.read_text() == content
 
 
+def test_file_that_cannot_be_written_is_refused_before_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trials.csv"
+    grid_search(size, scalings=RULES[:1], phi=SMALL, csv=path)
+    opened = Path.open
+
+    def refuse(self: Path, mode: str = "r", *args: object, **options: object) -> object:
+        if mode not in ("r", "rb"):
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    scored = []
+    with pytest.raises(PermissionError):
+        grid_search(scored.append, scorer_name=f"{__name__}:size", scalings=RULES, csv=path)
+    assert scored == []
+
+
 def test_trials_at_another_phi_are_kept_apart(tmp_path: Path) -> None:
     path = tmp_path / "trials.csv"
     grid_search(scalings=RULES, csv=path)
@@ -195,11 +215,26 @@ def test_failed_trial_loses_none_that_ended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"workers": 0}, "workers must be at least 1"), ({"engine": "mpi"}, "one of process, ray")],
+    [
+        ({"workers": 0}, "workers must be an int of at least 1"),
+        ({"workers": 1.5}, "workers must be an int of at least 1"),
+        ({"engine": "mpi"}, "one of process, ray"),
+        ({"phi": math.nan}, "phi must be a finite number"),
+        ({"phi": 1e6}, "phi = 1e\\+06 is too far from 0"),
+        ({"scorer": functools.partial(size)}, "no name .* give scorer_name"),
+    ],
 )
-def test_bad_options(options: dict[str, object], message: str) -> None:
+def test_bad_options(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "trials.csv"
     with pytest.raises(ValueError, match=message):
-        grid_search(scalings=RULES, **options)
+        grid_search(**{"scalings": RULES, "csv": path} | options)
+    assert not path.exists()
+
+
+def test_scorers_without_a_name_are_given_one(tmp_path: Path) -> None:
+    scorer, path = functools.partial(size), tmp_path / "trials.csv"
+    trials = grid_search(scorer, scorer_name="own", scalings=RULES[:1], phi=SMALL, csv=path)
+    assert trials == TrialFile(path, "own").trials
 
 
 @pytest.mark.slow
@@ -210,17 +245,23 @@ def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.Monke
         "def size(network):\n"
         "    with open(os.environ['PROCESSES'], 'a') as file:\n"
         "        file.write(f'{os.getpid()}\\n')\n"
+        "    import torch\n"
+        "    with open(os.environ['THREADS'], 'a') as file:\n"
+        "        file.write(f'{torch.get_num_threads()}\\n')\n"
         "    return float(sum(p.numel() for p in network.parameters()))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("PROCESSES", str(tmp_path / "processes"))
+    monkeypatch.setenv("THREADS", str(tmp_path / "threads"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     scorer = importlib.import_module("own_scorer").size
     path = tmp_path / "trials.csv"
     beside = grid_search(scorer, scalings=RULES, phi=SMALL, workers=2, csv=path)
     processes = (tmp_path / "processes").read_text().split()
     assert len(processes) == len(RULES)
     assert str(os.getpid()) not in processes
+    assert set((tmp_path / "threads").read_text().split()) == {"3"}
     assert beside == grid_search(scorer, scalings=RULES, phi=SMALL)
     assert len(path.read_text().splitlines()) == 1 + len(RULES)
 
@@ -252,6 +293,7 @@ class FakeRay(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("ray")
         self.tasks = 0
+        self.most = 0
 
     def remote(self, function):
         def submit(job):
@@ -261,6 +303,7 @@ class FakeRay(types.ModuleType):
         return types.SimpleNamespace(remote=submit)
 
     def wait(self, references):
+        self.most = max(self.most, len(references))
         return references[-1:], references[:-1]
 
     def get(self, reference):
@@ -275,7 +318,18 @@ def test_ray_runs_the_trials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     grid_search(size, scalings=RULES[:2], phi=SMALL, csv=path)
     found = grid_search(size, scalings=RULES, phi=SMALL, csv=path, engine="ray")
     assert found == grid_search(size, scalings=RULES, phi=SMALL)
-    assert fake.tasks == 3
+    assert fake.tasks == fake.most == 3
+
+
+def test_ray_runs_as_many_as_told_and_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    found = grid_search(size, scalings=RULES, phi=SMALL, engine="ray", workers=2)
+    assert found == grid_search(size, scalings=RULES, phi=SMALL)
+    assert (fake.tasks, fake.most) == (len(RULES), 2)
+    with pytest.raises(RuntimeError, match="no data"):
+        grid_search(fail, scalings=RULES, phi=SMALL, engine="ray", workers=2)
+    assert fake.tasks == len(RULES) + 2
 
 
 def test_ray_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import random
 import statistics
 import time
@@ -73,28 +74,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Conditions:
 
     monkeypatch.setattr(latency, "measure", measure)
     return Conditions(batch=2, plan="fused")
-
-
-def test_solver_against_every_choice_of_free_entries() -> None:
-    draws = numpy.random.default_rng(1)
-    for _ in range(40):
-        matrix, target = draws.standard_normal((8, 4)), draws.standard_normal(8)
-        found = latency.solve_nonnegative(matrix, target)
-        assert found.min() >= 0
-        best = float(target @ target)
-        for size in range(1, 5):
-            for free in itertools.combinations(range(4), size):
-                x = numpy.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
-                if x.min() >= 0:
-                    rest = matrix[:, free] @ x - target
-                    best = min(best, float(rest @ rest))
-        rest = matrix @ found - target
-        assert float(rest @ rest) == pytest.approx(best, rel=1e-9)
-
-
-def test_solver_takes_columns_of_zeros() -> None:
-    found = latency.solve_nonnegative(numpy.array([[0.0, 2.0], [0.0, 2.0]]), numpy.ones(2))
-    assert found.tolist() == pytest.approx([0.0, 0.5])
 
 
 def test_prices_are_found_again() -> None:
@@ -179,6 +158,30 @@ def test_bad_files(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
+        LatencyModel.load(path)
+
+
+@pytest.mark.parametrize("amount", [-1.0, math.nan, math.inf, None, "1", True])
+@pytest.mark.parametrize("key", ["blocks", "median_error"])
+def test_numbers_of_a_file(key: str, amount: object, measured: Conditions, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    calibrate(measured).save(path)
+    content = json.loads(path.read_text())
+    prices = content["prices"]["stock"]
+    (prices if key in prices else prices["seconds"])[key] = amount
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="not a number of at least 0"):
+        LatencyModel.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("prices", {}), ("versions", None), ("threads", "x"), ("threads", None)]
+)
+def test_fields_of_a_file(key: str, value: object, measured: Conditions, tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    calibrate(measured).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match="no latency calibration"):
         LatencyModel.load(path)
 
 

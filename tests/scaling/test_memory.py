@@ -253,9 +253,9 @@ def test_grows_with_phi(key: tuple[str, str], phi: float, step: float, batch: in
     [
         (("inference", "lean"), {}, "no plan 'lean' of mode 'inference'; there are"),
         (("running", "stock"), {}, "no plan 'stock' of mode 'running'"),
-        ((), {"batch": 0}, "batch must be at least 1"),
-        ((), {"optimizer_tensors": -1}, "optimizer_tensors at least 0"),
-        ((), {"num_classes": 0}, "num_classes and in_chans must be at least 1"),
+        ((), {"batch": 0}, "batch must be an int of at least 1"),
+        ((), {"optimizer_tensors": -1}, "optimizer_tensors must be an int of at least 0"),
+        ((), {"num_classes": 0}, "num_classes must be an int of at least 1"),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], options: dict[str, int], message: str) -> None:

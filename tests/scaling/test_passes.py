@@ -137,5 +137,5 @@ def test_fused_plans_move_less() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="no plan 'fast' of mode 'inference'; there are inference"):
         traffic(TINY, "inference", "fast")
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="batch must be an int of at least 1"):
         traffic(TINY, batch=0)

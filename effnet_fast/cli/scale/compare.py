@@ -101,7 +101,7 @@ def _print_report(report: dict[str, Any]) -> None:
                 activations,
                 units.format_bytes(n["memory_peak"]),
                 *(units.format_seconds(n["latency_s"][plan]) for plan in plans),
-                f"{n['top1_estimate']:.1f}%",
+                "-" if n["top1_estimate"] is None else f"{n['top1_estimate']:.1f}%",
             ]
         )
     print(common.format_table(table))

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from effnet_fast.cli import common
-from effnet_fast.cli.scale import options, units
+from effnet_fast.cli.scale import options, plot, units
 from effnet_fast.cli.scale.options import WORDS
-from effnet_fast.models.variants import VARIANTS
-from effnet_fast.scaling import Conditions, LatencyModel, calibrate, count, fit, max_batch
+from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.scaling import (
+    Conditions,
+    Fit,
+    LatencyModel,
+    Point,
+    calibrate,
+    count,
+    fit,
+    max_batch,
+)
 from effnet_fast.scaling.latency import bursts
 
 # Option, its type, name of fit's argument, help.
@@ -23,6 +34,7 @@ LIMITS = (
     ("memory", units.parse_bytes, "peak memory for the batch: 8GiB, 500MB"),
     ("latency", units.parse_seconds, "time for the batch on this machine: 15ms"),
 )
+PLOTTED = 100  # networks for each unit of phi
 NETWORK_LIMITS = tuple(name for name, *_ in LIMITS if name != "memory")
 
 
@@ -52,6 +64,7 @@ def add_parser(subparsers: Any) -> None:
     )
     options.add_rule(parser)
     options.add_conditions(parser)
+    plot.add_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_progress(parser)
     parser.set_defaults(run=run)
@@ -60,6 +73,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the network, or the batch, as a short table or JSON."""
     _check(arguments)
+    plot.check(arguments)
     conditions = options.conditions_of(arguments)
     report = batch_report(arguments, conditions) if arguments.max_batch else None
     report = report or fit_report(arguments, conditions)
@@ -85,6 +99,8 @@ def _check(arguments: argparse.Namespace) -> None:
     elif not limits and arguments.memory is None:
         names = [f"--{name}" for name, *_ in LIMITS]
         raise common.CommandError(f"give at least one limit: {', '.join(names)}")
+    if arguments.max_batch and arguments.plot is not None:
+        raise common.CommandError("--plot shows networks near the limits, not --max-batch")
     if arguments.calibration is not None and arguments.latency is None:
         raise common.CommandError("--calibration belongs to --latency")
 
@@ -102,8 +118,8 @@ def latency_model(arguments: argparse.Namespace, conditions: Conditions) -> Late
                     file=sys.stderr,
                 )
             return model
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path.parent} is no folder to write the calibration to")
+        if path is not None:
+            common.check_writable("--calibration", path)
         with common.progress(arguments, bursts(conditions), "measuring") as bar:
             model = calibrate(conditions, on_burst=lambda name: bar.update())
         if path is not None:
@@ -140,7 +156,37 @@ def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[st
         variant = result.point.variant
         report["latency_s"] = {plan: latency.predict(variant, plan) for plan in latency.prices}
         report["latency_model"] = options.latency_json(latency)
+    if arguments.plot is not None:
+        at = partial(rule.at, multiple=arguments.multiple)
+        plot.shares(arguments.plot, result.point.phi, _shares_near(result, report["limits"], at))
     return report
+
+
+# What a network uses of each limit.
+USED: dict[str, Callable[[Variant, Fit], float]] = {
+    "macs": lambda variant, result: count(variant).macs,
+    "flops": lambda variant, result: count(variant).flops,
+    "params": lambda variant, result: count(variant).parameters,
+    "memory": lambda variant, result: result.conditions.memory(variant).peak,
+    "latency": lambda variant, result: _latency(variant, result),
+}
+
+
+def _latency(variant: Variant, result: Fit) -> float:
+    assert result.latency_model is not None
+    return result.latency_model.predict(variant, result.conditions.plan)
+
+
+def _shares_near(
+    result: Fit, limits: dict[str, float], at: Callable[[float], Point]
+) -> dict[str, list[tuple[float, float]]]:
+    """By limit, phi and the share in use, from two below the network's phi to one above."""
+    phis = [result.point.phi + step / PLOTTED for step in range(-2 * PLOTTED, PLOTTED + 1)]
+    points = [at(phi) for phi in phis]
+    return {
+        name: [(p.phi, USED[name](p.variant, result) / limit) for p in points]
+        for name, limit in limits.items()
+    }
 
 
 def batch_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from effnet_fast.cli import common
 from effnet_fast.cli.scale import plot, units
+from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.scaling import Trial, candidates, grid_search
 from effnet_fast.scaling.accuracy import LABEL, NOTE
 from effnet_fast.scaling.grid import ENGINES, STEP, TOLERANCE, Scorer
@@ -42,7 +43,9 @@ def add_parser(subparsers: Any) -> None:
         "--csv", type=Path, metavar="FILE", help="keep trials here, and do not repeat those in it"
     )
     parser.add_argument(
-        "--workers", type=common.positive_int, default=1, help="trials side by side"
+        "--workers",
+        type=common.positive_int,
+        help="trials side by side (default: 1; over Ray: as many as it takes)",
     )
     parser.add_argument("--engine", choices=ENGINES, default="process", help="ray: over Ray")
     parser.add_argument("--top", type=common.positive_int, default=10, help="rows of the table")
@@ -125,5 +128,6 @@ def _print_report(report: dict[str, Any], top: int) -> None:
         )
     print(common.format_table(table))
     print(f"{len(report['trials'])} trials at phi {report['phi']:g}, scored by {report['scorer']}.")
+    print(WORDS)
     if report["note"]:
         print(report["note"])

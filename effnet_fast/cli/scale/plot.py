@@ -10,7 +10,11 @@ from typing import Any
 from effnet_fast.cli import common
 
 FORMATS = (".svg", ".png")
-LABELS = {"top1_estimate": "ImageNet top-1, estimate (%)", "latency_s": "measured time (ms)"}
+LABELS = {
+    "top1_estimate": "ImageNet top-1, estimate (%)",
+    "memory_peak": "peak memory (MB)",
+    "latency_s": "measured time (ms)",
+}
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +26,14 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuses a --plot that could not be drawn, before anything has been computed.
 
     Raises:
-        CommandError: matplotlib is missing, the format is unknown, or there is no such folder.
+        CommandError: matplotlib is missing, the format is unknown, or the file cannot be written.
     """
     path = arguments.plot
     if path is None:
         return
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise common.CommandError(f"--plot {path}: the file must end in {' or '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise common.CommandError(f"--plot {path}: there is no folder {path.parent}")
+    common.check_writable("--plot", path)
     if importlib.util.find_spec("matplotlib") is None:
         raise common.CommandError(
             '--plot needs matplotlib: pip install "effnet-fast[plot]", or pip install matplotlib'
@@ -38,20 +41,23 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def series(path: Path, report: dict[str, Any]) -> None:
-    """Estimated accuracy, and time where it was measured, over multiply-adds for each series."""
+    """Estimated accuracy, memory and measured time over multiply-adds, where there are such."""
     networks = report["networks"]
     plan = report["conditions"]["plan"]
-    panels: dict[str, Any] = {"top1_estimate": lambda n: n["top1_estimate"]}
+    panels: dict[str, Any] = {}
+    if any(n["top1_estimate"] is not None for n in networks):
+        panels["top1_estimate"] = lambda n: n["top1_estimate"]
+    panels["memory_peak"] = lambda n: n["memory_peak"] / 1e6
     if networks[0]["latency_s"]:
         panels["latency_s"] = lambda n: n["latency_s"][plan] * 1e3
     figure, axes = _figure(len(panels))
     for ax, (name, value) in zip(axes, panels.items(), strict=True):
         for label in dict.fromkeys(n["series"] for n in networks):
-            own = [n for n in networks if n["series"] == label]
+            own = [n for n in networks if n["series"] == label and value(n) is not None]
             ax.plot([n["macs"] / 1e9 for n in own], [value(n) for n in own], "o-", label=label)
         ax.set_xscale("log")
         ax.set_xlabel("multiply-adds (billions)")
-        suffix = f", {plan}" if name == "latency_s" else ""
+        suffix = "" if name == "top1_estimate" else f", {plan}"
         ax.set_ylabel(LABELS[name] + suffix)
         ax.legend()
     _save(figure, path)
@@ -65,6 +71,48 @@ def grid(path: Path, report: dict[str, Any]) -> None:
         ax.plot([t[name] for t in trials], [t["score"] for t in trials], "o", alpha=0.6)
         ax.set_xlabel(name)
         ax.set_ylabel(f"score ({report['scorer']})")
+    _save(figure, path)
+
+
+def table(path: Path, report: dict[str, Any]) -> None:
+    """Multiply-adds and parameters over phi, of the published networks and of the rule's."""
+    networks = sorted(report["networks"], key=lambda n: n["phi"])
+    panels = {
+        "multiply-adds (billions)": lambda n: n["macs"] / 1e9,
+        "parameters (millions)": lambda n: n["params"] / 1e6,
+    }
+    figure, axes = _figure(len(panels))
+    for ax, (label, value) in zip(axes, panels.items(), strict=True):
+        for name, marker, key in (("published", "o", None), ("rule", "x--", "rule")):
+            own = [(n["phi"], n.get(key) if key else n) for n in networks]
+            shown = [(phi, value(n)) for phi, n in own if n is not None]
+            if shown:
+                name = name if key or "rule" in networks[0] else "rule"
+                ax.plot(*zip(*shown, strict=True), marker, label=name)
+        ax.set_yscale("log")
+        ax.set_xlabel("phi")
+        ax.set_ylabel(label)
+        ax.legend()
+    _save(figure, path)
+
+
+def shares(path: Path, found: float, series: dict[str, list[tuple[float, float]]]) -> None:
+    """What networks near the found phi use of each limit.
+
+    Args:
+        path: the file.
+        found: phi of the network within the limits.
+        series: by limit, phi and the share in use.
+    """
+    figure, (ax,) = _figure(1)
+    for name, points in series.items():
+        phis, used = zip(*points, strict=True)
+        ax.plot(phis, [100 * share for share in used], drawstyle="steps-mid", label=name)
+    ax.axhline(100.0, color="black", linewidth=0.8)
+    ax.axvline(found, color="black", linewidth=0.8, linestyle=":", label=f"phi = {found:.3f}")
+    ax.set_xlabel("phi")
+    ax.set_ylabel("share of the limit (%)")
+    ax.legend()
     _save(figure, path)
 
 

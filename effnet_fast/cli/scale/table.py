@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from effnet_fast.cli import common
-from effnet_fast.cli.scale import options, units
+from effnet_fast.cli.scale import options, plot, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.models.variants import Variant
 from effnet_fast.scaling import CompoundScaling, Conditions, count, count_memory, published, traffic
@@ -32,12 +32,14 @@ def add_parser(subparsers: Any) -> None:
     options.add_rule(parser)
     parser.add_argument("--batch", type=common.positive_int, default=1, help="images per call")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    plot.add_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints two tables, or everything as JSON."""
+    plot.check(arguments)
     rule = options.rule_of(arguments)
     with common.bad_input(ValueError, OverflowError):
         if arguments.phi:
@@ -55,6 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
             network_report(name, point, variant, conditions) for name, point, variant in networks
         ],
     }
+    if arguments.plot:
+        plot.table(arguments.plot, report)
     if arguments.json:
         common.print_json(report)
     else:

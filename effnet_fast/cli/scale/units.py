@@ -53,7 +53,8 @@ def format_count(amount: float) -> str:
 
 def format_bytes(amount: float) -> str:
     """Three digits and a power of 1000: 88.3 MB."""
-    return _format(amount, [(f, f" {prefix}B") for prefix, f in COUNTS.items()])
+    # The sign of 1000 is a small letter in the SI.
+    return _format(amount, [(f, f" {p.replace('K', 'k')}B") for p, f in COUNTS.items()])
 
 
 def format_seconds(amount: float) -> str:
@@ -62,13 +63,17 @@ def format_seconds(amount: float) -> str:
 
 
 def _format(amount: float, units: list[tuple[float, str]]) -> str:
-    factor, unit = max((u for u in units if abs(amount) >= u[0]), default=units[0])
+    # What rounds to 1000 of a unit is 1 of the next.
+    factor, unit = max((u for u in units if abs(amount) >= 0.9995 * u[0]), default=units[0])
     return f"{_digits(amount / factor)}{unit}"
 
 
 def _digits(value: float) -> str:
-    """Three significant digits without an exponent."""
+    """Three significant digits, without an exponent up to a million."""
     if value == 0:
         return "0"
-    places = 2 - math.floor(math.log10(abs(value)))
-    return f"{round(value, places):.{max(0, places)}f}"
+    rounded = float(f"{value:.3g}")
+    if abs(rounded) >= 1e6:
+        return f"{rounded:.3g}"
+    places = 2 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:.{max(0, places)}f}"
