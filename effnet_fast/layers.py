@@ -232,7 +232,6 @@ class MBConvConfig:
                 f"{self.input_channels}, out_channels={self.out_channels}, "
                 f"expand_ratio={self.expand_ratio}"
             )
-
         check_padding(self.padding)
 
     @property

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Zeros before and after `size` values, all in pixels.
 
-    No branch depends on `size`, so the result may be a symbol when a graph is captured.
+    `size` may be a symbol: no branch depends on it, and a convolution's size of output, size plus
+    padding, cancels to ceil(size / stride), about which torch.export can reason.
     """
-    total = kernel - stride + -size % stride
+    total = (size - 1) // stride * stride + kernel - size
     if kernel < stride:
         total = max(total, 0)
     return total // 2, total - total // 2

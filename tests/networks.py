@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 CALIBRATION_IMAGES = 8
 ALIKE = 1e-3  # relative rms; float32 errs by 1e-5 in these networks
 PUBLISHED = tuple(name for name in VARIANTS if name not in ("b8", "l2"))  # torchvision's
-# Ten blocks of every kind (with and without expansion, residual, stride) in a few milliseconds.
 PARAMETERS = {
     "b0": 5_288_548,
     "b1": 7_794_184,
@@ -41,6 +40,7 @@ PARAMETERS = {
     "b6": 43_040_704,
     "b7": 66_347_960,
 }
+# Ten blocks of every kind (with and without expansion, residual, stride) in a few milliseconds.
 TINY = replace(VARIANTS["b0"], name="tiny", width=0.25, depth=0.5, resolution=48)
 # Four blocks, for what takes long per operator: compilers.
 MINI = replace(TINY, name="mini", depth=1.0, resolution=32, baseline=B0_STAGES[:3])

@@ -9,7 +9,7 @@ from torch import nn
 
 from effnet_fast import weights as published_weights
 from effnet_fast.models import pretrained
-from effnet_fast.models.efficientnet import ALL_MAPS, EfficientNet, EfficientNetFeatures
+from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
 from effnet_fast.weights import WeightsEnum
@@ -54,7 +54,7 @@ class EntryPoint(Protocol):
         in_chans: int = 3,
         global_pool: str = "avg",
         features_only: Literal[False] = False,
-        out_indices: OutIndices = ALL_MAPS,
+        out_indices: OutIndices | None = None,
         backend: str = "auto",
         memory: str = "fast",
     ) -> EfficientNet: ...
@@ -72,7 +72,7 @@ class EntryPoint(Protocol):
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
         global_pool: str = "avg",
-        out_indices: OutIndices = ALL_MAPS,
+        out_indices: OutIndices | None = None,
         backend: str = "auto",
         memory: str = "fast",
     ) -> EfficientNetFeatures: ...
@@ -93,7 +93,7 @@ def _entry_point(name: str) -> EntryPoint:
         in_chans: int = 3,
         global_pool: str = "avg",
         features_only: bool = False,
-        out_indices: OutIndices = ALL_MAPS,
+        out_indices: OutIndices | None = None,
         backend: str = "auto",
         memory: str = "fast",
     ) -> Any:

@@ -22,15 +22,13 @@ from effnet_fast.models.backbone import (
     find_variant,
     init_parameters,
 )
-from effnet_fast.models.feature_info import OutIndices, take_indices
+from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, take_indices
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.loading import load_network
 from effnet_fast.models.variants import Variant
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-ALL_MAPS = (0, 1, 2, 3, 4)
 
 
 class EfficientNet(Backbone):
@@ -276,8 +274,9 @@ class EfficientNetFeatures(Backbone):
     out what belongs to those layers and the classifier.
 
     Args:
-        out_indices: which of the five maps: places, counted from the end if negative, or an int for
-            the last n. They come out in the order of the network.
+        out_indices: which of the five maps (`stages` of one's own may give fewer): places, counted
+            from the end if negative, an int for the last n, or None for all. They come out in the
+            order of the network.
         variant, stochastic_depth_prob, norm_layer, in_chans, backend, memory: as in `EfficientNet`.
 
     Attributes:
@@ -295,13 +294,16 @@ class EfficientNetFeatures(Backbone):
         self,
         variant: Variant | str,
         *,
-        out_indices: OutIndices = ALL_MAPS,
+        out_indices: OutIndices | None = None,
         stochastic_depth_prob: float = 0.2,
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
         backend: str = "auto",
         memory: str = "fast",
     ) -> None:
+        variant = find_variant(variant)
+        if out_indices is None:
+            out_indices = FeatureInfo(describe(variant)).out_indices
         super().__init__(
             variant,
             stochastic_depth_prob=stochastic_depth_prob,
@@ -362,10 +364,9 @@ class EfficientNetFeatures(Backbone):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        unbuilt = range(len(self.features), self._count_stages() + 2)
-        beyond = tuple(
-            f"{prefix}{name}." for name in ("classifier", *(f"features.{i}" for i in unbuilt))
-        )
+        stages = range(len(self.features), self._count_stages() + 2)
+        names = ["classifier", *(f"features.{stage}" for stage in stages)]
+        beyond = tuple(f"{prefix}{name}." for name in names if name not in self._modules)
         for key in [key for key in state_dict if key.startswith(beyond)]:
             del state_dict[key]  # of the copy that load_state_dict makes
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

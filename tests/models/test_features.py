@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,14 @@ def test_later_layers_are_not_built(out_indices: object, built: int) -> None:
     assert [64 // m.shape[2] for m in maps] == model.feature_info.reduction()
 
 
+@pytest.mark.parametrize("stages", [1, 3])
+def test_all_maps_of_a_network_with_fewer(stages: int) -> None:
+    model = EfficientNetFeatures(replace(TINY, baseline=TINY.baseline[:stages])).eval()
+    assert len(model.features) == stages + 1
+    maps = model(random_images(1, 32))
+    assert [32 // m.shape[2] for m in maps] == model.feature_info.reduction() == [2, 4, 8][:stages]
+
+
 def test_order_of_indices_does_not_matter() -> None:
     """Maps and their description go from fine to coarse, whichever the order asked for."""
     model = encoder(out_indices=(3, 1))
@@ -155,6 +164,16 @@ class TestStateDict:
         del state["features.0.0.weight"]
         with pytest.raises(RuntimeError, match=r"Missing key.*features\.0\.0\.weight"):
             EfficientNetFeatures(TINY).load_state_dict(state)
+
+    def test_of_a_subclass_with_a_classifier_of_its_own(self) -> None:
+        class Dense(EfficientNetFeatures):
+            def __init__(self) -> None:
+                super().__init__(TINY, out_indices=(0,))
+                self.classifier = nn.Conv2d(8, 2, 1)
+
+        model, other = Dense(), Dense()
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model.classifier.weight, other.classifier.weight)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
