@@ -105,9 +105,9 @@ class Pace:
 
 # By whether the run is to be quick, and whether contestants are engines.
 PACES = {
-    (False, False): Pace(5, 0.05, 0.1),
+    (False, False): Pace(12, 0.03, 0.07),
     (False, True): Pace(5, 0.2, 0.4),
-    (True, False): Pace(3, 0.05, 0.1),
+    (True, False): Pace(8, 0.02, 0.04),
     (True, True): Pace(3, 0.2, 0.4),
 }
 
