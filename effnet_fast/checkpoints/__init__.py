@@ -8,6 +8,7 @@ What belongs to a family beside names (padding, BN constants, input normalisatio
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,15 +179,37 @@ def _find_family(
 def load_into(model: nn.Module, path: str | os.PathLike[str], format: str = "auto") -> None:
     """Loads a file into `model`, in place: all of it or, when anything differs, nothing.
 
+    Warns where the file's family pads or normalises otherwise than the model does: the logits are
+    not its family's then. `EfficientNet.from_checkpoint` builds the network that goes with a file.
+
     Raises:
         what `load` and `check` raise, with the path.
     """
-    state = load(path, format)
+    check_family(format, FORMATS, "format")
+    checkpoint = open_checkpoint(path, format, names_too=True)
     try:
-        check(model, state)
+        check(model, checkpoint.state)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(checkpoint.state, strict=True)
+    if difference := _difference(model, FAMILIES[checkpoint.family]):
+        warnings.warn(
+            f"{os.fspath(path)}: networks of {checkpoint.family} have {difference}: logits will "
+            "not be theirs. EfficientNet.from_checkpoint builds the network that goes with a file",
+            stacklevel=2,
+        )
+
+
+def _difference(model: nn.Module, family: Family) -> str:
+    """What the family's networks compute with, where the model's variant has something else."""
+    expected = {"padding": family.padding, "bn_eps": family.bn_eps}
+    variant = getattr(model, "variant", None)
+    found = {name: getattr(variant, name, None) for name in expected}
+    return ", ".join(
+        f"{name}={value!r} and this model {found[name]!r}"
+        for name, value in expected.items()
+        if None not in (value, found[name]) and value != found[name]
+    )
 
 
 def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:

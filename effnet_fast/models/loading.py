@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from effnet_fast import checkpoints
@@ -75,10 +75,11 @@ def load_network(
     return model
 
 
-def drop_other_layers(model: nn.Module, state: dict[str, Tensor]) -> None:
+def drop_other_layers(model: Backbone, state: dict[str, Tensor]) -> None:
     """Takes the classifier, head and last stages out of `state` as far as `model` lacks them."""
-    own = {_part(key) for key in model.state_dict()}
-    for key in [key for key in state if _part(key) not in {*own, None}]:
+    whole = {f"features.{i}" for i in range(len(model.variant.stages) + 2)} | {"classifier"}
+    lacking = whole - {_part(key) for key in model.state_dict()}
+    for key in [key for key in state if _part(key) in lacking]:
         del state[key]
 
 
@@ -149,7 +150,7 @@ def published_variant(state: Mapping[str, Tensor]) -> Variant | None:
 
 
 def _find_variant(
-    build: Callable[..., nn.Module],
+    build: Callable[..., Backbone],
     state: dict[str, Tensor],
     given: Variant | str | None,
     classifies: bool,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from effnet_fast import checkpoints
+from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.loading import drop_other_layers
 from effnet_fast.weights import WeightsEnum, get_model_weights
@@ -40,7 +39,7 @@ def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None
     return published
 
 
-def put(model: nn.Module, published: WeightsEnum, in_chans: int, progress: bool) -> None:
+def put(model: Backbone, published: WeightsEnum, in_chans: int, progress: bool) -> None:
     """Loads published weights into `model`: all of them or, when one does not fit, none.
 
     The stem is adapted to `in_chans` by `adapt_input_channels`. A model without the classifier,

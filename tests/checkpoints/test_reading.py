@@ -4,6 +4,7 @@ import argparse
 import functools
 import pathlib
 import pickle
+import warnings
 
 import numpy
 import pytest
@@ -324,6 +325,19 @@ def test_load_into_copies_everything(tmp_path, state):
     model = Small()
     checkpoints.load_into(model, save(state, tmp_path / "a.pth"))
     assert_same(model.state_dict(), state)
+
+
+def test_load_into_warns_of_another_family(tmp_path):
+    """The names fit, the numbers would not: SAME padding and another eps."""
+    model = EfficientNet(TINY, num_classes=CLASSES)
+    path = save(checkpoints.convert(tiny_state(), "lukemelas"), tmp_path / "a.pth")
+    differences = r"padding='same' and this model 'symmetric', bn_eps=0.001 and this model 1e-05"
+    with pytest.warns(UserWarning, match=f"networks of lukemelas have {differences}"):
+        checkpoints.load_into(model, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoints.load_into(EfficientNet.from_checkpoint(path, variant=TINY), path)
+        checkpoints.load_into(model, save(tiny_state(), tmp_path / "b.pth"))
 
 
 def test_load_into_casts_floats(tmp_path, state):

@@ -263,6 +263,12 @@ def test_names_the_one_tensor_that_differs(tmp_path, b0, key, value, message):
         EfficientNet.from_checkpoint(write(state, tmp_path / "a.pth"))
 
 
+def test_an_encoder_refuses_what_no_network_of_its_size_has(tmp_path, b0):
+    path = write({**b0, "features.9.0.weight": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"1 unexpected \(features\.9\.0\.weight\)"):
+        EfficientNetFeatures.from_checkpoint(path, variant="b0")
+
+
 def test_variants_of_ones_own(tmp_path, tiny):
     path = write(checkpoints.convert(tiny, "lukemelas"), tmp_path / "a.safetensors")
     model = EfficientNet.from_checkpoint(path, variant=replace(TINY, bn_eps=1.0))
