@@ -111,6 +111,10 @@ def growth_figure(rows: Sequence[Row]) -> Figure | None:
         points = sorted({(growth.position(row), row.floor_ms or 0.0) for row in own})
         panel.plot(*zip(*points, strict=True), color="black", linewidth=0.8, label="floor")
         panel.set(xscale="log", yscale="log", xlabel="2^phi" if name == "phi" else name)
+        ticks = [x for x, _ in points]
+        panel.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
+        panel.minorticks_off()
+        panel.tick_params(labelsize=7)
         panel.set_ylabel("ms")
         panel.legend(fontsize=7)
     return figure
