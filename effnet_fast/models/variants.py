@@ -8,6 +8,7 @@ and L2 as TensorFlow has them (a centre crop that leaves a border of 32 pixels).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ class Variant:
     def __post_init__(self) -> None:
         check_padding(self.padding)
 
-    @property
+    @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The baseline's stages with widths and repeats scaled."""
         return tuple(

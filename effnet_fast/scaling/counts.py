@@ -6,6 +6,7 @@ the number of MAC "FLOPs"; here FLOPs are twice the MAC, as everywhere else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -236,7 +237,7 @@ def groups(
     *,
     num_classes: int = 1000,
     in_chans: int = 3,
-) -> Iterator[Group]:
+) -> tuple[Group, ...]:
     """The rows of `convolutions` gathered into blocks, with the sizes of their tensors.
 
     Args:
@@ -245,6 +246,15 @@ def groups(
     Raises:
         ValueError: as `convolutions`.
     """
+    return _groups(variant, resolution, num_classes, in_chans)
+
+
+# One network is counted in several modes and plans, one after the other.
+@functools.lru_cache(maxsize=8)
+def _groups(
+    variant: Variant, resolution: int | None, num_classes: int, in_chans: int
+) -> tuple[Group, ...]:
+    found = []
     x = in_chans * (variant.resolution if resolution is None else resolution) ** 2
     convs: dict[str, ConvShape] = {}
     for conv in convolutions(variant, resolution, num_classes=num_classes, in_chans=in_chans):
@@ -261,5 +271,6 @@ def groups(
             sizes["e"] = convs["expand"].activations if "expand" in convs else x
             sizes["d"] = depthwise.activations
             residual = depthwise.stride == 1 and first.in_channels == last.out_channels
-        yield Group(conv.stage, kind, conv.repeats, convs, sizes, residual)
+        found.append(Group(conv.stage, kind, conv.repeats, convs, sizes, residual))
         x, convs = y, {}
+    return tuple(found)

@@ -82,7 +82,7 @@ def count_memory(
     batch = whole("batch", batch)
     optimizer_tensors = whole("optimizer_tensors", optimizer_tensors, 0)
     chosen = PLANS[mode, plan]
-    rows = list(groups(variant, resolution, num_classes=num_classes, in_chans=in_chans))
+    rows = groups(variant, resolution, num_classes=num_classes, in_chans=in_chans)
     sized = [(g, _sizes(g, batch, dtype, device)) for g in rows]
     trained = sum(g.repeats * g.parameters for g in rows) * dtype.itemsize
     parameters = trained + _statistics(rows, dtype)
