@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from benchmarks import limits, records
 from benchmarks.contest import CLOCK, Contest, Outcome, Standing, hold
+from benchmarks.params import require
 
 Key = tuple[Any, ...]  # which contest a test belongs to
 CONTESTANT = "contestant"  # the parameter of a test that is not part of its contest
@@ -61,8 +61,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where a contest takes place."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+    require(request.param)
     return request.param
 
 
@@ -150,6 +149,7 @@ def enter(benchmark: Any, arena: Arena, request: pytest.FixtureRequest) -> Calla
         names = _selected(request.session)[key]
         outcome = arena.outcome(key, lambda: build(*arguments), names)
         if contestant in outcome.absent:
+            # The reason is the contestant's own: not installed, say, or no such dtype.
             pytest.skip(outcome.absent[contestant])
         standing = outcome.standings[contestant]
         benchmark.group = outcome.contest.name

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks import work
 from benchmarks.contest import OURS, Contest, UnavailableError
+from benchmarks.params import require
 from benchmarks.peers import PEERS, Peer, Runner, Setup, network_step
 from effnet_fast.cli.bench import calibrate, random_images
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
@@ -106,8 +107,7 @@ def contest(
         what: name in the results.
         names: contestants; None means all that can take part.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+    require(device)
     setup = _setup(case, mode, dtype, device)
     peers = [p for p in PEERS if _takes_part(p, mode, device, dtype)]
     expected = functools.cache(lambda: expect(setup))

@@ -6,8 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
 
 DTYPES = ("fp32", pytest.param("bf16", marks=pytest.mark.full))
+
+
+def require(device: str) -> None:
+    """Skips a test for a device that this machine lacks: the mark gpu selects tests alone."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
 
 
 def quick_if(names: Iterable[str], cases: Iterable[Any], key: str = "name") -> list[Any]:

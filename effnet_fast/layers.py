@@ -110,6 +110,7 @@ class Conv2dNormActivation(nn.Sequential):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.forward_stock(x)
         return fusion.run(self, x)
@@ -318,6 +319,7 @@ class MBConv(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.forward_stock(x)
         if self.grad_checkpointing and recompute.applies(x):

@@ -55,6 +55,7 @@ def save(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     tensors = OrderedDict((key, _own(value)) for key, value in state.items())
     if hasattr(state, "_metadata"):  # versions of modules, and whose the network is
+        # The attribute that nn.Module.state_dict sets on its dict; no type declares it.
         tensors._metadata = state._metadata  # type: ignore[attr-defined]
     metadata = {"format": "pt", **remembered(state), **(metadata or {})}
     if not target.parent.is_dir():

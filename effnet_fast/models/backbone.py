@@ -37,6 +37,7 @@ def to_channels_last(x: Tensor) -> Tensor:
     """Images [N,C,H,W] without gaps in channels_last; anything else as it is."""
     if x.dim() != 4 or not x.is_contiguous():
         return x
+    # torch.jit exports is_scripting implicitly, which mypy does not accept.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return x.contiguous(memory_format=torch.channels_last)
     if backends.in_transform():  # vmap has no channels_last

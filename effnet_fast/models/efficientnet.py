@@ -159,6 +159,7 @@ class EfficientNet(Backbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
         x = self._prepared(x)
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             return self.features(x)
         with self._execution():
@@ -177,6 +178,7 @@ class EfficientNet(Backbone):
         x = self.avgpool(x)
         if self.global_pool != "":
             x = torch.flatten(x, 1)
+        # As in forward_features; TorchScript can follow no list of modules.
         if not torch.jit.is_scripting() and pre_logits:  # type: ignore[attr-defined]
             return self._before_last(x)
         return self.classifier(x)
@@ -349,6 +351,7 @@ class EfficientNetFeatures(Backbone):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self._prepared(x)
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             return self._maps(x)
         with self._execution():

@@ -203,7 +203,7 @@ def _run(
                 score = result()
                 if not math.isfinite(score):
                     raise ValueError(f"its score is {score}, which is no finite number")
-            except Exception as error:
+            except Exception as error:  # of the scorer, which is the user's
                 stop.set()
                 failure = failure or (job.scaling, error)
             else:
