@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +15,42 @@ from .. import backends
 _LIBRARY = torch.library.Library("effnet_fast", "DEF")
 
 
+# Where the launchers of the other backends are: one module per file of this folder, in it one
+# function per registered op, with the op's name and arguments.
+_LAUNCHERS = {
+    "cuda": "effnet_fast.ops.cuda",
+    "simt": "effnet_fast.ops.cuda",
+    "triton": "effnet_fast.triton_kernels",
+}
+
+
+@functools.cache
+def _launcher(backend: str, file: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"{_LAUNCHERS[backend]}.{file}"), name)
+
+
 def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers `effnet_fast::<schema>` with its CPU kernel and its fake; returns the op."""
+    """Registers `effnet_fast::<schema>` with its CPU kernel and its fake; returns the op.
+
+    The schema's last argument is the resolved backend; those other than "cpu" are served by the
+    function of the op's name in the module of the same file name under `_LAUNCHERS`. An op without
+    that argument has its CPU kernel alone.
+    """
     name = schema.split("(")[0]
+    file = cpu.__module__.rpartition(".")[2]
+
+    def run(*args: Any) -> Any:
+        backend = args[-1]
+        if backend.startswith("cpu"):
+            return cpu(*args)
+        return _launcher(backend, file, name)(*args)
+
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cpu, "CPU")
+    if "str backend)" in schema:
+        _LIBRARY.impl(name, run, "CPU")
+        _LIBRARY.impl(name, run, "CUDA")
+    else:
+        _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"effnet_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.effnet_fast, name).default
 

@@ -59,7 +59,7 @@ def update_running_statistics(
         return
     correction = count / (count - 1) if count > 1 else 1.0
     with torch.no_grad():
-        if all(
+        if mean.device.type == "cpu" and all(
             v.dtype is torch.float32 and v.is_contiguous() and v.device == mean.device
             for v in (running_mean, running_var)
         ):
