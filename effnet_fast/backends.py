@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import _native
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
-OPS = ("dwconv_bn_silu", "pointwise_bn_act", "squeeze_excite")
+OPS = ("dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 _current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
