@@ -1,0 +1,221 @@
+// The passes of MBConv in training, as Python calls them. A norm is the address of fp32 [5,C], rows
+// scale, shift, mean, rstd, var; sums [2,C] are sum du and sum du * zh; 0 stands for an absent
+// tensor. See effnet_fast/reference/mbconv_passes.py.
+#pragma once
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "binding_parts.h"
+#include "common/mbconv_split.h"
+#include "cpu/mbconv_args.h"
+#include "instruction_sets.h"
+
+namespace effnet {
+namespace {
+
+// Memory for partial sums that stays with the thread, as that of `workspace` does.
+float* partials(int64_t floats) {
+  struct Buffer {
+    float* data = nullptr;
+    int64_t floats = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (floats > buffer.floats) {
+    std::free(buffer.data);
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    buffer.floats = buffer.data ? floats : 0;
+    if (!buffer.data) throw std::bad_alloc();
+  }
+  return buffer.data;
+}
+
+NormVectors norm_vectors(Address norm, int64_t c) {
+  if (!norm) return {nullptr, nullptr, nullptr, nullptr};
+  const float* rows = at<float>(norm);
+  return {rows, rows + c, rows + 2 * c, rows + 3 * c};
+}
+
+// BatchNorm as given by weight, bias, mean and variance [C]; without the latter two it normalises
+// by the batch.
+using BatchNorm = std::array<Address, 4>;
+
+// Completes norm [5,C], whose rows mean and var are there.
+void complete_norm(float* norm, int64_t c, const BatchNorm& bn, double eps) {
+  const float *weight = at<float>(bn[0]), *bias = at<float>(bn[1]),
+              epsilon = static_cast<float>(eps);
+  float *scale = norm, *shift = norm + c, *mean = norm + 2 * c, *rstd = norm + 3 * c;
+  const float* var = norm + 4 * c;
+  for (int64_t i = 0; i < c; i++) rstd[i] = 1.0f / std::sqrt(var[i] + epsilon);
+  for (int64_t i = 0; i < c; i++) scale[i] = (weight ? weight[i] : 1.0f) * rstd[i];
+  for (int64_t i = 0; i < c; i++) shift[i] = (bias ? bias[i] : 0.0f) - mean[i] * scale[i];
+}
+
+// The norm of z from the moments of its tasks, `chunks` parts of each image's `rows` rows, or from
+// the mean and variance given.
+void make_norm(const Kernels& kernels, float* norm, const float* partial, int64_t n, int64_t chunks,
+               int64_t c, int64_t rows, int64_t columns, const BatchNorm& bn, double eps,
+               int threads) {
+  float *mean = norm + 2 * c, *var = norm + 4 * c;
+  if (bn[2]) {
+    std::copy(at<float>(bn[2]), at<float>(bn[2]) + c, mean);
+    std::copy(at<float>(bn[3]), at<float>(bn[3]) + c, var);
+  } else {
+    FoldChanArgs fold = {partial, n, chunks, c, rows, columns, mean, var, threads};
+    launch(kernels.fold_chan, fold);
+  }
+  complete_norm(norm, c, bn, eps);
+}
+
+// dz = scale * du + (z - mean) * slope + offset, from norm and sums over `count` values a channel.
+struct GradParts {
+  std::vector<float> values;
+  GradVectors vectors;
+  GradParts(Address norm, Address sums, int64_t c, int64_t count) : values(2 * c) {
+    const NormVectors v = norm_vectors(norm, c);
+    const float *bias = at<float>(sums), *weight = bias + c;
+    const float share = 1.0f / static_cast<float>(count);
+    for (int64_t i = 0; sums && i < c; i++) {
+      values[i] = -v.scale[i] * v.rstd[i] * (weight[i] * share);
+      values[c + i] = -v.scale[i] * (bias[i] * share);
+    }
+    vectors = {v.scale, v.mean, values.data(), values.data() + c};
+  }
+};
+
+// (n, hw, c, out)
+using ProductShape = std::array<int64_t, 4>;
+
+void check_product(const ProductShape& s) {
+  for (int64_t size : s) require(size > 0, "mbconv: every size must be positive");
+}
+
+void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is_bf16,
+                      bool weight_bf16, Address x, Address x_norm, Address gate, Address weight,
+                      const BatchNorm& bn, double eps, Address z, Address norm, int threads) {
+  check_product(shape);
+  const auto [n, hw, c, out] = shape;
+  const Kernels& kernels = kernels_for(isa);
+  const int64_t parts = host::pointwise_parts(hw);
+  float* partial = bn[2] ? nullptr : partials(n * parts * 3 * out);
+  PointwiseForwardArgs args = {n,
+                               hw,
+                               c,
+                               out,
+                               dtype_of(is_bf16),
+                               dtype_of(weight_bf16),
+                               at(x),
+                               norm_vectors(x_norm, c),
+                               at<float>(gate),
+                               at(weight),
+                               at(z),
+                               partial,
+                               workspace,
+                               thread_count(threads)};
+  launch(kernels.mbconv->pointwise_forward, args);
+  make_norm(kernels, at<float>(norm), partial, n, parts, out, hw, 1, bn, eps, threads);
+}
+
+void fold_sums(const Kernels& kernels, const float* partial, int64_t outer, int64_t parts,
+               int64_t c, float* out, int threads) {
+  FoldArgs fold = {partial, outer, parts, c, 1.0f, out, threads};
+  launch(kernels.fold_sum, fold);
+}
+
+// sums [3,N,C]; e or grad_weight may be 0: not wanted.
+void mbconv_project_backward(const std::string& isa, const ProductShape& shape, bool is_bf16,
+                             bool weight_bf16, Address grad_y, Address row_scale, Address z3,
+                             Address norm3, Address sums3, Address weight, Address z2,
+                             Address norm2, Address gate, Address e, Address sums,
+                             Address grad_weight, int threads) {
+  check_product(shape);
+  const auto [n, hw, c, out] = shape;
+  const Kernels& kernels = kernels_for(isa);
+  const int64_t floats = kernels.mbconv->padded(out) * kernels.mbconv->padded(c);
+  const host::WeightSplit split(n, hw, floats);
+  const GradParts grad(norm3, sums3, out, n * hw);
+  const int64_t sum_floats = e ? n * split.parts * 3 * c : 0;
+  float* const partial = partials(sum_floats + (grad_weight ? split.tasks() * floats : 0));
+  float* const weight_partial = grad_weight ? partial + sum_floats : nullptr;
+  ProjectBackwardArgs args = {n,
+                              hw,
+                              c,
+                              out,
+                              dtype_of(is_bf16),
+                              dtype_of(weight_bf16),
+                              at(grad_y),
+                              at(z3),
+                              at<float>(row_scale),
+                              grad.vectors,
+                              at(weight),
+                              at(z2),
+                              norm_vectors(norm2, c),
+                              at<float>(gate),
+                              at(e),
+                              partial,
+                              weight_partial,
+                              workspace,
+                              thread_count(threads)};
+  launch(kernels.mbconv->project_backward, args);
+  for (int64_t i = 0; e && i < n; i++)  // [n,parts,3,C] -> [3,n,C]
+    for (int64_t row = 0; row < 3; row++) {
+      float* to = at<float>(sums) + (row * n + i) * c;
+      const float* from = partial + (i * split.parts * 3 + row) * c;
+      std::copy(from, from + c, to);
+      for (int64_t part = 1; part < split.parts; part++)
+        for (int64_t j = 0; j < c; j++) to[j] += from[part * 3 * c + j];
+    }
+  if (!grad_weight) return;
+  FoldWeightArgs fold = {weight_partial, split.tasks(),          out,    c,
+                         false,          at<float>(grad_weight), threads};
+  launch(kernels.mbconv->fold_weight, fold);
+}
+
+// grad_x or grad_weight may be 0: not wanted. shape: (n, hw, channels of x, channels of z1).
+void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, bool is_bf16,
+                            bool weight_bf16, Address f, Address z1, Address norm1, Address sums1,
+                            Address weight, Address x, Address residual, Address grad_x,
+                            Address grad_weight, int threads) {
+  check_product(shape);
+  const auto [n, hw, c, out] = shape;
+  const Kernels& kernels = kernels_for(isa);
+  const int64_t floats = kernels.mbconv->padded(out) * kernels.mbconv->padded(c);
+  const host::WeightSplit split(n, hw, floats);
+  const GradParts grad(norm1, sums1, out, n * hw);
+  float* const partial = grad_weight ? partials(split.tasks() * floats) : nullptr;
+  ExpandBackwardArgs args = {n,
+                             hw,
+                             c,
+                             out,
+                             dtype_of(is_bf16),
+                             dtype_of(weight_bf16),
+                             at(f),
+                             at(z1),
+                             grad.vectors,
+                             at(weight),
+                             at(x),
+                             at(residual),
+                             at(grad_x),
+                             partial,
+                             workspace,
+                             thread_count(threads)};
+  launch(kernels.mbconv->expand_backward, args);
+  if (!grad_weight) return;
+  FoldWeightArgs fold = {partial, split.tasks(), c, out, true, at<float>(grad_weight), threads};
+  launch(kernels.mbconv->fold_weight, fold);
+}
+
+void bind_mbconv(py::module_& m) {
+  m.def("mbconv_pointwise", &mbconv_pointwise);
+  m.def("mbconv_project_backward", &mbconv_project_backward);
+  m.def("mbconv_expand_backward", &mbconv_expand_backward);
+}
+
+}  // namespace
+}  // namespace effnet
