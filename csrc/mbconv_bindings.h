@@ -211,7 +211,80 @@ void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, b
   launch(kernels.mbconv->fold_weight, fold);
 }
 
+// (n, c, h, w, oh, ow, k, stride, pad_left, pad_top)
+using FilterShape = std::array<int64_t, 10>;
+
+DwconvShape filter_shape(const FilterShape& s) {
+  const DwconvShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
+  require(shape.n > 0 && shape.c > 0 && shape.h > 0 && shape.w > 0 && shape.oh > 0 && shape.ow > 0,
+          "mbconv: every size must be positive");
+  require(shape.k > 0 && shape.k % 2 == 1, "mbconv: the kernel size must be odd");
+  require(shape.stride == 1 || shape.stride == 2, "mbconv: the stride must be 1 or 2");
+  require(shape.pad_l >= 0 && shape.pad_t >= 0, "mbconv: the padding must not be negative");
+  return shape;
+}
+
+void mbconv_depthwise(const std::string& isa, const FilterShape& shape, bool is_bf16,
+                      bool weight_bf16, Address x, Address x_norm, Address weight,
+                      const BatchNorm& bn, double eps, Address z, Address norm, int threads) {
+  const DwconvShape s = filter_shape(shape);
+  const Kernels& kernels = kernels_for(isa);
+  const int64_t chunks = host::depthwise_chunks(s.n, s.oh);
+  float* const partial = partials(s.n * chunks * 3 * s.c);
+  DepthwiseForwardArgs args = {s,
+                               dtype_of(is_bf16),
+                               dtype_of(weight_bf16),
+                               at(x),
+                               norm_vectors(x_norm, s.c),
+                               at(weight),
+                               at(z),
+                               partial,
+                               workspace,
+                               thread_count(threads)};
+  launch(kernels.mbconv->depthwise_forward, args);
+  make_norm(kernels, at<float>(norm), partial, s.n, chunks, s.c, s.oh, s.ow, bn, eps, threads);
+}
+
+// f, grad_weight may be 0: not wanted; sums [2,C] come with f where x_norm is given.
+void mbconv_depthwise_backward(const std::string& isa, const FilterShape& shape, bool is_bf16,
+                               bool weight_bf16, Address e, Address gate, Address q, Address z2,
+                               Address norm2, Address sums2, Address x, Address x_norm,
+                               Address residual, Address weight, Address f, Address grad_weight,
+                               Address sums, int threads) {
+  const DwconvShape s = filter_shape(shape);
+  const Kernels& kernels = kernels_for(isa);
+  const int64_t parts = s.n * host::depthwise_chunks(s.n, s.oh), taps = s.c * s.k * s.k;
+  const GradParts grad(norm2, sums2, s.c, s.n * s.oh * s.ow);
+  const int64_t sum_floats = sums ? parts * 2 * s.c : 0;
+  float* const partial = partials(sum_floats + (grad_weight ? parts * taps : 0));
+  float* const weight_partial = grad_weight ? partial + sum_floats : nullptr;
+  DepthwiseBackwardArgs args = {s,
+                                dtype_of(is_bf16),
+                                dtype_of(weight_bf16),
+                                at(e),
+                                at(z2),
+                                at<float>(gate),
+                                at<float>(q),
+                                norm_vectors(norm2, s.c).shift,
+                                grad.vectors,
+                                at(x),
+                                norm_vectors(x_norm, s.c),
+                                at(residual),
+                                at(weight),
+                                at(f),
+                                sums ? partial : nullptr,
+                                weight_partial,
+                                workspace,
+                                thread_count(threads)};
+  launch(kernels.mbconv->depthwise_backward, args);
+  if (sums) fold_sums(kernels, partial, 1, parts, 2 * s.c, at<float>(sums), threads);
+  if (grad_weight)
+    fold_sums(kernels, weight_partial, 1, parts, taps, at<float>(grad_weight), threads);
+}
+
 void bind_mbconv(py::module_& m) {
+  m.def("mbconv_depthwise", &mbconv_depthwise);
+  m.def("mbconv_depthwise_backward", &mbconv_depthwise_backward);
   m.def("mbconv_pointwise", &mbconv_pointwise);
   m.def("mbconv_project_backward", &mbconv_project_backward);
   m.def("mbconv_expand_backward", &mbconv_expand_backward);

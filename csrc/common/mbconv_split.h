@@ -28,5 +28,11 @@ struct WeightSplit {
   EFFNET_HD int64_t tasks() const { return groups * parts; }
 };
 
+// Chunks of an image's output rows in the depthwise passes: each recomputes what lies K - 1 rows
+// beyond, so they are large, and as many as give 32 tasks.
+EFFNET_HD inline int64_t depthwise_chunks(int64_t n, int64_t oh) {
+  return max_of(1, min_of(ceil_div(32, n), oh / 28));
+}
+
 }  // namespace EFFNET_NAMESPACE
 }  // namespace effnet

@@ -73,12 +73,47 @@ struct FoldWeightArgs {
   int threads;
 };
 
+// z = conv_dw(a, weight), a = x or silu(x * scale + shift), and (mean, M2, pivot) of each task.
+struct DepthwiseForwardArgs {
+  DwconvShape shape;
+  DType dtype, weight_dtype;
+  const void* x;       // [N,H,W,C]
+  NormVectors norm;    // scale null: x is taken as it is
+  const void* weight;  // [C,1,K,K]
+  void* z;             // [N,OH,OW,C]
+  float* partial;      // [N,chunks,3,C], chunks = depthwise_chunks(n, oh)
+  Workspace workspace;
+  int threads;
+};
+
+// f = da * silu'(u1) and its sums, or da + residual where x is taken as it is; partial weight
+// gradients.
+struct DepthwiseBackwardArgs {
+  DwconvShape shape;
+  DType dtype, weight_dtype;
+  const void *e, *z2;      // [N,OH,OW,C]
+  const float *gate, *q;   // [N,C]: du2 = (e * gate + q) * silu'(u2)
+  const float* shift;      // of u2 = z2 * grad.scale + shift
+  GradVectors grad;        // of z2
+  const void* x;           // [N,H,W,C]
+  NormVectors norm;        // of x
+  const void* residual;    // [N,H,W,C] or null
+  const void* weight;      // [C,1,K,K]
+  void* f;                 // [N,H,W,C]; null: not wanted
+  float* sums;             // [N,chunks,2,C]; null where norm.scale is
+  float* grad_weight;      // [N,chunks,C,K*K]; null: not wanted
+  Workspace workspace;
+  int threads;
+};
+
 // What one instruction set offers for MBConv in training.
 struct MBConvKernels {
   bool (*pointwise_forward)(const PointwiseForwardArgs&);
   bool (*project_backward)(const ProjectBackwardArgs&);
   bool (*expand_backward)(const ExpandBackwardArgs&);
   bool (*fold_weight)(const FoldWeightArgs&);
+  bool (*depthwise_forward)(const DepthwiseForwardArgs&);
+  bool (*depthwise_backward)(const DepthwiseBackwardArgs&);
   int64_t (*padded)(int64_t c);  // channels rounded up to whole vectors
 };
 

@@ -13,6 +13,8 @@ bool mbconv_pointwise_forward(const PointwiseForwardArgs& args);
 bool mbconv_project_backward(const ProjectBackwardArgs& args);
 bool mbconv_expand_backward(const ExpandBackwardArgs& args);
 bool mbconv_fold_weight(const FoldWeightArgs& args);
+bool mbconv_depthwise_forward(const DepthwiseForwardArgs& args);
+bool mbconv_depthwise_backward(const DepthwiseBackwardArgs& args);
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

@@ -21,5 +21,26 @@ EFFNET_INLINE void merge_moments(Vec mean, Vec m2, int64_t more, int64_t count, 
   *old_m2 += m2 + delta * delta * (share * static_cast<float>(count));
 }
 
+// Merges a tile's values into sums [3][kLanes]: mean and M2 of z - pivot over the `count` values
+// before it, and the pivot.
+template <int TILE>
+EFFNET_INLINE void merge_tile(const Vec* z, int64_t count, float* sums) {
+  if (count == 0) store(sums + 2 * kLanes, pivot_of(z[0]));
+  const Vec pivot = load(sums + 2 * kLanes);
+  Vec d[TILE], total = {}, m2 = {};
+#pragma GCC unroll 8
+  for (int t = 0; t < TILE; t++) {
+    d[t] = z[t] - pivot;
+    total += d[t];
+  }
+  const Vec mean = total * (1.0f / TILE);
+#pragma GCC unroll 8
+  for (int t = 0; t < TILE; t++) m2 += (d[t] - mean) * (d[t] - mean);
+  Vec old_mean = load(sums), old_m2 = load(sums + kLanes);
+  merge_moments(mean, m2, TILE, count, &old_mean, &old_m2);
+  store(sums, old_mean);
+  store(sums + kLanes, old_m2);
+}
+
 }  // namespace EFFNET_ISA
 }  // namespace effnet

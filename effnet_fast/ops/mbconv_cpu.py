@@ -16,6 +16,7 @@ from .. import _native
 from ..reference import mbconv_passes as reference
 from ..reference.mbconv_passes import NORM_ROWS
 from . import scratch
+from .dwconv_bn_silu import output_shape
 from .registration import address, empty_nhwc, fp32, isa_of, native_weight, nhwc
 
 Sides = tuple[int, int, int, int]
@@ -35,12 +36,10 @@ def _laid_out(tensor: Tensor) -> Tensor:
     return nhwc(tensor) if tensor.dim() == 4 else tensor
 
 
-depthwise = _by_reference(reference.depthwise)
 squeeze = _by_reference(reference.squeeze)
 finish = _by_reference(reference.finish)
 finish_backward = _by_reference(reference.finish_backward)
 excite_backward = _by_reference(reference.excite_backward)
-depthwise_backward = _by_reference(reference.depthwise_backward)
 
 
 def _is_bf16(tensor: Tensor) -> bool:
@@ -161,3 +160,62 @@ def expand_backward(
         _pointer(grad_weight, wanted[1]), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_weight
+
+
+def _filter_shape(x: Tensor, z: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
+    return (*x.shape, *z.shape[2:], weight.shape[-1], stride, padding[0], padding[2])
+
+
+def depthwise(
+    x: Tensor, x_norm: Tensor | None, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *bn, stride, padding, eps, backend = rest
+    z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
+    norm = x.new_empty((len(NORM_ROWS), x.shape[1]), dtype=torch.float32)
+    if z.numel() == 0:
+        return z, norm.zero_()
+    x, weight = nhwc(x), native_weight(weight, x)
+    kept, vectors = _vectors(*bn)
+    _native.load().mbconv_depthwise(
+        isa_of(backend), _filter_shape(x, z, weight, stride, padding), _is_bf16(x),
+        _is_bf16(weight), x.data_ptr(), address(x_norm), weight.data_ptr(), vectors, eps,
+        z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return z, norm
+
+
+def depthwise_backward(
+    e: Tensor,
+    gate: Tensor,
+    q: Tensor,
+    z2: Tensor,
+    norm2: Tensor,
+    sums2: Tensor | None,
+    x: Tensor,
+    x_norm: Tensor | None,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: Sides,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    f, sums = _none(x, x.dtype), _none(x)
+    summed = wanted[0] and x_norm is not None
+    if wanted[0]:  # without x_norm it is the gradient of x, and stays
+        f = scratch.empty_nhwc("f", x, tuple(x.shape)) if summed else empty_nhwc(x, x.shape)
+    if summed:
+        sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+    grad_weight = _weight_grad(x, weight, wanted[1])
+    if z2.numel() == 0:
+        return f, grad_weight.zero_(), sums.zero_()
+    x, weight = nhwc(x), native_weight(weight, x)
+    residual = None if residual is None else nhwc(residual)
+    _native.load().mbconv_depthwise_backward(
+        isa_of(backend), _filter_shape(x, z2, weight, stride, padding), _is_bf16(x),
+        _is_bf16(weight), e.data_ptr(), gate.data_ptr(), q.data_ptr(), z2.data_ptr(),
+        norm2.data_ptr(), address(sums2), x.data_ptr(), address(x_norm), address(residual),
+        weight.data_ptr(), _pointer(f, wanted[0]), _pointer(grad_weight, wanted[1]),
+        _pointer(sums, summed), torch.get_num_threads(),
+    )  # fmt: skip
+    return f, grad_weight, sums
