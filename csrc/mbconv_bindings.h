@@ -128,6 +128,20 @@ void fold_sums(const Kernels& kernels, const float* partial, int64_t outer, int6
   launch(kernels.fold_sum, fold);
 }
 
+// Each out [N,C] = its factor * the sums over parts of its row of partial [N,parts,3,C].
+void fold_per_image(const float* partial, int64_t n, int64_t parts, int64_t c,
+                    const float* factors, const std::array<float*, 3>& out) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t row = 0; row < 3; row++) {
+      float* to = out[row] + i * c;
+      const float* from = partial + (i * parts * 3 + row) * c;
+      std::copy(from, from + c, to);
+      for (int64_t part = 1; part < parts; part++)
+        for (int64_t j = 0; j < c; j++) to[j] += from[part * 3 * c + j];
+      for (int64_t j = 0; j < c; j++) to[j] *= factors[row];
+    }
+}
+
 // sums [3,N,C]; e or grad_weight may be 0: not wanted.
 void mbconv_project_backward(const std::string& isa, const ProductShape& shape, bool is_bf16,
                              bool weight_bf16, Address grad_y, Address row_scale, Address z3,
@@ -163,14 +177,11 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
                               workspace,
                               thread_count(threads)};
   launch(kernels.mbconv->project_backward, args);
-  for (int64_t i = 0; e && i < n; i++)  // [n,parts,3,C] -> [3,n,C]
-    for (int64_t row = 0; row < 3; row++) {
-      float* to = at<float>(sums) + (row * n + i) * c;
-      const float* from = partial + (i * split.parts * 3 + row) * c;
-      std::copy(from, from + c, to);
-      for (int64_t part = 1; part < split.parts; part++)
-        for (int64_t j = 0; j < c; j++) to[j] += from[part * 3 * c + j];
-    }
+  if (e) {
+    const float one[3] = {1.0f, 1.0f, 1.0f};
+    float* const to = at<float>(sums);
+    fold_per_image(partial, n, split.parts, c, one, {to, to + n * c, to + 2 * n * c});
+  }
   if (!grad_weight) return;
   FoldWeightArgs fold = {weight_partial, split.tasks(),          out,    c,
                          false,          at<float>(grad_weight), threads};
@@ -282,7 +293,77 @@ void mbconv_depthwise_backward(const std::string& isa, const FilterShape& shape,
     fold_sums(kernels, weight_partial, 1, parts, taps, at<float>(grad_weight), threads);
 }
 
+// (n, hw, c)
+using PlaneTuple = std::array<int64_t, 3>;
+
+void check_plane(const PlaneTuple& s) {
+  for (int64_t size : s) require(size > 0, "mbconv: every size must be positive");
+}
+
+// pooled [N,C]: means of a2; slopes [2,N,C]: the sums of silu'(u2) and of silu'(u2) * zh2.
+void mbconv_squeeze(const std::string& isa, const PlaneTuple& shape, bool is_bf16, Address z,
+                    Address norm, Address pooled, Address slopes, int threads) {
+  check_plane(shape);
+  const auto [n, hw, c] = shape;
+  const int64_t parts = host::pointwise_parts(hw);
+  float* const partial = partials(n * parts * 3 * c);
+  MBConvSqueezeArgs args = {n,       hw, c, dtype_of(is_bf16), at(z), norm_vectors(norm, c), partial,
+                            thread_count(threads)};
+  launch(kernels_for(isa).mbconv->squeeze, args);
+  const float factors[3] = {1.0f / static_cast<float>(hw), 1.0f, 1.0f};
+  float* const to = at<float>(slopes);
+  fold_per_image(partial, n, parts, c, factors, {at<float>(pooled), to, to + n * c});
+}
+
+void mbconv_finish(const std::string& isa, const PlaneTuple& shape, bool is_bf16, Address z,
+                   Address norm, Address row_scale, Address residual, Address y, int threads) {
+  check_plane(shape);
+  const auto [n, hw, c] = shape;
+  MBConvFinishArgs args = {n,       hw,      c,       dtype_of(is_bf16),
+                           at(z),   norm_vectors(norm, c), at<float>(row_scale), at(residual),
+                           at(y),   nullptr, nullptr, thread_count(threads)};
+  launch(kernels_for(isa).mbconv->finish, args);
+}
+
+// sums [2,C].
+void mbconv_finish_backward(const std::string& isa, const PlaneTuple& shape, bool is_bf16,
+                            Address grad_y, Address row_scale, Address z, Address norm,
+                            Address sums, int threads) {
+  check_plane(shape);
+  const auto [n, hw, c] = shape;
+  const Kernels& kernels = kernels_for(isa);
+  const int64_t parts = host::pointwise_parts(hw);
+  float* const partial = partials(n * parts * 2 * c);
+  MBConvFinishArgs args = {n,       hw,      c,          dtype_of(is_bf16),
+                           at(z),   norm_vectors(norm, c), at<float>(row_scale), nullptr,
+                           nullptr, at(grad_y), partial, thread_count(threads)};
+  launch(kernels.mbconv->finish_backward, args);
+  fold_sums(kernels, partial, 1, n * parts, 2 * c, at<float>(sums), threads);
+}
+
+// What excite's backward leaves: q = grad_pooled / pixels, in place, and
+// sums2 [2,C] = sum over n of gate * sums[1 or 2] + q * slopes[0 or 1].
+void mbconv_excite_sums(int64_t n, int64_t c, int64_t pixels, Address grad_pooled, Address gate,
+                        Address sums, Address slopes, Address sums2) {
+  require(n >= 0 && c > 0 && pixels > 0, "mbconv: every size must be positive");
+  float *q = at<float>(grad_pooled), *out = at<float>(sums2);
+  const float *g = at<float>(gate), *s = at<float>(sums), *t = at<float>(slopes);
+  const float share = 1.0f / static_cast<float>(pixels);
+  std::fill(out, out + 2 * c, 0.0f);
+  for (int64_t i = 0; i < n; i++) {
+    for (int64_t j = i * c; j < (i + 1) * c; j++) q[j] *= share;
+    for (int64_t row = 0; row < 2; row++)
+      for (int64_t j = 0; j < c; j++)
+        out[row * c + j] += g[i * c + j] * s[((row + 1) * n + i) * c + j] +
+                            q[i * c + j] * t[(row * n + i) * c + j];
+  }
+}
+
 void bind_mbconv(py::module_& m) {
+  m.def("mbconv_squeeze", &mbconv_squeeze);
+  m.def("mbconv_finish", &mbconv_finish);
+  m.def("mbconv_finish_backward", &mbconv_finish_backward);
+  m.def("mbconv_excite_sums", &mbconv_excite_sums);
   m.def("mbconv_depthwise", &mbconv_depthwise);
   m.def("mbconv_depthwise_backward", &mbconv_depthwise_backward);
   m.def("mbconv_pointwise", &mbconv_pointwise);

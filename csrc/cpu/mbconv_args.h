@@ -106,6 +106,30 @@ struct DepthwiseBackwardArgs {
   int threads;
 };
 
+// The sums of silu(u), silu'(u), silu'(u) * zh over each task's pixels of an image.
+struct MBConvSqueezeArgs {
+  int64_t n, hw, c;
+  DType dtype;
+  const void* z;     // [N,HW,C]
+  NormVectors norm;  // of z
+  float* partial;    // [N,parts,3,C], parts = pointwise_parts(hw)
+  int threads;
+};
+
+// y = u * row_scale + residual; or the sums of du = row_scale * grad_y and of du * zh.
+struct MBConvFinishArgs {
+  int64_t n, hw, c;
+  DType dtype;
+  const void* z;           // [N,HW,C]
+  NormVectors norm;        // of z
+  const float* row_scale;  // [N] or null
+  const void* residual;    // forward: [N,HW,C] or null
+  void* y;                 // forward: [N,HW,C]
+  const void* grad_y;      // backward: [N,HW,C]
+  float* partial;          // backward: [N,parts,2,C], parts = pointwise_parts(hw)
+  int threads;
+};
+
 // What one instruction set offers for MBConv in training.
 struct MBConvKernels {
   bool (*pointwise_forward)(const PointwiseForwardArgs&);
@@ -114,6 +138,9 @@ struct MBConvKernels {
   bool (*fold_weight)(const FoldWeightArgs&);
   bool (*depthwise_forward)(const DepthwiseForwardArgs&);
   bool (*depthwise_backward)(const DepthwiseBackwardArgs&);
+  bool (*squeeze)(const MBConvSqueezeArgs&);
+  bool (*finish)(const MBConvFinishArgs&);
+  bool (*finish_backward)(const MBConvFinishArgs&);
   int64_t (*padded)(int64_t c);  // channels rounded up to whole vectors
 };
 

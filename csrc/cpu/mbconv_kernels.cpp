@@ -14,7 +14,7 @@ extern const MBConvKernels mbconv_kernels;
 const MBConvKernels mbconv_kernels = {
     mbconv_pointwise_forward, mbconv_project_backward,  mbconv_expand_backward,
     mbconv_fold_weight,       mbconv_depthwise_forward, mbconv_depthwise_backward,
-    padded_channels};
+    mbconv_squeeze, mbconv_finish, mbconv_finish_backward, padded_channels};
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

@@ -15,6 +15,9 @@ bool mbconv_expand_backward(const ExpandBackwardArgs& args);
 bool mbconv_fold_weight(const FoldWeightArgs& args);
 bool mbconv_depthwise_forward(const DepthwiseForwardArgs& args);
 bool mbconv_depthwise_backward(const DepthwiseBackwardArgs& args);
+bool mbconv_squeeze(const MBConvSqueezeArgs& args);
+bool mbconv_finish(const MBConvFinishArgs& args);
+bool mbconv_finish_backward(const MBConvFinishArgs& args);
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

@@ -6,40 +6,19 @@ inside a `scratch.scope`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from ..reference import mbconv_passes as reference
 from ..reference.mbconv_passes import NORM_ROWS
 from . import scratch
 from .dwconv_bn_silu import output_shape
 from .registration import address, empty_nhwc, fp32, isa_of, native_weight, nhwc
+from .squeeze_excite import native_layers
 
 Sides = tuple[int, int, int, int]
-
-
-def _by_reference(function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        results = function(*args[:-1])
-        if isinstance(results, Tensor):
-            return _laid_out(results)
-        return tuple(_laid_out(result) for result in results)
-
-    return run
-
-
-def _laid_out(tensor: Tensor) -> Tensor:
-    return nhwc(tensor) if tensor.dim() == 4 else tensor
-
-
-squeeze = _by_reference(reference.squeeze)
-finish = _by_reference(reference.finish)
-finish_backward = _by_reference(reference.finish_backward)
-excite_backward = _by_reference(reference.excite_backward)
 
 
 def _is_bf16(tensor: Tensor) -> bool:
@@ -219,3 +198,77 @@ def depthwise_backward(
         _pointer(sums, summed), torch.get_num_threads(),
     )  # fmt: skip
     return f, grad_weight, sums
+
+
+def _plane(x: Tensor) -> tuple[int, int, int]:
+    n, c, h, w = x.shape
+    return n, h * w, c
+
+
+def squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    pooled = z.new_empty(z.shape[:2], dtype=torch.float32)
+    slopes = z.new_empty((2, *z.shape[:2]), dtype=torch.float32)
+    if z.numel():
+        _native.load().mbconv_squeeze(
+            isa_of(backend), _plane(z), _is_bf16(z), z.data_ptr(), norm.data_ptr(),
+            pooled.data_ptr(), slopes.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return pooled, slopes
+
+
+def finish(
+    z: Tensor, norm: Tensor, row_scale: Tensor | None, residual: Tensor | None, backend: str
+) -> Tensor:
+    y = empty_nhwc(z, z.shape)
+    residual = None if residual is None else nhwc(residual)
+    if z.numel():
+        _native.load().mbconv_finish(
+            isa_of(backend), _plane(z), _is_bf16(z), z.data_ptr(), norm.data_ptr(),
+            address(row_scale), address(residual), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def finish_backward(
+    grad_y: Tensor, row_scale: Tensor | None, z: Tensor, norm: Tensor, backend: str
+) -> Tensor:
+    sums = z.new_empty((2, z.shape[1]), dtype=torch.float32)
+    if z.numel() == 0:
+        return sums.zero_()
+    grad_y = nhwc(grad_y)
+    _native.load().mbconv_finish_backward(
+        isa_of(backend), _plane(z), _is_bf16(z), grad_y.data_ptr(), address(row_scale),
+        z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return sums
+
+
+def excite_backward(
+    sums: Tensor,
+    slopes: Tensor,
+    pooled: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    pixels: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    (n, c), r = pooled.shape, hidden.shape[1]
+    q, sums2 = torch.empty_like(pooled), pooled.new_empty(2, c)
+    shapes = ((r, c), (r,), (c, r), (c,))
+    grads = tuple(pooled.new_empty(shape) for shape in shapes)
+    if n * pixels == 0:
+        return (q, sums2.zero_(), *(grad.zero_() for grad in grads))
+    layers = native_layers(reduce_weight, reduce_weight, expand_weight)
+    native = _native.load()
+    native.excite_backward(
+        isa_of(backend), n, c, r, _is_bf16(layers[0]), pooled.data_ptr(), hidden.data_ptr(),
+        gate.data_ptr(), sums.data_ptr(), *(address(p) for p in layers),
+        *(grad.data_ptr() for grad in grads), q.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    native.mbconv_excite_sums(
+        n, c, pixels, q.data_ptr(), gate.data_ptr(), sums.data_ptr(), slopes.data_ptr(),
+        sums2.data_ptr(),
+    )  # fmt: skip
+    return (q, sums2, *grads)
