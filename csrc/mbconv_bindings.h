@@ -46,31 +46,50 @@ NormVectors norm_vectors(Address norm, int64_t c) {
 // by the batch.
 using BatchNorm = std::array<Address, 4>;
 
-// Completes norm [5,C], whose rows mean and var are there.
-void complete_norm(float* norm, int64_t c, const BatchNorm& bn, double eps) {
-  const float *weight = at<float>(bn[0]), *bias = at<float>(bn[1]),
-              epsilon = static_cast<float>(eps);
-  float *scale = norm, *shift = norm + c, *mean = norm + 2 * c, *rstd = norm + 3 * c;
-  const float* var = norm + 4 * c;
-  for (int64_t i = 0; i < c; i++) rstd[i] = 1.0f / std::sqrt(var[i] + epsilon);
-  for (int64_t i = 0; i < c; i++) scale[i] = (weight ? weight[i] : 1.0f) * rstd[i];
-  for (int64_t i = 0; i < c; i++) shift[i] = (bias ? bias[i] : 0.0f) - mean[i] * scale[i];
+// Mean and variance of the moments (mean, M2, pivot) of `count(part)` values each, by Chan's formula
+// in double.
+template <typename Count>
+void fold_moments(const float* partial, int64_t parts, int64_t c, const Count& count, double* mean,
+                  double* var) {
+  std::fill(mean, mean + c, 0.0);
+  std::fill(var, var + c, 0.0);
+  double total = 0.0;
+  for (int64_t part = 0; part < parts; part++, partial += 3 * c) {
+    const double more = static_cast<double>(count(part)), share = more / (total + more);
+    for (int64_t i = 0; i < c; i++) {
+      const double delta = static_cast<double>(partial[2 * c + i]) + partial[i] - mean[i];
+      mean[i] += delta * share;
+      var[i] += partial[c + i] + delta * delta * (share * total);
+    }
+    total += more;
+  }
+  for (int64_t i = 0; i < c; i++) var[i] /= total;
 }
 
 // The norm of z from the moments of its tasks, `chunks` parts of each image's `rows` rows, or from
 // the mean and variance given.
-void make_norm(const Kernels& kernels, float* norm, const float* partial, int64_t n, int64_t chunks,
-               int64_t c, int64_t rows, int64_t columns, const BatchNorm& bn, double eps,
-               int threads) {
-  float *mean = norm + 2 * c, *var = norm + 4 * c;
+void make_norm(float* norm, const float* partial, int64_t n, int64_t chunks, int64_t c,
+               int64_t rows, int64_t columns, const BatchNorm& bn, double eps) {
+  std::vector<double> mean(c), var(c);
   if (bn[2]) {
-    std::copy(at<float>(bn[2]), at<float>(bn[2]) + c, mean);
-    std::copy(at<float>(bn[3]), at<float>(bn[3]) + c, var);
+    std::copy(at<float>(bn[2]), at<float>(bn[2]) + c, mean.begin());
+    std::copy(at<float>(bn[3]), at<float>(bn[3]) + c, var.begin());
   } else {
-    FoldChanArgs fold = {partial, n, chunks, c, rows, columns, mean, var, threads};
-    launch(kernels.fold_chan, fold);
+    const auto count = [&](int64_t part) {
+      return host::part_of(rows, chunks, part % chunks).size() * columns;
+    };
+    fold_moments(partial, n * chunks, c, count, mean.data(), var.data());
   }
-  complete_norm(norm, c, bn, eps);
+  const float *weight = at<float>(bn[0]), *bias = at<float>(bn[1]);
+  for (int64_t i = 0; i < c; i++) {
+    const double rstd = 1.0 / std::sqrt(var[i] + eps);
+    const float scale = static_cast<float>((weight ? weight[i] : 1.0) * rstd);
+    norm[i] = scale;
+    norm[c + i] = static_cast<float>((bias ? bias[i] : 0.0) - mean[i] * scale);
+    norm[2 * c + i] = static_cast<float>(mean[i]);
+    norm[3 * c + i] = static_cast<float>(rstd);
+    norm[4 * c + i] = static_cast<float>(var[i]);
+  }
 }
 
 // dz = scale * du + (z - mean) * slope + offset, from norm and sums over `count` values a channel.
@@ -80,10 +99,10 @@ struct GradParts {
   GradParts(Address norm, Address sums, int64_t c, int64_t count) : values(2 * c) {
     const NormVectors v = norm_vectors(norm, c);
     const float *bias = at<float>(sums), *weight = bias + c;
-    const float share = 1.0f / static_cast<float>(count);
     for (int64_t i = 0; sums && i < c; i++) {
-      values[i] = -v.scale[i] * v.rstd[i] * (weight[i] * share);
-      values[c + i] = -v.scale[i] * (bias[i] * share);
+      const double scale = -static_cast<double>(v.scale[i]) / static_cast<double>(count);
+      values[i] = static_cast<float>(scale * v.rstd[i] * weight[i]);
+      values[c + i] = static_cast<float>(scale * bias[i]);
     }
     vectors = {v.scale, v.mean, values.data(), values.data() + c};
   }
@@ -119,13 +138,15 @@ void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is
                                workspace,
                                thread_count(threads)};
   launch(kernels.mbconv->pointwise_forward, args);
-  make_norm(kernels, at<float>(norm), partial, n, parts, out, hw, 1, bn, eps, threads);
+  make_norm(at<float>(norm), partial, n, parts, out, hw, 1, bn, eps);
 }
 
-void fold_sums(const Kernels& kernels, const float* partial, int64_t outer, int64_t parts,
-               int64_t c, float* out, int threads) {
-  FoldArgs fold = {partial, outer, parts, c, 1.0f, out, threads};
-  launch(kernels.fold_sum, fold);
+// out [c] = the sums over parts of partial [parts,c].
+void fold_sums(const float* partial, int64_t parts, int64_t c, float* out) {
+  std::vector<double> sums(c);
+  for (int64_t part = 0; part < parts; part++)
+    for (int64_t i = 0; i < c; i++) sums[i] += partial[part * c + i];
+  for (int64_t i = 0; i < c; i++) out[i] = static_cast<float>(sums[i]);
 }
 
 // Each out [N,C] = its factor * the sums over parts of its row of partial [N,parts,3,C].
@@ -253,7 +274,7 @@ void mbconv_depthwise(const std::string& isa, const FilterShape& shape, bool is_
                                workspace,
                                thread_count(threads)};
   launch(kernels.mbconv->depthwise_forward, args);
-  make_norm(kernels, at<float>(norm), partial, s.n, chunks, s.c, s.oh, s.ow, bn, eps, threads);
+  make_norm(at<float>(norm), partial, s.n, chunks, s.c, s.oh, s.ow, bn, eps);
 }
 
 // f, grad_weight may be 0: not wanted; sums [2,C] come with f where x_norm is given.
@@ -288,9 +309,10 @@ void mbconv_depthwise_backward(const std::string& isa, const FilterShape& shape,
                                 workspace,
                                 thread_count(threads)};
   launch(kernels.mbconv->depthwise_backward, args);
-  if (sums) fold_sums(kernels, partial, 1, parts, 2 * s.c, at<float>(sums), threads);
-  if (grad_weight)
-    fold_sums(kernels, weight_partial, 1, parts, taps, at<float>(grad_weight), threads);
+  if (sums) fold_sums(partial, parts, 2 * s.c, at<float>(sums));
+  if (!grad_weight) return;
+  FoldArgs fold = {weight_partial, 1, parts, taps, 1.0f, at<float>(grad_weight), threads};
+  launch(kernels.fold_sum, fold);
 }
 
 // (n, hw, c)
@@ -338,7 +360,7 @@ void mbconv_finish_backward(const std::string& isa, const PlaneTuple& shape, boo
                            at(z),   norm_vectors(norm, c), at<float>(row_scale), nullptr,
                            nullptr, at(grad_y), partial, thread_count(threads)};
   launch(kernels.mbconv->finish_backward, args);
-  fold_sums(kernels, partial, 1, n * parts, 2 * c, at<float>(sums), threads);
+  fold_sums(partial, n * parts, 2 * c, at<float>(sums));
 }
 
 // What excite's backward leaves: q = grad_pooled / pixels, in place, and

@@ -15,7 +15,6 @@
 // Truth:    effnet_fast/reference/dwconv_bn_silu.py
 #include "cpu/dwconv_tiles.h"
 #include "cpu/kernels.h"
-#include "cpu/moments.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -51,6 +50,28 @@ struct Group {
   }
 };
 
+// Merges the tile's outputs into (mean, M2) of the `count` outputs before it. Both are taken of
+// z - pivot, the pivot being the first output: a mean far from zero then costs no digits.
+template <int TILE>
+EFFNET_INLINE void merge_statistics(const Vec* z, int64_t count, float* sums) {
+  if (count == 0) store(sums + 2 * kLanes, z[0] - z[0] == 0.0f ? z[0] : Vec{});
+  const Vec pivot = load(sums + 2 * kLanes);
+  Vec d[TILE], total = {}, m2 = {};
+#pragma GCC unroll 8
+  for (int t = 0; t < TILE; t++) {
+    d[t] = z[t] - pivot;
+    total += d[t];
+  }
+  const Vec mean = total * (1.0f / TILE);
+#pragma GCC unroll 8
+  for (int t = 0; t < TILE; t++) m2 += (d[t] - mean) * (d[t] - mean);
+  const Vec old_mean = load(sums), delta = mean - old_mean;
+  const float share = static_cast<float>(TILE) / static_cast<float>(count + TILE);
+  store(sums, old_mean + delta * share);
+  store(sums + kLanes,
+        load(sums + kLanes) + m2 + delta * delta * (share * static_cast<float>(count)));
+}
+
 // Output columns [ow, ow + TILE) of a group's rows. `ahead`: x where the next tile begins to read
 // what this one has not read.
 template <typename T, int K, int STEP, bool TRAINING, int TILE>
@@ -78,7 +99,7 @@ EFFNET_NOINLINE void run_tile(const Task& task, const Group& group, int64_t ow, 
       if constexpr (TRAINING) {
 #pragma GCC unroll 8
         for (int t = 0; t < TILE; t++) acc[t] = as_stored<T>(acc[t]);
-        merge_tile<TILE>(acc, count + i * TILE, sums);
+        merge_statistics<TILE>(acc, count + i * TILE, sums);
       } else {
         const Vec scale = load(task.scale + v * kLanes), shift = load(task.shift + v * kLanes);
         Vec pool = load(sums);

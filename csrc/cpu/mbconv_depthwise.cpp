@@ -8,7 +8,7 @@
 //           the L2 cache, from which tiles of up to 8 columns are correlated in registers
 // Bytes:    x once (K - 1 rows more per chunk), z once
 // FLOPs:    2 * K * K per output, about 20 per element of an activated x
-// Source:   original; Chan, Golub, LeVeque 1983 for merging (count, mean, M2)
+// Source:   original
 // Truth:    effnet_fast/reference/mbconv_passes.py (depthwise)
 #include "cpu/mbconv_kernels.h"
 #include "cpu/mbconv_rings.h"
@@ -25,7 +25,8 @@ struct Task {
   ChannelBlock block;
   Ring ring;
   int64_t n, width;  // width: columns of x that are met
-  float *weight, *vectors, *sums;  // vectors: [v][2][kLanes], sums: [v][3][kLanes]
+  Moments* moments;        // [v]
+  float *weight, *vectors;  // vectors: [v][2][kLanes]
 };
 
 // Forms row h of a.
@@ -45,17 +46,16 @@ void stage_row(const Task& task, int64_t h) {
   });
 }
 
-// Output columns [ow, ow + TILE) of a group's rows; `count` outputs of the task came before.
+// Output columns [ow, ow + TILE) of a group's rows; `fresh`: no output of the task came before.
 template <typename T, int K, int STEP, int TILE>
 EFFNET_NOINLINE void run_tile(const Task& task, Range rows, int64_t first_row, int64_t first_slot,
-                              int64_t ow, int64_t count) {
+                              int64_t ow, bool fresh) {
   const DwconvShape& s = task.args.shape;
   const int64_t k = K ? K : s.k;
   T* z = static_cast<T*>(task.args.z) + ((task.n * s.oh + rows.begin) * s.ow + ow) * s.c +
          task.block.c0;
   const float* weight = task.weight;
   for (int64_t v = 0; v < task.block.vecs; v++, weight += k * k * kLanes) {
-    float* sums = task.sums + v * 3 * kLanes;
     const int64_t lanes = task.block.lanes(v);
     for (int64_t i = 0; i < rows.size(); i++) {
       const int64_t top = (rows.begin + i) * STEP - s.pad_t;
@@ -67,7 +67,7 @@ EFFNET_NOINLINE void run_tile(const Task& task, Range rows, int64_t first_row, i
                                  weight + kh * k * kLanes, k);
 #pragma GCC unroll 8
       for (int t = 0; t < TILE; t++) acc[t] = as_stored<T>(acc[t]);
-      merge_tile<TILE>(acc, count + i * TILE, sums);
+      take_tile<TILE>(task.moments[v], acc, fresh && i == 0);
       store_tile<TILE>(z + i * s.ow * s.c + v * kLanes, s.c, acc, lanes);
     }
   }
@@ -77,7 +77,7 @@ template <typename T, int K, int STEP>
 void run_rows(const Task& task, Range rows) {
   const DwconvShape& s = task.args.shape;
   const RowTiles tiles(s.ow);
-  int64_t staged = max_of(0, rows.begin * STEP - s.pad_t), count = 0;
+  int64_t staged = max_of(0, rows.begin * STEP - s.pad_t);
   for (int64_t begin = rows.begin; begin < rows.end; begin += kGroup) {
     const Range group = {begin, min_of(rows.end, begin + kGroup)};
     const int64_t first = max_of(0, group.begin * STEP - s.pad_t);
@@ -88,20 +88,19 @@ void run_rows(const Task& task, Range rows) {
     for (int64_t tile = 0; tile < tiles.count; tile++) {
       const int64_t size = tile < tiles.wide ? tiles.size : tiles.size - 1;
       with_tile(size, [&]<int TILE>() {
-        run_tile<T, K, STEP, TILE>(task, group, first, task.ring.slot(first), ow, count);
+        run_tile<T, K, STEP, TILE>(task, group, first, task.ring.slot(first), ow,
+                                    begin == rows.begin && tile == 0);
       });
       ow += size;
-      count += size * group.size();
     }
   }
 }
 
-void write_partials(const Task& task, int64_t part) {
+void write_partials(const Task& task, int64_t part, int64_t count) {
   const int64_t c = task.args.shape.c;
-  for (int64_t row = 0; row < 3; row++)
-    for (int64_t v = 0; v < task.block.vecs; v++)
-      store_n(task.args.partial + (part * 3 + row) * c + task.block.c0 + v * kLanes,
-              load(task.sums + (v * 3 + row) * kLanes), task.block.lanes(v));
+  for (int64_t v = 0; v < task.block.vecs; v++)
+    task.moments[v].write(task.args.partial + part * 3 * c + task.block.c0 + v * kLanes, c,
+                          task.block.lanes(v), count);
 }
 
 template <typename T, int K, int STEP>
@@ -111,29 +110,31 @@ bool run(const DepthwiseForwardArgs& args) {
   const int64_t needed = (s.ow - 1) * STEP + s.k, ring_rows = (kGroup - 1) * STEP + s.k;
   const int64_t width = max_of(0, min_of(s.w, needed - s.pad_l)), pitch = needed | 1;
   const Blocks blocks(s.c, s.n * chunks, args.threads, kRingBytes / (ring_rows * pitch * kLanes * 4));
-  const int64_t floats = blocks.vecs * kLanes * (ring_rows * pitch + kk + 5);
+  const int64_t floats =
+      whole_lines(blocks.vecs * (kMomentFloats + kLanes * (ring_rows * pitch + kk + 2)));
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t index = 0; index < s.n * chunks * blocks.count; index++) {
     const ChannelBlock block = blocks[index % blocks.count];
     const int64_t part = index / blocks.count;
-    float* at = scratch + omp_get_thread_num() * floats;
+    Moments* const moments =
+        reinterpret_cast<Moments*>(scratch + omp_get_thread_num() * floats);
+    float* const at = reinterpret_cast<float*>(moments) + block.vecs * kMomentFloats;
     Task task = {args, block, {at, ring_rows, block.vecs, pitch}, part / chunks, width,
-                 nullptr, nullptr, nullptr};
+                 moments, nullptr, nullptr};
     task.weight = at + task.ring.floats();
     task.vectors = task.weight + kk * block.vecs * kLanes;
-    task.sums = task.vectors + 2 * block.vecs * kLanes;
     task.ring.clear_borders(min_of(s.pad_l, pitch), min_of(s.pad_l + width, pitch));
-    std::memset(task.sums, 0, sizeof(float) * static_cast<size_t>(3 * block.vecs * kLanes));
     pack_weight(task.weight, args.weight, args.weight_dtype, kk, block);
     for (int64_t v = 0; args.norm.scale && v < block.vecs; v++) {
       const int64_t c = block.c0 + v * kLanes;
       store(task.vectors + 2 * v * kLanes, load_n(args.norm.scale + c, block.lanes(v)));
       store(task.vectors + (2 * v + 1) * kLanes, load_n(args.norm.shift + c, block.lanes(v)));
     }
-    run_rows<T, K, STEP>(task, part_of(s.oh, chunks, part % chunks));
-    write_partials(task, part);
+    const Range rows = part_of(s.oh, chunks, part % chunks);
+    run_rows<T, K, STEP>(task, rows);
+    write_partials(task, part, rows.size() * s.ow);
   }
   return true;
 }

@@ -8,7 +8,7 @@
 //           panels of 2 vectors of output channels are multiplied from there
 // Bytes:    x once, z once
 // FLOPs:    2 * C * out per pixel, about 20 per element of an activated x
-// Source:   original; Chan, Golub, LeVeque 1983 for merging (count, mean, M2)
+// Source:   original
 // Truth:    effnet_fast/reference/mbconv_passes.py (expand, project)
 #include "cpu/mbconv_kernels.h"
 #include "cpu/moments.h"
@@ -38,16 +38,14 @@ void stage(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs
   });
 }
 
-// Stores a panel of VECS vectors and merges its moments into sums [3][out] of `count` pixels.
+// Stores a panel of VECS vectors, and takes its moments.
 template <typename T, int VECS>
-void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t first, float* sums,
-                  int64_t count) {
+void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t first,
+                  Moments* moments, bool fresh) {
   for (int64_t v = 0; v < VECS; v++) {
     const int64_t c = (first + v) * kLanes, lanes = min_of(kLanes, out - c);
     const float* from = panel + v * kLanes;
-    float* at = sums + c;
-    if (count == 0) store_n(at + 2 * out, pivot_of(as_stored<T>(load(from))), lanes);
-    const Vec pivot = load_n(at + 2 * out, lanes);
+    const Vec pivot = moments[first + v].begin(as_stored<T>(load(from)), fresh);
     Vec total = {}, m2 = {};
     for (int64_t p = 0; p < pixels; p++) {
       const Vec stored = as_stored<T>(load(from + p * VECS * kLanes));
@@ -59,33 +57,30 @@ void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t
       const Vec d = as_stored<T>(load(from + p * VECS * kLanes)) - pivot - mean;
       m2 += d * d;
     }
-    Vec old_mean = load_n(at, lanes), old_m2 = load_n(at + out, lanes);
-    merge_moments(mean, m2, pixels, count, &old_mean, &old_m2);
-    store_n(at, old_mean, lanes);
-    store_n(at + out, old_m2, lanes);
+    moments[first + v].take(total, m2, pixels);
   }
 }
 
 template <typename T>
 bool run(const PointwiseForwardArgs& args) {
   const int64_t c = args.c, out = args.out, parts = pointwise_parts(args.hw);
-  const int64_t weight_floats = packed_floats(c, out);
+  const int64_t weight_floats = whole_lines(packed_floats(c, out));
   const int64_t panel_floats = max_chunk_pixels() * padded(c);
-  const int64_t floats = panel_floats + max_chunk_pixels() * kPanelVecs * kLanes + 3 * padded(out);
+  const int64_t moment_floats = ceil_div(out, kLanes) * kMomentFloats;
+  const int64_t floats = whole_lines(moment_floats + panel_floats +
+                                     max_chunk_pixels() * kPanelVecs * kLanes);
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
 #pragma omp parallel num_threads(args.threads)
   {
-    float* const panels = packed + weight_floats + omp_get_thread_num() * floats;
-    float* const panel = panels + panel_floats;
-    float* const unwanted = panel + max_chunk_pixels() * kPanelVecs * kLanes;
+    float* const at = packed + weight_floats + omp_get_thread_num() * floats;
+    Moments* const moments = reinterpret_cast<Moments*>(at);
+    float *const panels = at + moment_floats, *const panel = panels + panel_floats;
     pack_weight_panels(packed, args.weight, args.weight_dtype, c, out, true);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < args.n * parts; task++) {
       const int64_t n = task / parts;
       const Range own = part_of(args.hw, parts, task % parts);
-      float* sums = args.partial ? args.partial + task * 3 * out : unwanted;
-      std::memset(sums, 0, sizeof(float) * static_cast<size_t>(3 * out));
       const float* gate = args.gate ? args.gate + n * c : nullptr;
       const int64_t size = chunk_pixels(own.size(), c);
       for (int64_t begin = own.begin; begin < own.end; begin += size) {
@@ -94,9 +89,12 @@ bool run(const PointwiseForwardArgs& args) {
         T* z = static_cast<T*>(args.z) + first * out;
         for_panels(packed, c, out, [&]<int VECS>(int64_t v, const float* weight) {
           product_panel<VECS>(panel, panels, pixels, weight, c);
-          finish_panel<T, VECS>(panel, z, pixels, out, v, sums, begin - own.begin);
+          finish_panel<T, VECS>(panel, z, pixels, out, v, moments, begin == own.begin);
         });
       }
+      for (int64_t v = 0; args.partial && v < ceil_div(out, kLanes); v++)
+        moments[v].write(args.partial + task * 3 * out + v * kLanes, out,
+                         min_of(kLanes, out - v * kLanes), own.size());
     }
   }
   return true;
