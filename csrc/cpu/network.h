@@ -14,6 +14,8 @@
 
 namespace effnet {
 
+constexpr int64_t kMaxKernel = 31;  // of a depthwise convolution in a network
+
 struct Product {
   int64_t in_channels, out_channels;
   const void* weight;

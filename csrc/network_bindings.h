@@ -1,0 +1,155 @@
+// effnet_fast._C.Network: a network for inference, see cpu/network.h.
+#pragma once
+
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <vector>
+
+#include "binding_parts.h"
+#include "cpu/network.h"
+#include "instruction_sets.h"
+
+namespace effnet {
+namespace {
+
+// Layers come as dictionaries; weights as addresses of packed tensors that the caller keeps alive.
+template <typename T>
+T field(const py::dict& layer, const char* name) {
+  if (!layer.contains(name)) throw std::invalid_argument(std::string("a layer lacks ") + name);
+  return layer[name].cast<T>();
+}
+template <typename T>
+const T* weights(const py::dict& layer, const char* name) {
+  return at<const T>(field<Address>(layer, name));
+}
+int64_t size(const py::dict& layer, const char* name, int64_t least = 1) {
+  const int64_t value = field<int64_t>(layer, name);
+  if (value < least)
+    throw std::invalid_argument(std::string("a layer's ") + name + " is too small");
+  return value;
+}
+
+Padding padding_of(const py::dict& layer) {
+  const auto sides = field<std::array<int64_t, 4>>(layer, "padding");
+  for (int64_t side : sides) require(side >= 0, "the padding must not be negative");
+  return {field<bool>(layer, "same"), sides[0], sides[1], sides[2], sides[3]};
+}
+
+Product product_of(const py::dict& layer) {
+  return {size(layer, "in_channels"), size(layer, "out_channels"), weights<void>(layer, "weight"),
+          weights<float>(layer, "shift")};
+}
+
+StemLayer stem_of(const py::dict& layer) {
+  return {size(layer, "in_channels"),      size(layer, "out_channels"),   size(layer, "kernel_h"),
+          size(layer, "kernel_w"),         size(layer, "stride"),         padding_of(layer),
+          weights<float>(layer, "weight"), weights<float>(layer, "shift")};
+}
+
+BlockLayer block_of(const py::dict& layer) {
+  BlockLayer out = {};
+  out.in_channels = size(layer, "in_channels");
+  out.channels = size(layer, "channels");
+  out.out_channels = size(layer, "out_channels");
+  out.squeeze_channels = size(layer, "squeeze_channels");
+  out.kernel = size(layer, "kernel");
+  out.stride = size(layer, "stride");
+  require(out.kernel <= kMaxKernel && out.stride <= 2, "network: kernel or stride is too large");
+  out.padding = padding_of(layer);
+  out.residual = field<bool>(layer, "residual");
+  out.expands = layer.contains("expand");
+  if (out.expands) out.expand = product_of(field<py::dict>(layer, "expand"));
+  require(out.expands || out.in_channels == out.channels,
+          "network: a block without expansion keeps its channels");
+  out.filter = weights<float>(layer, "filter");
+  out.filter_shift = weights<float>(layer, "filter_shift");
+  out.reduce_weight = weights<float>(layer, "reduce_weight");
+  out.reduce_bias = weights<float>(layer, "reduce_bias");
+  out.excite_weight = weights<float>(layer, "excite_weight");
+  out.excite_bias = weights<float>(layer, "excite_bias");
+  out.project = product_of(field<py::dict>(layer, "project"));
+  out.project_master = weights<float>(layer, "project_master");
+  out.tap = field<int64_t>(layer, "tap");
+  return out;
+}
+
+int64_t cache_size(int name, int64_t otherwise) {
+  const long found = sysconf(name);
+  return found > 0 ? found : otherwise;
+}
+
+class Network {
+ public:
+  Network(const std::string& isa, bool bf16, const py::dict& stem, int64_t stem_tap,
+          const std::vector<py::dict>& blocks, const py::object& head, const py::object& classifier)
+      : isa_(isa_for(isa)), bf16_(bf16), stem_tap_(stem_tap), stem_(stem_of(stem)) {
+    require(!bf16 || isa_.has_bf16_products, "network: this instruction set has no bf16 products");
+    taps_ = stem_tap >= 0;
+    for (const py::dict& block : blocks) {
+      blocks_.push_back(block_of(block));
+      taps_ += blocks_.back().tap >= 0;
+    }
+    if (!head.is_none()) head_.push_back(product_of(head.cast<py::dict>()));
+    if (!classifier.is_none()) classifier_.push_back(product_of(classifier.cast<py::dict>()));
+  }
+
+  // y may be 0: no pooled output is wanted.
+  void run(int64_t n, int64_t h, int64_t w, Address x, bool x_bf16,
+           const std::array<int64_t, 4>& x_strides, Address y, const std::vector<Address>& taps,
+           int threads) const {
+    require(n > 0 && h > 0 && w > 0, "network: every size must be positive");
+    require(taps.size() == taps_, "network: an output is missing");
+    std::vector<float*> tap_data;
+    for (Address tap : taps) tap_data.push_back(at<float>(tap));
+    NetworkArgs args = {};
+    args.stem = &stem_;
+    args.blocks = blocks_.data();
+    args.block_count = static_cast<int64_t>(blocks_.size());
+    args.head = head_.empty() ? nullptr : head_.data();
+    args.classifier = classifier_.empty() ? nullptr : classifier_.data();
+    args.bf16 = bf16_;
+    args.amx = bf16_ && isa_.amx;
+    args.caches = {cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10),
+                   cache_size(_SC_LEVEL2_CACHE_SIZE, 512 << 10)};
+    args.n = n, args.h = h, args.w = w;
+    args.x = at(x);
+    args.x_dtype = dtype_of(x_bf16);
+    std::copy(x_strides.begin(), x_strides.end(), args.x_strides);
+    args.y = at<float>(y);
+    args.taps = tap_data.data();
+    args.stem_tap = stem_tap_;
+    args.workspace = workspace;
+    args.threads = thread_count(threads);
+    launch(isa_.kernels->network, args);
+  }
+
+ private:
+  const Isa& isa_;
+  bool bf16_;
+  int64_t stem_tap_;
+  size_t taps_;
+  StemLayer stem_;
+  std::vector<BlockLayer> blocks_;
+  std::vector<Product> head_, classifier_;  // none or one
+};
+
+void bind_network(py::module_& m) {
+  m.def(
+      "network_tile_units",
+      [](const std::string& isa) { return isa_for(isa).kernels->network_tile_units(); },
+      "Units of 16 output channels in a panel of packed weights.");
+  m.def(
+      "network_has_bf16", [](const std::string& isa) { return isa_for(isa).has_bf16_products; },
+      "Whether the instruction set multiplies pairs of bf16.");
+  py::class_<Network>(m, "Network")
+      .def(py::init<const std::string&, bool, const py::dict&, int64_t,
+                    const std::vector<py::dict>&, const py::object&, const py::object&>())
+      .def("run", &Network::run);
+}
+
+}  // namespace
+}  // namespace effnet
