@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "binding_parts.h"
@@ -16,15 +18,35 @@
 namespace effnet {
 namespace {
 
-// Layers come as dictionaries; weights as addresses of packed tensors that the caller keeps alive.
+// The packed weights of a network, one after another on cache lines.
+class Weights {
+ public:
+  Weights(int64_t bytes) : memory_(bytes), bytes_(bytes) {
+    if (!memory_.data()) throw std::bad_alloc();
+  }
+  const void* copy(Address from, int64_t bytes) {
+    require(used_ + bytes <= bytes_, "network: more weights than announced");
+    char* const to = static_cast<char*>(memory_.data()) + used_;
+    std::memcpy(to, at(from), static_cast<size_t>(bytes));
+    used_ += (bytes + 63) / 64 * 64;
+    return to;
+  }
+
+ private:
+  Memory memory_;
+  int64_t bytes_, used_ = 0;
+};
+
 template <typename T>
 T field(const py::dict& layer, const char* name) {
   if (!layer.contains(name)) throw std::invalid_argument(std::string("a layer lacks ") + name);
   return layer[name].cast<T>();
 }
+// A field that is (address, bytes) of a packed tensor.
 template <typename T>
-const T* weights(const py::dict& layer, const char* name) {
-  return at<const T>(field<Address>(layer, name));
+const T* take(Weights& weights, const py::dict& layer, const char* name) {
+  const auto [address, bytes] = field<std::pair<Address, int64_t>>(layer, name);
+  return static_cast<const T*>(weights.copy(address, bytes));
 }
 int64_t size(const py::dict& layer, const char* name, int64_t least = 1) {
   const int64_t value = field<int64_t>(layer, name);
@@ -39,18 +61,23 @@ Padding padding_of(const py::dict& layer) {
   return {field<bool>(layer, "same"), sides[0], sides[1], sides[2], sides[3]};
 }
 
-Product product_of(const py::dict& layer) {
-  return {size(layer, "in_channels"), size(layer, "out_channels"), weights<void>(layer, "weight"),
-          weights<float>(layer, "shift")};
+Product product_of(Weights& weights, const py::dict& layer) {
+  return {size(layer, "in_channels"), size(layer, "out_channels"),
+          take<void>(weights, layer, "weight"), take<float>(weights, layer, "shift")};
 }
 
-StemLayer stem_of(const py::dict& layer) {
-  return {size(layer, "in_channels"),      size(layer, "out_channels"),   size(layer, "kernel_h"),
-          size(layer, "kernel_w"),         size(layer, "stride"),         padding_of(layer),
-          weights<float>(layer, "weight"), weights<float>(layer, "shift")};
+StemLayer stem_of(Weights& weights, const py::dict& layer) {
+  return {size(layer, "in_channels"),
+          size(layer, "out_channels"),
+          size(layer, "kernel_h"),
+          size(layer, "kernel_w"),
+          size(layer, "stride"),
+          padding_of(layer),
+          take<float>(weights, layer, "weight"),
+          take<float>(weights, layer, "shift")};
 }
 
-BlockLayer block_of(const py::dict& layer) {
+BlockLayer block_of(Weights& weights, const py::dict& layer) {
   BlockLayer out = {};
   out.in_channels = size(layer, "in_channels");
   out.channels = size(layer, "channels");
@@ -62,17 +89,18 @@ BlockLayer block_of(const py::dict& layer) {
   out.padding = padding_of(layer);
   out.residual = field<bool>(layer, "residual");
   out.expands = layer.contains("expand");
-  if (out.expands) out.expand = product_of(field<py::dict>(layer, "expand"));
+  if (out.expands) out.expand = product_of(weights, field<py::dict>(layer, "expand"));
   require(out.expands || out.in_channels == out.channels,
           "network: a block without expansion keeps its channels");
-  out.filter = weights<float>(layer, "filter");
-  out.filter_shift = weights<float>(layer, "filter_shift");
-  out.reduce_weight = weights<float>(layer, "reduce_weight");
-  out.reduce_bias = weights<float>(layer, "reduce_bias");
-  out.excite_weight = weights<float>(layer, "excite_weight");
-  out.excite_bias = weights<float>(layer, "excite_bias");
-  out.project = product_of(field<py::dict>(layer, "project"));
-  out.project_master = weights<float>(layer, "project_master");
+  out.filter = take<float>(weights, layer, "filter");
+  out.filter_shift = take<float>(weights, layer, "filter_shift");
+  out.reduce_weight = take<float>(weights, layer, "reduce_weight");
+  out.reduce_bias = take<float>(weights, layer, "reduce_bias");
+  out.excite_weight = take<float>(weights, layer, "excite_weight");
+  out.excite_bias = take<float>(weights, layer, "excite_bias");
+  out.project = product_of(weights, field<py::dict>(layer, "project"));
+  if (layer.contains("project_master"))
+    out.project_master = take<float>(weights, layer, "project_master");
   out.tap = field<int64_t>(layer, "tap");
   return out;
 }
@@ -84,17 +112,23 @@ int64_t cache_size(int name, int64_t otherwise) {
 
 class Network {
  public:
-  Network(const std::string& isa, bool bf16, const py::dict& stem, int64_t stem_tap,
+  // bytes: of all packed weights, each rounded up to a cache line.
+  Network(const std::string& isa, bool bf16, int64_t bytes, const py::dict& stem, int64_t stem_tap,
           const std::vector<py::dict>& blocks, const py::object& head, const py::object& classifier)
-      : isa_(isa_for(isa)), bf16_(bf16), stem_tap_(stem_tap), stem_(stem_of(stem)) {
+      : isa_(isa_for(isa)),
+        bf16_(bf16),
+        weights_(bytes),
+        stem_tap_(stem_tap),
+        stem_(stem_of(weights_, stem)) {
     require(!bf16 || isa_.has_bf16_products, "network: this instruction set has no bf16 products");
     taps_ = stem_tap >= 0;
     for (const py::dict& block : blocks) {
-      blocks_.push_back(block_of(block));
+      blocks_.push_back(block_of(weights_, block));
       taps_ += blocks_.back().tap >= 0;
     }
-    if (!head.is_none()) head_.push_back(product_of(head.cast<py::dict>()));
-    if (!classifier.is_none()) classifier_.push_back(product_of(classifier.cast<py::dict>()));
+    if (!head.is_none()) head_.push_back(product_of(weights_, head.cast<py::dict>()));
+    if (!classifier.is_none())
+      classifier_.push_back(product_of(weights_, classifier.cast<py::dict>()));
   }
 
   // y may be 0: no pooled output is wanted.
@@ -130,6 +164,7 @@ class Network {
  private:
   const Isa& isa_;
   bool bf16_;
+  Weights weights_;
   int64_t stem_tap_;
   size_t taps_;
   StemLayer stem_;
@@ -146,7 +181,7 @@ void bind_network(py::module_& m) {
       "network_has_bf16", [](const std::string& isa) { return isa_for(isa).has_bf16_products; },
       "Whether the instruction set multiplies pairs of bf16.");
   py::class_<Network>(m, "Network")
-      .def(py::init<const std::string&, bool, const py::dict&, int64_t,
+      .def(py::init<const std::string&, bool, int64_t, const py::dict&, int64_t,
                     const std::vector<py::dict>&, const py::object&, const py::object&>())
       .def("run", &Network::run);
 }

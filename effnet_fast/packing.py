@@ -47,16 +47,16 @@ class Packed:
     classifier: dict[str, Any] | None = None
     tensors: list[Tensor] = field(default_factory=list)
 
-    def keep(self, tensor: Tensor) -> int:
-        """The address of a tensor that lives as long as this."""
+    def keep(self, tensor: Tensor) -> tuple[int, int]:
+        """The address and bytes of a tensor that lives as long as this."""
         tensor = tensor.contiguous()
         self.tensors.append(tensor)
-        return tensor.data_ptr()
+        return tensor.data_ptr(), tensor.nbytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all packed weights."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        """Bytes of all packed weights, each from a cache line on."""
+        return sum(-(-tensor.nbytes // 64) * 64 for tensor in self.tensors)
 
 
 def _pad(tensor: Tensor, *sizes: int) -> Tensor:
@@ -181,7 +181,6 @@ def pack_block(packed: Packed, block: recognition.Block, residual: bool, tap: in
         "excite_weight": packed.keep(_units(excite_weight.flatten(1), padded)),
         "excite_bias": packed.keep(_pad(excite_bias, padded)),
         "project": _product(packed, project_weight, project_shift),
-        "project_master": 0,
         "tap": tap,
     }
     if layout.bf16:
