@@ -55,7 +55,7 @@ class Network {
       hidden_ = max_of(hidden_, squeezed);
       if (gates_weights<T>(layer, shape)) weights_ = max_of(weights_, weight_words(layer));
       // At the least three rows' worth of the narrowest group fit, whatever the caches.
-      ring_ = max_of(ring_, kTileUnits * shape.unit_ring());
+      ring_ = max_of(ring_, kMaxUnits * shape.unit_ring());
       offsets_ = max_of(offsets_, shape.slots * shape.w);
       means_ = max_of(means_, 2 * units * kUnit + kMaxHidden);
       if (early_ == i && 2 * weight_words(layer) <= floats_of<T>(h * w * layer.channels)) early_++;

@@ -140,12 +140,24 @@ struct Band {
       copy(x, pixels, offsets);
   }
 
+  // Narrow inputs by pieces that stay in the L1 cache while the weights pass by, wide ones as a
+  // whole, panel by panel.
   void expand(const Activations<T>& x, Range pixels, const int32_t* offsets) const {
+    constexpr int64_t kPieceBytes = 24 << 10;
+    const int64_t chunks = kPieceBytes / 4 / words_of<T>(layer.in_channels) / kChunkPixels<T>;
+    const int64_t piece = chunks ? chunks * kChunkPixels<T> : pixels.size();
+    for (int64_t begin = pixels.begin; begin < pixels.end; begin += piece)
+      expand_piece(x, {begin, min_of(pixels.end, begin + piece)}, chunks == 0,
+                   offsets + begin - pixels.begin);
+  }
+
+  void expand_piece(const Activations<T>& x, Range pixels, bool fetch,
+                    const int32_t* offsets) const {
     for (int64_t i = panels.begin; i < panels.end; i++) {
       const Panel panel(i, units_of<T>(layer.channels));
       float* const ring = unit_ring(panel.unit);
       const int64_t real = min_of(panel.units, units - panel.unit);
-      multiply_chunks(x, pixels, layer.expand, panel, amx, i == panels.begin,
+      multiply_chunks(x, pixels, layer.expand, panel, amx, fetch || i == panels.begin,
                       [&](int64_t first, int64_t count, const float* results) {
                         const int32_t* const to = offsets + first - pixels.begin;
                         for (int64_t u = 0; u < real; u++) {
@@ -236,8 +248,8 @@ void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
   // team divides the channels: dividing rows computes the halo twice.
   const int64_t rows_of_x = shape.slots * shape.w * words_of<T>(layer.in_channels);
   const int64_t room = max_of(caches.l2 / 8, caches.l2 * 5 / 8 - rows_of_x * 4) / 4;
-  const int64_t fitting = min_of(room, memory.ring_floats) / shape.unit_ring() / kTileUnits;
-  int64_t groups = ceil_div(panels, max_of(1, fitting));
+  const int64_t fitting = min_of(room, memory.ring_floats) / shape.unit_ring();  // units
+  int64_t groups = ceil_div(panels, max_of(1, (fitting - kMaxUnits) / kTileUnits + 1));
   const int64_t halo = layer.kernel - layer.stride;
   const bool few_rows = shape.h < 12 * halo * team.size || shape.steps < team.size;
   if (x.count % team.size && few_rows) groups = ceil_div(groups, team.size) * team.size;
@@ -246,7 +258,7 @@ void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
   for (int64_t i = part.begin, next_row = 0; i < part.end; i++) {
     const int64_t step = i % shape.steps, n = i / shape.steps % x.count;
     const Range of_group = part_of(panels, groups, i / shape.steps / x.count);
-    const Range group = {of_group.begin * kTileUnits, min_of(units, of_group.end * kTileUnits)};
+    const Range group = Panel::units_of(of_group, units);
     const Band<T> band = {layer,    shape, memory, amx, ceil_div(layer.channels, kUnit),
                           of_group, group};
     const int64_t top = step * shape.rows * layer.stride - shape.vertical.before;

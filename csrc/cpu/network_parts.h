@@ -63,9 +63,13 @@ struct Activations {
 struct Panel {
   int64_t unit, units;
   Panel(int64_t index, int64_t all)
-      : unit(index * kTileUnits), units(min_of(kTileUnits, all - unit)) {}
+      : unit(index * kTileUnits), units(index + 1 < count(all) ? kTileUnits : all - unit) {}
   int64_t width() const { return units * kUnit; }
-  static int64_t count(int64_t units) { return ceil_div(units, kTileUnits); }
+  static int64_t count(int64_t units) { return max_of(1, units / kTileUnits); }
+  // The units of panels [begin, end).
+  static Range units_of(Range panels, int64_t all) {
+    return {panels.begin * kTileUnits, panels.end < count(all) ? panels.end * kTileUnits : all};
+  }
 };
 
 // Words [begin, end) of K, the pixels, and which output units of a product.
@@ -122,11 +126,17 @@ EFFNET_INLINE void multiply(float* out, const Activations<T>& x, const Part& par
 #else
   using Multiply = MultiplyFloat;
 #endif
-  const auto tile_of = part.panel.units == 1 ? product_tile_of<Multiply, 1, false>
-                       : part.fetch          ? product_tile_of<Multiply, kTileUnits, true>
-                                             : product_tile_of<Multiply, kTileUnits, false>;
+  ProductTile (*tile_of)(int64_t) = product_tile_of<Multiply, kTileUnits, false>;
+  int64_t most = kTilePixels;
+  if (part.fetch) tile_of = product_tile_of<Multiply, kTileUnits, true>;
+  if (part.panel.units < kTileUnits) tile_of = product_tile_of<Multiply, 1, false>;
+  if (part.panel.units > kTileUnits) {
+    tile_of = part.fetch ? product_tile_of<Multiply, kMaxUnits, true>
+                         : product_tile_of<Multiply, kMaxUnits, false>;
+    most = kWidePixels;
+  }
   // Tiles of nearly equal size.
-  const int64_t tiles = ceil_div(pixels, kTilePixels);
+  const int64_t tiles = ceil_div(pixels, most);
   const int64_t least = pixels / tiles, larger = pixels % tiles;
   for (int64_t i = 0, p = 0; i < tiles; i++) {
     const int64_t count = least + (i < larger);
@@ -136,16 +146,18 @@ EFFNET_INLINE void multiply(float* out, const Activations<T>& x, const Part& par
   }
 }
 
+template <typename T>
+constexpr int64_t kChunkPixels = sizeof(T) == 2 ? 64 : 64 / kTilePixels * kTilePixels;
+
 // The same over the whole of K by chunks of pixels, whose results stay in the L1 cache: calls
 // done(first pixel, count, results [count][panel width]).
 template <typename T, typename Done>
 EFFNET_INLINE void multiply_chunks(const Activations<T>& x, Range pixels, const Product& product,
                                    Panel panel, bool amx, bool fetch, const Done& done) {
-  constexpr int64_t kTiles = sizeof(T) == 2 ? 64 : 64 / kTilePixels * kTilePixels;
-  alignas(64) float results[(64 + kAmxSlack) * kTileUnits * kUnit];
+  alignas(64) float results[(kChunkPixels<T> + kAmxSlack) * kMaxUnits * kUnit];
   const int64_t words = words_of<T>(product.in_channels);
-  for (int64_t begin = pixels.begin; begin < pixels.end; begin += kTiles) {
-    const Range chunk = {begin, min_of(pixels.end, begin + kTiles)};
+  for (int64_t begin = pixels.begin; begin < pixels.end; begin += kChunkPixels<T>) {
+    const Range chunk = {begin, min_of(pixels.end, begin + kChunkPixels<T>)};
     const int64_t tiles_before = (begin - pixels.begin) / (amx ? kAmxPixels : kTilePixels);
     multiply(results, x, {{0, words}, chunk, panel, amx, fetch, tiles_before}, product,
              product.weight);

@@ -50,7 +50,7 @@ void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, 
     groups = min_of(panels, team.size);
   else if (x.count * chunks % team.size)
     chunks = min_of(ceil_div(chunks, team.size) * team.size, ceil_div(pixels, kTilePixels));
-  const int64_t fitting = memory.ring_floats / (kTileUnits * kUnit);  // pixels times panels
+  const int64_t fitting = memory.ring_floats / (kMaxUnits * kUnit);  // pixels times panels
   const int64_t at_once = max_of(1, fitting / (ceil_div(pixels, chunks) + kAmxSlack));
   const Range part = team.part(x.count * chunks * groups);
   for (int64_t i = part.begin; i < part.end; i++) {
@@ -62,7 +62,7 @@ void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, 
     const Activations<T> added = {x[n], pixels, layer.out_channels};
     const void* const weight =
         own_weights ? memory.weights + n * memory.weights_size : layer.project.weight;
-    const int64_t results_size = (chunk.size() + kAmxSlack) * kTileUnits * kUnit;
+    const int64_t results_size = (chunk.size() + kAmxSlack) * kMaxUnits * kUnit;
     for (int64_t first = group.begin; first < group.end; first += at_once) {
       const int64_t last = min_of(group.end, first + at_once);
       for (int64_t k = 0; k < words; k += k_words)
@@ -70,7 +70,7 @@ void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, 
           const Panel panel(j, units);
           float* const results = memory.ring + (j - first) * results_size;
           const Range of_k = {k, min_of(words, k + k_words)};
-          multiply(results, in, {of_k, chunk, panel, amx, j == first}, layer.project, weight);
+          multiply(results, in, {of_k, chunk, panel, amx, true}, layer.project, weight);
           if (of_k.end < words) continue;
           if (layer.residual)
             store_panel<T, true>(out, added, panel, chunk.begin, chunk.size(), results);
@@ -90,7 +90,7 @@ void run_head(const Product& head, int64_t pixels, Images<T> x, Activations<T> p
   for (int64_t i = part.begin; i < part.end; i++) {
     const int64_t n = i % x.count;
     const Panel panel(i / x.count, units);
-    Vec sums[kTileUnits * kParts] = {};
+    Vec sums[kMaxUnits * kParts] = {};
     multiply_chunks(Activations<T>{x[n], pixels, head.in_channels}, {0, pixels}, head, panel, amx,
                     i == part.begin, [&](int64_t, int64_t count, const float* results) {
                       const int64_t vectors = panel.units * kParts;

@@ -13,11 +13,12 @@ namespace EFFNET_ISA {
 constexpr int kUnit = 16;
 constexpr int kParts = kUnit / kLanes;  // vectors of a unit
 #if defined(__AVX512F__)
-// 28 accumulators, 2 weights and 2 broadcasts in 32 registers: 28 FMA for 16 loads.
-constexpr int kTileUnits = 2, kTilePixels = 14;
+// 28 accumulators, 2 weights and 2 broadcasts in 32 registers: 28 FMA for 16 loads; 27 for 12 with
+// 3 units.
+constexpr int kTileUnits = 2, kTilePixels = 14, kWidePixels = 9;
 #else
 // 12 accumulators, the unit's weights and one broadcast in 16 registers.
-constexpr int kTileUnits = 1, kTilePixels = 12 / kParts;
+constexpr int kTileUnits = 1, kTilePixels = 12 / kParts, kWidePixels = 0;
 #endif
 
 struct MultiplyFloat {
@@ -83,23 +84,36 @@ EFFNET_NOINLINE void product_tile(const TileOperands& t) {
 
 using ProductTile = void (*)(const TileOperands&);
 
-// The tile of `pixels` pixels, 1 to kTilePixels, and UNITS units.
+// Panels have kTileUnits units but for the last, which has what is left over too.
+constexpr int kMaxUnits = 2 * kTileUnits - 1;
+
+// The tile of `pixels` pixels, 1 to kTilePixels (kWidePixels of more than kTileUnits), and UNITS
+// units.
 template <typename Multiply, int UNITS, bool FETCH>
 inline ProductTile product_tile_of(int64_t pixels) {
 #define EFFNET_TILE(n) product_tile<Multiply, n, UNITS, FETCH>
-  static constexpr ProductTile tiles[] = {
-      EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),
+#if defined(__AVX512F__)
+  if constexpr (UNITS > kTileUnits) {
+    static constexpr ProductTile tiles[kWidePixels] = {
+        EFFNET_TILE(1), EFFNET_TILE(2), EFFNET_TILE(3), EFFNET_TILE(4), EFFNET_TILE(5),
+        EFFNET_TILE(6), EFFNET_TILE(7), EFFNET_TILE(8), EFFNET_TILE(9)};
+    return tiles[pixels - 1];
+  } else
+#endif
+  {
+    static constexpr ProductTile tiles[kTilePixels] = {
+        EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),
 #if defined(__AVX2__)
-      EFFNET_TILE(4),  EFFNET_TILE(5),  EFFNET_TILE(6),
+        EFFNET_TILE(4),  EFFNET_TILE(5),  EFFNET_TILE(6),
 #endif
 #if defined(__AVX512F__)
-      EFFNET_TILE(7),  EFFNET_TILE(8),  EFFNET_TILE(9),  EFFNET_TILE(10),
-      EFFNET_TILE(11), EFFNET_TILE(12), EFFNET_TILE(13), EFFNET_TILE(14),
+        EFFNET_TILE(7),  EFFNET_TILE(8),  EFFNET_TILE(9),  EFFNET_TILE(10),
+        EFFNET_TILE(11), EFFNET_TILE(12), EFFNET_TILE(13), EFFNET_TILE(14),
 #endif
-  };
+    };
+    return tiles[pixels - 1];
+  }
 #undef EFFNET_TILE
-  static_assert(sizeof(tiles) / sizeof(tiles[0]) == kTilePixels);
-  return tiles[pixels - 1];
 }
 
 }  // namespace EFFNET_ISA
