@@ -20,20 +20,16 @@ namespace {
 
 // Memory for partial sums that stays with the thread, as that of `workspace` does.
 float* partials(int64_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    int64_t floats = 0;
-    ~Buffer() { std::free(data); }
-  };
-  static thread_local Buffer buffer;
-  if (floats > buffer.floats) {
-    std::free(buffer.data);
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    buffer.data = static_cast<float*>(std::aligned_alloc(64, bytes));
-    buffer.floats = buffer.data ? floats : 0;
-    if (!buffer.data) throw std::bad_alloc();
+  static thread_local std::unique_ptr<Memory> memory;
+  static thread_local int64_t held = 0;
+  if (floats > held) {
+    held = 0;
+    memory.reset();
+    memory = std::make_unique<Memory>(floats * static_cast<int64_t>(sizeof(float)));
+    if (!memory->data()) throw std::bad_alloc();
+    held = floats;
   }
-  return buffer.data;
+  return static_cast<float*>(memory ? memory->data() : nullptr);
 }
 
 NormVectors norm_vectors(Address norm, int64_t c) {
@@ -46,8 +42,8 @@ NormVectors norm_vectors(Address norm, int64_t c) {
 // by the batch.
 using BatchNorm = std::array<Address, 4>;
 
-// Mean and variance of the moments (mean, M2, pivot) of `count(part)` values each, by Chan's formula
-// in double.
+// Mean and variance of the moments (mean, M2, pivot) of `count(part)` values each, by Chan's
+// formula in double.
 template <typename Count>
 void fold_moments(const float* partial, int64_t parts, int64_t c, const Count& count, double* mean,
                   double* var) {
@@ -150,8 +146,8 @@ void fold_sums(const float* partial, int64_t parts, int64_t c, float* out) {
 }
 
 // Each out [N,C] = its factor * the sums over parts of its row of partial [N,parts,3,C].
-void fold_per_image(const float* partial, int64_t n, int64_t parts, int64_t c,
-                    const float* factors, const std::array<float*, 3>& out) {
+void fold_per_image(const float* partial, int64_t n, int64_t parts, int64_t c, const float* factors,
+                    const std::array<float*, 3>& out) {
   for (int64_t i = 0; i < n; i++)
     for (int64_t row = 0; row < 3; row++) {
       float* to = out[row] + i * c;
@@ -329,8 +325,8 @@ void mbconv_squeeze(const std::string& isa, const PlaneTuple& shape, bool is_bf1
   const auto [n, hw, c] = shape;
   const int64_t parts = host::pointwise_parts(hw);
   float* const partial = partials(n * parts * 3 * c);
-  MBConvSqueezeArgs args = {n,       hw, c, dtype_of(is_bf16), at(z), norm_vectors(norm, c), partial,
-                            thread_count(threads)};
+  MBConvSqueezeArgs args = {
+      n, hw, c, dtype_of(is_bf16), at(z), norm_vectors(norm, c), partial, thread_count(threads)};
   launch(kernels_for(isa).mbconv->squeeze, args);
   const float factors[3] = {1.0f / static_cast<float>(hw), 1.0f, 1.0f};
   float* const to = at<float>(slopes);
@@ -341,9 +337,18 @@ void mbconv_finish(const std::string& isa, const PlaneTuple& shape, bool is_bf16
                    Address norm, Address row_scale, Address residual, Address y, int threads) {
   check_plane(shape);
   const auto [n, hw, c] = shape;
-  MBConvFinishArgs args = {n,       hw,      c,       dtype_of(is_bf16),
-                           at(z),   norm_vectors(norm, c), at<float>(row_scale), at(residual),
-                           at(y),   nullptr, nullptr, thread_count(threads)};
+  MBConvFinishArgs args = {n,
+                           hw,
+                           c,
+                           dtype_of(is_bf16),
+                           at(z),
+                           norm_vectors(norm, c),
+                           at<float>(row_scale),
+                           at(residual),
+                           at(y),
+                           nullptr,
+                           nullptr,
+                           thread_count(threads)};
   launch(kernels_for(isa).mbconv->finish, args);
 }
 
@@ -356,9 +361,18 @@ void mbconv_finish_backward(const std::string& isa, const PlaneTuple& shape, boo
   const Kernels& kernels = kernels_for(isa);
   const int64_t parts = host::pointwise_parts(hw);
   float* const partial = partials(n * parts * 2 * c);
-  MBConvFinishArgs args = {n,       hw,      c,          dtype_of(is_bf16),
-                           at(z),   norm_vectors(norm, c), at<float>(row_scale), nullptr,
-                           nullptr, at(grad_y), partial, thread_count(threads)};
+  MBConvFinishArgs args = {n,
+                           hw,
+                           c,
+                           dtype_of(is_bf16),
+                           at(z),
+                           norm_vectors(norm, c),
+                           at<float>(row_scale),
+                           nullptr,
+                           nullptr,
+                           at(grad_y),
+                           partial,
+                           thread_count(threads)};
   launch(kernels.mbconv->finish_backward, args);
   fold_sums(partial, n * parts, 2 * c, at<float>(sums));
 }
@@ -376,8 +390,8 @@ void mbconv_excite_sums(int64_t n, int64_t c, int64_t pixels, Address grad_poole
     for (int64_t j = i * c; j < (i + 1) * c; j++) q[j] *= share;
     for (int64_t row = 0; row < 2; row++)
       for (int64_t j = 0; j < c; j++)
-        out[row * c + j] += g[i * c + j] * s[((row + 1) * n + i) * c + j] +
-                            q[i * c + j] * t[(row * n + i) * c + j];
+        out[row * c + j] +=
+            g[i * c + j] * s[((row + 1) * n + i) * c + j] + q[i * c + j] * t[(row * n + i) * c + j];
   }
 }
 

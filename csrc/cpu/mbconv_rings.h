@@ -29,7 +29,8 @@ struct Ring {
     for (int64_t i = 0; i < rows * vecs; i++) {
       float* at = data + i * pitch * kLanes;
       std::memset(at, 0, sizeof(float) * static_cast<size_t>(begin * kLanes));
-      std::memset(at + end * kLanes, 0, sizeof(float) * static_cast<size_t>((pitch - end) * kLanes));
+      std::memset(at + end * kLanes, 0,
+                  sizeof(float) * static_cast<size_t>((pitch - end) * kLanes));
     }
   }
 };
