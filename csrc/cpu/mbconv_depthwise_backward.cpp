@@ -63,19 +63,6 @@ struct Task {
   float *weight, *flipped, *grad_weight, *vectors, *sums;  // sums: [v][2][kLanes]
 };
 
-// Taps kw = q, q + stride, ... of each kernel row in descending order, row after row of K places:
-// the data gradient at one column parity is then a plain correlation of dz with stride 1.
-void flip_weight(const Task& task) {
-  const int64_t k = task.args.shape.k, stride = task.args.shape.stride;
-  for (int64_t row = 0; row < task.block.vecs * k; row++) {
-    float* out = task.flipped + row * k * kLanes;
-    const float* in = task.weight + row * k * kLanes;
-    for (int64_t q = 0; q < stride; q++)
-      for (int64_t kw = q + (k - 1 - q) / stride * stride; q < k && kw >= q; kw -= stride)
-        store(out, load(in + kw * kLanes)), out += kLanes;
-  }
-}
-
 void pack_vectors(const Task& task) {
   const DepthwiseBackwardArgs& args = task.args;
   const int64_t row = task.n * args.shape.c;
@@ -201,21 +188,6 @@ void add_grad_weight(const Task& task, Range rows) {
     });
 }
 
-// The columns of f that meet the taps kw = q, q + stride, ...
-struct Parity {
-  int64_t first_tap = 0, taps;  // their place in a flipped kernel row
-  int64_t column, width;        // the first column, and how many there are, `stride` apart
-  int64_t shift;                // dz column of the first one's first tap
-  Parity(const Geometry& geometry, const DwconvShape& s, int64_t q) {
-    const auto taps_of = [&](int64_t i) { return i < s.k ? (s.k - 1 - i) / s.stride + 1 : 0; };
-    for (int64_t i = 0; i < q; i++) first_tap += taps_of(i);
-    taps = taps_of(q);
-    column = floor_mod(q - s.pad_l, s.stride);
-    width = s.w > column ? ceil_div(s.w - column, s.stride) : 0;
-    shift = geometry.dz_left + (column + s.pad_l - q) / s.stride - (taps - 1);
-  }
-};
-
 // TILE columns of rows of f, from the parity's column `begin`.
 template <typename T, int TAPS, int TILE>
 EFFNET_NOINLINE void data_tile(const Task& task, const Parity& parity, Range rows, int64_t begin) {
@@ -278,7 +250,7 @@ template <typename T>
 void write_data(const Task& task, Range rows) {
   const DwconvShape& s = task.args.shape;
   for (int64_t q = 0; q < s.stride; q++) {
-    const Parity parity(task.geometry, s, q);
+    const Parity parity(s, q, task.geometry.dz_left);
     if (parity.width == 0) continue;
     switch (parity.taps) {
       case 1:
@@ -386,7 +358,7 @@ bool run(const DepthwiseBackwardArgs& args) {
     std::memset(task.grad_weight, 0, sizeof(float) * static_cast<size_t>(kk * vecs * kLanes));
     std::memset(task.sums, 0, sizeof(float) * static_cast<size_t>(2 * vecs * kLanes));
     pack_weight(task.weight, args.weight, args.weight_dtype, kk, block);
-    flip_weight(task);
+    flip_weight(task.flipped, task.weight, s.k, STEP, vecs);
     pack_vectors(task);
     run_chunk<T, K, STEP>(task, part % g.chunks);
     write_partials(task);
