@@ -60,6 +60,7 @@ def watch(root: nn.Module, modules: Iterable[nn.Module], tensors: Iterable[Tenso
         *(items, absent, listings, empty, types, versioned, watched),
         [_place(t) for t in kept],
         kept,
+        [t._cdata for t in watched if hasattr(t, "_cdata")],
         torch.Tensor,
     )
 
@@ -71,3 +72,4 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     )
     count = tensor.numel() if dense else min(tensor.numel(), 1)
     return tensor.data_ptr(), count, tensor.element_size()
+

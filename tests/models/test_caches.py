@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import networks
 from effnet_fast.models import EfficientNet
-from networks import TINY, Pair, pair, random_images
+from networks import TINY, Pair, pair, random_images, trio
+from tolerances import assert_no_worse_than
 
 BLOCK = "features.5.1.block."
 X = random_images(2, 48)
@@ -211,9 +212,12 @@ def test_layout_moves_are_followed() -> None:
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_parameters_under_autocast() -> None:
-    models = pair()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        y, expected = models.actual(X), models.stock(X)
-    assert y.dtype is expected.dtype is torch.bfloat16
-    assert networks.rms(y - expected) <= 0.1 * networks.rms(expected)
+def test_half_precision_under_autocast() -> None:
+    """Judged by the exact result: stock itself errs by a tenth of the logits here."""
+    models = trio()
+    with torch.no_grad():
+        exact = models.exact(X.double())
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                y, stock = models.actual(X), models.stock(X)
+            assert_no_worse_than(y, stock, exact)
