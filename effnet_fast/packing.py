@@ -85,9 +85,13 @@ def _folded(layer: recognition.Layer) -> tuple[Tensor, Tensor]:
 
 
 def _panels(rows: Tensor, tile_units: int) -> Tensor:
-    """[K, units * 16, ...] by panels of output channels, one after another."""
-    whole = rows.shape[1] // (tile_units * UNIT) * tile_units * UNIT
-    parts = [*rows[:, :whole].split(tile_units * UNIT, 1), rows[:, whole:]]
+    """[K, units * 16, ...] by panels of output channels, one after another.
+
+    Each has tile_units units, the last what is left over as well.
+    """
+    width = tile_units * UNIT
+    whole = max(0, rows.shape[1] // width - 1) * width
+    parts = [*rows[:, :whole].split(width, 1), rows[:, whole:]]
     return torch.cat([part.reshape(-1) for part in parts])
 
 

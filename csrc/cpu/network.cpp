@@ -55,13 +55,13 @@ class Network {
       hidden_ = max_of(hidden_, squeezed);
       if (gates_weights<T>(layer, shape)) weights_ = max_of(weights_, weight_words(layer));
       // At the least three rows' worth of the narrowest group fit, whatever the caches.
-      ring_ = max_of(ring_, kTileUnits * shape.unit_ring());
+      ring_ = max_of(ring_, kMaxUnits * shape.unit_ring());
       offsets_ = max_of(offsets_, shape.slots * shape.w);
       means_ = max_of(means_, 2 * units * kUnit + kMaxHidden);
       if (early_ == i && 2 * weight_words(layer) <= floats_of<T>(h * w * layer.channels)) early_++;
     }
     pixels_ = h * w;
-    ring_ = max_of(ring_, args.caches.l2 * 3 / 8 / 4);
+    ring_ = max_of(ring_, args.caches.l2 * 5 / 8 / 4);
     images_ = min_of(args.n, kImagesAtOnce);
     slots_ = max_of(images_, args.threads);
     if (args.head)
@@ -155,7 +155,7 @@ class Network {
       const BlockLayer& layer = args_.blocks[i];
       const BlockShape& shape = shapes_[i];
       const Images<T> x = images(i, first, count), y = images(i + 1, first, count);
-      run_filter(layer, shape, x, at, args_.amx, team);
+      run_filter(layer, shape, x, at, args_.caches, args_.amx, team);
       team.wait();
       run_excite(layer, shape, count, at, team);
       team.wait();

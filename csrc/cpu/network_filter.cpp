@@ -8,6 +8,7 @@
 // Source:   original
 // Truth:    effnet_fast/reference/{pointwise_bn_act,dwconv_bn_silu}.py
 #include "cpu/network_layers.h"
+#include "cpu/network_silu.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -55,7 +56,7 @@ EFFNET_NOINLINE Vec filter_tile(T* out, const float* const* rows, int64_t column
   Vec total = {};
 #pragma GCC unroll 16
   for (int t = 0; t < TILE; t++) {
-    const Vec y = silu(sum[t]);
+    const Vec y = silu_as<T>(sum[t]);
     store(out + t * kBlock<T>, y);
     total += y;
   }
@@ -139,23 +140,36 @@ struct Band {
       copy(x, pixels, offsets);
   }
 
+  // Narrow inputs by pieces that stay in the L1 cache while the weights pass by, wide ones as a
+  // whole, panel by panel.
   void expand(const Activations<T>& x, Range pixels, const int32_t* offsets) const {
+    constexpr int64_t kPieceBytes = 24 << 10;
+    const int64_t chunks = kPieceBytes / 4 / words_of<T>(layer.in_channels) / kChunkPixels<T>;
+    const int64_t piece = chunks ? chunks * kChunkPixels<T> : pixels.size();
+    for (int64_t begin = pixels.begin; begin < pixels.end; begin += piece)
+      expand_piece(x, {begin, min_of(pixels.end, begin + piece)}, chunks == 0,
+                   offsets + begin - pixels.begin);
+  }
+
+  void expand_piece(const Activations<T>& x, Range pixels, bool fetch,
+                    const int32_t* offsets) const {
     for (int64_t i = panels.begin; i < panels.end; i++) {
       const Panel panel(i, units_of<T>(layer.channels));
       float* const ring = unit_ring(panel.unit);
       const int64_t real = min_of(panel.units, units - panel.unit);
-      multiply(x, pixels, layer.expand, layer.expand.weight, panel, amx,
-               [&](int64_t first, int64_t count, const float* results) {
-                 const int32_t* const to = offsets + first - pixels.begin;
-                 for (int64_t u = 0; u < real; u++) {
-                   float* const out = ring + u * shape.unit_ring();
-                   const float* in = results + u * kUnit;
-                   for (int64_t p = 0; p < count; p++, in += panel.units * kUnit)
+      multiply_chunks(x, pixels, layer.expand, panel, amx, fetch || i == panels.begin,
+                      [&](int64_t first, int64_t count, const float* results) {
+                        const int32_t* const to = offsets + first - pixels.begin;
+                        for (int64_t u = 0; u < real; u++) {
+                          float* const out = ring + u * shape.unit_ring();
+                          const float* in = results + u * kUnit;
+                          for (int64_t p = 0; p < count; p++, in += panel.units * kUnit)
 #pragma GCC unroll 4
-                     for (int part = 0; part < kParts; part++)
-                       store(out + to[p] + part * kLanes, silu(load(in + part * kLanes)));
-                 }
-               });
+                            for (int part = 0; part < kParts; part++)
+                              store(out + to[p] + part * kLanes,
+                                    silu_as<T>(load(in + part * kLanes)));
+                        }
+                      });
     }
   }
 
@@ -228,20 +242,23 @@ BlockShape::BlockShape(const BlockLayer& layer, int64_t h, int64_t w)
 
 template <typename T>
 void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
-                const BlockMemory<T>& memory, bool amx, Team team) {
+                const BlockMemory<T>& memory, const Caches& caches, bool amx, Team team) {
   const int64_t units = units_of<T>(layer.channels), panels = Panel::count(units);
-  // As many channels as the ring has room for. Where rows are few, a team divides the channels:
-  // dividing rows computes the halo twice.
-  int64_t groups = ceil_div(panels, max_of(1, memory.ring_floats / shape.unit_ring() / kTileUnits));
+  // As many channels as the L2 cache has room for beside a step's rows of x. Where rows are few, a
+  // team divides the channels: dividing rows computes the halo twice.
+  const int64_t rows_of_x = shape.slots * shape.w * words_of<T>(layer.in_channels);
+  const int64_t room = max_of(caches.l2 / 8, caches.l2 * 5 / 8 - rows_of_x * 4) / 4;
+  const int64_t fitting = min_of(room, memory.ring_floats) / shape.unit_ring();  // units
+  int64_t groups = ceil_div(panels, max_of(1, (fitting - kMaxUnits) / kTileUnits + 1));
   const int64_t halo = layer.kernel - layer.stride;
-  if (x.count % team.size && shape.h < 12 * halo * team.size)
-    groups = ceil_div(groups, team.size) * team.size;
+  const bool few_rows = shape.h < 12 * halo * team.size || shape.steps < team.size;
+  if (x.count % team.size && few_rows) groups = ceil_div(groups, team.size) * team.size;
   groups = min_of(groups, panels);
   const Range part = team.part(groups * x.count * shape.steps);
   for (int64_t i = part.begin, next_row = 0; i < part.end; i++) {
     const int64_t step = i % shape.steps, n = i / shape.steps % x.count;
     const Range of_group = part_of(panels, groups, i / shape.steps / x.count);
-    const Range group = {of_group.begin * kTileUnits, min_of(units, of_group.end * kTileUnits)};
+    const Range group = Panel::units_of(of_group, units);
     const Band<T> band = {layer,    shape, memory, amx, ceil_div(layer.channels, kUnit),
                           of_group, group};
     const int64_t top = step * shape.rows * layer.stride - shape.vertical.before;
@@ -259,10 +276,10 @@ void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
 }
 
 template void run_filter(const BlockLayer&, const BlockShape&, Images<float>,
-                         const BlockMemory<float>&, bool, Team);
+                         const BlockMemory<float>&, const Caches&, bool, Team);
 #if defined(__AVX512BF16__)
 template void run_filter(const BlockLayer&, const BlockShape&, Images<bf16>,
-                         const BlockMemory<bf16>&, bool, Team);
+                         const BlockMemory<bf16>&, const Caches&, bool, Team);
 #endif
 
 }  // namespace EFFNET_ISA

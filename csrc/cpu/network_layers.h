@@ -54,7 +54,7 @@ void run_stem(const NetworkArgs& args, const StemShape& shape, int64_t first, Im
               float* scratch, Team team);
 template <typename T>
 void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
-                const BlockMemory<T>& memory, bool amx, Team team);
+                const BlockMemory<T>& memory, const Caches& caches, bool amx, Team team);
 template <typename T>
 void run_excite(const BlockLayer& layer, const BlockShape& shape, int64_t images,
                 const BlockMemory<T>& memory, Team team);

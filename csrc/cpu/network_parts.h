@@ -59,67 +59,109 @@ struct Activations {
   }
 };
 
-constexpr int64_t kChunkPixels = 64;  // of a product's results at a time: they stay in L1
-struct alignas(64) ChunkBuffer {
-  float data[kChunkPixels * kTileUnits * kUnit];
-};
-
 // Panels of a product's output units.
 struct Panel {
   int64_t unit, units;
   Panel(int64_t index, int64_t all)
-      : unit(index * kTileUnits), units(min_of(kTileUnits, all - unit)) {}
-  static int64_t count(int64_t units) { return ceil_div(units, kTileUnits); }
+      : unit(index * kTileUnits), units(index + 1 < count(all) ? kTileUnits : all - unit) {}
+  int64_t width() const { return units * kUnit; }
+  static int64_t count(int64_t units) { return max_of(1, units / kTileUnits); }
+  // The units of panels [begin, end).
+  static Range units_of(Range panels, int64_t all) {
+    return {panels.begin * kTileUnits, panels.end < count(all) ? panels.end * kTileUnits : all};
+  }
 };
 
-// Calls done(first pixel, count, results [count][panel.units * 16]) for pixels [begin, end) of x
-// times the panel's weights plus their shift.
-template <typename T, typename Done>
-EFFNET_INLINE void multiply(const Activations<T>& x, Range range, const Product& product,
-                            const void* weight, Panel panel, bool amx, const Done& done) {
-  ChunkBuffer buffer;
-  const int64_t words = words_of<T>(product.in_channels), step = x.words_step();
-  const float* const b = static_cast<const float*>(weight) + panel.unit * words * kUnit;
-  const float* const shift = product.shift + panel.unit * kUnit;
+// Words [begin, end) of K, the pixels, and which output units of a product.
+struct Part {
+  Range k;  // begins at a multiple of 16
+  Range pixels;
+  Panel panel;
+  bool amx;
+  bool fetch;                // whether x comes from beyond the L2 cache
+  int64_t tiles_before = 0;  // of the same panel and part of K
+};
+
+constexpr int64_t kAmxSlack = kAmxPixels - 1;  // pixels that `out` needs beyond those asked for
+
+// out [pixels][panel width] = x times the panel's weights over a part of K, plus the shift where K
+// begins and what is in `out` already where it goes on.
+template <typename T>
+EFFNET_INLINE void multiply(float* out, const Activations<T>& x, const Part& part,
+                            const Product& product, const void* weight) {
+  const int64_t words = words_of<T>(product.in_channels), width = part.panel.width();
+  TileOperands tile;
+  tile.a_step = x.words_step();
+  tile.b =
+      static_cast<const float*>(weight) + part.panel.unit * words * kUnit + part.k.begin * width;
+  tile.k = part.k.size();
+  tile.start_step = part.k.begin ? width : 0;
+  const float* const shift = product.shift + part.panel.unit * kUnit;
+  const float* const a = x.words(part.pixels.begin) + part.k.begin / kUnit * tile.a_step;
+  const int64_t pixels = part.pixels.size();
+  // The same part of the next panel is fetched while the first tiles run.
+  const float* const next = tile.b + words * width;
+  const int64_t step = ceil_div(tile.k, kUnit) * kAhead, next_words = tile.k * width;
+  int64_t fetched = part.tiles_before * step;
+  const auto place = [&](int64_t pixel) {
+    tile.out = out + pixel * width;
+    tile.start = part.k.begin ? tile.out : shift;
+    tile.a = a + pixel * kUnit;
+    tile.ahead = next + (fetched < next_words ? fetched : 0);
+    fetched += step;
+  };
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2)
-    if (amx && panel.units == 2) {
-      for (int64_t begin = range.begin; begin < range.end; begin += kChunkPixels) {
-        const int64_t count = min_of(kChunkPixels, range.end - begin);
-        for (int64_t p = 0; p < count; p += kAmxPixels) {
-          float* const out = buffer.data + p * 2 * kUnit;
-          if (count - p > kAmxPixels / 2)
-            amx_tile_2(out, x.words(begin + p), step, b, shift, words);
-          else
-            amx_tile_1(out, x.words(begin + p), step, b, shift, words);
-        }
-        done(begin, count, buffer.data);
+    if (part.amx && part.panel.units == 2) {
+      for (int64_t p = 0; p < pixels; p += kAmxPixels) {
+        place(p);
+        if (pixels - p > kAmxPixels / 2)
+          amx_tile_2(tile);
+        else
+          amx_tile_1(tile);
       }
       return;
     }
-#else
-  (void)amx;
-#endif
-#if defined(__AVX512BF16__)
   using Multiply = std::conditional_t<sizeof(T) == 4, MultiplyFloat, MultiplyPairs>;
 #else
   using Multiply = MultiplyFloat;
 #endif
-  // Tiles of nearly equal size, and as many of them as the buffer holds at a time.
-  const int64_t tiles = ceil_div(range.size(), kTilePixels);
-  const int64_t least = range.size() / tiles, larger = range.size() % tiles;
-  constexpr int64_t kAtOnce = kChunkPixels / kTilePixels;
-  for (int64_t tile = 0, begin = range.begin; tile < tiles;) {
-    int64_t count = 0;
-    for (const int64_t last = min_of(tiles, tile + kAtOnce); tile < last; tile++) {
-      const int64_t pixels = least + (tile < larger);
-      const ProductTile run = panel.units == 1 ? product_tile_of<Multiply, 1>(pixels)
-                                               : product_tile_of<Multiply, kTileUnits>(pixels);
-      run(buffer.data + count * panel.units * kUnit, x.words(begin + count), step, b, shift, words);
-      count += pixels;
-    }
-    done(begin, count, buffer.data);
-    begin += count;
+  ProductTile (*tile_of)(int64_t) = product_tile_of<Multiply, kTileUnits, false>;
+  int64_t most = kTilePixels;
+  if (part.fetch) tile_of = product_tile_of<Multiply, kTileUnits, true>;
+  if (part.panel.units < kTileUnits) tile_of = product_tile_of<Multiply, 1, false>;
+  if (part.panel.units > kTileUnits) {
+    tile_of = part.fetch ? product_tile_of<Multiply, kMaxUnits, true>
+                         : product_tile_of<Multiply, kMaxUnits, false>;
+    most = kWidePixels;
+  }
+  // Tiles of nearly equal size.
+  const int64_t tiles = ceil_div(pixels, most);
+  const int64_t least = pixels / tiles, larger = pixels % tiles;
+  for (int64_t i = 0, p = 0; i < tiles; i++) {
+    const int64_t count = least + (i < larger);
+    place(p);
+    tile_of(count)(tile);
+    p += count;
+  }
+}
+
+template <typename T>
+constexpr int64_t kChunkPixels = sizeof(T) == 2 ? 64 : 64 / kTilePixels * kTilePixels;
+
+// The same over the whole of K by chunks of pixels, whose results stay in the L1 cache: calls
+// done(first pixel, count, results [count][panel width]).
+template <typename T, typename Done>
+EFFNET_INLINE void multiply_chunks(const Activations<T>& x, Range pixels, const Product& product,
+                                   Panel panel, bool amx, bool fetch, const Done& done) {
+  alignas(64) float results[(kChunkPixels<T> + kAmxSlack) * kMaxUnits * kUnit];
+  const int64_t words = words_of<T>(product.in_channels);
+  for (int64_t begin = pixels.begin; begin < pixels.end; begin += kChunkPixels<T>) {
+    const Range chunk = {begin, min_of(pixels.end, begin + kChunkPixels<T>)};
+    const int64_t tiles_before = (begin - pixels.begin) / (amx ? kAmxPixels : kTilePixels);
+    multiply(results, x, {{0, words}, chunk, panel, amx, fetch, tiles_before}, product,
+             product.weight);
+    done(begin, chunk.size(), results);
   }
 }
 

@@ -7,6 +7,7 @@
 // Source:   original
 // Truth:    effnet_fast/reference/pointwise_bn_act.py
 #include "cpu/network_layers.h"
+#include "cpu/network_silu.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -36,32 +37,47 @@ template <typename T>
 void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
                  const BlockMemory<T>& memory, const Caches& caches, bool amx, Team team) {
   const int64_t pixels = shape.pixels(), units = units_of<T>(layer.out_channels);
-  const int64_t panels = Panel::count(units);
+  const int64_t panels = Panel::count(units), words = words_of<T>(layer.channels);
   const bool own_weights = gates_weights<T>(layer, shape);
-  // Parts of the operand that stay in cache while the panels of weights pass by, and enough of
-  // them for the team.
-  const int64_t pixel_bytes = units_of<T>(layer.channels) * kUnit * sizeof(T);
-  const int64_t most = max_of(kChunkPixels, caches.l2 / 4 / pixel_bytes);
-  int64_t chunks = ceil_div(pixels, most);
-  if (x.count * chunks * panels < 8 * team.size)
-    chunks = max_of(
-        chunks, min_of(ceil_div(8 * team.size, panels * x.count), ceil_div(pixels, kChunkPixels)));
-  const Range part = team.part(x.count * chunks * panels);
+  // A part of the operand stays in the L2 cache while the panels of weights pass by, each once: K
+  // is cut where a part of it would have few pixels.
+  constexpr int64_t kCut = 512;
+  const int64_t k_parts = ceil_div(words, kCut), k_words = ceil_div(words, k_parts * kUnit) * kUnit;
+  int64_t chunks = ceil_div(pixels, max_of(kCut / 4, caches.l2 / 4 / (k_words * 4)));
+  // A team divides the larger of operand and weights.
+  int64_t groups = 1;
+  if (pixels < units * kUnit)
+    groups = min_of(panels, team.size);
+  else if (x.count * chunks % team.size)
+    chunks = min_of(ceil_div(chunks, team.size) * team.size, ceil_div(pixels, kTilePixels));
+  const int64_t fitting = memory.ring_floats / (kMaxUnits * kUnit);  // pixels times panels
+  const int64_t at_once = max_of(1, fitting / (ceil_div(pixels, chunks) + kAmxSlack));
+  const Range part = team.part(x.count * chunks * groups);
   for (int64_t i = part.begin; i < part.end; i++) {
-    const int64_t n = i / panels / chunks;
-    const Panel panel(i % panels, units);
+    const int64_t n = i / groups / chunks;
+    const Range chunk = part_of(pixels, chunks, i / groups % chunks);
+    const Range group = part_of(panels, groups, i % groups);
     const Activations<T> in = {memory.filtered + n * memory.filtered_size, pixels, layer.channels};
     const Activations<T> out = {y[n], pixels, layer.out_channels};
     const Activations<T> added = {x[n], pixels, layer.out_channels};
     const void* const weight =
         own_weights ? memory.weights + n * memory.weights_size : layer.project.weight;
-    multiply(in, part_of(pixels, chunks, i / panels % chunks), layer.project, weight, panel, amx,
-             [&](int64_t first, int64_t count, const float* results) {
-               if (layer.residual)
-                 store_panel<T, true>(out, added, panel, first, count, results);
-               else
-                 store_panel<T, false>(out, added, panel, first, count, results);
-             });
+    const int64_t results_size = (chunk.size() + kAmxSlack) * kMaxUnits * kUnit;
+    for (int64_t first = group.begin; first < group.end; first += at_once) {
+      const int64_t last = min_of(group.end, first + at_once);
+      for (int64_t k = 0; k < words; k += k_words)
+        for (int64_t j = first; j < last; j++) {
+          const Panel panel(j, units);
+          float* const results = memory.ring + (j - first) * results_size;
+          const Range of_k = {k, min_of(words, k + k_words)};
+          multiply(results, in, {of_k, chunk, panel, amx, true}, layer.project, weight);
+          if (of_k.end < words) continue;
+          if (layer.residual)
+            store_panel<T, true>(out, added, panel, chunk.begin, chunk.size(), results);
+          else
+            store_panel<T, false>(out, added, panel, chunk.begin, chunk.size(), results);
+        }
+    }
   }
 }
 
@@ -74,14 +90,14 @@ void run_head(const Product& head, int64_t pixels, Images<T> x, Activations<T> p
   for (int64_t i = part.begin; i < part.end; i++) {
     const int64_t n = i % x.count;
     const Panel panel(i / x.count, units);
-    Vec sums[kTileUnits * kParts] = {};
-    multiply(Activations<T>{x[n], pixels, head.in_channels}, {0, pixels}, head, head.weight, panel,
-             amx, [&](int64_t, int64_t count, const float* results) {
-               const int64_t vectors = panel.units * kParts;
-               for (int64_t p = 0; p < count; p++)
-                 for (int64_t v = 0; v < vectors; v++)
-                   sums[v] += silu(load(results + (p * vectors + v) * kLanes));
-             });
+    Vec sums[kMaxUnits * kParts] = {};
+    multiply_chunks(Activations<T>{x[n], pixels, head.in_channels}, {0, pixels}, head, panel, amx,
+                    i == part.begin, [&](int64_t, int64_t count, const float* results) {
+                      const int64_t vectors = panel.units * kParts;
+                      for (int64_t p = 0; p < count; p++)
+                        for (int64_t v = 0; v < vectors; v++)
+                          sums[v] += silu_as<T>(load(results + (p * vectors + v) * kLanes));
+                    });
     for (int64_t u = 0; u < panel.units; u++)
       for (int part = 0; part < kParts; part++)
         store(pooled.unit(panel.unit + u) + (first_image + n) * kBlock<T> + part * kLanes,
@@ -112,13 +128,14 @@ void run_classifier(const Product& classifier, Activations<T> pooled, float* y, 
   const Range part = team.part(Panel::count(units));
   for (int64_t i = part.begin; i < part.end; i++) {
     const Panel panel(i, units);
-    multiply(pooled, {0, pooled.pixels}, classifier, classifier.weight, panel, amx,
-             [&](int64_t first, int64_t count, const float* results) {
-               const int64_t wanted = min_of(classes - panel.unit * kUnit, panel.units * kUnit);
-               for (int64_t p = 0; p < count && wanted > 0; p++)
-                 std::memcpy(y + (first + p) * classes + panel.unit * kUnit,
-                             results + p * panel.units * kUnit, sizeof(float) * wanted);
-             });
+    multiply_chunks(pooled, {0, pooled.pixels}, classifier, panel, amx, false,
+                    [&](int64_t first, int64_t count, const float* results) {
+                      const int64_t wanted =
+                          min_of(classes - panel.unit * kUnit, panel.units * kUnit);
+                      for (int64_t p = 0; p < count && wanted > 0; p++)
+                        std::memcpy(y + (first + p) * classes + panel.unit * kUnit,
+                                    results + p * panel.units * kUnit, sizeof(float) * wanted);
+                    });
   }
 }
 

@@ -8,6 +8,7 @@
 // Source:   original
 // Truth:    effnet_fast/reference/pointwise_bn_act.py, as conv2d + batch_norm + silu
 #include "cpu/network_layers.h"
+#include "cpu/network_silu.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -85,7 +86,7 @@ void run_stem(const NetworkArgs& args, const StemShape& shape, int64_t first, Im
     tap[i] = scratch + i / layer.kernel_w * length + i % layer.kernel_w;
   std::memset(scratch, 0, sizeof(float) * rows * length);
   const int64_t element = args.x_dtype == DType::kFloat32 ? 4 : 2;
-  ChunkBuffer buffer;
+  alignas(64) float buffer[kTilePixels * kTileUnits * kUnit];
   const Range part = team.part(y.count * shape.vertical.out);
   for (int64_t i = part.begin; i < part.end; i++) {
     const int64_t n = i / shape.vertical.out, oy = i % shape.vertical.out;
@@ -107,19 +108,18 @@ void run_stem(const NetworkArgs& args, const StemShape& shape, int64_t first, Im
     }
     const Activations<T> out = {y[n], shape.pixels(), layer.out_channels};
     for (int64_t p = 0; p < ow; p += kTilePixels)
-      for (int64_t j = 0; j < Panel::count(units); j++) {
-        const Panel panel(j, units);
+      for (int64_t unit = 0; unit < units; unit += kTileUnits) {
+        const int64_t at_once = min_of(kTileUnits, units - unit);
         const auto run =
-            panel.units == 1 ? stem_tile<kTilePixels, 1> : stem_tile<kTilePixels, kTileUnits>;
-        run(buffer.data, tap, taps, p * layer.stride, layer.stride,
-            layer.weight + panel.unit * taps * kUnit, taps * kUnit,
-            layer.shift + panel.unit * kUnit);
-        for (int64_t u = 0; u < panel.units; u++) {
-          const float* in = buffer.data + u * kUnit;
-          for_unit(out.unit(panel.unit + u) + (oy * ow + p) * kBlock<T>,
-                   min_of(kTilePixels, ow - p), [&](T* at, int v) {
-                     store(at, silu(load(in + v * kLanes)));
-                     if (v == kParts - 1) in += panel.units * kUnit;
+            at_once == 1 ? stem_tile<kTilePixels, 1> : stem_tile<kTilePixels, kTileUnits>;
+        run(buffer, tap, taps, p * layer.stride, layer.stride, layer.weight + unit * taps * kUnit,
+            taps * kUnit, layer.shift + unit * kUnit);
+        for (int64_t u = 0; u < at_once; u++) {
+          const float* in = buffer + u * kUnit;
+          for_unit(out.unit(unit + u) + (oy * ow + p) * kBlock<T>, min_of(kTilePixels, ow - p),
+                   [&](T* at, int v) {
+                     store(at, silu_as<T>(load(in + v * kLanes)));
+                     if (v == kParts - 1) in += at_once * kUnit;
                    });
         }
       }

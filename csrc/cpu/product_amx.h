@@ -8,9 +8,9 @@
 namespace effnet {
 namespace EFFNET_ISA {
 
-#if defined(__AVX512BF16__)
-
 constexpr int kAmxPixels = 32;
+
+#if defined(__AVX512BF16__)
 
 // Eight tiles of 16 rows by 64 bytes: 0-3 sums, 4-5 activations, 6-7 weights.
 inline void amx_begin() {
@@ -23,15 +23,19 @@ inline void amx_begin() {
 }
 inline void amx_end() { _tile_release(); }
 
-// out [kAmxPixels][32] = shift + A B for 2 units; pixels beyond the real ones are garbage in `a`
-// and in `out`. k: words, a multiple of 16.
-inline void amx_tile_2(float* out, const float* a, int64_t a_step, const float* b,
-                       const float* shift, int64_t k) {
-  _tile_loadd(0, shift, 0);
-  _tile_loadd(1, shift + kUnit, 0);
-  _tile_loadd(2, shift, 0);
-  _tile_loadd(3, shift + kUnit, 0);
-  for (; k > 0; k -= kUnit, a += a_step, b += 2 * kUnit * kUnit) {
+// The operands of kAmxPixels pixels and 2 units; pixels beyond the real ones are garbage in `a` and
+// in `out`. k: a multiple of 16.
+inline void amx_tile_2(const TileOperands& t) {
+  const int64_t row = t.start_step * static_cast<int64_t>(sizeof(float));
+  _tile_loadd(0, t.start, row);
+  _tile_loadd(1, t.start + kUnit, row);
+  _tile_loadd(2, t.start + 16 * t.start_step, row);
+  _tile_loadd(3, t.start + 16 * t.start_step + kUnit, row);
+  const float *a = t.a, *b = t.b, *ahead = t.ahead;
+  for (int64_t k = t.k; k > 0; k -= kUnit, a += t.a_step, b += 2 * kUnit * kUnit) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kAhead; i += kUnit) __builtin_prefetch(ahead + i, 0, 2);
+    ahead += kAhead;
     _tile_loadd(6, b, 128);
     _tile_loadd(7, b + kUnit, 128);
     _tile_loadd(4, a, 64);
@@ -41,26 +45,30 @@ inline void amx_tile_2(float* out, const float* a, int64_t a_step, const float* 
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, out, 128);
-  _tile_stored(1, out + kUnit, 128);
-  _tile_stored(2, out + 32 * 16, 128);
-  _tile_stored(3, out + 32 * 16 + kUnit, 128);
+  _tile_stored(0, t.out, 128);
+  _tile_stored(1, t.out + kUnit, 128);
+  _tile_stored(2, t.out + 32 * 16, 128);
+  _tile_stored(3, t.out + 32 * 16 + kUnit, 128);
 }
 
 // The same for 16 pixels.
-inline void amx_tile_1(float* out, const float* a, int64_t a_step, const float* b,
-                       const float* shift, int64_t k) {
-  _tile_loadd(0, shift, 0);
-  _tile_loadd(1, shift + kUnit, 0);
-  for (; k > 0; k -= kUnit, a += a_step, b += 2 * kUnit * kUnit) {
+inline void amx_tile_1(const TileOperands& t) {
+  const int64_t row = t.start_step * static_cast<int64_t>(sizeof(float));
+  _tile_loadd(0, t.start, row);
+  _tile_loadd(1, t.start + kUnit, row);
+  const float *a = t.a, *b = t.b, *ahead = t.ahead;
+  for (int64_t k = t.k; k > 0; k -= kUnit, a += t.a_step, b += 2 * kUnit * kUnit) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kAhead; i += kUnit) __builtin_prefetch(ahead + i, 0, 2);
+    ahead += kAhead;
     _tile_loadd(6, b, 128);
     _tile_loadd(7, b + kUnit, 128);
     _tile_loadd(4, a, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
   }
-  _tile_stored(0, out, 128);
-  _tile_stored(1, out + kUnit, 128);
+  _tile_stored(0, t.out, 128);
+  _tile_stored(1, t.out + kUnit, 128);
 }
 
 #endif
