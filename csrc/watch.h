@@ -254,8 +254,7 @@ void bind_watch(py::module_& m) {
                     const std::vector<py::object>&, const std::vector<py::object>&,
                     const std::vector<Watch::Place>&, const py::object&,
                     const std::vector<uint64_t>&, const py::handle&>())
-      .def("holds", &Watch::holds)
-      .def("lines", &Watch::lines);
+      .def("holds", &Watch::holds);
 }
 
 }  // namespace

@@ -173,7 +173,8 @@ class DeployedEfficientNet(nn.Module):
 
 
 def _holds(model: nn.Module, watch: Any) -> bool:
-    return METHODS.isdisjoint(model.__dict__) and watch.holds()
+    hooked = model._forward_hooks or model._forward_pre_hooks
+    return not hooked and METHODS.isdisjoint(model.__dict__) and watch.holds()
 
 
 def _check_model(model: nn.Module) -> None:
@@ -222,5 +223,5 @@ def _check_size(plan: Plan, x: Tensor) -> None:
     conv = plan.network.stem.conv
     if x.shape[1] == conv.in_channels and min(x.shape[2:]) > 0:
         return
-    copy.deepcopy(conv).to("meta", x.dtype)(x.to("meta"))
+    copy.deepcopy(conv).to(x.dtype)(x)
     raise ValueError(f"images of shape {list(x.shape)} cannot be taken")
