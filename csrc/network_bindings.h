@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -105,6 +106,24 @@ BlockLayer block_of(Weights& weights, const py::dict& layer) {
   return out;
 }
 
+// Calls that run at this moment share the cores instead of multiplying teams: threads that wait for
+// each other on fewer cores than they are slow all of them down. No result depends on their number.
+class Share {
+ public:
+  explicit Share(int threads) : threads_(std::max(1, threads / ++calls())) {}
+  ~Share() { --calls(); }
+  Share(const Share&) = delete;
+  Share& operator=(const Share&) = delete;
+  int threads() const { return threads_; }
+
+ private:
+  static std::atomic<int>& calls() {
+    static std::atomic<int> count{0};
+    return count;
+  }
+  int threads_;
+};
+
 int64_t cache_size(int name, int64_t otherwise) {
   const long found = sysconf(name);
   return found > 0 ? found : otherwise;
@@ -157,7 +176,8 @@ class Network {
     args.taps = tap_data.data();
     args.stem_tap = stem_tap_;
     args.workspace = workspace;
-    args.threads = thread_count(threads);
+    const Share share(thread_count(threads));
+    args.threads = share.threads();
     launch(isa_.kernels->network, args);
   }
 
