@@ -20,6 +20,7 @@
 #include "instruction_sets.h"
 #include "mbconv_bindings.h"
 #include "network_bindings.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -315,4 +316,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("gate", &gate);
   bind_mbconv(m);
   bind_network(m);
+  bind_watch(m);
 }
