@@ -80,6 +80,7 @@ struct Machine {
   int running;                         // the thread that runs
   int ready[kMaxThreads], head, tail;  // a ring of those that can
   std::vector<int> at_barrier;
+  unsigned in_shuffle[kMaxThreads / kWarp];  // lanes of each warp that wait in one
   int returned;
   uint64_t block = 0;  // counts all blocks that ever ran
   void* dynamic = nullptr;
@@ -185,6 +186,7 @@ void run_block(Machine& m, int64_t shared_bytes) {
   m.head = m.tail = m.returned = 0;
   m.static_bytes = 0;
   m.at_barrier.clear();
+  std::fill_n(m.in_shuffle, kMaxThreads / kWarp, 0u);
   if (shared_bytes) std::memset(m.dynamic, kPoison, static_cast<size_t>(shared_bytes));
   std::vector<int> order(m.size);
   std::iota(order.begin(), order.end(), 0);
@@ -266,12 +268,12 @@ int source_of(const Thread& t, int lane) {
   return from < 0 || from >= kWarp ? lane : from;
 }
 
-// Whether all lanes of this thread's mask wait in the same shuffle.
+// Whether all lanes of this thread's mask wait, and then in the same shuffle.
 bool lanes_are_here(const Machine& m, int warp, const Thread& me) {
-  bool all = true;
+  const unsigned in_shuffle = m.in_shuffle[warp / kWarp];
+  const bool all = (in_shuffle & me.mask) == me.mask;
   for (int lane = 0; lane < kWarp; lane++) {
-    const bool wanted = me.mask >> lane & 1;
-    if (!wanted) continue;
+    if (!(me.mask >> lane & 1)) continue;
     if (warp + lane >= m.size)
       fail("shuffles with lane " + std::to_string(lane) + ", which its warp has not, at " +
            text_of(me.where));
@@ -279,12 +281,12 @@ bool lanes_are_here(const Machine& m, int warp, const Thread& me) {
     if (other.state == State::kReturned)
       fail("shuffles at " + text_of(me.where) + " with " + thread_name(other) +
            ", which has returned");
-    if (other.state != State::kShuffle)
-      all = false;
-    else if (other.mask != me.mask || other.kind != me.kind || !same(other.where, me.where))
+    if (other.state != State::kShuffle) continue;
+    if (other.mask != me.mask || other.kind != me.kind || !same(other.where, me.where))
       fail("shuffles at " + text_of(me.where) + ", but " + thread_name(other) +
            " of the mask is in another shuffle at " + text_of(other.where) +
            ", or has another mask");
+    if (!all) break;  // as those that came before; the last to come looks at all
   }
   return all;
 }
@@ -321,6 +323,7 @@ uint64_t shuffle(Shuffle kind, uint64_t value, int argument, unsigned mask, cons
   me.state = State::kShuffle;
   me.where = at;
   me.kind = kind, me.argument = argument, me.mask = mask, me.value = value;
+  m.in_shuffle[warp / kWarp] |= 1u << lane;
   if (lanes_are_here(m, warp, me)) {
     const int first = static_cast<int>(m.random.below(kWarp));
     for (int i = 0; i < kWarp; i++) {
@@ -331,6 +334,7 @@ uint64_t shuffle(Shuffle kind, uint64_t value, int argument, unsigned mask, cons
       t.result = mask >> from & 1 ? m.threads[warp + from].value : ~uint64_t{0};
       m.make_ready(warp + of);
     }
+    m.in_shuffle[warp / kWarp] &= ~mask;
   }
   wait(m);
   return me.result;
