@@ -18,6 +18,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "simt/seed.h"
+
 #define __launch_bounds__(...)
 
 #define EFFNET_SHARED(type, name, extents)       \
@@ -55,9 +57,6 @@ void check_aligned(const void* p, size_t bytes, const Location& at);
 // Runs `thread` for every thread of every block. Throws std::runtime_error.
 void run(const char* name, const Index& grid, const Index& block, int64_t shared_bytes,
          const std::function<void()>& thread);
-
-// The order of the threads in the launches that follow.
-void set_seed(uint64_t seed);
 
 // One declaration of static shared memory: a heap block of exactly its size, as AddressSanitizer
 // does not guard statics of templates. NaN when a block of threads first comes here.
