@@ -227,7 +227,7 @@ __device__ void write_moments(const Params& p, const Place& place, const Moments
     Moments m = sums[i];
     for (int position = 1; position < positions; position++)
       m = merged(m, sums[position * channels + i]);
-    float* out = p.args.partial + place.part * 4 * c + place.c0 + i;
+    float* out = p.args.partial + int64_t{4} * place.part * c + place.c0 + i;
     out[0] = m.count;
     out[c] = m.pivot;
     out[2 * c] = m.mean;
