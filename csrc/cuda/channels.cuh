@@ -35,6 +35,12 @@ inline ChannelGrid channel_grid(int64_t n, int64_t c, int64_t hw, int64_t chunks
   return grid;
 }
 
+// Chunks of an image's pixels in passes that write a tensor: about 16 pixels for each thread.
+inline int64_t elementwise_chunks(int64_t c, int64_t hw, int vector) {
+  const int64_t pieces = ceil_div(c, vector), width = pieces < kMaxPieces ? pieces : kMaxPieces;
+  return ceil_div(hw * width, 16 * kChannelThreads);
+}
+
 // Where a thread stands: its image, the chunk's pixels, its row of them and its piece.
 struct Pixels {
   int64_t n, chunk, begin, end, c0;
