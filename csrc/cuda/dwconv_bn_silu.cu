@@ -27,22 +27,26 @@ struct Params {
   bool x_aligned, paired;  // 16-byte pieces of x; pairs of channels of y
 };
 
-// Shared memory: the ring, weights, scale and shift of `before`, a float per thread and channel for
-// each sum.
+// Shared memory: the ring, weights, scale and shift of `before` and of `after`, and for each thread
+// and channel its Moments, of which `after` takes the first float for the sum of y. What a thread
+// carries from band to band thus costs no registers while it convolves.
 template <typename T>
 struct Shared {
   T* ring;
-  float *weight, *scale, *shift, *sums;
+  float *weight, *scale, *shift, *after_scale, *after_shift;
+  Moments* sums;
   __device__ Shared(const Window& w, int taps)
       : ring(dynamic_shared<T>()),
         weight(reinterpret_cast<float*>(ring + w.ring_rows * w.pitch)),
         scale(weight + taps * (w.channels + 2)),
         shift(scale + w.channels),
-        sums(shift + w.channels) {}
+        after_scale(shift + w.channels),
+        after_shift(after_scale + w.channels),
+        sums(reinterpret_cast<Moments*>(after_shift + w.channels)) {}
 };
 
 int64_t shared_bytes(const Window& w, int64_t element, int64_t taps, const Tile& t) {
-  const int64_t floats = taps * (w.channels + 2) + (2 + 4 * t.nx * t.ny) * w.channels;
+  const int64_t floats = taps * (w.channels + 2) + (4 + 4 * t.nx * t.ny) * w.channels;
   return w.ring_rows * w.pitch * element + floats * 4;
 }
 
@@ -152,77 +156,78 @@ __device__ __forceinline__ void add_moments(Moments& m, const float (&z)[TR][TC]
   m = merged(m, {count, m.pivot, mean, m2});
 }
 
-// What a thread carries from band to band.
-struct Carried {
-  float2 pool = {0.0f, 0.0f};
-  Moments x = {}, y = {};
-};
-
-// Writes a tile of outputs, and adds it to the sums.
+// Writes a tile of outputs, and adds it to the thread's sums.
 template <typename T, int TR, int TC>
-__device__ __forceinline__ void finish_tile(const Params& p, const Place& place, const Lane& lane,
-                                            const Affine& ax, const Affine& ay, int64_t n, int oh,
-                                            int ow, float2 (&z)[TR][TC], Carried& carried) {
+__device__ __forceinline__ void finish_tile(const Params& p, const Place& place,
+                                            const Shared<T>& shared, const Lane& lane, int64_t n,
+                                            int oh, int ow, float2 (&z)[TR][TC]) {
   const DwconvShape& s = p.args.shape;
   const int rows = min_of(TR, static_cast<int>(s.oh) - oh);
   const int cols = min_of(TC, static_cast<int>(s.ow) - ow);
   const int64_t c = place.c0 + lane.channel;
   T* y = static_cast<T*>(p.args.y) + ((n * s.oh + oh) * s.ow + ow) * s.c + c;
   const bool activates = p.args.after.mean != nullptr;
+  float2 scale = {}, shift = {}, pool = {};
+  if (activates) {
+    scale = pair_at(shared.after_scale + lane.channel);
+    shift = pair_at(shared.after_shift + lane.channel);
+  }
 #pragma unroll
   for (int i = 0; i < TR; i++)
 #pragma unroll
     for (int t = 0; t < TC; t++) {
       if (activates) {
-        z[i][t].x = silu(z[i][t].x * ax.scale + ax.shift);
-        z[i][t].y = silu(z[i][t].y * ay.scale + ay.shift);
+        z[i][t].x = silu(z[i][t].x * scale.x + shift.x);
+        z[i][t].y = silu(z[i][t].y * scale.y + shift.y);
       }
       z[i][t] = rounded<T>(z[i][t]);
       if (i < rows && t < cols) {
         store_pair(y + (i * s.ow + t) * s.c, z[i][t], s.c - c, p.paired);
-        carried.pool.x += z[i][t].x;
-        carried.pool.y += z[i][t].y;
+        pool.x += z[i][t].x;
+        pool.y += z[i][t].y;
       }
     }
-  if (activates) return;
+  Moments* sums = shared.sums + lane.position * p.window.channels + lane.channel;
+  if (activates) {
+    sums[0].count += pool.x;
+    sums[1].count += pool.y;
+    return;
+  }
   float part[TR][TC];
 #pragma unroll
   for (int i = 0; i < TR * TC; i++) part[i / TC][i % TC] = z[i / TC][i % TC].x;
-  add_moments<TR, TC>(carried.x, part, rows, cols);
+  add_moments<TR, TC>(sums[0], part, rows, cols);
 #pragma unroll
   for (int i = 0; i < TR * TC; i++) part[i / TC][i % TC] = z[i / TC][i % TC].y;
-  add_moments<TR, TC>(carried.y, part, rows, cols);
+  add_moments<TR, TC>(sums[1], part, rows, cols);
+}
+
+__device__ __forceinline__ void clear_sums(Moments* sums, const Lane& lane, int channels) {
+  sums[lane.position * channels + lane.channel] = Moments{};
+  sums[lane.position * channels + lane.channel + 1] = Moments{};
 }
 
 // Sums of y over the block's part of image n, the positions in order.
-__device__ void write_pool(const Params& p, const Place& place, const Lane& lane, float* sums,
-                           int64_t n, float2 pool) {
+__device__ void write_pool(const Params& p, const Place& place, const Moments* sums, int64_t n) {
   const int channels = p.window.channels, positions = block_dim_x() * 2 / channels;
-  sums[lane.position * channels + lane.channel] = pool.x;
-  sums[lane.position * channels + lane.channel + 1] = pool.y;
-  sync_threads();
   for (int i = thread_x(); i < channels && place.c0 + i < p.args.shape.c; i += block_dim_x()) {
     float sum = 0.0f;
-    for (int position = 0; position < positions; position++) sum += sums[position * channels + i];
+    for (int position = 0; position < positions; position++)
+      sum += sums[position * channels + i].count;
     const int64_t row = n * p.grid.chunks + place.chunk;
     p.args.partial[row * p.args.shape.c + place.c0 + i] = p.args.factor * sum;
   }
 }
 
 // Moments of all that the block has written, the positions in order.
-__device__ void write_moments(const Params& p, const Place& place, const Lane& lane, float* sums,
-                              const Carried& carried) {
+__device__ void write_moments(const Params& p, const Place& place, const Moments* sums) {
   const int channels = p.window.channels, positions = block_dim_x() * 2 / channels;
-  Moments* all = reinterpret_cast<Moments*>(sums);
-  all[lane.position * channels + lane.channel] = carried.x;
-  all[lane.position * channels + lane.channel + 1] = carried.y;
-  sync_threads();
   const int64_t c = p.args.shape.c;
   for (int i = thread_x(); i < channels && place.c0 + i < c; i += block_dim_x()) {
-    Moments m = all[i];
+    Moments m = sums[i];
     for (int position = 1; position < positions; position++)
-      m = merged(m, all[position * channels + i]);
-    float* out = p.args.partial + place.part * 4 * c + place.c0 + i;
+      m = merged(m, sums[position * channels + i]);
+    float* out = p.args.partial + int64_t{4} * place.part * c + place.c0 + i;
     out[0] = m.count;
     out[c] = m.pivot;
     out[2 * c] = m.mean;
@@ -230,8 +235,20 @@ __device__ void write_moments(const Params& p, const Place& place, const Lane& l
   }
 }
 
+// scale and shift of the block's channels, 0 beyond C.
+__device__ void load_affine(float* scale, float* shift, const BatchNorm& bn, int64_t c0,
+                            int channels, int64_t c) {
+  if (!bn.mean) return;
+  for (int i = thread_x(); i < channels; i += block_dim_x()) {
+    const Affine a = c0 + i < c ? affine_of(bn, c0 + i) : Affine{};
+    scale[i] = a.scale;
+    shift[i] = a.shift;
+  }
+}
+
 template <typename T, int K, int S, int TR, int TC>
-__global__ void __launch_bounds__(kMaxThreads) dwconv_bn_silu_fwd_kernel(const Params p) {
+__global__ void __launch_bounds__(K == 3 ? 320 : kMaxThreads, 2)
+    dwconv_bn_silu_fwd_kernel(const Params p) {
   const DwconvShape& s = p.args.shape;
   const Place place = place_of(p.grid, s, p.args.tile);
   const Lane lane(p.args.tile);
@@ -242,24 +259,16 @@ __global__ void __launch_bounds__(kMaxThreads) dwconv_bn_silu_fwd_kernel(const P
   Cursor at = {place.n_begin, band_begin, 0, true};
   copy_rows<T, S>(p, shared, place, at);
   load_weight<K * K>(shared.weight, p.args.weight, p.args.weight_dtype, place.c0, channels, s.c);
-  if (p.args.before.mean)
-    for (int i = thread_x(); i < channels; i += block_dim_x()) {
-      const bool exists = place.c0 + i < s.c;
-      const Affine a = exists ? affine_of(p.args.before, place.c0 + i) : Affine{};
-      shared.scale[i] = a.scale;
-      shared.shift[i] = a.shift;
-    }
+  load_affine(shared.scale, shared.shift, p.args.before, place.c0, channels, s.c);
+  load_affine(shared.after_scale, shared.after_shift, p.args.after, place.c0, channels, s.c);
+  clear_sums(shared.sums, lane, channels);
   sync_threads();
   float2 weight[K * K];
 #pragma unroll
   for (int tap = 0; tap < K * K; tap++)
     weight[tap] = pair_at(shared.weight + tap * (channels + 2) + lane.channel);
-  Affine ax = {}, ay = {};
-  const int64_t c = place.c0 + lane.channel;
-  if (p.args.after.mean && c < s.c) ax = affine_of(p.args.after, c);
-  if (p.args.after.mean && c + 1 < s.c) ay = affine_of(p.args.after, c + 1);
   const int ow = static_cast<int>((place.column_tile * p.args.tile.nx + lane.x) * TC);
-  Carried carried;
+  const bool pools = p.args.after.mean != nullptr;
   while (at.n < place.n_end) {
     const Cursor next = at.next(p.window, band_begin, band_end);
     cp_async_wait<0>();
@@ -270,15 +279,19 @@ __global__ void __launch_bounds__(kMaxThreads) dwconv_bn_silu_fwd_kernel(const P
     if (oh < s.oh && ow < s.ow) {
       float2 z[TR][TC];
       convolve<T, K, S, TR, TC>(p.window, shared.ring, at.slot, lane, weight, z);
-      finish_tile<T, TR, TC>(p, place, lane, ax, ay, at.n, oh, ow, z, carried);
+      finish_tile<T, TR, TC>(p, place, shared, lane, at.n, oh, ow, z);
     }
-    if (p.args.after.mean && next.n != at.n) {
-      write_pool(p, place, lane, shared.sums, at.n, carried.pool);
-      carried.pool = make_float2(0.0f, 0.0f);
+    if (pools && next.n != at.n) {
+      sync_threads();
+      write_pool(p, place, shared.sums, at.n);
+      sync_threads();
+      clear_sums(shared.sums, lane, channels);
     }
     at = next;
   }
-  if (!p.args.after.mean) write_moments(p, place, lane, shared.sums, carried);
+  if (pools) return;
+  sync_threads();
+  write_moments(p, place, shared.sums);
 }
 
 template <int K, int S>

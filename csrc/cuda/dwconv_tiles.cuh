@@ -48,6 +48,8 @@ inline void check_tile(const DwconvShape& s, const Tile& t) {
   require(s.n > 0 && s.c > 0 && s.h > 0 && s.w > 0 && s.oh > 0 && s.ow > 0,
           "dwconv: every size must be positive");
   const int64_t most = 1 << 24;
+  require(s.n < int64_t{1} << 30 && s.c < int64_t{1} << 30 && t.images < int64_t{1} << 30,
+          "dwconv: batches and channels must be below 2^30");
   require(s.h < most && s.w < most && s.oh < most && s.ow < most && s.pad_l < most && s.pad_t < most,
           "dwconv: sides and padding must be below 2^24");
   require((s.k == 3 || s.k == 5) && (s.stride == 1 || s.stride == 2),
@@ -86,20 +88,22 @@ inline int ring_rows(const Tile& t, int64_t rows, int64_t fresh, int64_t bands) 
 
 // Where a block stands: its channels, its chunk, its images.
 struct Place {
-  int64_t c0, part, chunk, n_begin, n_end;
-  int row_chunk, column_tile;
+  int c0, part, chunk, n_begin, n_end, row_chunk, column_tile;
 };
 
 __device__ inline Place place_of(const DwconvGrid& grid, const DwconvShape& s, const Tile& tile) {
-  int64_t index = block_x();
+  // A grid has fewer than 2^31 blocks.
+  const int chunks = static_cast<int>(grid.chunks), columns = static_cast<int>(grid.column_tiles);
+  const int channel_blocks = static_cast<int>(grid.channel_blocks);
+  const int index = static_cast<int>(block_x()), images = static_cast<int>(tile.images);
   Place place;
-  place.c0 = index % grid.channel_blocks * 2 * tile.lanes;
-  place.part = index /= grid.channel_blocks;
-  place.chunk = index % grid.chunks;
-  place.n_begin = index / grid.chunks * tile.images;
-  place.n_end = min_of(place.n_begin + tile.images, s.n);
-  place.column_tile = static_cast<int>(place.chunk % grid.column_tiles);
-  place.row_chunk = static_cast<int>(place.chunk / grid.column_tiles);
+  place.c0 = index % channel_blocks * 2 * static_cast<int>(tile.lanes);
+  place.part = index / channel_blocks;
+  place.chunk = place.part % chunks;
+  place.n_begin = place.part / chunks * images;
+  place.n_end = min_of(place.n_begin + images, static_cast<int>(s.n));
+  place.column_tile = place.chunk % columns;
+  place.row_chunk = place.chunk / columns;
   return place;
 }
 
@@ -117,8 +121,7 @@ struct Lane {
 
 // The band that a block is at, and the ring's slot of the first row of its window.
 struct Cursor {
-  int64_t n;
-  int band, slot;
+  int n, band, slot;
   bool whole;  // none of its window's rows are there from the band before
   __device__ Cursor next(const Window& window, int band_begin, int band_end) const {
     const bool same = band + 1 < band_end;
