@@ -23,11 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import native
+
+ROOT = native.ROOT
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 TABLE = ROOT / "csrc/cuda/budgets.json"
 CACHE = ROOT / "build/budgets"
-FLAGS = ("-std=c++20", "-O3")  # those of setup.py
+FLAGS = native.setup_module().NVCC_FLAGS
 ARCHS = ("80", "90", "100", "120")
 MAX_INSTANCES = 80
 JOBS = 2
@@ -207,9 +209,7 @@ def faults(instances: Iterable[Instance]) -> list[str]:
     return found
 
 
-def regressions(
-    instances: Iterable[Instance], table: Mapping[tuple[str, str], Usage]
-) -> list[str]:
+def regressions(instances: Iterable[Instance], table: Mapping[tuple[str, str], Usage]) -> list[str]:
     """What takes more than the table grants, or is not in it, or in it alone."""
     found = []
     seen = {(at.kernel, at.arch): at.usage for at in instances}
