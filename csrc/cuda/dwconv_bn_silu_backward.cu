@@ -339,7 +339,7 @@ __device__ void write_sums(const Params& p, const Place& place, const Lane& lane
 }
 
 template <typename T, int K, int S, int TR, int TC>
-__global__ void __launch_bounds__(K == 3 ? kMaxThreads : 352, K == 3 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxThreads, K == 3 ? 2 : 1)
     dwconv_bn_silu_bwd_kernel(const Params p) {
   const DwconvShape& s = p.args.shape;
   const Tile& t = p.args.tile;
