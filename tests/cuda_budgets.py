@@ -36,7 +36,16 @@ JOBS = 2
 # Loads of 16 bytes from global memory, to registers or straight to shared memory.
 VECTOR_LOAD = re.compile(r"\b(LDG\.E\.\S*128|LDGSTS\.E\.\S*128)")
 # Kernels without one, and why.
-SCALAR = dict[str, str]()
+SCALAR = {
+    "probe_kernel": "loads nothing",
+    "excite_reduce_kernel": "weights come from the L2 cache; neighbouring lanes share lines",
+    "excite_expand_kernel": "as excite_reduce_kernel",
+    "excite_bwd_expand_kernel": "as excite_reduce_kernel",
+    "excite_bwd_hidden_kernel": "as excite_reduce_kernel",
+    "excite_bwd_reduce_kernel": "as excite_reduce_kernel",
+    "fold_sum_kernel": "partials are few, of any C; neighbouring lanes share lines",
+    "fold_moments_kernel": "as fold_sum_kernel",
+}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ template <typename Args>
 void check(const char* what, void (*launcher)(const Args&, const Queue&), const Args& args,
            std::initializer_list<Tensor*> outputs) {
   const Queue queue = {0, nullptr};
-  std::vector<std::vector<char>> first;
+  std::vector<std::vector<char>> first(outputs.size());
   for (int turn = 0; turn < 2; turn++) {
     for (Tensor* t : outputs)
       if (t) t->poison();
@@ -92,23 +92,20 @@ void check(const char* what, void (*launcher)(const Args&, const Queue&), const 
     } catch (const std::exception& error) {
       return failed(what, error.what());
     }
-    int index = 0;
-    for (Tensor* t : outputs) {
-      index++;
+    size_t index = 0;
+    for (const Tensor* t : outputs) {
+      std::vector<char>& before = first[index++];
       if (!t) continue;
       for (int64_t i = 0; i < t->size(); i++)
         if (!std::isfinite((*t)[i]))
           return failed(what, "output " + std::to_string(index) + ", element " + std::to_string(i) +
                                   " of " + std::to_string(t->size()) + " is not finite");
       const char* data = static_cast<const char*>(t->data());
-      std::vector<char> now(data, data + t->bytes());
       if (turn == 0)
-        first.push_back(std::move(now));
-      else if (now != first[index - 1])
+        before.assign(data, data + t->bytes());
+      else if (std::memcmp(before.data(), data, t->bytes()) != 0)
         return failed(what, "output " + std::to_string(index) + " depends on the threads' order");
-      if (turn == 1) continue;
     }
-    for (size_t i = first.size(); turn == 0 && i < outputs.size(); i++) first.emplace_back();
   }
 }
 
@@ -177,9 +174,7 @@ void forward(const DwconvCase& at, DType dtype, DType weight_dtype) {
   fold.partial = moments.floats();
   fold.parts = grid.parts, fold.c = s.c;
   fold.mean = mean.floats(), fold.var = var.floats();
-  if (0)
-    check("fold of moments", (void (*)(const FoldMomentsArgs&, const Queue&)) nullptr, fold,
-          {&mean, &var});
+  check("fold of moments", launch_fold_moments, fold, {&mean, &var});
 }
 
 void backward(const DwconvCase& at, DType dtype, DType weight_dtype) {
@@ -219,9 +214,114 @@ void backward(const DwconvCase& at, DType dtype, DType weight_dtype) {
   fold.partial = partial.floats();
   fold.outer = 1, fold.parts = grid.parts, fold.rows = s.k * s.k, fold.c = s.c;
   fold.out_r = 1, fold.out_c = s.k * s.k;
-  fold.factor = 1.0f;
+  fold.first_factor = 0.5f;
   fold.out = grad_weight.floats();
-  (void)fold;
+  Tensor rows(grid.parts * fold.rows * s.c, DType::kFloat32, -1.0f, 1.0f);
+  fold.partial = rows.floats();
+  check("fold of sums", launch_fold_sum, fold, {&grad_weight});
+}
+
+struct PlaneCase {
+  int64_t n, c, hw, chunks;
+};
+
+// C: whole vectors, a tail, less than one vector, more than a block's
+const PlaneCase kPlanes[] = {{2, 16, 9, 1}, {3, 21, 50, 4}, {1, 3, 7, 7}, {2, 296, 33, 2}};
+
+void reduce(const PlaneCase& at, DType dtype) {
+  constexpr int kSums[] = {1, 1, 3, 2, 2};  // of each Reduction
+  const int64_t size = at.n * at.hw * at.c;
+  const Tensor x(size, dtype, -2.0f, 2.0f), grad_y(size, dtype, -1.0f, 1.0f);
+  const Tensor keep(at.n, DType::kFloat32, 0.0f, 1.0f);
+  const Norm norm(at.c);
+  for (int what = 0; what < 5; what++) {
+    Tensor partial(at.n * at.chunks * kSums[what] * at.c);
+    ReduceArgs args = {};
+    args.n = at.n, args.c = at.c, args.hw = at.hw, args.chunks = at.chunks;
+    args.dtype = dtype;
+    args.what = static_cast<Reduction>(what);
+    args.x = x.data();
+    if (what == 1 || what >= 3) args.grad_y = grad_y.data();
+    if (what >= 2) args.bn = norm.all();
+    if (what == 4) args.keep = keep.floats();
+    args.factor = 0.5f;
+    args.partial = partial.floats();
+    check(("reduction " + std::to_string(what)).c_str(), launch_reduce, args, {&partial});
+  }
+}
+
+void elementwise(const PlaneCase& at, DType dtype) {
+  const int64_t size = at.n * at.hw * at.c;
+  const Tensor x(size, dtype, -2.0f, 2.0f), residual(size, dtype, -1.0f, 1.0f);
+  const Tensor keep(at.n, DType::kFloat32, 0.0f, 1.0f);
+  const Tensor gate(at.n * at.c, DType::kFloat32, 0.0f, 1.0f);
+  const Tensor shift(at.n * at.c, DType::kFloat32, -1.0f, 1.0f);
+  Tensor y(size, dtype);
+  const Norm norm(at.c);
+  for (int all = 0; all < 2; all++) {
+    BnActArgs act = {};
+    act.n = at.n, act.c = at.c, act.hw = at.hw;
+    act.dtype = dtype;
+    act.z = x.data(), act.y = y.data();
+    act.bn = norm.all();
+    act.silu = !all;
+    if (all) act.residual = residual.data(), act.keep = keep.floats();
+    check(all ? "bn, keep, residual" : "bn, silu", launch_bn_act, act, {&y});
+    GateArgs gated = {};
+    gated.n = at.n, gated.c = at.c, gated.hw = at.hw;
+    gated.dtype = dtype;
+    gated.x = x.data(), gated.y = y.data();
+    gated.gate = gate.floats();
+    if (all) gated.shift = shift.floats();
+    check(all ? "gate, shift" : "gate", launch_gate, gated, {&y});
+  }
+}
+
+struct ExciteCase {
+  int64_t n, c, r, splits;
+};
+
+const ExciteCase kExcite[] = {{1, 8, 1, 1}, {5, 33, 6, 3}, {2, 96, 40, 2}, {34, 40, 4, 1}};
+
+void excite(const ExciteCase& at, DType dtype) {
+  const int64_t n = at.n, c = at.c, r = at.r;
+  const Tensor pooled(n * c, DType::kFloat32, -1.0f, 1.0f);
+  const Tensor w1(r * c, dtype, -1.0f, 1.0f), b1(r, dtype, -1.0f, 1.0f);
+  const Tensor w2(c * r, dtype, -1.0f, 1.0f), b2(c, dtype, -1.0f, 1.0f);
+  Tensor splits(at.splits * n * r), hidden(n * r), gate(n * c);
+  ExciteArgs forward = {};
+  forward.n = n, forward.c = c, forward.r = r, forward.splits = at.splits;
+  forward.weight_dtype = dtype;
+  forward.pooled = pooled.floats();
+  forward.reduce_weight = w1.data(), forward.reduce_bias = b1.data();
+  forward.expand_weight = w2.data(), forward.expand_bias = b2.data();
+  forward.partial = splits.floats(), forward.hidden = hidden.floats(), forward.gate = gate.floats();
+  check("excite", launch_excite_fwd, forward, {&splits, &hidden, &gate});
+
+  const Tensor grad_gate(n * c, DType::kFloat32, -1.0f, 1.0f);
+  const Tensor grad_sums(2 * n * c, DType::kFloat32, -1.0f, 1.0f);
+  const Tensor squeeze_sums(2 * n * c, DType::kFloat32, -1.0f, 1.0f);
+  Tensor partial((c + 31) / 32 * n * r), grad_hidden(n * r), grad_pooled(n * c), grad_bn(2 * c);
+  Tensor grad_w1(r * c), grad_b1(r), grad_w2(c * r), grad_b2(c);
+  ExciteBackwardArgs back = {};
+  back.n = n, back.c = c, back.r = r;
+  back.weight_dtype = dtype;
+  back.pooled = pooled.floats(), back.hidden = hidden.floats(), back.gate = gate.floats();
+  back.grad_gate = grad_gate.floats();
+  back.reduce_weight = w1.data(), back.expand_weight = w2.data();
+  back.partial = partial.floats(), back.grad_hidden = grad_hidden.floats();
+  back.grad_reduce_weight = grad_w1.floats(), back.grad_reduce_bias = grad_b1.floats();
+  back.grad_expand_weight = grad_w2.floats(), back.grad_expand_bias = grad_b2.floats();
+  back.grad_pooled = grad_pooled.floats();
+  back.factor = 0.25f;
+  for (Tensor* bn : {static_cast<Tensor*>(nullptr), &grad_bn}) {
+    if (bn) {
+      back.grad_sums = grad_sums.floats(), back.squeeze_sums = squeeze_sums.floats();
+      back.grad_bn = bn->floats();
+    }
+    check(bn ? "excite backward, bn" : "excite backward", launch_excite_bwd, back,
+          {&partial, &grad_hidden, &grad_w1, &grad_b1, &grad_w2, &grad_b2, &grad_pooled, bn});
+  }
 }
 
 }  // namespace
@@ -234,6 +334,17 @@ void run_all() {
       const DType weight_dtype = at.shape.c % 2 ? DType::kFloat32 : dtype;
       forward(at, dtype, weight_dtype);
       backward(at, dtype, weight_dtype);
+    }
+  for (const PlaneCase& at : kPlanes)
+    for (DType dtype : dtypes) {
+      context = "plane of C " + std::to_string(at.c) + " " + name_of(dtype);
+      reduce(at, dtype);
+      elementwise(at, dtype);
+    }
+  for (const ExciteCase& at : kExcite)
+    for (DType dtype : dtypes) {
+      context = "excite of C " + std::to_string(at.c) + " " + name_of(dtype);
+      excite(at, dtype);
     }
 }
 
