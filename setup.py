@@ -3,8 +3,8 @@
 Torch is not needed. Read at build time:
   EFFNET_FAST_CUDA=auto|0|1                  auto: CUDA objects where nvcc is found
   EFFNET_FAST_CUDA_ARCHS=native|all|LIST     LIST as in "80,90"; native: the cards here, else sm_90
-  EFFNET_FAST_SIMT=0|auto|1                  1: also effnet_fast._C_simt, the CUDA kernels run on the
-                                             CPU for tests; auto: where nvcc and x86-64 Linux are
+  EFFNET_FAST_SIMT=0|auto|1                  1: also effnet_fast._C_simt, the CUDA kernels on the
+                                             CPU, for tests; auto: where nvcc and x86-64 are
 """
 
 import os
@@ -33,10 +33,12 @@ X86_ISAS = {
 }
 X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+NVCC_FLAGS = ["-std=c++20", "-O3"]
 RELEASE_ARCHS = ["80", "90", "100", "120"]
 # The host run of the CUDA kernels: for this machine alone, so its instructions may be used.
-SIMT_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-march=native"]
-SIMT_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-g0"]
+SIMT_FLAGS = ["-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-march=native"]
+SIMT_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SIMT_FLAGS += ["-Wno-deprecated-enum-enum-conversion", "-g0"]
 
 
 def option(name, default, allowed):
@@ -145,7 +147,7 @@ def write_simt_ninja(stream, out, nvcc):
 
     ninja = Writer(stream)
     cxx = find_cxx()
-    ninja.rule("cxx", f"{nvcc} -x c++ -ccbin {cxx.split()[0]} -MD -MF $out.d -std=c++20 -O2 "
+    ninja.rule("cxx", f"{nvcc} -x c++ -ccbin {cxx.split()[0]} -MD -MF $out.d -std=c++20 "
                f"-DEFFNET_SIMT -I{CSRC} -Xcompiler {','.join(SIMT_FLAGS)} $extra -c $in -o $out",
                depfile="$out.d", deps="gcc", description="SIMT $out")  # fmt: skip
     objects = []
@@ -185,8 +187,8 @@ def write_ninja(stream, out, nvcc):
         codes += [f"-gencode arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
         names = [f"sm_{a}" for a in archs] + ([f"compute_{ptx}"] if ptx else [])
         defines += [f"-DEFFNET_CUDA_ARCHS='\"{' '.join(names)}\"'"]
-        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d -std=c++20 -O3 -I{CSRC} -Xcompiler -fPIC,"
-                   f"-fvisibility=hidden {' '.join(codes)} -c $in -o $out",
+        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} -I{CSRC} "
+                   f"-Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -c $in -o $out",
                    depfile="$out.d", deps="gcc", description="NVCC $out")  # fmt: skip
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             objects.append(f"{source.stem}.cu.o")
