@@ -15,9 +15,11 @@
 #include <vector>
 
 #define EFFNET_NAMESPACE host
-#include "common/cuda_probe.h"
 #include "common/geometry.h"
 #include "cpu/args.h"
+#ifdef EFFNET_CUDA_ARCHS
+#include "cuda/bindings.h"
+#endif
 #include "instruction_sets.h"
 
 namespace py = pybind11;
@@ -337,7 +339,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef EFFNET_CUDA_ARCHS
   m.def("cuda_built", [] { return true; });
   m.def("cuda_archs", [] { return std::string(EFFNET_CUDA_ARCHS); });
-  m.def("cuda_probe", &cuda_probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_probe", &cuda::probe, py::arg("device") = 0);
+  cuda::bind(m.def_submodule("cuda"));
 #else
   m.def("cuda_built", [] { return false; });
   m.def("cuda_archs", [] { return std::string(); });

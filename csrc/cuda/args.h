@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace effnet {
 namespace cuda {
@@ -84,11 +85,11 @@ struct DwconvBackwardArgs {
 
 // Per-channel sums over the pixels of each image, a partial for each chunk of them.
 enum class Reduction : int {
-  kSum = 0,         // sum x
-  kProduct = 1,     // sum x * grad_y
-  kSqueeze = 2,     // u = bn(x): sum silu(u), sum silu'(u), sum silu'(u) * zh
-  kBnSilu = 3,      // du = grad_y * silu'(u): sum du, sum du * zh
-  kBn = 4,          // dy = grad_y * keep[n]: sum dy, sum dy * zh
+  kSum = 0,      // sum x
+  kProduct = 1,  // sum x * grad_y
+  kSqueeze = 2,  // u = bn(x): sum silu(u), sum silu'(u), sum silu'(u) * zh
+  kBnSilu = 3,   // du = grad_y * silu'(u): sum du, sum du * zh
+  kBn = 4,       // dy = grad_y * keep[n]: sum dy, sum dy * zh
 };
 
 struct ReduceArgs {
@@ -142,19 +143,20 @@ struct ExciteBackwardArgs {
   float *grad_reduce_weight, *grad_reduce_bias, *grad_expand_weight, *grad_expand_bias;
   float* grad_pooled;  // [N,C], times factor
   float factor;
-  // Optional: sums [N,5,C] of e * silu'(u), e * silu'(u) * zh, and of kSqueeze; grad_bn [2,C]:
+  // Optional: grad_sums [2,N,C], S1 = sum e * silu'(u) and S2 = sum e * silu'(u) * zh;
+  // squeeze_sums [2,N,C], S3 = sum silu'(u) and S4 = sum silu'(u) * zh; of them grad_bn [2,C],
   // sum_n gate * S1 + grad_pooled * S3 and sum_n gate * S2 + grad_pooled * S4.
   const float *grad_sums, *squeeze_sums;
   float* grad_bn;
 };
 
-// out[o * out_o + r * out_r + c * out_c] = factor * sum over p of partial[o,p,r,c], p in a fixed
-// order.
+// out[o * out_o + r * out_r + c * out_c] = sum over p of partial[o,p,r,c], p in a fixed order;
+// row 0 times first_factor.
 struct FoldSumArgs {
   const float* partial;
   int64_t outer, parts, rows, c;
   int64_t out_o, out_r, out_c;
-  float factor;
+  float first_factor;
   float* out;
 };
 
@@ -169,6 +171,9 @@ DwconvGrid dwconv_backward_grid(const DwconvShape& shape, const Tile& tile);
 // Bytes of a block's shared memory.
 int64_t dwconv_forward_shared_bytes(const DwconvShape& shape, DType dtype, const Tile& tile);
 int64_t dwconv_backward_shared_bytes(const DwconvShape& shape, DType dtype, const Tile& tile);
+
+// The empty text where the kernels can run on `device`, else the reason.
+std::string probe(int device);
 
 void launch_dwconv_bn_silu_fwd(const DwconvForwardArgs& args, const Queue& queue);
 void launch_dwconv_bn_silu_bwd(const DwconvBackwardArgs& args, const Queue& queue);

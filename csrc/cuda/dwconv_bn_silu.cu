@@ -58,8 +58,8 @@ __device__ void copy_rows(const Params& p, const Shared<T>& shared, const Place&
   const int rows = at.whole ? w.rows : w.fresh, skipped = w.rows - rows;
   const int64_t band_rows = p.args.tile.ny * p.args.tile.rows;
   const int top = static_cast<int>(at.band * band_rows * S - s.pad_t) + skipped;
-  const int left = static_cast<int>(place.column_tile * p.args.tile.nx * p.args.tile.cols * S -
-                                    s.pad_l);
+  const int left =
+      static_cast<int>(place.column_tile * p.args.tile.nx * p.args.tile.cols * S - s.pad_l);
   Walk<T> walk(w.cols, w.channels);
   const View<T> view(p.args.x, at.n, s.h, s.w, place.c0 + walk.channel, s.c, p.x_aligned);
   for (; walk.row < rows; walk.next()) {
@@ -80,8 +80,8 @@ __device__ void activate_rows(const Params& p, const Shared<T>& shared, const Pl
   const int rows = at.whole ? w.rows : w.fresh, skipped = w.rows - rows;
   const int64_t band_rows = p.args.tile.ny * p.args.tile.rows;
   const int top = static_cast<int>(at.band * band_rows * S - s.pad_t) + skipped;
-  const int left = static_cast<int>(place.column_tile * p.args.tile.nx * p.args.tile.cols * S -
-                                    s.pad_l);
+  const int left =
+      static_cast<int>(place.column_tile * p.args.tile.nx * p.args.tile.cols * S - s.pad_l);
   Walk<T> walk(w.cols, w.channels);
   const View<T> view(p.args.x, at.n, s.h, s.w, place.c0 + walk.channel, s.c, p.x_aligned);
   for (; walk.row < rows; walk.next()) {
@@ -317,8 +317,8 @@ void run(const DwconvForwardArgs& args, const Queue& queue) {
   const int threads = static_cast<int>(args.tile.lanes * args.tile.nx * args.tile.ny);
   const DeviceGuard guard(queue.device);
   launch("dwconv_bn_silu_fwd", dwconv_bn_silu_fwd_kernel<T, K, S, TR, TC>,
-         grid_of(p.grid.channel_blocks * p.grid.parts, 1, 1, threads, shared_bytes(p.window, sizeof(T), K * K, args.tile),
-                 queue.stream),
+         grid_of(p.grid.channel_blocks * p.grid.parts, 1, 1, threads,
+                 shared_bytes(p.window, sizeof(T), K * K, args.tile), queue.stream),
          p);
 }
 

@@ -36,8 +36,9 @@ inline void check_tile(const DwconvShape& s, const Tile& t) {
   const int64_t most = 1 << 24;
   require(s.n < int64_t{1} << 30 && s.c < int64_t{1} << 30 && t.images < int64_t{1} << 30,
           "dwconv: batches and channels must be below 2^30");
-  require(s.h < most && s.w < most && s.oh < most && s.ow < most && s.pad_l < most && s.pad_t < most,
-          "dwconv: sides and padding must be below 2^24");
+  require(
+      s.h < most && s.w < most && s.oh < most && s.ow < most && s.pad_l < most && s.pad_t < most,
+      "dwconv: sides and padding must be below 2^24");
   require((s.k == 3 || s.k == 5) && (s.stride == 1 || s.stride == 2),
           "dwconv: kernels of 3 and 5 with stride 1 and 2 are supported");
   require(s.pad_l >= 0 && s.pad_t >= 0, "dwconv: the padding must not be negative");

@@ -142,6 +142,39 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// The empty text where this build has code of the kernel for `device`, else what is in the way.
+inline std::string reason_against(const void* kernel, int device) {
+  int count = 0, before = 0, driver = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  const char* step = "cannot count the CUDA devices: ";
+  if (error == cudaSuccess && (device < 0 || device >= count))
+    return "there is no CUDA device " + std::to_string(device) + ": " + std::to_string(count) +
+           " found";
+  if (error == cudaSuccess) {
+    step = "cannot select the device: ";
+    cudaGetDevice(&before);
+    if (device != before) error = cudaSetDevice(device);
+  }
+  if (error == cudaSuccess) {
+    step = "this build's kernels do not fit the device: ";
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    if (device != before) cudaSetDevice(before);
+  }
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // it must not show up as that of a later launch
+  std::string text = std::string(step) + cudaGetErrorString(error);
+  if (error != cudaErrorInsufficientDriver) return text;
+  const auto version = [](int v) {
+    return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10);
+  };
+  cudaDriverGetVersion(&driver);
+  text += driver == 0 ? " (no CUDA driver is installed here; "
+                      : " (the driver supports CUDA " + version(driver) + "; ";
+  return text + "this build uses CUDA " + version(CUDART_VERSION) +
+         ", whose runtime wants driver 580 or newer)";
+}
+
 // Starts a kernel on the current device; asynchronous. Throws std::runtime_error with CUDA's text.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,

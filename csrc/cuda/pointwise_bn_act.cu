@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kChannelThreads)
 template <typename T>
 void run(const BnActArgs& a, const Queue& queue) {
   const bool all = aligned(a.z, 16) && aligned(a.y, 16) && aligned(a.residual, 16);
-  const ChannelGrid grid = channel_grid(a.n, a.c, a.hw, elementwise_chunks(a.c, a.hw, kVector<T>),
-                                        kVector<T>, all);
+  const ChannelGrid grid =
+      channel_grid(a.n, a.c, a.hw, elementwise_chunks(a.c, a.hw, kVector<T>), kVector<T>, all);
   launch("bn_act", bn_act_kernel<T>,
          grid_of(grid.blocks, 1, 1, grid.rows * grid.pieces, 0, queue.stream), a, grid);
 }

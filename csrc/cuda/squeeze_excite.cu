@@ -229,10 +229,9 @@ __device__ void grad_pooled(const ExciteBackwardArgs& a, int64_t c0, Plane& hidd
       const float q = grad.sum[i] * a.factor, gate = load(a.gate + n * a.c + c);
       a.grad_pooled[n * a.c + c] = q;
       if (!a.grad_bn) continue;
-      const float* s = a.grad_sums + n * 2 * a.c + c;
-      const float* t = a.squeeze_sums + n * 2 * a.c + c;
-      beta += gate * load(s) + q * load(t);
-      gamma += gate * load(s + a.c) + q * load(t + a.c);
+      const int64_t at_nc = n * a.c + c, plane = a.n * a.c;
+      beta += gate * load(a.grad_sums + at_nc) + q * load(a.squeeze_sums + at_nc);
+      gamma += gate * load(a.grad_sums + plane + at_nc) + q * load(a.squeeze_sums + plane + at_nc);
     }
   }
   if (!a.grad_bn) return;

@@ -22,9 +22,9 @@ constexpr int kFoldSlices = 32;  // threads that share one result's parts
 constexpr int kUnroll = 4;       // pixels that a thread loads at once
 
 template <Reduction R>
-constexpr int kSums = R == Reduction::kSqueeze                             ? 3
+constexpr int kSums = R == Reduction::kSqueeze                         ? 3
                       : R == Reduction::kBnSilu || R == Reduction::kBn ? 2
-                                                                          : 1;
+                                                                       : 1;
 
 template <Reduction R>
 __device__ __forceinline__ void accumulate(float (&sums)[kSums<R>], float x, float grad_y,
@@ -80,8 +80,8 @@ template <typename T, Reduction R>
 __global__ void __launch_bounds__(kChannelThreads)
     reduce_kernel(const ReduceArgs a, const ChannelGrid grid) {
   constexpr int V = kVector<T>, SUMS = kSums<R>;
-  constexpr bool kReadsGrad = R == Reduction::kProduct || R == Reduction::kBnSilu ||
-                              R == Reduction::kBn;
+  constexpr bool kReadsGrad =
+      R == Reduction::kProduct || R == Reduction::kBnSilu || R == Reduction::kBn;
   const Pixels at(grid, V);
   const int64_t c = at.c0 + at.piece * V;
   const int channels = static_cast<int>(min_of(a.c - c, int64_t{V}));
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kChannelThreads)
 
 template <typename T, Reduction R>
 void run_reduce(const ReduceArgs& a, const Queue& queue) {
-  const ChannelGrid grid = channel_grid(a.n, a.c, a.hw, a.chunks, kVector<T>,
-                                        aligned(a.x, 16) && aligned(a.grad_y, 16));
+  const ChannelGrid grid =
+      channel_grid(a.n, a.c, a.hw, a.chunks, kVector<T>, aligned(a.x, 16) && aligned(a.grad_y, 16));
   const int64_t shared = int64_t{grid.rows} * grid.pieces * kVector<T> * 4;
   launch("reduce", reduce_kernel<T, R>,
          grid_of(grid.blocks, 1, 1, grid.rows * grid.pieces, shared, queue.stream), a, grid);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices) fold_sum_kernel(const
   if (slice != 0 || c >= a.c) return;
   sum = 0.0f;
   for (int i = 0; i < kFoldSlices; i++) sum += sums[i][lane];
-  a.out[o * a.out_o + r * a.out_r + c * a.out_c] = a.factor * sum;
+  a.out[o * a.out_o + r * a.out_r + c * a.out_c] = r == 0 ? a.first_factor * sum : sum;
 }
 
 __global__ void __launch_bounds__(kFoldWidth* kFoldSlices)
