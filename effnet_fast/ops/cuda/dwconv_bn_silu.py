@@ -14,13 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dwconv_bn_silu as op
+from ..dwconv_bn_silu import (
+    Sides,
+    _backward_fake,
+    _eval_fake,
+    _strides,
+    _train_fake,
+    output_shape,
+)
 from ..registration import address, empty_nhwc, native_weight, nhwc
 from . import statistics
 from .launching import DTYPES, Bn, native, queue, scratch
 from .tiles import Tile, tile_for
-
-Sides = tuple[int, int, int, int]
 
 
 class Plan(NamedTuple):
@@ -39,9 +44,7 @@ def _plan(
     _, c, _, w, _, ow, kernel, stride, *_ = shape
     width = w if direction == "backward" else ow
     tile = tile or tile_for(direction, kernel, stride, dtype, c, width)
-    return Plan(
-        shape, tile, *native(backend).dwconv_parts(shape, tile, direction == "backward")
-    )
+    return Plan(shape, tile, *native(backend).dwconv_parts(shape, tile, direction == "backward"))
 
 
 def plan(
@@ -54,7 +57,7 @@ def plan(
     tile: Tile | None = None,
 ) -> Plan:
     """How a "forward" or "backward" pass over x [N,C,H,W] is cut up; tile: None for the table's."""
-    oh, ow = op.output_shape(x, kernel, stride, padding)[2:]
+    oh, ow = output_shape(x, kernel, stride, padding)[2:]
     shape = (*x.shape, oh, ow, kernel, stride, padding[0], padding[2])
     return _plan(backend, direction, shape, x.dtype, tile)
 
@@ -91,7 +94,7 @@ def forward(
     end = after or Bn(None)
     native(backend).dwconv_fwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
-        x.data_ptr(), op._strides(x), weight.data_ptr(), before.addresses, before.eps,
+        x.data_ptr(), _strides(x), weight.data_ptr(), before.addresses, before.eps,
         end.addresses, end.eps, y.data_ptr(), partial.data_ptr(), factor,
     )  # fmt: skip
     if after is None:
@@ -145,7 +148,7 @@ def backward(
     count = float(n * z.shape[2] * z.shape[3])
     native(backend).dwconv_bwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
-        x.data_ptr(), op._strides(x), before.addresses, before.eps,
+        x.data_ptr(), _strides(x), before.addresses, before.eps,
         grad_y.data_ptr(), z.data_ptr(), address(gate), address(shift),
         after.addresses, after.eps, address(sums), count, weight.data_ptr(),
         address(grad_x), address(partial),
@@ -163,7 +166,7 @@ def backward(
 
 def dwconv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The registered op."""
-    y, pooled = op._eval_fake(x, weight, *rest)
+    y, pooled = _eval_fake(x, weight, *rest)
     *bn, stride, padding, eps, backend = rest
     if y.numel() == 0:
         return y, pooled.zero_()
@@ -174,7 +177,7 @@ def dwconv_statistics(
     x: Tensor, weight: Tensor, stride: int, padding: Sides, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op."""
-    z, mean, var = op._train_fake(x, weight, stride, padding, backend)
+    z, mean, var = _train_fake(x, weight, stride, padding, backend)
     if z.numel() == 0:
         return z, mean.zero_(), var.zero_()
     return z, *forward(z, x, weight, stride, tuple(padding), backend)
@@ -220,7 +223,7 @@ def dwconv_bn_silu_backward(
     grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op."""
-    grads = op._backward_fake(grad_y, x, z, weight, *rest)
+    grads = _backward_fake(grad_y, x, z, weight, *rest)
     *vectors, stride, padding, eps, training, wanted, backend = rest
     if z.numel() == 0:
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()

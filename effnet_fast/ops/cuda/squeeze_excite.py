@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import squeeze_excite as op
 from ..registration import address, dense, nhwc
+from ..squeeze_excite import _backward_fake, _excite_fake, _forward_fake
 from . import statistics
 from .launching import DTYPES, Bn, native, queue, scratch
 
@@ -24,7 +24,7 @@ def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
 
 
 def squeeze(z: Tensor, bn: Bn, backend: str) -> Tensor:
-    """[3,N,C] in one read of z [N,C,H,W], u = bn(z): mean silu(u), sum silu'(u), sum silu'(u)*zh."""
+    """[3,N,C] of z [N,C,H,W] and u = bn(z): mean silu(u), sum silu'(u), sum silu'(u) * zh."""
     return statistics.image_sums(
         backend, statistics.SQUEEZE, z, bn=bn, factor=1.0 / (z.shape[2] * z.shape[3])
     )
@@ -39,7 +39,7 @@ def excite(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The registered op: hidden [N,R] before SiLU and gate [N,C] of pooled [N,C]."""
-    hidden, gate = op._excite_fake(
+    hidden, gate = _excite_fake(
         pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
     )
     if pooled.numel() == 0:
@@ -121,7 +121,7 @@ def squeeze_excite(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The registered op."""
     layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    y, pooled, hidden, gate = op._forward_fake(x, *layers, backend)
+    y, pooled, hidden, gate = _forward_fake(x, *layers, backend)
     if x.numel() == 0:
         return y, pooled, *excite(pooled, *layers, backend)
     x = nhwc(x)
@@ -133,7 +133,7 @@ def squeeze_excite(
 
 def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The registered op."""
-    grads = op._backward_fake(grad_y, x, *rest)
+    grads = _backward_fake(grad_y, x, *rest)
     reduce_weight, expand_weight, pooled, hidden, gate, backend = rest
     if x.numel() == 0:
         for grad in grads:
