@@ -150,11 +150,12 @@ struct ExciteBackwardArgs {
   float* grad_bn;
 };
 
-// out[o * out_o + r * out_r + c * out_c] = sum over p of partial[o,p,r,c], p in a fixed order;
-// row 0 times first_factor.
+// out[o * out_o + r * out_r + c * out_c] = sum over p of partial[o,p,first_row + r,c], p in a fixed
+// order; for r = 0 times first_factor.
 struct FoldSumArgs {
-  const float* partial;
-  int64_t outer, parts, rows, c;
+  const float* partial;  // [outer,parts,part_rows,C]
+  int64_t outer, parts, part_rows, c;
+  int64_t first_row, rows;
   int64_t out_o, out_r, out_c;
   float first_factor;
   float* out;

@@ -106,11 +106,14 @@ inline void reduce(const QueueTuple& queue, const std::array<int64_t, 4>& sizes,
                 queue_of(queue));
 }
 
-// sizes: outer, parts, rows, c; strides: of out over outer, rows, c.
+// sizes: outer, parts, rows of a part, c; rows: the first and how many are folded; strides: of out
+// over outer, rows, c.
 inline void fold_sum(const QueueTuple& queue, Address partial, const std::array<int64_t, 4>& sizes,
-                     const std::array<int64_t, 3>& strides, float first_factor, Address out) {
-  launch_fold_sum({address<float>(partial), sizes[0], sizes[1], sizes[2], sizes[3], strides[0],
-                   strides[1], strides[2], first_factor, address<float>(out)},
+                     const std::array<int64_t, 2>& rows, const std::array<int64_t, 3>& strides,
+                     float first_factor, Address out) {
+  launch_fold_sum({address<float>(partial), sizes[0], sizes[1], sizes[2], sizes[3], rows[0],
+                   rows[1], strides[0], strides[1], strides[2], first_factor,
+                   address<float>(out)},
                   queue_of(queue));
 }
 

@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices) fold_sum_kernel(const
   const int64_t begin = a.parts * slice / kFoldSlices, end = a.parts * (slice + 1) / kFoldSlices;
   float sum = 0.0f;
   if (c < a.c) {
-    const float* from = a.partial + (o * a.parts * a.rows + r) * a.c + c;
+    const float* from = a.partial + (o * a.parts * a.part_rows + a.first_row + r) * a.c + c;
 #pragma unroll 4
-    for (int64_t p = begin; p < end; p++) sum += load(from + p * a.rows * a.c);
+    for (int64_t p = begin; p < end; p++) sum += load(from + p * a.part_rows * a.c);
   }
   sums[slice][lane] = sum;
   sync_threads();
@@ -196,6 +196,7 @@ void launch_reduce(const ReduceArgs& a, const Queue& queue) {
 
 void launch_fold_sum(const FoldSumArgs& a, const Queue& queue) {
   require(a.outer > 0 && a.parts > 0 && a.rows > 0 && a.c > 0, "fold: sizes must be positive");
+  require(a.first_row >= 0 && a.first_row + a.rows <= a.part_rows, "fold: no such rows");
   const DeviceGuard guard(queue.device);
   launch("fold_sum", fold_sum_kernel,
          grid_of(a.outer * ceil_div(a.c, kFoldWidth), a.rows, 1, kFoldWidth * kFoldSlices, 0,
