@@ -76,8 +76,9 @@ __device__ void write_partial(const ReduceArgs& a, const ChannelGrid& grid, cons
   }
 }
 
+// Without a number of blocks ptxas makes room for more of them, and spills.
 template <typename T, Reduction R>
-__global__ void __launch_bounds__(kChannelThreads)
+__global__ void __launch_bounds__(kChannelThreads, 2)
     reduce_kernel(const ReduceArgs a, const ChannelGrid grid) {
   constexpr int V = kVector<T>, SUMS = kSums<R>;
   constexpr bool kReadsGrad =
@@ -138,7 +139,7 @@ void by_reduction(const ReduceArgs& a, const Queue& queue) {
   run_reduce<T, Reduction::kBn>(a, queue);
 }
 
-__global__ void __launch_bounds__(kFoldWidth* kFoldSlices) fold_sum_kernel(const FoldSumArgs a) {
+__global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1) fold_sum_kernel(const FoldSumArgs a) {
   EFFNET_SHARED(float, sums, [kFoldSlices][kFoldWidth]);
   const int lane = thread_x() % kFoldWidth, slice = thread_x() / kFoldWidth;
   const int64_t blocks = ceil_div(a.c, kFoldWidth), r = block_y(), o = block_x() / blocks;
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices) fold_sum_kernel(const
   a.out[o * a.out_o + r * a.out_r + c * a.out_c] = r == 0 ? a.first_factor * sum : sum;
 }
 
-__global__ void __launch_bounds__(kFoldWidth* kFoldSlices)
+__global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1)
     fold_moments_kernel(const FoldMomentsArgs a) {
   EFFNET_SHARED(Moments, all, [kFoldSlices][kFoldWidth]);
   const int lane = thread_x() % kFoldWidth, slice = thread_x() / kFoldWidth;

@@ -37,7 +37,8 @@ float uniform(float low, float high) {
 
 class Tensor {
  public:
-  explicit Tensor(int64_t size, DType dtype = DType::kFloat32)
+  // Not inlined: gcc would warn of negative sizes that nobody asks for.
+  __attribute__((noinline)) explicit Tensor(int64_t size, DType dtype = DType::kFloat32)
       : size_(size), dtype_(dtype), data_(std::malloc(bytes())) {
     poison();
   }
