@@ -22,8 +22,10 @@ __device__ __forceinline__ Moments merged(const Moments& a, const Moments& b) {
   if (b.count == 0.0f) return a;
   if (a.count == 0.0f) return b;
   const float count = a.count + b.count, share = b.count / count;
-  const float delta = (b.pivot - a.pivot) + (b.mean - a.mean);
-  return {count, a.pivot, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (a.count * share)};
+  const float mean = (b.pivot - a.pivot) + b.mean, delta = mean - a.mean;
+  // Weighted, not a.mean + delta * share: an infinite mean stays so, as stock's does.
+  return {count, a.pivot, fmaf(mean, share, a.mean * (a.count / count)),
+          a.m2 + b.m2 + delta * delta * (a.count * share)};
 }
 
 }  // namespace cuda
