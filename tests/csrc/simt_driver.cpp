@@ -210,16 +210,20 @@ void backward(const DwconvCase& at, DType dtype, DType weight_dtype) {
   check("backward, data", launch_dwconv_bn_silu_bwd, args, {&grad_x});
   args.partial = partial.floats(), args.grad_x = nullptr;
   check("backward, weight", launch_dwconv_bn_silu_bwd, args, {&partial});
-  Tensor grad_weight(s.c * s.k * s.k);
+  const int64_t taps = s.k * s.k;
+  Tensor grad_weight(s.c * taps), grad_bn(2 * s.c);
   FoldSumArgs fold = {};
   fold.partial = partial.floats();
-  fold.outer = 1, fold.parts = grid.parts, fold.rows = s.k * s.k, fold.c = s.c;
-  fold.out_r = 1, fold.out_c = s.k * s.k;
+  fold.outer = 1, fold.parts = grid.parts, fold.part_rows = taps + 2, fold.c = s.c;
+  fold.rows = taps;
+  fold.out_r = 1, fold.out_c = taps;
   fold.first_factor = 0.5f;
   fold.out = grad_weight.floats();
-  Tensor rows(grid.parts * fold.rows * s.c, DType::kFloat32, -1.0f, 1.0f);
-  fold.partial = rows.floats();
-  check("fold of sums", launch_fold_sum, fold, {&grad_weight});
+  check("fold of weight gradients", launch_fold_sum, fold, {&grad_weight});
+  fold.first_row = taps, fold.rows = 2;
+  fold.out_r = s.c, fold.out_c = 1;
+  fold.out = grad_bn.floats();
+  check("fold of sums", launch_fold_sum, fold, {&grad_bn});
 }
 
 struct PlaneCase {
