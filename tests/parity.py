@@ -142,9 +142,9 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device, with the strides and the offset against 16 bytes that it has."""
     if tensor.device.type == device.type:
         return tensor
-    memory = torch.empty(
-        tensor.untyped_storage().nbytes(), dtype=torch.uint8, device=device
-    ).copy_(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()))
+    memory = torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8, device=device).copy_(
+        torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    )
     alike = torch.empty(0, dtype=tensor.dtype, device=device).set_(memory.untyped_storage())
     return alike.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 

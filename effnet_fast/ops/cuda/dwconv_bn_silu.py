@@ -170,7 +170,8 @@ def dwconv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, 
     *bn, stride, padding, eps, backend = rest
     if y.numel() == 0:
         return y, pooled.zero_()
-    return y, *forward(y, x, weight, stride, tuple(padding), backend, after=Bn(bn, eps))
+    (pooled,) = forward(y, x, weight, stride, padding, backend, after=Bn(bn, eps))
+    return y, pooled
 
 
 def dwconv_statistics(
@@ -180,7 +181,8 @@ def dwconv_statistics(
     z, mean, var = _train_fake(x, weight, stride, padding, backend)
     if z.numel() == 0:
         return z, mean.zero_(), var.zero_()
-    return z, *forward(z, x, weight, stride, tuple(padding), backend)
+    mean, var = forward(z, x, weight, stride, padding, backend)
+    return z, mean, var
 
 
 def bn_act(
@@ -234,7 +236,7 @@ def dwconv_bn_silu_backward(
     grad_x = grad_weight = None
     if wanted[0] or wanted[1]:
         grad_x, grad_weight, _ = backward(
-            grad_y, z, x, weight, bn, sums if training else None, stride, tuple(padding), backend,
+            grad_y, z, x, weight, bn, sums if training else None, stride, padding, backend,
             wanted=wanted[:2],
         )  # fmt: skip
     return (
