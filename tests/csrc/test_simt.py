@@ -5,6 +5,7 @@ Whether the kernels compute what they should is for the parity tests, with backe
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -120,9 +121,10 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ("sync_threads();", "depends on the threads' order"),
+        ("sync_threads();", "is not finite|depends on the threads' order"),
         ("cp_async_wait<0>();", "returns without having waited for its copy"),
     ],
+    ids=["barriers", "waits"],
 )
 def test_the_driver_notices_a_kernel_without(call: str, said: str, tmp_path: Path) -> None:
     """Barriers or waits taken out of the kernel that has most of them."""
@@ -136,4 +138,4 @@ def test_the_driver_notices_a_kernel_without(call: str, said: str, tmp_path: Pat
     program = simt.compile_program(tmp_path / "out", [DRIVER, *sources, *simt.RUNTIME], "-O1")
     status, text = run(program)
     assert status == 1, text
-    assert said in text
+    assert re.search(said, text)
