@@ -142,6 +142,8 @@ struct FoldChanArgs {    // (mean, M2) of the parts, merged in order into mean a
   int threads;
 };
 
+struct NetworkArgs;  // in network.h
+
 // A kernel returns false where it could not get its scratch memory.
 struct Kernels {
   bool (*dwconv_forward)(const DwconvForwardArgs&);
@@ -154,6 +156,8 @@ struct Kernels {
   bool (*gate)(const GateArgs&);
   bool (*fold_sum)(const FoldArgs&);
   bool (*fold_chan)(const FoldChanArgs&);
+  bool (*network)(const NetworkArgs&);
+  int64_t (*network_tile_units)();  // panels of packed weights have this many units
 };
 
 }  // namespace effnet

@@ -5,9 +5,18 @@ namespace effnet {
 namespace EFFNET_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {dwconv_forward, dwconv_backward, bn_backward_reduce, affine_act,
-                         squeeze,        excite,          excite_backward,    gate,
-                         fold_sum,       fold_chan};
+const Kernels kernels = {dwconv_forward,
+                         dwconv_backward,
+                         bn_backward_reduce,
+                         affine_act,
+                         squeeze,
+                         excite,
+                         excite_backward,
+                         gate,
+                         fold_sum,
+                         fold_chan,
+                         network,
+                         network_tile_units};
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet
