@@ -112,8 +112,7 @@ inline void fold_sum(const QueueTuple& queue, Address partial, const std::array<
                      const std::array<int64_t, 2>& rows, const std::array<int64_t, 3>& strides,
                      float first_factor, Address out) {
   launch_fold_sum({address<float>(partial), sizes[0], sizes[1], sizes[2], sizes[3], rows[0],
-                   rows[1], strides[0], strides[1], strides[2], first_factor,
-                   address<float>(out)},
+                   rows[1], strides[0], strides[1], strides[2], first_factor, address<float>(out)},
                   queue_of(queue));
 }
 

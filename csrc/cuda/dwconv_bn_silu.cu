@@ -27,22 +27,23 @@ struct Params {
   bool x_aligned, paired;  // 16-byte pieces of x; pairs of channels of y
 };
 
-// Shared memory: the ring, weights, scale and shift of `before` and of `after`, and for each thread
-// and channel its Moments, of which `after` takes the first float for the sum of y. What a thread
+// Shared memory: the ring, scale and shift of `before` and of `after`, for each thread and channel
+// its Moments, of which `after` takes the first float for the sum of y, and weights. What a thread
 // carries from band to band thus costs no registers while it convolves.
 template <typename T>
 struct Shared {
   T* ring;
-  float *weight, *scale, *shift, *after_scale, *after_shift;
+  float *scale, *shift, *after_scale, *after_shift;
   Moments* sums;
-  __device__ Shared(const Window& w, int taps)
+  float* weight;
+  __device__ explicit Shared(const Window& w)
       : ring(dynamic_shared<T>()),
-        weight(reinterpret_cast<float*>(ring + w.ring_rows * w.pitch)),
-        scale(weight + taps * (w.channels + 2)),
+        scale(reinterpret_cast<float*>(ring + w.ring_rows * w.pitch)),
         shift(scale + w.channels),
         after_scale(shift + w.channels),
         after_shift(after_scale + w.channels),
-        sums(reinterpret_cast<Moments*>(after_shift + w.channels)) {}
+        sums(reinterpret_cast<Moments*>(after_shift + w.channels)),
+        weight(reinterpret_cast<float*>(sums + 2 * block_dim_x())) {}
 };
 
 int64_t shared_bytes(const Window& w, int64_t element, int64_t taps, const Tile& t) {
@@ -90,11 +91,12 @@ __device__ void activate_rows(const Params& p, const Shared<T>& shared, const Pl
     if (slot >= w.ring_rows) slot -= w.ring_rows;
     uint4* piece = reinterpret_cast<uint4*>(shared.ring + slot * w.pitch + walk.col * w.channels +
                                             walk.channel);
-    float v[kVector<T>];
+    float v[kVector<T>], scale[kVector<T>], shift[kVector<T>];
     unpack<T>(load_shared(piece), v);
+    load_floats(scale, shared.scale + walk.channel);
+    load_floats(shift, shared.shift + walk.channel);
 #pragma unroll
-    for (int i = 0; i < kVector<T>; i++)
-      v[i] = silu(v[i] * shared.scale[walk.channel + i] + shared.shift[walk.channel + i]);
+    for (int i = 0; i < kVector<T>; i++) v[i] = silu(v[i] * scale[i] + shift[i]);
     store_shared(piece, pack<T, uint4>(v));
   }
 }
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(K == 3 ? 320 : kMaxThreads, 2)
   const DwconvShape& s = p.args.shape;
   const Place place = place_of(p.grid, s, p.args.tile);
   const Lane lane(p.args.tile);
-  const Shared<T> shared(p.window, K * K);
+  const Shared<T> shared(p.window);
   const int channels = p.window.channels;
   const int band_begin = static_cast<int>(place.row_chunk * p.args.tile.bands);
   const int band_end = static_cast<int>(min_of(band_begin + p.args.tile.bands, p.grid.bands));

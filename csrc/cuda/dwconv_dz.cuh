@@ -133,15 +133,18 @@ __device__ void form_dz(const Params& p, const Shared<T>& shared, const Place& p
       float grad[H], z[H];
       unpack<T>(load_shared(piece + half), grad);
       unpack<T>(load_shared(staged + half), z);
+      const float* of = vectors + half * H;
+      float scale[H], bias[H], mean[H], slope[H], offset[H];
+      load_floats(scale, of + kScale * w.channels);
+      load_floats(bias, of + kShift * w.channels);
+      load_floats(mean, of + kMean * w.channels);
+      load_floats(slope, of + kSlope * w.channels);
+      load_floats(offset, of + kOffset * w.channels);
 #pragma unroll
       for (int i = 0; i < H; i++) {
-        const float* of = vectors + half * H + i;
-        const float scale = of[kScale * w.channels];
-        const float u = fmaf(z[i], scale, of[kShift * w.channels]);
         const float g = fmaf(grad[i], gate[half * H + i], shift[half * H + i]);
-        grad[i] = fmaf(
-            scale, g * silu_grad(u),
-            fmaf(z[i] - of[kMean * w.channels], of[kSlope * w.channels], of[kOffset * w.channels]));
+        const float du = g * silu_grad(fmaf(z[i], scale[i], bias[i]));
+        grad[i] = fmaf(scale[i], du, fmaf(z[i] - mean[i], slope[i], offset[i]));
       }
       store_shared(piece + half, pack<T, uint2>(grad));
     }

@@ -182,6 +182,26 @@ __device__ __forceinline__ float2 pair_at(const T* p) {
     return unpack2<T>(load_shared(reinterpret_cast<const uint32_t*>(p)));
 }
 
+// 2 or a multiple of 4 floats, 8 or 16 bytes at a time.
+template <int N>
+__device__ __forceinline__ void load_floats(float (&to)[N], const float* from) {
+  if constexpr (N == 2) {
+    const float2 v = load_shared(reinterpret_cast<const float2*>(from));
+    to[0] = v.x;
+    to[1] = v.y;
+  } else {
+    static_assert(N % 4 == 0);
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const float4 v = load_shared(reinterpret_cast<const float4*>(from + i));
+      to[i] = v.x;
+      to[i + 1] = v.y;
+      to[i + 2] = v.z;
+      to[i + 3] = v.w;
+    }
+  }
+}
+
 // Rounds two values to T; returns them as stored.
 template <typename T>
 __device__ __forceinline__ float2 rounded(float2 v) {
