@@ -88,6 +88,7 @@ STEPS = (
     Step("build", "build", (sys.executable, *INSTALL), 0.4),
     Step("build", "doctor", (sys.executable, "-m", "effnet_fast.cli", "doctor"), 0.1),
     _pytest("parity", "parity", 0.35, "tests/ops", "tests/models"),
+    _bench("kernels", "cuda", 0.4, KERNELS),
     _bench("kernels", "dwconv", 0.2, KERNELS),
     _bench("kernels", "squeeze_excite", 0.2, KERNELS),
     _bench("kernels", "pointwise", 0.2, KERNELS),

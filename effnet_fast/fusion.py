@@ -57,6 +57,9 @@ def _backend_for(structure: recognition.Layer | recognition.Block, x: Tensor) ->
         return None  # stock raises PyTorch's own error
     probe = backends.OpArgs(autocast(x), structure.parameters, inference=True)
     chosen = backends.resolve(name, recognition.OPS[first.kind], probe)
+    if chosen in ("cuda", "simt") and isinstance(structure, recognition.Block):
+        # These have no kernel for a block's 1x1 convolutions: stock, or the reason.
+        chosen = backends.resolve(name, recognition.OPS[recognition.POINTWISE], probe)
     return None if chosen == "reference" else chosen
 
 
