@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -16,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from . import _native
+from . import _native, preference
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 OPS = ("dwconv_bn_silu", "pointwise_bn_act", "squeeze_excite")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
 # Whether any thread is inside `use_backend`: torch.compile can read and guard a plain global, but
@@ -112,11 +114,71 @@ def _cpu_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return f"cpu:{isa}: {missing}"
     if args is None:
         return None
+    if args.x.device.type != "cpu":
+        return f"x is on {args.x.device}, the cpu backend takes CPU tensors"
+    return _kernel_reason("cpu", NATIVE_DTYPES, op, args)
+
+
+def _cuda_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
+    if reason := _native.unavailable_reason():
+        return reason
+    if reason := _native.load().cuda_probe():
+        return reason
+    return f"this version has no CUDA kernel for {op}"
+
+
+@functools.cache
+def _triton_unavailable_reason() -> str | None:
+    try:
+        importlib.import_module("effnet_fast.triton_kernels.launching")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install 'effnet-fast[triton]'"
+    return None
+
+
+def _interprets() -> bool:
+    return importlib.import_module("effnet_fast.triton_kernels.launching").INTERPRETS
+
+
+def _triton_device_reason(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if _interprets():
+            return None
+        return (
+            "x is on cpu, the triton backend takes CUDA tensors; CPU tensors only in a process "
+            "started with TRITON_INTERPRET=1, for tests"
+        )
+    if device.type != "cuda":
+        return f"x is on {device}, the triton backend takes CUDA tensors"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{device} has compute capability {major}.{minor}; 8.0 and newer is supported"
+    return None
+
+
+def _triton_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
+    if reason := _triton_unavailable_reason():
+        return reason
+    if args is None:
+        if torch.cuda.is_available():
+            return _triton_device_reason(torch.device("cuda", torch.cuda.current_device()))
+        return None if _interprets() else "there is no CUDA device"
+    if reason := _triton_device_reason(args.x.device):
+        return reason
+    if args.x.dtype is torch.bfloat16 and _interprets():
+        return "x is torch.bfloat16, which Triton's interpreter computes wrongly"
+    return _kernel_reason("triton", TRITON_DTYPES, op, args)
+
+
+def _kernel_reason(
+    backend: str, dtypes: tuple[torch.dtype, ...], op: str, args: OpArgs
+) -> str | None:
+    """Why a backend's kernels do not take these arguments, the device of x aside."""
     x = args.x
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, the cpu backend takes CPU tensors"
-    if x.dtype not in NATIVE_DTYPES:
-        return f"x is {x.dtype}, the cpu backend takes float32 and bfloat16"
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes[:-1])
+        last = str(dtypes[-1]).removeprefix("torch.")
+        return f"x is {x.dtype}, the {backend} backend takes {names} and {last}"
     allowed = (x.dtype, torch.float32)
     for tensor in args.others:
         if tensor is None:
@@ -133,22 +195,10 @@ def _cpu_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return f"the stride is {args.stride}; 1 and 2 are supported"
     if not is_channels_last(x):
         return (
-            f"x has strides {tuple(x.stride())}; the cpu backend takes channels_last: "
+            f"x has strides {tuple(x.stride())}; the {backend} backend takes channels_last: "
             f"x.contiguous(memory_format=torch.channels_last)"
         )
     return None
-
-
-def _cuda_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
-    if reason := _native.unavailable_reason():
-        return reason
-    if reason := _native.load().cuda_probe():
-        return reason
-    return f"this version has no CUDA kernel for {op}"
-
-
-def _triton_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
-    return f"this version has no Triton kernel for {op}"
 
 
 _REASONS: dict[str, Callable[[str, OpArgs | None, str], str | None]] = {
@@ -196,9 +246,12 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
     if backend == "auto":
         backend = current_backend()
     if backend == "auto":
-        if args.x.device.type != "cpu" or in_transform():
+        if in_transform():
             return "reference"
-        return "reference" if _cpu_reason(op, args, "") else "cpu"
+        for preferred in preference.order(args.x.device.type, op):
+            if _REASONS[preferred](op, args, "") is None:
+                return preferred
+        return "reference"
     if reason := can_run(backend, op, args):
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
     if backend != "reference" and in_transform():
