@@ -108,23 +108,19 @@ def _runs(parts: int) -> tuple[int, int]:
     return run, triton.cdiv(parts, run)
 
 
-def fold_sums(partial: Tensor, factor: float = 1.0, out: Tensor | None = None) -> Tensor:
+def fold_sums(partial: Tensor, factor: float = 1.0) -> Tensor:
     """factor * the sums over the middle dimension of partial [B,P,L], fp32: [B,L]."""
     batch, parts, columns = partial.shape
-    run, groups = _runs(parts)
     if parts == 0:
-        out = empty_fp32(partial, batch, columns) if out is None else out
-        return out.zero_()
+        return partial.new_zeros(batch, columns)
+    run, groups = _runs(parts)
     last = groups == 1
-    if out is None or not last:
-        target = empty_fp32(partial, batch, groups, columns)
-    else:
-        target = out
+    out = empty_fp32(partial, batch, groups, columns)
     launch(
         fold_sums_kernel, (triton.cdiv(columns, _CONFIG["BC"]), groups, batch), partial.device,
-        (partial, target, parts, run, columns, factor if last else 1.0), _CONFIG,
+        (partial, out, parts, run, columns, factor if last else 1.0), _CONFIG,
     )  # fmt: skip
-    return target.reshape(batch, columns) if last else fold_sums(target, factor, out)
+    return out.view(batch, columns) if last else fold_sums(out, factor)
 
 
 def fold_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def _find(kernel: str, device: str | None, sizes: tuple[tuple[str, int], ...]) -
     raise LookupError(f"no row for {kernel} with {given} in {FILE}")
 
 
-def config(kernel: str, x: torch.Tensor, **sizes: int) -> dict[str, int]:
+def config(kernel: str, x: torch.Tensor, /, **sizes: int) -> dict[str, int]:
     """The configuration of a kernel.
 
     Args:
