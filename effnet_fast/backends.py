@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from . import _native, preference
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
-OPS = ("dwconv_bn_silu", "pointwise_bn_act", "squeeze_excite")
+OPS = ("dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

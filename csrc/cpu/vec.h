@@ -45,6 +45,16 @@ struct bf16 {
 EFFNET_INLINE Vec splat(float v) { return Vec{} + v; }
 EFFNET_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 EFFNET_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+// *p in every lane, by the load itself: splat(*p) takes a slot of the arithmetic units.
+EFFNET_INLINE Vec broadcast(const float* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(*p);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_broadcast_ss(p);
+#else
+  return splat(*p);
+#endif
+}
 
 EFFNET_INLINE Vec widen(HVec h) { return (Vec)(__builtin_convertvector(h, UVec) << 16); }
 EFFNET_INLINE Vec load(const bf16* p) { return widen((HVec) * reinterpret_cast<const HVecU*>(p)); }

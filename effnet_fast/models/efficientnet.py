@@ -51,8 +51,9 @@ class EfficientNet(Backbone):
             "" for none, which gives maps and needs num_classes=0.
         backend: what computes the fused ops, as in `use_backend`; "auto" leaves the choice to
             the context, "reference" is stock PyTorch. May be changed later as `model.backend`.
-        memory: "fast", or "lean" to save less for backward and compute it again; no kernel of this
-            version makes use of it, both save the same.
+        memory: "fast", or "lean" to save one expanded tensor less per block for backward and
+            compute it again. May be changed later as `model.memory`, or for a single block as
+            `block.memory`.
 
     Attributes:
         num_features: channels of the last feature map.
