@@ -1,10 +1,10 @@
 """BatchNorm's passes over a stored tensor: forward, the sums of its backward, and dz.
 
-Computes: y = act(bn(z)) * keep[n] + residual;
-          sums of du and du * zh over all rows, with du = keep * grad * act'(u);
+Computes: y = act(bn(z)) * row_scale[n] + residual;
+          sums of du and du * zh over all rows, with du = row_scale * grad * act'(u);
           dz = scale * (du - mean(du) - zh * mean(du * zh)), the means absent in eval, with
           du = (grad * gate[n, c] + offset[n, c]) * act'(u)
-Shapes:   z, grad, residual, y, dz [M,C] with M = N*H*W; keep [N], gate and offset [N,C], sums [2,C]
+Shapes:   z, grad, residual, y, dz [M,C] with M = N*H*W; row_scale [N], gate and offset [N,C], sums [2,C]
 Dtypes:   z/grad/y/dz fp32|fp16|bf16; vectors any; accumulation fp32
 Layout:   channels_last without gaps
 Tiling:   a program owns BP rows and BC channels, in the sums a run of up to RUN rows; 8 channels a
@@ -17,14 +17,12 @@ Truth:    effnet_fast/reference/dwconv_bn_silu.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import load_affine, load_vector, silu, silu_grad
+from .elementwise import load_norm, load_vector, silu, silu_grad
 from .folds import fold_sums
 from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
 
@@ -46,9 +44,9 @@ def image_of(first, row, pixels):
     return first // pixels + ((first % pixels).to(tl.int32) + row) // pixels
 
 
-@triton.jit(do_not_specialize=["eps", "rows", "pixels", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "pixels", "channel_units"])
 def bn_act_fwd_kernel(
-    z, y, weight, bias, mean, var, eps, keep, residual, rows, pixels, channel_units,
+    z, y, norm, row_scale, residual, rows, pixels, channel_units,
     VEC: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     channels = channel_units * VEC
@@ -57,21 +55,21 @@ def bn_act_fwd_kernel(
     at = row[:, None] * channels + c[None, :]
     start = first * channels
     value = tl.load(z + start + at, mask=inside, other=0.0).to(tl.float32)
-    centre, scale, shift = load_affine(weight, bias, mean, var, eps, c, c_inside)
-    value = (value - centre[None, :]) * scale[None, :] + shift[None, :]
+    scale, shift, _, _ = load_norm(norm, channels, c, c_inside)
+    value = value * scale[None, :] + shift[None, :]
     if SILU:
         value = silu(value)
-    if keep is not None:
+    if row_scale is not None:
         image = image_of(first, row, pixels)
-        value *= tl.load(keep + image, mask=row_inside, other=0.0).to(tl.float32)[:, None]
+        value *= tl.load(row_scale + image, mask=row_inside, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
         value += tl.load(residual + start + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + start + at, value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["eps", "rows", "pixels", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "pixels", "channel_units"])
 def bn_sums_kernel(
-    grad, z, partial, weight, bias, mean, var, eps, keep, rows, pixels, channel_units,
+    grad, z, partial, norm, row_scale, rows, pixels, channel_units,
     VEC: tl.constexpr, SILU: tl.constexpr, RUN: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """partial [runs,2,C]: sums of du and du * zh over runs of rows."""
@@ -80,8 +78,7 @@ def bn_sums_kernel(
     c_inside = c < channels
     start = tl.program_id(0).to(tl.int64) * RUN
     row = tl.arange(0, BP)
-    centre, scale, shift = load_affine(weight, bias, mean, var, eps, c, c_inside)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(load_vector(var, c, c_inside, 1.0) + eps))
+    scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
     du_sum = tl.zeros([BP, BC], tl.float32)
     product_sum = tl.zeros([BP, BC], tl.float32)
     for begin in range(0, RUN, BP):
@@ -89,25 +86,24 @@ def bn_sums_kernel(
         row_inside = row < rows - first
         inside = row_inside[:, None] & c_inside[None, :]
         at = row[:, None] * channels + c[None, :]
-        deviation = tl.load(z + first * channels + at, mask=inside, other=0.0).to(tl.float32)
-        deviation -= centre[None, :]
+        value = tl.load(z + first * channels + at, mask=inside, other=0.0).to(tl.float32)
         du = tl.load(grad + first * channels + at, mask=inside, other=0.0).to(tl.float32)
         if SILU:
-            du *= silu_grad(deviation * scale[None, :] + shift[None, :])
-        if keep is not None:
+            du *= silu_grad(value * scale[None, :] + shift[None, :])
+        if row_scale is not None:
             image = image_of(first, row, pixels)
-            du *= tl.load(keep + image, mask=row_inside, other=0.0).to(tl.float32)[:, None]
+            du *= tl.load(row_scale + image, mask=row_inside, other=0.0).to(tl.float32)[:, None]
         du = tl.where(inside, du, 0.0)
         du_sum += du
-        product_sum += tl.where(inside, du * (deviation * rstd[None, :]), 0.0)
+        product_sum += tl.where(inside, du * ((value - mean[None, :]) * rstd[None, :]), 0.0)
     out = partial + tl.program_id(0).to(tl.int64) * 2 * channels + c
     tl.store(out, tl.sum(du_sum, 0), mask=c_inside)
     tl.store(out + channels, tl.sum(product_sum, 0), mask=c_inside)
 
 
-@triton.jit(do_not_specialize=["eps", "inverse", "rows", "pixels", "channel_units"])
+@triton.jit(do_not_specialize=["inverse", "rows", "pixels", "channel_units"])
 def bn_act_bwd_kernel(
-    grad, z, dz, weight, bias, mean, var, eps, sums, inverse, gate, offset,
+    grad, z, dz, norm, sums, inverse, gate, offset,
     rows, pixels, channel_units,
     VEC: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -117,20 +113,20 @@ def bn_act_bwd_kernel(
     inside = row_inside[:, None] & c_inside[None, :]
     at = row[:, None] * channels + c[None, :]
     start = first * channels
-    centre, scale, shift = load_affine(weight, bias, mean, var, eps, c, c_inside)
-    deviation = tl.load(z + start + at, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
+    scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
+    value = tl.load(z + start + at, mask=inside, other=0.0).to(tl.float32)
     du = tl.load(grad + start + at, mask=inside, other=0.0).to(tl.float32)
     if gate is not None:
         vector_at = image_of(first, row, pixels)[:, None] * channels + c[None, :]
         du *= tl.load(gate + vector_at, mask=inside, other=0.0)
         du += tl.load(offset + vector_at, mask=inside, other=0.0)
     if SILU:
-        du *= silu_grad(deviation * scale[None, :] + shift[None, :])
+        du *= silu_grad(value * scale[None, :] + shift[None, :])
     if sums is not None:
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(load_vector(var, c, c_inside, 1.0) + eps))
         du_mean = load_vector(sums, c, c_inside, 0.0) * inverse
-        slope = load_vector(sums + channels, c, c_inside, 0.0) * inverse * rstd
-        du = du - du_mean[None, :] - deviation * slope[None, :]
+        slope = load_vector(sums + channels, c, c_inside, 0.0) * inverse
+        zh = (value - mean[None, :]) * rstd[None, :]
+        du = du - du_mean[None, :] - zh * slope[None, :]
     tl.store(dz + start + at, (du * scale[None, :]).to(dz.dtype.element_ty), mask=inside)
 
 
@@ -145,17 +141,16 @@ def _grid(rows: int, channels: int, config: dict[str, int]) -> tuple[int]:
 
 def launch_bn_act_fwd(
     z: Tensor,
-    bn: Sequence[Tensor | None],
-    eps: float,
+    norm: Tensor,
     silu: bool,
-    keep: Tensor | None = None,
+    row_scale: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = act(bn(z)) * keep + residual, like z [N,C,H,W]; bn is weight, bias, mean, var.
+    """y = act(bn(z)) * row_scale + residual, like z [N,C,H,W]; norm is of `folds.launch_norm`.
 
     Args:
-        keep: [N], what drop-path multiplies each image with, or None.
+        row_scale: [N], what drop-path multiplies each image with, or None.
         residual: like z, or None.
         out: where y goes, NHWC without gaps; it may be z.
     """
@@ -166,7 +161,7 @@ def launch_bn_act_fwd(
     vec, channel_units = units(channels)
     launch(
         bn_act_fwd_kernel, _grid(rows, channels, config), z.device,
-        (z, y, *map(dense, bn), eps, dense(keep), None if residual is None else nhwc(residual),
+        (z, y, norm, dense(row_scale), None if residual is None else nhwc(residual),
          rows, pixels, channel_units),
         config, VEC=vec, SILU=silu,
     )  # fmt: skip
@@ -176,12 +171,11 @@ def launch_bn_act_fwd(
 def launch_bn_sums(
     grad: Tensor,
     z: Tensor,
-    bn: Sequence[Tensor | None],
-    eps: float,
+    norm: Tensor,
     silu: bool,
-    keep: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """Sums [2,C], fp32, of du and du * zh with du = keep * grad * act'(u)."""
+    """Sums [2,C], fp32, of du and du * zh with du = row_scale * grad * act'(u)."""
     z, grad = nhwc(z), nhwc(grad)
     rows, pixels, channels = _sizes(z)
     config = tuning.config("bn_sums", z, c=channels, m=rows)
@@ -190,7 +184,7 @@ def launch_bn_sums(
     vec, channel_units = units(channels)
     launch(
         bn_sums_kernel, (runs, triton.cdiv(channels, config["BC"])), z.device,
-        (grad, z, partial, *map(dense, bn), eps, dense(keep), rows, pixels, channel_units),
+        (grad, z, partial, norm, dense(row_scale), rows, pixels, channel_units),
         config, VEC=vec, SILU=silu,
     )  # fmt: skip
     return fold_sums(partial).view(2, channels)
@@ -199,8 +193,7 @@ def launch_bn_sums(
 def launch_bn_act_bwd(
     grad: Tensor,
     z: Tensor,
-    bn: Sequence[Tensor | None],
-    eps: float,
+    norm: Tensor,
     silu: bool,
     sums: Tensor | None,
     *,
@@ -222,7 +215,7 @@ def launch_bn_act_bwd(
     vec, channel_units = units(channels)
     launch(
         bn_act_bwd_kernel, _grid(rows, channels, config), z.device,
-        (grad, z, dz, *map(dense, bn), eps, dense(sums), 1.0 / (count or rows or 1),
+        (grad, z, dz, norm, dense(sums), 1.0 / (count or rows or 1),
          dense(gate), dense(offset), rows, pixels, channel_units),
         config, VEC=vec, SILU=silu,
     )  # fmt: skip

@@ -24,20 +24,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import load_affine, load_vector, silu, silu_grad
+from .elementwise import load_norm, silu, silu_grad
 from .folds import fold_sums
-from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
+from .launching import empty_fp32, empty_nhwc, launch, nhwc, units
 
-BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
-NO_BN: BatchNorm = (None,) * 4
 PROGRAMS = 2048  # of the weight gradient: a GPU's worth, and few enough partials
 
 
 @triton.jit(do_not_specialize=[
-    "eps", "pixels", "height", "width", "out_height", "out_width", "channel_units", "left", "top",
+    "pixels", "height", "width", "out_height", "out_width", "channel_units", "left", "top",
 ])  # fmt: skip
 def dwconv_bwd_data_kernel(
-    dz, weight, grad_x, z, bn_weight, bn_bias, mean, var, eps, residual, partial,
+    dz, weight, grad_x, z, norm, residual, partial,
     pixels, height, width, out_height, out_width, channel_units, left, top,
     VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
     RUN: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
@@ -46,9 +44,8 @@ def dwconv_bwd_data_kernel(
     channels = channel_units * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels
-    if mean is not None:
-        centre, scale, shift = load_affine(bn_weight, bn_bias, mean, var, eps, c, c_inside)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(load_vector(var, c, c_inside, 1.0) + eps))
+    if norm is not None:
+        scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
         f_sum = tl.zeros([BP, BC], tl.float32)
         product_sum = tl.zeros([BP, BC], tl.float32)
     for begin in range(0, RUN, BP):
@@ -73,27 +70,27 @@ def dwconv_bwd_data_kernel(
             acc += value.to(tl.float32) * factor[None, :]
         inside = exists[:, None] & c_inside[None, :]
         at = pixel[:, None] * channels + c[None, :]
-        if mean is not None:
-            deviation = tl.load(z + at, mask=inside, other=0.0).to(tl.float32) - centre[None, :]
-            acc *= silu_grad(deviation * scale[None, :] + shift[None, :])
+        if norm is not None:
+            value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+            acc *= silu_grad(value * scale[None, :] + shift[None, :])
             f = tl.where(inside, acc.to(grad_x.dtype.element_ty).to(tl.float32), 0.0)
             f_sum += f
-            product_sum += tl.where(inside, f * (deviation * rstd[None, :]), 0.0)
+            product_sum += tl.where(inside, f * ((value - mean[None, :]) * rstd[None, :]), 0.0)
         if residual is not None:
             acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + at, acc.to(grad_x.dtype.element_ty), mask=inside)
-    if mean is not None:
+    if norm is not None:
         out = partial + tl.program_id(0).to(tl.int64) * 2 * channels + c
         tl.store(out, tl.sum(f_sum, 0), mask=c_inside)
         tl.store(out + channels, tl.sum(product_sum, 0), mask=c_inside)
 
 
 @triton.jit(do_not_specialize=[
-    "eps", "stride_n", "stride_h", "stride_w", "pixels", "run", "height", "width", "out_height",
+    "stride_n", "stride_h", "stride_w", "pixels", "run", "height", "width", "out_height",
     "out_width", "channel_units", "left", "top",
 ])  # fmt: skip
 def dwconv_bwd_weight_kernel(
-    dz, x, partial, bn_weight, bn_bias, mean, var, eps, stride_n, stride_h, stride_w,
+    dz, x, partial, norm, stride_n, stride_h, stride_w,
     pixels, run, height, width, out_height, out_width, channel_units, left, top,
     VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +99,8 @@ def dwconv_bwd_weight_kernel(
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels
     kh = tl.program_id(2)
-    if mean is not None:
-        centre, scale, shift = load_affine(bn_weight, bn_bias, mean, var, eps, c, c_inside)
+    if norm is not None:
+        scale, shift, _, _ = load_norm(norm, channels, c, c_inside)
     accs = (tl.zeros([BP, BC], tl.float32),) * K
     start = tl.program_id(0).to(tl.int64) * run
     for begin in range(0, run, BP):
@@ -116,8 +113,8 @@ def dwconv_bwd_weight_kernel(
         at = n * stride_n + ih.to(tl.int64) * stride_h + iw.to(tl.int64) * stride_w
         inside = exists[:, None] & c_inside[None, :]
         a = tl.load(x + at[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        if mean is not None:
-            a = silu((a - centre[None, :]) * scale[None, :] + shift[None, :])
+        if norm is not None:
+            a = silu(a * scale[None, :] + shift[None, :])
             a = tl.where(inside, a, 0.0)
         added = ()
         for kw in tl.static_range(K):
@@ -152,8 +149,7 @@ def launch_dwconv_bwd_data(
     stride: int,
     padding: Sequence[int],
     *,
-    bn: BatchNorm = NO_BN,
-    eps: float = 0.0,
+    norm: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the convolution's input, or of the BN in front of it.
@@ -161,7 +157,7 @@ def launch_dwconv_bwd_data(
     Args:
         x: [N,C,H,W], what the convolution read, or what the BN did; its values matter to the BN.
         padding: left, right, top, bottom.
-        bn, eps: the BN, with SiLU, between x and the convolution, where the mean is given.
+        norm: of the BN, with SiLU, between x and the convolution, or None.
         residual: like x, added to the result, not to the sums.
 
     Returns:
@@ -174,12 +170,12 @@ def launch_dwconv_bwd_data(
     pixels, kernel = n * height * width, weight.shape[-1]
     config = tuning.config("dwconv_bwd_data", x, c=channels, m=pixels, kernel=kernel, stride=stride)
     runs = triton.cdiv(pixels, config["RUN"])
-    fused = bn[2] is not None
+    fused = norm is not None
     partial = empty_fp32(x, 1, runs, 2 * channels) if fused else None
     vec, channel_units = units(channels)
     launch(
         dwconv_bwd_data_kernel, (runs, triton.cdiv(channels, config["BC"])), x.device,
-        (dz, taps(weight), grad_x, nhwc(x) if fused else None, *map(dense, bn), eps,
+        (dz, taps(weight), grad_x, nhwc(x) if fused else None, norm,
          None if residual is None else nhwc(residual), partial, pixels, height, width,
          *dz.shape[2:], channel_units, padding[0], padding[2]),
         config, VEC=vec, K=kernel, STRIDE=stride,
@@ -194,8 +190,7 @@ def launch_dwconv_bwd_weight(
     stride: int,
     padding: Sequence[int],
     *,
-    bn: BatchNorm = NO_BN,
-    eps: float = 0.0,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """grad_weight [C,1,K,K] in fp32; the arguments as of `launch_dwconv_bwd_data`."""
     dz = nhwc(dz)
@@ -211,7 +206,7 @@ def launch_dwconv_bwd_weight(
     vec, channel_units = units(channels)
     launch(
         dwconv_bwd_weight_kernel, (runs, blocks, kernel), x.device,
-        (dz, x, partial, *map(dense, bn), eps, x.stride(0), x.stride(2), x.stride(3), pixels, run,
+        (dz, x, partial, norm, x.stride(0), x.stride(2), x.stride(3), pixels, run,
          height, width, out_height, out_width, channel_units, padding[0], padding[2]),
         config, VEC=vec, K=kernel, STRIDE=stride,
     )  # fmt: skip

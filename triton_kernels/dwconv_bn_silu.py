@@ -25,8 +25,8 @@ from torch import Tensor
 from . import tuning
 from .bn_act import launch_bn_act_bwd, launch_bn_act_fwd, launch_bn_sums
 from .dwconv_backward import launch_dwconv_bwd_data, launch_dwconv_bwd_weight, taps
-from .elementwise import load_affine, silu
-from .folds import fold_statistics, fold_sums
+from .elementwise import load_affine, load_norm, silu
+from .folds import fold_statistics, fold_sums, launch_norm
 from .launching import dense, empty_fp32, empty_nhwc, launch, units
 
 Sides = Sequence[int]  # left, right, top, bottom
@@ -35,12 +35,11 @@ NO_BN: BatchNorm = (None,) * 4
 
 
 @triton.jit(do_not_specialize=[
-    "in_eps", "eps", "stride_n", "stride_h", "stride_w", "height", "width", "out_height",
+    "eps", "stride_n", "stride_h", "stride_w", "height", "width", "out_height",
     "out_width", "channel_units", "left", "top", "strips", "columns",
 ])  # fmt: skip
 def dwconv_fwd_kernel(
-    x, weight, y, in_weight, in_bias, in_mean, in_var, in_eps,
-    bn_weight, bn_bias, mean, var, eps, partial, sums,
+    x, weight, y, in_norm, bn_weight, bn_bias, mean, var, eps, partial, sums,
     stride_n, stride_h, stride_w, height, width, out_height, out_width, channel_units, left, top,
     strips, columns,
     VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
@@ -54,10 +53,8 @@ def dwconv_fwd_kernel(
     ow = (tile % columns) * BW + tl.arange(0, BW)
     oh = (tile // columns % strips) * R
     n = (tile // columns // strips).to(tl.int64)
-    if in_mean is not None:
-        in_centre, in_scale, in_shift = load_affine(
-            in_weight, in_bias, in_mean, in_var, in_eps, c, c_inside
-        )
+    if in_norm is not None:
+        in_scale, in_shift, _, _ = load_norm(in_norm, channels, c, c_inside)
     factors = ()
     for tap in tl.static_range(K * K):
         factor = tl.load(weight + tap * channels + c, mask=c_inside, other=0.0)
@@ -72,8 +69,8 @@ def dwconv_fwd_kernel(
             inside = ((iw >= 0) & (iw < row_width))[:, None] & c_inside[None, :]
             at = iw.to(tl.int64)[:, None] * stride_w + c[None, :]
             value = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
-            if in_mean is not None:
-                value = (value - in_centre[None, :]) * in_scale[None, :] + in_shift[None, :]
+            if in_norm is not None:
+                value = value * in_scale[None, :] + in_shift[None, :]
                 value = tl.where(inside, silu(value), 0.0)
             reached = ()
             for r in tl.static_range(R):
@@ -128,8 +125,7 @@ def launch_dwconv_fwd(
     stride: int,
     padding: Sides,
     *,
-    in_bn: BatchNorm = NO_BN,
-    in_eps: float = 0.0,
+    in_norm: Tensor | None = None,
     bn: BatchNorm = NO_BN,
     eps: float = 0.0,
     statistics: bool = False,
@@ -138,7 +134,7 @@ def launch_dwconv_fwd(
     """y [N,C,Ho,Wo] as the file's head says.
 
     Args:
-        in_bn, in_eps: BN and SiLU applied to x as it is loaded, where the mean is given.
+        in_norm: of the BN, with SiLU, applied to x as it is loaded, or None.
         bn, eps: BN and SiLU applied to the convolution, where the mean is given.
 
     Returns:
@@ -160,7 +156,7 @@ def launch_dwconv_fwd(
     strides = (x.stride(0), x.stride(2), x.stride(3))
     launch(
         dwconv_fwd_kernel, (tiles, triton.cdiv(channels, config["BC"])), x.device,
-        (x, taps(weight), y, *map(dense, in_bn), in_eps, *map(dense, bn), eps, partial, sums,
+        (x, taps(weight), y, in_norm, *map(dense, bn), eps, partial, sums,
          *strides, height, width, out_height, out_width, channel_units, padding[0], padding[2],
          strips, columns),
         config, VEC=vec, K=kernel, STRIDE=stride,
@@ -209,7 +205,7 @@ def bn_silu(
     backend: str,
 ) -> Tensor:
     """The op of this name."""
-    return launch_bn_act_fwd(z, (bn_weight, bn_bias, mean, var), eps, silu=True)
+    return launch_bn_act_fwd(z, launch_norm(bn_weight, bn_bias, mean, var, eps), silu=True)
 
 
 def dwconv_bn_silu_backward(
@@ -229,15 +225,15 @@ def dwconv_bn_silu_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name."""
-    bn = (bn_weight, bn_bias, mean, var)
+    norm = launch_norm(bn_weight, bn_bias, mean, var, eps)
     want_x, want_weight, want_sums = wanted
     none = x.new_empty(0)
     sums, grad_x, grad_weight = none, none.clone(), none.clone()
     if want_sums or (training and (want_x or want_weight)):
-        sums = launch_bn_sums(grad_y, z, bn, eps, silu=True)
+        sums = launch_bn_sums(grad_y, z, norm, silu=True)
     if want_x or want_weight:
         totals = sums if training else None
-        dz = launch_bn_act_bwd(grad_y, z, bn, eps, True, totals)
+        dz = launch_bn_act_bwd(grad_y, z, norm, True, totals)
         if want_x:
             grad_x, _ = launch_dwconv_bwd_data(dz, weight, x, stride, padding)
         if want_weight:

@@ -32,18 +32,25 @@ def load_vector(vector, c, mask, absent: tl.constexpr):
 
 
 @triton.jit
-def load_norm(mean, var, eps, c, mask):
-    """mean and rstd = 1 / sqrt(var + eps) of channels c."""
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(load_vector(var, c, mask, 1.0) + eps))
-    return load_vector(mean, c, mask, 0.0), rstd
+def load_norm(norm, channels, c, mask):
+    """scale, shift, mean and rstd of channels c: norm is [5,C] as `folds.launch_norm` says."""
+    scale = tl.load(norm + c, mask=mask, other=0.0)
+    shift = tl.load(norm + channels + c, mask=mask, other=0.0)
+    mean = tl.load(norm + 2 * channels + c, mask=mask, other=0.0)
+    return scale, shift, mean, tl.load(norm + 3 * channels + c, mask=mask, other=0.0)
+
+
+@triton.jit
+def reciprocal_std(var, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 
 
 @triton.jit
 def load_affine(weight, bias, mean, var, eps, c, mask):
     """mean, scale and shift of BN: u = (z - mean) * scale + shift, exact for a large mean too."""
-    mean, rstd = load_norm(mean, var, eps, c, mask)
+    rstd = reciprocal_std(load_vector(var, c, mask, 1.0), eps)
     scale = rstd * load_vector(weight, c, mask, 1.0)
-    return mean, scale, load_vector(bias, c, mask, 0.0)
+    return load_vector(mean, c, mask, 0.0), scale, load_vector(bias, c, mask, 0.0)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Folds of the partial results of tiles, in a fixed order.
 
 Computes: sums; Chan's merge of (count, mean, M2); sums per image of tiles that cross images
-Shapes:   partial [B,P,L] -> [B,L]; [P,3,C] -> mean, var [C]; [P,S,F,C] -> [F,N,C]
+Shapes:   partial [B,P,L] -> [B,L]; [P,3,C] -> mean, var [C] and norm [5,C]; [P,S,F,C] -> [F,N,C]
 Dtypes:   fp32
 Tiling:   a program owns a block of columns and a run of parts; more parts than one run take two
           launches
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import empty_fp32, launch
+from .elementwise import load_vector, reciprocal_std
+from .launching import dense, empty_fp32, launch
 
 ONE_RUN = 512  # parts that one program folds; beyond, RUN parts each and a second launch
 RUN = 128
@@ -42,11 +43,32 @@ def fold_sums_kernel(partial, out, parts, run, columns, factor, BP: tl.constexpr
     tl.store(out + at, tl.sum(acc, 0) * factor, mask=mask)
 
 
-@triton.jit(do_not_specialize=["parts", "run", "channels"])
+@triton.jit
+def store_norm(norm, weight, bias, mean, var, eps, channels, c, mask):
+    """Writes norm [5,C]: scale, shift, mean, rstd, var."""
+    rstd = reciprocal_std(var, eps)
+    scale = rstd * load_vector(weight, c, mask, 1.0)
+    tl.store(norm + c, scale, mask=mask)
+    tl.store(norm + channels + c, load_vector(bias, c, mask, 0.0) - mean * scale, mask=mask)
+    tl.store(norm + 2 * channels + c, mean, mask=mask)
+    tl.store(norm + 3 * channels + c, rstd, mask=mask)
+    tl.store(norm + 4 * channels + c, var, mask=mask)
+
+
+@triton.jit(do_not_specialize=["eps", "channels"])
+def norm_kernel(norm, weight, bias, mean, var, eps, channels, BC: tl.constexpr):
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = c < channels
+    given = load_vector(mean, c, mask, 0.0)
+    store_norm(norm, weight, bias, given, load_vector(var, c, mask, 0.0), eps, channels, c, mask)
+
+
+@triton.jit(do_not_specialize=["parts", "run", "channels", "eps"])
 def fold_statistics_kernel(
-    partial, out, mean_out, var_out, parts, run, channels, BP: tl.constexpr, BC: tl.constexpr
-):
-    """(count, mean, M2) of runs of partial [P,3,C], to out [G,3,C] or as mean and variance."""
+    partial, out, mean_out, var_out, norm, weight, bias, eps, parts, run, channels,
+    BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """(count, mean, M2) of runs of partial [P,3,C] to out [G,3,C], or of all to the others."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = c < channels
     group = tl.program_id(1)
@@ -74,10 +96,13 @@ def fold_statistics_kernel(
         deviation = tl.load(partial + at + channels, mask=inside, other=0.0) - merged[None, :]
         inner = tl.load(partial + at + 2 * channels, mask=inside, other=0.0)
         squares += tl.where(n > 0, inner + n * deviation * deviation, 0.0)
+    var = tl.sum(squares, 0) / tl.maximum(total, 1.0)
+    if norm is not None:
+        store_norm(norm, weight, bias, merged, var, eps, channels, c, mask)
     if mean_out is not None:
         tl.store(mean_out + c, merged, mask=mask)
-        tl.store(var_out + c, tl.sum(squares, 0) / tl.maximum(total, 1.0), mask=mask)
-    else:
+        tl.store(var_out + c, var, mask=mask)
+    if out is not None:
         at = (group * 3).to(tl.int64) * channels + c
         tl.store(out + at, total, mask=mask)
         tl.store(out + at + channels, merged, mask=mask)
@@ -123,24 +148,66 @@ def fold_sums(partial: Tensor, factor: float = 1.0) -> Tensor:
     return out.view(batch, columns) if last else fold_sums(out, factor)
 
 
-def fold_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of partial [P,3,C]: count, mean and M2 of each part."""
+def _fold_statistics(
+    partial: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    norm: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
     parts, _, channels = partial.shape
     run, groups = _runs(parts)
-    mean, var, out = None, None, None
-    if groups == 1:
-        mean, var = empty_fp32(partial, channels), empty_fp32(partial, channels)
-    else:
-        out = empty_fp32(partial, groups, 3, channels)
+    last = groups == 1
+    out = None if last else empty_fp32(partial, groups, 3, channels)
+    ends = (mean, var, norm) if last else (None,) * 3
     launch(
         fold_statistics_kernel, (triton.cdiv(channels, _CONFIG["BC"]), groups), partial.device,
-        (partial, out, mean, var, parts, run, channels), _CONFIG,
+        (partial, out, *ends, dense(weight), dense(bias), eps, parts, run, channels), _CONFIG,
     )  # fmt: skip
     if out is not None:
-        return fold_statistics(out)
-    assert mean is not None
-    assert var is not None
+        _fold_statistics(out, mean, var, norm, weight, bias, eps)
+
+
+def fold_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] of partial [P,3,C]: count, mean and M2 of each part.
+
+    Zeros where there is no part.
+    """
+    parts, _, channels = partial.shape
+    if parts == 0:
+        return partial.new_zeros(channels), partial.new_zeros(channels)
+    mean, var = empty_fp32(partial, channels), empty_fp32(partial, channels)
+    _fold_statistics(partial, mean, var, None)
     return mean, var
+
+
+def fold_norm(
+    partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """norm [5,C] as of `launch_norm`, by the statistics partial [P,3,C]."""
+    parts, _, channels = partial.shape
+    if parts == 0:
+        zeros = partial.new_zeros(channels)
+        return launch_norm(weight, bias, zeros, zeros, eps)
+    norm = empty_fp32(partial, 5, channels)
+    _fold_statistics(partial, None, None, norm, weight, bias, eps)
+    return norm
+
+
+def launch_norm(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """norm [5,C] of a BatchNorm, fp32: scale, shift, mean, rstd, var."""
+    channels = mean.shape[0]
+    norm = empty_fp32(mean, 5, channels)
+    launch(
+        norm_kernel, (triton.cdiv(channels, 128),), mean.device,
+        (norm, dense(weight), dense(bias), dense(mean), dense(var), eps, channels),
+        {"BC": 128, "num_warps": 4, "num_stages": 1},
+    )  # fmt: skip
+    return norm
 
 
 def fold_segments(partial: Tensor, images: int, pixels: int, tile_rows: int) -> Tensor:

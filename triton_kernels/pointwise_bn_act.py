@@ -23,8 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import load_affine, silu, tile_statistics
-from .folds import fold_statistics
+from .elementwise import load_affine, load_norm, silu, tile_statistics
 from .launching import dense, dot_precision, empty_fp32, empty_nhwc, launch, nhwc, units
 
 BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
@@ -32,24 +31,21 @@ NO_BN: BatchNorm = (None,) * 4
 
 
 @triton.jit
-def load_operand(
-    x, gate, in_weight, in_bias, in_mean, in_var, in_eps, at, k, image, inside, k_inside, channels
-):  # fmt: skip
+def load_operand(x, gate, norm, at, k, image, inside, k_inside, channels):
     """A tile [BM,BK] of in(x) in fp32 from x + at; 0 where it is not `inside`."""
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if in_mean is not None:
-        mean, scale, shift = load_affine(in_weight, in_bias, in_mean, in_var, in_eps, k, k_inside)
-        value = silu((value - mean[None, :]) * scale[None, :] + shift[None, :])
+    if norm is not None:
+        scale, shift, _, _ = load_norm(norm, channels, k, k_inside)
+        value = silu(value * scale[None, :] + shift[None, :])
     if gate is not None:
         factor_at = image[:, None] * channels + k[None, :]
         value *= tl.load(gate + factor_at, mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, value, 0.0)
 
 
-@triton.jit(do_not_specialize=["in_eps", "eps", "rows", "pixels", "in_units", "out_units"])
+@triton.jit(do_not_specialize=["eps", "rows", "pixels", "in_units", "out_units"])
 def pointwise_fwd_kernel(
-    x, weight, y, gate, residual, in_weight, in_bias, in_mean, in_var, in_eps,
-    bn_weight, bn_bias, mean, var, eps, partial, rows, pixels, in_units, out_units,
+    x, weight, y, gate, residual, in_norm, bn_weight, bn_bias, mean, var, eps, partial, rows, pixels, in_units, out_units,
     VEC: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -70,12 +66,11 @@ def pointwise_fwd_kernel(
         k_inside = k < in_channels
         at = row[:, None] * in_channels + k[None, :]
         inside = row_inside[:, None] & k_inside[None, :]
-        if gate is None and in_mean is None:
+        if gate is None and in_norm is None:
             a = tl.load(x_tile + at, mask=inside, other=0.0)
         else:
             a = load_operand(
-                x_tile, gate, in_weight, in_bias, in_mean, in_var, in_eps, at, k, image, inside,
-                k_inside, in_channels,
+                x_tile, gate, in_norm, at, k, image, inside, k_inside, in_channels
             ).to(x.dtype.element_ty)  # fmt: skip
         b = tl.load(
             weight + c[None, :] * in_channels + k[:, None],
@@ -107,8 +102,7 @@ def launch_pointwise_fwd(
     weight: Tensor,
     *,
     gate: Tensor | None = None,
-    in_bn: BatchNorm = NO_BN,
-    in_eps: float = 0.0,
+    in_norm: Tensor | None = None,
     bn: BatchNorm = NO_BN,
     eps: float = 0.0,
     silu: bool = False,
@@ -118,7 +112,7 @@ def launch_pointwise_fwd(
     """y [N,Cout,H,W] as the file's head says, and partial statistics [tiles,3,Cout] if asked for.
 
     Args:
-        in_bn, in_eps: BN and SiLU applied to x as it is loaded, where the mean is given.
+        in_norm: of the BN, with SiLU, applied to x as it is loaded, or None.
         bn, eps: BN applied to the product, where the mean is given.
         silu: SiLU after `bn`.
     """
@@ -133,7 +127,7 @@ def launch_pointwise_fwd(
     launch(
         pointwise_fwd_kernel, (tiles * triton.cdiv(channels, config["BN"]),), x.device,
         (x, weight.contiguous(), y, dense(gate), None if residual is None else nhwc(residual),
-         *map(dense, in_bn), in_eps, *map(dense, bn), eps, partial,
+         in_norm, *map(dense, bn), eps, partial,
          rows, h * w, in_units, out_units),
         config, VEC=vec, SILU=silu, PRECISION=dot_precision(x.dtype),
     )  # fmt: skip
@@ -158,9 +152,3 @@ def pointwise_bn_act_eval(
         x, weight, gate=gate, bn=(bn_weight, bn_bias, mean, var), eps=eps, silu=silu,
         residual=residual,
     )[0]  # fmt: skip
-
-
-def statistics_of(partial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [Cout], fp32, of what `launch_pointwise_fwd` returned."""
-    assert partial is not None
-    return fold_statistics(partial)

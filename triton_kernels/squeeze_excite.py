@@ -18,25 +18,19 @@ Truth:    effnet_fast/reference/squeeze_excite.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tuning
 from .bn_act import image_of, tile_of
-from .elementwise import load_affine, load_vector, sigmoid, silu, silu_grad
+from .elementwise import load_norm, load_vector, sigmoid, silu, silu_grad
 from .folds import fold_sums
 from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
 
-BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
-NO_BN: BatchNorm = (None,) * 4
-
-
-@triton.jit(do_not_specialize=["eps", "pixels", "channel_units"])
+@triton.jit(do_not_specialize=["pixels", "channel_units"])
 def squeeze_kernel(
-    x, grad, partial, weight, bias, mean, var, eps, pixels, channel_units,
+    x, grad, partial, norm, pixels, channel_units,
     VEC: tl.constexpr, FIELDS: tl.constexpr, RUN: tl.constexpr, BP: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +41,8 @@ def squeeze_kernel(
     n = tl.program_id(2).to(tl.int64)
     row = tl.arange(0, BP)
     total = tl.zeros([BP, BC], tl.float32)
-    if mean is not None:
-        centre, scale, shift = load_affine(weight, bias, mean, var, eps, c, c_inside)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(load_vector(var, c, c_inside, 1.0) + eps))
+    if norm is not None:
+        scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
         slope_total = tl.zeros([BP, BC], tl.float32)
         product_total = tl.zeros([BP, BC], tl.float32)
     for begin in range(0, RUN, BP):
@@ -58,21 +51,20 @@ def squeeze_kernel(
         at = row[:, None] * channels + c[None, :]
         start = (n * pixels + first) * channels
         value = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
-        if mean is not None:
-            deviation = value - centre[None, :]
-            u = deviation * scale[None, :] + shift[None, :]
+        if norm is not None:
+            u = value * scale[None, :] + shift[None, :]
             s = sigmoid(u)
             slope = tl.where(inside, s * (1.0 + u * (1.0 - s)), 0.0)
             total += tl.where(inside, u * s, 0.0)
             slope_total += slope
-            product_total += tl.where(inside, slope * (deviation * rstd[None, :]), 0.0)
+            product_total += tl.where(inside, slope * ((value - mean[None, :]) * rstd[None, :]), 0.0)
         else:
             if grad is not None:
                 value *= tl.load(grad + start + at, mask=inside, other=0.0).to(tl.float32)
             total += value
     out = partial + (n * tl.num_programs(0) + tl.program_id(0)) * FIELDS * channels + c
     tl.store(out, tl.sum(total, 0), mask=c_inside)
-    if mean is not None:
+    if norm is not None:
         tl.store(out + channels, tl.sum(slope_total, 0), mask=c_inside)
         tl.store(out + 2 * channels, tl.sum(product_total, 0), mask=c_inside)
 
@@ -148,24 +140,23 @@ def excite_kernel(
 
 
 def launch_squeeze(
-    x: Tensor, grad: Tensor | None = None, *, bn: Sequence[Tensor | None] = NO_BN, eps: float = 0.0
+    x: Tensor, grad: Tensor | None = None, norm: Tensor | None = None
 ) -> Tensor:
     """Sums over the pixels of each image, fp32 [F,N,C].
 
-    F = 1: of x, or of x * grad where grad is given. F = 3, with a BN over x = z: of silu(u),
+    F = 1: of x, or of x * grad where grad is given. F = 3, with the norm of a BN over x = z: of silu(u),
     silu'(u) and silu'(u) * zh.
     """
     x = nhwc(x)
     n, channels, h, w = x.shape
-    fields = 1 if bn[2] is None else 3
+    fields = 1 if norm is None else 3
     config = tuning.config("squeeze", x, c=channels, m=h * w)
     runs = triton.cdiv(h * w, config["RUN"])
     partial = empty_fp32(x, n, runs, fields * channels)
     vec, channel_units = units(channels)
     launch(
         squeeze_kernel, (runs, triton.cdiv(channels, config["BC"]), n), x.device,
-        (x, None if grad is None else nhwc(grad), partial, *map(dense, bn), eps, h * w,
-         channel_units),
+        (x, None if grad is None else nhwc(grad), partial, norm, h * w, channel_units),
         config, VEC=vec, FIELDS=fields,
     )  # fmt: skip
     sums = fold_sums(partial).view(n, fields, channels)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bn_act import launch_bn_act_fwd
+from .folds import launch_norm
 from .launching import nhwc
 
 
@@ -40,4 +41,4 @@ def stem_conv_bn_silu_eval(
     if (left, top) != (right, bottom):
         x, left, top = F.pad(x, tuple(padding)), 0, 0
     z = nhwc(F.conv2d(x, weight.to(x.dtype), None, tuple(stride), (top, left)))
-    return launch_bn_act_fwd(z, (bn_weight, bn_bias, mean, var), eps, True, out=z)
+    return launch_bn_act_fwd(z, launch_norm(bn_weight, bn_bias, mean, var, eps), True, out=z)
