@@ -67,10 +67,10 @@ def bn_act_fwd_kernel(
     tl.store(y + start + at, value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "pixels", "channel_units"])
+@triton.jit(do_not_specialize=["rows", "pixels", "channel_units", "RUN"])
 def bn_sums_kernel(
     grad, z, partial, norm, row_scale, rows, pixels, channel_units,
-    VEC: tl.constexpr, SILU: tl.constexpr, RUN: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    RUN, VEC: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """partial [runs,2,C]: sums of du and du * zh over runs of rows."""
     channels = channel_units * VEC

@@ -32,13 +32,12 @@ PROGRAMS = 2048  # of the weight gradient: a GPU's worth, and few enough partial
 
 
 @triton.jit(do_not_specialize=[
-    "pixels", "height", "width", "out_height", "out_width", "channel_units", "left", "top",
+    "pixels", "height", "width", "out_height", "out_width", "channel_units", "left", "top", "RUN",
 ])  # fmt: skip
 def dwconv_bwd_data_kernel(
     dz, weight, grad_x, z, norm, residual, partial,
-    pixels, height, width, out_height, out_width, channel_units, left, top,
-    VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
-    RUN: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    pixels, height, width, out_height, out_width, channel_units, left, top, RUN,
+    VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """grad_x [pixels,C] of dz; z is the BN's input, laid out like grad_x; partial [runs,2,C]."""
     channels = channel_units * VEC

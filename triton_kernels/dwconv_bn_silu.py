@@ -64,6 +64,7 @@ def dwconv_fwd_kernel(
         ih = oh * STRIDE - top + i
         row = x + n * stride_n + ih.to(tl.int64) * stride_h
         row_width = tl.where((ih >= 0) & (ih < height), width, 0)
+        values = ()
         for kw in tl.static_range(K):
             iw = ow * STRIDE - left + kw
             inside = ((iw >= 0) & (iw < row_width))[:, None] & c_inside[None, :]
@@ -72,13 +73,18 @@ def dwconv_fwd_kernel(
             if in_norm is not None:
                 value = value * in_scale[None, :] + in_shift[None, :]
                 value = tl.where(inside, silu(value), 0.0)
-            reached = ()
-            for r in tl.static_range(R):
-                acc = accs[r]
-                if i - r * STRIDE >= 0 and i - r * STRIDE < K:
-                    acc += value * factors[(i - r * STRIDE) * K + kw]
-                reached = reached + (acc,)
-            accs = reached
+            values = values + (value,)
+        reached = ()
+        for r in tl.static_range(R):
+            acc = accs[r]
+            if i - r * STRIDE >= 0 and i - r * STRIDE < K:
+                # A row of taps is summed by itself: long chains lose digits.
+                part = values[0] * factors[(i - r * STRIDE) * K]
+                for kw in tl.static_range(1, K):
+                    part += values[kw] * factors[(i - r * STRIDE) * K + kw]
+                acc += part
+            reached = reached + (acc,)
+        accs = reached
     total = tl.zeros([BC], tl.float32)
     stored = ()
     for r in tl.static_range(R):

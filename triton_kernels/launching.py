@@ -50,8 +50,15 @@ def launch(
         return
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else contextlib.nullcontext():
-        # Multiply and add may fuse: a Triton release is to change the default.
-        kernel[tuple(grid)](*args, **config, **constants, enable_fp_fusion=True)
+        start(kernel, tuple(grid), args, config | constants)
+
+
+def start(
+    kernel: Kernel, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]
+) -> None:
+    """Runs a kernel; where launches are recorded instead of run, this is replaced."""
+    # Multiply and add may fuse: a Triton release is to change the default.
+    kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
 def units(*channels: int) -> tuple[int, ...]:

@@ -120,7 +120,10 @@ def launch_pointwise_fwd(
     n, in_channels, h, w = x.shape
     channels, rows = weight.shape[0], n * h * w
     y = empty_nhwc(x, (n, channels, h, w))
-    config = tuning.config("pointwise_fwd", x, m=rows, n=channels, k=in_channels)
+    config = tuning.config(
+        "pointwise_fwd", x, m=rows, n=channels, k=in_channels,
+        fused=int(gate is not None or in_norm is not None),
+    )  # fmt: skip
     tiles = triton.cdiv(rows, config["BM"])
     partial = empty_fp32(x, tiles, 3, channels) if statistics else None
     vec, in_units, out_units = units(in_channels, channels)

@@ -28,11 +28,10 @@ from .elementwise import load_norm, load_vector, sigmoid, silu, silu_grad
 from .folds import fold_sums
 from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
 
-@triton.jit(do_not_specialize=["pixels", "channel_units"])
+@triton.jit(do_not_specialize=["pixels", "channel_units", "RUN"])
 def squeeze_kernel(
-    x, grad, partial, norm, pixels, channel_units,
-    VEC: tl.constexpr, FIELDS: tl.constexpr, RUN: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr,
+    x, grad, partial, norm, pixels, channel_units, RUN,
+    VEC: tl.constexpr, FIELDS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """partial [N,runs,F,C]: sums of x; of x * grad; or of silu(u), silu'(u), silu'(u) * zh."""
     channels = channel_units * VEC
