@@ -1,4 +1,4 @@
-"""The order in which "auto" tries the backends: a table by device and op, measured where it says so.
+"""The order in which "auto" tries the backends, by device and op, and where each row comes from.
 
 The first that can run a call takes it; where none can, the reference does.
 """

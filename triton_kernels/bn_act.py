@@ -27,7 +27,6 @@ from .folds import fold_sums
 from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
 
 
-
 @triton.jit
 def tile_of(rows, channels, BP: tl.constexpr, BC: tl.constexpr):
     """First row, rows and channels of this program's tile, and what of them exists."""

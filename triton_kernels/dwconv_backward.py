@@ -54,7 +54,7 @@ def dwconv_bwd_data_kernel(
         ih = (pixel // width % height).to(tl.int32)
         image_row = pixel // width // height * out_height
         acc = tl.zeros([BP, BC], tl.float32)
-        for tap in range(0, K * K):
+        for tap in range(K * K):
             oh = ih + (top - tap // K)
             ow = iw + (left - tap % K)
             inside = exists & (oh >= 0) & (ow >= 0)

@@ -183,9 +183,7 @@ def fold_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def fold_norm(
-    partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def fold_norm(partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """norm [5,C] as of `launch_norm`, by the statistics partial [P,3,C]."""
     parts, _, channels = partial.shape
     if parts == 0:

@@ -122,9 +122,7 @@ def mbconv_project(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op of this name."""
-    z, partial = launch_pointwise_fwd(
-        z2, weight, gate=gate, in_norm=norm2, statistics=mean is None
-    )
+    z, partial = launch_pointwise_fwd(z2, weight, gate=gate, in_norm=norm2, statistics=mean is None)
     return z, _norm(partial, bn_weight, bn_bias, mean, var, eps)
 
 
@@ -182,9 +180,7 @@ def mbconv_excite_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op of this name."""
-    q, parameters = excite_gradients(
-        sums[0], reduce_weight, expand_weight, pooled, hidden, gate
-    )
+    q, parameters = excite_gradients(sums[0], reduce_weight, expand_weight, pooled, hidden, gate)
     q.div_(max(1, pixels))
     images, channels = gate.shape
     sums2 = empty_fp32(gate, 2, channels)

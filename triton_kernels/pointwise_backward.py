@@ -62,7 +62,7 @@ def store_image_sums(partial, e, z2, norm2, c, image, inside, c_inside, images, 
     by_a = tl.where(inside, e * (u * s), 0.0)
     by_slope = tl.where(inside, e * (s * (1.0 + u * (1.0 - s))), 0.0)
     by_zh = tl.where(inside, by_slope * ((z2 - mean[None, :]) * rstd[None, :]), 0.0)
-    for segment in range(0, images):
+    for segment in range(images):
         own = (image == segment)[:, None]
         out = partial + segment * 3 * channels + c
         tl.store(out, tl.sum(tl.where(own, by_a, 0.0), 0), mask=c_inside)

@@ -28,6 +28,7 @@ from .elementwise import load_norm, load_vector, sigmoid, silu, silu_grad
 from .folds import fold_sums
 from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
 
+
 @triton.jit(do_not_specialize=["pixels", "channel_units", "RUN"])
 def squeeze_kernel(
     x, grad, partial, norm, pixels, channel_units, RUN,
@@ -56,7 +57,9 @@ def squeeze_kernel(
             slope = tl.where(inside, s * (1.0 + u * (1.0 - s)), 0.0)
             total += tl.where(inside, u * s, 0.0)
             slope_total += slope
-            product_total += tl.where(inside, slope * ((value - mean[None, :]) * rstd[None, :]), 0.0)
+            product_total += tl.where(
+                inside, slope * ((value - mean[None, :]) * rstd[None, :]), 0.0
+            )
         else:
             if grad is not None:
                 value *= tl.load(grad + start + at, mask=inside, other=0.0).to(tl.float32)
@@ -138,9 +141,7 @@ def excite_kernel(
         tl.store(row_sums + i, total, mask=i < tl.where(tl.program_id(1) == 0, out_i, 0))
 
 
-def launch_squeeze(
-    x: Tensor, grad: Tensor | None = None, norm: Tensor | None = None
-) -> Tensor:
+def launch_squeeze(x: Tensor, grad: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
     """Sums over the pixels of each image, fp32 [F,N,C].
 
     F = 1: of x, or of x * grad where grad is given. F = 3, with the norm of a BN over x = z: of silu(u),
@@ -238,9 +239,7 @@ def excite_gradients(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """grad_pooled [N,C], and the gradients of both weights (2-D) and biases in their order."""
     reduce, expand = reduce_weight.flatten(1), expand_weight.flatten(1)
-    grad_hidden, _ = launch_excite(
-        grad_gate, expand, a_kind="gate_grad", gate=gate, hidden=hidden
-    )
+    grad_hidden, _ = launch_excite(grad_gate, expand, a_kind="gate_grad", gate=gate, hidden=hidden)
     grad_expand, grad_expand_bias = launch_excite(
         grad_gate.t(), hidden, a_kind="gate_grad", gate=gate.t(), b_kind="silu", row_sums=True
     )
@@ -261,9 +260,7 @@ def squeeze_excite(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op of this name."""
     pooled = launch_squeeze(x)[0].div_(x.shape[2] * x.shape[3])
-    hidden, gate = excite(
-        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
-    )
+    hidden, gate = excite(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend)
     return launch_gate(x, gate), pooled, hidden, gate
 
 

@@ -1,7 +1,7 @@
 """Every kernel compiled for GPUs that are not there, within budgets of registers and memory.
 
 `budgets.json` holds, by compute capability and kernel, the most registers per thread and bytes of
-shared memory of any build; `python tests/triton_kernels/ahead_of_time.py` writes it anew. A spill
+shared memory of any build; `python tests/ahead_of_time.py` writes it anew. A spill
 has no budget.
 """
 
@@ -53,7 +53,9 @@ def test_within_budget(capability: int, dtype: torch.dtype, kernel: str) -> None
         assert found.registers <= registers, f"{build}: {found.registers} registers"
         assert found.shared <= shared, f"{build}: {found.shared} bytes of shared memory"
         if capability == 90 and kernel in PRODUCTS and uses_tensor_cores(build):
-            assert any(op.startswith("HGMMA") for op in instructions(compiled)), f"{build}: no HGMMA"
+            assert any(op.startswith("HGMMA") for op in instructions(compiled)), (
+                f"{build}: no HGMMA"
+            )
 
 
 def uses_tensor_cores(build: Build) -> bool:

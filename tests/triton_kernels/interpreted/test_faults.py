@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from cases import MBCONV_CASES, find
-from effnet_fast.triton_kernels import folds
 from effnet_fast.ops.mbconv import mbconv
+from effnet_fast.triton_kernels import folds
 from mbconv_blocks import BlockCall, block_call, run
 from parity import FP32, assert_parity
 
@@ -63,11 +63,15 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize(("module", "name", "fault"), FAULTS, ids=lambda f: getattr(f, "__name__", f))
+@pytest.mark.parametrize(
+    ("module", "name", "fault"), FAULTS, ids=lambda f: getattr(f, "__name__", f)
+)
 def test_a_wrong_function_is_noticed(
     module: str, name: str, fault: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module(f"effnet_fast.triton_kernels.{module}"), name, fault)
+    monkeypatch.setattr(
+        importlib.import_module(f"effnet_fast.triton_kernels.{module}"), name, fault
+    )
     with pytest.raises(AssertionError):
         check(block_call(find(MBCONV_CASES, "c_eq_vector"), FP32, dropped=True))
 

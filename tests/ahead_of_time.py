@@ -33,7 +33,7 @@ from shapes import BlockShape, shapes_of
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BATCHES = {"b0": 256, "b4": 64, "b7": 16}  # of training, as the benchmarks have them
-BUDGETS = Path(__file__).with_name("budgets.json")
+BUDGETS = Path(__file__).parent / "triton_kernels/budgets.json"
 # Compute capability and dtype of the images, and which kernels, None for all.
 PRODUCTS = ("pointwise_fwd_kernel", "pointwise_bwd_data_kernel", "pointwise_bwd_weight_kernel")
 TARGETS = {
@@ -245,7 +245,10 @@ def resources(compiled: Any) -> Resources:
 def instructions(compiled: Any) -> Iterator[str]:
     """The opcodes of the machine code, as "HGMMA.64x128x16.F32.BF16"."""
     text = _tool("cuobjdump", "--dump-sass", cubin=compiled.asm["cubin"])
-    return (found[1] for found in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text))
+    return (
+        found[1]
+        for found in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text)
+    )
 
 
 def measure() -> dict[str, dict[str, list[int]]]:
