@@ -44,6 +44,7 @@ TARGETS = {
     (90, torch.float16): PRODUCTS,
 }
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -245,10 +246,7 @@ def resources(compiled: Any) -> Resources:
 def instructions(compiled: Any) -> Iterator[str]:
     """The opcodes of the machine code, as "HGMMA.64x128x16.F32.BF16"."""
     text = _tool("cuobjdump", "--dump-sass", cubin=compiled.asm["cubin"])
-    return (
-        found[1]
-        for found in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", text)
-    )
+    return (found[1] for found in OPCODE.finditer(text))
 
 
 def measure() -> dict[str, dict[str, list[int]]]:

@@ -4,7 +4,8 @@ Computes: y = act(bn(z)) * row_scale[n] + residual;
           sums of du and du * zh over all rows, with du = row_scale * grad * act'(u);
           dz = scale * (du - mean(du) - zh * mean(du * zh)), the means absent in eval, with
           du = (grad * gate[n, c] + offset[n, c]) * act'(u)
-Shapes:   z, grad, residual, y, dz [M,C] with M = N*H*W; row_scale [N], gate and offset [N,C], sums [2,C]
+Shapes:   z, grad, residual, y, dz [M,C] with M = N*H*W; row_scale [N], gate and offset
+          [N,C], sums [2,C]
 Dtypes:   z/grad/y/dz fp32|fp16|bf16; vectors any; accumulation fp32
 Layout:   channels_last without gaps
 Tiling:   a program owns BP rows and BC channels, in the sums a run of up to RUN rows; 8 channels a

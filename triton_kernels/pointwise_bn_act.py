@@ -45,7 +45,8 @@ def load_operand(x, gate, norm, at, k, image, inside, k_inside, channels):
 
 @triton.jit(do_not_specialize=["eps", "rows", "pixels", "in_units", "out_units"])
 def pointwise_fwd_kernel(
-    x, weight, y, gate, residual, in_norm, bn_weight, bn_bias, mean, var, eps, partial, rows, pixels, in_units, out_units,
+    x, weight, y, gate, residual, in_norm, bn_weight, bn_bias, mean, var, eps, partial,
+    rows, pixels, in_units, out_units,
     VEC: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip

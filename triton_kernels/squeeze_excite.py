@@ -144,8 +144,8 @@ def excite_kernel(
 def launch_squeeze(x: Tensor, grad: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
     """Sums over the pixels of each image, fp32 [F,N,C].
 
-    F = 1: of x, or of x * grad where grad is given. F = 3, with the norm of a BN over x = z: of silu(u),
-    silu'(u) and silu'(u) * zh.
+    F = 1: of x, or of x * grad where grad is given. F = 3, with the norm of a BN over x = z: of
+    silu(u), silu'(u) and silu'(u) * zh.
     """
     x = nhwc(x)
     n, channels, h, w = x.shape
