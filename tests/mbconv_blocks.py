@@ -98,7 +98,7 @@ def block_call(
     for name, part in layers.items():
         if part is not None:
             for key, tensor in zip(part._fields, part, strict=True):
-                tensors[f"{name}.{key}"] = tensor.to(dtypes.parameters)
+                tensors[f"{name}.{key}"] = tensor.to(dtypes.parameters, copy=True)
     row_scale = torch.full((case.n,), 1.25)
     row_scale[:1] = 0.0
     tensors["row_scale"] = row_scale if dropped else None

@@ -142,6 +142,8 @@ struct FoldChanArgs {    // (mean, M2) of the parts, merged in order into mean a
   int threads;
 };
 
+struct MBConvKernels;  // in mbconv_args.h
+
 // A kernel returns false where it could not get its scratch memory.
 struct Kernels {
   bool (*dwconv_forward)(const DwconvForwardArgs&);
@@ -154,6 +156,7 @@ struct Kernels {
   bool (*gate)(const GateArgs&);
   bool (*fold_sum)(const FoldArgs&);
   bool (*fold_chan)(const FoldChanArgs&);
+  const MBConvKernels* mbconv;
 };
 
 }  // namespace effnet

@@ -153,9 +153,10 @@ class MBConv(torch.autograd.Function):
         count = len(Saved._fields)
         saved, layers = Saved(*tensors[:count]), _layers(tensors[count:])
         flags = ctx.needs_input_grad
-        grads = backward(
-            passes(backend), grad_y, saved, layers, settings, _needs((flags[0], *flags[5:]))
-        )
+        with scratch.scope():
+            grads = backward(
+                passes(backend), grad_y, saved, layers, settings, _needs((flags[0], *flags[5:]))
+            )
         none = (None, None)
         flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.squeeze, *grads.project)
         cast = (
