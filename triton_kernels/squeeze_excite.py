@@ -18,6 +18,7 @@ Truth:    effnet_fast/reference/squeeze_excite.py
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -160,7 +161,7 @@ def launch_squeeze(x: Tensor, grad: Tensor | None = None, norm: Tensor | None = 
         config, VEC=vec, FIELDS=fields,
     )  # fmt: skip
     sums = fold_sums(partial).view(n, fields, channels)
-    return sums.transpose(0, 1).contiguous() if fields > 1 else sums.view(1, n, channels)
+    return sums.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def launch_gate(x: Tensor, gate: Tensor, offset: Tensor | None = None) -> Tensor:
