@@ -29,7 +29,8 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
-X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16"]
+# The tile unit (AMX) is asked for at run time, by the few functions that use it.
+X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
 RELEASE_ARCHS = ["80", "90", "100", "120"]
 

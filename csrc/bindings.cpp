@@ -19,6 +19,7 @@
 #include "cpu/args.h"
 #include "instruction_sets.h"
 #include "mbconv_bindings.h"
+#include "network_bindings.h"
 
 namespace py = pybind11;
 
@@ -313,4 +314,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("excite_backward", &excite_backward);
   m.def("gate", &gate);
   bind_mbconv(m);
+  bind_network(m);
 }

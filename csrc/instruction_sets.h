@@ -6,6 +6,12 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/args.h"
 
 namespace effnet {
@@ -35,6 +41,8 @@ struct Isa {
   const char* name;
   const Kernels* kernels;
   std::string missing;  // empty where this CPU can run it
+  bool has_bf16_products = false;
+  bool amx = false;  // whether they go to the tile unit
 };
 
 inline std::string missing_features(const std::vector<std::pair<const char*, bool>>& wanted) {
@@ -42,6 +50,23 @@ inline std::string missing_features(const std::vector<std::pair<const char*, boo
   for (const auto& [name, present] : wanted)
     if (!present) missing += std::string(missing.empty() ? "this CPU lacks " : ", ") + name;
   return missing;
+}
+
+// Why the tile unit cannot be used, "" where it can: Linux lends its registers to a process that
+// asks.
+inline std::string missing_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID leaf 7, EDX
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
+    return "this CPU lacks amx_bf16";
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl, XSAVE component
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0)
+    return "the operating system does not lend the AMX registers to this process";
+  return "";
+#else
+  return "this build knows AMX on Linux alone";
+#endif
 }
 
 // In ascending order of preference.
@@ -60,7 +85,10 @@ inline const std::vector<Isa>& instruction_sets() {
       wanted.push_back(feature);
     out.push_back({"avx512", &avx512::kernels, missing_features(wanted)});
     wanted.push_back(EFFNET_HAS("avx512bf16"));
-    out.push_back({"avx512_bf16", &avx512_bf16::kernels, missing_features(wanted)});
+    out.push_back({"avx512_bf16", &avx512_bf16::kernels, missing_features(wanted), true});
+    const std::string missing = out.back().missing;
+    out.push_back(
+        {"amx", &avx512_bf16::kernels, missing.empty() ? missing_amx() : missing, true, true});
 #undef EFFNET_HAS
 #endif
     return out;
@@ -82,13 +110,15 @@ inline const Isa* find_isa(const std::string& name) {
 }
 
 // "" is the best one.
-inline const Kernels& kernels_for(const std::string& name) {
-  if (name.empty()) return *best_isa().kernels;
+inline const Isa& isa_for(const std::string& name) {
+  if (name.empty()) return best_isa();
   const Isa* isa = find_isa(name);
   if (!isa) throw std::invalid_argument("instruction set '" + name + "' is not in this build");
   if (!isa->missing.empty())
     throw std::invalid_argument("instruction set '" + name + "' cannot run: " + isa->missing);
-  return *isa->kernels;
+  return *isa;
 }
+
+inline const Kernels& kernels_for(const std::string& name) { return *isa_for(name).kernels; }
 
 }  // namespace effnet

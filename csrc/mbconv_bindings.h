@@ -5,108 +5,15 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
-#include <cmath>
 #include <string>
-#include <vector>
 
-#include "binding_parts.h"
-#include "common/mbconv_split.h"
-#include "cpu/mbconv_args.h"
 #include "instruction_sets.h"
+#include "mbconv_parts.h"
 
 namespace effnet {
 namespace {
-
-// Memory for partial sums that stays with the thread, as that of `workspace` does.
-float* partials(int64_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    int64_t floats = 0;
-    ~Buffer() { std::free(data); }
-  };
-  static thread_local Buffer buffer;
-  if (floats > buffer.floats) {
-    std::free(buffer.data);
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    buffer.data = static_cast<float*>(std::aligned_alloc(64, bytes));
-    buffer.floats = buffer.data ? floats : 0;
-    if (!buffer.data) throw std::bad_alloc();
-  }
-  return buffer.data;
-}
-
-NormVectors norm_vectors(Address norm, int64_t c) {
-  if (!norm) return {nullptr, nullptr, nullptr, nullptr};
-  const float* rows = at<float>(norm);
-  return {rows, rows + c, rows + 2 * c, rows + 3 * c};
-}
-
-// BatchNorm as given by weight, bias, mean and variance [C]; without the latter two it normalises
-// by the batch.
-using BatchNorm = std::array<Address, 4>;
-
-// Mean and variance of the moments (mean, M2, pivot) of `count(part)` values each, by Chan's formula
-// in double.
-template <typename Count>
-void fold_moments(const float* partial, int64_t parts, int64_t c, const Count& count, double* mean,
-                  double* var) {
-  std::fill(mean, mean + c, 0.0);
-  std::fill(var, var + c, 0.0);
-  double total = 0.0;
-  for (int64_t part = 0; part < parts; part++, partial += 3 * c) {
-    const double more = static_cast<double>(count(part)), share = more / (total + more);
-    for (int64_t i = 0; i < c; i++) {
-      const double delta = static_cast<double>(partial[2 * c + i]) + partial[i] - mean[i];
-      mean[i] += delta * share;
-      var[i] += partial[c + i] + delta * delta * (share * total);
-    }
-    total += more;
-  }
-  for (int64_t i = 0; i < c; i++) var[i] /= total;
-}
-
-// The norm of z from the moments of its tasks, `chunks` parts of each image's `rows` rows, or from
-// the mean and variance given.
-void make_norm(float* norm, const float* partial, int64_t n, int64_t chunks, int64_t c,
-               int64_t rows, int64_t columns, const BatchNorm& bn, double eps) {
-  std::vector<double> mean(c), var(c);
-  if (bn[2]) {
-    std::copy(at<float>(bn[2]), at<float>(bn[2]) + c, mean.begin());
-    std::copy(at<float>(bn[3]), at<float>(bn[3]) + c, var.begin());
-  } else {
-    const auto count = [&](int64_t part) {
-      return host::part_of(rows, chunks, part % chunks).size() * columns;
-    };
-    fold_moments(partial, n * chunks, c, count, mean.data(), var.data());
-  }
-  const float *weight = at<float>(bn[0]), *bias = at<float>(bn[1]);
-  for (int64_t i = 0; i < c; i++) {
-    const double rstd = 1.0 / std::sqrt(var[i] + eps);
-    const float scale = static_cast<float>((weight ? weight[i] : 1.0) * rstd);
-    norm[i] = scale;
-    norm[c + i] = static_cast<float>((bias ? bias[i] : 0.0) - mean[i] * scale);
-    norm[2 * c + i] = static_cast<float>(mean[i]);
-    norm[3 * c + i] = static_cast<float>(rstd);
-    norm[4 * c + i] = static_cast<float>(var[i]);
-  }
-}
-
-// dz = scale * du + (z - mean) * slope + offset, from norm and sums over `count` values a channel.
-struct GradParts {
-  std::vector<float> values;
-  GradVectors vectors;
-  GradParts(Address norm, Address sums, int64_t c, int64_t count) : values(2 * c) {
-    const NormVectors v = norm_vectors(norm, c);
-    const float *bias = at<float>(sums), *weight = bias + c;
-    for (int64_t i = 0; sums && i < c; i++) {
-      const double scale = -static_cast<double>(v.scale[i]) / static_cast<double>(count);
-      values[i] = static_cast<float>(scale * v.rstd[i] * weight[i]);
-      values[c + i] = static_cast<float>(scale * bias[i]);
-    }
-    vectors = {v.scale, v.mean, values.data(), values.data() + c};
-  }
-};
 
 // (n, hw, c, out)
 using ProductShape = std::array<int64_t, 4>;
@@ -139,28 +46,6 @@ void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is
                                thread_count(threads)};
   launch(kernels.mbconv->pointwise_forward, args);
   make_norm(at<float>(norm), partial, n, parts, out, hw, 1, bn, eps);
-}
-
-// out [c] = the sums over parts of partial [parts,c].
-void fold_sums(const float* partial, int64_t parts, int64_t c, float* out) {
-  std::vector<double> sums(c);
-  for (int64_t part = 0; part < parts; part++)
-    for (int64_t i = 0; i < c; i++) sums[i] += partial[part * c + i];
-  for (int64_t i = 0; i < c; i++) out[i] = static_cast<float>(sums[i]);
-}
-
-// Each out [N,C] = its factor * the sums over parts of its row of partial [N,parts,3,C].
-void fold_per_image(const float* partial, int64_t n, int64_t parts, int64_t c,
-                    const float* factors, const std::array<float*, 3>& out) {
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t row = 0; row < 3; row++) {
-      float* to = out[row] + i * c;
-      const float* from = partial + (i * parts * 3 + row) * c;
-      std::copy(from, from + c, to);
-      for (int64_t part = 1; part < parts; part++)
-        for (int64_t j = 0; j < c; j++) to[j] += from[part * 3 * c + j];
-      for (int64_t j = 0; j < c; j++) to[j] *= factors[row];
-    }
 }
 
 // sums [3,N,C]; e or grad_weight may be 0: not wanted.
@@ -329,8 +214,8 @@ void mbconv_squeeze(const std::string& isa, const PlaneTuple& shape, bool is_bf1
   const auto [n, hw, c] = shape;
   const int64_t parts = host::pointwise_parts(hw);
   float* const partial = partials(n * parts * 3 * c);
-  MBConvSqueezeArgs args = {n,       hw, c, dtype_of(is_bf16), at(z), norm_vectors(norm, c), partial,
-                            thread_count(threads)};
+  MBConvSqueezeArgs args = {
+      n, hw, c, dtype_of(is_bf16), at(z), norm_vectors(norm, c), partial, thread_count(threads)};
   launch(kernels_for(isa).mbconv->squeeze, args);
   const float factors[3] = {1.0f / static_cast<float>(hw), 1.0f, 1.0f};
   float* const to = at<float>(slopes);
@@ -341,9 +226,18 @@ void mbconv_finish(const std::string& isa, const PlaneTuple& shape, bool is_bf16
                    Address norm, Address row_scale, Address residual, Address y, int threads) {
   check_plane(shape);
   const auto [n, hw, c] = shape;
-  MBConvFinishArgs args = {n,       hw,      c,       dtype_of(is_bf16),
-                           at(z),   norm_vectors(norm, c), at<float>(row_scale), at(residual),
-                           at(y),   nullptr, nullptr, thread_count(threads)};
+  MBConvFinishArgs args = {n,
+                           hw,
+                           c,
+                           dtype_of(is_bf16),
+                           at(z),
+                           norm_vectors(norm, c),
+                           at<float>(row_scale),
+                           at(residual),
+                           at(y),
+                           nullptr,
+                           nullptr,
+                           thread_count(threads)};
   launch(kernels_for(isa).mbconv->finish, args);
 }
 
@@ -356,9 +250,18 @@ void mbconv_finish_backward(const std::string& isa, const PlaneTuple& shape, boo
   const Kernels& kernels = kernels_for(isa);
   const int64_t parts = host::pointwise_parts(hw);
   float* const partial = partials(n * parts * 2 * c);
-  MBConvFinishArgs args = {n,       hw,      c,          dtype_of(is_bf16),
-                           at(z),   norm_vectors(norm, c), at<float>(row_scale), nullptr,
-                           nullptr, at(grad_y), partial, thread_count(threads)};
+  MBConvFinishArgs args = {n,
+                           hw,
+                           c,
+                           dtype_of(is_bf16),
+                           at(z),
+                           norm_vectors(norm, c),
+                           at<float>(row_scale),
+                           nullptr,
+                           nullptr,
+                           at(grad_y),
+                           partial,
+                           thread_count(threads)};
   launch(kernels.mbconv->finish_backward, args);
   fold_sums(partial, n * parts, 2 * c, at<float>(sums));
 }
@@ -376,8 +279,8 @@ void mbconv_excite_sums(int64_t n, int64_t c, int64_t pixels, Address grad_poole
     for (int64_t j = i * c; j < (i + 1) * c; j++) q[j] *= share;
     for (int64_t row = 0; row < 2; row++)
       for (int64_t j = 0; j < c; j++)
-        out[row * c + j] += g[i * c + j] * s[((row + 1) * n + i) * c + j] +
-                            q[i * c + j] * t[(row * n + i) * c + j];
+        out[row * c + j] +=
+            g[i * c + j] * s[((row + 1) * n + i) * c + j] + q[i * c + j] * t[(row * n + i) * c + j];
   }
 }
 

@@ -140,7 +140,9 @@ def _run_block(module: layers.MBConv, block: recognition.Block, x: Tensor, backe
     return _train_block(module, block, autocast(x), backend)
 
 
-def _train_block(module: layers.MBConv, block: recognition.Block, x: Tensor, backend: str) -> Tensor:
+def _train_block(
+    module: layers.MBConv, block: recognition.Block, x: Tensor, backend: str
+) -> Tensor:
     """The block with gradients or batch statistics, and its modules' own bookkeeping."""
     parts = (block.expand, block.depthwise, block.project)
     layers_of = (part.tensors if part else None for part in parts)

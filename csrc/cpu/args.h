@@ -142,6 +142,7 @@ struct FoldChanArgs {    // (mean, M2) of the parts, merged in order into mean a
   int threads;
 };
 
+struct NetworkArgs;    // in network.h
 struct MBConvKernels;  // in mbconv_args.h
 
 // A kernel returns false where it could not get its scratch memory.
@@ -156,6 +157,8 @@ struct Kernels {
   bool (*gate)(const GateArgs&);
   bool (*fold_sum)(const FoldArgs&);
   bool (*fold_chan)(const FoldChanArgs&);
+  bool (*network)(const NetworkArgs&);
+  int64_t (*network_tile_units)();  // panels of packed weights have this many units
   const MBConvKernels* mbconv;
 };
 

@@ -22,6 +22,8 @@ bool excite_backward(const ExciteBackwardArgs& args);
 bool gate(const GateArgs& args);
 bool fold_sum(const FoldArgs& args);
 bool fold_chan(const FoldChanArgs& args);
+bool network(const NetworkArgs& args);
+int64_t network_tile_units();
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

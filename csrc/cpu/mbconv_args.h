@@ -91,17 +91,17 @@ struct DepthwiseForwardArgs {
 struct DepthwiseBackwardArgs {
   DwconvShape shape;
   DType dtype, weight_dtype;
-  const void *e, *z2;      // [N,OH,OW,C]
-  const float *gate, *q;   // [N,C]: du2 = (e * gate + q) * silu'(u2)
-  const float* shift;      // of u2 = z2 * grad.scale + shift
-  GradVectors grad;        // of z2
-  const void* x;           // [N,H,W,C]
-  NormVectors norm;        // of x
-  const void* residual;    // [N,H,W,C] or null
-  const void* weight;      // [C,1,K,K]
-  void* f;                 // [N,H,W,C]; null: not wanted
-  float* sums;             // [N,chunks,2,C]; null where norm.scale is
-  float* grad_weight;      // [N,chunks,C,K*K]; null: not wanted
+  const void *e, *z2;     // [N,OH,OW,C]
+  const float *gate, *q;  // [N,C]: du2 = (e * gate + q) * silu'(u2)
+  const float* shift;     // of u2 = z2 * grad.scale + shift
+  GradVectors grad;       // of z2
+  const void* x;          // [N,H,W,C]
+  NormVectors norm;       // of x
+  const void* residual;   // [N,H,W,C] or null
+  const void* weight;     // [C,1,K,K]
+  void* f;                // [N,H,W,C]; null: not wanted
+  float* sums;            // [N,chunks,2,C]; null where norm.scale is
+  float* grad_weight;     // [N,chunks,C,K*K]; null: not wanted
   Workspace workspace;
   int threads;
 };

@@ -24,8 +24,8 @@ struct Task {
   const DepthwiseForwardArgs& args;
   ChannelBlock block;
   Ring ring;
-  int64_t n, width;  // width: columns of x that are met
-  Moments* moments;        // [v]
+  int64_t n, width;         // width: columns of x that are met
+  Moments* moments;         // [v]
   float *weight, *vectors;  // vectors: [v][2][kLanes]
 };
 
@@ -89,7 +89,7 @@ void run_rows(const Task& task, Range rows) {
       const int64_t size = tile < tiles.wide ? tiles.size : tiles.size - 1;
       with_tile(size, [&]<int TILE>() {
         run_tile<T, K, STEP, TILE>(task, group, first, task.ring.slot(first), ow,
-                                    begin == rows.begin && tile == 0);
+                                   begin == rows.begin && tile == 0);
       });
       ow += size;
     }
@@ -109,7 +109,8 @@ bool run(const DepthwiseForwardArgs& args) {
   const int64_t chunks = depthwise_chunks(s.n, s.oh), kk = s.k * s.k;
   const int64_t needed = (s.ow - 1) * STEP + s.k, ring_rows = (kGroup - 1) * STEP + s.k;
   const int64_t width = max_of(0, min_of(s.w, needed - s.pad_l)), pitch = needed | 1;
-  const Blocks blocks(s.c, s.n * chunks, args.threads, kRingBytes / (ring_rows * pitch * kLanes * 4));
+  const Blocks blocks(s.c, s.n * chunks, args.threads,
+                      kRingBytes / (ring_rows * pitch * kLanes * 4));
   const int64_t floats =
       whole_lines(blocks.vecs * (kMomentFloats + kLanes * (ring_rows * pitch + kk + 2)));
   float* const scratch = args.workspace(floats * args.threads);
@@ -118,11 +119,10 @@ bool run(const DepthwiseForwardArgs& args) {
   for (int64_t index = 0; index < s.n * chunks * blocks.count; index++) {
     const ChannelBlock block = blocks[index % blocks.count];
     const int64_t part = index / blocks.count;
-    Moments* const moments =
-        reinterpret_cast<Moments*>(scratch + omp_get_thread_num() * floats);
+    Moments* const moments = reinterpret_cast<Moments*>(scratch + omp_get_thread_num() * floats);
     float* const at = reinterpret_cast<float*>(moments) + block.vecs * kMomentFloats;
-    Task task = {args, block, {at, ring_rows, block.vecs, pitch}, part / chunks, width,
-                 moments, nullptr, nullptr};
+    Task task = {args,    block,  {at, ring_rows, block.vecs, pitch}, part / chunks, width, moments,
+                 nullptr, nullptr};
     task.weight = at + task.ring.floats();
     task.vectors = task.weight + kk * block.vecs * kLanes;
     task.ring.clear_borders(min_of(s.pad_l, pitch), min_of(s.pad_l + width, pitch));

@@ -5,10 +5,11 @@
 //           conv_transpose(dz2, weight) + residual where x is taken as it is,
 //           grad_weight = correlate(a, dz2)
 // Layout:   channels-last without gaps
-// Tiling:   a task owns a chunk of one image's rows and a block of channels, and goes through groups
+// Tiling:   a task owns a chunk of one image's rows and a block of channels, and goes through
+// groups
 //           of rows of dz2. dz2, a and silu'(u1) are formed once per element, in the order of
-//           addresses, into planes in the L2 cache; each channel vector's planes then yield its part
-//           of the weight gradient and its rows of f
+//           addresses, into planes in the L2 cache; each channel vector's planes then yield its
+//           part of the weight gradient and its rows of f
 // Bytes:    e, z2, x once, f once; x a second time from the cache, for zh1
 // FLOPs:    4 * K * K per output, about 50 per element
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
@@ -24,7 +25,20 @@ constexpr int kGradTile = kLanes == 16 ? 8 : 4;  // dz vectors held at once, wit
 constexpr int64_t kGroup = 4;                    // rows of dz formed at a time
 
 // Packed per channel vector: of dz2, then of x.
-enum { kScale, kShift, kMean, kSlope, kOffset, kGate, kQ, kScale1, kShift1, kMean1, kRstd1, kVectors };
+enum {
+  kScale,
+  kShift,
+  kMean,
+  kSlope,
+  kOffset,
+  kGate,
+  kQ,
+  kScale1,
+  kShift1,
+  kMean1,
+  kRstd1,
+  kVectors
+};
 
 struct Geometry {
   int64_t chunks, dz_left, dz_pitch, dz_rows, a_pitch, a_rows, data_rows, floats_per_vec;
@@ -49,26 +63,12 @@ struct Task {
   float *weight, *flipped, *grad_weight, *vectors, *sums;  // sums: [v][2][kLanes]
 };
 
-// Taps kw = q, q + stride, ... of each kernel row in descending order, row after row of K places:
-// the data gradient at one column parity is then a plain correlation of dz with stride 1.
-void flip_weight(const Task& task) {
-  const int64_t k = task.args.shape.k, stride = task.args.shape.stride;
-  for (int64_t row = 0; row < task.block.vecs * k; row++) {
-    float* out = task.flipped + row * k * kLanes;
-    const float* in = task.weight + row * k * kLanes;
-    for (int64_t q = 0; q < stride; q++)
-      for (int64_t kw = q + (k - 1 - q) / stride * stride; q < k && kw >= q; kw -= stride)
-        store(out, load(in + kw * kLanes)), out += kLanes;
-  }
-}
-
 void pack_vectors(const Task& task) {
   const DepthwiseBackwardArgs& args = task.args;
   const int64_t row = task.n * args.shape.c;
-  const float* from[kVectors] = {args.grad.scale, args.shift,      args.grad.mean,
-                                 args.grad.slope, args.grad.offset, args.gate + row,
-                                 args.q + row,    args.norm.scale, args.norm.shift,
-                                 args.norm.mean,  args.norm.rstd};
+  const float* from[kVectors] = {args.grad.scale,  args.shift,      args.grad.mean, args.grad.slope,
+                                 args.grad.offset, args.gate + row, args.q + row,   args.norm.scale,
+                                 args.norm.shift,  args.norm.mean,  args.norm.rstd};
   for (int64_t v = 0; v < task.block.vecs; v++)
     for (int64_t i = 0; i < kVectors; i++)
       store(task.vectors + (v * kVectors + i) * kLanes,
@@ -188,21 +188,6 @@ void add_grad_weight(const Task& task, Range rows) {
     });
 }
 
-// The columns of f that meet the taps kw = q, q + stride, ...
-struct Parity {
-  int64_t first_tap = 0, taps;  // their place in a flipped kernel row
-  int64_t column, width;        // the first column, and how many there are, `stride` apart
-  int64_t shift;                // dz column of the first one's first tap
-  Parity(const Geometry& geometry, const DwconvShape& s, int64_t q) {
-    const auto taps_of = [&](int64_t i) { return i < s.k ? (s.k - 1 - i) / s.stride + 1 : 0; };
-    for (int64_t i = 0; i < q; i++) first_tap += taps_of(i);
-    taps = taps_of(q);
-    column = floor_mod(q - s.pad_l, s.stride);
-    width = s.w > column ? ceil_div(s.w - column, s.stride) : 0;
-    shift = geometry.dz_left + (column + s.pad_l - q) / s.stride - (taps - 1);
-  }
-};
-
 // TILE columns of rows of f, from the parity's column `begin`.
 template <typename T, int TAPS, int TILE>
 EFFNET_NOINLINE void data_tile(const Task& task, const Parity& parity, Range rows, int64_t begin) {
@@ -229,8 +214,7 @@ EFFNET_NOINLINE void data_tile(const Task& task, const Parity& parity, Range row
       }
       const int64_t at = ((task.n * s.h + ih) * s.w + column) * s.c + task.block.c0 + v * kLanes;
       if (activated) {
-        const float* slope =
-            task.slope.plane(task.slope.slot(ih), v) + (s.pad_l + column) * kLanes;
+        const float* slope = task.slope.plane(task.slope.slot(ih), v) + (s.pad_l + column) * kLanes;
         const T* x = static_cast<const T*>(task.args.x) + at;
 #pragma GCC unroll 8
         for (int t = 0; t < TILE; t++) {
@@ -266,7 +250,7 @@ template <typename T>
 void write_data(const Task& task, Range rows) {
   const DwconvShape& s = task.args.shape;
   for (int64_t q = 0; q < s.stride; q++) {
-    const Parity parity(task.geometry, s, q);
+    const Parity parity(s, q, task.geometry.dz_left);
     if (parity.width == 0) continue;
     switch (parity.taps) {
       case 1:
@@ -297,8 +281,7 @@ void run_chunk(const Task& task, int64_t chunk) {
   const int64_t ih_end = own.end == s.oh ? s.h : min_of(s.h, own.end * STEP);
   Range rows = own;
   if (data && ih < ih_end) {
-    rows.begin =
-        min_of(rows.begin, max_of(0, ceil_div(max_of(0, ih + s.pad_t - s.k + 1), STEP)));
+    rows.begin = min_of(rows.begin, max_of(0, ceil_div(max_of(0, ih + s.pad_t - s.k + 1), STEP)));
     rows.end = max_of(rows.end, min_of(s.oh, (ih_end - 1 + s.pad_t) / STEP + 1));
   }
   int64_t staged = 0;  // rows of a before this one are there, or of no use
@@ -315,7 +298,8 @@ void run_chunk(const Task& task, int64_t chunk) {
       add_grad_weight<K, STEP>(task, with_weight);
     }
     // The rows of f whose dz is complete.
-    const int64_t ready = group.end == rows.end ? ih_end : min_of(ih_end, group.end * STEP - s.pad_t);
+    const int64_t ready =
+        group.end == rows.end ? ih_end : min_of(ih_end, group.end * STEP - s.pad_t);
     for (; data && ih < ready; ih = min_of(ready, ih + task.geometry.data_rows)) {
       const Range part = {ih, min_of(ready, ih + task.geometry.data_rows)};
       if (activated) stage_until(part.begin, part.end);
@@ -349,9 +333,19 @@ bool run(const DepthwiseBackwardArgs& args) {
     const ChannelBlock block = blocks[index % blocks.count];
     const int64_t vecs = block.vecs;
     float* at = scratch + omp_get_thread_num() * floats;
-    Task task = {args,    g,       block,   {at, g.dz_rows, vecs, g.dz_pitch},
-                 {nullptr, g.a_rows, vecs, g.a_pitch}, {nullptr, g.a_rows, vecs, g.a_pitch},
-                 part / g.chunks, part, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Task task = {args,
+                 g,
+                 block,
+                 {at, g.dz_rows, vecs, g.dz_pitch},
+                 {nullptr, g.a_rows, vecs, g.a_pitch},
+                 {nullptr, g.a_rows, vecs, g.a_pitch},
+                 part / g.chunks,
+                 part,
+                 nullptr,
+                 nullptr,
+                 nullptr,
+                 nullptr,
+                 nullptr};
     task.a.data = at + task.dz.floats();
     task.slope.data = task.a.data + task.a.floats();
     task.weight = task.slope.data + task.slope.floats();
@@ -364,7 +358,7 @@ bool run(const DepthwiseBackwardArgs& args) {
     std::memset(task.grad_weight, 0, sizeof(float) * static_cast<size_t>(kk * vecs * kLanes));
     std::memset(task.sums, 0, sizeof(float) * static_cast<size_t>(2 * vecs * kLanes));
     pack_weight(task.weight, args.weight, args.weight_dtype, kk, block);
-    flip_weight(task);
+    flip_weight(task.flipped, task.weight, s.k, STEP, vecs);
     pack_vectors(task);
     run_chunk<T, K, STEP>(task, part % g.chunks);
     write_partials(task);

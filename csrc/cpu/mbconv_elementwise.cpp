@@ -4,7 +4,8 @@
 //           finish           y = (z * scale + shift) * row_scale + residual
 //           finish_backward  per channel the sums of du and du * zh, du = row_scale * grad_y
 // Layout:   channels-last without gaps
-// Tiling:   a task owns some pixels of one image and goes through them a few at a time, in the order
+// Tiling:   a task owns some pixels of one image and goes through them a few at a time, in the
+// order
 //           of addresses
 // Bytes:    every input once, y once
 // FLOPs:    about 25 per element of z2, 4 of z3
@@ -123,8 +124,7 @@ bool mbconv_finish(const MBConvFinishArgs& args) {
 }
 
 bool mbconv_finish_backward(const MBConvFinishArgs& args) {
-  return args.dtype == DType::kFloat32 ? finish_backward<float>(args)
-                                       : finish_backward<bf16>(args);
+  return args.dtype == DType::kFloat32 ? finish_backward<float>(args) : finish_backward<bf16>(args);
 }
 
 }  // namespace EFFNET_ISA

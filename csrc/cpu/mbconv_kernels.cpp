@@ -11,10 +11,11 @@ int64_t padded_channels(int64_t c) { return padded(c); }
 }  // namespace
 
 extern const MBConvKernels mbconv_kernels;
-const MBConvKernels mbconv_kernels = {
-    mbconv_pointwise_forward, mbconv_project_backward,  mbconv_expand_backward,
-    mbconv_fold_weight,       mbconv_depthwise_forward, mbconv_depthwise_backward,
-    mbconv_squeeze, mbconv_finish, mbconv_finish_backward, padded_channels};
+const MBConvKernels mbconv_kernels = {mbconv_pointwise_forward, mbconv_project_backward,
+                                      mbconv_expand_backward,   mbconv_fold_weight,
+                                      mbconv_depthwise_forward, mbconv_depthwise_backward,
+                                      mbconv_squeeze,           mbconv_finish,
+                                      mbconv_finish_backward,   padded_channels};
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

@@ -67,8 +67,8 @@ bool run(const PointwiseForwardArgs& args) {
   const int64_t weight_floats = whole_lines(packed_floats(c, out));
   const int64_t panel_floats = max_chunk_pixels() * padded(c);
   const int64_t moment_floats = ceil_div(out, kLanes) * kMomentFloats;
-  const int64_t floats = whole_lines(moment_floats + panel_floats +
-                                     max_chunk_pixels() * kPanelVecs * kLanes);
+  const int64_t floats =
+      whole_lines(moment_floats + panel_floats + max_chunk_pixels() * kPanelVecs * kLanes);
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
 #pragma omp parallel num_threads(args.threads)

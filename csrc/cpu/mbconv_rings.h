@@ -29,7 +29,8 @@ struct Ring {
     for (int64_t i = 0; i < rows * vecs; i++) {
       float* at = data + i * pitch * kLanes;
       std::memset(at, 0, sizeof(float) * static_cast<size_t>(begin * kLanes));
-      std::memset(at + end * kLanes, 0, sizeof(float) * static_cast<size_t>((pitch - end) * kLanes));
+      std::memset(at + end * kLanes, 0,
+                  sizeof(float) * static_cast<size_t>((pitch - end) * kLanes));
     }
   }
 };
@@ -47,6 +48,34 @@ EFFNET_INLINE void for_row(const ChannelBlock& block, int64_t columns, const F& 
     }
   }
 }
+
+// Taps kw = q, q + stride, ... of each kernel row in descending order, row after row of K places:
+// the data gradient at one column parity is then a plain correlation of dz with stride 1.
+inline void flip_weight(float* flipped, const float* weight, int64_t k, int64_t stride,
+                        int64_t vecs) {
+  for (int64_t row = 0; row < vecs * k; row++) {
+    float* out = flipped + row * k * kLanes;
+    const float* in = weight + row * k * kLanes;
+    for (int64_t q = 0; q < stride; q++)
+      for (int64_t kw = q + (k - 1 - q) / stride * stride; q < k && kw >= q; kw -= stride)
+        store(out, load(in + kw * kLanes)), out += kLanes;
+  }
+}
+
+// The columns of the data gradient that meet the taps kw = q, q + stride, ...
+struct Parity {
+  int64_t first_tap = 0, taps;  // their place in a flipped kernel row
+  int64_t column, width;        // the first column, and how many there are, `stride` apart
+  int64_t shift;                // dz column of the first one's first tap, behind `left` zeros
+  Parity(const DwconvShape& s, int64_t q, int64_t left) {
+    const auto taps_of = [&](int64_t i) { return i < s.k ? (s.k - 1 - i) / s.stride + 1 : 0; };
+    for (int64_t i = 0; i < q; i++) first_tap += taps_of(i);
+    taps = taps_of(q);
+    column = floor_mod(q - s.pad_l, s.stride);
+    width = s.w > column ? ceil_div(s.w - column, s.stride) : 0;
+    shift = left + (column + s.pad_l - q) / s.stride - (taps - 1);
+  }
+};
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

@@ -5,7 +5,8 @@
 // fp32 or 32 bf16 channels, those beyond C zero. A unit is 16 channels, so one fp32 block and half
 // a bf16 one. Weights of a product are packed by panels of `tile units`: [panel][K][units * 16] in
 // words of 32 bits, a word being one fp32 weight or the bf16 weights of two consecutive input
-// channels; the last panel may have fewer units. A panel begins at its first unit * K * 16 words.
+// channels; the last panel has the units that are left over as well. A panel begins at its first
+// unit * K * 16 words.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,8 @@
 #include "cpu/args.h"
 
 namespace effnet {
+
+constexpr int64_t kMaxKernel = 31;  // of a depthwise convolution in a network
 
 struct Product {
   int64_t in_channels, out_channels;

@@ -38,8 +38,8 @@ inline int64_t max_chunk_pixels() { return kMaxPixels + kTileRows; }
 // out [ROWS][VECS * kLanes] = or += A [ROWS][k] B [k][VECS * kLanes]; A in panels, `step` floats
 // apart.
 template <int ROWS, int VECS>
-EFFNET_NOINLINE void product_tile(float* out, const float* a, int64_t step, const float* b,
-                                  int64_t k, bool add) {
+EFFNET_NOINLINE void panel_tile(float* out, const float* a, int64_t step, const float* b, int64_t k,
+                                bool add) {
   Vec sum[ROWS][VECS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
@@ -65,19 +65,19 @@ EFFNET_NOINLINE void product_tile(float* out, const float* a, int64_t step, cons
     for (int v = 0; v < VECS; v++) store(out + (r * VECS + v) * kLanes, sum[r][v]);
 }
 
-using ProductTile = void (*)(float*, const float*, int64_t, const float*, int64_t, bool);
+using PanelTile = void (*)(float*, const float*, int64_t, const float*, int64_t, bool);
 
 template <int VECS>
-inline ProductTile product_tile_of(int64_t rows) {
-#define EFFNET_TILE(n) product_tile<n, VECS>
+inline PanelTile panel_tile_of(int64_t rows) {
+#define EFFNET_TILE(n) panel_tile<n, VECS>
 #if defined(__AVX512F__)
-  static constexpr ProductTile tiles[] = {
+  static constexpr PanelTile tiles[] = {
       EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),  EFFNET_TILE(4), EFFNET_TILE(5),
       EFFNET_TILE(6),  EFFNET_TILE(7),  EFFNET_TILE(8),  EFFNET_TILE(9), EFFNET_TILE(10),
       EFFNET_TILE(11), EFFNET_TILE(12), EFFNET_TILE(13), EFFNET_TILE(14)};
 #else
-  static constexpr ProductTile tiles[] = {EFFNET_TILE(1), EFFNET_TILE(2), EFFNET_TILE(3),
-                                          EFFNET_TILE(4), EFFNET_TILE(5), EFFNET_TILE(6)};
+  static constexpr PanelTile tiles[] = {EFFNET_TILE(1), EFFNET_TILE(2), EFFNET_TILE(3),
+                                        EFFNET_TILE(4), EFFNET_TILE(5), EFFNET_TILE(6)};
 #endif
 #undef EFFNET_TILE
   static_assert(sizeof(tiles) / sizeof(tiles[0]) == kTileRows);
@@ -90,7 +90,7 @@ inline void product_panel(float* out, const float* a, int64_t pixels, const floa
   const int64_t tiles = ceil_div(pixels, kTileRows), step = pixels * kLanes;
   for (int64_t i = 0; i < tiles; i++) {
     const Range rows = part_of(pixels, tiles, i);
-    const ProductTile tile = product_tile_of<VECS>(rows.size());
+    const PanelTile tile = panel_tile_of<VECS>(rows.size());
     float* to = out + rows.begin * VECS * kLanes;
     for (int64_t begin = 0; begin < k; begin += kDepth)
       tile(to, a + begin * pixels + rows.begin * kLanes, step, b + begin * VECS * kLanes,

@@ -122,7 +122,7 @@ class Backbone(nn.Module):
 
     @property
     def memory(self) -> str:
-        """"fast" or "lean", as in `EfficientNet`; setting it sets every block's own `memory`."""
+        """ "fast" or "lean", as in `EfficientNet`; setting it sets every block's own `memory`."""
         return self._memory
 
     @memory.setter

@@ -7,6 +7,7 @@ memory that the blocks of a network share. Training, and whatever needs a gradie
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .dwconv_bn_silu import check_values_per_channel, output_shape
 from .dwconv_bn_silu import compute_eval as compute_depthwise
 from .mbconv_passes import passes
 from .pointwise_bn_act import compute as compute_pointwise
-from .registration import autocast, empty_nhwc, register
+from .registration import autocast, empty_nhwc, fp32, nhwc, register
 from .squeeze_excite import excite_op
 from .statistics import update_running_statistics
 
@@ -97,7 +98,7 @@ def _layers(tensors: tuple[Any, ...]) -> Layers:
     """The layers from the flat list that an autograd Function takes."""
     cuts = (0, PER_LAYER, 2 * PER_LAYER, 2 * PER_LAYER + PER_SQUEEZE, len(tensors))
     expand, depthwise, squeeze, project = (
-        tensors[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False)
+        tensors[begin:end] for begin, end in itertools.pairwise(cuts)
     )
     return Layers(expand if expand[0] is not None else None, depthwise, squeeze, project)
 
@@ -108,7 +109,9 @@ def _flat(layers: Layers) -> tuple[Any, ...]:
 
 def _without_moving(layers: Layers, training: tuple[bool, bool, bool]) -> tuple[Any, ...]:
     """The flat list without the running statistics that training moves: backward reads none."""
-    modes = zip((layers.expand or _NO_LAYER, layers.depthwise, layers.project), training, strict=True)
+    modes = zip(
+        (layers.expand or _NO_LAYER, layers.depthwise, layers.project), training, strict=True
+    )
     expand, depthwise, project = (
         (*layer[:3], None, None) if moves else tuple(layer) for layer, moves in modes
     )
@@ -153,6 +156,7 @@ class MBConv(torch.autograd.Function):
         count = len(Saved._fields)
         saved, layers = Saved(*tensors[:count]), _layers(tensors[count:])
         flags = ctx.needs_input_grad
+        grad_y = nhwc(grad_y)
         with scratch.scope():
             grads = backward(
                 passes(backend), grad_y, saved, layers, settings, _needs((flags[0], *flags[5:]))
@@ -192,8 +196,11 @@ def apply(
     Args:
         tracked: whether each BatchNorm's running statistics are to be moved in training.
     """
-    if settings.residual and layers.expand is None and x.shape[1] != layers.project[0].shape[0]:
-        raise ValueError("a residual needs an output like x")
+    kernel = layers.depthwise[0].shape[-1]
+    n, _, oh, ow = output_shape(x, kernel, settings.stride, settings.padding)
+    out = (n, layers.project[0].shape[0], oh, ow)
+    if settings.residual and out != tuple(x.shape):
+        raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
     tensors = _flat(layers)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *tensors)
@@ -267,4 +274,5 @@ def mbconv(
     settings = Settings(
         config.stride, sides, config.residual, three(config.eps), three_modes(training)
     )
-    return apply(x, row_scale, layers, settings, three(config.momentum), memory, chosen)
+    momentum = three(config.momentum)
+    return apply(x, fp32(row_scale), layers, settings, momentum, memory, chosen)

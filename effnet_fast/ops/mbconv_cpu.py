@@ -99,7 +99,7 @@ def project_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     e, sums = _none(z2, z2.dtype), _none(z2)
     if wanted[0]:
-        e = scratch.empty_nhwc("e", z2, tuple(z2.shape))
+        e = scratch.empty_nhwc("e", z2, z2.shape)
         sums = z2.new_empty((3, *z2.shape[:2]), dtype=torch.float32)
     grad_weight = _weight_grad(z2, weight, wanted[1])
     if z2.numel() == 0:
@@ -182,7 +182,7 @@ def depthwise_backward(
     f, sums = _none(x, x.dtype), _none(x)
     summed = wanted[0] and x_norm is not None
     if wanted[0]:  # without x_norm it is the gradient of x, and stays
-        f = scratch.empty_nhwc("f", x, tuple(x.shape)) if summed else empty_nhwc(x, x.shape)
+        f = scratch.empty_nhwc("f", x, x.shape) if summed else empty_nhwc(x, x.shape)
     if summed:
         sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
     grad_weight = _weight_grad(x, weight, wanted[1])

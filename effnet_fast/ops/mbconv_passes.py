@@ -158,28 +158,38 @@ _SCHEMAS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         _finish_backward_fake,
     ),
     "project_backward": (
-        "Tensor grad_y, Tensor? row_scale, Tensor z3, Tensor norm3, Tensor? sums3, Tensor weight, "
-        "Tensor z2, Tensor norm2, Tensor gate, bool[2] wanted",
+        (
+            "Tensor grad_y, Tensor? row_scale, Tensor z3, Tensor norm3, Tensor? sums3, "
+            "Tensor weight, Tensor z2, Tensor norm2, Tensor gate, bool[2] wanted"
+        ),
         "Tensor e, Tensor sums, Tensor grad_weight",
         _project_backward_fake,
     ),
     "excite_backward": (
-        "Tensor sums, Tensor slopes, Tensor pooled, Tensor hidden, Tensor gate, "
-        "Tensor reduce_weight, Tensor expand_weight, int pixels",
-        "Tensor q, Tensor sums2, Tensor grad_reduce_weight, Tensor grad_reduce_bias, "
-        "Tensor grad_expand_weight, Tensor grad_expand_bias",
+        (
+            "Tensor sums, Tensor slopes, Tensor pooled, Tensor hidden, Tensor gate, "
+            "Tensor reduce_weight, Tensor expand_weight, int pixels"
+        ),
+        (
+            "Tensor q, Tensor sums2, Tensor grad_reduce_weight, Tensor grad_reduce_bias, "
+            "Tensor grad_expand_weight, Tensor grad_expand_bias"
+        ),
         _excite_backward_fake,
     ),
     "depthwise_backward": (
-        "Tensor e, Tensor gate, Tensor q, Tensor z2, Tensor norm2, Tensor? sums2, Tensor x, "
-        "Tensor? x_norm, Tensor weight, Tensor? residual, int stride, int[4] padding, "
-        "bool[2] wanted",
+        (
+            "Tensor e, Tensor gate, Tensor q, Tensor z2, Tensor norm2, Tensor? sums2, Tensor x, "
+            "Tensor? x_norm, Tensor weight, Tensor? residual, int stride, int[4] padding, "
+            "bool[2] wanted"
+        ),
         "Tensor f, Tensor grad_weight, Tensor sums",
         _depthwise_backward_fake,
     ),
     "expand_backward": (
-        "Tensor f, Tensor z1, Tensor norm1, Tensor? sums1, Tensor x, Tensor weight, "
-        "Tensor? residual, bool[2] wanted",
+        (
+            "Tensor f, Tensor z1, Tensor norm1, Tensor? sums1, Tensor x, Tensor weight, "
+            "Tensor? residual, bool[2] wanted"
+        ),
         "Tensor grad_x, Tensor grad_weight",
         _expand_backward_fake,
     ),

@@ -188,9 +188,7 @@ def mbconv(
     modes, eps, momentum = three_modes(training), three(config.eps), three(config.momentum)
     h = x
     if params.expand is not None:
-        h = pointwise_bn_act(
-            h, *params.expand, training=modes[0], eps=eps[0], momentum=momentum[0]
-        )
+        h = pointwise_bn_act(h, *params.expand, training=modes[0], eps=eps[0], momentum=momentum[0])
     h = dwconv_bn_silu(
         h, *params.depthwise, stride=config.stride, padding=sides,
         training=modes[1], eps=eps[1], momentum=momentum[1],

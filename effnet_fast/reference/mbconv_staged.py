@@ -99,24 +99,18 @@ def forward(
         h, norm1 = passes.expand(x, *layers.expand[:3], *given, eps[0])
         z1 = h
     given = _statistics(layers.depthwise, training[1])
-    z2, norm2 = passes.depthwise(
-        h, norm1, *layers.depthwise[:3], *given, stride, padding, eps[1]
-    )
+    z2, norm2 = passes.depthwise(h, norm1, *layers.depthwise[:3], *given, stride, padding, eps[1])
     pooled, slopes = passes.squeeze(z2, norm2)
     hidden, gate = passes.excite(pooled, *layers.squeeze)
     given = _statistics(layers.project, training[2])
     z3, norm3 = passes.project(z2, norm2, gate, *layers.project[:3], *given, eps[2])
     y = passes.finish(z3, norm3, row_scale, x if residual else None)
-    saved = Saved(
-        x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale
-    )
+    saved = Saved(x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale)
     return y, saved
 
 
 def _pick(needs: tuple[bool, ...], *grads: Tensor | None) -> Vectors:
-    return tuple(
-        grad if need else None for need, grad in zip(needs, grads, strict=True)
-    )
+    return tuple(grad if need else None for need, grad in zip(needs, grads, strict=True))
 
 
 def backward(
@@ -134,7 +128,8 @@ def backward(
     to_expand = needs.x or any(needs.expand) if layers.expand is not None else needs.x
     to_depthwise = to_expand or any(needs.depthwise)
     to_squeeze = to_depthwise or any(needs.squeeze)
-    expand = depthwise = project = (None,) * 3
+    expand: Vectors = (None,) * 3
+    depthwise: Vectors = (None,) * 3
     squeeze: Vectors = (None,) * 4
     sums3 = passes.finish_backward(grad_y, row_scale, z3, norm3)
     e, sums, grad_weight = passes.project_backward(

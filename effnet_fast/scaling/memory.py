@@ -62,9 +62,10 @@ def count_memory(
 
     Plans of "inference": "stock" is PyTorch, "fused" this package's kernels on the CPU. Plans of
     "training": "stock" is PyTorch, "fused" and "fused_lean" what this version's CPU kernels do with
-    memory="fast" and "lean", "fast" and "lean" the design with its edges fused as well, which normalises on load and saves x, z1, z2, z3 and vectors (lean: z1 is computed
-    again). The images are channels_last, the gradients start as None, and the optimizer's step
-    makes no temporary tensors.
+    memory="fast" and "lean"; "fast" and "lean" are the design, whose edges are fused as well: it
+    normalises on load and saves x, z1, z2, z3 and vectors (lean: z1 is computed again). The images
+    are channels_last, the gradients start as None, and the optimizer's step makes no temporary
+    tensors.
 
     Args:
         variant, resolution, num_classes, in_chans: as for `convolutions`.

@@ -18,6 +18,7 @@
 #define EFFNET_NAMESPACE host
 #include "common/geometry.h"
 #include "cpu/args.h"
+#include "mbconv.h"
 #include "problem.h"
 
 using namespace effnet;
@@ -185,6 +186,7 @@ void test_dwconv(DType dtype, DType weight_dtype, int threads) {
     }
     test_dwconv_backward(problem, true, true, false, threads);
     test_dwconv_backward(problem, true, false, true, threads);
+    for (bool activated : {false, true}) test_depthwise(problem, activated, threads);
   }
 }
 
@@ -341,6 +343,7 @@ int main(int argc, char** argv) {
   for (DType dtype : kDTypes)
     for (int threads : kThreads) {
       test_dwconv(dtype, dtype, threads);
+      test_mbconv(dtype, threads);
       for (const PlaneShape& shape : kPlanes) test_planes(shape, dtype, threads);
       for (bool bias : {false, true}) {
         test_excite(Excite(2, 5, 3, dtype), bias, threads);

@@ -252,9 +252,7 @@ def test_hooks_on_tensors_and_parameters() -> None:
             weight = model.get_submodule(path).weight
             own: list[Tensor] = []
             weight.register_hook(lambda grad, own=own: own.append(grad.clone()) or grad * 2)
-            weight.register_post_accumulate_grad_hook(
-                lambda p, own=own: own.append(p.grad.clone())
-            )
+            weight.register_post_accumulate_grad_hook(lambda p, own=own: own.append(p.grad.clone()))
             grads.append(own)
         run_network(model, x)
         seen.append([grad for own in grads for grad in own])

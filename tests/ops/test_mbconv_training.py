@@ -26,7 +26,9 @@ def run_op(call: BlockCall, backend: str = "cpu", **options: Any) -> dict[str, T
     return run(call, ops.mbconv, backend=backend, **options)
 
 
-def sample(name: str, dtypes: Dtypes = FP32, training: Training = True, **options: Any) -> BlockCall:
+def sample(
+    name: str, dtypes: Dtypes = FP32, training: Training = True, **options: Any
+) -> BlockCall:
     return block_call(find(MBCONV_CASES, name), dtypes, training, **options)
 
 

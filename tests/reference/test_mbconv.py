@@ -37,7 +37,7 @@ def staged(call: BlockCall, passes: Any = mbconv_passes, needs: Any = mbconv_sta
     grads = mbconv_staged.backward(passes, random_like(y), saved, layers, settings, needs)
     results = {"y": y, "grad x": grads.x}
     for name in ("expand", "depthwise", "squeeze", "project"):
-        fields = [f for f in type(getattr(params, name) or params.project)._fields]
+        fields = list(type(getattr(params, name) or params.project)._fields)
         for field, grad in zip(fields, getattr(grads, name), strict=False):
             results[f"grad {name}.{field}"] = grad
     return results
@@ -73,7 +73,9 @@ def test_any_mixture_of_training_and_eval(index: int) -> None:
     assert_equal(staged(call), run(call, double=True))
 
 
-@pytest.mark.parametrize("change", [without_affine, without_biases, lambda c: replace(c, memory="lean")])
+@pytest.mark.parametrize(
+    "change", [without_affine, without_biases, lambda c: replace(c, memory="lean")]
+)
 @pytest.mark.parametrize("name", SAMPLES[:3])
 def test_absent_parameters_and_lean_memory(name: str, change: Any) -> None:
     call = change(block_call(find(MBCONV_CASES, name), FP32))
@@ -179,7 +181,11 @@ def test_gradcheck() -> None:
         ({"memory": "small"}, ValueError, "memory must be one of fast, lean, got 'small'"),
         ({"training": 1}, TypeError, "training must be a bool or three of them, got 1"),
         ({"row_scale": torch.ones(3)}, ValueError, r"row_scale must have shape \[2\], got \[3\]"),
-        ({"config": MBConvConfig(stride=2, residual=True)}, ValueError, "a residual needs an output"),
+        (
+            {"config": MBConvConfig(stride=2, residual=True)},
+            ValueError,
+            "a residual needs an output",
+        ),
         ({"x": torch.ones(2, 15, 7, 7)}, ValueError, "with Cin = 15 as in x"),
     ],
 )
