@@ -20,7 +20,9 @@
 #include "cuda/bindings.h"
 #endif
 #include "instruction_sets.h"
+#include "mbconv_bindings.h"
 #include "network_bindings.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -315,5 +317,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("excite", &excite);
   m.def("excite_backward", &excite_backward);
   m.def("gate", &gate);
+  bind_mbconv(m);
   bind_network(m);
+  bind_watch(m);
 }

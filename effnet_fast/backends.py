@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -16,17 +17,18 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from . import _native
+from . import _native, preference
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 TEST_BACKENDS = ("simt",)  # the CUDA kernels run on the CPU, where the tests have built that
-OPS = ("dwconv_bn_silu", "pointwise_bn_act", "squeeze_excite")
+OPS = ("dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_KERNELS = (3, 5)  # sides of the depthwise kernels
 CUDA_OPS = ("dwconv_bn_silu", "squeeze_excite")
 # Of squeeze-and-excite: what a block's shared memory and the grid's second dimension hold.
 CUDA_MAX_HIDDEN, CUDA_MAX_IMAGES = 6000, 4 * 65535
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
 # Whether any thread is inside `use_backend`: torch.compile can read and guard a plain global, but
@@ -123,6 +125,49 @@ def _cpu_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
     return _kernel_reason("cpu", NATIVE_DTYPES, op, args)
 
 
+@functools.cache
+def _triton_unavailable_reason() -> str | None:
+    try:
+        importlib.import_module("effnet_fast.triton_kernels.launching")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install 'effnet-fast[triton]'"
+    return None
+
+
+def _interprets() -> bool:
+    return importlib.import_module("effnet_fast.triton_kernels.launching").INTERPRETS
+
+
+def _triton_device_reason(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if _interprets():
+            return None
+        return (
+            "x is on cpu, the triton backend takes CUDA tensors; CPU tensors only in a process "
+            "started with TRITON_INTERPRET=1, for tests"
+        )
+    if device.type != "cuda":
+        return f"x is on {device}, the triton backend takes CUDA tensors"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{device} has compute capability {major}.{minor}; 8.0 and newer is supported"
+    return None
+
+
+def _triton_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
+    if reason := _triton_unavailable_reason():
+        return reason
+    if args is None:
+        if torch.cuda.is_available():
+            return _triton_device_reason(torch.device("cuda", torch.cuda.current_device()))
+        return None if _interprets() else "there is no CUDA device"
+    if reason := _triton_device_reason(args.x.device):
+        return reason
+    if args.x.dtype is torch.bfloat16 and _interprets():
+        return "x is torch.bfloat16, which Triton's interpreter computes wrongly"
+    return _kernel_reason("triton", TRITON_DTYPES, op, args)
+
+
 def _kernel_reason(
     backend: str, dtypes: tuple[torch.dtype, ...], op: str, args: OpArgs
 ) -> str | None:
@@ -206,10 +251,6 @@ def _cuda_size_reason(backend: str, op: str, args: OpArgs) -> str | None:
     return None
 
 
-def _triton_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
-    return f"this version has no Triton kernel for {op}"
-
-
 _REASONS: dict[str, Callable[[str, OpArgs | None, str], str | None]] = {
     "cpu": _cpu_reason,
     "cuda": _cuda_reason,
@@ -256,10 +297,12 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
     if backend == "auto":
         backend = current_backend()
     if backend == "auto":
-        kernels = "cuda" if args.x.device.type == "cuda" else "cpu"
-        if in_transform() or _REASONS[kernels](op, args, ""):
+        if in_transform():
             return "reference"
-        return kernels
+        for preferred in preference.order(args.x.device.type, op):
+            if _REASONS[preferred](op, args, "") is None:
+                return preferred
+        return "reference"
     if reason := can_run(backend, op, args):
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
     if backend != "reference" and in_transform():

@@ -13,13 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import backends, layers, recognition
+from . import backends, layers, preference, recognition
 from .ops.dwconv_bn_silu import apply as dwconv_bn_silu
+from .ops.mbconv import apply as mbconv
 from .ops.mbconv import eval_op as mbconv_eval
 from .ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
 from .ops.registration import autocast
-from .ops.squeeze_excite import apply as squeeze_excite
 from .ops.stem_conv_bn_silu import eval_op as stem_conv_bn_silu_eval
+from .reference.mbconv_staged import Layers, Settings
 from .same_padding import Conv2dSame, same_sides
 
 
@@ -32,13 +33,25 @@ def explain(module: nn.Module) -> str | None:
     backend = backends.current_backend()
     if backend == "reference":
         return 'the backend is "reference"'
-    if reason := backends.can_run("cpu" if backend == "auto" else backend, "dwconv_bn_silu"):
+    if reason := _unavailable_reason(backend, module):
         return reason
     try:
         recognition.structure_of(module)
     except recognition.RefusedError as refused:
         return str(refused)
     return None
+
+
+def _unavailable_reason(backend: str, module: nn.Module) -> str | None:
+    """Why no kernel can run where the module is: with "auto" that of the preferred backend."""
+    names: tuple[str, ...] = (backend,)
+    if backend == "auto":
+        device = next((p.device.type for p in module.parameters()), "cpu")
+        names = preference.order(device, "dwconv_bn_silu")
+        if not names:
+            return f"there are no kernels for {device}"
+    reasons = [backends.can_run(name, "dwconv_bn_silu") for name in names]
+    return None if None in reasons else reasons[0]
 
 
 def _captured(x: Tensor) -> bool:
@@ -86,12 +99,8 @@ def _run_depthwise(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     conv, bn = layer.conv, layer.bn
     weight, bn_weight, bn_bias, mean, var = layer.tensors
     assert weight is not None
-    momentum = 0.0 if bn.momentum is None else bn.momentum
+    momentum = _count_batch(bn)
     tracked = bn.track_running_stats if bn.training else True
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
     return dwconv_bn_silu(
         autocast(x), weight, bn_weight, bn_bias,
         mean if tracked else None, var if tracked else None,
@@ -131,11 +140,54 @@ def _run_block(module: layers.MBConv, block: recognition.Block, x: Tensor, backe
             module.use_res_connect and not dropped, backend,
         )  # fmt: skip
         return module.add_residual(y, x) if dropped else y
-    h = x if expand is None else _run_layer(expand, x, backend)
-    h = _run_depthwise(depthwise, h, backend)
-    h = squeeze_excite(h, *parameters, backend)
-    y = _run_layer(project, h, backend)
-    return module.add_residual(y, x)
+    return _train_block(module, block, autocast(x), backend)
+
+
+def _train_block(
+    module: layers.MBConv, block: recognition.Block, x: Tensor, backend: str
+) -> Tensor:
+    """The block with gradients or batch statistics, and its modules' own bookkeeping."""
+    parts = (block.expand, block.depthwise, block.project)
+    layers_of = (part.tensors if part else None for part in parts)
+    expand, depthwise, project = layers_of
+    assert depthwise is not None and project is not None
+    norms = [part.bn if part else None for part in parts]
+    row_scale = _drop_path(module.stochastic_depth, x) if module.use_res_connect else None
+    settings = Settings(
+        block.depthwise.conv.stride[0],
+        _padding(block.depthwise.conv, x),
+        module.use_res_connect,
+        tuple(bn.eps if bn else 0.0 for bn in norms),  # type: ignore[arg-type]
+        tuple(bn is not None and _uses_batch_statistics(bn) for bn in norms),  # type: ignore[arg-type]
+    )
+    return mbconv(
+        x, row_scale, Layers(expand, depthwise, block.excite, project), settings,
+        tuple(_count_batch(bn) if bn else 0.0 for bn in norms),  # type: ignore[arg-type]
+        module.memory, backend,
+        tuple(bn is not None and _moves(bn) for bn in norms),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _drop_path(layer: layers.StochasticDepth, x: Tensor) -> Tensor | None:
+    """The factor [N] of each image's body, drawn as the layer draws it; None for 1."""
+    if not layer.training or layer.p == 0.0:
+        return None
+    ones = torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device)
+    return layers.stochastic_depth(ones, layer.p, layer.mode).flatten().float()
+
+
+def _moves(bn: nn.BatchNorm2d) -> bool:
+    """Whether the BatchNorm's running statistics are to be moved."""
+    return bn.training and bn.track_running_stats
+
+
+def _count_batch(bn: nn.BatchNorm2d) -> float:
+    """Counts one more batch, as the module's own forward does; the momentum that it then has."""
+    if _moves(bn) and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            return 1.0 / float(bn.num_batches_tracked)
+    return 0.0 if bn.momentum is None else bn.momentum
 
 
 def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tensor:

@@ -285,11 +285,13 @@ class MBConv(nn.Module):
 
     Attributes:
         grad_checkpointing: whether backward computes the block's activations again.
+        memory: "fast", or "lean" to save one expanded tensor less for backward.
 
     Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381).
     """
 
     grad_checkpointing = False
+    memory = "fast"
 
     def __init__(
         self,

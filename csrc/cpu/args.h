@@ -142,7 +142,8 @@ struct FoldChanArgs {    // (mean, M2) of the parts, merged in order into mean a
   int threads;
 };
 
-struct NetworkArgs;  // in network.h
+struct NetworkArgs;    // in network.h
+struct MBConvKernels;  // in mbconv_args.h
 
 // A kernel returns false where it could not get its scratch memory.
 struct Kernels {
@@ -158,6 +159,7 @@ struct Kernels {
   bool (*fold_chan)(const FoldChanArgs&);
   bool (*network)(const NetworkArgs&);
   int64_t (*network_tile_units)();  // panels of packed weights have this many units
+  const MBConvKernels* mbconv;
 };
 
 }  // namespace effnet

@@ -4,6 +4,7 @@
 namespace effnet {
 namespace EFFNET_ISA {
 
+extern const MBConvKernels mbconv_kernels;
 extern const Kernels kernels;
 const Kernels kernels = {dwconv_forward,
                          dwconv_backward,
@@ -16,7 +17,8 @@ const Kernels kernels = {dwconv_forward,
                          fold_sum,
                          fold_chan,
                          network,
-                         network_tile_units};
+                         network_tile_units,
+                         &mbconv_kernels};
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

@@ -61,11 +61,16 @@ class Backbone(nn.Module):
         variant: the row of the table that was built.
         feature_info: `FeatureInfo` of the maps at strides 2, 4, 8, 16 and 32.
         grad_checkpointing: whether `set_grad_checkpointing` is on.
+        plan: whether forward in eval mode without gradients may run the whole network from packed
+            weights, on a CPU; they take about as much memory as the parameters, in bf16 half of
+            it. Set it to False to do without.
 
     Raises:
         ValueError: an argument outside what is allowed.
         TypeError: a norm_layer that cannot be called.
     """
+
+    plan = True
 
     def __init__(
         self,
@@ -82,7 +87,8 @@ class Backbone(nn.Module):
         variant = find_variant(variant)
         check_count("in_chans", in_chans)
         check_probability("stochastic_depth_prob", stochastic_depth_prob)
-        _check_choices(backend, memory)
+        _check_backend(backend)
+        check_memory(memory)
         if norm_layer is None:
             norm_layer = partial(nn.BatchNorm2d, eps=variant.bn_eps, momentum=variant.bn_momentum)
         elif not callable(norm_layer):
@@ -92,7 +98,6 @@ class Backbone(nn.Module):
             )
         self.variant = variant
         self.backend = backend
-        self.memory = memory
         self.in_chans = in_chans
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo(describe(variant), out_indices)
@@ -118,6 +123,20 @@ class Backbone(nn.Module):
         if out_indices is not None:
             del makers[self.feature_info.get("stage")[-1] + 1 :]
         self.features = nn.Sequential(*(make() for make in makers))
+        self.memory = memory
+
+    @property
+    def memory(self) -> str:
+        """ "fast" or "lean", as in `EfficientNet`; setting it sets every block's own `memory`."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        check_memory(memory)
+        self._memory = memory
+        for module in self.features.modules():
+            if isinstance(module, MBConv):
+                module.memory = memory
 
     def _prepared(self, x: Tensor) -> Tensor:
         return to_channels_last(x)
@@ -143,6 +162,8 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As nn.Module's; BatchNorms that `freeze` holds stay in eval mode."""
         super().train(mode)
+        if mode and (plans := self.__dict__.get("_own_plans")):
+            plans.forget()
         if self._frozen_norms:
             for norm in self._norms_of_frozen():
                 norm.eval()
@@ -320,9 +341,13 @@ def check_probability(name: str, probability: float) -> None:
         raise ValueError(f"{name} must be between 0 and 1, got {probability!r}")
 
 
-def _check_choices(backend: str, memory: str) -> None:
+def _check_backend(backend: str) -> None:
     if not isinstance(backend, str):
         raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {backend!r}")
     backends.parse(backend)
+
+
+def check_memory(memory: str) -> None:
+    """Raises ValueError for what is none of MEMORY_MODES."""
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")

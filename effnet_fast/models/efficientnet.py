@@ -25,6 +25,7 @@ from effnet_fast.models.backbone import (
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, take_indices
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.loading import load_network
+from effnet_fast.models.plan import run_own_plan
 from effnet_fast.models.variants import Variant
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class EfficientNet(Backbone):
             "" for none, which gives maps and needs num_classes=0.
         backend: what computes the fused ops, as in `use_backend`; "auto" leaves the choice to
             the context, "reference" is stock PyTorch. May be changed later as `model.backend`.
-        memory: "fast", or "lean" to save less for backward and compute it again; no kernel of this
-            version makes use of it, both save the same.
+        memory: "fast", or "lean" to save one expanded tensor less per block for backward and
+            compute it again. May be changed later as `model.memory`, or for a single block as
+            `block.memory`.
 
     Attributes:
         num_features: channels of the last feature map.
@@ -154,7 +156,11 @@ class EfficientNet(Backbone):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            return self.forward_head(self.forward_features(x))
+        y = run_own_plan(self, x)
+        return self.forward_head(self.forward_features(x)) if y is None else y
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
@@ -350,12 +356,14 @@ class EfficientNetFeatures(Backbone):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self._prepared(x)
         # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            return self._maps(x)
-        with self._execution():
-            return self._maps(x)
+            return self._maps(self._prepared(x))
+        maps = run_own_plan(self, x)
+        if maps is None:
+            with self._execution():
+                maps = self._maps(self._prepared(x))
+        return maps
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []

@@ -1,22 +1,38 @@
-"""A whole MBConv for inference as one op.
+"""A whole MBConv as one op.
 
-expand -> depthwise (which also pools) -> excite -> project, with the expanded tensors in memory
-that the blocks of a network share.
+Inference: expand -> depthwise (which also pools) -> excite -> project, with the expanded tensors in
+memory that the blocks of a network share. Training, and whatever needs a gradient: the passes of
+`mbconv_passes`, which normalise on load, behind one autograd Function.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import scratch
+from .. import reference
+from ..backends import OpArgs, resolve
+from ..reference.mbconv import (
+    MBConvConfig,
+    MBConvParams,
+    Training,
+    check_arguments,
+    three,
+    three_modes,
+)
+from ..reference.mbconv_passes import MEAN, VAR
+from ..reference.mbconv_staged import Layers, Needs, Saved, Settings, backward, forward
+from . import scratch, second_derivative
+from .dwconv_bn_silu import check_values_per_channel, output_shape
 from .dwconv_bn_silu import compute_eval as compute_depthwise
-from .dwconv_bn_silu import output_shape
+from .mbconv_passes import passes
 from .pointwise_bn_act import compute as compute_pointwise
-from .registration import empty_nhwc, register
+from .registration import autocast, empty_nhwc, fp32, nhwc, register
 from .squeeze_excite import excite_op
+from .statistics import update_running_statistics
 
 
 def _eval_cpu(
@@ -71,3 +87,192 @@ eval_op = register(
     _eval_cpu,
     _eval_fake,
 )
+
+
+PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var
+PER_SQUEEZE = 4
+_NO_LAYER = (None,) * PER_LAYER
+
+
+def _layers(tensors: tuple[Any, ...]) -> Layers:
+    """The layers from the flat list that an autograd Function takes."""
+    cuts = (0, PER_LAYER, 2 * PER_LAYER, 2 * PER_LAYER + PER_SQUEEZE, len(tensors))
+    expand, depthwise, squeeze, project = (
+        tensors[begin:end] for begin, end in itertools.pairwise(cuts)
+    )
+    return Layers(expand if expand[0] is not None else None, depthwise, squeeze, project)
+
+
+def _flat(layers: Layers) -> tuple[Any, ...]:
+    return (*(layers.expand or _NO_LAYER), *layers.depthwise, *layers.squeeze, *layers.project)
+
+
+def _without_moving(layers: Layers, training: tuple[bool, bool, bool]) -> tuple[Any, ...]:
+    """The flat list without the running statistics that training moves: backward reads none."""
+    modes = zip(
+        (layers.expand or _NO_LAYER, layers.depthwise, layers.project), training, strict=True
+    )
+    expand, depthwise, project = (
+        (*layer[:3], None, None) if moves else tuple(layer) for layer, moves in modes
+    )
+    return (*expand, *depthwise, *layers.squeeze, *project)
+
+
+def _needs(flags: tuple[bool, ...]) -> Needs:
+    """From the flags of x and of the flat list."""
+    x, *rest = flags
+    layers = _layers((*rest,))
+    expand = tuple(rest[:3])
+    return Needs(x, expand, layers.depthwise[:3], layers.squeeze, layers.project[:3])  # type: ignore[arg-type]
+
+
+class MBConv(torch.autograd.Function):
+    """Returns (y, norm1, norm2, norm3); the latter are [5,C], norm1 None without expansion."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        row_scale: Tensor | None,
+        settings: Settings,
+        memory: str,
+        backend: str,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        y, saved = forward(passes(backend), x, row_scale, _layers(tensors), settings)
+        if memory == "lean":
+            saved = saved._replace(z1=None)
+        ctx.save_for_backward(*saved, *_without_moving(_layers(tensors), settings.training))
+        ctx.config = (settings, backend)
+        norms = (saved.norm1, saved.norm2, saved.norm3)
+        ctx.mark_non_differentiable(*(norm for norm in norms if norm is not None))
+        return y, *norms
+
+    @staticmethod
+    @second_derivative.differentiable(second_derivative.mbconv)
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        settings, backend = ctx.config
+        tensors = ctx.saved_tensors
+        count = len(Saved._fields)
+        saved, layers = Saved(*tensors[:count]), _layers(tensors[count:])
+        flags = ctx.needs_input_grad
+        grad_y = nhwc(grad_y)
+        with scratch.scope():
+            grads = backward(
+                passes(backend), grad_y, saved, layers, settings, _needs((flags[0], *flags[5:]))
+            )
+        none = (None, None)
+        flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.squeeze, *grads.project)
+        cast = (
+            None if grad is None else grad.reshape(tensor.shape).to(tensor.dtype)
+            for grad, tensor in zip((*flat, *none), tensors[count:], strict=True)
+        )  # fmt: skip
+        return grads.x, None, None, None, None, *cast
+
+
+def _check_values_per_channel(x: Tensor, layers: Layers, settings: Settings) -> None:
+    """Raises ValueError where a BatchNorm would normalise one value per channel."""
+    kernel = layers.depthwise[0].shape[-1]
+    before = (x.shape[0], layers.depthwise[0].shape[0], *x.shape[2:])
+    after = output_shape(x, kernel, settings.stride, settings.padding)
+    expands = layers.expand is not None
+    for training, shape in zip(settings.training, (before, after, after), strict=True):
+        if training and (expands or shape is not before):
+            check_values_per_channel((shape[0], before[1], *shape[2:]))
+
+
+def apply(
+    x: Tensor,
+    row_scale: Tensor | None,
+    layers: Layers,
+    settings: Settings,
+    momentum: tuple[float, float, float],
+    memory: str,
+    backend: str,
+    tracked: tuple[bool, bool, bool] = (True, True, True),
+) -> Tensor:
+    """The op on checked arguments and a resolved backend other than the reference.
+
+    Args:
+        tracked: whether each BatchNorm's running statistics are to be moved in training.
+    """
+    kernel = layers.depthwise[0].shape[-1]
+    n, _, oh, ow = output_shape(x, kernel, settings.stride, settings.padding)
+    out = (n, layers.project[0].shape[0], oh, ow)
+    if settings.residual and out != tuple(x.shape):
+        raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
+    tensors = _flat(layers)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *tensors)
+    )
+    if not needs_grad and not any(settings.training) and row_scale is None:
+        return eval_op(
+            x, layers.expand or [], layers.depthwise, layers.squeeze, layers.project,
+            settings.stride, settings.padding, settings.eps, settings.residual, backend,
+        )  # fmt: skip
+    _check_values_per_channel(x, layers, settings)
+    if needs_grad:
+        y, *norms = MBConv.apply(x, row_scale, settings, memory, backend, *tensors)
+    else:
+        y, saved = forward(passes(backend), x, row_scale, layers, settings)
+        norms = [saved.norm1, saved.norm2, saved.norm3]
+    before, after = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
+    batch_norms = zip(
+        (layers.expand or _NO_LAYER, layers.depthwise, layers.project), norms,
+        (before, after, after), settings.training, tracked, momentum, strict=True,
+    )  # fmt: skip
+    for layer, norm, count, training, moved, share in batch_norms:
+        if training and moved and norm is not None:
+            update_running_statistics(layer[3], layer[4], norm[MEAN], norm[VAR], count, share)
+    return y
+
+
+def mbconv(
+    x: Tensor,
+    params: MBConvParams,
+    config: MBConvConfig,
+    *,
+    training: Training,
+    row_scale: Tensor | None = None,
+    memory: str = "fast",
+    backend: str = "auto",
+) -> Tensor:
+    """y = x + row_scale * bn(project(squeeze_excite(silu(bn(depthwise(silu(bn(expand(x)))))))).
+
+    In training BN and SiLU are never written to memory: saved for backward are x, the raw outputs
+    of the three convolutions, and vectors.
+
+    Args:
+        x: [N,Cin,H,W], fp32 or bf16, channels_last for the "cpu" backend. Under autocast it is cast
+            as a convolution's input is.
+        params: see `effnet_fast.reference.MBConvParams`; in x's dtype or fp32.
+        config: see `effnet_fast.reference.MBConvConfig`.
+        training: whether the BatchNorms normalise by the batch; a bool for all, or one for each of
+            expansion, depthwise and projection.
+        row_scale: [N] or None for 1: what drop-path makes of each image's body.
+        memory: "fast", or "lean" to save one expanded tensor less and compute it again.
+        backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
+
+    Returns:
+        y [N,Cout,Ho,Wo] in x's dtype, channels_last.
+
+    Raises:
+        TypeError, ValueError: as `effnet_fast.reference.mbconv`; ValueError for an unknown backend
+            too.
+        RuntimeError: the backend named by the caller cannot run this call, with the reason.
+
+    Source: Tan & Le (arXiv 1905.11946), section 4.
+    """
+    sides = check_arguments(x, params, config, training, row_scale, memory)
+    x = autocast(x)
+    tensors = (*(params.expand or ()), *params.depthwise, *params.squeeze, *params.project)
+    kernel = (params.depthwise.weight.shape[2], params.depthwise.weight.shape[3])
+    chosen = resolve(backend, "mbconv", OpArgs(x, tensors, kernel, config.stride))
+    if chosen == "reference":
+        return reference.mbconv(x, params, config, training=training, row_scale=row_scale)
+    layers = Layers(params.expand, params.depthwise, params.squeeze, params.project)
+    settings = Settings(
+        config.stride, sides, config.residual, three(config.eps), three_modes(training)
+    )
+    momentum = three(config.momentum)
+    return apply(x, fp32(row_scale), layers, settings, momentum, memory, chosen)

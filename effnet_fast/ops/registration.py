@@ -33,11 +33,11 @@ def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> 
     """Registers `effnet_fast::<schema>` with its CPU kernel and its fake; returns the op.
 
     The schema's last argument is the resolved backend; those other than "cpu" are served by the
-    function of the op's name in the module of the same file name under `_LAUNCHERS`. An op without
-    that argument has its CPU kernel alone.
+    function of the op's name in the module of the same file name as the fake's, under `_LAUNCHERS`.
+    An op without that argument has its CPU kernel alone.
     """
     name = schema.split("(")[0]
-    file = cpu.__module__.rpartition(".")[2]
+    file = fake.__module__.rpartition(".")[2]
 
     def run(*args: Any) -> Any:
         backend = args[-1]

@@ -47,7 +47,7 @@ def release() -> None:
     _local.buffers = {}
 
 
-def empty_nhwc(slot: str, like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def empty_nhwc(slot: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised channels_last tensor [N,C,H,W] with the dtype and device of `like`.
 
     Inside a `scope`, tensors of one slot share memory: asking for the next ends the use of the

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
+from ..reference.mbconv_staged import Saved
 
 Inputs = tuple[Tensor | None, ...]
 # The saved inputs of an autograd Function, and the op's reference as a function of them.
@@ -38,6 +40,31 @@ def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of SqueezeExcite."""
     return ctx.saved_tensors[:5], reference.squeeze_excite
+
+
+def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
+    """`Again` of MBConv."""
+    count = len(Saved._fields)
+    saved, tensors = Saved(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+    settings, _ = ctx.config
+    config = MBConvConfig(settings.stride, settings.padding, settings.residual, settings.eps)
+
+    def layer(tensors: tuple[Any, ...], training: bool) -> ConvParams:
+        # In training the second run must not move the running statistics.
+        return ConvParams(*tensors[:3], *((None, None) if training else tensors[3:]))
+
+    def function(x: Tensor, *others: Any) -> Tensor:
+        tensors = others[4:]
+        modes = settings.training
+        params = MBConvParams(
+            None if tensors[0] is None else layer(tensors[:5], modes[0]),
+            layer(tensors[5:10], modes[1]),
+            SqueezeExciteParams(*tensors[10:14]),
+            layer(tensors[14:], modes[2]),
+        )
+        return reference.mbconv(x, params, config, training=modes, row_scale=saved.row_scale)
+
+    return (saved.x, None, None, None, None, *tensors), function
 
 
 def differentiable(again: Again) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

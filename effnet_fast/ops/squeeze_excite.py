@@ -18,7 +18,7 @@ from . import second_derivative
 from .registration import address, dense, empty_nhwc, isa_of, nhwc, register
 
 
-def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+def native_layers(x: Tensor, *parameters: Tensor | None) -> list[Any]:
     """The parameters without gaps in one dtype: x's if all are in it and the kernels, else fp32."""
     alike = all(p is None or p.dtype is x.dtype for p in parameters)
     dtype = x.dtype if alike and x.dtype in NATIVE_DTYPES else torch.float32
@@ -39,9 +39,9 @@ def _excite_cpu(
     if pooled.numel() == 0:
         return hidden.zero_(), gate
     n, c = pooled.shape
-    layers = _layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    layers = native_layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
     _native.load().excite(
-        isa_of(backend), n, c, hidden.shape[1], layers[0].dtype == torch.bfloat16,  # type: ignore[union-attr]
+        isa_of(backend), n, c, hidden.shape[1], layers[0].dtype == torch.bfloat16,
         pooled.data_ptr(), *(address(p) for p in layers), hidden.data_ptr(), gate.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -125,9 +125,9 @@ def _backward_cpu(
     native.squeeze(
         isa, *sizes, is_bf16, x.data_ptr(), grad_y.data_ptr(), 1.0, grad_gate.data_ptr(), threads
     )
-    layers = _layers(reduce_weight, reduce_weight, expand_weight)
+    layers = native_layers(reduce_weight, reduce_weight, expand_weight)
     native.excite_backward(
-        isa, *pooled.shape, hidden.shape[1], layers[0].dtype == torch.bfloat16,  # type: ignore[union-attr]
+        isa, *pooled.shape, hidden.shape[1], layers[0].dtype == torch.bfloat16,
         pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
         *(address(p) for p in layers), *(grad.data_ptr() for grad in grads[1:]),
         grad_pooled.data_ptr(), threads,

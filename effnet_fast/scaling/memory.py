@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from effnet_fast.models.variants import Variant
+from effnet_fast.ops.scratch import KEPT_BYTES
 from effnet_fast.scaling.checks import whole
 from effnet_fast.scaling.counts import Group, groups
 from effnet_fast.scaling.memory_plans import PLANS, Plan, Step, Steps, plans
@@ -22,6 +23,7 @@ OPTIMIZER_TENSORS = 2  # Adam's moments, or RMSprop's with momentum
 PADDED = 16  # channels that oneDNN gives to each group of a depthwise convolution
 PADDED_FROM_KERNEL = 5  # smaller depthwise kernels have code of their own there
 FP32 = 4  # bytes
+NORM_VECTORS = 5  # scale, shift, mean, rstd, variance
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def count_memory(
     """The memory of one forward pass, or of one training step.
 
     Plans of "inference": "stock" is PyTorch, "fused" this package's kernels on the CPU. Plans of
-    "training": "stock" is PyTorch, "fused" what this version's CPU kernels save, "fast" and "lean"
-    the design, which normalises on load and saves x, z1, z2, z3 and vectors (lean: z1 is computed
-    again). The images are channels_last, the gradients start as None, and the optimizer's step
-    makes no temporary tensors.
+    "training": "stock" is PyTorch, "fused" and "fused_lean" what this version's CPU kernels do with
+    memory="fast" and "lean"; "fast" and "lean" are the design, whose edges are fused as well: it
+    normalises on load and saves x, z1, z2, z3 and vectors (lean: z1 is computed again). The images
+    are channels_last, the gradients start as None, and the optimizer's step makes no temporary
+    tensors.
 
     Args:
         variant, resolution, num_classes, in_chans: as for `convolutions`.
@@ -118,7 +121,8 @@ def _sizes(group: Group, batch: int, dtype: torch.dtype, device: str) -> dict[st
     inner, squeezed = depthwise.out_channels, reduce.out_channels
     sizes |= {"c": batch * inner * size, "r": batch * squeezed * size, "i": sizes["e"]}
     sizes |= {"C": batch * inner * FP32, "R": batch * squeezed * FP32}
-    sizes |= {"u": 2 * inner * size, "w": 2 * inner * size, "W": 2 * inner * FP32}
+    sizes |= {"u": 2 * inner * size, "w": 2 * inner * size}
+    sizes |= {"N": NORM_VECTORS * inner * FP32, "V": NORM_VECTORS * last.out_channels * FP32}
     sizes["o"] = _padded_gradient(group, size) if on_cpu else 0
     matrix = inner * last.out_channels * (FP32 + (size if size < FP32 else 0))
     smaller = last.out_channels <= last.side**2
@@ -181,7 +185,7 @@ def _shared(sized: Sized) -> int:
 
 def _forward(sized: Sized, plan: Plan) -> tuple[int, int]:
     """Bytes alive after the forward pass, and the most during it."""
-    live = peak = _shared(sized) if plan.shared else 0
+    live = peak = _shared(sized) if plan.shared and not plan.block_backward else 0
     owed = 0
     for index, (group, sizes) in enumerate(sized):
         steps = {"stem": plan.stem, "head": plan.head}.get(group.kind, plan.block)
@@ -198,10 +202,17 @@ def _forward(sized: Sized, plan: Plan) -> tuple[int, int]:
 
 def _backward(sized: Sized, plan: Plan, dtype: torch.dtype) -> int:
     """The most during the backward pass, above what stands at its start."""
-    live = peak = 0
+    live = peak = expanded = filtered = 0
     for group, sizes in reversed(sized):
         edges = {"stem": plan.stem_backward, "head": plan.head_backward}
         left, most = _follow(edges.get(group.kind, plan.block_backward), group, sizes)
+        if plan.shared and group.kind == "block":
+            # The buffers grow from block to block; too large ones are freed after each.
+            expanded = max(expanded, sizes["e"] if group.expands else 0)
+            filtered = max(filtered, sizes["d"])
+        most += expanded + filtered
+        if expanded + filtered > KEPT_BYTES:
+            expanded = filtered = 0
         left += group.parameters * dtype.itemsize  # the gradients stay
         peak = max(peak, live + most, live + (group.repeats - 1) * left + most)
         live += group.repeats * left

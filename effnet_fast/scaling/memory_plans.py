@@ -8,7 +8,8 @@ named "residual" and "drop_path" where it has a residual, those named "plain" wh
     x e d y   the block's input, the tensors before and after the depthwise convolution, the output
     i         what the depthwise convolution reads: e, or x where nothing expands
     c r       a value per image and channel, expanded (the head's) or squeezed; C R in fp32
-    u w v     mean and variance of the BatchNorm over e, d and y; W in fp32
+    u w v     mean and variance of the BatchNorm over e, d and y
+    N V       its five vectors in fp32, over e or d, and over y
     f         an fp32 copy of d (the head's y), which PyTorch makes to average 16-bit values
     o         what oneDNN takes for the weight gradient of a depthwise convolution
     g         the weight with its gate applied, per image, or d where that is smaller
@@ -76,19 +77,22 @@ depthwise       bn_bwd          dd      dddw
 depthwise       conv_bwd        io      oid
 {_STOCK_EXPAND_BACKWARD}
 """
-# This version's CPU kernels in training: depthwise + BN + SiLU and squeeze-excite.
-_FUSED = f"""
-{_STOCK_EXPAND}
-depthwise       fused           ddW     -
-squeeze_excite  fused           dCRC    -
-{_STOCK_PROJECT}
+# This version's CPU kernels in training: the blocks as designed, the edges as stock. What one pass
+# hands to the next (of the size of d, of e) lies in shared buffers. Lean computes z1 = e again.
+_FUSED = """
+expand          convolution     eN      -
+depthwise       convolution     dN      -
+squeeze_excite  squeeze         CCCRC   -
+project         convolution     yV      -
+project         finish          y       -
 """
-_FUSED_BACKWARD = f"""
-{_STOCK_PROJECT_BACKWARD}
-squeeze_excite  fused_bwd       d       ddCRC
-depthwise       fused_bwd       i       ddiW
-{_STOCK_EXPAND_BACKWARD}
+_FUSED_BACKWARD = """
+expand          backward        x       xeN
+narrow          backward        x       x
+project         done            -       yyVdNCCCRC
 """
+_FUSED_LEAN = f"{_FUSED}expand done - e"
+_FUSED_LEAN_BACKWARD = f"expand recompute e -\n{_FUSED_BACKWARD}"
 # The design: x, z1 = e, z2 = d, z3 = y and vectors are saved.
 _FAST = """
 expand          convolution     eu      -
@@ -132,7 +136,8 @@ class Plan:
     """Steps forward and, in training, backward, of a block, of the stem and of the head.
 
     Args:
-        shared: whether e and d of all blocks live in two buffers that outlast the pass.
+        shared: whether two buffers, of the sizes of e and d, serve all blocks and outlast the
+            pass: in inference the forward pass, in training the backward pass.
     """
 
     block: Steps
@@ -144,7 +149,9 @@ class Plan:
     shared: bool = False
 
 
-def _training(block: str, backward: str, edge: str, edge_backward: str) -> Plan:
+def _training(
+    block: str, backward: str, edge: str, edge_backward: str, *, shared: bool = False
+) -> Plan:
     return Plan(
         _steps(block),
         _steps(edge),
@@ -152,6 +159,7 @@ def _training(block: str, backward: str, edge: str, edge_backward: str) -> Plan:
         _steps(backward),
         _steps(f"{edge_backward}\nedge conv_bwd - y"),
         _steps(f"{_POOL_BACKWARD}\n{edge_backward}\nedge conv_bwd x yx"),
+        shared,
     )
 
 
@@ -178,7 +186,12 @@ _EDGE_INFERENCE = "edge convolution y -\nedge bn_silu y y"
 _EDGE_DONE = "edge done - x\nedge pool f fy"
 PLANS = {
     ("training", "stock"): _training(_STOCK, _STOCK_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
-    ("training", "fused"): _training(_FUSED, _FUSED_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
+    ("training", "fused"): _training(
+        _FUSED, _FUSED_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD, shared=True
+    ),
+    ("training", "fused_lean"): _training(
+        _FUSED_LEAN, _FUSED_LEAN_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD, shared=True
+    ),
     ("training", "fast"): _training(_FAST, _FAST_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
     ("training", "lean"): _training(_LEAN, _LEAN_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
     ("inference", "stock"): Plan(

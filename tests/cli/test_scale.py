@@ -152,7 +152,8 @@ def test_table(capsys):
     for mode, plan in TRAFFIC_PLANS:
         rows = traffic(VARIANTS["b4"], mode, plan, batch=2, element_size=2, weight_size=2)
         assert b4["traffic_bytes"][mode][plan] == sum(row.bytes for row in rows)
-    assert b4["memory_bytes"]["training"].keys() == {"stock", "fused", "fast", "lean"}
+    plans = {"stock", "fused", "fused_lean", "fast", "lean"}
+    assert b4["memory_bytes"]["training"].keys() == plans
     conditions = Conditions(2, latency_module.DTYPES["bf16"], training=True, plan="lean")
     assert b4["memory_bytes"]["training"]["lean"] == vars(conditions.memory(VARIANTS["b4"]))
     rule = CompoundScaling().at(b4["phi"])

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 import effnet_fast.ops
+from cases import MBCONV_CASES, find
+from effnet_fast.ops import mbconv_passes
+from effnet_fast.ops.mbconv_passes import OPS as PASSES
+from mbconv_blocks import block_call
+from mbconv_blocks import run as run_block
 from parity import BF16, FP32, Call, Dtypes, sample
 
 SAMPLE_OF = {
@@ -26,6 +31,7 @@ SAMPLE_OF = {
     "squeeze_excite_backward": "squeeze_excite",
     "stem_conv_bn_silu_eval": "dwconv_eval",
 }
+PASSES_OF_MBCONV = [f"mbconv_{name}" for name in PASSES if name != "excite"]
 PADDING = (2, 2, 2, 2)  # of the sample's 5x5 kernel
 
 
@@ -37,7 +43,7 @@ def registered_ops() -> set[str]:
 
 
 def test_every_op_is_here() -> None:
-    assert registered_ops() == set(SAMPLE_OF)
+    assert registered_ops() == set(SAMPLE_OF) | set(PASSES_OF_MBCONV)
 
 
 def arguments(op: str, call: Call) -> tuple[Any, ...]:
@@ -142,3 +148,39 @@ def test_meta_tensors(op: str) -> None:
     for a, b in zip(on_meta, expected, strict=True):
         assert a.is_meta
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def passes_arguments(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+    """The arguments that one step of a block calls each pass with."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    passes = mbconv_passes.passes("cpu")
+    for name, op in PASSES.items():
+
+        def record(*args: Any, name: str = name, op: Any = op) -> Any:
+            seen[f"mbconv_{name}"] = (
+                *(a.detach().clone() if isinstance(a, Tensor) else a for a in args),
+                "cpu",
+            )
+            return op(*args, "cpu")
+
+        monkeypatch.setattr(passes, name, record)
+    call = block_call(find(MBCONV_CASES, "c_odd_stride_2"), dtypes, dropped=True)
+    run_block(call, effnet_fast.ops.mbconv, backend="cpu")
+    return seen
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("op", PASSES_OF_MBCONV)
+def test_opcheck_of_passes(op: str, dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = passes_arguments(dtypes, monkeypatch)[op]
+    torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, args)
+
+
+@pytest.mark.parametrize("wanted", [[True, False], [False, True], [False, False]])
+@pytest.mark.parametrize("op", [op for op in PASSES_OF_MBCONV if op.endswith("_backward")])
+def test_opcheck_of_pruned_passes(
+    op: str, wanted: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = passes_arguments(FP32, monkeypatch)[op]
+    pruned = tuple(wanted if isinstance(a, list) and type(a[0]) is bool else a for a in args)
+    torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, pruned)

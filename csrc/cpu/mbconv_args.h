@@ -1,0 +1,147 @@
+// Arguments of the passes of MBConv in training: plain data, as in args.h. Images are channels-last
+// without gaps. Symbols as in effnet_fast/reference/mbconv_passes.py.
+#pragma once
+
+#include "cpu/args.h"
+
+namespace effnet {
+
+// How BatchNorm is applied on load: u = z * scale + shift, zh = (z - mean) * rstd. All [C].
+struct NormVectors {
+  const float *scale, *shift, *mean, *rstd;
+};
+
+// dz = scale * du + (z - mean) * slope + offset: BatchNorm's backward with its two means. All [C];
+// slope and offset are 0 where BatchNorm does not normalise by the batch.
+struct GradVectors {
+  const float *scale, *mean, *slope, *offset;
+};
+
+// z = conv(x * gate or a * gate, weight), and (mean, M2, pivot) of each task as stored.
+struct PointwiseForwardArgs {
+  int64_t n, hw, c, out;  // channels of x and of z
+  DType dtype, weight_dtype;
+  const void* x;       // [N,HW,C]
+  NormVectors norm;    // scale null: x is taken as it is
+  const float* gate;   // [N,C] or null
+  const void* weight;  // [out,C]
+  void* z;             // [N,HW,out]
+  float* partial;      // [N,parts,3,out], parts = pointwise_parts(hw); null: not wanted
+  Workspace workspace;
+  int threads;
+};
+
+// e = dz3 W3 with its three sums, and the partial weight gradients.
+struct ProjectBackwardArgs {
+  int64_t n, hw, c, out;  // channels of z2 and of z3
+  DType dtype, weight_dtype;
+  const void *grad_y, *z3;  // [N,HW,out]
+  const float* row_scale;   // [N] or null
+  GradVectors grad;         // of z3
+  const void* weight;       // [out,C]
+  const void* z2;           // [N,HW,C]
+  NormVectors norm;         // of z2
+  const float* gate;        // [N,C]
+  void* e;                  // [N,HW,C]; null: not wanted
+  float* sums;              // [N,parts,3,C]
+  float* grad_weight;       // [tasks,out,C padded]; null: not wanted
+  Workspace workspace;
+  int threads;
+};
+
+// dx = dz1 W1 + residual, and the partial weight gradients, transposed.
+struct ExpandBackwardArgs {
+  int64_t n, hw, c, out;  // channels of x and of z1
+  DType dtype, weight_dtype;
+  const void *f, *z1;    // [N,HW,out]
+  GradVectors grad;      // of z1
+  const void* weight;    // [out,C]
+  const void* x;         // [N,HW,C]
+  const void* residual;  // [N,HW,C] or null
+  void* grad_x;          // [N,HW,C]; null: not wanted
+  float* grad_weight;    // [tasks,C,out padded]; null: not wanted
+  Workspace workspace;
+  int threads;
+};
+
+// out = sum of the parts in order; padded rows become dense, transposed ones [columns,rows].
+struct FoldWeightArgs {
+  const float* partial;  // [parts,rows,columns padded]
+  int64_t parts, rows, columns;
+  bool transposed;
+  float* out;
+  int threads;
+};
+
+// z = conv_dw(a, weight), a = x or silu(x * scale + shift), and (mean, M2, pivot) of each task.
+struct DepthwiseForwardArgs {
+  DwconvShape shape;
+  DType dtype, weight_dtype;
+  const void* x;       // [N,H,W,C]
+  NormVectors norm;    // scale null: x is taken as it is
+  const void* weight;  // [C,1,K,K]
+  void* z;             // [N,OH,OW,C]
+  float* partial;      // [N,chunks,3,C], chunks = depthwise_chunks(n, oh)
+  Workspace workspace;
+  int threads;
+};
+
+// f = da * silu'(u1) and its sums, or da + residual where x is taken as it is; partial weight
+// gradients.
+struct DepthwiseBackwardArgs {
+  DwconvShape shape;
+  DType dtype, weight_dtype;
+  const void *e, *z2;     // [N,OH,OW,C]
+  const float *gate, *q;  // [N,C]: du2 = (e * gate + q) * silu'(u2)
+  const float* shift;     // of u2 = z2 * grad.scale + shift
+  GradVectors grad;       // of z2
+  const void* x;          // [N,H,W,C]
+  NormVectors norm;       // of x
+  const void* residual;   // [N,H,W,C] or null
+  const void* weight;     // [C,1,K,K]
+  void* f;                // [N,H,W,C]; null: not wanted
+  float* sums;            // [N,chunks,2,C]; null where norm.scale is
+  float* grad_weight;     // [N,chunks,C,K*K]; null: not wanted
+  Workspace workspace;
+  int threads;
+};
+
+// The sums of silu(u), silu'(u), silu'(u) * zh over each task's pixels of an image.
+struct MBConvSqueezeArgs {
+  int64_t n, hw, c;
+  DType dtype;
+  const void* z;     // [N,HW,C]
+  NormVectors norm;  // of z
+  float* partial;    // [N,parts,3,C], parts = pointwise_parts(hw)
+  int threads;
+};
+
+// y = u * row_scale + residual; or the sums of du = row_scale * grad_y and of du * zh.
+struct MBConvFinishArgs {
+  int64_t n, hw, c;
+  DType dtype;
+  const void* z;           // [N,HW,C]
+  NormVectors norm;        // of z
+  const float* row_scale;  // [N] or null
+  const void* residual;    // forward: [N,HW,C] or null
+  void* y;                 // forward: [N,HW,C]
+  const void* grad_y;      // backward: [N,HW,C]
+  float* partial;          // backward: [N,parts,2,C], parts = pointwise_parts(hw)
+  int threads;
+};
+
+// What one instruction set offers for MBConv in training.
+struct MBConvKernels {
+  bool (*pointwise_forward)(const PointwiseForwardArgs&);
+  bool (*project_backward)(const ProjectBackwardArgs&);
+  bool (*expand_backward)(const ExpandBackwardArgs&);
+  bool (*fold_weight)(const FoldWeightArgs&);
+  bool (*depthwise_forward)(const DepthwiseForwardArgs&);
+  bool (*depthwise_backward)(const DepthwiseBackwardArgs&);
+  bool (*squeeze)(const MBConvSqueezeArgs&);
+  bool (*finish)(const MBConvFinishArgs&);
+  bool (*finish_backward)(const MBConvFinishArgs&);
+  int64_t (*padded)(int64_t c);  // channels rounded up to whole vectors
+};
+
+}  // namespace effnet

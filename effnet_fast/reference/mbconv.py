@@ -1,0 +1,202 @@
+"""MBConv as one function of its parameters, in eager PyTorch, and the dataclasses that describe it.
+
+Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381); squeeze-and-
+excitation: Hu et al. (arXiv 1709.01507).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from effnet_fast.reference.arguments import Padding, check_image, check_shape, check_tensor
+from effnet_fast.reference.dwconv_bn_silu import check_arguments as check_depthwise
+from effnet_fast.reference.dwconv_bn_silu import dwconv_bn_silu
+from effnet_fast.reference.pointwise_bn_act import check_arguments as check_pointwise
+from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
+from effnet_fast.reference.squeeze_excite import squeeze_excite
+
+MEMORY = ("fast", "lean")
+
+
+class ConvParams(NamedTuple):
+    """A convolution without bias, and the BatchNorm behind it.
+
+    Args:
+        weight: [Cout,Cin/groups,K,K].
+        bn_weight, bn_bias: [Cout], or None for 1 and 0.
+        running_mean, running_var: [Cout], updated in place in training; both may be None then.
+    """
+
+    weight: Tensor
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+
+
+class SqueezeExciteParams(NamedTuple):
+    """The two layers of squeeze-and-excitation.
+
+    Args:
+        reduce_weight: [R,E,1,1] or [R,E].
+        reduce_bias: [R], or None for 0.
+        expand_weight: [E,R,1,1] or [E,R].
+        expand_bias: [E], or None for 0.
+    """
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor | None
+    expand_weight: Tensor
+    expand_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class MBConvParams:
+    """The tensors of a block.
+
+    Args:
+        expand: weight [E,Cin,1,1]; None where the block does not expand (E = Cin).
+        depthwise: weight [E,1,K,K].
+        squeeze: see `SqueezeExciteParams`.
+        project: weight [Cout,E,1,1].
+    """
+
+    expand: ConvParams | None
+    depthwise: ConvParams
+    squeeze: SqueezeExciteParams
+    project: ConvParams
+
+
+@dataclass(frozen=True)
+class MBConvConfig:
+    """What a block does beside its tensors.
+
+    Args:
+        stride: of the depthwise convolution.
+        padding: of the depthwise convolution: None for (K-1)//2, an int, or (left, right, top,
+            bottom).
+        residual: whether x is added to the output, which must have x's shape.
+        eps: added to the variances of the expansion's, the depthwise and the projection's
+            BatchNorm; a number stands for all three, here and below.
+        momentum: share of the batch's statistics in the running ones.
+    """
+
+    stride: int = 1
+    padding: Padding = None
+    residual: bool = False
+    eps: float | tuple[float, float, float] = 1e-5
+    momentum: float | tuple[float, float, float] = 0.1
+
+
+Training = bool | tuple[bool, bool, bool]
+
+
+def three(value: float | tuple[float, float, float]) -> tuple[float, float, float]:
+    """One value for each of the three BatchNorms."""
+    return value if isinstance(value, tuple) else (value,) * 3
+
+
+def three_modes(training: Training) -> tuple[bool, bool, bool]:
+    """Whether each of the three BatchNorms normalises by the batch.
+
+    Raises:
+        TypeError: neither a bool nor three of them.
+    """
+    if isinstance(training, tuple) and len(training) == 3:
+        return training
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool or three of them, got {training!r}")
+    return (training,) * 3
+
+
+def check_arguments(
+    x: Tensor,
+    params: MBConvParams,
+    config: MBConvConfig,
+    training: Training,
+    row_scale: Tensor | None,
+    memory: str,
+) -> tuple[int, int, int, int]:
+    """Raises as `mbconv` says; returns the padding as (left, right, top, bottom)."""
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+    modes = three_modes(training)
+    check_image(x)
+    h = x
+    if params.expand is not None:
+        check_pointwise(x, *params.expand, "silu", None, None, modes[0])
+        h = x[:, :1].expand(-1, params.expand.weight.shape[0], -1, -1)
+    sides = check_depthwise(h, *params.depthwise, config.stride, config.padding, modes[1])
+    channels, kernel = params.depthwise.weight.shape[0], params.depthwise.weight.shape[-1]
+    reduce_weight, reduce_bias, expand_weight, expand_bias = params.squeeze
+    reduced = reduce_weight.shape[0]
+    check_shape("reduce_weight", reduce_weight, (reduced, channels, 1, 1), (reduced, channels))
+    check_shape("expand_weight", expand_weight, (channels, reduced, 1, 1), (channels, reduced))
+    for name, bias, size in (
+        ("reduce_bias", reduce_bias, reduced),
+        ("expand_bias", expand_bias, channels),
+    ):
+        if bias is not None:
+            check_shape(name, bias, (size,))
+    for name, tensor in zip(params.squeeze._fields, params.squeeze, strict=True):
+        if tensor is not None:
+            check_tensor(name, tensor, x.device)
+    left, right, top, bottom = sides
+    rows = (x.shape[2] + top + bottom - kernel) // config.stride + 1
+    columns = (x.shape[3] + left + right - kernel) // config.stride + 1
+    image = x[:1, :1, :1, :1].expand(x.shape[0], channels, rows, columns)
+    check_pointwise(image, *params.project, None, None, None, modes[2])
+    out = (x.shape[0], params.project.weight.shape[0], rows, columns)
+    if config.residual and out != tuple(x.shape):
+        raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
+    if row_scale is not None:
+        check_tensor("row_scale", row_scale, x.device)
+        check_shape("row_scale", row_scale, (x.shape[0],))
+    return sides
+
+
+def mbconv(
+    x: Tensor,
+    params: MBConvParams,
+    config: MBConvConfig,
+    *,
+    training: Training,
+    row_scale: Tensor | None = None,
+    memory: str = "fast",
+) -> Tensor:
+    """y = x + row_scale * bn(project(squeeze_excite(silu(bn(depthwise(silu(bn(expand(x)))))))).
+
+    Args:
+        x: [N,Cin,H,W], any floating dtype and layout.
+        params: see `MBConvParams`.
+        config: see `MBConvConfig`.
+        training: whether the BatchNorms normalise by the batch; a bool for all, or one for each.
+        row_scale: [N] or None for 1: what drop-path makes of each image's body.
+        memory: "fast" or "lean"; here both are the same.
+
+    Returns:
+        y [N,Cout,Ho,Wo] in x's dtype.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor, or of another type than allowed.
+        ValueError: a shape, stride, padding or mode out of range.
+    """
+    sides = check_arguments(x, params, config, training, row_scale, memory)
+    modes, eps, momentum = three_modes(training), three(config.eps), three(config.momentum)
+    h = x
+    if params.expand is not None:
+        h = pointwise_bn_act(h, *params.expand, training=modes[0], eps=eps[0], momentum=momentum[0])
+    h = dwconv_bn_silu(
+        h, *params.depthwise, stride=config.stride, padding=sides,
+        training=modes[1], eps=eps[1], momentum=momentum[1],
+    )  # fmt: skip
+    h = squeeze_excite(h, *params.squeeze)
+    y = pointwise_bn_act(
+        h, *params.project, act=None, training=modes[2], eps=eps[2], momentum=momentum[2]
+    )
+    if row_scale is not None:
+        y = y * row_scale.to(y.dtype).reshape(-1, 1, 1, 1)
+    return y + x if config.residual else y

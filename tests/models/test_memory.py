@@ -1,0 +1,84 @@
+"""memory="fast" and "lean" of networks and of single blocks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from allocations import saved_bytes
+from effnet_fast import EfficientNet
+from effnet_fast.layers import MBConv
+from effnet_fast.models import custom_variant
+
+TINY = custom_variant(width=0.5, depth=0.5)
+SHARES = {"fast": 0.40, "lean": 0.25}  # of what stock saves
+
+
+def blocks(model: EfficientNet) -> list[MBConv]:
+    return [module for module in model.modules() if isinstance(module, MBConv)]
+
+
+def images(side: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, side, side, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def step(model: EfficientNet) -> list[Tensor]:
+    """Loss, gradients and buffers of one step, with the same random draws each time."""
+    torch.manual_seed(0)
+    loss = model(images()).square().mean()
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    return [loss.detach(), *grads, *(b.clone() for b in model.buffers())]
+
+
+def test_memory_of_a_network_is_that_of_its_blocks() -> None:
+    model = EfficientNet(TINY, memory="lean")
+    assert {block.memory for block in blocks(model)} == {"lean"}
+    model.memory = "fast"
+    assert {block.memory for block in blocks(model)} == {"fast"}
+    blocks(model)[1].memory = "lean"
+    kept = [block.memory for block in blocks(copy.deepcopy(model))]
+    assert kept == ["fast", "lean", *["fast"] * (len(kept) - 2)]
+
+
+def test_unknown_memory_changes_nothing() -> None:
+    model = EfficientNet(TINY)
+    with pytest.raises(ValueError, match="memory must be one of fast, lean, got 'small'"):
+        model.memory = "small"
+    assert model.memory == "fast"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_lean_gives_the_bits_of_fast(autocast: bool) -> None:
+    model = EfficientNet(TINY).train()
+    lean = copy.deepcopy(model)
+    lean.memory = "lean"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        results = [step(m) for m in (model, lean)]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("memory", SHARES)
+def test_what_is_saved(memory: str) -> None:
+    """By hooks, for B0 at a side where maps outweigh vectors."""
+    x = images(192)
+    torch.manual_seed(0)
+    stock = saved_bytes(EfficientNet("b0", backend="reference").train(), x)
+    assert saved_bytes(EfficientNet("b0", memory=memory).train(), x) <= SHARES[memory] * stock
+
+
+def test_a_residual_of_another_shape_is_refused() -> None:
+    """The block would read beyond its input otherwise."""
+    model = EfficientNet(TINY).train()
+    wide = copy.deepcopy(blocks(model)[1])
+    wide.use_res_connect = True
+    x = torch.randn(2, wide.block[0][0].in_channels, 8, 8)
+    with pytest.raises(ValueError, match="a residual needs an output like x"):
+        wide(x.contiguous(memory_format=torch.channels_last))

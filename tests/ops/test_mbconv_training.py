@@ -1,0 +1,245 @@
+"""The MBConv op with gradients and batch statistics, against the reference."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import MBCONV_CASES, MBConvCase, find
+from effnet_fast import ops, reference
+from effnet_fast.ops import mbconv_passes, scratch
+from effnet_fast.reference.mbconv import Training
+from mbconv_blocks import BlockCall, block_call, params_of, run
+from parity import BACKENDS, BF16, DTYPES, FP32, Dtypes, assert_parity, assert_same, random_like
+
+SAMPLES = ("c_odd_stride_2", "no_expansion_residual", "c_eq_vector", "k7")
+ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
+
+
+def run_op(call: BlockCall, backend: str = "cpu", **options: Any) -> dict[str, Tensor]:
+    return run(call, ops.mbconv, backend=backend, **options)
+
+
+def sample(
+    name: str, dtypes: Dtypes = FP32, training: Training = True, **options: Any
+) -> BlockCall:
+    return block_call(find(MBCONV_CASES, name), dtypes, training, **options)
+
+
+def check(call: BlockCall, backend: str = "cpu") -> None:
+    assert_parity(run_op(call, backend), run(call), run(call, double=True), call.x.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def expectation(case: MBConvCase, dtypes: Dtypes, training: bool) -> tuple[Any, ...]:
+    call = block_call(case, dtypes, training, dropped=True)
+    return call, run(call), run(call, double=True)
+
+
+@ANY_BACKEND
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MBCONV_CASES)
+def test_matches_reference(case: MBConvCase, dtypes: Dtypes, backend: str) -> None:
+    call, stock, exact = expectation(case, dtypes, True)
+    before = call.x.clone()
+    assert_parity(run_op(call, backend), stock, exact, dtypes.x)
+    assert torch.equal(call.x, before)
+
+
+@ANY_BACKEND
+@ANY_SAMPLE
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+def test_gradients_in_eval(name: str, dtypes: Dtypes, backend: str) -> None:
+    call, stock, exact = expectation(find(MBCONV_CASES, name), dtypes, False)
+    assert_parity(run_op(call, backend), stock, exact, dtypes.x)
+
+
+@pytest.mark.parametrize("index", range(1, 7))
+def test_any_mixture_of_training_and_eval(index: int) -> None:
+    check(sample("c_eq_vector", training=tuple(bool(index >> bit & 1) for bit in range(3))))
+
+
+def without(*names: str) -> Any:
+    def change(call: BlockCall) -> BlockCall:
+        gone = dict.fromkeys(n for n in call.tensors if n.endswith(names))
+        return replace(call, tensors=call.tensors | gone)
+
+    return change
+
+
+@ANY_SAMPLE
+@pytest.mark.parametrize(
+    "change",
+    [
+        without("bn_weight", "bn_bias"),
+        without("reduce_bias", "expand_bias"),
+        without("running_mean", "running_var"),
+    ],
+    ids=["affine", "biases", "statistics"],
+)
+def test_absent_parameters(name: str, change: Any) -> None:
+    check(change(sample(name)))
+
+
+@pytest.mark.parametrize("padding", [(0, 1, 0, 1), (1, 2, 1, 2), (3, 0, 1, 4), 0, 6], ids=str)
+@pytest.mark.parametrize("name", ["c_odd_stride_2", "no_expansion"])
+def test_padding(name: str, padding: Any) -> None:
+    check(sample(name, padding=padding))
+
+
+@ANY_BACKEND
+@ANY_SAMPLE
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+def test_lean_gives_the_same_bits(name: str, dtypes: Dtypes, backend: str) -> None:
+    call = sample(name, dtypes)
+    assert_same(run_op(replace(call, memory="lean"), backend), run_op(call, backend))
+
+
+@ANY_SAMPLE
+def test_what_is_wanted_changes_no_bits(name: str) -> None:
+    call = sample(name, dropped=True)
+    full = run_op(call)
+    for wanted in call.differentiable:
+        assert_same(run_op(call, wanted=[wanted]), full)
+    assert_same(run_op(call, wanted=()), full)
+
+
+@ANY_BACKEND
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", MBCONV_CASES)
+def test_any_number_of_threads(case: MBConvCase, dtypes: Dtypes, backend: str) -> None:
+    if case.name.startswith("b0") and (backend != "cpu:avx512" or case.h > 56):
+        pytest.skip("the split depends on the shape alone: one instruction set for the large ones")
+    call = block_call(case, dtypes)
+    expected = run_op(call, backend)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert_same(run_op(call, backend), expected)
+
+
+@ANY_BACKEND
+@ANY_SAMPLE
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+def test_two_runs_writing_every_element(name: str, dtypes: Dtypes, backend: str) -> None:
+    """torch.empty gives NaN here, in the second run where the first's buffers are not reused."""
+    call = sample(name, dtypes, dropped=True)
+    expected = run_op(call, backend)
+    torch.use_deterministic_algorithms(True)
+    try:
+        scratch.release()
+        actual = run_op(call, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(tensor.isfinite().all() for tensor in actual.values())
+    assert_same(actual, expected)
+
+
+@ANY_SAMPLE
+def test_layouts(name: str) -> None:
+    """A sliced x, and gradients of the output in NCHW order or expanded from a number."""
+    call = sample(name)
+    n, c, h, w = call.x.shape
+    wide = torch.zeros(n, c, h + 3, w + 2).contiguous(memory_format=torch.channels_last)
+    sliced = wide[:, :, 1 : h + 1, 2:]
+    sliced.copy_(call.x)
+    expected = run_op(call)
+    assert_same(run_op(call.with_tensors(x=sliced)), expected)
+    x = call.x.detach().requires_grad_()
+    y = ops.mbconv(x, params_of(call.tensors), call.config, training=True, backend="cpu")
+    grad_y = random_like(y).contiguous()
+    assert torch.equal(torch.autograd.grad(y, x, grad_y, retain_graph=True)[0], expected["grad x"])
+    ones = torch.autograd.grad(y, x, torch.ones(()).expand(y.shape), retain_graph=True)[0]
+    assert torch.equal(ones, torch.autograd.grad(y, x, torch.ones_like(y))[0])
+
+
+@pytest.mark.parametrize("place", ["x", "expand.weight", "depthwise.weight", "project.bn_bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_propagate(place: str, value: float) -> None:
+    """Batch statistics carry one to all of a channel; nothing finite may be made of it."""
+    call = sample("c_eq_vector")
+    tensor = call.tensors[place].clone()
+    tensor[(0,) * tensor.dim()] = value
+    call = replace(call, tensors=call.tensors | {place: tensor})
+    actual, stock = run_op(call), run(call)
+    assert torch.equal(actual["y"].isfinite(), stock["y"].isfinite())
+
+
+def test_gradients_of_gradients() -> None:
+    call = sample("no_expansion_residual", dropped=True)
+
+    def penalty(function: Any, **options: Any) -> list[Tensor]:
+        names = [n for n in call.differentiable if n != "x"]
+        tensors = {k: None if t is None else t.clone() for k, t in call.tensors.items()}
+        inputs = [tensors[name].requires_grad_() for name in ("x", *names)]
+        y = function(
+            tensors["x"], params_of(tensors), call.config, training=True,
+            row_scale=tensors["row_scale"], **options,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+        return list(torch.autograd.grad(grad.square().sum(), inputs, allow_unused=True))
+
+    actual, stock = penalty(ops.mbconv, backend="cpu"), penalty(reference.mbconv)
+    for a, b in zip(actual, stock, strict=True):
+        if b is None:
+            assert a is None
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * float(b.abs().max()))
+
+
+PASSES = [name for name in mbconv_passes.OPS if name != "finish"]
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_parity_notices_a_pass_that_is_off_by_a_thousandth(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = sample("c_eq_vector")
+    passes = mbconv_passes.passes("cpu")
+    right = getattr(passes, name)
+
+    def off(*args: Any) -> Any:
+        results = right(*args)
+        for tensor in (results,) if isinstance(results, Tensor) else results[-2:]:
+            tensor.mul_(1.001)
+        return results
+
+    monkeypatch.setattr(passes, name, off)
+    with pytest.raises(AssertionError, match="error"):
+        check(call)
+
+
+@pytest.mark.parametrize("name", ["expand", "depthwise", "project"])
+def test_parity_notices_swapped_channels(name: str) -> None:
+    call = sample("c_eq_vector")
+    weight = call.tensors[f"{name}.weight"].clone()
+    weight[[0, 3]] = weight[[3, 0]]
+    wrong = replace(call, tensors=call.tensors | {f"{name}.weight": weight})
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_parity(run_op(wrong), run(call), run(call, double=True), torch.float32)
+
+
+def test_a_named_backend_says_what_it_cannot_run() -> None:
+    call = sample("c_eq_vector")
+    arguments = (params_of(call.tensors), call.config)
+    with pytest.raises(RuntimeError, match="the cpu backend takes channels_last"):
+        ops.mbconv(call.x.contiguous(), *arguments, training=True, backend="cpu")
+    with pytest.raises(ValueError, match="memory must be one of fast, lean"):
+        ops.mbconv(call.x, *arguments, training=True, memory="small")
+
+
+def test_one_value_per_channel_is_refused() -> None:
+    call = sample("one_pixel")
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        run_op(call.with_tensors(x=call.x[:1]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_double_goes_to_the_reference(training: bool) -> None:
+    call = sample("c_eq_vector", training=training)
+    assert_same(run(call, ops.mbconv, double=True), run(call, double=True))
