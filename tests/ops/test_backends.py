@@ -187,7 +187,7 @@ def test_a_missing_extension_is_told_at_the_call(monkeypatch: pytest.MonkeyPatch
 @ANY_SAMPLE
 def test_triton_refuses_cpu_tensors_and_says_how_tests_run(name: str) -> None:
     call = sample(name)
-    with pytest.raises(RuntimeError, match="x is on cpu, .* started with TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match=r"x is on cpu, .* started with TRITON_INTERPRET=1"):
         run(call, "triton", wanted=with_gradients(call))
 
 

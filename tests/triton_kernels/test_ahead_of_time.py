@@ -70,6 +70,6 @@ def test_a_spill_is_noticed() -> None:
     build, function = next(
         (b, k) for b, k in builds(torch.bfloat16).items() if b.name == "bn_act_bwd_kernel"
     )
-    large = dict(build.constants) | {"BP": 512, "BC": 128}
+    large = dict(build.constants) | {"BP": 64, "BC": 128}
     spilling = build._replace(constants=tuple(sorted(large.items())), options=(("num_warps", 1),))
     assert resources(compile_build(function, spilling, 90)).spilled > 0

@@ -23,10 +23,15 @@ def check(call: BlockCall, wanted: tuple[str, ...] | None = None) -> Results:
 
 
 @MODES
-@pytest.mark.parametrize("dtypes", [FP32, FP16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_matches_reference(name: str, dtypes: Dtypes, training: bool) -> None:
-    check(block_call(find(MBCONV_CASES, name), dtypes, training))
+def test_matches_reference(name: str, training: bool) -> None:
+    check(block_call(find(MBCONV_CASES, name), FP32, training))
+
+
+@MODES
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "k7"])  # 20 s
+def test_fp16_matches_reference(name: str, training: bool) -> None:
+    check(block_call(find(MBCONV_CASES, name), FP16, training))
 
 
 @pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=str)
