@@ -136,7 +136,7 @@ class TestWhen:
         model, counter = network(), Counter()
         with counter:
             infer(model)
-        assert counter.calls > 50
+        assert counter.calls > 10
         torch.func.vmap(lambda x: infer(model, x[None]))(X)
         assert not runs
 
@@ -181,7 +181,7 @@ class TestWhen:
             lambda m: surgery.patch_forward(m.features[3], 0.5),
             lambda m: surgery.parametrize_all(m.features[2][0].block[1]),
             lambda m: setattr(m.features[2][0].block[1][0], "stride", (1, 1)),
-            lambda m: setattr(m.features[2][1], "use_res_connect", False),
+            lambda m: setattr(m.features[5][1], "use_res_connect", False),
             lambda m: m.features[3].train(),
         ],
         ids=["layer", "forward", "parametrized", "stride", "residual", "training"],
