@@ -72,4 +72,3 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     )
     count = tensor.numel() if dense else min(tensor.numel(), 1)
     return tensor.data_ptr(), count, tensor.element_size()
-

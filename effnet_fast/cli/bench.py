@@ -31,8 +31,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="time a network, stock against fused",
-        description="Times a network's inference: stock PyTorch against the fused kernels, on a CPU "
-        "the whole network in one call, as effnet_fast.deploy makes it.",
+        description="Times a network's inference: stock PyTorch against the fused kernels, on a "
+        "CPU the whole network in one call, as effnet_fast.deploy makes it.",
     )
     common.add_common(parser, default_model="b0")
     parser.add_argument("--batch", type=common.positive_int, default=1, help="images per call")

@@ -7,7 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ class TestNumbers:
 
 
 class TestWhen:
-    CONTEXTS: dict[str, Callable[[], Any]] = {
+    CONTEXTS: ClassVar[dict[str, Callable[[], Any]]] = {
         "no_grad": torch.no_grad,
         "inference_mode": torch.inference_mode,
     }
