@@ -394,9 +394,7 @@ PEERS = (
         keeps_memory=True,
     ),
     Peer(
-        *("torch_tensorrt", _torch_tensorrt, ANY),
-        devices=CUDA,
-        requires=("torch_tensorrt",),
+        *("torch_tensorrt", _torch_tensorrt, ANY, INFERENCE, CUDA, ("torch_tensorrt",)),
         compiles=True,
         keeps_memory=True,
     ),
