@@ -12,13 +12,13 @@ PIP  := $(BIN)/python -m pip
 # Isolated builds get the pins too, so that a new setuptools or pybind11 cannot change the result.
 PINS := -c constraints.txt --build-constraint constraints.txt
 
-BUILD_SOURCES := $(shell find csrc -type f) setup.py MANIFEST.in pyproject.toml constraints.txt
-NATIVE_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_SOURCES := $(shell find csrc -type f ! -name '*.json') setup.py MANIFEST.in pyproject.toml constraints.txt
+NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # A photograph of a cat that is shipped inside scikit-image's wheel.
 PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
 
-.PHONY: demo test bench report gpu lint clean qemu
+.PHONY: demo test bench report gpu budgets lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
@@ -42,6 +42,10 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(PART),--part $(PART)) \
 	    $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY_RUN),--dry-run)
 
+# What the CUDA kernels may take from now on, into csrc/cuda/budgets.json; a minute.
+budgets: $(VENV)/.test
+	$(BIN)/python tests/cuda_budgets.py --update
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,9 +67,10 @@ $(VENV)/.demo: $(VENV)/.pip $(BUILD_SOURCES)
 	$(PIP) install -qq $(PINS) -e . scikit-image
 	touch $@
 
+# With the CUDA kernels' host run (effnet_fast._C_simt) where nvcc is.
 $(VENV)/.test: $(VENV)/.pip $(BUILD_SOURCES)
 	@echo "Installing into $(VENV): PyTorch is a large download, the kernels compile for a minute."
-	$(PIP) install -qq $(PINS) -e '.[test]'
+	EFFNET_FAST_SIMT=auto $(PIP) install -qq $(PINS) -e '.[test]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test

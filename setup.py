@@ -3,6 +3,8 @@
 Torch is not needed. Read at build time:
   EFFNET_FAST_CUDA=auto|0|1                  auto: CUDA objects where nvcc is found
   EFFNET_FAST_CUDA_ARCHS=native|all|LIST     LIST as in "80,90"; native: the cards here, else sm_90
+  EFFNET_FAST_SIMT=0|auto|1                  1: also effnet_fast._C_simt, the CUDA kernels on the
+                                             CPU, for tests; auto: where nvcc and x86-64 are
 """
 
 import os
@@ -32,7 +34,12 @@ X86_ISAS = {
 # The tile unit (AMX) is asked for at run time, by the few functions that use it.
 X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+NVCC_FLAGS = ["-std=c++20", "-O3"]
 RELEASE_ARCHS = ["80", "90", "100", "120"]
+# The host run of the CUDA kernels: for this machine alone, so its instructions may be used.
+SIMT_FLAGS = ["-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-march=native"]
+SIMT_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SIMT_FLAGS += ["-Wno-deprecated-enum-enum-conversion", "-g0"]
 
 
 def option(name, default, allowed):
@@ -50,16 +57,27 @@ def find_cxx():
     return cxx
 
 
+def nvcc_here():
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+
+
 def find_nvcc():
     """Returns nvcc's path, or None where the build is to go without CUDA."""
     wish = option("EFFNET_FAST_CUDA", "auto", "auto|0|1")
-    if wish == "0":
-        return None
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc") or (home and shutil.which("nvcc", path=f"{home}/bin"))
+    nvcc = None if wish == "0" else nvcc_here()
     if nvcc is None and wish == "1":
         sys.exit("EFFNET_FAST_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME/bin")
     return nvcc
+
+
+def wants_simt():
+    """Whether to build the host run of the CUDA kernels, which is for tests alone."""
+    wish = option("EFFNET_FAST_SIMT", "0", "0|auto|1")
+    here = platform.machine() in ("x86_64", "AMD64") and platform.system() == "Linux"
+    if wish == "1" and not (here and nvcc_here()):
+        sys.exit("EFFNET_FAST_SIMT=1 needs x86-64 Linux, and nvcc on PATH or in CUDA_HOME/bin")
+    return wish != "0" and here and bool(nvcc_here())
 
 
 def run_for_text(*command):
@@ -99,26 +117,53 @@ class NinjaBuild(build_ext):
         work = (
             ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
         )
+        simt = ext.name.endswith("_simt")
+        work = work / "simt" if simt else work
         work.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = find_nvcc()
+        nvcc = nvcc_here() if simt else find_nvcc()
         with open(work / "build.ninja", "w") as stream:
-            write_ninja(stream, out, nvcc)
+            (write_simt_ninja if simt else write_ninja)(stream, out, nvcc)
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         verbose = ["-v"] if self.verbose > 1 else []
         command = [sys.executable, "-m", "ninja", "-C", str(work), *jobs, *verbose]
         if subprocess.run(command).returncode:
-            hint = "; EFFNET_FAST_CUDA=0 builds without CUDA" if nvcc else ""
+            without = "EFFNET_FAST_SIMT=0" if simt else "EFFNET_FAST_CUDA=0"
+            hint = f"; {without} builds without CUDA" if nvcc else ""
             sys.exit(f"effnet-fast: compiling csrc/ failed, see the lines above{hint}")
 
 
-def write_ninja(stream, out, nvcc):
+def binding_includes():
     import pybind11
-    from ninja.ninja_syntax import Writer
 
     python_include = Path(sysconfig.get_path("include"))
     if not (python_include / "Python.h").is_file():
         sys.exit(f"effnet-fast: no Python.h in {python_include}: install python3-dev")
+    return [f"-isystem {pybind11.get_include()}", f"-isystem {python_include}"]
+
+
+def write_simt_ninja(stream, out, nvcc):
+    """The CUDA sources as C++; nvcc hands them on to g++ with the folders of its headers."""
+    from ninja.ninja_syntax import Writer
+
+    ninja = Writer(stream)
+    cxx = find_cxx()
+    ninja.rule("cxx", f"{nvcc} -x c++ -ccbin {cxx.split()[0]} -MD -MF $out.d -std=c++20 "
+               f"-DEFFNET_SIMT -I{CSRC} -Xcompiler {','.join(SIMT_FLAGS)} $extra -c $in -o $out",
+               depfile="$out.d", deps="gcc", description="SIMT $out")  # fmt: skip
+    objects = []
+    for source in [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "simt").glob("*.cpp"))]:
+        objects.append(f"{source.name}.o")
+        extra = " ".join(binding_includes()) if source.stem == "bindings" else ""
+        ninja.build(objects[-1], "cxx", str(source), variables={"extra": extra})
+    ninja.rule("link", f"{cxx} -shared $in -o $out", description="LINK $out")
+    ninja.build(str(out), "link", objects)
+    ninja.default(str(out))
+
+
+def write_ninja(stream, out, nvcc):
+    from ninja.ninja_syntax import Writer
+
     ninja = Writer(stream)
     cxx = find_cxx()
     flags = " ".join([*CXX_FLAGS, f"-I{CSRC}"])
@@ -136,15 +181,15 @@ def write_ninja(stream, out, nvcc):
             compile_cxx(source, f"{source.stem}.{isa}", [*isa_flags, f"-DEFFNET_ISA={isa}"])
     defines = [f"-DEFFNET_HAS_{isa.upper()}=1" for isa in ISAS]
     # The include path of pybind11 changes with every isolated build: it goes to bindings.cpp alone.
-    defines += [f"-isystem {pybind11.get_include()}", f"-isystem {python_include}"]
+    defines += binding_includes()
     if nvcc:
         archs, ptx = cuda_archs(nvcc)
         codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
         codes += [f"-gencode arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
         names = [f"sm_{a}" for a in archs] + ([f"compute_{ptx}"] if ptx else [])
         defines += [f"-DEFFNET_CUDA_ARCHS='\"{' '.join(names)}\"'"]
-        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d -std=c++20 -O3 -I{CSRC} -Xcompiler -fPIC,"
-                   f"-fvisibility=hidden {' '.join(codes)} -c $in -o $out",
+        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} -I{CSRC} "
+                   f"-Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -c $in -o $out",
                    depfile="$out.d", deps="gcc", description="NVCC $out")  # fmt: skip
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             objects.append(f"{source.stem}.cu.o")
@@ -159,7 +204,8 @@ def write_ninja(stream, out, nvcc):
 
 
 if __name__ == "__main__":
+    names = ["effnet_fast._C"] + ["effnet_fast._C_simt"] * wants_simt()
     setup(
-        ext_modules=[Extension("effnet_fast._C", sources=[])],
+        ext_modules=[Extension(name, sources=[]) for name in names],
         cmdclass={"build_ext": NinjaBuild},
     )

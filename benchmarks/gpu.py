@@ -87,7 +87,8 @@ INSTALL = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-
 STEPS = (
     Step("build", "build", (sys.executable, *INSTALL), 0.4),
     Step("build", "doctor", (sys.executable, "-m", "effnet_fast.cli", "doctor"), 0.1),
-    _pytest("parity", "parity", 0.35, "tests/ops", "tests/models"),
+    _pytest("parity", "parity", 0.35, "tests/ops", "tests/models", "tests/triton_kernels"),
+    _bench("kernels", "cuda", 0.4, KERNELS),
     _bench("kernels", "dwconv", 0.2, KERNELS),
     _bench("kernels", "squeeze_excite", 0.2, KERNELS),
     _bench("kernels", "pointwise", 0.2, KERNELS),
@@ -95,6 +96,11 @@ STEPS = (
     _bench("networks", "b0", 0.4, NETWORKS["b0"]),
     _bench("networks", "b4", 0.5, NETWORKS["b4"]),
     _bench("networks", "b7", 0.9, NETWORKS["b7"]),
+    Step(
+        *("tune", "tune"),
+        (sys.executable, "-m", "benchmarks.tune", "--table", "{out}/tuning.json"),
+        0.6,
+    ),
     Step(
         *("tune", "counters"),
         (*NCU, "--metrics", ",".join(COUNTERS), sys.executable, PROFILED),
@@ -141,8 +147,9 @@ def run(steps: Sequence[Step], out: Path, budget_s: float, commit: str = "") -> 
 
 
 def _words(step: Step, out: Path, commit: str) -> list[str]:
-    names = {"{out}": str(out), "{commit}": commit}
-    return [names.get(word, word) for word in step.command]
+    return [
+        word.replace("{out}", str(out)) if word != "{commit}" else commit for word in step.command
+    ]
 
 
 def _run(step: Step, command: list[str], out: Path, limit_s: float) -> Result:

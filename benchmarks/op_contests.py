@@ -38,22 +38,33 @@ Case = DwconvCase | SqueezeExciteCase | PointwiseCase | MBConvCase
 
 def dwconv(case: DwconvCase, mode: str, dtype: str, device: str) -> Contest:
     """Depthwise convolution, BN, SiLU."""
-    call = dwconv_call(case, _dtypes(dtype), training=mode == "training")
-    stock = _conv_norm(call, case.c, case.c, case.k, case.stride, groups=case.c)
+    call, stock = dwconv_parts(case, mode, dtype)
     contest = _contest("dwconv_bn_silu", case, mode, dtype, device, call, stock)
     return _with_conv(replace(contest, work=work.dwconv(case, mode, dtype)), call, stock)
 
 
+def dwconv_parts(case: DwconvCase, mode: str, dtype: str) -> tuple[Call, nn.Module]:
+    """The call of the op, and torchvision's module with the same values; on the CPU."""
+    call = dwconv_call(case, _dtypes(dtype), training=mode == "training")
+    return call, _conv_norm(call, case.c, case.c, case.k, case.stride, groups=case.c)
+
+
 def squeeze_excite(case: SqueezeExciteCase, mode: str, dtype: str, device: str) -> Contest:
     """Mean, two small layers, and the product with their gate."""
+    call, stock = squeeze_excite_parts(case, dtype)
+    contest = _contest("squeeze_excite", case, mode, dtype, device, call, stock)
+    return replace(contest, work=work.squeeze_excite(case, mode, dtype))
+
+
+def squeeze_excite_parts(case: SqueezeExciteCase, dtype: str) -> tuple[Call, nn.Module]:
+    """The call of the op, and torchvision's module with the same values; on the CPU."""
     call = squeeze_excite_call(case, _dtypes(dtype))
     stock = torchvision.ops.SqueezeExcitation(case.c, case.r, activation=nn.SiLU)
     names = ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
     layer = (stock.fc1.weight, stock.fc1.bias, stock.fc2.weight, stock.fc2.bias)
     for parameter, name in zip(layer, names, strict=True):
         parameter.data = call.tensors[name].clone().reshape(parameter.shape)
-    contest = _contest("squeeze_excite", case, mode, dtype, device, call, stock)
-    return replace(contest, work=work.squeeze_excite(case, mode, dtype))
+    return call, stock
 
 
 class _GatedConv(nn.Module):
@@ -77,7 +88,7 @@ class _GatedConv(nn.Module):
 def pointwise(case: PointwiseCase, mode: str, dtype: str, device: str) -> Contest:
     """1x1 convolution with a gate on its operand, BN, SiLU or none, residual; inference."""
     call = pointwise_call(case, _dtypes(dtype))
-    call = _on(call, device)
+    call = on(call, device)
     stock = _GatedConv(_conv_norm(call, case.c, case.out, 1, 1, act=case.act), call)
     contest = _contest("pointwise_bn_act", case, mode, dtype, device, call, stock)
     return _with_conv(replace(contest, work=work.pointwise(case, mode, dtype)), call, stock)
@@ -119,7 +130,7 @@ def _dtypes(dtype: str) -> Dtypes:
     return Dtypes(DTYPES[dtype], DTYPES[dtype])
 
 
-def _on(call: Call, device: str) -> Call:
+def on(call: Call, device: str) -> Call:
     tensors = {k: None if t is None else t.to(device) for k, t in call.tensors.items()}
     return call.with_tensors(**tensors)
 
@@ -148,7 +159,7 @@ def _conv_norm(
 def _contest(
     what: str, case: Case, mode: str, dtype: str, device: str, call: Call, stock: nn.Module
 ) -> Contest:
-    call = _on(call, device)
+    call = on(call, device)
     stock = stock.to(device).train(mode == "training").to(memory_format=torch.channels_last)
     wanted = None if mode == "training" else ()
     x = call.x

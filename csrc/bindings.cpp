@@ -14,12 +14,15 @@
 
 #define EFFNET_NAMESPACE host
 #include "binding_parts.h"
-#include "common/cuda_probe.h"
 #include "common/geometry.h"
 #include "cpu/args.h"
+#ifdef EFFNET_CUDA_ARCHS
+#include "cuda/bindings.h"
+#endif
 #include "instruction_sets.h"
 #include "mbconv_bindings.h"
 #include "network_bindings.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -293,7 +296,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef EFFNET_CUDA_ARCHS
   m.def("cuda_built", [] { return true; });
   m.def("cuda_archs", [] { return std::string(EFFNET_CUDA_ARCHS); });
-  m.def("cuda_probe", &cuda_probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_probe", &cuda::probe, py::arg("device") = 0);
+  cuda::bind(m.def_submodule("cuda"));
 #else
   m.def("cuda_built", [] { return false; });
   m.def("cuda_archs", [] { return std::string(); });
@@ -315,4 +319,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("gate", &gate);
   bind_mbconv(m);
   bind_network(m);
+  bind_watch(m);
 }

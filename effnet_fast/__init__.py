@@ -20,6 +20,7 @@ _EXPORTS = {
     "efficientnet": "models",
     "current_backend": "backends",
     "use_backend": "backends",
+    "deploy": "deployment",
     "doctor": "diagnostics",
 }
 _SUBMODULES = ("backends", "checkpoints", "models", "ops", "reference", "scaling", "weights")
@@ -29,6 +30,7 @@ __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 if TYPE_CHECKING:
     from . import backends, checkpoints, models, ops, reference, scaling, weights
     from .backends import current_backend, use_backend
+    from .deployment import deploy
     from .diagnostics import doctor
     from .models import *  # noqa: F403
     from .weights import (

@@ -29,7 +29,15 @@ def _try_load() -> tuple[ModuleType | None, str]:
         )
 
 
+def _try_load_simt() -> ModuleType | None:
+    try:
+        return importlib.import_module("effnet_fast._C_simt")
+    except ImportError:
+        return None
+
+
 _MODULE, _REASON = _try_load()
+_SIMT = _try_load_simt()
 
 
 def unavailable_reason() -> str | None:
@@ -46,3 +54,19 @@ def load() -> ModuleType:
     if _MODULE is None:
         raise RuntimeError(_REASON)
     return _MODULE
+
+
+def simt_unavailable_reason() -> str | None:
+    """Why the CUDA kernels cannot be run on the CPU, or None where they can."""
+    return None if _SIMT else "this build has no host run of the CUDA kernels: EFFNET_FAST_SIMT=1"
+
+
+def load_simt() -> ModuleType:
+    """The host run of the CUDA kernels, which tests alone have.
+
+    Raises:
+        RuntimeError: it was not built.
+    """
+    if _SIMT is None:
+        raise RuntimeError(simt_unavailable_reason())
+    return _SIMT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -16,11 +17,18 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from . import _native
+from . import _native, preference
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+TEST_BACKENDS = ("simt",)  # the CUDA kernels run on the CPU, where the tests have built that
 OPS = ("dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_KERNELS = (3, 5)  # sides of the depthwise kernels
+CUDA_OPS = ("dwconv_bn_silu", "squeeze_excite")
+# Of squeeze-and-excite: what a block's shared memory and the grid's second dimension hold.
+CUDA_MAX_HIDDEN, CUDA_MAX_IMAGES = 6000, 4 * 65535
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
 # Whether any thread is inside `use_backend`: torch.compile can read and guard a plain global, but
@@ -56,7 +64,7 @@ def parse(name: str) -> tuple[str, str]:
         ValueError: the name is not a backend.
     """
     base, _, isa = name.partition(":")
-    if base not in BACKENDS or (isa and base != "cpu"):
+    if base not in BACKENDS + TEST_BACKENDS or (isa and base != "cpu"):
         raise ValueError(
             f"unknown backend {name!r}; allowed are {', '.join(BACKENDS)}, and cpu:<instruction "
             f"set> to force one of the CPU's"
@@ -112,11 +120,63 @@ def _cpu_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return f"cpu:{isa}: {missing}"
     if args is None:
         return None
+    if args.x.device.type != "cpu":
+        return f"x is on {args.x.device}, the cpu backend takes CPU tensors"
+    return _kernel_reason("cpu", NATIVE_DTYPES, op, args)
+
+
+@functools.cache
+def _triton_unavailable_reason() -> str | None:
+    try:
+        importlib.import_module("effnet_fast.triton_kernels.launching")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install 'effnet-fast[triton]'"
+    return None
+
+
+def _interprets() -> bool:
+    return importlib.import_module("effnet_fast.triton_kernels.launching").INTERPRETS
+
+
+def _triton_device_reason(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if _interprets():
+            return None
+        return (
+            "x is on cpu, the triton backend takes CUDA tensors; CPU tensors only in a process "
+            "started with TRITON_INTERPRET=1, for tests"
+        )
+    if device.type != "cuda":
+        return f"x is on {device}, the triton backend takes CUDA tensors"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{device} has compute capability {major}.{minor}; 8.0 and newer is supported"
+    return None
+
+
+def _triton_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
+    if reason := _triton_unavailable_reason():
+        return reason
+    if args is None:
+        if torch.cuda.is_available():
+            return _triton_device_reason(torch.device("cuda", torch.cuda.current_device()))
+        return None if _interprets() else "there is no CUDA device"
+    if reason := _triton_device_reason(args.x.device):
+        return reason
+    if args.x.dtype is torch.bfloat16 and _interprets():
+        return "x is torch.bfloat16, which Triton's interpreter computes wrongly"
+    return _kernel_reason("triton", TRITON_DTYPES, op, args)
+
+
+def _kernel_reason(
+    backend: str, dtypes: tuple[torch.dtype, ...], op: str, args: OpArgs
+) -> str | None:
+    """Why a backend's kernels do not take these arguments, the device of x aside."""
     x = args.x
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, the cpu backend takes CPU tensors"
-    if x.dtype not in NATIVE_DTYPES:
-        return f"x is {x.dtype}, the cpu backend takes float32 and bfloat16"
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes[:-1])
+        last = str(dtypes[-1]).removeprefix("torch.")
+        return f"x is {x.dtype}, the {backend} backend takes {names} and {last}"
     allowed = (x.dtype, torch.float32)
     for tensor in args.others:
         if tensor is None:
@@ -133,7 +193,7 @@ def _cpu_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return f"the stride is {args.stride}; 1 and 2 are supported"
     if not is_channels_last(x):
         return (
-            f"x has strides {tuple(x.stride())}; the cpu backend takes channels_last: "
+            f"x has strides {tuple(x.stride())}; the {backend} backend takes channels_last: "
             f"x.contiguous(memory_format=torch.channels_last)"
         )
     return None
@@ -142,18 +202,59 @@ def _cpu_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
 def _cuda_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
     if reason := _native.unavailable_reason():
         return reason
-    if reason := _native.load().cuda_probe():
+    on_cuda = args is not None and args.x.device.type == "cuda"
+    device = args.x.device.index if args is not None and on_cuda else 0
+    if reason := _cuda_probe(device) or _cuda_op_reason(op):
         return reason
-    return f"this version has no CUDA kernel for {op}"
+    if args is None:
+        return None
+    if not on_cuda:
+        return f"x is on {args.x.device}, the cuda backend takes CUDA tensors"
+    return _kernel_reason("cuda", CUDA_DTYPES, op, args) or _cuda_size_reason("cuda", op, args)
 
 
-def _triton_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
-    return f"this version has no Triton kernel for {op}"
+def _simt_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
+    if reason := _native.simt_unavailable_reason() or _cuda_op_reason(op):
+        return reason
+    if args is None:
+        return None
+    if args.x.device.type != "cpu":
+        return f"x is on {args.x.device}, the simt backend takes CPU tensors"
+    return _kernel_reason("simt", CUDA_DTYPES, op, args) or _cuda_size_reason("simt", op, args)
+
+
+_probes: dict[int, str] = {}  # what the extension said, by device
+
+
+def _cuda_probe(device: int) -> str | None:
+    if device not in _probes:
+        _probes[device] = _native.load().cuda_probe(device)
+    return _probes[device] or None
+
+
+def _cuda_op_reason(op: str) -> str | None:
+    return None if op in CUDA_OPS else f"this version has no CUDA kernel for {op}"
+
+
+def _cuda_size_reason(backend: str, op: str, args: OpArgs) -> str | None:
+    if op == "dwconv_bn_silu":
+        if args.kernel[0] in CUDA_KERNELS:
+            return None
+        sides = " and ".join(f"{k}x{k}" for k in CUDA_KERNELS)
+        return f"the kernel is {args.kernel[0]}x{args.kernel[1]}; {backend} has {sides}"
+    reduce_weight = args.others[0]
+    assert reduce_weight is not None
+    if reduce_weight.shape[0] > CUDA_MAX_HIDDEN:
+        return f"R is {reduce_weight.shape[0]}; {backend} takes up to {CUDA_MAX_HIDDEN}"
+    if args.x.shape[0] > CUDA_MAX_IMAGES:
+        return f"N is {args.x.shape[0]}; {backend} takes up to {CUDA_MAX_IMAGES}"
+    return None
 
 
 _REASONS: dict[str, Callable[[str, OpArgs | None, str], str | None]] = {
     "cpu": _cpu_reason,
     "cuda": _cuda_reason,
+    "simt": _simt_reason,
     "triton": _triton_reason,
 }
 
@@ -196,9 +297,12 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
     if backend == "auto":
         backend = current_backend()
     if backend == "auto":
-        if args.x.device.type != "cpu" or in_transform():
+        if in_transform():
             return "reference"
-        return "reference" if _cpu_reason(op, args, "") else "cpu"
+        for preferred in preference.order(args.x.device.type, op):
+            if _REASONS[preferred](op, args, "") is None:
+                return preferred
+        return "reference"
     if reason := can_run(backend, op, args):
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
     if backend != "reference" and in_transform():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import backends, layers, recognition
+from . import backends, layers, preference, recognition
 from .ops.dwconv_bn_silu import apply as dwconv_bn_silu
 from .ops.mbconv import apply as mbconv
 from .ops.mbconv import eval_op as mbconv_eval
@@ -33,13 +33,25 @@ def explain(module: nn.Module) -> str | None:
     backend = backends.current_backend()
     if backend == "reference":
         return 'the backend is "reference"'
-    if reason := backends.can_run("cpu" if backend == "auto" else backend, "dwconv_bn_silu"):
+    if reason := _unavailable_reason(backend, module):
         return reason
     try:
         recognition.structure_of(module)
     except recognition.RefusedError as refused:
         return str(refused)
     return None
+
+
+def _unavailable_reason(backend: str, module: nn.Module) -> str | None:
+    """Why no kernel can run where the module is: with "auto" that of the preferred backend."""
+    names: tuple[str, ...] = (backend,)
+    if backend == "auto":
+        device = next((p.device.type for p in module.parameters()), "cpu")
+        names = preference.order(device, "dwconv_bn_silu")
+        if not names:
+            return f"there are no kernels for {device}"
+    reasons = [backends.can_run(name, "dwconv_bn_silu") for name in names]
+    return None if None in reasons else reasons[0]
 
 
 def _captured(x: Tensor) -> bool:
@@ -57,6 +69,9 @@ def _backend_for(structure: recognition.Layer | recognition.Block, x: Tensor) ->
         return None  # stock raises PyTorch's own error
     probe = backends.OpArgs(autocast(x), structure.parameters, inference=True)
     chosen = backends.resolve(name, recognition.OPS[first.kind], probe)
+    if chosen in ("cuda", "simt") and isinstance(structure, recognition.Block):
+        # These have no kernel for a block's 1x1 convolutions: stock, or the reason.
+        chosen = backends.resolve(name, recognition.OPS[recognition.POINTWISE], probe)
     return None if chosen == "reference" else chosen
 
 

@@ -79,7 +79,8 @@ class Block(NamedTuple):
         return (*expand, *self.depthwise.tensors, *self.excite, *self.project.tensors)
 
 
-def _refuse_hooks(module: nn.Module) -> None:
+def refuse_hooks(module: nn.Module) -> None:
+    """Raises RefusedError for a module with hooks or a forward of its instance's own."""
     state = module.__dict__
     if (
         state["_forward_hooks"]
@@ -102,11 +103,12 @@ def _refuse_global_hooks() -> None:
         raise RefusedError("a global module hook is registered")
 
 
-def _require(module: nn.Module | None, *kinds: type) -> None:
+def require(module: nn.Module | None, *kinds: type) -> None:
+    """Raises RefusedError for a module of none of these classes, or with hooks."""
     if type(module) not in kinds:
         raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
     assert module is not None
-    _refuse_hooks(module)
+    refuse_hooks(module)
 
 
 def _refuse_tensor(name: str) -> RefusedError:
@@ -168,7 +170,7 @@ def _layer(module: nn.Module) -> Layer:
     conv, bn, act = children["0"], children["1"], children.get("2", _MISSING)
     child = "0"
     try:
-        _require(conv, *CONVOLUTIONS)
+        require(conv, *CONVOLUTIONS)
         weight, bias = _conv_members(conv)
         if bias is not None:
             raise RefusedError(" has a bias")
@@ -176,11 +178,11 @@ def _layer(module: nn.Module) -> Layer:
         if weight.shape != shape:
             raise RefusedError(f".weight has shape {list(weight.shape)}, not {list(shape)}")
         child = "1"
-        _require(bn, nn.BatchNorm2d)
+        require(bn, nn.BatchNorm2d)
         vectors = _bn_members(bn, conv.out_channels)
         child = "2"
         if act is not _MISSING:
-            _require(act, nn.SiLU)
+            require(act, nn.SiLU)
         child = "0"
         kind = _conv_kind(conv)
     except RefusedError as refused:
@@ -202,14 +204,14 @@ _SQUEEZE_NAMES = tuple(_SQUEEZE_KINDS)
 
 def _check_squeeze(module: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     """Weight and bias of fc1 and of fc2."""
-    _require(module, layers.SqueezeExcitation)
+    require(module, layers.SqueezeExcitation)
     children = module.__dict__["_modules"]
     if tuple(children) != _SQUEEZE_NAMES:
         raise RefusedError(f" has children {list(children)}")
     key = ""
     try:
         for key, kind in _SQUEEZE_KINDS.items():
-            _require(children[key], kind)
+            require(children[key], kind)
         hidden = children["fc1"].out_channels
         tensors: list[Any] = []
         shapes = {"fc1": (hidden, channels, 1, 1), "fc2": (channels, hidden, 1, 1)}
@@ -238,16 +240,16 @@ def _block(module: layers.MBConv) -> Block:
     own = module.__dict__["_modules"]
     name, block = "block", own.get("block")
     try:
-        _require(block, nn.Sequential)
+        require(block, nn.Sequential)
         name = "stochastic_depth"
-        _require(own.get("stochastic_depth"), layers.StochasticDepth)
+        require(own.get("stochastic_depth"), layers.StochasticDepth)
         name = "block"
         children = block.__dict__["_modules"]
         if tuple(children) not in _BLOCK_CHILDREN:
             raise RefusedError(f" has children {list(children)}")
         for key, child in children.items():
             name = key
-            _refuse_hooks(child)
+            refuse_hooks(child)
         *first, second, third, last = children
         expand = None
         for name in first:

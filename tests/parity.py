@@ -28,12 +28,15 @@ INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 Results = dict[str, Tensor]
 
 
-def _param(backend: str) -> Any:
+def _param(backend: str, *marks: pytest.MarkDecorator) -> Any:
     reason = can_run(backend, "dwconv_bn_silu")
-    return pytest.param(backend, marks=[pytest.mark.skip(reason=reason)] if reason else [])
+    skips = [pytest.mark.skip(reason=reason)] if reason else []
+    return pytest.param(backend, marks=[*marks, *skips])
 
 
 BACKENDS = [_param(backend) for backend in INSTRUCTION_SETS]
+# The CUDA kernels: run on the CPU, and on a GPU. Results come back to the CPU.
+CUDA_BACKENDS = [_param("simt"), _param("cuda", pytest.mark.gpu)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Dtypes:
 
 FP32 = Dtypes(torch.float32, torch.float32)
 BF16 = Dtypes(torch.bfloat16, torch.bfloat16)
+FP16 = Dtypes(torch.float16, torch.float16)
 DTYPES = (FP32, BF16, Dtypes(torch.bfloat16, torch.float32))
+CUDA_DTYPES = (*DTYPES, FP16, Dtypes(torch.float16, torch.float32))
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
@@ -106,10 +111,11 @@ def run(
         "y", "grad NAME", "running_mean" and "running_var".
     """
     wanted = call.differentiable if wanted is None else wanted
+    device = device_of(backend, call.x)
     tensors = {}
     for name, tensor in call.tensors.items():
         if tensor is not None:
-            tensor = tensor.double() if double else tensor.detach()
+            tensor = tensor.double() if double else on_device(tensor.detach(), device)
             tensor = tensor.clone() if name in RUNNING else tensor
             tensors[name] = tensor.requires_grad_(name in wanted)
         else:
@@ -120,10 +126,28 @@ def run(
         y = function(**tensors, **options)
     results = {"y": y.detach()}
     if wanted:
-        grad_y = random_like(y) if grad_y is None else grad_y.to(y.dtype)
+        grad_y = random_like(y) if grad_y is None else on_device(grad_y, device).to(y.dtype)
         grads = torch.autograd.grad(y, [tensors[name] for name in wanted], grad_y)
         results |= {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
-    return results | {k: v for k, v in tensors.items() if k in RUNNING and v is not None}
+    results |= {k: v for k, v in tensors.items() if k in RUNNING and v is not None}
+    return {name: on_device(tensor, call.x.device) for name, tensor in results.items()}
+
+
+def device_of(backend: str | None, x: Tensor) -> torch.device:
+    """Where a backend computes on x: a call on the CPU is taken to the GPU for "cuda"."""
+    takes = backend == "cuda" and torch.cuda.is_available()
+    return torch.device("cuda") if takes else x.device
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, with the strides and the offset against 16 bytes that it has."""
+    if tensor.device.type == device.type:
+        return tensor
+    memory = torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8, device=device).copy_(
+        torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    )
+    alike = torch.empty(0, dtype=tensor.dtype, device=device).set_(memory.untyped_storage())
+    return alike.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def random_like(y: Tensor) -> Tensor:

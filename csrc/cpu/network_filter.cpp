@@ -196,6 +196,7 @@ struct Band {
       if (unit >= units) {
         for (int64_t p = rows.begin * ow; p < rows.end * ow; p++)
           std::memset(out + p * kBlock<T>, 0, sizeof(T) * kUnit);
+        std::memset(partial + unit * kUnit, 0, sizeof(float) * kUnit);
         continue;
       }
       const float* const weight = layer.filter + unit * kernel * kernel * kUnit;

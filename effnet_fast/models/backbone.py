@@ -61,11 +61,16 @@ class Backbone(nn.Module):
         variant: the row of the table that was built.
         feature_info: `FeatureInfo` of the maps at strides 2, 4, 8, 16 and 32.
         grad_checkpointing: whether `set_grad_checkpointing` is on.
+        plan: whether forward in eval mode without gradients may run the whole network from packed
+            weights, on a CPU; they take about as much memory as the parameters, in bf16 half of
+            it. Set it to False to do without.
 
     Raises:
         ValueError: an argument outside what is allowed.
         TypeError: a norm_layer that cannot be called.
     """
+
+    plan = True
 
     def __init__(
         self,
@@ -157,6 +162,8 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As nn.Module's; BatchNorms that `freeze` holds stay in eval mode."""
         super().train(mode)
+        if mode and (plans := self.__dict__.get("_own_plans")):
+            plans.forget()
         if self._frozen_norms:
             for norm in self._norms_of_frozen():
                 norm.eval()

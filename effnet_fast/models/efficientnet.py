@@ -25,6 +25,7 @@ from effnet_fast.models.backbone import (
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, take_indices
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.loading import load_network
+from effnet_fast.models.plan import run_own_plan
 from effnet_fast.models.variants import Variant
 
 if TYPE_CHECKING:
@@ -155,7 +156,11 @@ class EfficientNet(Backbone):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            return self.forward_head(self.forward_features(x))
+        y = run_own_plan(self, x)
+        return self.forward_head(self.forward_features(x)) if y is None else y
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
@@ -351,12 +356,14 @@ class EfficientNetFeatures(Backbone):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self._prepared(x)
         # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            return self._maps(x)
-        with self._execution():
-            return self._maps(x)
+            return self._maps(self._prepared(x))
+        maps = run_own_plan(self, x)
+        if maps is None:
+            with self._execution():
+                maps = self._maps(self._prepared(x))
+        return maps
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []

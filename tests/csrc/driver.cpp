@@ -18,7 +18,9 @@
 #define EFFNET_NAMESPACE host
 #include "common/geometry.h"
 #include "cpu/args.h"
+#include "instruction_sets.h"
 #include "mbconv.h"
+#include "network_problem.h"
 #include "problem.h"
 
 using namespace effnet;
@@ -37,7 +39,7 @@ DRIVER_ISAS
 namespace {
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16};
-constexpr int kThreads[] = {1, 3};
+constexpr int kThreads[] = {1, 3}, kNetworkThreads[] = {1, 2, 4};
 
 void fold_sum(const Tensor& partial, int64_t outer, int64_t parts, int64_t c, float factor,
               Tensor& out, int threads) {
@@ -333,10 +335,13 @@ void test_excite(const Excite& e, bool bias, int threads) {
 int main(int argc, char** argv) {
   if (argc != 4)
     return std::fprintf(stderr, "usage: driver ISA TOLERANCE_FP32 TOLERANCE_BF16\n"), 2;
+  const bool amx = std::string(argv[1]) == "amx";
+  const std::string isa = amx ? "avx512_bf16" : argv[1];
 #define ISA(name) \
-  if (std::string(argv[1]) == #name) kernels = &effnet::name::kernels;
+  if (isa == #name) kernels = &effnet::name::kernels;
   DRIVER_ISAS
 #undef ISA
+  if (amx && !missing_amx().empty()) return std::fprintf(stderr, "%s\n", missing_amx().c_str()), 2;
   if (!kernels) return std::fprintf(stderr, "%s is not in this driver\n", argv[1]), 2;
   tolerance_fp32 = std::atof(argv[2]);
   tolerance_bf16 = std::atof(argv[3]);
@@ -352,6 +357,10 @@ int main(int argc, char** argv) {
       }
     }
   test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
+  for (int threads : kNetworkThreads) {
+    test_network(DType::kFloat32, false, false, threads);
+    test_network(DType::kBFloat16, isa == "avx512_bf16", amx, threads);
+  }
   std::printf("%s: %d of %d tensors are wrong\n", argv[1], failures, comparisons);
   return failures ? 1 : 0;
 }

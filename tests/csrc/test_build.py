@@ -6,6 +6,7 @@ Quick tests run setup.py with compilers that only pretend; the slow one builds t
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -130,6 +131,10 @@ class FakeTools:
     def ninja(self) -> str:
         return (self.folder / "work/temp/build.ninja").read_text()
 
+    def simt_ninja(self) -> Path:
+        """That of the host run of the CUDA kernels."""
+        return self.folder / "work/temp/simt/build.ninja"
+
 
 @pytest.fixture
 def tools(tmp_path: Path, tree: Path) -> FakeTools:
@@ -149,11 +154,15 @@ def tools(tmp_path: Path, tree: Path) -> FakeTools:
         ),
         ({"EFFNET_FAST_CUDA_ARCHS": "90,35"}, "EFFNET_FAST_CUDA_ARCHS names ['35']; "),
         (
+            {"EFFNET_FAST_SIMT": "yes"},
+            "EFFNET_FAST_SIMT='yes' is not understood: it must match 0|auto|1",
+        ),
+        (
             {"CXX": "nonexistent-c++"},
             "effnet-fast: no C++ compiler (nonexistent-c++): install g++ (Debian package: g++)",
         ),
     ],
-    ids=["cuda", "archs_word", "archs_unknown", "no_compiler"],
+    ids=["cuda", "archs_word", "archs_unknown", "simt", "no_compiler"],
 )
 def test_what_stops_a_build_is_one_line(
     tools: FakeTools, env: dict[str, str], message: str
@@ -169,6 +178,35 @@ def test_cuda_wanted_without_nvcc(tools: FakeTools) -> None:
     status, text = tools.build(EFFNET_FAST_CUDA="1")
     assert status != 0
     assert text == "EFFNET_FAST_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME/bin\n"
+
+
+def test_the_host_run_is_built_only_where_asked_for(tools: FakeTools) -> None:
+    tools.add("nvcc", FAKE_NVCC)
+    assert tools.build()[0] == 0
+    assert not tools.simt_ninja().exists()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the host run is for x86-64")
+@pytest.mark.parametrize("cuda", ["auto", "0"])
+def test_the_host_run_compiles_every_kernel(tools: FakeTools, cuda: str) -> None:
+    """With CUDA's part and without."""
+    tools.add("nvcc", FAKE_NVCC)
+    status, text = tools.build(EFFNET_FAST_SIMT="auto", EFFNET_FAST_CUDA=cuda)
+    assert status == 0, text
+    ninja = tools.simt_ninja().read_text()
+    for source in (native.ROOT / "csrc/cuda").glob("*.cu"):
+        assert f"build {source.name}.o: cxx" in ninja
+    assert "-DEFFNET_SIMT" in ninja
+    assert list((tools.folder / "work/lib/effnet_fast").glob("_C_simt*.so"))
+
+
+def test_the_host_run_without_nvcc(tools: FakeTools) -> None:
+    status, text = tools.build(EFFNET_FAST_SIMT="auto")
+    assert status == 0, text
+    assert not tools.simt_ninja().exists()
+    status, text = tools.build(EFFNET_FAST_SIMT="1")
+    assert status != 0
+    assert text == ("EFFNET_FAST_SIMT=1 needs x86-64 Linux, and nvcc on PATH or in CUDA_HOME/bin\n")
 
 
 @pytest.mark.parametrize("setting", ["auto", "0"])

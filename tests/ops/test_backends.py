@@ -13,7 +13,7 @@ import torch
 
 import effnet_fast
 from cases import DWCONV_CASES, DwconvCase, find
-from effnet_fast import _native, backends, ops
+from effnet_fast import _native, backends, ops, preference
 from effnet_fast.backends import (
     BACKENDS,
     OPS,
@@ -168,7 +168,8 @@ def test_can_run_in_general(backend: str, op: str) -> None:
     if backend in ("auto", "reference", "cpu"):
         assert reason is None
     elif backend == "triton":
-        assert reason == f"this version has no Triton kernel for {op}"
+        expected = None if torch.cuda.is_available() else "there is no CUDA device"
+        assert reason == expected
     else:
         assert reason
 
@@ -181,6 +182,75 @@ def test_a_missing_extension_is_told_at_the_call(monkeypatch: pytest.MonkeyPatch
     for backend in ("cpu", "cuda"):
         with pytest.raises(RuntimeError, match=r"effnet_fast\._C is not there"):
             run(call, backend)
+
+
+@ANY_SAMPLE
+def test_triton_refuses_cpu_tensors_and_says_how_tests_run(name: str) -> None:
+    call = sample(name)
+    with pytest.raises(RuntimeError, match=r"x is on cpu, .* started with TRITON_INTERPRET=1"):
+        run(call, "triton", wanted=with_gradients(call))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"x": torch.ones(1, 8, 3, 3, dtype=torch.float64)}, "float32, bfloat16 and float16"),
+        ({"kernel": (2, 2)}, "the kernel is 2x2"),
+        ({"stride": 3}, "the stride is 3"),
+        ({"x": torch.ones(1, 8, 3, 3).half()}, None),
+        ({"others": (torch.ones(8).double(),)}, "a parameter is torch.float64"),
+    ],
+)  # fmt: skip
+def test_what_triton_takes(
+    change: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device aside: all dtypes of 32 bits and less, square odd kernels, strides 1 and 2."""
+    monkeypatch.setattr(backends, "_triton_device_reason", lambda device: None)
+    x = torch.ones(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    args = OpArgs(**({"x": x} | change))
+    args = args._replace(x=args.x.contiguous(memory_format=torch.channels_last))
+    found = can_run("triton", "dwconv_bn_silu", args)
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_interpreted_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_interprets", lambda: True)
+    for dtype, refused in ((torch.bfloat16, True), (torch.float16, False)):
+        x = torch.ones(1, 8, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        reason = can_run("triton", "squeeze_excite", OpArgs(x))
+        assert (reason is not None) == refused, reason
+
+
+def test_a_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    backends._triton_unavailable_reason.cache_clear()
+    reason = can_run("triton", "mbconv")
+    backends._triton_unavailable_reason.cache_clear()
+    assert reason is not None
+    assert "No module named 'triton'" in reason
+    assert "pip install 'effnet-fast[triton]'" in reason
+
+
+def test_preferences_are_backends_and_say_where_they_come_from() -> None:
+    for row in preference.PREFERENCES:
+        assert set(row.order) <= set(BACKENDS) - {"auto", "reference"}
+        assert row.op in (*OPS, "*")
+        assert row.source == "heuristic" or row.source.startswith("measured(")
+    assert preference.order("cpu", "mbconv") == ("cpu",)
+    assert preference.order("cuda", "pointwise_bn_act")[0] == "triton"
+    assert preference.order("xpu", "mbconv") == ()
+
+
+def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = OpArgs(sample("dwconv_eval").x)
+    monkeypatch.setattr(preference, "order", lambda device, op: ("cuda", "cpu", "triton"))
+    assert resolve("auto", "dwconv_bn_silu", x) == "cpu"
+    monkeypatch.setattr(preference, "order", lambda device, op: ("cuda",))
+    assert resolve("auto", "dwconv_bn_silu", x) == "reference"
 
 
 REFUSED: dict[str, tuple[Callable[[Call], Call], str]] = {
@@ -225,11 +295,12 @@ def test_meta_device_goes_through_the_reference(name: str) -> None:
     assert function(**call.tensors, **call.options).is_meta
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @ANY_SAMPLE
-def test_backends_without_a_kernel(name: str, backend: str) -> None:
-    call = sample(name)
+def test_backends_without_a_kernel(name: str) -> None:
+    call, backend = sample(name), "cuda"
     reason = can_run(backend, call.op)
+    if reason is None:
+        pytest.skip("it has one, and a device")
     with pytest.raises(RuntimeError) as info:
         run(call, backend, wanted=with_gradients(call))
     assert str(info.value) == f"backend {backend!r} cannot run {call.op}: {reason}"

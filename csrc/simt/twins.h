@@ -1,0 +1,195 @@
+// The host's side of cuda/primitives.cuh, which says what each of these promises; the device's side
+// is cuda/intrinsics.cuh. Test only.
+//
+// One block runs at a time, its threads as fibers of the calling thread (simt/runtime.cpp). What a
+// GPU would leave undefined, and often get right by luck, is an error here or a NaN:
+//   - shared memory is NaN at the start of a block, and lies in heap blocks of exactly its size;
+//   - a copy of cp_async arrives at its wait, until then its destination is NaN;
+//   - the order of the threads is shuffled from a seed;
+//   - misaligned vectors, barriers that not all threads reach, or not at the same line, shuffles
+//     that not all lanes of their mask reach, copies never waited for, deadlocks:
+//     std::runtime_error.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <type_traits>
+#include <utility>
+
+#include "simt/seed.h"
+
+#define __launch_bounds__(...)
+
+#define EFFNET_SHARED(type, name, extents)       \
+  static ::effnet::simt::SharedSlot name##_slot; \
+  using name##_type = type extents;              \
+  name##_type& name = *static_cast<name##_type*>(name##_slot.get(sizeof(name##_type)))
+
+namespace effnet {
+namespace simt {
+
+struct Index {
+  int x, y, z;
+};
+
+struct Place {  // what the running thread sees
+  Index thread, block_dim;
+  int64_t block_x, block_y, block_z, grid_x, grid_y, grid_z;
+};
+
+extern Place here;
+
+using Location = std::source_location;
+
+enum class Shuffle { kXor, kDown, kIndex, kSync };
+
+void sync_threads(const Location& at);
+// The value of the source lane; all ones, a NaN, where that lane is not in the mask.
+uint64_t shuffle(Shuffle kind, uint64_t value, int argument, unsigned mask, const Location& at);
+void* dynamic_shared();
+void copy_async(void* to, const void* from, int bytes, bool valid, const Location& at);
+void copy_commit();
+void copy_wait(int groups);  // groups that may still be under way; -1: none, committed or not
+void check_aligned(const void* p, size_t bytes, const Location& at);
+
+// Runs `thread` for every thread of every block. Throws std::runtime_error.
+void run(const char* name, const Index& grid, const Index& block, int64_t shared_bytes,
+         const std::function<void()>& thread);
+
+// One declaration of static shared memory: a heap block of exactly its size, as AddressSanitizer
+// does not guard statics of templates. NaN when a block of threads first comes here.
+class SharedSlot {
+ public:
+  void* get(size_t bytes);
+
+ private:
+  void* data_ = nullptr;
+  uint64_t block_ = 0;
+};
+
+}  // namespace simt
+
+namespace cuda {
+
+using simt::Location;
+
+inline int thread_x() { return simt::here.thread.x; }
+inline int thread_y() { return simt::here.thread.y; }
+inline int thread_z() { return simt::here.thread.z; }
+inline int64_t block_x() { return simt::here.block_x; }
+inline int64_t block_y() { return simt::here.block_y; }
+inline int64_t block_z() { return simt::here.block_z; }
+inline int block_dim_x() { return simt::here.block_dim.x; }
+inline int block_dim_y() { return simt::here.block_dim.y; }
+inline int block_dim_z() { return simt::here.block_dim.z; }
+inline int64_t grid_dim_x() { return simt::here.grid_x; }
+inline int64_t grid_dim_y() { return simt::here.grid_y; }
+inline int64_t grid_dim_z() { return simt::here.grid_z; }
+
+template <typename T>
+T* dynamic_shared() {
+  return static_cast<T*>(simt::dynamic_shared());
+}
+
+inline void sync_threads(const Location& at = Location::current()) { simt::sync_threads(at); }
+inline void sync_warp(unsigned mask = kFullMask, const Location& at = Location::current()) {
+  simt::shuffle(simt::Shuffle::kSync, 0, 0, mask, at);
+}
+
+template <typename T>
+T shuffled(simt::Shuffle kind, T v, int argument, unsigned mask, const Location& at) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &v, sizeof(T));
+  bits = simt::shuffle(kind, bits, argument, mask, at);
+  std::memcpy(&v, &bits, sizeof(T));
+  return v;
+}
+template <typename T>
+T shuffle_xor(T v, int lane_mask, unsigned mask = kFullMask,
+              const Location& at = Location::current()) {
+  return shuffled(simt::Shuffle::kXor, v, lane_mask, mask, at);
+}
+template <typename T>
+T shuffle_down(T v, int delta, unsigned mask = kFullMask,
+               const Location& at = Location::current()) {
+  return shuffled(simt::Shuffle::kDown, v, delta, mask, at);
+}
+template <typename T>
+T shuffle(T v, int lane, unsigned mask = kFullMask, const Location& at = Location::current()) {
+  return shuffled(simt::Shuffle::kIndex, v, lane, mask, at);
+}
+
+template <typename V>
+V load(const V* p, const Location& at = Location::current()) {
+  simt::check_aligned(p, sizeof(V), at);
+  return *p;
+}
+template <typename V>
+V load_streaming(const V* p, const Location& at = Location::current()) {
+  return load(p, at);
+}
+template <typename V>
+V load_shared(const V* p, const Location& at = Location::current()) {
+  return load(p, at);
+}
+template <typename V>
+void store(V* p, V v, const Location& at = Location::current()) {
+  simt::check_aligned(p, sizeof(V), at);
+  *p = v;
+}
+template <typename V>
+void store_streaming(V* p, V v, const Location& at = Location::current()) {
+  store(p, v, at);
+}
+template <typename V>
+void store_shared(V* p, V v, const Location& at = Location::current()) {
+  store(p, v, at);
+}
+
+template <int kBytes>
+void cp_async(void* to, const void* from, bool valid = true,
+              const Location& at = Location::current()) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  simt::copy_async(to, from, kBytes, valid, at);
+}
+inline void cp_async_commit() { simt::copy_commit(); }
+template <int kGroups>
+void cp_async_wait() {
+  static_assert(kGroups >= 0);
+  simt::copy_wait(kGroups);
+}
+inline void cp_async_wait_all() { simt::copy_wait(-1); }
+
+// As exact as the host is; tanh_approx alone is as coarse as the device's, whose error matters.
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) { return 1.0f / x; }
+inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
+inline float tanh_approx(float x) {
+  return bits_as<float>(bits_as<uint32_t>(std::tanh(x)) & 0xfffff000u);
+}
+
+inline std::string reason_against(const void*, int) { return ""; }
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int) {}
+  ~DeviceGuard() {}  // as on the device, where an unused guard is no warning
+};
+
+// Runs the kernel to its end.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& s,
+            Arguments&&... arguments) {
+  check_shape(name, s);
+  if (is_empty(s)) return;
+  const auto thread = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  simt::run(name,
+            {static_cast<int>(s.grid_x), static_cast<int>(s.grid_y), static_cast<int>(s.grid_z)},
+            {s.block_x, s.block_y, s.block_z}, s.shared_bytes, thread);
+}
+
+}  // namespace cuda
+}  // namespace effnet

@@ -1,0 +1,149 @@
+"""Squeeze-and-excite on the CUDA kernels, and an MBConv's squeeze."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registration import address, dense, empty_nhwc, nhwc
+from ..squeeze_excite import _backward_fake, _excite_fake, _forward_fake
+from . import statistics
+from .launching import DTYPES, Bn, native, queue, scratch
+
+CHANNELS = 1024  # of a part of the first layer that blocks share out, at the least
+SIDE = 32  # channels of a block in backward
+
+
+def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """The parameters without gaps in one dtype: x's if all are in it, else fp32."""
+    alike = all(p is None or p.dtype is x.dtype for p in parameters)
+    dtype = x.dtype if alike and x.dtype in DTYPES else torch.float32
+    return [None if p is None else dense(p, dtype) for p in parameters]
+
+
+def squeeze(z: Tensor, bn: Bn, backend: str) -> Tensor:
+    """[3,N,C] of z [N,C,H,W] and u = bn(z): mean silu(u), sum silu'(u), sum silu'(u) * zh."""
+    return statistics.image_sums(
+        backend, statistics.SQUEEZE, z, bn=bn, factor=1.0 / (z.shape[2] * z.shape[3])
+    )
+
+
+def excite(
+    pooled: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The registered op: hidden [N,R] before SiLU and gate [N,C] of pooled [N,C]."""
+    hidden, gate = _excite_fake(
+        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
+    )
+    if pooled.numel() == 0:
+        return hidden.zero_(), gate
+    n, c = pooled.shape
+    r = hidden.shape[1]
+    splits = -(-c // CHANNELS)
+    layers = _layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    partial, pooled = scratch(pooled, splits, n, r), dense(pooled, torch.float32)
+    native(backend).excite_fwd(
+        queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],  # type: ignore[union-attr]
+        pooled.data_ptr(), *(address(p) for p in layers),
+        partial.data_ptr(), hidden.data_ptr(), gate.data_ptr(),
+    )  # fmt: skip
+    return hidden, gate
+
+
+def excite_backward(
+    grad_gate: Tensor,
+    pooled: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    factor: float,
+    backend: str,
+    *,
+    grad_sums: Tensor | None = None,
+    squeeze_sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the two layers and of what was pooled.
+
+    Args:
+        grad_gate, pooled, gate: [N,C]; hidden [N,R]; all fp32 without gaps.
+        factor: 1 / (H * W).
+        grad_sums, squeeze_sums: [2,N,C] for BatchNorm's gradients in an MBConv: sums of
+            e * silu'(u) and e * silu'(u) * zh, and the latter two of `squeeze`.
+
+    Returns:
+        gradients of reduce_weight [R,C], its bias [R], expand_weight [C,R], its bias [C]; that of
+        each pixel that was pooled [N,C]; with the sums BatchNorm's bias and weight [2,C]. All fp32.
+    """
+    n, c = pooled.shape
+    r = hidden.shape[1]
+    layers = _layers(reduce_weight, reduce_weight, expand_weight)
+    partial = scratch(pooled, -(-c // SIDE), n, r)
+    grad_hidden, grad_pooled = torch.empty_like(hidden), torch.empty_like(pooled)
+    grads = (
+        scratch(pooled, r, c), scratch(pooled, r), scratch(pooled, c, r), scratch(pooled, c)
+    )  # fmt: skip
+    grad_bn = None if grad_sums is None else scratch(pooled, 2, c)
+    native(backend).excite_bwd(
+        queue(pooled), (n, c, r), DTYPES[layers[0].dtype],  # type: ignore[union-attr]
+        pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
+        *(address(p) for p in layers), partial.data_ptr(), grad_hidden.data_ptr(),
+        tuple(grad.data_ptr() for grad in grads), grad_pooled.data_ptr(), factor,
+        address(grad_sums), address(squeeze_sums), address(grad_bn),
+    )  # fmt: skip
+    return (*grads, grad_pooled, grad_bn)
+
+
+def apply_gate(x: Tensor, gate: Tensor, shift: Tensor | None, y: Tensor, backend: str) -> Tensor:
+    """Writes x * gate + shift to y, both [N,C,H,W] NHWC without gaps; gate and shift [N,C] fp32."""
+    n, c, h, w = x.shape
+    native(backend).gate(
+        queue(x), (n, c, h * w), DTYPES[x.dtype],
+        x.data_ptr(), gate.data_ptr(), address(shift), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def squeeze_excite(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The registered op."""
+    layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    if x.numel() == 0:
+        y, pooled, hidden, gate = _forward_fake(x, *layers, backend)
+        return y, pooled, hidden.zero_(), gate
+    x, y = nhwc(x), empty_nhwc(x, x.shape)
+    factor = 1.0 / (x.shape[2] * x.shape[3])
+    pooled = statistics.image_sums(backend, statistics.SUM, x, factor=factor)[0]
+    hidden, gate = excite(pooled, *layers, backend)
+    return apply_gate(x, gate, None, y, backend), pooled, hidden, gate
+
+
+def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The registered op."""
+    reduce_weight, expand_weight, pooled, hidden, gate, backend = rest
+    if x.numel() == 0:
+        grads = _backward_fake(grad_y, x, *rest)
+        for grad in grads:
+            grad.zero_()
+        return grads
+    x, grad_y = nhwc(x), nhwc(grad_y)
+    grad_gate = statistics.image_sums(backend, statistics.PRODUCT, x, grad_y)[0]
+    *of_layers, grad_pooled, _ = excite_backward(
+        grad_gate, pooled, hidden, gate, reduce_weight, expand_weight,
+        1.0 / (x.shape[2] * x.shape[3]), backend,
+    )  # fmt: skip
+    grad_x = empty_nhwc(x, x.shape)
+    return apply_gate(grad_y, gate, grad_pooled, grad_x, backend), *of_layers

@@ -1,0 +1,93 @@
+"""dwconv_bn_silu on interpreted Triton kernels against its reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import DWCONV_CASES, DwconvCase, find
+from parity import FP32, MODES, Dtypes, check, dwconv_call
+
+FP16 = Dtypes(torch.float16, torch.float16)
+MIXED = Dtypes(torch.float16, torch.float32)
+# One of each kind: an interpreted kernel takes seconds where a compiled one takes microseconds.
+NAMES = (
+    "c_odd",
+    "c_one",
+    "c_gt_block",
+    "7x9_stride_2",
+    "h_lt_kernel",
+    "w_lt_kernel",
+    "one_pixel",
+    "same_k5_stride_2",
+    "four_sides",
+    "padding_gt_kernel",
+    "no_padding",
+    "unread_border_stride_2",
+    "k1_stride_2",
+    "batch_0",
+)
+# Not the gradients of one channel in eval: bn_weight's is then one number, of which stock happens
+# to have the first 25 bits right; the rounding of 126 terms in fp32 is 1.2 times what that allows.
+CALLS = [(n, mode) for n in NAMES for mode in (False, True) if (n, mode) != ("c_one", False)]
+HALF = ("c_odd", "7x9_stride_2", "four_sides", "no_padding")
+
+
+def case_of(name: str) -> DwconvCase:
+    return find(DWCONV_CASES, name)
+
+
+@pytest.mark.parametrize(("name", "training"), CALLS)
+def test_matches_reference(name: str, training: bool) -> None:
+    check(dwconv_call(case_of(name), FP32, training), "triton")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_matches_reference(name: str) -> None:
+    check(dwconv_call(case_of(name), FP32), "triton", wanted=())
+
+
+@MODES
+@pytest.mark.parametrize("dtypes", [FP16, MIXED], ids=str)
+@pytest.mark.parametrize("name", HALF)
+def test_fp16_matches_reference(name: str, dtypes: Dtypes, training: bool) -> None:
+    check(dwconv_call(case_of(name), dtypes, training), "triton")
+
+
+@pytest.mark.parametrize("dtypes", [FP16, MIXED], ids=str)
+def test_fp16_inference_matches_reference(dtypes: Dtypes) -> None:
+    check(dwconv_call(case_of("c_odd"), dtypes), "triton", wanted=())
+
+
+def test_large_kernel_matches_reference() -> None:
+    check(dwconv_call(case_of("k9_stride_2_four_sides"), FP32, True), "triton", wanted=("x",))
+
+
+@pytest.mark.parametrize("absent", [("bn_weight",), ("bn_bias",), ("bn_weight", "bn_bias")])
+def test_absent_parameters(absent: tuple[str, ...]) -> None:
+    call = dwconv_call(case_of("7x9_stride_2"), FP32, True)
+    check(call.with_tensors(**dict.fromkeys(absent)), "triton")
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bn_bias",), ("x", "bn_weight")])
+def test_pruned_gradients(wanted: tuple[str, ...]) -> None:
+    check(dwconv_call(case_of("7x9_stride_2"), FP32, True), "triton", wanted=wanted)
+
+
+def test_strided_input() -> None:
+    """x cut out of a larger image: strides over N, H and W, channels innermost."""
+    call = dwconv_call(case_of("7x9_stride_2"), FP32, True)
+    n, c, h, w = call.x.shape
+    larger = torch.randn(n + 1, c, h + 3, w + 2).contiguous(memory_format=torch.channels_last)
+    cut = larger[1:, :, 2 : h + 2, 1 : w + 1]
+    check(call.with_tensors(x=cut), "triton")
+    check(call.with_tensors(x=cut).with_options(training=False), "triton", wanted=())
+
+
+@pytest.mark.parametrize(("mean", "dtypes"), [(1000.0, FP32), (8.0, FP16)])
+def test_large_mean(mean: float, dtypes: Dtypes) -> None:
+    """Variance survives a mean that is large beside the deviation."""
+    call = dwconv_call(case_of("no_padding"), dtypes, True)
+    weight = torch.zeros_like(call.tensors["weight"])
+    weight[:, :, 1, 1] = 1.0
+    check(call.with_tensors(x=call.x + mean, weight=weight), "triton", wanted=())

@@ -1,0 +1,59 @@
+"""The whole block on interpreted Triton kernels against its reference: training and eval."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import MBCONV_CASES, find
+from effnet_fast.ops.mbconv import mbconv
+from mbconv_blocks import BlockCall, block_call, run
+from parity import FP32, MODES, Dtypes, Results, assert_parity, assert_same
+
+FP16 = Dtypes(torch.float16, torch.float16)
+MIXED = Dtypes(torch.float16, torch.float32)
+NAMES = [p.id for p in MBCONV_CASES if not p.id.startswith("b0")]
+
+
+def check(call: BlockCall, wanted: tuple[str, ...] | None = None) -> Results:
+    actual = run(call, mbconv, backend="triton", wanted=wanted)
+    stock, exact = (run(call, double=double, wanted=wanted) for double in (False, True))
+    assert_parity(actual, stock, exact, call.x.dtype)
+    return actual
+
+
+@MODES
+@pytest.mark.parametrize("name", NAMES)
+def test_matches_reference(name: str, training: bool) -> None:
+    check(block_call(find(MBCONV_CASES, name), FP32, training))
+
+
+@MODES
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "k7"])  # 20 s
+def test_fp16_matches_reference(name: str, training: bool) -> None:
+    check(block_call(find(MBCONV_CASES, name), FP16, training))
+
+
+@pytest.mark.parametrize("dtypes", [FP32, MIXED], ids=str)
+@pytest.mark.parametrize("name", ["c_eq_vector", "no_expansion_residual"])
+def test_dropped_images(name: str, dtypes: Dtypes) -> None:
+    check(block_call(find(MBCONV_CASES, name), dtypes, dropped=True))
+
+
+def test_lean_memory_is_the_same_and_runs_are_equal() -> None:
+    case = find(MBCONV_CASES, "c_eq_vector")
+    fast = check(block_call(case, FP32))
+    assert_same(run(block_call(case, FP32), mbconv, backend="triton"), fast)
+    assert_same(run(block_call(case, FP32, memory="lean"), mbconv, backend="triton"), fast)
+
+
+@pytest.mark.parametrize("modes", [(True, False, True), (False, True, False)], ids=str)
+def test_mixed_modes_and_asymmetric_padding(modes: tuple[bool, bool, bool]) -> None:
+    check(block_call(find(MBCONV_CASES, "c_odd_stride_2"), FP32, modes, padding=(1, 2, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("expand.weight",), ("squeeze.reduce_bias",), ("project.weight",)]
+)
+def test_pruned_gradients(wanted: tuple[str, ...]) -> None:
+    check(block_call(find(MBCONV_CASES, "c_eq_vector"), FP32), wanted)

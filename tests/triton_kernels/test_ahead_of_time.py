@@ -1,0 +1,75 @@
+"""Every kernel compiled for GPUs that are not there, within budgets of registers and memory.
+
+`budgets.json` holds, by compute capability and kernel, the most registers per thread and bytes of
+shared memory of any build; `python tests/ahead_of_time.py` writes it anew. A spill
+has no budget.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import ahead_of_time
+from ahead_of_time import TARGETS, Build, builds, compile_build, instructions, resources
+
+BUDGETS = json.loads(Path(ahead_of_time.BUDGETS).read_text())
+PRODUCTS = ("pointwise_fwd_kernel", "pointwise_bwd_data_kernel", "pointwise_bwd_weight_kernel")
+WGMMA_ROWS = 64  # of the accumulator: fewer take the instructions of sm_80
+
+
+def _jobs() -> Iterator[Any]:
+    for (capability, dtype), kernels in TARGETS.items():
+        for kernel in sorted(BUDGETS[f"{capability}"]):
+            if kernels is None or kernel in kernels:
+                name = str(dtype).removeprefix("torch.")
+                yield pytest.param(capability, dtype, kernel, id=f"sm_{capability}-{name}-{kernel}")
+
+
+def test_every_kernel_has_a_budget() -> None:
+    """The launchers of B0, B4 and B7 start exactly the kernels of the table."""
+    launched = {build.name for build in builds(torch.bfloat16)}
+    for capability in ("80", "90", "100"):
+        assert set(BUDGETS[capability]) == launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "kernel"), _jobs())
+def test_within_budget(capability: int, dtype: torch.dtype, kernel: str) -> None:
+    own = {build: k for build, k in builds(dtype).items() if build.name == kernel}
+    assert own
+    registers, shared = BUDGETS[f"{capability}"][kernel]
+    for build, function in own.items():
+        compiled = compile_build(function, build, capability)
+        found = resources(compiled)
+        assert found.spilled == 0, f"{build} spills {found.spilled} bytes on sm_{capability}"
+        assert found.registers <= registers, f"{build}: {found.registers} registers"
+        assert found.shared <= shared, f"{build}: {found.shared} bytes of shared memory"
+        if capability == 90 and kernel in PRODUCTS and uses_tensor_cores(build):
+            assert any(op.startswith("HGMMA") for op in instructions(compiled)), (
+                f"{build}: no HGMMA"
+            )
+
+
+def uses_tensor_cores(build: Build) -> bool:
+    constants, types = dict(build.constants), dict(build.signature)
+    rows = constants["BN" if build.name == "pointwise_bwd_weight_kernel" else "BM"]
+    half = any(t in ("*fp16", "*bf16") for t in types.values())
+    return half and rows >= WGMMA_ROWS
+
+
+def test_a_spill_is_noticed() -> None:
+    """Tiles far too large for the registers show as spilled bytes."""
+    build, function = next(
+        (b, k) for b, k in builds(torch.bfloat16).items() if b.name == "bn_act_bwd_kernel"
+    )
+    large = dict(build.constants) | {"BP": 64, "BC": 128}
+    spilling = build._replace(constants=tuple(sorted(large.items())), options=(("num_warps", 1),))
+    assert resources(compile_build(function, spilling, 90)).spilled > 0

@@ -1,0 +1,43 @@
+"""Starts the tests of `interpreted/`, each file in a process whose kernels Triton interprets.
+
+The flag counts when a kernel is decorated, so it must be there before the first import.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+FOLDER = Path(__file__).parent / "interpreted"
+ROOT = FOLDER.parents[2]
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+TIMEOUT_S = 600
+
+
+def test_there_are_files() -> None:
+    assert FILES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted(file: str) -> None:
+    """Every test of the file passes, and there is at least one."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    for name in list(environment):
+        if name.startswith("PYTEST_"):
+            del environment[name]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(FOLDER / file)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE), done.stdout[-2000:]
+    assert "skipped" not in done.stdout, done.stdout[-2000:]

@@ -1,0 +1,95 @@
+"""What the launchers share: the way from tensors to a kernel, and shapes and types on it.
+
+Kernels get a channel count as a number of units of VEC channels, VEC being a constant of the
+kernel: the compiler then knows that rows begin at multiples of VEC, which it needs for accesses of
+128 bits, and one compiled kernel still serves every count that VEC divides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+Kernel = Any  # triton.JITFunction, or its interpreted form
+VEC = 8  # channels: 16 bytes in 16-bit types
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+# Whether kernels run in Triton's interpreter, on CPU tensors: decided as they are decorated.
+INTERPRETS = not isinstance(_probe, triton.JITFunction)
+
+
+def launch(
+    kernel: Kernel,
+    grid: Sequence[int],
+    device: torch.device,
+    args: Sequence[Any],
+    config: dict[str, int],
+    **constants: Any,
+) -> None:
+    """Launches a kernel on the current stream of `device`.
+
+    Args:
+        kernel: a jitted function.
+        grid: numbers of programs; nothing is launched where one is 0.
+        device: of all tensors in `args`.
+        args: the positional arguments, None for tensors that are absent.
+        config: a row of the tuning table: tile sizes, num_warps and num_stages.
+        constants: the kernel's other constants.
+    """
+    if 0 in grid:
+        return
+    other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if other else contextlib.nullcontext():
+        start(kernel, tuple(grid), args, config | constants)
+
+
+def start(
+    kernel: Kernel, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]
+) -> None:
+    """Runs a kernel; where launches are recorded instead of run, this is replaced."""
+    # Multiply and add may fuse: a Triton release is to change the default.
+    kernel[grid](*args, **constants, enable_fp_fusion=True)
+
+
+def units(*channels: int) -> tuple[int, ...]:
+    """VEC and the channel counts in units of it; VEC is 1 where 8 does not divide them all."""
+    vec = 1 if any(c % VEC for c in channels) else VEC
+    return vec, *(c // vec for c in channels)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """x [N,C,H,W] with its values in NHWC order and no gaps; x itself where they are."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised channels_last tensor of `shape` with the dtype and device of `like`."""
+    return torch.empty(
+        tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """The tensor without gaps; itself where it has none, None for None."""
+    return None if vector is None else vector.contiguous()
+
+
+def empty_fp32(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised fp32 tensor on the device of `like`."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """ "ieee", or "tf32" for fp32 products where torch.backends.cuda.matmul allows it."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

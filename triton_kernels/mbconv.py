@@ -1,0 +1,51 @@
+"""A whole MBConv for inference: expand, depthwise with the pool's sums, excite, project.
+
+Computes: y = bn(project(gate * silu(bn(depthwise(silu(bn(expand(x)))))))) + x
+Shapes:   x [N,Cin,H,W], y [N,Cout,Ho,Wo]
+Dtypes:   x/y fp32|fp16|bf16, parameters x's or fp32
+Layout:   channels_last
+Tiling:   of the files that hold the passes
+Bytes:    x, the expanded tensors written and read once each, y
+FLOPs:    of the passes
+Source:   Tan & Le (arXiv 1905.11946), section 4
+Truth:    the references of the parts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .dwconv_bn_silu import launch_dwconv_fwd
+from .pointwise_bn_act import launch_pointwise_fwd
+from .squeeze_excite import excite
+
+Layer = Sequence[Tensor]  # weight, bn_weight, bn_bias, mean, var; some None
+
+
+def mbconv_eval(
+    x: Tensor,
+    expand: Layer,
+    depthwise: Layer,
+    squeeze: Layer,
+    project: Layer,
+    stride: int,
+    padding: Sequence[int],
+    eps: Sequence[float],
+    residual: bool,
+    backend: str,
+) -> Tensor:
+    """The op of this name."""
+    h = x
+    if expand:
+        h, _ = launch_pointwise_fwd(h, expand[0], bn=expand[1:], eps=eps[0], silu=True)
+    h, _, pooled = launch_dwconv_fwd(
+        h, depthwise[0], stride, padding, bn=depthwise[1:], eps=eps[1], pool=True
+    )
+    assert pooled is not None
+    reduce_weight, reduce_bias, expand_weight, expand_bias = squeeze
+    _, gate = excite(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend)
+    return launch_pointwise_fwd(
+        h, project[0], gate=gate, bn=project[1:], eps=eps[2], residual=x if residual else None
+    )[0]
