@@ -12,7 +12,7 @@ PIP  := $(BIN)/python -m pip
 # Isolated builds get the pins too, so that a new setuptools or pybind11 cannot change the result.
 PINS := -c constraints.txt --build-constraint constraints.txt
 
-BUILD_SOURCES := $(shell find csrc -type f) setup.py MANIFEST.in pyproject.toml constraints.txt
+BUILD_SOURCES := $(shell find csrc -type f ! -name '*.json') setup.py MANIFEST.in pyproject.toml constraints.txt
 NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # A photograph of a cat that is shipped inside scikit-image's wheel.

@@ -121,7 +121,7 @@ def contest(
         check=lambda: check(setup),
         work=work.network(case.variant, case.resolution, case.batch, mode, dtype),
         engines=True,
-        keeps_memory=frozenset(p.name for p in peers if p.keeps_memory),
+        keeps_memory=frozenset(p.name for p in peers if p.hides_memory(mode, device)),
     )
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.contest import OURS, UnavailableError
 from benchmarks.limits import DTYPES
-from effnet_fast import checkpoints, use_backend
+from effnet_fast import checkpoints, deploy, use_backend
 from effnet_fast.models import Variant
 
 INFERENCE, TRAINING = ("inference",), ("training",)
@@ -68,6 +68,7 @@ class Peer:
         same_numbers: whether it computes what stock does; lukemelas pads otherwise.
         keeps_memory: whether what a call needs stays with it or is not seen by PyTorch's
             allocator, so that peak memory cannot be told.
+        plans: whether that is so of its inference on a CPU, which goes by packed weights.
     """
 
     name: str
@@ -79,6 +80,11 @@ class Peer:
     compiles: bool = False
     same_numbers: bool = True
     keeps_memory: bool = False
+    plans: bool = False
+
+    def hides_memory(self, mode: str, device: str) -> bool:
+        """Whether peak memory cannot be told there."""
+        return self.keeps_memory or (self.plans and (mode, device) == ("inference", "cpu"))
 
     def runner(self, setup: Setup) -> Runner:
         """The function that runs the network once and returns the logits or the loss.
@@ -162,6 +168,11 @@ def _ours_amp(setup: Setup) -> Runner:
     model = copy.deepcopy(setup.model)
     model.backend = "auto"
     return network_step(model, setup.x, setup.mode, setup.torch_dtype)
+
+
+def _deployed(setup: Setup) -> Runner:
+    deployed = deploy(copy.deepcopy(setup.model), setup.torch_dtype)
+    return network_step(deployed, setup.x, setup.mode)
 
 
 def _compile(**options: Any) -> Callable[[Setup], Runner]:
@@ -344,8 +355,9 @@ _autotune = _compile(mode="max-autotune")
 _compiled_graphs = _compile(mode="reduce-overhead")
 ONNX = "onnxscript"  # what torch.onnx.export needs
 PEERS = (
-    Peer(OURS, _ours, ANY, BOTH),
-    Peer(f"{OURS}_amp", _ours_amp, LOW, BOTH),
+    Peer(OURS, _ours, ANY, BOTH, plans=True),
+    Peer(f"{OURS}_amp", _ours_amp, LOW, BOTH, plans=True),
+    Peer(f"{OURS}_deploy", _deployed, ("fp32", "bf16"), devices=CPU, keeps_memory=True),
     Peer(f"{OURS}_graph", _cuda_graph(_ours), ANY, BOTH, CUDA, keeps_memory=True),
     Peer("torch_contiguous", _contiguous, modes=BOTH),
     Peer("torch_channels_last", _eager, ANY, BOTH),
@@ -382,9 +394,7 @@ PEERS = (
         keeps_memory=True,
     ),
     Peer(
-        *("torch_tensorrt", _torch_tensorrt, ANY),
-        devices=CUDA,
-        requires=("torch_tensorrt",),
+        *("torch_tensorrt", _torch_tensorrt, ANY, INFERENCE, CUDA, ("torch_tensorrt",)),
         compiles=True,
         keeps_memory=True,
     ),

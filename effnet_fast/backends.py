@@ -202,13 +202,14 @@ def _kernel_reason(
 def _cuda_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
     if reason := _native.unavailable_reason():
         return reason
-    if args is None:
-        return _cuda_probe(0) or _cuda_op_reason(op)
-    x = args.x
-    if x.device.type != "cuda":
-        return f"x is on {x.device}, the cuda backend takes CUDA tensors"
-    if reason := _cuda_probe(x.device.index) or _cuda_op_reason(op):
+    on_cuda = args is not None and args.x.device.type == "cuda"
+    device = args.x.device.index if args is not None and on_cuda else 0
+    if reason := _cuda_probe(device) or _cuda_op_reason(op):
         return reason
+    if args is None:
+        return None
+    if not on_cuda:
+        return f"x is on {args.x.device}, the cuda backend takes CUDA tensors"
     return _kernel_reason("cuda", CUDA_DTYPES, op, args) or _cuda_size_reason("cuda", op, args)
 
 

@@ -60,6 +60,8 @@ class DeployedEfficientNet(nn.Module):
         backend: as given to `deploy`.
     """
 
+    source: Any
+
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, backend: str) -> None:
         super().__init__()
         _check_model(model)

@@ -50,6 +50,8 @@ class Report:
         backends: for each backend, by op, the reason it cannot run.
         isas: for each compiled instruction set, the reason this CPU cannot run it.
         best_isa: the instruction set that "auto" takes.
+        deploy: "reason", why `effnet_fast.deploy` cannot be used, and "bf16_products", whether the
+            best instruction set has them, without which bf16 networks are computed in fp32.
         cpu: "model", and the vector "flags" that the kernel shows.
         threads: torch's, and how many CPUs this process may use.
         openmp: paths of the OpenMP runtimes loaded into this process.
@@ -62,6 +64,7 @@ class Report:
     backends: dict[str, dict[str, str | None]]
     isas: dict[str, str | None]
     best_isa: str | None
+    deploy: dict[str, Any]
     cpu: dict[str, Any]
     threads: dict[str, int]
     openmp: list[str]
@@ -82,6 +85,8 @@ class Report:
             for name, reason in self.isas.items()
         ]
         lines += _aligned("isas", isas)
+        products = "bfloat16" if self.deploy["bf16_products"] else "bfloat16 computed in float32"
+        lines.append(f"deploy      {self.deploy['reason'] or f'float32, {products}'}")
         lines.append(f"cpu         {self.cpu['model']}: {' '.join(self.cpu['flags'])}")
         threads = self.threads
         lines.append(f"threads     {threads['torch']} (torch), {threads['cpus']} CPUs usable")
@@ -113,6 +118,10 @@ def doctor(model: nn.Module | None = None) -> Report:
         backends={name: {op: can_run(name, op) for op in OPS} for name in BACKENDS},
         isas={} if native is None else {i: native.isa_unavailable_reason(i) for i in native.isas()},
         best_isa=None if native is None else native.best_isa(),
+        deploy={
+            "reason": reason,
+            "bf16_products": native is not None and native.network_has_bf16(""),
+        },
         cpu=_cpu(),
         threads={"torch": torch.get_num_threads(), "cpus": _usable_cpus()},
         openmp=_openmp_runtimes(),

@@ -81,7 +81,7 @@ def compile_kernels(folder: Path, flags_of: Mapping[str, Sequence[str]]) -> dict
 def built_kernels(isas: Sequence[str]) -> dict[str, list[Path]] | None:
     """The objects that an editable install left, or None where one is missing or out of date."""
     folder = ROOT / "build/editable"
-    sources = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+    sources = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*.[ch]*"))]
     newest = max(path.stat().st_mtime for path in sources)
     names = [path.stem for path in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     objects = {isa: [folder / f"{name}.{isa}.o" for name in names] for isa in isas}

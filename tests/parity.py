@@ -135,7 +135,8 @@ def run(
 
 def device_of(backend: str | None, x: Tensor) -> torch.device:
     """Where a backend computes on x: a call on the CPU is taken to the GPU for "cuda"."""
-    return torch.device("cuda") if backend == "cuda" else x.device
+    takes = backend == "cuda" and torch.cuda.is_available()
+    return torch.device("cuda") if takes else x.device
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -68,7 +68,7 @@ def fold_statistics_kernel(
     partial, out, mean_out, var_out, norm, weight, bias, eps, parts, run, channels,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """(count, mean, M2, rest) of runs of partial [P,4,C] to out [G,4,C], or of all to the others."""
+    """(count, mean, M2, rest) of runs of partial [P,4,C] to out [G,4,C], or all to the others."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = c < channels
     group = tl.program_id(1)

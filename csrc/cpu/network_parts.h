@@ -92,21 +92,23 @@ EFFNET_INLINE void multiply(float* out, const Activations<T>& x, const Part& par
   const int64_t words = words_of<T>(product.in_channels), width = part.panel.width();
   TileOperands tile;
   tile.a_step = x.words_step();
-  tile.b =
+  const float* const b =
       static_cast<const float*>(weight) + part.panel.unit * words * kUnit + part.k.begin * width;
-  tile.k = part.k.size();
-  tile.start_step = part.k.begin ? width : 0;
   const float* const shift = product.shift + part.panel.unit * kUnit;
   const float* const a = x.words(part.pixels.begin) + part.k.begin / kUnit * tile.a_step;
   const int64_t pixels = part.pixels.size();
   // The same part of the next panel is fetched while the first tiles run.
-  const float* const next = tile.b + words * width;
-  const int64_t step = ceil_div(tile.k, kUnit) * kAhead, next_words = tile.k * width;
+  const float* const next = b + words * width;
+  const int64_t step = ceil_div(part.k.size(), kUnit) * kAhead;
+  const int64_t next_words = part.k.size() * width;
   int64_t fetched = part.tiles_before * step;
   const auto place = [&](int64_t pixel) {
     tile.out = out + pixel * width;
     tile.start = part.k.begin ? tile.out : shift;
+    tile.start_step = part.k.begin ? width : 0;
     tile.a = a + pixel * kUnit;
+    tile.b = b;
+    tile.k = part.k.size();
     tile.ahead = next + (fetched < next_words ? fetched : 0);
     fetched += step;
   };
@@ -140,8 +142,18 @@ EFFNET_INLINE void multiply(float* out, const Activations<T>& x, const Part& par
   const int64_t least = pixels / tiles, larger = pixels % tiles;
   for (int64_t i = 0, p = 0; i < tiles; i++) {
     const int64_t count = least + (i < larger);
+    const ProductTile run = tile_of(count);
+    constexpr int64_t kInARow = sizeof(T) == 4 ? kChain : INT64_MAX;
     place(p);
-    tile_of(count)(tile);
+    for (int64_t left = tile.k; left > 0; left -= tile.k) {
+      tile.k = min_of(left, kInARow);
+      run(tile);
+      tile.a += tile.k / kUnit * tile.a_step;
+      tile.b += tile.k * width;
+      tile.ahead += tile.k / kUnit * kAhead;
+      tile.start = tile.out;
+      tile.start_step = width;
+    }
     p += count;
   }
 }

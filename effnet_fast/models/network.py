@@ -140,7 +140,7 @@ def recognise(model: Any) -> Network:
     taps |= {stage: index for index, stage in enumerate(taken or ())}
     blocks = [_block(*row, taps) for row in _blocks(stages)]
     parts = [children[0], *stages, *((children[-1], model.avgpool) if head else ())]
-    if linear is not None or result == POOLED and _last_layer(model.classifier) is not None:
+    if linear is not None or (result == POOLED and _last_layer(model.classifier) is not None):
         parts.append(model.classifier)
     modules = (model.features, *(m for part in parts for m in part.modules()))
     assert stem.tensors[0] is not None
@@ -200,7 +200,8 @@ def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> B
 def _is_centred(conv: nn.Conv2d) -> bool:
     if type(conv) is same_padding.Conv2dSame:
         return True
-    return all(2 * int(p) == k - 1 for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+    assert not isinstance(conv.padding, str)
+    return all(2 * p == k - 1 for p, k in zip(conv.padding, conv.kernel_size, strict=True))
 
 
 def _head(model: Any, last: nn.Module) -> tuple[recognition.Layer | None, nn.Linear | None, str]:

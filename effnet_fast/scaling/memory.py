@@ -210,6 +210,9 @@ def _backward(sized: Sized, plan: Plan, dtype: torch.dtype) -> int:
             # The buffers grow from block to block; too large ones are freed after each.
             expanded = max(expanded, sizes["e"] if group.expands else 0)
             filtered = max(filtered, sizes["d"])
+            # A block's gradients of parameters are all there, in fp32, before anything is freed.
+            cast = dtype.itemsize if dtype.itemsize < FP32 else 0
+            most += group.parameters * (FP32 + cast)
         most += expanded + filtered
         if expanded + filtered > KEPT_BYTES:
             expanded = filtered = 0

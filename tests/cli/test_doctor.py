@@ -54,6 +54,8 @@ def test_extension_is_described():
     assert report.versions["compiler"]
     assert report.backends["cpu"]["dwconv_bn_silu"] is None
     assert isinstance(report.cuda["built"], bool)
+    assert report.deploy["reason"] is None
+    assert "deploy      float32, bfloat16" in str(report)
 
 
 def test_works_without_the_extension(monkeypatch):
@@ -67,6 +69,7 @@ def test_works_without_the_extension(monkeypatch):
     assert (report.isas, report.best_isa, report.versions["compiler"]) == ({}, None, None)
     assert report.cuda["reason"] == "the compiled extension is missing"
     assert "extension   not built: run pip install ." in str(report)
+    assert "deploy      not built: run pip install ." in str(report)
 
 
 @pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")

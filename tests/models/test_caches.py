@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import networks
-from effnet_fast.models import EfficientNet
 from edits import EDITS, one_training_step
+from effnet_fast.models import EfficientNet
 from networks import TINY, Pair, pair, random_images, trio
 from tolerances import assert_no_worse_than
 

@@ -7,7 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ class TestNumbers:
 
 
 class TestWhen:
-    CONTEXTS: dict[str, Callable[[], Any]] = {
+    CONTEXTS: ClassVar[dict[str, Callable[[], Any]]] = {
         "no_grad": torch.no_grad,
         "inference_mode": torch.inference_mode,
     }
@@ -136,7 +136,7 @@ class TestWhen:
         model, counter = network(), Counter()
         with counter:
             infer(model)
-        assert counter.calls > 50
+        assert counter.calls > 10
         torch.func.vmap(lambda x: infer(model, x[None]))(X)
         assert not runs
 
@@ -181,7 +181,7 @@ class TestWhen:
             lambda m: surgery.patch_forward(m.features[3], 0.5),
             lambda m: surgery.parametrize_all(m.features[2][0].block[1]),
             lambda m: setattr(m.features[2][0].block[1][0], "stride", (1, 1)),
-            lambda m: setattr(m.features[2][1], "use_res_connect", False),
+            lambda m: setattr(m.features[5][1], "use_res_connect", False),
             lambda m: m.features[3].train(),
         ],
         ids=["layer", "forward", "parametrized", "stride", "residual", "training"],

@@ -299,6 +299,8 @@ def test_meta_device_goes_through_the_reference(name: str) -> None:
 def test_backends_without_a_kernel(name: str) -> None:
     call, backend = sample(name), "cuda"
     reason = can_run(backend, call.op)
+    if reason is None:
+        pytest.skip("it has one, and a device")
     with pytest.raises(RuntimeError) as info:
         run(call, backend, wanted=with_gradients(call))
     assert str(info.value) == f"backend {backend!r} cannot run {call.op}: {reason}"

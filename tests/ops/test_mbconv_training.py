@@ -12,13 +12,25 @@ from torch import Tensor
 
 from cases import MBCONV_CASES, MBConvCase, find
 from effnet_fast import ops, reference
+from effnet_fast.backends import can_run
 from effnet_fast.ops import mbconv_passes, scratch
 from effnet_fast.reference.mbconv import Training
 from mbconv_blocks import BlockCall, block_call, params_of, run
-from parity import BACKENDS, BF16, DTYPES, FP32, Dtypes, assert_parity, assert_same, random_like
+from parity import (
+    BACKENDS,
+    BF16,
+    DTYPES,
+    FP32,
+    INSTRUCTION_SETS,
+    Dtypes,
+    assert_parity,
+    assert_same,
+    random_like,
+)
 
 SAMPLES = ("c_odd_stride_2", "no_expansion_residual", "c_eq_vector", "k7")
 ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+AVAILABLE = [b for b in INSTRUCTION_SETS if can_run(b, "mbconv") is None]
 ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
 
 
@@ -110,12 +122,17 @@ def test_what_is_wanted_changes_no_bits(name: str) -> None:
     assert_same(run_op(call, wanted=()), full)
 
 
-@ANY_BACKEND
+# How work is split depends on the shape alone: the networks' shapes by one instruction set.
+THREAD_CASES = [
+    pytest.param(param.values[0], backend, id=f"{param.id}-{backend}")
+    for param in MBCONV_CASES
+    for backend in (("cpu",) if param.id.startswith("b0") else AVAILABLE)
+]
+
+
 @pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("case", MBCONV_CASES)
+@pytest.mark.parametrize(("case", "backend"), THREAD_CASES)
 def test_any_number_of_threads(case: MBConvCase, dtypes: Dtypes, backend: str) -> None:
-    if case.name.startswith("b0") and (backend != "cpu:avx512" or case.h > 56):
-        pytest.skip("the split depends on the shape alone: one instruction set for the large ones")
     call = block_call(case, dtypes)
     expected = run_op(call, backend)
     for threads in (2, 3, 4):

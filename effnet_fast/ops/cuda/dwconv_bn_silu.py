@@ -17,9 +17,7 @@ from torch import Tensor
 from ..dwconv_bn_silu import (
     Sides,
     _backward_fake,
-    _eval_fake,
     _strides,
-    _train_fake,
     output_shape,
 )
 from ..registration import address, empty_nhwc, native_weight, nhwc
@@ -166,10 +164,10 @@ def backward(
 
 def dwconv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The registered op."""
-    y, pooled = _eval_fake(x, weight, *rest)
     *bn, stride, padding, eps, backend = rest
+    y = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
     if y.numel() == 0:
-        return y, pooled.zero_()
+        return y, scratch(x, *x.shape[:2]).zero_()
     (pooled,) = forward(y, x, weight, stride, padding, backend, after=Bn(bn, eps))
     return y, pooled
 
@@ -178,9 +176,10 @@ def dwconv_statistics(
     x: Tensor, weight: Tensor, stride: int, padding: Sides, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op."""
-    z, mean, var = _train_fake(x, weight, stride, padding, backend)
+    z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
     if z.numel() == 0:
-        return z, mean.zero_(), var.zero_()
+        mean = scratch(x, x.shape[1]).zero_()
+        return z, mean, mean.clone()
     mean, var = forward(z, x, weight, stride, padding, backend)
     return z, mean, var
 
@@ -225,9 +224,9 @@ def dwconv_bn_silu_backward(
     grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op."""
-    grads = _backward_fake(grad_y, x, z, weight, *rest)
     *vectors, stride, padding, eps, training, wanted, backend = rest
     if z.numel() == 0:
+        grads = _backward_fake(grad_y, x, z, weight, *rest)
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
     grad_y, z, bn = nhwc(grad_y), nhwc(z), Bn(vectors, eps)
     sums = None
@@ -240,7 +239,7 @@ def dwconv_bn_silu_backward(
             wanted=wanted[:2],
         )  # fmt: skip
     return (
-        grads[0] if grad_x is None else grad_x,
-        grads[1] if grad_weight is None else grad_weight,
-        sums if wanted[2] and sums is not None else grads[2],
+        x.new_empty(0) if grad_x is None else grad_x,
+        x.new_empty(0) if grad_weight is None else grad_weight,
+        sums if wanted[2] and sums is not None else x.new_empty(0),
     )

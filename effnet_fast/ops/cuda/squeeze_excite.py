@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registration import address, dense, nhwc
+from ..registration import address, dense, empty_nhwc, nhwc
 from ..squeeze_excite import _backward_fake, _excite_fake, _forward_fake
 from . import statistics
 from .launching import DTYPES, Bn, native, queue, scratch
@@ -48,10 +48,10 @@ def excite(
     r = hidden.shape[1]
     splits = -(-c // CHANNELS)
     layers = _layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
-    partial = scratch(pooled, splits, n, r)
+    partial, pooled = scratch(pooled, splits, n, r), dense(pooled, torch.float32)
     native(backend).excite_fwd(
         queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],  # type: ignore[union-attr]
-        dense(pooled, torch.float32).data_ptr(), *(address(p) for p in layers),
+        pooled.data_ptr(), *(address(p) for p in layers),
         partial.data_ptr(), hidden.data_ptr(), gate.data_ptr(),
     )  # fmt: skip
     return hidden, gate
@@ -121,10 +121,10 @@ def squeeze_excite(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The registered op."""
     layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    y, pooled, hidden, gate = _forward_fake(x, *layers, backend)
     if x.numel() == 0:
-        return y, pooled, *excite(pooled, *layers, backend)
-    x = nhwc(x)
+        y, pooled, hidden, gate = _forward_fake(x, *layers, backend)
+        return y, pooled, hidden.zero_(), gate
+    x, y = nhwc(x), empty_nhwc(x, x.shape)
     factor = 1.0 / (x.shape[2] * x.shape[3])
     pooled = statistics.image_sums(backend, statistics.SUM, x, factor=factor)[0]
     hidden, gate = excite(pooled, *layers, backend)
@@ -133,9 +133,9 @@ def squeeze_excite(
 
 def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The registered op."""
-    grads = _backward_fake(grad_y, x, *rest)
     reduce_weight, expand_weight, pooled, hidden, gate, backend = rest
     if x.numel() == 0:
+        grads = _backward_fake(grad_y, x, *rest)
         for grad in grads:
             grad.zero_()
         return grads
@@ -145,4 +145,5 @@ def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tens
         grad_gate, pooled, hidden, gate, reduce_weight, expand_weight,
         1.0 / (x.shape[2] * x.shape[3]), backend,
     )  # fmt: skip
-    return apply_gate(grad_y, gate, grad_pooled, grads[0], backend), *of_layers
+    grad_x = empty_nhwc(x, x.shape)
+    return apply_gate(grad_y, gate, grad_pooled, grad_x, backend), *of_layers

@@ -27,8 +27,8 @@ NAMES = (
     "k1_stride_2",
     "batch_0",
 )
-# Not the gradients of one channel in eval: bn_weight has then one number, which stock happens to
-# give to 25 bits, and the rounding of 126 terms in fp32 is 1.2 times what that allows.
+# Not the gradients of one channel in eval: bn_weight's is then one number, of which stock happens
+# to have the first 25 bits right; the rounding of 126 terms in fp32 is 1.2 times what that allows.
 CALLS = [(n, mode) for n in NAMES for mode in (False, True) if (n, mode) != ("c_one", False)]
 HALF = ("c_odd", "7x9_stride_2", "four_sides", "no_padding")
 

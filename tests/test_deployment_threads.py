@@ -1,0 +1,107 @@
+"""Deployed networks and threads: their number, callers side by side, and memory over many calls."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import effnet_fast
+from effnet_fast.models import VARIANTS, EfficientNet, EfficientNetFeatures
+from networks import TINY, pair, random_images
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def network() -> nn.Module:
+    return pair().actual
+
+
+@dtypes
+def test_results_do_not_depend_on_the_number(dtype: torch.dtype) -> None:
+    deployed, x = effnet_fast.deploy(network(), dtype), random_images(5, 48)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(deployed(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_concurrent_callers() -> None:
+    """Eight at once, while the weights are refreshed."""
+    deployed = effnet_fast.deploy(network())
+    images = [random_images(1 + i % 3, 48 + i, seed=i) for i in range(8)]
+    expected = [deployed(x) for x in images]
+    done = threading.Event()
+
+    def refresh() -> None:
+        while not done.is_set():
+            deployed.refresh()
+
+    refresher = threading.Thread(target=refresh)
+    refresher.start()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(10):
+                for y, want in zip(pool.map(deployed, images), expected, strict=True):
+                    assert torch.equal(y, want)
+    finally:
+        done.set()
+        refresher.join()
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """Within an interval in which Python takes the lock from nobody who holds it."""
+    deployed, x = effnet_fast.deploy(EfficientNet(VARIANTS["b0"]).eval()), random_images(2, 224)
+    counts, done = [0], threading.Event()
+
+    def count() -> None:
+        while not done.is_set():
+            counts[0] += 1
+            time.sleep(1e-3)
+
+    interval = sys.getswitchinterval()
+    counter = threading.Thread(target=count)
+    sys.setswitchinterval(10)
+    try:
+        counter.start()
+        before = counts[0]
+        for _ in range(5):
+            deployed(x)
+        during = counts[0] - before
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+        counter.join()
+    assert during > 0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(one_thread: None) -> None:
+    deployed = effnet_fast.deploy(network())
+    encoder = effnet_fast.deploy(EfficientNetFeatures(TINY).eval(), torch.bfloat16)
+    x = random_images(1, 32)
+
+    def call(times: int) -> int:
+        for _ in range(times):
+            deployed(x)
+            encoder(x)
+        return resident_bytes()
+
+    before = call(500)
+    assert call(5000) - before < 1 << 20
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
