@@ -45,7 +45,7 @@ def dwconv_fwd_kernel(
     VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
     R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """weight [K*K,C] fp32; partial [tiles,3,C] and sums [tiles,C] where given, tiles by image."""
+    """weight [K*K,C] fp32; partial [tiles,4,C] and sums [tiles,C] where given, tiles by image."""
     channels = channel_units * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels
@@ -107,15 +107,20 @@ def dwconv_fwd_kernel(
         count = (tl.minimum(out_height - oh, R) * own_columns).to(tl.float32)
         tile_mean = total / tl.maximum(count, 1.0)
         squares = tl.zeros([BC], tl.float32)
+        rest = tl.zeros([BC], tl.float32)
         for r in tl.static_range(R):
             row_width = tl.where(oh + r < out_height, out_width, 0)
             inside = (ow < row_width)[:, None] & c_inside[None, :]
             deviation = tl.where(inside, stored[r] - tile_mean[None, :], 0.0)
             squares += tl.sum(deviation * deviation, 0)
-        out = partial + tile.to(tl.int64) * 3 * channels + c
+            rest += tl.sum(deviation, 0)
+        rest = rest / tl.maximum(count, 1.0)
+        squares -= count * rest * rest
+        out = partial + tile.to(tl.int64) * 4 * channels + c
         tl.store(out, tl.zeros([BC], tl.float32) + count, mask=c_inside)
         tl.store(out + channels, tile_mean, mask=c_inside)
         tl.store(out + 2 * channels, squares, mask=c_inside)
+        tl.store(out + 3 * channels, rest, mask=c_inside)
 
 
 def out_size(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[int, int]:
@@ -144,7 +149,7 @@ def launch_dwconv_fwd(
         bn, eps: BN and SiLU applied to the convolution, where the mean is given.
 
     Returns:
-        y; partial statistics [tiles,3,C] if asked for; the mean of y over H and W [N,C] if asked
+        y; partial statistics [tiles,4,C] if asked for; the mean of y over H and W [N,C] if asked
         for, fp32.
     """
     n, channels, height, width = x.shape
@@ -156,7 +161,7 @@ def launch_dwconv_fwd(
     )
     strips, columns = triton.cdiv(out_height, config["R"]), triton.cdiv(out_width, config["BW"])
     tiles = n * strips * columns
-    partial = empty_fp32(x, tiles, 3, channels) if statistics else None
+    partial = empty_fp32(x, tiles, 4, channels) if statistics else None
     sums = empty_fp32(x, n, strips * columns, channels) if pool else None
     vec, channel_units = units(channels)
     strides = (x.stride(0), x.stride(2), x.stride(3))

@@ -55,7 +55,11 @@ def load_affine(weight, bias, mean, var, eps, c, mask):
 
 @triton.jit
 def tile_statistics(z, mask, count):
-    """mean and M2 over axis 0 of z [P,C], of the `count` values where mask [P,C] holds."""
+    """mean, M2 and what rounding took from the mean, over axis 0 of z [P,C].
+
+    Of the `count` values where mask [P,C] holds.
+    """
     mean = tl.sum(tl.where(mask, z, 0.0), 0) / tl.maximum(count, 1.0)
     deviation = tl.where(mask, z - mean[None, :], 0.0)
-    return mean, tl.sum(deviation * deviation, 0)
+    rest = tl.sum(deviation, 0) / tl.maximum(count, 1.0)
+    return mean, tl.sum(deviation * deviation, 0) - count * rest * rest, rest

@@ -1,7 +1,7 @@
 """Folds of the partial results of tiles, in a fixed order.
 
 Computes: sums; Chan's merge of (count, mean, M2); sums per image of tiles that cross images
-Shapes:   partial [B,P,L] -> [B,L]; [P,3,C] -> mean, var [C] and norm [5,C]; [P,S,F,C] -> [F,N,C]
+Shapes:   partial [B,P,L] -> [B,L]; [P,4,C] -> mean, var [C] and norm [5,C]; [P,S,F,C] -> [F,N,C]
 Dtypes:   fp32
 Tiling:   a program owns a block of columns and a run of parts; more parts than one run take two
           launches
@@ -68,32 +68,35 @@ def fold_statistics_kernel(
     partial, out, mean_out, var_out, norm, weight, bias, eps, parts, run, channels,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """(count, mean, M2) of runs of partial [P,3,C] to out [G,3,C], or of all to the others."""
+    """(count, mean, M2, rest) of runs of partial [P,4,C] to out [G,4,C], or all to the others."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = c < channels
     group = tl.program_id(1)
     start = group * run
     end = tl.minimum(start + run, parts)
-    near = tl.load(partial + (start.to(tl.int64) * 3 + 1) * channels + c, mask=mask, other=0.0)
+    near = tl.load(partial + (start.to(tl.int64) * 4 + 1) * channels + c, mask=mask, other=0.0)
     count = tl.zeros([BP, BC], tl.float32)
     shifted = tl.zeros([BP, BC], tl.float32)
     for first in range(start, end, BP):
         part = first + tl.arange(0, BP)
-        at = (part * 3).to(tl.int64)[:, None] * channels + c[None, :]
+        at = (part * 4).to(tl.int64)[:, None] * channels + c[None, :]
         inside = (part < end)[:, None] & mask[None, :]
         n = tl.load(partial + at, mask=inside, other=0.0)
         mean = tl.load(partial + at + channels, mask=inside, other=0.0)
+        rest = tl.load(partial + at + 3 * channels, mask=inside, other=0.0)
         count += n
-        shifted += tl.where(n > 0, n * (mean - near[None, :]), 0.0)
+        shifted += tl.where(n > 0, n * ((mean - near[None, :]) + rest), 0.0)
     total = tl.sum(count, 0)
-    merged = near + tl.sum(shifted, 0) / tl.maximum(total, 1.0)
+    shift = tl.sum(shifted, 0) / tl.maximum(total, 1.0)
+    merged = near + shift
     squares = tl.zeros([BP, BC], tl.float32)
     for first in range(start, end, BP):
         part = first + tl.arange(0, BP)
-        at = (part * 3).to(tl.int64)[:, None] * channels + c[None, :]
+        at = (part * 4).to(tl.int64)[:, None] * channels + c[None, :]
         inside = (part < end)[:, None] & mask[None, :]
         n = tl.load(partial + at, mask=inside, other=0.0)
-        deviation = tl.load(partial + at + channels, mask=inside, other=0.0) - merged[None, :]
+        deviation = tl.load(partial + at + channels, mask=inside, other=0.0) - near[None, :]
+        deviation += tl.load(partial + at + 3 * channels, mask=inside, other=0.0) - shift[None, :]
         inner = tl.load(partial + at + 2 * channels, mask=inside, other=0.0)
         squares += tl.where(n > 0, inner + n * deviation * deviation, 0.0)
     var = tl.sum(squares, 0) / tl.maximum(total, 1.0)
@@ -103,10 +106,11 @@ def fold_statistics_kernel(
         tl.store(mean_out + c, merged, mask=mask)
         tl.store(var_out + c, var, mask=mask)
     if out is not None:
-        at = (group * 3).to(tl.int64) * channels + c
+        at = (group * 4).to(tl.int64) * channels + c
         tl.store(out + at, total, mask=mask)
         tl.store(out + at + channels, merged, mask=mask)
         tl.store(out + at + 2 * channels, tl.sum(squares, 0), mask=mask)
+        tl.store(out + at + 3 * channels, shift - (merged - near), mask=mask)
 
 
 @triton.jit(do_not_specialize=["images", "pixels", "segments", "channels"])
@@ -160,7 +164,7 @@ def _fold_statistics(
     parts, _, channels = partial.shape
     run, groups = _runs(parts)
     last = groups == 1
-    out = None if last else empty_fp32(partial, groups, 3, channels)
+    out = None if last else empty_fp32(partial, groups, 4, channels)
     ends = (mean, var, norm) if last else (None,) * 3
     launch(
         fold_statistics_kernel, (triton.cdiv(channels, _CONFIG["BC"]), groups), partial.device,
@@ -171,7 +175,7 @@ def _fold_statistics(
 
 
 def fold_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of partial [P,3,C]: count, mean and M2 of each part.
+    """Mean, biased variance [C] of partial [P,4,C]: count, mean, M2, what the mean was rounded by.
 
     Zeros where there is no part.
     """
@@ -184,7 +188,7 @@ def fold_statistics(partial: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fold_norm(partial: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """norm [5,C] as of `launch_norm`, by the statistics partial [P,3,C]."""
+    """norm [5,C] as of `launch_norm`, by the statistics partial [P,4,C]."""
     parts, _, channels = partial.shape
     if parts == 0:
         zeros = partial.new_zeros(channels)

@@ -50,7 +50,7 @@ def pointwise_fwd_kernel(
     VEC: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y [rows,Cout], and where partial [tiles,3,Cout] is given the statistics of y's tiles."""
+    """y [rows,Cout], and where partial [tiles,4,Cout] is given the statistics of y's tiles."""
     in_channels, channels = in_units * VEC, out_units * VEC
     tiles = tl.cdiv(channels, BN)
     tile = tl.program_id(0) // tiles
@@ -91,11 +91,12 @@ def pointwise_fwd_kernel(
     tl.store(y + first * channels + at, stored, mask=y_inside)
     if partial is not None:
         count = tl.minimum(rows - first, BM).to(tl.float32)
-        tile_mean, squares = tile_statistics(stored.to(tl.float32), y_inside, count)
-        out = partial + tile.to(tl.int64) * 3 * channels + c
+        tile_mean, squares, rest = tile_statistics(stored.to(tl.float32), y_inside, count)
+        out = partial + tile.to(tl.int64) * 4 * channels + c
         tl.store(out, tl.full(c.shape, 0.0, tl.float32) + count, mask=c_inside)
         tl.store(out + channels, tile_mean, mask=c_inside)
         tl.store(out + 2 * channels, squares, mask=c_inside)
+        tl.store(out + 3 * channels, rest, mask=c_inside)
 
 
 def launch_pointwise_fwd(
@@ -110,7 +111,7 @@ def launch_pointwise_fwd(
     residual: Tensor | None = None,
     statistics: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [N,Cout,H,W] as the file's head says, and partial statistics [tiles,3,Cout] if asked for.
+    """y [N,Cout,H,W] as the file's head says, and partial statistics [tiles,4,Cout] if asked for.
 
     Args:
         in_norm: of the BN, with SiLU, applied to x as it is loaded, or None.
@@ -126,7 +127,7 @@ def launch_pointwise_fwd(
         fused=int(gate is not None or in_norm is not None),
     )  # fmt: skip
     tiles = triton.cdiv(rows, config["BM"])
-    partial = empty_fp32(x, tiles, 3, channels) if statistics else None
+    partial = empty_fp32(x, tiles, 4, channels) if statistics else None
     vec, in_units, out_units = units(in_channels, channels)
     launch(
         pointwise_fwd_kernel, (tiles * triton.cdiv(channels, config["BN"]),), x.device,

@@ -39,7 +39,7 @@ def first_image(first, row, pixels):
 @triton.jit
 def without_deviation(z, mask, count):
     mean = tl.sum(tl.where(mask, z, 0.0), 0) / tl.maximum(count, 1.0)
-    return mean, tl.sum(tl.where(mask, z * z, 0.0), 0)
+    return mean, tl.sum(tl.where(mask, z * z, 0.0), 0), mean * 0.0
 
 
 @triton.jit
