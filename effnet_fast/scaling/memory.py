@@ -60,7 +60,8 @@ def count_memory(
 ) -> Memory:
     """The memory of one forward pass, or of one training step.
 
-    Plans of "inference": "stock" is PyTorch, "fused" this package's kernels on the CPU. Plans of
+    Plans of "inference": "stock" is PyTorch, "fused" this package's kernels on the CPU, block by
+    block; by packed weights a network takes those beside it, and less for its activations. Plans of
     "training": "stock" is PyTorch, "fused" and "fused_lean" what this version's CPU kernels do with
     memory="fast" and "lean"; "fast" and "lean" are the design, whose edges are fused as well: it
     normalises on load and saves x, z1, z2, z3 and vectors (lean: z1 is computed again). The images
