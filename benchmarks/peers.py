@@ -387,9 +387,7 @@ PEERS = (
     ),
     Peer("jax", _jax, ANY, requires=("jax",), compiles=True, keeps_memory=True),
     Peer(
-        *("tensorrt", _tensorrt, ANY),
-        devices=CUDA,
-        requires=("tensorrt", ONNX),
+        *("tensorrt", _tensorrt, ANY, INFERENCE, CUDA, ("tensorrt", ONNX)),
         compiles=True,
         keeps_memory=True,
     ),

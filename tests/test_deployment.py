@@ -20,7 +20,7 @@ from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from networks import TINY, pair, random_images, trio
 from tolerances import assert_no_worse_than
 
-X = random_images(2, 48)
+X = random_images(8, 48)  # of few logits the largest error is a matter of luck
 ISAS = _native.load().isas()
 DTYPES = (torch.float32, torch.bfloat16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,7 +91,7 @@ class TestNumbers:
     )
     def test_heads_and_input_channels(self, options: dict, dtype: torch.dtype) -> None:
         model = calibrated(EfficientNet(TINY, **options))
-        x = random_images(3, 48, options.get("in_chans", 3), seed=3)
+        x = random_images(8, 48, options.get("in_chans", 3), seed=3)
         assert_parity(model, x, dtype)
 
     @dtypes
@@ -124,7 +124,7 @@ class TestNumbers:
     def test_same_padding(self, side: int, dtype: torch.dtype) -> None:
         variant = replace(TINY, padding="same")
         model = calibrated(EfficientNet(variant), side)
-        assert_parity(model, random_images(2, side, seed=4), dtype)
+        assert_parity(model, random_images(8, side, seed=4), dtype)
 
     def test_low_precision_model(self) -> None:
         model = network().bfloat16()

@@ -217,6 +217,8 @@ def _backward(sized: Sized, plan: Plan, dtype: torch.dtype) -> int:
         if expanded + filtered > KEPT_BYTES:
             expanded = filtered = 0
         left += group.parameters * dtype.itemsize  # the gradients stay
+        if group.kind == "head":  # the classifier's are there before the head's activations go
+            most += group.convs["classifier"].parameters * dtype.itemsize
         peak = max(peak, live + most, live + (group.repeats - 1) * left + most)
         live += group.repeats * left
     return peak

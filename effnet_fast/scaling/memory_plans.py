@@ -123,7 +123,8 @@ _LEAN_BACKWARD = _FAST_BACKWARD.replace(
     "expand          recompute       e       -\ndepthwise       backward",
 )
 _STOCK_EDGE = "edge conv_bn_silu yyyv -"
-_STOCK_EDGE_BACKWARD = "edge silu_bwd y yy\nedge bn_bwd yy yyyv"
+# BatchNorm sums 16-bit gradients in fp32 copies.
+_STOCK_EDGE_BACKWARD = "edge silu_bwd y yy\nedge bn_sums yf f\nedge bn_bwd y yyyv"
 _FAST_EDGE = "edge convolution yv -\nedge finish y -"
 _FAST_EDGE_BACKWARD = "edge bn_silu_bwd y yyv"
 # The head's output ends in the pool, whose gradient has its size; the classifier keeps its input
