@@ -3,7 +3,7 @@
 What decides about a result is compared by identity, object by object: the modules' children,
 parameters, buffers and settings, that nothing hooks into them; of the tensors the version counter
 and the address, and a few values of each, since edits through `.data` move neither. That takes
-about 20 us for B0, in one call into C++ (csrc/watch.h).
+about 50 us for B0, in one call into C++ (csrc/watch.h).
 """
 
 from __future__ import annotations
