@@ -15,7 +15,7 @@ from cases import MBCONV_CASES, MBConvCase
 from effnet_fast import _native, use_backend
 from effnet_fast.layers import Conv2dNormActivation, MBConv, MBConvConfig, SqueezeExcitation
 from effnet_fast.models import VARIANTS, EfficientNetFeatures
-from networks import PUBLISHED, TINY, random_images, reduced_resolution, rms, trio
+from networks import PUBLISHED, TINY, random_images, reduced_resolution, trio
 from tolerances import assert_no_worse_than
 
 ISAS = _native.load().isas()
@@ -80,15 +80,15 @@ def test_block(case: MBConvCase, dtype: torch.dtype, isa: str) -> None:
     assert_no_worse_than(y.to(dtype), stock[dtype], exact)
 
 
-def assert_parity(models: Any, x: Tensor) -> None:
-    """fp32, and bf16 against stock's autocast, which adds in another order in each layout."""
+def assert_parity(models: Any, x: Tensor, batch: int = 2) -> None:
+    """fp32, and bf16 against stock's autocast, over x [N,C,H,W] in batches."""
     with torch.no_grad():
         exact = models.exact(x.double())
         for dtype in DTYPES:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                layouts = (x, x.contiguous(memory_format=torch.channels_last))
-                stock = max(map(models.stock, layouts), key=lambda y: rms(y - exact))
-            y = effnet_fast.deploy(models.actual, dtype)(x)
+                stock = models.stock(x)
+            deployed = effnet_fast.deploy(models.actual, dtype)
+            y = torch.cat([deployed(part) for part in x.split(batch)])
             assert_no_worse_than(y.to(dtype), stock, exact)
 
 
@@ -96,7 +96,7 @@ def assert_parity(models: Any, x: Tensor) -> None:
 def test_odd_resolution(batch: int) -> None:
     models = trio(VARIANTS["b0"], 193)
     generator = torch.Generator().manual_seed(5)
-    assert_parity(models, torch.randn(batch, 3, 193, 257, generator=generator))
+    assert_parity(models, torch.randn(8, 3, 193, 257, generator=generator), batch)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,9 @@ def test_network(size: str) -> None:
     variant = VARIANTS[size]
     side = reduced_resolution(variant)
     models = trio(variant, side)
-    assert_parity(models, random_images(2, side, seed=6))
-    assert_fault_is_noticed(models, random_images(2, side, seed=6))
+    x = random_images(4, side, seed=6)  # of one image's logits the error is a matter of luck
+    assert_parity(models, x)
+    assert_fault_is_noticed(models, x)
 
 
 def assert_fault_is_noticed(models: Any, x: Tensor) -> None:
