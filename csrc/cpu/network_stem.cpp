@@ -71,7 +71,7 @@ StemShape::StemShape(const StemLayer& layer, int64_t h, int64_t w)
 
 int64_t StemShape::scratch(const StemLayer& layer) const {
   const int64_t rows = layer.in_channels * layer.kernel_h;
-  return rows * row_floats(layer, *this) + 2 * rows * layer.kernel_w;
+  return rows * row_floats(layer, *this) + 2 * (rows * layer.kernel_w + 1);
 }
 
 template <typename T>
@@ -81,7 +81,9 @@ void run_stem(const NetworkArgs& args, const StemShape& shape, int64_t first, Im
   const int64_t rows = layer.in_channels * layer.kernel_h, length = row_floats(layer, shape);
   const int64_t taps = rows * layer.kernel_w, ow = shape.horizontal.out;
   const int64_t units = units_of<T>(layer.out_channels);
-  const float** const tap = reinterpret_cast<const float**>(scratch + rows * length);
+  const float** const tap = reinterpret_cast<const float**>(
+      (reinterpret_cast<uintptr_t>(scratch + rows * length) + sizeof(float*) - 1) / sizeof(float*) *
+      sizeof(float*));
   for (int64_t i = 0; i < taps; i++)
     tap[i] = scratch + i / layer.kernel_w * length + i % layer.kernel_w;
   std::memset(scratch, 0, sizeof(float) * rows * length);
