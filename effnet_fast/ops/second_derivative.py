@@ -45,7 +45,8 @@ def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of MBConv."""
     count = len(Saved._fields)
-    saved, tensors = Saved(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+    unpacked = ctx.saved_tensors  # once: checkpoints refuse a second time
+    saved, tensors = Saved(*unpacked[:count]), unpacked[count:]
     settings, _ = ctx.config
     config = MBConvConfig(settings.stride, settings.padding, settings.residual, settings.eps)
 
