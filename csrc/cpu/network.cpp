@@ -5,7 +5,6 @@
 // layer, so that the weights are read once. What is left over of the first is shared too. No sum
 // depends on the choice.
 #include <cstdlib>
-#include <new>
 
 #include "cpu/kernels.h"
 #include "cpu/network_layers.h"
@@ -46,7 +45,8 @@ class Network {
     narrow_ = Activations<T>::size(h * w, args.stem->out_channels);
     for (int64_t i = 0; i < args.block_count; i++) {
       const BlockLayer& layer = args.blocks[i];
-      const BlockShape& shape = *new (shapes + i) BlockShape(layer, h, w);
+      shapes[i] = BlockShape(layer, h, w);
+      const BlockShape& shape = shapes[i];
       h = shape.vertical.out, w = shape.horizontal.out;
       const int64_t units = units_of<T>(layer.channels), squeezed = layer.squeeze_channels;
       narrow_ = max_of(narrow_, Activations<T>::size(h * w, layer.out_channels));
