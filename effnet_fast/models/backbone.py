@@ -71,6 +71,7 @@ class Backbone(nn.Module):
     """
 
     plan = True
+    __jit_unused_properties__ = ("memory",)  # TorchScript compiles properties, this one it cannot
 
     def __init__(
         self,

@@ -241,9 +241,12 @@ def test_contestants_take_gradients_only_in_training(training: bool) -> None:
             call()
         steps[plan] = {event.key for event in record.key_averages()}
         assert ("ConvolutionBackward0" in steps[plan]) == training
-    fused = {key for key in steps["fused"] if key.startswith("effnet_fast::")}
-    assert fused
-    assert not fused & steps["stock"]
+    assert "aten::convolution" in steps["stock"]
+    assert not any(key.startswith("effnet_fast::") for key in steps["stock"])
+    if training:
+        assert any(key.startswith("effnet_fast::") for key in steps["fused"])
+    else:  # the whole network in one call, which the profiler does not see
+        assert "aten::convolution" not in steps["fused"]
 
 
 def processor_time(function: Callable[[], object], seconds: float, at_least: int) -> list[float]:
