@@ -63,13 +63,14 @@ def block_call(
     dropped: bool = False,
     padding: Any = None,
     memory: str = "fast",
+    seed: int = 0,
 ) -> BlockCall:
     """mbconv on random values; every z has a variance of about 1.
 
     Args:
         dropped: whether drop-path drops the first image's body and scales the others.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
