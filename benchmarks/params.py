@@ -14,6 +14,7 @@ DTYPES = ("fp32", pytest.param("bf16", marks=pytest.mark.full))
 def require(device: str) -> None:
     """Skips a test for a device that this machine lacks: the mark gpu selects tests alone."""
     if device == "cuda" and not torch.cuda.is_available():
+        # A timing on another device would stand for nothing.
         pytest.skip("there is no CUDA device")
 
 

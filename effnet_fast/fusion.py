@@ -10,6 +10,9 @@ what they capture consists of PyTorch's own operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +25,10 @@ from .ops.registration import autocast
 from .ops.stem_conv_bn_silu import eval_op as stem_conv_bn_silu_eval
 from .reference.mbconv_staged import Layers, Settings
 from .same_padding import Conv2dSame, same_sides
+
+T = TypeVar("T")
+# Of the expansion, where there is one, the depthwise convolution and the projection.
+Norms = tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
 
 
 def explain(module: nn.Module) -> str | None:
@@ -151,21 +158,25 @@ def _train_block(
     layers_of = (part.tensors if part else None for part in parts)
     expand, depthwise, project = layers_of
     assert depthwise is not None and project is not None
-    norms = [part.bn if part else None for part in parts]
+    norms = (block.expand.bn if block.expand else None, block.depthwise.bn, block.project.bn)
     row_scale = _drop_path(module.stochastic_depth, x) if module.use_res_connect else None
     settings = Settings(
         block.depthwise.conv.stride[0],
         _padding(block.depthwise.conv, x),
         module.use_res_connect,
-        tuple(bn.eps if bn else 0.0 for bn in norms),  # type: ignore[arg-type]
-        tuple(bn is not None and _uses_batch_statistics(bn) for bn in norms),  # type: ignore[arg-type]
+        _of_norms(norms, lambda bn: bn.eps, 0.0),
+        _of_norms(norms, _uses_batch_statistics, False),
     )
     return mbconv(
         x, row_scale, Layers(expand, depthwise, block.excite, project), settings,
-        tuple(_count_batch(bn) if bn else 0.0 for bn in norms),  # type: ignore[arg-type]
-        module.memory, backend,
-        tuple(bn is not None and _moves(bn) for bn in norms),  # type: ignore[arg-type]
+        _of_norms(norms, _count_batch, 0.0), module.memory, backend,
+        _of_norms(norms, _moves, False),
     )  # fmt: skip
+
+
+def _of_norms(norms: Norms, of: Callable[[nn.BatchNorm2d], T], absent: T) -> tuple[T, T, T]:
+    expand, depthwise, project = norms
+    return (of(expand) if expand else absent, of(depthwise), of(project))
 
 
 def _drop_path(layer: layers.StochasticDepth, x: Tensor) -> Tensor | None:

@@ -166,9 +166,9 @@ def _blocks(stages: list[nn.Module]) -> Iterator[tuple[str, nn.Module, int]]:
     for index, stage in enumerate(stages, start=1):
         with _at(f"features.{index}"):
             recognition.require(stage, nn.Sequential)
-            if not len(stage):  # type: ignore[arg-type]
+            blocks = list(stage.children())
+            if not blocks:
                 raise RefusedError(" is empty")
-        blocks = list(stage.children())
         for number, block in enumerate(blocks):
             yield f"features.{index}.{number}", block, index if block is blocks[-1] else -1
 
@@ -286,7 +286,8 @@ def _layers(network: Network) -> Iterator[recognition.Layer]:
 
 
 def _weights(network: Network) -> Iterator[Tensor]:
-    yield from (layer.tensors[0] for layer in _layers(network))  # type: ignore[misc]
+    weights = (layer.tensors[0] for layer in _layers(network))
+    yield from (weight for weight in weights if weight is not None)
     for block in network.blocks:
         yield from (tensor for tensor in block.layers.excite if tensor is not None)
     if network.linear is not None:

@@ -121,9 +121,9 @@ def _without_moving(layers: Layers, training: tuple[bool, bool, bool]) -> tuple[
 def _needs(flags: tuple[bool, ...]) -> Needs:
     """From the flags of x and of the flat list."""
     x, *rest = flags
-    layers = _layers((*rest,))
-    expand = tuple(rest[:3])
-    return Needs(x, expand, layers.depthwise[:3], layers.squeeze, layers.project[:3])  # type: ignore[arg-type]
+    expand, depthwise, squeeze, project = _layers((*rest,))
+    assert expand is not None  # a flag is never None
+    return Needs(x, expand[:3], depthwise[:3], squeeze, project[:3])
 
 
 class MBConv(torch.autograd.Function):

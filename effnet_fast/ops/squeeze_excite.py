@@ -6,6 +6,7 @@ the gate's gradient and one for grad_x.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from . import second_derivative
 from .registration import address, dense, empty_nhwc, isa_of, nhwc, register
 
 
-def native_layers(x: Tensor, *parameters: Tensor | None) -> list[Any]:
-    """The parameters without gaps in one dtype: x's if all are in it and the kernels, else fp32."""
+def native_layers(
+    x: Tensor, *parameters: Tensor | None, dtypes: Container[torch.dtype] = NATIVE_DTYPES
+) -> list[Any]:
+    """The parameters without gaps in one dtype: x's if all and the kernels have it, else fp32."""
     alike = all(p is None or p.dtype is x.dtype for p in parameters)
-    dtype = x.dtype if alike and x.dtype in NATIVE_DTYPES else torch.float32
+    dtype = x.dtype if alike and x.dtype in dtypes else torch.float32
     return [None if p is None else dense(p, dtype) for p in parameters]
 
 

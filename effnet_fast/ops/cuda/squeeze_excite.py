@@ -8,19 +8,12 @@ import torch
 from torch import Tensor
 
 from ..registration import address, dense, empty_nhwc, nhwc
-from ..squeeze_excite import _backward_fake, _excite_fake, _forward_fake
+from ..squeeze_excite import _backward_fake, _excite_fake, _forward_fake, native_layers
 from . import statistics
 from .launching import DTYPES, Bn, native, queue, scratch
 
 CHANNELS = 1024  # of a part of the first layer that blocks share out, at the least
 SIDE = 32  # channels of a block in backward
-
-
-def _layers(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """The parameters without gaps in one dtype: x's if all are in it, else fp32."""
-    alike = all(p is None or p.dtype is x.dtype for p in parameters)
-    dtype = x.dtype if alike and x.dtype in DTYPES else torch.float32
-    return [None if p is None else dense(p, dtype) for p in parameters]
 
 
 def squeeze(z: Tensor, bn: Bn, backend: str) -> Tensor:
@@ -47,10 +40,12 @@ def excite(
     n, c = pooled.shape
     r = hidden.shape[1]
     splits = -(-c // CHANNELS)
-    layers = _layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    layers = native_layers(
+        reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias, dtypes=DTYPES
+    )
     partial, pooled = scratch(pooled, splits, n, r), dense(pooled, torch.float32)
     native(backend).excite_fwd(
-        queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],  # type: ignore[union-attr]
+        queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],
         pooled.data_ptr(), *(address(p) for p in layers),
         partial.data_ptr(), hidden.data_ptr(), gate.data_ptr(),
     )  # fmt: skip
@@ -84,7 +79,7 @@ def excite_backward(
     """
     n, c = pooled.shape
     r = hidden.shape[1]
-    layers = _layers(reduce_weight, reduce_weight, expand_weight)
+    layers = native_layers(reduce_weight, reduce_weight, expand_weight, dtypes=DTYPES)
     partial = scratch(pooled, -(-c // SIDE), n, r)
     grad_hidden, grad_pooled = torch.empty_like(hidden), torch.empty_like(pooled)
     grads = (
@@ -92,7 +87,7 @@ def excite_backward(
     )  # fmt: skip
     grad_bn = None if grad_sums is None else scratch(pooled, 2, c)
     native(backend).excite_bwd(
-        queue(pooled), (n, c, r), DTYPES[layers[0].dtype],  # type: ignore[union-attr]
+        queue(pooled), (n, c, r), DTYPES[layers[0].dtype],
         pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
         *(address(p) for p in layers), partial.data_ptr(), grad_hidden.data_ptr(),
         tuple(grad.data_ptr() for grad in grads), grad_pooled.data_ptr(), factor,
