@@ -98,25 +98,22 @@ EFFNET_INLINE void multiply(float* out, const Activations<T>& x, const Part& par
   const float* const a = x.words(part.pixels.begin) + part.k.begin / kUnit * tile.a_step;
   const int64_t pixels = part.pixels.size();
   // The same part of the next panel is fetched while the first tiles run.
-  const float* const next = b + words * width;
-  const int64_t step = ceil_div(part.k.size(), kUnit) * kAhead;
-  const int64_t next_words = part.k.size() * width;
-  int64_t fetched = part.tiles_before * step;
-  const auto place = [&](int64_t pixel) {
+  const auto place = [&](int64_t pixel, int64_t k, int64_t words_here, int64_t tiles_done) {
     tile.out = out + pixel * width;
-    tile.start = part.k.begin ? tile.out : shift;
-    tile.start_step = part.k.begin ? width : 0;
-    tile.a = a + pixel * kUnit;
-    tile.b = b;
-    tile.k = part.k.size();
-    tile.ahead = next + (fetched < next_words ? fetched : 0);
-    fetched += step;
+    const bool begins = part.k.begin + k == 0;
+    tile.start = begins ? shift : tile.out;
+    tile.start_step = begins ? 0 : width;
+    tile.a = a + k / kUnit * tile.a_step + pixel * kUnit;
+    tile.b = b + k * width;
+    tile.k = words_here;
+    const int64_t fetched = tiles_done * ceil_div(words_here, kUnit) * kAhead;
+    tile.ahead = tile.b + words * width + (fetched < words_here * width ? fetched : 0);
   };
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2)
     if (part.amx && part.panel.units == 2) {
       for (int64_t p = 0; p < pixels; p += kAmxPixels) {
-        place(p);
+        place(p, 0, part.k.size(), part.tiles_before + p / kAmxPixels);
         if (pixels - p > kAmxPixels / 2)
           amx_tile_2(tile);
         else
@@ -137,24 +134,15 @@ EFFNET_INLINE void multiply(float* out, const Activations<T>& x, const Part& par
                          : product_tile_of<Multiply, kMaxUnits, false>;
     most = kWidePixels;
   }
-  // Tiles of nearly equal size.
+  // Tiles of nearly equal size; all of them by one part of K, whose weights stay in the L1 cache.
   const int64_t tiles = ceil_div(pixels, most);
-  const int64_t least = pixels / tiles, larger = pixels % tiles;
-  for (int64_t i = 0, p = 0; i < tiles; i++) {
-    const int64_t count = least + (i < larger);
-    const ProductTile run = tile_of(count);
-    constexpr int64_t kInARow = sizeof(T) == 4 ? kChain : INT64_MAX;
-    place(p);
-    for (int64_t left = tile.k; left > 0; left -= tile.k) {
-      tile.k = min_of(left, kInARow);
-      run(tile);
-      tile.a += tile.k / kUnit * tile.a_step;
-      tile.b += tile.k * width;
-      tile.ahead += tile.k / kUnit * kAhead;
-      tile.start = tile.out;
-      tile.start_step = width;
+  for (int64_t k = 0; k < part.k.size(); k += kChain) {
+    const int64_t words_here = min_of(part.k.size() - k, kChain);
+    for (int64_t i = 0; i < tiles; i++) {
+      const Range own = part_of(pixels, tiles, i);
+      place(own.begin, k, words_here, part.tiles_before + i);
+      tile_of(own.size())(tile);
     }
-    p += count;
   }
 }
 

@@ -43,14 +43,16 @@ void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, 
   // is cut where a part of it would have few pixels.
   constexpr int64_t kCut = 512;
   const int64_t k_parts = ceil_div(words, kCut), k_words = ceil_div(words, k_parts * kUnit) * kUnit;
-  int64_t chunks = ceil_div(pixels, max_of(kCut / 4, caches.l2 / 4 / (k_words * 4)));
+  // The results of one panel fit the thread's memory.
+  const int64_t fitting = memory.ring_floats / (kMaxUnits * kUnit);  // pixels times panels
+  const int64_t most = min_of(fitting - kAmxSlack, caches.l2 / 4 / (k_words * 4));
+  int64_t chunks = ceil_div(pixels, max_of(kCut / 4, most));
   // A team divides the larger of operand and weights.
   int64_t groups = 1;
   if (pixels < units * kUnit)
     groups = min_of(panels, team.size);
   else if (x.count * chunks % team.size)
     chunks = min_of(ceil_div(chunks, team.size) * team.size, ceil_div(pixels, kTilePixels));
-  const int64_t fitting = memory.ring_floats / (kMaxUnits * kUnit);  // pixels times panels
   const int64_t at_once = max_of(1, fitting / (ceil_div(pixels, chunks) + kAmxSlack));
   const Range part = team.part(x.count * chunks * groups);
   for (int64_t i = part.begin; i < part.end; i++) {

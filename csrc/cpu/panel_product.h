@@ -19,7 +19,7 @@ constexpr int kTileRows = 14, kGradRows = 8, kGradVecs = 3;
 #else
 constexpr int kTileRows = 6, kGradRows = 4, kGradVecs = 3;
 #endif
-constexpr int64_t kDepth = 256;      // products added up in one chain: longer ones lose digits
+constexpr int64_t kDepth = 128;      // products added up in one chain: longer ones lose digits
 constexpr int64_t kMaxPixels = 112;  // of a chunk
 constexpr int64_t kChunkBytes = 160 << 10;  // of a chunk's widest panels
 
@@ -84,18 +84,18 @@ inline PanelTile panel_tile_of(int64_t rows) {
   return tiles[rows - 1];
 }
 
-// out [pixels][VECS * kLanes] = A B, A in panels of `pixels` pixels, B [k][VECS * kLanes].
+// out [pixels][VECS * kLanes] = A B, A in panels of `pixels` pixels, B [k][VECS * kLanes]. All
+// tiles by one part of B, which stays in the L1 cache.
 template <int VECS>
 inline void product_panel(float* out, const float* a, int64_t pixels, const float* b, int64_t k) {
   const int64_t tiles = ceil_div(pixels, kTileRows), step = pixels * kLanes;
-  for (int64_t i = 0; i < tiles; i++) {
-    const Range rows = part_of(pixels, tiles, i);
-    const PanelTile tile = panel_tile_of<VECS>(rows.size());
-    float* to = out + rows.begin * VECS * kLanes;
-    for (int64_t begin = 0; begin < k; begin += kDepth)
-      tile(to, a + begin * pixels + rows.begin * kLanes, step, b + begin * VECS * kLanes,
-           min_of(kDepth, k - begin), begin > 0);
-  }
+  for (int64_t begin = 0; begin < k; begin += kDepth)
+    for (int64_t i = 0; i < tiles; i++) {
+      const Range rows = part_of(pixels, tiles, i);
+      panel_tile_of<VECS>(rows.size())(
+          out + rows.begin * VECS * kLanes, a + begin * pixels + rows.begin * kLanes, step,
+          b + begin * VECS * kLanes, min_of(kDepth, k - begin), begin > 0);
+    }
 }
 
 // Calls f.template operator()<VECS>(first vector, B's panel) for the panels of `columns` columns.
