@@ -176,14 +176,22 @@ def growth_table(fits: Sequence[growth.Growth]) -> str:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    """Machine, limits and versions of the latest row."""
+    """Machine and versions of the latest row, the limits and commits of all."""
     row = max(rows, key=lambda r: r.date)
     limits = (
-        f"{row.limit_fma_gflops:.0f} GFLOP/s of fp32 multiply-adds and "
-        f"{row.limit_memory_gbs:.0f} GB/s of a large copy, measured in the same run"
+        f"{_span(r.limit_fma_gflops for r in rows)} GFLOP/s of fp32 multiply-adds and "
+        f"{_span(r.limit_memory_gbs for r in rows)} GB/s of a large copy, measured in each run"
     )
     cuda = f", CUDA {row.cuda}, driver {row.driver}" if row.cuda else ""
-    return f"{row.machine}; {limits}; torch {row.torch}{cuda}, Python {row.python}."
+    commits = ", ".join(sorted({r.commit[:7] for r in rows}))
+    return (
+        f"{row.machine}; {limits}; torch {row.torch}{cuda}, Python {row.python}; commits {commits}."
+    )
+
+
+def _span(values: Iterable[float]) -> str:
+    found = sorted({round(value) for value in values})
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def page(machine: str, rows: Sequence[Row], figures: Sequence[str]) -> str:
