@@ -52,7 +52,7 @@ class LaunchPlan:
         self._recorder = graphs.recorder_of(self.device)
         self._lent: set[int] = set()
         self._graphs: graphs.Graphs | None = None
-        if self._recorder and limit:
+        if self._recorder is not None and limit:
             self._graphs = graphs.Graphs(self.run, dtype, self._recorder, limit, self._settings)
         if self.device.type == "cuda":  # every stream may read the weights from now on
             torch.cuda.current_stream(self.device).synchronize()
@@ -157,7 +157,7 @@ class LaunchPlan:
             self.captured = True
             return self._launch(x, dtype)
         self._lend(self._recorder)
-        results = self._graphs.run(x, dtype) if self._graphs else None
+        results = None if self._graphs is None else self._graphs.run(x, dtype)
         return self._launch(x, dtype) if results is None else results
 
     def _lend(self, recorder: graphs.Recorder) -> None:
@@ -183,7 +183,7 @@ class LaunchPlan:
 
     def close(self) -> None:
         """Frees the graphs; calls that are under way end as they began."""
-        if self._graphs:
+        if self._graphs is not None:
             self._graphs.close()
 
 

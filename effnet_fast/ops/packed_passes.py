@@ -230,7 +230,7 @@ class Excite(Pass):
         super().__init__(backend)
         dtypes = (dtype, torch.float32) * 2 if backend == TRITON else (dtype,) * 4
         self.layers = [
-            None if layer is None else self.keep(layer.detach().to(to).contiguous())
+            None if layer is None else self.keep(layer.detach().to(to, copy=True).contiguous())
             for layer, to in zip(layers, dtypes, strict=True)
         ]
 
