@@ -85,8 +85,9 @@ class CudaRecorder:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             )
             _clear_workspaces()  # so that the product's lies in the pool
+            current = torch.cuda.current_stream(self.device)
             try:
-                with capture:
+                with torch.cuda.stream(current), capture:  # a failed capture leaves its own behind
                     results = function()
             finally:
                 _clear_workspaces()

@@ -80,16 +80,19 @@ def listed(results: Any) -> list[Tensor]:
     return results if isinstance(results, list) else [results]
 
 
-def assert_parity(target: Target, model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-    """Holds the deployed network's first call and its second, a replay, to the rule of parity.
+def assert_parity(
+    target: Target, model: nn.Module, x: Tensor, dtype: torch.dtype, calls: int = 2
+) -> None:
+    """Holds the deployed network's first call to the rule of parity.
 
-    Both must be equal bit by bit.
+    Those after it, which replay a graph where one is captured, must be equal bit by bit.
     """
     model, x = model.to(target.device), x.to(target.device)
     exact, stock = stock_in(model, x, torch.float64), stock_in(model, x, dtype)
     deployed = target.deploy(model, dtype)
-    first, second = listed(deployed(x)), listed(deployed(x))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first, *others = (listed(deployed(x)) for _ in range(calls))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     for y, stock_y, exact_y in zip(first, listed(stock), listed(exact), strict=True):
         assert y.dtype is x.dtype
         assert_no_worse_than(y.to(dtype), stock_y, exact_y)

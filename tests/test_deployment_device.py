@@ -1,4 +1,4 @@
-"""Deployed networks on a GPU: streams, captures of the caller's, memory, and waiting for nothing."""
+"""Deployed networks on a GPU: streams, captures by the caller, memory, waiting for nothing."""
 
 from __future__ import annotations
 

@@ -67,9 +67,7 @@ def test_graphs_of_old_weights_are_dropped(target: Target, recorders: list[FakeR
 
 
 @TARGETS
-def test_refresh_after_an_edit_through_data(
-    target: Target, recorders: list[FakeRecorder]
-) -> None:
+def test_refresh_after_an_edit_through_data(target: Target, recorders: list[FakeRecorder]) -> None:
     model, x = network(target), X.to(target.device)
     deployed = target.deploy(model)
     before = deployed(x)
@@ -87,9 +85,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @TARGETS
 @pytest.mark.parametrize("name", COPIES)
-def test_copies_carry_no_graph(
-    target: Target, name: str, recorders: list[FakeRecorder]
-) -> None:
+def test_copies_carry_no_graph(target: Target, name: str, recorders: list[FakeRecorder]) -> None:
     deployed, x = target.deploy(network(target), torch.float16, graphs=3), X.to(target.device)
     y = deployed(x)
     other = COPIES[name](deployed)
@@ -182,7 +178,9 @@ def test_errors(target: Target, x: Tensor, error: type[Exception], words: str) -
     deployed = target.deploy(network(target))
     with pytest.raises(error, match=words):
         deployed(x.detach().to(target.device).requires_grad_(x.requires_grad))
-    with pytest.raises(RuntimeError, match=f"x is on meta, the deployed network on {target.device}"):
+    with pytest.raises(
+        RuntimeError, match=f"x is on meta, the deployed network on {target.device}"
+    ):
         deployed(torch.zeros(1, 3, 48, 48, device="meta"))
 
 

@@ -169,7 +169,8 @@ def launch_dwconv_fwd(
     strides = (x.stride(0), x.stride(2), x.stride(3))
     launch(
         dwconv_fwd_kernel, (tiles, triton.cdiv(channels, config["BC"])), x.device,
-        (x, taps(weight) if packed is None else packed, y, in_norm, *map(dense, bn), eps, partial, sums,
+        (x, taps(weight) if packed is None else packed, y, in_norm, *map(dense, bn), eps,
+         partial, sums,
          *strides, height, width, out_height, out_width, channel_units, padding[0], padding[2],
          strips, columns),
         config, VEC=vec, K=kernel, STRIDE=stride,

@@ -65,7 +65,8 @@ class LaunchPlan:
         """What fp32 products depend on."""
         if self.dtype is not torch.float32:
             return ()
-        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        cudnn: Any = torch.backends.cudnn
+        return torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
 
     def _pack(self) -> None:
         network = self.network

@@ -38,7 +38,7 @@ def _triton(file: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a convolution: its kernel's sides, its stride, and (top, left) padding or None for SAME."""
+    """Of a convolution: sides of its kernel, stride, and (top, left) padding or None for SAME."""
 
     kernel: tuple[int, int]
     stride: int
@@ -224,9 +224,7 @@ class Excite(Pass):
             dtype.
     """
 
-    def __init__(
-        self, backend: str, layers: tuple[Tensor | None, ...], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, backend: str, layers: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
         super().__init__(backend)
         dtypes = (dtype, torch.float32) * 2 if backend == TRITON else (dtype,) * 4
         self.layers = [

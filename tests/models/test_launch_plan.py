@@ -167,7 +167,7 @@ def test_fp16_that_does_not_hold_a_weight(target: Target) -> None:
     model = network().to(target.device)
     with torch.no_grad():
         model.features[2][0].block[0][1].weight.mul_(1e7)
-    with pytest.raises(RuntimeError, match="beyond torch.float16's largest value"):
+    with pytest.raises(RuntimeError, match=r"beyond torch\.float16's largest value"):
         target.deploy(model, torch.float16)
     assert target.deploy(model, torch.bfloat16)(X.to(target.device)).shape == (8, 1000)
 
