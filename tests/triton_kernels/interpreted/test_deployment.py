@@ -15,10 +15,10 @@ TRITON = Target("cpu", "triton")
 DTYPES = (torch.float32, torch.float16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_b0(dtype: torch.dtype) -> None:
+def test_b0() -> None:
+    """In one dtype: the interpreter takes half a minute and more; fp32 is that of the others."""
     model = networks.pair(VARIANTS["b0"], 48).actual
-    assert_parity(TRITON, model, random_images(1, 48), dtype, calls=1)
+    assert_parity(TRITON, model, random_images(1, 48), torch.float16, calls=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
