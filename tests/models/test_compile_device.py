@@ -65,7 +65,7 @@ def run(case: Case, model: nn.Module, batches: list[Tensor], backward: bool) -> 
     results: dict[str, list[Tensor]] = {}
     for x in batches:
         model.zero_grad(set_to_none=True)
-        x = x.to(next(model.parameters()).dtype).requires_grad_(backward)
+        x = x.detach().clone().to(next(model.parameters()).dtype).requires_grad_(backward)
         with torch.set_grad_enabled(backward), context:
             y = model(x)
         found = {"y": y.detach()}
