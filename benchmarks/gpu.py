@@ -82,12 +82,16 @@ NETWORKS = {
     "b4": "bf16 and b4_ and not torch_compile",
     "b7": "bf16 and b7_ and not torch_compile",
 }
+PARITY = (
+    *("tests/ops", "tests/models", "tests/triton_kernels"),
+    *("tests/test_deployment_device.py", "tests/test_deployment_launched.py"),
+)
 # In place, so that the checkout which the tests import is the one that was built.
 INSTALL = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
 STEPS = (
     Step("build", "build", (sys.executable, *INSTALL), 0.4),
     Step("build", "doctor", (sys.executable, "-m", "effnet_fast.cli", "doctor"), 0.1),
-    _pytest("parity", "parity", 0.35, "tests/ops", "tests/models", "tests/triton_kernels"),
+    _pytest("parity", "parity", 0.35, *PARITY),
     _bench("kernels", "cuda", 0.4, KERNELS),
     _bench("kernels", "dwconv", 0.2, KERNELS),
     _bench("kernels", "squeeze_excite", 0.2, KERNELS),

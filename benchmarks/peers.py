@@ -172,7 +172,9 @@ def _ours_amp(setup: Setup) -> Runner:
 
 def _deployed(setup: Setup) -> Runner:
     deployed = deploy(copy.deepcopy(setup.model), setup.torch_dtype)
-    return network_step(deployed, setup.x, setup.mode)
+    # A graph's other contestants have their images in the dtype, too; a CPU converts as it reads.
+    x = setup.x.to(setup.torch_dtype) if setup.device == "cuda" else setup.x
+    return network_step(deployed, x, setup.mode)
 
 
 def _compile(**options: Any) -> Callable[[Setup], Runner]:
@@ -357,7 +359,7 @@ ONNX = "onnxscript"  # what torch.onnx.export needs
 PEERS = (
     Peer(OURS, _ours, ANY, BOTH, plans=True),
     Peer(f"{OURS}_amp", _ours_amp, LOW, BOTH, plans=True),
-    Peer(f"{OURS}_deploy", _deployed, ("fp32", "bf16"), devices=CPU, keeps_memory=True),
+    Peer(f"{OURS}_deploy", _deployed, ANY, keeps_memory=True),
     Peer(f"{OURS}_graph", _cuda_graph(_ours), ANY, BOTH, CUDA, keeps_memory=True),
     Peer("torch_contiguous", _contiguous, modes=BOTH),
     Peer("torch_channels_last", _eager, ANY, BOTH),

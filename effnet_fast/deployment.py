@@ -1,6 +1,7 @@
 """`effnet_fast.deploy`: a network in the form that only infers, and does that fastest.
 
-BatchNorm is folded into weights that are packed once, and a call runs the whole network in C++.
+BatchNorm is folded into weights that are packed once. On a CPU a call runs the whole network in
+C++; on a GPU it replays a CUDA graph of the kernels, or launches them.
 """
 
 from __future__ import annotations
@@ -13,82 +14,103 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import _native, backends, watching
+from effnet_fast.graphs import LIMIT
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
-from effnet_fast.models.network import METHODS, recognise
-from effnet_fast.models.plan import Plan, complete
+from effnet_fast.models.launch_plan import LaunchPlan
+from effnet_fast.models.network import METHODS, Network, recognise
+from effnet_fast.models.plan import CpuPlan, Plan, complete
 from effnet_fast.recognition import RefusedError
 
 KINDS = (EfficientNet, EfficientNetFeatures)
+CPU = ("auto", "cpu")  # backends of the plan in C++
+# Backends of the plan that launches kernels, and the devices that they are for; Triton takes a CPU
+# in its interpreter.
+LAUNCHED = {"cuda": ("auto", "cuda", "triton"), "cpu": ("cuda", "triton", "simt")}
 
 
 def deploy(
-    model: nn.Module, dtype: torch.dtype | None = None, *, backend: str = "auto"
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str = "auto",
+    graphs: int = LIMIT,
 ) -> DeployedEfficientNet:
     """The inference form of a network; `model` itself stays as it is.
 
     Args:
-        model: an EfficientNet or EfficientNetFeatures on a CPU, in eval mode.
-        dtype: torch.float32 or torch.bfloat16, in which layers hand on their results; None means
-            that of the model's parameters. Sums are fp32 in both. Where the instruction set does
-            not multiply bf16, the network is computed in fp32, which is more exact.
-        backend: "auto", "cpu", or "cpu:<instruction set>" to force one.
+        model: an EfficientNet or EfficientNetFeatures on a CPU or a CUDA device, in eval mode.
+        dtype: in which layers hand on their results, None for that of the model's parameters:
+            torch.float32 or torch.bfloat16, on a CUDA device torch.float16 too. Sums are fp32 in
+            all. Where a CPU's instruction set does not multiply bf16, the network is computed in
+            fp32, which is more exact.
+        backend: on a CPU "auto", "cpu", or "cpu:<instruction set>" to force one. On a CUDA device
+            "auto", which takes for each pass the preferred kernel that runs there, "triton", or
+            "cuda", whose 1x1 convolutions are PyTorch's own products with a kernel after them.
+        graphs: CUDA graphs that are kept at most, one per shape of the images; 0 for none. A shape
+            is captured at its first call. Once there are so many, a new shape's kernels are
+            launched one by one, and it takes the place of the graph that has been idle for longest
+            when it has come `effnet_fast.graphs.PATIENCE` times since that was of use. Without
+            meaning on a CPU.
 
     Returns:
-        a module that takes images [N,C,H,W] in fp32 or bf16, of any size and strides, and gives
-        what the model gives, in the images' dtype. It records no gradient.
+        a module that takes images [N,C,H,W] in fp32 or bf16 (on a CUDA device fp16 too), of any
+        size and strides, and gives what the model gives, in the images' dtype. It records no
+        gradient. What it returns is the caller's; any thread and any stream may call.
 
     Raises:
         TypeError: model is no network of this package.
-        ValueError: another dtype or backend.
+        ValueError: another dtype or backend, or a negative number of graphs.
         RuntimeError: the model cannot be deployed as it is, with the reason: it is in training
-            mode, on another device, has hooks or replaced layers; or the extension is missing.
+            mode, on another device, has hooks or replaced layers; no kernel can run there, or the
+            extension is missing.
     """
-    return DeployedEfficientNet(model, dtype, backend)
+    return DeployedEfficientNet(model, dtype, backend, graphs)
 
 
 class DeployedEfficientNet(nn.Module):
     """What `deploy` returns.
 
     The network that it was made of stays its `source` and can be changed: parameters and buffers
-    are compared at every call, by identity, version counter, address and a few values of each, and
-    packed again where they differ. After an edit of single values through `.data`, which moves
-    none of these, call `refresh`. State dict, parameters and children are the source's.
+    are compared at every call, by identity, version counter and address, on a CPU by a few values
+    of each too, and packed again where they differ; graphs of the old ones are dropped. After an
+    edit that moves none of these call `refresh`: one of single values through `.data`, on a CUDA
+    device any through `.data`. State dict, parameters and children are the source's.
+
+    While the caller captures a CUDA graph, kernels are launched into that; it keeps to the weights
+    as they were then.
 
     Attributes:
         source: the network.
         dtype: of the packed weights.
         backend: as given to `deploy`.
+        graphs: as given to `deploy`.
     """
 
     source: Any
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, backend: str) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None, backend: str, graphs: int = LIMIT
+    ) -> None:
         super().__init__()
         _check_model(model)
         if dtype is None:
             dtype = next(model.parameters()).dtype
-        if dtype not in backends.NATIVE_DTYPES:
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-        base, isa = backends.parse(backend)
-        if base not in ("auto", "cpu"):
-            raise ValueError(
-                f"backend must be 'auto', 'cpu' or 'cpu:<instruction set>', got {backend!r}: a "
-                "deployed network runs on CPUs so far"
-            )
-        if reason := backends.can_run(f"cpu:{isa}" if isa else "cpu", backends.OPS[0]):
-            raise RuntimeError(f"deploy cannot use backend {backend!r}: {reason}")
+        if isinstance(graphs, bool) or not isinstance(graphs, int) or graphs < 0:
+            raise ValueError(f"graphs must be an int of at least 0, got {graphs!r}")
         # Not as a child, so that names of parameters are the source's; its children are shared.
         self.__dict__["source"] = model
         self.__dict__["_modules"] = model.__dict__["_modules"]
         self.training = False
         self.dtype = dtype
         self.backend = backend
+        self.graphs = graphs
         self._lock = threading.Lock()
         self._packed: tuple[Any, Plan] | None = None
+        self._captured: list[Plan] = []  # whose weights a graph of the caller's reads
         self.refresh()
 
     def refresh(self) -> None:
-        """Packs the source's weights again.
+        """Packs the source's weights again; on a CUDA device it waits for that.
 
         Raises:
             RuntimeError: the source can no longer be deployed, with the reason.
@@ -99,18 +121,37 @@ class DeployedEfficientNet(nn.Module):
     def _pack(self) -> Plan:
         model = self.source
         _check_model(model)
+        device = _device_of(model)
+        _check_target(device, self.dtype, self.backend)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the network's weights have changed, and cannot be packed while a CUDA graph is "
+                "captured: call it once before the capture"
+            )
         try:
-            network = recognise(model)
+            network = recognise(model, device)
         except RefusedError as refused:
             raise RuntimeError(
                 f"{type(model).__name__} cannot be deployed: {refused}; undo that, or call the "
                 "model itself"
             ) from None
-        isa = backends.parse(self.backend)[1]
         watch = watching.watch(model, network.modules, network.tensors())
-        plan = Plan(network, self.dtype is torch.bfloat16, isa)
-        self._packed = watch, plan
+        plan = self._plan_of(network, device)
+        old, self._packed = self._packed, (watch, plan)
+        if old is not None:
+            old[1].close()
+            if old[1].captured:
+                self._captured.append(old[1])
         return plan
+
+    def _plan_of(self, network: Network, device: torch.device) -> Plan:
+        base, isa = backends.parse(self.backend)
+        if device.type == "cpu" and base in CPU:
+            return CpuPlan(network, self.dtype is torch.bfloat16, isa)
+        try:
+            return LaunchPlan(network, self.dtype, base, self.graphs)
+        except RuntimeError as error:
+            raise RuntimeError(f"deploy cannot use backend {self.backend!r}: {error}") from error
 
     def _plan(self) -> Plan:
         """The plan of the source as it is now."""
@@ -126,19 +167,19 @@ class DeployedEfficientNet(nn.Module):
         """As the source's forward.
 
         Args:
-            x: images [N,C,H,W], fp32 or bf16, on a CPU.
+            x: images [N,C,H,W], fp32 or bf16, on a CUDA device fp16 too; where the source is.
 
         Returns:
             what the source gives, in x's dtype.
 
         Raises:
-            TypeError: x is no tensor of fp32 or bf16.
+            TypeError: x is no tensor of these dtypes.
             ValueError, RuntimeError: x has other dimensions than the source takes, is on another
                 device or asks for a gradient; or the source can no longer be deployed.
         """
-        _check_images(x)
+        plan = self._plan()
+        _check_images(x, plan.device, self.backend)
         with torch.no_grad():
-            plan = self._plan()
             _check_size(plan, x)
             return complete(self.source, plan, x, x.dtype)
 
@@ -162,16 +203,54 @@ class DeployedEfficientNet(nn.Module):
         """Copies and pickles carry the source, and pack anew at their first call."""
         state = self.__dict__.copy()
         del state["_lock"]
-        return {**state, "_packed": None}
+        return {**state, "_packed": None, "_captured": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        isa = backends.parse(self.backend)[1] or _native.load().best_isa()
+        base, isa = backends.parse(self.backend)
+        device = _device_of(self.source)
+        where = f"{device}, backend {base}"
+        if device.type == "cpu" and base in CPU:
+            where = f"instruction set {isa or _native.load().best_isa()}"
         name = f"{type(self.source).__name__} {self.source.variant.name}"
-        return f"{type(self).__name__}({name}, dtype={self.dtype}, instruction set {isa})"
+        return f"{type(self).__name__}({name}, dtype={self.dtype}, {where})"
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where the network's first weight is."""
+    return next(model.features.parameters()).device
+
+
+def _dtypes(device: torch.device, backend: str) -> tuple[torch.dtype, ...]:
+    in_one_call = device.type == "cpu" and backends.parse(backend)[0] in CPU
+    return backends.NATIVE_DTYPES if in_one_call else backends.CUDA_DTYPES
+
+
+def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    *first, last = map(str, dtypes)
+    return f"{', '.join(first)} or {last}"
+
+
+def _check_target(device: torch.device, dtype: torch.dtype, backend: str) -> None:
+    """Raises for a device, dtype or backend for which there is no plan."""
+    base, isa = backends.parse(backend)
+    if device.type not in LAUNCHED:
+        raise RuntimeError(f"the model is on {device}; deploy takes a CPU or a CUDA device")
+    if dtype not in (allowed := _dtypes(device, backend)):
+        raise ValueError(f"dtype must be {_listed(allowed)}, got {dtype}")
+    if device.type == "cpu" and base in CPU:
+        name = f"cpu:{isa}" if isa else "cpu"
+        if reason := backends.can_run(name, backends.OPS[0]):
+            raise RuntimeError(f"deploy cannot use backend {backend!r}: {reason}")
+    elif base not in LAUNCHED[device.type]:
+        names = {"cpu": "'auto', 'cpu' or 'cpu:<instruction set>'"}
+        allowed_names = names.get(device.type, "'auto', 'cuda' or 'triton'")
+        raise ValueError(
+            f"backend must be {allowed_names} for a model on {device}, got {backend!r}"
+        )
 
 
 def _holds(model: nn.Module, watch: Any) -> bool:
@@ -191,11 +270,6 @@ def _check_model(model: nn.Module) -> None:
     changed = [n for n in METHODS if getattr(type(model), n, None) is not getattr(kind, n, None)]
     if changed:
         raise RuntimeError(f"{type(model).__name__} cannot be deployed: it overrides {changed[0]}")
-    if any(parameter.is_cuda for parameter in model.parameters()):
-        raise RuntimeError(
-            "the model is on a GPU, for which deployment is still to come: use the model itself, "
-            "or deploy model.cpu()"
-        )
     if model.training:
         raise RuntimeError("the model is in training mode: call model.eval() first")
     if model._forward_hooks or model._forward_pre_hooks:
@@ -205,12 +279,15 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_images(x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in backends.NATIVE_DTYPES:
+def _check_images(x: Tensor, device: torch.device, backend: str) -> None:
+    allowed = _dtypes(device, backend)
+    if not isinstance(x, Tensor) or x.dtype not in allowed:
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a tensor of torch.float32 or torch.bfloat16, got {given}")
-    if x.device.type != "cpu":
-        raise RuntimeError(f"x is on {x.device}, the deployed network on a CPU: use x.cpu()")
+        raise TypeError(f"x must be a tensor of {_listed(allowed)}, got {given}")
+    if x.device != device:
+        raise RuntimeError(
+            f"x is on {x.device}, the deployed network on {device}: use x.to({str(device)!r})"
+        )
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     if x.requires_grad and torch.is_grad_enabled():

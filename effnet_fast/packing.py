@@ -67,7 +67,7 @@ def _pad(tensor: Tensor, *sizes: int) -> Tensor:
     return F.pad(tensor, widths)
 
 
-def _folded(layer: recognition.Layer) -> tuple[Tensor, Tensor]:
+def folded(layer: recognition.Layer) -> tuple[Tensor, Tensor]:
     """Weight and shift in fp32 with the BatchNorm's running statistics folded in."""
     weight, gamma, beta, mean, var = (
         None if t is None else t.detach().double() for t in layer.tensors
@@ -133,7 +133,7 @@ def _padding(layer: recognition.Layer) -> dict[str, Any]:
 def pack_stem(packed: Packed, layer: recognition.Layer) -> None:
     """Adds the first convolution."""
     conv = layer.conv
-    weight, shift = _folded(layer)
+    weight, shift = folded(layer)
     outputs = packed.format.padded(conv.out_channels)
     packed.stem = {
         "in_channels": conv.in_channels,
@@ -157,7 +157,7 @@ def pack_block(packed: Packed, block: recognition.Block, residual: bool, tap: in
         tap: which output shows its result, -1 for none.
     """
     depthwise, layout = block.depthwise, packed.format
-    weight, shift = _folded(depthwise)
+    weight, shift = folded(depthwise)
     channels = weight.shape[0]
     padded = layout.padded(channels)
     reduce_weight, reduce_bias, excite_weight, excite_bias = (
@@ -168,7 +168,7 @@ def pack_block(packed: Packed, block: recognition.Block, residual: bool, tap: in
     hidden = reduce_weight.shape[0]
     reduce_bias = shift.new_zeros(hidden) if reduce_bias is None else reduce_bias
     excite_bias = shift.new_zeros(channels) if excite_bias is None else excite_bias
-    project_weight, project_shift = _folded(block.project)
+    project_weight, project_shift = folded(block.project)
     layer = {
         "in_channels": block.first.conv.in_channels,
         "channels": channels,
@@ -191,13 +191,13 @@ def pack_block(packed: Packed, block: recognition.Block, residual: bool, tap: in
         words = _product_words(project_weight.flatten(1), layout)
         layer["project_master"] = packed.keep(words)
     if block.expand:
-        layer["expand"] = _product(packed, *_folded(block.expand))
+        layer["expand"] = _product(packed, *folded(block.expand))
     packed.blocks.append(layer)
 
 
 def pack_head(packed: Packed, layer: recognition.Layer) -> None:
     """Adds the last convolution, after which the pixels' mean is taken."""
-    packed.head = _product(packed, *_folded(layer))
+    packed.head = _product(packed, *folded(layer))
 
 
 def pack_classifier(packed: Packed, weight: Tensor, bias: Tensor | None) -> None:

@@ -2,8 +2,9 @@
 
 What decides about a result is compared by identity, object by object: the modules' children,
 parameters, buffers and settings, that nothing hooks into them; of the tensors the version counter
-and the address, and a few values of each, since edits through `.data` move neither. That takes
-about 50 us for B0, in one call into C++ (csrc/watch.h).
+and the address, and of those on a CPU a few values each, since edits through `.data` move neither.
+Values on a GPU are never read, for that would wait for it. All this takes about 50 us for B0, in
+one call into C++ (csrc/watch.h).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def watch(root: nn.Module, modules: Iterable[nn.Module], tensors: Iterable[Tenso
     Args:
         root: the network; of itself only its children are watched, and no reference is kept.
         modules: those that are watched, without their children.
-        tensors: CPU tensors whose values are watched.
+        tensors: those that are watched; of CPU tensors values too.
     """
     global_hooks = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
     items: list[tuple[dict[str, Any], str, object]] = []
@@ -58,7 +59,7 @@ def watch(root: nn.Module, modules: Iterable[nn.Module], tensors: Iterable[Tenso
     kept = [t.detach() for t in watched]  # the memory that is read, until the watch is gone
     return _native.load().Watch(
         *(items, absent, listings, empty, types, versioned, watched),
-        [_place(t) for t in kept],
+        [_place(t) for t in kept if t.device.type == "cpu"],
         kept,
         [t._cdata for t in watched if hasattr(t, "_cdata")],
         torch.Tensor,

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from effnet_fast.ops import packed_passes
 from effnet_fast.triton_kernels import (
     dwconv_bn_silu,
     launching,
@@ -173,6 +174,27 @@ def run_inference(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
         layer(e, 1, k, k), [v.to(dtype) for v in squeeze], layer(out, e, 1, 1),
         block.stride, ((k - 1) // 2,) * 4, (1e-3,) * 3, block.residual, "triton",
     )  # fmt: skip
+
+
+def run_deployed(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
+    """A block's inference over weights packed ahead, on meta tensors."""
+    c, e, out = block.channels
+    k, r = block.kernel, block.squeezed
+    geometry = packed_passes.Geometry((k, k), block.stride, ((k - 1) // 2,) * 2)
+
+    def product(rows: int, columns: int, silu: bool) -> packed_passes.Product:
+        weight = _vectors(rows, columns).to(dtype)
+        return packed_passes.Product("triton", weight, _vectors(rows), silu)
+
+    layers = (_vectors(r, e), _vectors(r), _vectors(e, r), _vectors(e))
+    packed = packed_passes.MBConv(
+        product(e, c, True) if block.expands else None,
+        packed_passes.Depthwise("triton", _vectors(e, 1, k, k), _vectors(e), geometry, dtype),
+        packed_passes.Excite("triton", layers, dtype),
+        product(out, e, False),
+        block.residual,
+    )
+    packed(_image(batch, c, block.size, dtype))
 
 
 def run_ops(block: BlockShape, batch: int, dtype: torch.dtype) -> None:

@@ -141,12 +141,14 @@ def launch_dwconv_fwd(
     eps: float = 0.0,
     statistics: bool = False,
     pool: bool = False,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [N,C,Ho,Wo] as the file's head says.
 
     Args:
         in_norm: of the BN, with SiLU, applied to x as it is loaded, or None.
         bn, eps: BN and SiLU applied to the convolution, where the mean is given.
+        packed: what `taps` makes of the weight, None to have it made.
 
     Returns:
         y; partial statistics [tiles,4,C] if asked for; the mean of y over H and W [N,C] if asked
@@ -167,7 +169,8 @@ def launch_dwconv_fwd(
     strides = (x.stride(0), x.stride(2), x.stride(3))
     launch(
         dwconv_fwd_kernel, (tiles, triton.cdiv(channels, config["BC"])), x.device,
-        (x, taps(weight), y, in_norm, *map(dense, bn), eps, partial, sums,
+        (x, taps(weight) if packed is None else packed, y, in_norm, *map(dense, bn), eps,
+         partial, sums,
          *strides, height, width, out_height, out_width, channel_units, padding[0], padding[2],
          strips, columns),
         config, VEC=vec, K=kernel, STRIDE=stride,

@@ -1,4 +1,4 @@
-"""What of a whole network the CPU's inference kernels compute in one call, and why not.
+"""What of a whole network the inference kernels compute from packed weights, and why not.
 
 As `recognition`, one level up: the children are read anew, and what is not exactly what the kernels
 know is refused with its place and the reason.
@@ -19,6 +19,7 @@ from effnet_fast.recognition import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network.h
 MAX_SQUEEZED = 16384  # csrc/cpu/network.cpp
+CPU = torch.device("cpu")
 LOGITS, POOLED, MAPS = "logits", "pooled", "maps"
 # Methods through which a class or an instance could change what forward computes.
 METHODS = frozenset({"forward", "forward_features", "forward_head", "_prepared", "_maps"})
@@ -115,8 +116,12 @@ def _at(place: str) -> Iterator[None]:
         raise RefusedError(f"{place}{text if text.startswith(' ') else f': {text}'}") from None
 
 
-def recognise(model: Any) -> Network:
+def recognise(model: Any, device: torch.device = CPU) -> Network:
     """The kernels' form of an EfficientNet or EfficientNetFeatures.
+
+    Args:
+        model: the network.
+        device: where all that is packed has to be.
 
     Raises:
         RefusedError: it has none, with the reason.
@@ -147,7 +152,7 @@ def recognise(model: Any) -> Network:
     network = Network(
         stem, taps.get(0, -1), tuple(blocks), head, linear, result, modules, stem.tensors[0].dtype
     )
-    _check(network)
+    _check(network, device)
     return network
 
 
@@ -243,7 +248,7 @@ def _last_layer(classifier: nn.Module) -> nn.Linear | nn.Identity | None:
     return found if all(type(tensor) in known for tensor in tensors) else None
 
 
-def _check(network: Network) -> None:
+def _check(network: Network, device: torch.device) -> None:
     """Refuses layers that do not fit together, or that do not run here as they are."""
     channels = network.stem.conv.out_channels
     for block in network.blocks:
@@ -265,8 +270,8 @@ def _check(network: Network) -> None:
     for tensor in network.tensors():
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
-            raise RefusedError(f"it is on {tensor.device}")
+        if tensor.device != device:
+            raise RefusedError(f"a part of it is on {tensor.device}, not on {device}")
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             raise RefusedError("a parameter is no dense tensor of floating point numbers")
     for weight in _weights(network):

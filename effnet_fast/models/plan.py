@@ -1,12 +1,13 @@
-"""A network packed for the CPU's inference kernels, and the plans that a network makes for itself.
+"""A network packed for inference: what every plan is, that of the CPU, and a network's own plans.
 
-See `packing` for what is packed and `watching` for how changes are noticed.
+See `packing` for what is packed, `watching` for how changes are noticed, and `launch_plan` for the
+plan for GPUs.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +23,38 @@ LONGEST_WAIT = 31  # forwards until a network that was refused is looked at agai
 WASTED = 2  # plans in a row, each used once, after which weights must be seen twice
 
 
-class Plan:
+class Plan(Protocol):
     """Packed weights of a network, and the call that runs it.
+
+    Attributes:
+        network: what is packed.
+        device: of the weights, and of the images.
+        nbytes: of the packed weights.
+        captured: whether a CUDA graph that a caller captures reads the weights.
+    """
+
+    network: Network
+    device: torch.device
+    nbytes: int
+    captured: bool
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
+        """Logits or pooled features [N,C] where the network has them, and the maps [N,C,H,W].
+
+        Args:
+            x: images [N,C,H,W] on the plan's device, with any strides.
+            dtype: of the results.
+
+        Raises:
+            ValueError: a convolution has no output.
+        """
+
+    def close(self) -> None:
+        """Frees what only calls to come would use; the plan can still be called."""
+
+
+class CpuPlan:
+    """The network in one call into C++.
 
     Args:
         network: what is packed.
@@ -32,8 +63,11 @@ class Plan:
         isa: the instruction set, "" for the best.
 
     Attributes:
-        nbytes: of the packed weights.
+        network, device, nbytes, captured: as `Plan` has them.
     """
+
+    device = torch.device("cpu")
+    captured = False
 
     def __init__(self, network: Network, bf16: bool, isa: str) -> None:
         native = _native.load()
@@ -55,15 +89,7 @@ class Plan:
         )
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-        """Logits or pooled features [N,C] where the network has them, and the maps [N,C,H,W].
-
-        Args:
-            x: images [N,C,H,W], fp32 or bf16, with any strides.
-            dtype: of the results; computed in fp32.
-
-        Raises:
-            ValueError: a convolution has no output.
-        """
+        """As `Plan.__call__` says; x is fp32 or bf16, the results are computed in fp32."""
         n, _, height, width = x.shape
         maps = [
             torch.empty((n, h, w, c), dtype=torch.float32, device="cpu")
@@ -79,6 +105,9 @@ class Plan:
                 torch.get_num_threads(),
             )
         return None if y is None else y.to(dtype), [m.permute(0, 3, 1, 2).to(dtype) for m in maps]
+
+    def close(self) -> None:
+        """Does nothing: there is nothing beside the weights."""
 
 
 def complete(model: Any, plan: Plan, x: Tensor, dtype: torch.dtype) -> Any:
@@ -112,7 +141,7 @@ class _Seen:
         self.kind = type(model)
         self.network = recognise(model)
         self.watch = watching.watch(model, self.network.modules, self.network.tensors())
-        self.plans: dict[tuple[bool, str], Plan] = {}
+        self.plans: dict[tuple[bool, str], CpuPlan] = {}
         self.served = 0
 
     def holds(self, model: Backbone) -> bool:
@@ -145,7 +174,7 @@ class OwnPlans:
             self._let_go()
             self._wait = self._next_wait = 0
 
-    def find(self, model: Backbone, bf16: bool, isa: str) -> Plan | None:
+    def find(self, model: Backbone, bf16: bool, isa: str) -> CpuPlan | None:
         """The plan for the weights as they are, or None for a forward block by block."""
         seen = self._seen
         if seen is None or not seen.holds(model):
@@ -156,7 +185,7 @@ class OwnPlans:
         plan = seen.plans.get((bf16, isa))
         if plan is None:
             with self._lock:
-                plan = seen.plans.get((bf16, isa)) or Plan(seen.network, bf16, isa)
+                plan = seen.plans.get((bf16, isa)) or CpuPlan(seen.network, bf16, isa)
                 seen.plans[bf16, isa] = plan
         seen.served += 1
         return plan

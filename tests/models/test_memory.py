@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from allocations import saved_bytes
+from allocations import peak_bytes, saved_bytes, train_step
 from effnet_fast import EfficientNet
 from effnet_fast.layers import MBConv
 from effnet_fast.models import custom_variant
 
 TINY = custom_variant(width=0.5, depth=0.5)
+PEAK = {"cpu": (2, 96), "cuda": (64, 224)}  # images and their side
 SHARES = {"fast": 0.40, "lean": 0.25}  # of what stock saves
 
 
@@ -72,6 +73,43 @@ def test_what_is_saved(memory: str) -> None:
     torch.manual_seed(0)
     stock = saved_bytes(EfficientNet("b0", backend="reference").train(), x)
     assert saved_bytes(EfficientNet("b0", memory=memory).train(), x) <= SHARES[memory] * stock
+
+
+def step_peak(model: EfficientNet, device: str) -> int:
+    """Bytes of a training step at its peak, above what stands before it."""
+    batch, side = PEAK[device]
+    x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    x = x.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    train_step(model, x)  # what stays: gradients, workspaces, compiled kernels
+    if device == "cpu":
+        return peak_bytes(lambda: train_step(model, x))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train_step(model, x)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize(
+    ("device", "amp"),
+    [
+        pytest.param("cpu", None, id="cpu-fp32"),
+        *(
+            pytest.param("cuda", amp, id=f"cuda-{amp}", marks=pytest.mark.gpu)
+            for amp in (None, torch.bfloat16, torch.float16)
+        ),
+    ],
+)
+def test_peak_of_a_training_step(device: str, amp: torch.dtype | None) -> None:
+    """Of B0, below stock's; less still with "lean"."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    with torch.autocast(device, amp or torch.bfloat16, enabled=amp is not None):
+        stock = step_peak(EfficientNet("b0", backend="reference"), device)
+        fast, lean = (step_peak(EfficientNet("b0", memory=m), device) for m in SHARES)
+    assert lean < fast < stock, f"lean {lean / stock:.2f}, fast {fast / stock:.2f} of stock's"
 
 
 def test_a_residual_of_another_shape_is_refused() -> None:

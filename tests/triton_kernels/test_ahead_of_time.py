@@ -18,7 +18,17 @@ import torch
 pytest.importorskip("triton")
 
 import ahead_of_time
-from ahead_of_time import TARGETS, Build, builds, compile_build, instructions, resources
+from ahead_of_time import (
+    TARGETS,
+    Build,
+    builds,
+    compile_build,
+    instructions,
+    record,
+    resources,
+    run_deployed,
+)
+from shapes import shapes_of
 
 BUDGETS = json.loads(Path(ahead_of_time.BUDGETS).read_text())
 PRODUCTS = ("pointwise_fwd_kernel", "pointwise_bwd_data_kernel", "pointwise_bwd_weight_kernel")
@@ -56,6 +66,21 @@ def test_within_budget(capability: int, dtype: torch.dtype, kernel: str) -> None
             assert any(op.startswith("HGMMA") for op in instructions(compiled)), (
                 f"{build}: no HGMMA"
             )
+
+
+@pytest.mark.slow
+def test_deployed_blocks_within_budget() -> None:
+    """Packed weights leave out BatchNorm's vectors: other builds of the same kernels, on sm_90."""
+    launched: dict[Build, Any] = {}
+    for block in list(dict.fromkeys(shapes_of("b0").blocks))[:2]:
+        launched |= record(lambda block=block: run_deployed(block, 256, torch.bfloat16))
+    assert {build.name for build in launched} >= {"pointwise_fwd_kernel", "dwconv_fwd_kernel"}
+    for build, function in launched.items():
+        found = resources(compile_build(function, build, 90))
+        registers, shared = BUDGETS["90"][build.name]
+        assert found.spilled == 0, f"{build} spills {found.spilled} bytes"
+        assert found.registers <= registers, f"{build}: {found.registers} registers"
+        assert found.shared <= shared, f"{build}: {found.shared} bytes of shared memory"
 
 
 def uses_tensor_cores(build: Build) -> bool:
