@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from effnet_fast.triton_kernels import (
     dwconv_bn_silu,
+    expand_choice,
     launching,
     mbconv,
     mbconv_passes,
@@ -160,7 +161,7 @@ def run_training(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
 
 
 def run_inference(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
-    """A block's inference, on meta tensors; parameters in x's dtype."""
+    """A block's inference, on meta tensors, both ways; parameters in x's dtype."""
     c, e, out = block.channels
     k, r = block.kernel, block.squeezed
 
@@ -168,11 +169,13 @@ def run_inference(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
         return [v.to(dtype) for v in (_vectors(*shape), *(_vectors(shape[0]),) * 4)]
 
     squeeze = (_vectors(r, e), _vectors(r), _vectors(e, r), _vectors(e))
-    mbconv.mbconv_eval(
-        _image(batch, c, block.size, dtype), layer(e, c, 1, 1) if block.expands else [],
-        layer(e, 1, k, k), [v.to(dtype) for v in squeeze], layer(out, e, 1, 1),
-        block.stride, ((k - 1) // 2,) * 4, (1e-3,) * 3, block.residual, "triton",
-    )  # fmt: skip
+    ways = (False, True) if block.expands and c <= expand_choice.MAX_CHANNELS else (False,)
+    for fused in ways:
+        mbconv.mbconv_eval(
+            _image(batch, c, block.size, dtype), layer(e, c, 1, 1) if block.expands else [],
+            layer(e, 1, k, k), [v.to(dtype) for v in squeeze], layer(out, e, 1, 1),
+            block.stride, ((k - 1) // 2,) * 4, (1e-3,) * 3, block.residual, "triton", fused=fused,
+        )  # fmt: skip
 
 
 def run_ops(block: BlockShape, batch: int, dtype: torch.dtype) -> None:

@@ -56,6 +56,9 @@ def test_within_budget(capability: int, dtype: torch.dtype, kernel: str) -> None
             assert any(op.startswith("HGMMA") for op in instructions(compiled)), (
                 f"{build}: no HGMMA"
             )
+        if kernel == "expand_dwconv_fwd_kernel" and dtype != torch.float32:
+            ops = list(instructions(compiled))
+            assert any(op.startswith("HMMA") for op in ops), f"{build}: no HMMA"
 
 
 def uses_tensor_cores(build: Build) -> bool:
