@@ -12,6 +12,10 @@ import functools
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
+from . import tuning
+
 SOURCE = "heuristic"
 MARGIN = 0.9  # of the separate kernels' time that one kernel may take, to be chosen
 MAX_CHANNELS = 128  # of x: the product's inner dimension is one tile, held in registers
@@ -66,6 +70,15 @@ class Tile(NamedTuple):
     pixels: int
     channels: int
     warps: int
+
+
+def tile_of(x: Tensor, shape: Shape) -> tuple[dict[str, int], Tile]:
+    """The configuration that the table has for x's device and dtype, and the tile in it."""
+    config = tuning.config(
+        "expand_dwconv_fwd", x, k=shape.in_channels, c=shape.channels, h=shape.out_height,
+        w=shape.out_width, kernel=shape.kernel, stride=shape.stride,
+    )  # fmt: skip
+    return config, Tile(config["P"], config["BC"], config["num_warps"])
 
 
 class Cost(NamedTuple):

@@ -3,8 +3,8 @@
 Computes: e = silu(bn(x weight^T)), 0 in the padding; y = silu(bn(conv_dw(e, taps))), and the sums
           of y by tile
 Shapes:   x [N,Cin,H,W], weight [C,Cin], taps [C,1,K,K], y [N,C,Ho,Wo]
-Dtypes:   x/y fp32|fp16|bf16, weight x's or fp32, vectors any; e rounded as if it were stored;
-          accumulation fp32, fp32 products IEEE unless torch.backends.cuda.matmul allows tf32
+Dtypes:   x/y fp16|bf16, and in the interpreter fp32, for which registers do not suffice; weight
+          x's or fp32, vectors any; e rounded as if it were stored; accumulation fp32
 Layout:   channels_last without gaps
 Tiling:   a program owns BC channels and a strip of one image's y, `run` rows high and OUT columns
           wide. It goes down the rows of x: P pixels of one row are expanded as [BC,P] and stay in
@@ -26,12 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import expand_choice, tuning
+from . import expand_choice
 from .dwconv_backward import taps as taps_of
 from .dwconv_bn_silu import out_size
 from .elementwise import load_affine
 from .folds import fold_sums
-from .launching import dense, dot_precision, empty_fp32, empty_nhwc, launch, nhwc, units
+from .launching import INTERPRETS, dense, dot_precision, empty_fp32, empty_nhwc, launch, nhwc, units
 
 Layer = Sequence[Tensor]  # weight, bn_weight, bn_bias, mean, var; some None
 
@@ -141,15 +141,6 @@ def shape_of(
     return expand_choice.Shape(n, in_channels, channels, *sizes, kernel, stride, x.element_size())
 
 
-def tile_of(x: Tensor, shape: expand_choice.Shape) -> tuple[dict[str, int], expand_choice.Tile]:
-    """The configuration of the table, and what of it the model needs."""
-    config = tuning.config(
-        "expand_dwconv_fwd", x, k=shape.in_channels, c=shape.channels, h=shape.out_height,
-        w=shape.out_width, kernel=shape.kernel, stride=shape.stride,
-    )  # fmt: skip
-    return config, expand_choice.Tile(config["P"], config["BC"], config["num_warps"])
-
-
 def launch_expand_dwconv_fwd(
     x: Tensor,
     expand: Layer,
@@ -165,7 +156,7 @@ def launch_expand_dwconv_fwd(
         eps: of the two BatchNorms.
 
     Raises:
-        ValueError: more channels of x than the kernel takes.
+        ValueError: more channels of x than the kernel takes, or fp32 on a GPU.
     """
     x = nhwc(x)
     weight, taps = expand[0], depthwise[0]
@@ -175,7 +166,9 @@ def launch_expand_dwconv_fwd(
         raise ValueError(
             f"x has {in_channels} channels, allowed are up to {expand_choice.MAX_CHANNELS}"
         )
-    config, tile = tile_of(x, shape)
+    if x.element_size() > 2 and not INTERPRETS:
+        raise ValueError(f"x is {x.dtype}, allowed are torch.float16 and torch.bfloat16")
+    config, tile = expand_choice.tile_of(x, shape)
     strips, columns, channel_tiles = expand_choice.grid(
         shape, tile, expand_choice.strip_rows(shape, tile)
     )

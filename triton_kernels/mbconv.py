@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import expand_choice
 from .dwconv_bn_silu import launch_dwconv_fwd
-from .expand_dwconv import launch_expand_dwconv_fwd, shape_of, tile_of
+from .expand_dwconv import launch_expand_dwconv_fwd, shape_of
 from .pointwise_bn_act import launch_pointwise_fwd
 from .squeeze_excite import excite
 
@@ -31,7 +31,7 @@ def _pays(
     x: Tensor, expand: Layer, depthwise: Layer, stride: int, padding: Sequence[int]
 ) -> bool:
     shape = shape_of(x, expand[0].shape[0], depthwise[0].shape[-1], stride, padding)
-    return expand_choice.pays(shape, tile_of(x, shape)[1])
+    return expand_choice.pays(shape, expand_choice.tile_of(x, shape)[1])
 
 
 def mbconv_eval(
