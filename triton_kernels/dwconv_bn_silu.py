@@ -45,7 +45,10 @@ def dwconv_fwd_kernel(
     VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
     R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """weight [K*K,C] fp32, x's strides in units of VEC; partial [tiles,4,C] and sums [tiles,C] where given, tiles by image."""
+    """weight [K*K,C] fp32; partial [tiles,4,C] and sums [tiles,C] where given, tiles by image.
+
+    The strides of x are in units of VEC.
+    """
     channels, stride_w = channel_units * VEC, stride_w * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels

@@ -91,7 +91,7 @@ def expand_dwconv_fwd_kernel(
     own_width = tl.minimum(first_column + OUT, out_width)
     accs = (tl.zeros([BC, BW], tl.float32),) * OPEN
     total = tl.zeros([BC], tl.float32)
-    for t in range(0, rows + OPEN - 1):
+    for t in range(rows + OPEN - 1):
         for a in tl.static_range(STRIDE):
             ih = (first + t) * STRIDE + a - top
             row_inside = (ih >= 0) & (ih < height)

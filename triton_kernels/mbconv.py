@@ -27,9 +27,7 @@ from .squeeze_excite import excite
 Layer = Sequence[Tensor]  # weight, bn_weight, bn_bias, mean, var; some None
 
 
-def _pays(
-    x: Tensor, expand: Layer, depthwise: Layer, stride: int, padding: Sequence[int]
-) -> bool:
+def _pays(x: Tensor, expand: Layer, depthwise: Layer, stride: int, padding: Sequence[int]) -> bool:
     shape = shape_of(x, expand[0].shape[0], depthwise[0].shape[-1], stride, padding)
     return expand_choice.pays(shape, expand_choice.tile_of(x, shape)[1])
 

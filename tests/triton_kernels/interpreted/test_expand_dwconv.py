@@ -37,9 +37,7 @@ def fused(call: BlockCall) -> Results:
 
 
 def composed(call: BlockCall, double: bool) -> Results:
-    tensors = {
-        k: t.double() if double and t is not None else t for k, t in call.tensors.items()
-    }
+    tensors = {k: t.double() if double and t is not None else t for k, t in call.tensors.items()}
     params, x = params_of(tensors), tensors["x"]
     assert params.expand is not None
     e = reference.pointwise_bn_act(x, *params.expand, eps=EPS[0])

@@ -1,4 +1,4 @@
-"""Head and pooling as one op in a network's own forward: where it stands in, and where it must not."""
+"""Head and pooling as one op in a network's forward: where it stands in, and where it does not."""
 
 from __future__ import annotations
 
