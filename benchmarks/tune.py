@@ -57,6 +57,8 @@ CANDIDATES: dict[str, list[Config]] = {
     "dwconv_fwd": _grid(
         R=(2, 4), BW=(8, 16), BC=(32, 64), num_warps=(4, 8), num_stages=(1,)
     ),
+    "expand_dwconv_fwd": _grid(P=(16, 32), BC=(32, 64), num_warps=(2, 4), num_stages=(1, 2)),
+    "pointwise_pool_fwd": _products(_TILES),
     "dwconv_bwd_data": _RUNS,
     "dwconv_bwd_weight": _grid(BP=(8, 16, 32), BC=(32, 64), num_warps=(4, 8), num_stages=(1,)),
     "bn_act": _ROWS,

@@ -21,6 +21,7 @@ from .ops.dwconv_bn_silu import apply as dwconv_bn_silu
 from .ops.mbconv import apply as mbconv
 from .ops.mbconv import eval_op as mbconv_eval
 from .ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
+from .ops.pointwise_bn_silu_pool import eval_op as pointwise_bn_silu_pool_eval
 from .ops.registration import autocast
 from .ops.stem_conv_bn_silu import eval_op as stem_conv_bn_silu_eval
 from .reference.mbconv_staged import Layers, Settings
@@ -231,3 +232,34 @@ def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tenso
         return _run_layer(structure, x, backend)
     assert isinstance(module, layers.MBConv)
     return _run_block(module, structure, x, backend)
+
+
+def pools(module: nn.Module) -> bool:
+    """Whether `run_pooled` may know the module: a 1x1 convolution with BatchNorm and SiLU."""
+    try:
+        recognition.refuse_hooks(module)
+        structure = recognition.structure_of(module)
+    except recognition.RefusedError:
+        return False
+    return (
+        isinstance(structure, recognition.Layer)
+        and structure.kind == recognition.POINTWISE
+        and structure.silu
+    )
+
+
+def run_pooled(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The mean over H and W [N,Cout] of a module's forward, its map never written.
+
+    None where a kernel for it does not fit: the module's own forward then does.
+
+    Args:
+        module: for which `pools` holds.
+        x: [N,Cin,H,W].
+    """
+    structure = recognition.structure_of(module)
+    assert isinstance(structure, recognition.Layer)
+    backend = _backend_for(structure, x)
+    if backend != "triton" or not _infers(x, structure):
+        return None
+    return pointwise_bn_silu_pool_eval(autocast(x), *structure.tensors, structure.bn.eps, backend)

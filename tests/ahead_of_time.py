@@ -24,10 +24,12 @@ from triton.compiler import ASTSource
 from effnet_fast.ops import packed_passes
 from effnet_fast.triton_kernels import (
     dwconv_bn_silu,
+    expand_choice,
     launching,
     mbconv,
     mbconv_passes,
     pointwise_bn_act,
+    pointwise_bn_silu_pool,
     squeeze_excite,
 )
 from shapes import BlockShape, shapes_of
@@ -36,7 +38,12 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BATCHES = {"b0": 256, "b4": 64, "b7": 16}  # of training, as the benchmarks have them
 BUDGETS = Path(__file__).parent / "triton_kernels/budgets.json"
 # Compute capability and dtype of the images, and which kernels, None for all.
-PRODUCTS = ("pointwise_fwd_kernel", "pointwise_bwd_data_kernel", "pointwise_bwd_weight_kernel")
+PRODUCTS = (
+    "pointwise_fwd_kernel",
+    "pointwise_pool_fwd_kernel",
+    "pointwise_bwd_data_kernel",
+    "pointwise_bwd_weight_kernel",
+)
 TARGETS = {
     (80, torch.bfloat16): None,
     (90, torch.bfloat16): None,
@@ -161,7 +168,7 @@ def run_training(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
 
 
 def run_inference(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
-    """A block's inference, on meta tensors; parameters in x's dtype."""
+    """A block's inference, on meta tensors, both ways; parameters in x's dtype."""
     c, e, out = block.channels
     k, r = block.kernel, block.squeezed
 
@@ -169,11 +176,14 @@ def run_inference(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
         return [v.to(dtype) for v in (_vectors(*shape), *(_vectors(shape[0]),) * 4)]
 
     squeeze = (_vectors(r, e), _vectors(r), _vectors(e, r), _vectors(e))
-    mbconv.mbconv_eval(
-        _image(batch, c, block.size, dtype), layer(e, c, 1, 1) if block.expands else [],
-        layer(e, 1, k, k), [v.to(dtype) for v in squeeze], layer(out, e, 1, 1),
-        block.stride, ((k - 1) // 2,) * 4, (1e-3,) * 3, block.residual, "triton",
-    )  # fmt: skip
+    joins = block.expands and c <= expand_choice.MAX_CHANNELS and dtype != torch.float32
+    ways = (False, True) if joins else (False,)
+    for fused in ways:
+        mbconv.mbconv_eval(
+            _image(batch, c, block.size, dtype), layer(e, c, 1, 1) if block.expands else [],
+            layer(e, 1, k, k), [v.to(dtype) for v in squeeze], layer(out, e, 1, 1),
+            block.stride, ((k - 1) // 2,) * 4, (1e-3,) * 3, block.residual, "triton", fused=fused,
+        )  # fmt: skip
 
 
 def run_deployed(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
@@ -217,6 +227,16 @@ def run_ops(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
     )
 
 
+def run_head(variant: str, batch: int, dtype: torch.dtype) -> None:
+    """The last convolution with the pooling, on meta tensors; parameters in x's dtype."""
+    head = shapes_of(variant).head
+    x = _image(batch, head.channels, head.size, dtype)
+    tensors = (_vectors(head.out_channels, head.channels), *(_vectors(head.out_channels),) * 4)
+    pointwise_bn_silu_pool.pointwise_bn_silu_pool_eval(
+        x, *(t.to(dtype) for t in tensors), 1e-3, "triton"
+    )
+
+
 @functools.cache
 def builds_of(variant: str, dtype: torch.dtype) -> dict[Build, Any]:
     """What a network launches: inference of one image, a training step, and the ops alone."""
@@ -226,6 +246,8 @@ def builds_of(variant: str, dtype: torch.dtype) -> dict[Build, Any]:
         found |= record(functools.partial(run_inference, block, BATCHES[variant], dtype))
         found |= record(functools.partial(run_inference, block, 1, dtype))
         found |= record(functools.partial(run_ops, block, BATCHES[variant], dtype))
+    for batch in (1, BATCHES[variant]):
+        found |= record(functools.partial(run_head, variant, batch, dtype))
     return found
 
 

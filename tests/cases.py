@@ -192,6 +192,8 @@ _MBCONV = (
     MBConvCase("one_pixel", 16, 8, 48, 8, 1, 1, 3, 1, 2, True),
     MBConvCase("k7", 2, 8, 48, 12, 10, 9, 7, 1, 2, False),
     MBConvCase("batch_0", 0, 16, 64, 16, 7, 7, 3, 1, 4, True),
+    MBConvCase("w_gt_tile_stride_2", 3, 20, 36, 24, 9, 19, 3, 2, 5, False),
+    MBConvCase("w_gt_tile_k5", 2, 24, 32, 24, 5, 15, 5, 1, 6, True),
 )
 
 

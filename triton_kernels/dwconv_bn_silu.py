@@ -45,8 +45,11 @@ def dwconv_fwd_kernel(
     VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
     R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """weight [K*K,C] fp32; partial [tiles,4,C] and sums [tiles,C] where given, tiles by image."""
-    channels = channel_units * VEC
+    """weight [K*K,C] fp32; partial [tiles,4,C] and sums [tiles,C] where given, tiles by image.
+
+    The strides of x are in units of VEC.
+    """
+    channels, stride_w = channel_units * VEC, stride_w * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels
     tile = tl.program_id(0)
@@ -62,7 +65,7 @@ def dwconv_fwd_kernel(
     accs = (tl.zeros([BW, BC], tl.float32),) * R
     for i in tl.static_range((R - 1) * STRIDE + K):
         ih = oh * STRIDE - top + i
-        row = x + n * stride_n + ih.to(tl.int64) * stride_h
+        row = x + (n * stride_n + ih.to(tl.int64) * stride_h) * VEC
         row_width = tl.where((ih >= 0) & (ih < height), width, 0)
         values = ()
         for kw in tl.static_range(K):
@@ -165,8 +168,7 @@ def launch_dwconv_fwd(
     tiles = n * strips * columns
     partial = empty_fp32(x, tiles, 4, channels) if statistics else None
     sums = empty_fp32(x, n, strips * columns, channels) if pool else None
-    vec, channel_units = units(channels)
-    strides = (x.stride(0), x.stride(2), x.stride(3))
+    vec, channel_units, *strides = units(channels, x.stride(0), x.stride(2), x.stride(3))
     launch(
         dwconv_fwd_kernel, (tiles, triton.cdiv(channels, config["BC"])), x.device,
         (x, taps(weight) if packed is None else packed, y, in_norm, *map(dense, bn), eps,

@@ -5,7 +5,8 @@ Shapes:   x [N,Cin,H,W], y [N,Cout,Ho,Wo]
 Dtypes:   x/y fp32|fp16|bf16, parameters x's or fp32
 Layout:   channels_last
 Tiling:   of the files that hold the passes
-Bytes:    x, the expanded tensors written and read once each, y
+Bytes:    x, the expanded tensors written and read once each, y; where `expand_choice` finds that it
+          pays, expand and depthwise are one kernel and the first of them never reaches memory
 FLOPs:    of the passes
 Source:   Tan & Le (arXiv 1905.11946), section 4
 Truth:    the references of the parts
@@ -17,11 +18,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from . import expand_choice
 from .dwconv_bn_silu import launch_dwconv_fwd
+from .expand_dwconv import launch_expand_dwconv_fwd, shape_of
 from .pointwise_bn_act import launch_pointwise_fwd
 from .squeeze_excite import excite
 
 Layer = Sequence[Tensor]  # weight, bn_weight, bn_bias, mean, var; some None
+
+
+def _pays(x: Tensor, expand: Layer, depthwise: Layer, stride: int, padding: Sequence[int]) -> bool:
+    shape = shape_of(x, expand[0].shape[0], depthwise[0].shape[-1], stride, padding)
+    return expand_choice.pays(shape, expand_choice.tile_of(x, shape)[1])
 
 
 def mbconv_eval(
@@ -35,14 +43,24 @@ def mbconv_eval(
     eps: Sequence[float],
     residual: bool,
     backend: str,
+    *,
+    fused: bool | None = None,
 ) -> Tensor:
-    """The op of this name."""
-    h = x
-    if expand:
-        h, _ = launch_pointwise_fwd(h, expand[0], bn=expand[1:], eps=eps[0], silu=True)
-    h, _, pooled = launch_dwconv_fwd(
-        h, depthwise[0], stride, padding, bn=depthwise[1:], eps=eps[1], pool=True
-    )
+    """The op of this name.
+
+    Args:
+        fused: whether expansion and depthwise convolution are one kernel; None for what
+            `expand_choice` makes of the shape.
+    """
+    if expand and (_pays(x, expand, depthwise, stride, padding) if fused is None else fused):
+        h, pooled = launch_expand_dwconv_fwd(x, expand, depthwise, stride, padding, eps)
+    else:
+        h = x
+        if expand:
+            h, _ = launch_pointwise_fwd(h, expand[0], bn=expand[1:], eps=eps[0], silu=True)
+        h, _, pooled = launch_dwconv_fwd(
+            h, depthwise[0], stride, padding, bn=depthwise[1:], eps=eps[1], pool=True
+        )
     assert pooled is not None
     reduce_weight, reduce_bias, expand_weight, expand_bias = squeeze
     _, gate = excite(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from effnet_fast.cli import common
+from effnet_fast.cli.block_plans import block_plans, plan_table
 from effnet_fast.models.variants import VARIANTS, Variant
 from effnet_fast.scaling import ConvShape, convolutions
 from effnet_fast.scaling.passes import MODES, PLANS, Traffic, traffic
@@ -40,6 +41,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--traffic", action="store_true", help="the ideal traffic of every plan, stock's included"
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="of every block with an expansion: whether inference on a GPU makes it and the "
+        "depthwise convolution one kernel, and the predictions that this rests on",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -57,6 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
         common.print_json(report)
     else:
         _print_report(report, all_plans=arguments.traffic)
+        if arguments.plan:
+            print(plan_table(report["plan"]))
 
 
 def info(
@@ -72,7 +81,8 @@ def info(
     Returns:
         the conditions; "stages", a list of the stem, the stages and the head, each with its output
         "channels" and "side", number of "blocks", "parameters", "macs", "activation_bytes" and
-        "traffic_bytes" (by mode and plan); and "total" of the same.
+        "traffic_bytes" (by mode and plan); "total" of the same; and "plan", what `block_plans`
+        gives.
         Parameters and macs are of one image, bytes of the whole batch.
     """
     resolution = resolution or variant.resolution
@@ -109,6 +119,7 @@ def info(
             "blocks": variant.blocks,
             **_sums(shapes, moved, batch * size),
         },
+        "plan": block_plans(variant, resolution, batch=batch, dtype=dtype),
     }
 
 

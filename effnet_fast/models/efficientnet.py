@@ -26,6 +26,7 @@ from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, t
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.loading import load_network
 from effnet_fast.models.plan import run_own_plan
+from effnet_fast.models.pooled_head import run_pooled_head
 from effnet_fast.models.variants import Variant
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class EfficientNet(Backbone):
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             return self.forward_head(self.forward_features(x))
         y = run_own_plan(self, x)
+        y = run_pooled_head(self, x) if y is None else y
         return self.forward_head(self.forward_features(x)) if y is None else y
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -61,3 +61,28 @@ def test_bad_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["info", *arguments])
     assert error.value.code == 2
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every block that expands, its plan and both plans' bytes and times."""
+    assert main(["info", "b0", "--plan", "--batch", "64", "--dtype", "bf16"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if "->" in line]
+    assert len(rows) == 11
+    first = next(row for row in rows if row[2] == "16->96")
+    assert first[5:7] == ["3x3/2", "fused"]
+    # x + 2 e + d and x + d elements of 16 bits: e is 96x112x112, x a sixth, d a quarter of it
+    e = 64 * 96 * 112 * 112 * 2 / 1e6
+    assert first[7] == f"{e / 6 + 2 * e + e / 4:,.1f}"
+    assert first[11] == f"{e / 6 + e / 4:,.1f}"
+    assert "Predictions, not measurements" in out
+    assert "Not fused: more than 128 input channels." in out
+
+
+def test_plan_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "b0", "--json", "--batch", "64"]) == 0
+    rows = json.loads(capsys.readouterr().out)["plan"]
+    assert sum(row["blocks"] for row in rows) == VARIANTS["b0"].blocks - 1
+    assert {row["plan"] for row in rows} == {"separate"}  # fp32
+    assert {row["reason"] for row in rows} == {"products of fp32 are not made on tensor cores"}
+    assert {row["source"] for row in rows} == {"heuristic"}

@@ -27,6 +27,7 @@ SAMPLE_OF = {
     "mbconv_eval": "dwconv_eval",
     "move_statistics": "dwconv_train",
     "pointwise_bn_act_eval": "pointwise_eval",
+    "pointwise_bn_silu_pool_eval": "pointwise_eval",
     "squeeze_excite": "squeeze_excite",
     "squeeze_excite_backward": "squeeze_excite",
     "stem_conv_bn_silu_eval": "dwconv_eval",
@@ -66,6 +67,8 @@ def arguments(op: str, call: Call) -> tuple[Any, ...]:
         return (x, tensors["weight"], 1, PADDING, "cpu")
     if op == "pointwise_bn_act_eval":
         return (x, *others, False, 1e-5, "cpu")
+    if op == "pointwise_bn_silu_pool_eval":
+        return (x, *others[:5], 1e-5, "cpu")
     if op == "squeeze_excite":
         return (x, *others, "cpu")
     if call.op == "squeeze_excite":

@@ -31,14 +31,21 @@ from ahead_of_time import (
 from shapes import shapes_of
 
 BUDGETS = json.loads(Path(ahead_of_time.BUDGETS).read_text())
-PRODUCTS = ("pointwise_fwd_kernel", "pointwise_bwd_data_kernel", "pointwise_bwd_weight_kernel")
+PRODUCTS = (
+    "pointwise_fwd_kernel",
+    "pointwise_pool_fwd_kernel",
+    "pointwise_bwd_data_kernel",
+    "pointwise_bwd_weight_kernel",
+)
+FUSED = "expand_dwconv_fwd_kernel"  # not for fp32
 WGMMA_ROWS = 64  # of the accumulator: fewer take the instructions of sm_80
 
 
 def _jobs() -> Iterator[Any]:
     for (capability, dtype), kernels in TARGETS.items():
         for kernel in sorted(BUDGETS[f"{capability}"]):
-            if kernels is None or kernel in kernels:
+            half = dtype != torch.float32
+            if (kernels is None or kernel in kernels) and (half or kernel != FUSED):
                 name = str(dtype).removeprefix("torch.")
                 yield pytest.param(capability, dtype, kernel, id=f"sm_{capability}-{name}-{kernel}")
 
@@ -66,6 +73,9 @@ def test_within_budget(capability: int, dtype: torch.dtype, kernel: str) -> None
             assert any(op.startswith("HGMMA") for op in instructions(compiled)), (
                 f"{build}: no HGMMA"
             )
+        if kernel == FUSED:
+            ops = list(instructions(compiled))
+            assert any(op.startswith("HMMA") for op in ops), f"{build}: no HMMA"
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from cases import (
 )
 from effnet_fast import backends, ops
 from effnet_fast.ops.mbconv import mbconv
+from effnet_fast.triton_kernels.expand_choice import MAX_CHANNELS
 from parity import (
     BF16,
     FP32,
@@ -95,6 +96,26 @@ def test_mbconv(case: MBConvCase, dtypes: Dtypes, training: bool) -> None:
     assert_same(mbconv_blocks.run(call, mbconv, backend="triton"), actual)
     stock, exact = (mbconv_blocks.run(call, double=double) for double in (False, True))
     assert_parity(actual, stock, exact, dtypes.x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [p for p in MBCONV_CASES if p.values[0].c < p.values[0].expanded])
+def test_fused_expansion(case: MBConvCase, dtype: torch.dtype) -> None:
+    """Expansion and depthwise convolution in one kernel and in two, twice the same bits."""
+    call = mbconv_blocks.block_call(case, Dtypes(dtype, dtype), False)
+    call = mbconv_blocks.BlockCall(on_device(call.tensors), call.config, call.training)
+    params = mbconv_blocks.params_of(call.tensors)
+    from effnet_fast.triton_kernels.mbconv import mbconv_eval  # needs triton
+
+    layers = (params.expand, params.depthwise, params.squeeze, params.project)
+    options = (case.stride, ((case.k - 1) // 2,) * 4, mbconv_blocks.EPS, case.residual, "triton")
+    stock, exact = (
+        mbconv_blocks.run(call, wanted=(), double=double)["y"] for double in (False, True)
+    )
+    for fused in (False, True)[: 1 + (case.c <= MAX_CHANNELS)]:
+        y, again = (mbconv_eval(call.x, *layers, *options, fused=fused) for _ in range(2))
+        assert torch.equal(y, again)
+        assert_parity({"y": y}, {"y": stock}, {"y": exact}, dtype)
 
 
 @pytest.mark.parametrize("op", ["dwconv_bn_silu", "squeeze_excite"])

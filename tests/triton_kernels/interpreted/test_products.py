@@ -10,6 +10,7 @@ import torch
 from cases import MBCONV_CASES, POINTWISE_CASES, SQUEEZE_EXCITE_CASES, STEM_CASES, MBConvCase, find
 from effnet_fast import reference
 from effnet_fast.ops.mbconv import eval_op as mbconv_eval
+from effnet_fast.ops.pointwise_bn_silu_pool import eval_op as pool_eval
 from effnet_fast.ops.stem_conv_bn_silu import eval_op as stem_eval
 from parity import (
     FP32,
@@ -99,3 +100,22 @@ def test_mbconv_eval(name: str, dtypes: Dtypes) -> None:
     y = mbconv_eval(call.x, *layers, case.stride, padding, EPS, case.residual, "triton")
     stock, exact = (run_block(call, wanted=(), double=double)["y"] for double in (False, True))
     assert_parity({"y": y}, {"y": stock}, {"y": exact}, dtypes.x)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(3, 21, 70, 5, 5), (2, 16, 24, 9, 11), (1, 40, 33, 1, 1),
+                                  (0, 8, 16, 7, 7)], ids=str)  # fmt: skip
+def test_pooled_head(size: tuple[int, ...], dtypes: Dtypes) -> None:
+    """Tiles that cross images, and images of more than one tile."""
+    n, c, out, h, w = size
+    x = channels_last(torch.randn(n, c, h, w).to(dtypes.x))
+    tensors = [torch.randn(out, c, 1, 1) / c**0.5, *(torch.rand(4, out) + 0.5)]
+    tensors = [t.to(dtypes.parameters) for t in tensors]
+
+    def stock(convert: torch.dtype | None) -> dict[str, torch.Tensor]:
+        wide = [t if convert is None else t.to(convert) for t in (x, *tensors)]
+        y = reference.pointwise_bn_act(*wide, eps=1e-3)
+        return {"y": y.mean((2, 3))}
+
+    actual = {"y": pool_eval(x, *tensors, 1e-3, "triton")}
+    assert_parity(actual, stock(None), stock(torch.float64), dtypes.x)

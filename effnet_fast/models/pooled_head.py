@@ -1,0 +1,57 @@
+"""A classifier's forward with its last convolution and the pooling as one op, on GPUs.
+
+Only where nothing can see the map between the two: no hook, no other pooling, no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from effnet_fast import backends, fusion, recognition
+from effnet_fast.models.network import METHODS
+
+if TYPE_CHECKING:
+    from effnet_fast.models.efficientnet import EfficientNet
+
+
+def _stands(model: EfficientNet) -> bool:
+    """Whether features and pooling are what the class built, with no hook on either."""
+    pool = model.avgpool
+    try:
+        recognition.require(model.features, nn.Sequential)
+        recognition.require(pool, nn.AdaptiveAvgPool2d)
+    except recognition.RefusedError:
+        return False
+    unpatched = METHODS.isdisjoint(model.__dict__) and len(model.features) > 1
+    return unpatched and model.global_pool == "avg" and pool.output_size in (1, (1, 1))
+
+
+def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:
+    """The network's forward by that op; None where its layers must do it one by one.
+
+    Args:
+        model: an EfficientNet whose methods are the class's own.
+        x: images [N,in_chans,H,W].
+    """
+    if torch.is_grad_enabled() or model.training or not isinstance(x, Tensor):
+        return None
+    name = backends.current_backend() if model.backend == "auto" else model.backend
+    triton = name == "triton" or (name == "auto" and x.device.type == "cuda")
+    if not triton or torch.jit.is_tracing() or not _stands(model):  # type: ignore[attr-defined]
+        return None
+    *layers, head = model.features
+    with model._execution():
+        if not fusion.pools(head):
+            return None
+        h = model._prepared(x)
+        for layer in layers:
+            h = layer(h)
+        pooled = fusion.run_pooled(head, h)
+    if pooled is None:
+        with model._execution():
+            h = head(h)
+        return model.forward_head(h)
+    return model.classifier(pooled)
