@@ -148,12 +148,15 @@ def launch_expand_dwconv_fwd(
     stride: int,
     padding: Sequence[int],
     eps: Sequence[float],
+    *,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y [N,C,Ho,Wo] as the file's head says, and its mean over H and W [N,C] in fp32.
 
     Args:
         padding: left, right, top, bottom.
         eps: of the two BatchNorms.
+        packed: `taps` of the depthwise weight where they are there already.
 
     Raises:
         ValueError: more channels of x than the kernel takes, or fp32 on a GPU.
@@ -178,7 +181,7 @@ def launch_expand_dwconv_fwd(
     launch(
         expand_dwconv_fwd_kernel, (n * strips * columns * channel_tiles,), x.device,
         (x, weight.contiguous(), *map(dense, expand[1:]), eps[0],
-         taps_of(taps), *map(dense, depthwise[1:]), eps[1], y, sums,
+         taps_of(taps) if packed is None else packed, *map(dense, depthwise[1:]), eps[1], y, sums,
          height, width, out_height, out_width, in_units, out_units,
          padding[0], padding[2], strips, columns, triton.cdiv(out_height, max(1, strips))),
         config, VEC=vec, PRECISION=dot_precision(x.dtype), K=kernel, STRIDE=stride,

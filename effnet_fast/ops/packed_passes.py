@@ -267,8 +267,21 @@ class MBConv:
             yield self.expand
         yield from (self.depthwise, self.excite, self.project)
 
+    def _filtered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the depthwise pass gives; in one kernel with the expansion where that pays."""
+        expand, depthwise = self.expand, self.depthwise
+        if expand is None:
+            return depthwise(x)
+        if expand.backend == depthwise.backend == TRITON:
+            layers = (expand.weight, *expand.vectors), (depthwise.weight, *depthwise.vectors)
+            geometry = depthwise.geometry.stride, depthwise.geometry.sides(x)
+            if _triton("mbconv").pays(x, *layers, *geometry):
+                return _triton("expand_dwconv").launch_expand_dwconv_fwd(
+                    x, *layers, *geometry, (0.0, 0.0), packed=depthwise.taps
+                )
+        return depthwise(expand(x))
+
     def __call__(self, x: Tensor) -> Tensor:
         """y [N,Cout,Ho,Wo] of x [N,Cin,H,W]."""
-        h = self.expand(x) if self.expand else x
-        h, pooled = self.depthwise(h)
+        h, pooled = self._filtered(x)
         return self.project(h, self.excite(pooled), x if self.residual else None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import networks
 from effnet_fast.models import VARIANTS, EfficientNetFeatures
+from effnet_fast.triton_kernels import expand_dwconv, mbconv
 from launched import Target, assert_parity, recorders
 from networks import MINI, random_images
 
@@ -25,6 +28,22 @@ def test_b0() -> None:
 def test_mini_replayed(dtype: torch.dtype, recorders: list) -> None:
     assert_parity(TRITON, networks.pair(MINI).actual, random_images(4, 32), dtype)
     assert [recorder.count("replay") for recorder in recorders] == [1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expansion_and_depthwise_convolution_in_one_kernel(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, launched = expand_dwconv.launch_expand_dwconv_fwd, []
+
+    def launch(*args: Any, **options: Any) -> Any:
+        launched.append(args[0].shape)
+        return fused(*args, **options)
+
+    monkeypatch.setattr(mbconv, "pays", lambda *_: True)
+    monkeypatch.setattr(expand_dwconv, "launch_expand_dwconv_fwd", launch)
+    assert_parity(TRITON, networks.pair(MINI).actual, random_images(4, 32), dtype, calls=1)
+    assert launched
 
 
 def test_encoder_with_same_padding(recorders: list) -> None:
