@@ -1,12 +1,15 @@
-// What every part of the bindings uses: addresses, checks, scratch memory.
+// What every part of the bindings uses: addresses, shapes, checks, scratch memory, launches.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -32,6 +35,28 @@ void require(bool condition, const char* message) {
 
 DType dtype_of(bool is_bf16) { return is_bf16 ? DType::kBFloat16 : DType::kFloat32; }
 
+// Addresses of a BatchNorm's fp32 vectors [C]: weight, bias, mean, variance. 0 stands for a weight
+// of 1, a bias of 0; in training without mean and variance the batch's are taken.
+using BatchNorm = std::array<Address, 4>;
+
+template <size_t N>
+void require_positive(const std::array<int64_t, N>& sizes) {
+  for (int64_t size : sizes) require(size > 0, "every size must be positive");
+}
+
+// (n, c, h, w, oh, ow, k, stride, pad_left, pad_top)
+using ShapeTuple = std::array<int64_t, 10>;
+
+DwconvShape dwconv_shape(const ShapeTuple& s) {
+  const DwconvShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
+  require(shape.n > 0 && shape.c > 0 && shape.h > 0 && shape.w > 0 && shape.oh > 0 && shape.ow > 0,
+          "dwconv: every size must be positive");
+  require(shape.k > 0 && shape.k % 2 == 1, "dwconv: the kernel size must be odd");
+  require(shape.stride == 1 || shape.stride == 2, "dwconv: the stride must be 1 or 2");
+  require(shape.pad_l >= 0 && shape.pad_t >= 0, "dwconv: the padding must not be negative");
+  return shape;
+}
+
 // Memory on a cache line, from 4 MiB on by pages of 2 MiB where the system lends them: a product
 // that reads 15 MB of weights and activations by pages of 4 KiB takes two and a half times as long.
 class Memory {
@@ -54,26 +79,90 @@ class Memory {
   void* data_;
 };
 
-// See Workspace in cpu/args.h; freed when the thread ends.
-float* workspace(int64_t floats) {
-  static thread_local std::unique_ptr<Memory> memory;
-  static thread_local int64_t held = 0;
-  if (floats > held) {
-    memory.reset();  // before the larger one is there
-    memory = std::make_unique<Memory>(floats * static_cast<int64_t>(sizeof(float)));
-    held = memory->data() ? floats : 0;
+// A block of memory that grows as it is asked for, and is kept from call to call.
+class Scratch {
+ public:
+  // What an earlier call gave ends here; null where there is none to be had.
+  float* get(int64_t floats) {
+    if (floats > held_) {
+      trim(0);  // before the larger one is there
+      memory_.emplace(floats * static_cast<int64_t>(sizeof(float)));
+      held_ = memory_->data() ? floats : 0;
+    }
+    return static_cast<float*>(memory_ ? memory_->data() : nullptr);
   }
-  return static_cast<float*>(memory ? memory->data() : nullptr);
+  // Frees the block where it holds more floats than these.
+  void trim(int64_t most) {
+    if (held_ <= most) return;
+    held_ = 0;
+    memory_.reset();
+  }
+  int64_t held() const { return held_; }
+
+ private:
+  std::optional<Memory> memory_;
+  int64_t held_ = 0;
+};
+
+constexpr int64_t kKeptFloats = (128 << 20) / sizeof(float);  // of each block, between calls
+
+// Each freed when its thread ends.
+Scratch& kernel_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+Scratch& partial_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
 }
 
-// Runs a kernel with the GIL released.
+// See Workspace in cpu/args.h.
+float* workspace(int64_t floats) { return kernel_scratch().get(floats); }
+
+// Memory for the partial sums of one call, of which a thread has one at a time.
+class Partials {
+ public:
+  explicit Partials(int64_t floats) {
+    if (floats > 0 && !(data_ = partial_scratch().get(floats))) throw std::bad_alloc();
+  }
+  ~Partials() { partial_scratch().trim(kKeptFloats); }
+  Partials(const Partials&) = delete;
+  Partials& operator=(const Partials&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_ = nullptr;
+};
+
+// Calls that run at this moment share the cores instead of multiplying teams: threads that wait for
+// each other on fewer cores than they are slow all of them down. No result depends on their number.
+class Share {
+ public:
+  explicit Share(int threads) : threads_(std::max(1, threads / ++calls())) {}
+  ~Share() { --calls(); }
+  Share(const Share&) = delete;
+  Share& operator=(const Share&) = delete;
+  int threads() const { return threads_; }
+  static std::atomic<int>& calls() {
+    static std::atomic<int> count{0};
+    return count;
+  }
+
+ private:
+  int threads_;
+};
+
+// Runs a kernel with the GIL released, on this call's share of its threads.
 template <typename Args>
-void launch(bool (*kernel)(const Args&), const Args& args) {
+void launch(bool (*kernel)(const Args&), Args args) {
   bool ok;
   {
     py::gil_scoped_release release;
+    const Share share(args.threads);
+    args.threads = share.threads();
     ok = kernel(args);
   }
+  kernel_scratch().trim(kKeptFloats);
   if (!ok) throw std::bad_alloc();
 }
 

@@ -32,20 +32,8 @@ namespace {
 
 using namespace host;
 
-// (n, c, h, w, oh, ow, k, stride, pad_left, pad_top)
-using ShapeTuple = std::array<int64_t, 10>;
 // strides over n, h, w in elements
 using Strides = std::array<int64_t, 3>;
-
-DwconvShape dwconv_shape(const ShapeTuple& s) {
-  const DwconvShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
-  require(shape.n > 0 && shape.c > 0 && shape.h > 0 && shape.w > 0 && shape.oh > 0 && shape.ow > 0,
-          "dwconv: every size must be positive");
-  require(shape.k > 0 && shape.k % 2 == 1, "dwconv: the kernel size must be odd");
-  require(shape.stride == 1 || shape.stride == 2, "dwconv: the stride must be 1 or 2");
-  require(shape.pad_l >= 0 && shape.pad_t >= 0, "dwconv: the padding must not be negative");
-  return shape;
-}
 
 Image image(Address data, const Strides& strides) {
   return {at(data), strides[0], strides[1], strides[2]};
@@ -55,14 +43,11 @@ Image contiguous_image(Address data, int64_t c, int64_t h, int64_t w) {
   return {at(data), h * w * c, w * c, c};
 }
 
-// Addresses of a BatchNorm's fp32 vectors [C]; weight and bias may be 0 for 1 and 0.
-using BnTuple = std::array<Address, 4>;  // weight, bias, mean, variance
-
 // BatchNorm as z * scale + shift, and 1 / its standard deviation. Plain loops over few arrays:
 // the compiler turns them into vector code.
 struct BnVectors {
   std::vector<float> scale, shift, rstd;
-  BnVectors(const BnTuple& bn, double eps, int64_t c) : scale(c), shift(c), rstd(c) {
+  BnVectors(const BatchNorm& bn, double eps, int64_t c) : scale(c), shift(c), rstd(c) {
     const float *weight = at<float>(bn[0]), *bias = at<float>(bn[1]);
     const float *mean = at<float>(bn[2]), *var = at<float>(bn[3]);
     const float epsilon = static_cast<float>(eps);
@@ -76,13 +61,13 @@ struct BnVectors {
 };
 
 void dwconv_eval(const std::string& isa, const ShapeTuple& shape, bool is_bf16, bool weight_bf16,
-                 Address x, const Strides& x_strides, Address weight, const BnTuple& bn, double eps,
-                 Address y, Address pooled, int threads) {
+                 Address x, const Strides& x_strides, Address weight, const BatchNorm& bn,
+                 double eps, Address y, Address pooled, int threads) {
   const Kernels& kernels = kernels_for(isa);
   const DwconvShape s = dwconv_shape(shape);
   const BnVectors vectors(bn, eps, s.c);
   const int64_t chunks = row_chunks(s.oh);
-  std::vector<float> partial(s.n * chunks * s.c);
+  const Partials partial(s.n * chunks * s.c);
   DwconvForwardArgs args = {s,
                             dtype_of(is_bf16),
                             dtype_of(weight_bf16),
@@ -107,7 +92,7 @@ void dwconv_train(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
   const Kernels& kernels = kernels_for(isa);
   const DwconvShape s = dwconv_shape(shape);
   const int64_t chunks = row_chunks(s.oh);
-  std::vector<float> partial(s.n * chunks * 3 * s.c);
+  const Partials partial(s.n * chunks * 3 * s.c);
   DwconvForwardArgs args = {s,
                             dtype_of(is_bf16),
                             dtype_of(weight_bf16),
@@ -141,7 +126,7 @@ void move_statistics(int64_t c, Address mean, Address var, Address running_mean,
 // given. grad_x, grad_weight and sums may be 0: not wanted.
 void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
                      bool weight_bf16, Address x, const Strides& x_strides, Address z,
-                     Address grad_y, Address weight, const BnTuple& bn, double eps, bool training,
+                     Address grad_y, Address weight, const BatchNorm& bn, double eps, bool training,
                      Address grad_x, Address grad_weight, Address sums, int threads) {
   const Kernels& kernels = kernels_for(isa);
   const DwconvShape s = dwconv_shape(shape);
@@ -150,7 +135,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
   std::vector<float> totals(2 * s.c), means(2 * s.c);
   if (training || sums) {
     const int64_t chunks = pixel_chunks(pixels);
-    std::vector<float> partial(chunks * 2 * s.c);
+    const Partials partial(chunks * 2 * s.c);
     BnReduceArgs reduce = {{1, s.c, pixels},     dtype_of(is_bf16),    at(z),
                            at(grad_y),           vectors.scale.data(), vectors.shift.data(),
                            at<float>(bn[2]),     vectors.rstd.data(),  partial.data(),
@@ -164,7 +149,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
   for (int64_t i = 0; i < 2 * s.c; i++) means[i] = totals[i] / static_cast<float>(pixels);
   const int64_t parts = weight_groups(s.n, s.oh, s.ow) * row_chunks(s.oh);
   const int64_t taps = s.c * s.k * s.k;
-  std::vector<float> partial(grad_weight ? parts * taps : 0);
+  const Partials partial(grad_weight ? parts * taps : 0);
   DwconvBackwardArgs args = {s,
                              dtype_of(is_bf16),
                              dtype_of(weight_bf16),
@@ -179,7 +164,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
                              vectors.rstd.data(),
                              training ? means.data() : nullptr,
                              training ? means.data() + s.c : nullptr,
-                             grad_weight ? partial.data() : nullptr,
+                             partial.data(),
                              workspace,
                              thread_count(threads)};
   launch(kernels.dwconv_backward, args);
@@ -190,7 +175,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
 
 // y = act(bn(z)) + residual over `pixels` rows of C; y may be z.
 void bn_act(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16, bool silu, Address z,
-            const BnTuple& bn, double eps, Address residual, Address y, int threads) {
+            const BatchNorm& bn, double eps, Address residual, Address y, int threads) {
   require(pixels >= 0 && c > 0, "bn_act: the sizes must be positive");
   const BnVectors vectors(bn, eps, c);
   AffineActArgs args = {{1, c, pixels},       dtype_of(is_bf16),    at(z), at(residual),
@@ -205,7 +190,7 @@ void squeeze(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_b
   const Kernels& kernels = kernels_for(isa);
   require(n > 0 && c > 0 && hw > 0, "squeeze: every size must be positive");
   const int64_t chunks = pixel_chunks(hw);
-  std::vector<float> partial(n * chunks * c);
+  const Partials partial(n * chunks * c);
   SqueezeArgs args = {{n, c, hw}, dtype_of(is_bf16), at(x),
                       at(grad_y), partial.data(),    thread_count(threads)};
   launch(kernels.squeeze, args);
@@ -239,7 +224,7 @@ void excite_backward(const std::string& isa, int64_t n, int64_t c, int64_t r, bo
                      Address grad_reduce_bias, Address grad_expand_weight, Address grad_expand_bias,
                      Address grad_pooled, int threads) {
   require(n >= 0 && c > 0 && r > 0, "excite_backward: the sizes must be positive");
-  std::vector<float> grad_hidden(n * r);
+  const Partials grad_hidden(n * r);
   ExciteBackwardArgs args = {n,
                              c,
                              r,
@@ -292,6 +277,16 @@ PYBIND11_MODULE(_C, m) {
         return isa->missing.empty() ? py::object(py::none()) : py::str(isa->missing);
       },
       "None where this CPU can run the instruction set, else the reason.");
+  m.def(
+      "running_calls", [] { return Share::calls().load(); },
+      "Kernels that run at this moment, which share the cores.");
+  m.def(
+      "kept_bytes",
+      [] {
+        const int64_t floats = kernel_scratch().held() + partial_scratch().held();
+        return floats * static_cast<int64_t>(sizeof(float));
+      },
+      "Bytes of scratch memory that this thread keeps for its next calls.");
   m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 #ifdef EFFNET_CUDA_ARCHS
   m.def("cuda_built", [] { return true; });

@@ -18,18 +18,15 @@ namespace {
 // (n, hw, c, out)
 using ProductShape = std::array<int64_t, 4>;
 
-void check_product(const ProductShape& s) {
-  for (int64_t size : s) require(size > 0, "mbconv: every size must be positive");
-}
-
 void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is_bf16,
                       bool weight_bf16, Address x, Address x_norm, Address gate, Address weight,
                       const BatchNorm& bn, double eps, Address z, Address norm, int threads) {
-  check_product(shape);
+  require_positive(shape);
+  require(!gate || x_norm, "mbconv_pointwise: a gate needs the norm of x");
   const auto [n, hw, c, out] = shape;
   const Kernels& kernels = kernels_for(isa);
   const int64_t parts = host::pointwise_parts(hw);
-  float* partial = bn[2] ? nullptr : partials(n * parts * 3 * out);
+  const Partials partial(bn[2] ? 0 : n * parts * 3 * out);  // statistics given: no moments
   PointwiseForwardArgs args = {n,
                                hw,
                                c,
@@ -41,11 +38,11 @@ void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is
                                at<float>(gate),
                                at(weight),
                                at(z),
-                               partial,
+                               partial.data(),
                                workspace,
                                thread_count(threads)};
   launch(kernels.mbconv->pointwise_forward, args);
-  make_norm(at<float>(norm), partial, n, parts, out, hw, 1, bn, eps);
+  make_norm(at<float>(norm), partial.data(), n, parts, out, hw, 1, bn, eps);
 }
 
 // sums [3,N,C]; e or grad_weight may be 0: not wanted.
@@ -54,15 +51,15 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
                              Address norm3, Address sums3, Address weight, Address z2,
                              Address norm2, Address gate, Address e, Address sums,
                              Address grad_weight, int threads) {
-  check_product(shape);
+  require_positive(shape);
   const auto [n, hw, c, out] = shape;
   const Kernels& kernels = kernels_for(isa);
   const int64_t floats = kernels.mbconv->padded(out) * kernels.mbconv->padded(c);
   const host::WeightSplit split(n, hw, floats);
   const GradParts grad(norm3, sums3, out, n * hw);
   const int64_t sum_floats = e ? n * split.parts * 3 * c : 0;
-  float* const partial = partials(sum_floats + (grad_weight ? split.tasks() * floats : 0));
-  float* const weight_partial = grad_weight ? partial + sum_floats : nullptr;
+  const Partials partial(sum_floats + (grad_weight ? split.tasks() * floats : 0));
+  float* const weight_partial = grad_weight ? partial.data() + sum_floats : nullptr;
   ProjectBackwardArgs args = {n,
                               hw,
                               c,
@@ -78,7 +75,7 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
                               norm_vectors(norm2, c),
                               at<float>(gate),
                               at(e),
-                              partial,
+                              partial.data(),
                               weight_partial,
                               workspace,
                               thread_count(threads)};
@@ -86,7 +83,7 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
   if (e) {
     const float one[3] = {1.0f, 1.0f, 1.0f};
     float* const to = at<float>(sums);
-    fold_per_image(partial, n, split.parts, c, one, {to, to + n * c, to + 2 * n * c});
+    fold_per_image(partial.data(), n, split.parts, c, one, {to, to + n * c, to + 2 * n * c});
   }
   if (!grad_weight) return;
   FoldWeightArgs fold = {weight_partial, split.tasks(),          out,    c,
@@ -99,13 +96,13 @@ void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, b
                             bool weight_bf16, Address f, Address z1, Address norm1, Address sums1,
                             Address weight, Address x, Address residual, Address grad_x,
                             Address grad_weight, int threads) {
-  check_product(shape);
+  require_positive(shape);
   const auto [n, hw, c, out] = shape;
   const Kernels& kernels = kernels_for(isa);
   const int64_t floats = kernels.mbconv->padded(out) * kernels.mbconv->padded(c);
   const host::WeightSplit split(n, hw, floats);
   const GradParts grad(norm1, sums1, out, n * hw);
-  float* const partial = grad_weight ? partials(split.tasks() * floats) : nullptr;
+  const Partials partial(grad_weight ? split.tasks() * floats : 0);
   ExpandBackwardArgs args = {n,
                              hw,
                              c,
@@ -119,35 +116,23 @@ void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, b
                              at(x),
                              at(residual),
                              at(grad_x),
-                             partial,
+                             partial.data(),
                              workspace,
                              thread_count(threads)};
   launch(kernels.mbconv->expand_backward, args);
   if (!grad_weight) return;
-  FoldWeightArgs fold = {partial, split.tasks(), c, out, true, at<float>(grad_weight), threads};
+  FoldWeightArgs fold = {partial.data(), split.tasks(),          c,      out,
+                         true,           at<float>(grad_weight), threads};
   launch(kernels.mbconv->fold_weight, fold);
 }
 
-// (n, c, h, w, oh, ow, k, stride, pad_left, pad_top)
-using FilterShape = std::array<int64_t, 10>;
-
-DwconvShape filter_shape(const FilterShape& s) {
-  const DwconvShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
-  require(shape.n > 0 && shape.c > 0 && shape.h > 0 && shape.w > 0 && shape.oh > 0 && shape.ow > 0,
-          "mbconv: every size must be positive");
-  require(shape.k > 0 && shape.k % 2 == 1, "mbconv: the kernel size must be odd");
-  require(shape.stride == 1 || shape.stride == 2, "mbconv: the stride must be 1 or 2");
-  require(shape.pad_l >= 0 && shape.pad_t >= 0, "mbconv: the padding must not be negative");
-  return shape;
-}
-
-void mbconv_depthwise(const std::string& isa, const FilterShape& shape, bool is_bf16,
+void mbconv_depthwise(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
                       bool weight_bf16, Address x, Address x_norm, Address weight,
                       const BatchNorm& bn, double eps, Address z, Address norm, int threads) {
-  const DwconvShape s = filter_shape(shape);
+  const DwconvShape s = dwconv_shape(shape);
   const Kernels& kernels = kernels_for(isa);
   const int64_t chunks = host::depthwise_chunks(s.n, s.oh);
-  float* const partial = partials(s.n * chunks * 3 * s.c);
+  const Partials partial(bn[2] ? 0 : s.n * chunks * 3 * s.c);  // statistics given: no moments
   DepthwiseForwardArgs args = {s,
                                dtype_of(is_bf16),
                                dtype_of(weight_bf16),
@@ -155,26 +140,26 @@ void mbconv_depthwise(const std::string& isa, const FilterShape& shape, bool is_
                                norm_vectors(x_norm, s.c),
                                at(weight),
                                at(z),
-                               partial,
+                               partial.data(),
                                workspace,
                                thread_count(threads)};
   launch(kernels.mbconv->depthwise_forward, args);
-  make_norm(at<float>(norm), partial, s.n, chunks, s.c, s.oh, s.ow, bn, eps);
+  make_norm(at<float>(norm), partial.data(), s.n, chunks, s.c, s.oh, s.ow, bn, eps);
 }
 
 // f, grad_weight may be 0: not wanted; sums [2,C] come with f where x_norm is given.
-void mbconv_depthwise_backward(const std::string& isa, const FilterShape& shape, bool is_bf16,
+void mbconv_depthwise_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
                                bool weight_bf16, Address e, Address gate, Address q, Address z2,
                                Address norm2, Address sums2, Address x, Address x_norm,
                                Address residual, Address weight, Address f, Address grad_weight,
                                Address sums, int threads) {
-  const DwconvShape s = filter_shape(shape);
+  const DwconvShape s = dwconv_shape(shape);
   const Kernels& kernels = kernels_for(isa);
   const int64_t parts = s.n * host::depthwise_chunks(s.n, s.oh), taps = s.c * s.k * s.k;
   const GradParts grad(norm2, sums2, s.c, s.n * s.oh * s.ow);
   const int64_t sum_floats = sums ? parts * 2 * s.c : 0;
-  float* const partial = partials(sum_floats + (grad_weight ? parts * taps : 0));
-  float* const weight_partial = grad_weight ? partial + sum_floats : nullptr;
+  const Partials partial(sum_floats + (grad_weight ? parts * taps : 0));
+  float* const weight_partial = grad_weight ? partial.data() + sum_floats : nullptr;
   DepthwiseBackwardArgs args = {s,
                                 dtype_of(is_bf16),
                                 dtype_of(weight_bf16),
@@ -189,12 +174,12 @@ void mbconv_depthwise_backward(const std::string& isa, const FilterShape& shape,
                                 at(residual),
                                 at(weight),
                                 at(f),
-                                sums ? partial : nullptr,
+                                sums ? partial.data() : nullptr,
                                 weight_partial,
                                 workspace,
                                 thread_count(threads)};
   launch(kernels.mbconv->depthwise_backward, args);
-  if (sums) fold_sums(partial, parts, 2 * s.c, at<float>(sums));
+  if (sums) fold_sums(partial.data(), parts, 2 * s.c, at<float>(sums));
   if (!grad_weight) return;
   FoldArgs fold = {weight_partial, 1, parts, taps, 1.0f, at<float>(grad_weight), threads};
   launch(kernels.fold_sum, fold);
@@ -203,28 +188,30 @@ void mbconv_depthwise_backward(const std::string& isa, const FilterShape& shape,
 // (n, hw, c)
 using PlaneTuple = std::array<int64_t, 3>;
 
-void check_plane(const PlaneTuple& s) {
-  for (int64_t size : s) require(size > 0, "mbconv: every size must be positive");
-}
-
 // pooled [N,C]: means of a2; slopes [2,N,C]: the sums of silu'(u2) and of silu'(u2) * zh2.
 void mbconv_squeeze(const std::string& isa, const PlaneTuple& shape, bool is_bf16, Address z,
                     Address norm, Address pooled, Address slopes, int threads) {
-  check_plane(shape);
+  require_positive(shape);
   const auto [n, hw, c] = shape;
   const int64_t parts = host::pointwise_parts(hw);
-  float* const partial = partials(n * parts * 3 * c);
-  MBConvSqueezeArgs args = {
-      n, hw, c, dtype_of(is_bf16), at(z), norm_vectors(norm, c), partial, thread_count(threads)};
+  const Partials partial(n * parts * 3 * c);
+  MBConvSqueezeArgs args = {n,
+                            hw,
+                            c,
+                            dtype_of(is_bf16),
+                            at(z),
+                            norm_vectors(norm, c),
+                            partial.data(),
+                            thread_count(threads)};
   launch(kernels_for(isa).mbconv->squeeze, args);
   const float factors[3] = {1.0f / static_cast<float>(hw), 1.0f, 1.0f};
   float* const to = at<float>(slopes);
-  fold_per_image(partial, n, parts, c, factors, {at<float>(pooled), to, to + n * c});
+  fold_per_image(partial.data(), n, parts, c, factors, {at<float>(pooled), to, to + n * c});
 }
 
 void mbconv_finish(const std::string& isa, const PlaneTuple& shape, bool is_bf16, Address z,
                    Address norm, Address row_scale, Address residual, Address y, int threads) {
-  check_plane(shape);
+  require_positive(shape);
   const auto [n, hw, c] = shape;
   MBConvFinishArgs args = {n,
                            hw,
@@ -245,11 +232,11 @@ void mbconv_finish(const std::string& isa, const PlaneTuple& shape, bool is_bf16
 void mbconv_finish_backward(const std::string& isa, const PlaneTuple& shape, bool is_bf16,
                             Address grad_y, Address row_scale, Address z, Address norm,
                             Address sums, int threads) {
-  check_plane(shape);
+  require_positive(shape);
   const auto [n, hw, c] = shape;
   const Kernels& kernels = kernels_for(isa);
   const int64_t parts = host::pointwise_parts(hw);
-  float* const partial = partials(n * parts * 2 * c);
+  const Partials partial(n * parts * 2 * c);
   MBConvFinishArgs args = {n,
                            hw,
                            c,
@@ -260,10 +247,10 @@ void mbconv_finish_backward(const std::string& isa, const PlaneTuple& shape, boo
                            nullptr,
                            nullptr,
                            at(grad_y),
-                           partial,
+                           partial.data(),
                            thread_count(threads)};
   launch(kernels.mbconv->finish_backward, args);
-  fold_sums(partial, n * parts, 2 * c, at<float>(sums));
+  fold_sums(partial.data(), n * parts, 2 * c, at<float>(sums));
 }
 
 // What excite's backward leaves: q = grad_pooled / pixels, in place, and

@@ -4,7 +4,6 @@
 
 #include <array>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "binding_parts.h"
@@ -14,29 +13,11 @@
 namespace effnet {
 namespace {
 
-// Memory for partial sums that stays with the thread, as that of `workspace` does.
-float* partials(int64_t floats) {
-  static thread_local std::unique_ptr<Memory> memory;
-  static thread_local int64_t held = 0;
-  if (floats > held) {
-    held = 0;
-    memory.reset();
-    memory = std::make_unique<Memory>(floats * static_cast<int64_t>(sizeof(float)));
-    if (!memory->data()) throw std::bad_alloc();
-    held = floats;
-  }
-  return static_cast<float*>(memory ? memory->data() : nullptr);
-}
-
 NormVectors norm_vectors(Address norm, int64_t c) {
   if (!norm) return {nullptr, nullptr, nullptr, nullptr};
   const float* rows = at<float>(norm);
   return {rows, rows + c, rows + 2 * c, rows + 3 * c};
 }
-
-// BatchNorm as given by weight, bias, mean and variance [C]; without the latter two it normalises
-// by the batch.
-using BatchNorm = std::array<Address, 4>;
 
 // Mean and variance of the moments (mean, M2, pivot) of `count(part)` values each, by Chan's
 // formula in double.

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -106,27 +105,15 @@ BlockLayer block_of(Weights& weights, const py::dict& layer) {
   return out;
 }
 
-// Calls that run at this moment share the cores instead of multiplying teams: threads that wait for
-// each other on fewer cores than they are slow all of them down. No result depends on their number.
-class Share {
- public:
-  explicit Share(int threads) : threads_(std::max(1, threads / ++calls())) {}
-  ~Share() { --calls(); }
-  Share(const Share&) = delete;
-  Share& operator=(const Share&) = delete;
-  int threads() const { return threads_; }
-
- private:
-  static std::atomic<int>& calls() {
-    static std::atomic<int> count{0};
-    return count;
-  }
-  int threads_;
-};
-
-int64_t cache_size(int name, int64_t otherwise) {
-  const long found = sysconf(name);
-  return found > 0 ? found : otherwise;
+// Bytes of a core's L2 cache; asked once, for before glibc 2.33 every question runs CPUID.
+int64_t l2_cache() {
+  constexpr int64_t kOtherwise = 512 << 10;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return found > 0 ? found : kOtherwise;
+#else
+  return kOtherwise;
+#endif
 }
 
 class Network {
@@ -140,22 +127,30 @@ class Network {
         stem_tap_(stem_tap),
         stem_(stem_of(weights_, stem)) {
     require(!bf16 || isa_.has_bf16_products, "network: this instruction set has no bf16 products");
-    taps_ = stem_tap >= 0;
+    std::vector<int64_t> taps;
+    if (stem_tap >= 0) taps.push_back(stem_tap);
     for (const py::dict& block : blocks) {
       blocks_.push_back(block_of(weights_, block));
-      taps_ += blocks_.back().tap >= 0;
+      if (blocks_.back().tap >= 0) taps.push_back(blocks_.back().tap);
     }
+    taps_ = taps.size();
+    std::sort(taps.begin(), taps.end());
+    for (size_t i = 0; i < taps_; i++)
+      require(taps[i] == static_cast<int64_t>(i),
+              "network: taps must be 0, 1, 2, ... in any order, each once");
     if (!head.is_none()) head_.push_back(product_of(weights_, head.cast<py::dict>()));
     if (!classifier.is_none())
       classifier_.push_back(product_of(weights_, classifier.cast<py::dict>()));
+    require(classifier_.empty() || !head_.empty(), "network: a classifier needs a head before it");
   }
 
-  // y may be 0: no pooled output is wanted.
+  // y may be 0: only taps are wanted.
   void run(int64_t n, int64_t h, int64_t w, Address x, bool x_bf16,
            const std::array<int64_t, 4>& x_strides, Address y, const std::vector<Address>& taps,
            int threads) const {
     require(n > 0 && h > 0 && w > 0, "network: every size must be positive");
     require(taps.size() == taps_, "network: an output is missing");
+    require(y == 0 || !head_.empty(), "network: without a head there is no output but the taps");
     std::vector<float*> tap_data;
     for (Address tap : taps) tap_data.push_back(at<float>(tap));
     NetworkArgs args = {};
@@ -166,8 +161,7 @@ class Network {
     args.classifier = classifier_.empty() ? nullptr : classifier_.data();
     args.bf16 = bf16_;
     args.amx = bf16_ && isa_.amx;
-    args.caches = {cache_size(_SC_LEVEL1_DCACHE_SIZE, 32 << 10),
-                   cache_size(_SC_LEVEL2_CACHE_SIZE, 512 << 10)};
+    args.l2 = l2_cache();
     args.n = n, args.h = h, args.w = w;
     args.x = at(x);
     args.x_dtype = dtype_of(x_bf16);
@@ -176,8 +170,7 @@ class Network {
     args.taps = tap_data.data();
     args.stem_tap = stem_tap_;
     args.workspace = workspace;
-    const Share share(thread_count(threads));
-    args.threads = share.threads();
+    args.threads = thread_count(threads);
     launch(isa_.kernels->network, args);
   }
 

@@ -126,6 +126,34 @@ class TestNumbers:
         model = calibrated(EfficientNet(variant), side)
         assert_parity(model, random_images(8, side, seed=4), dtype)
 
+    @dtypes
+    @pytest.mark.parametrize("squeezed", [1024, 1025, 20000])
+    def test_wide_excitation(self, squeezed: int, dtype: torch.dtype) -> None:
+        """Of the first block's 16 padded channels: the most that a thread computes alone."""
+        model = EfficientNet(TINY)
+        excite = model.features[1][0].block[1]
+        excite.fc1 = nn.Conv2d(8, squeezed, 1)
+        excite.fc2 = nn.Conv2d(squeezed, 8, 1)
+        assert_parity(calibrated(model), X, dtype)
+
+    @pytest.mark.parametrize("isa", ISAS)
+    @dtypes
+    def test_infinities(self, dtype: torch.dtype, isa: str) -> None:
+        """NaN and inf stand where stock has them: silu(-inf) is NaN."""
+        require_isa(isa)
+        model = EfficientNet(TINY, num_classes=0)
+        model.load_state_dict(networks.calibrated_state(TINY), strict=False)
+        with torch.no_grad():
+            values = torch.tensor([-torch.inf, torch.inf, torch.nan, -3e38])
+            model.features[-1][1].bias[:4] = values
+        stock = stock_in(model.eval(), X, dtype)
+        y = effnet_fast.deploy(model, dtype, backend=f"cpu:{isa}")(X)
+        assert y[:, [0, 2]].isnan().all()
+        assert (y[:, 1] == torch.inf).all()
+        assert not y[:, 3].any()
+        assert torch.equal(y.isnan(), stock.isnan())
+        assert torch.equal(y.isinf(), stock.isinf())
+
     def test_low_precision_model(self) -> None:
         model = network().bfloat16()
         deployed = effnet_fast.deploy(model)
@@ -179,6 +207,23 @@ class TestInputs:
         strided = self.LAYOUTS[layout](x)
         assert torch.equal(strided, x)
         assert torch.equal(deployed(strided), deployed(x))
+
+    @pytest.mark.parametrize("side", [48, 8])  # with blocks that threads take apart, and without
+    @dtypes
+    def test_many_images(self, side: int, dtype: torch.dtype) -> None:
+        """More than the kernels take through the late layers at once."""
+        x = random_images(35, side, seed=9)
+        encoder = EfficientNetFeatures(TINY, out_indices=(0, 2, 4))
+        encoder.load_state_dict(networks.calibrated_state(TINY))
+        for model in (network(), encoder.eval()):
+            deployed = effnet_fast.deploy(model, dtype)
+            parts = [deployed(part) for part in x.split(8)]
+            whole = deployed(x)
+            if not isinstance(whole, list):
+                whole, parts = [whole], [[part] for part in parts]
+            for y, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
+                assert torch.equal(y, torch.cat(of_parts))
+                assert len(y.flatten(1).unique(dim=0)) == len(x)
 
     def test_expanded(self) -> None:
         deployed = effnet_fast.deploy(network())

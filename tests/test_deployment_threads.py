@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import effnet_fast
+from effnet_fast import _native
 from effnet_fast.models import VARIANTS, EfficientNet, EfficientNetFeatures
 from networks import TINY, pair, random_images
 
@@ -84,6 +87,39 @@ def test_other_threads_run_meanwhile() -> None:
         sys.setswitchinterval(interval)
         counter.join()
     assert during > 0
+
+
+def kept_bytes(call: Callable[[], Any]) -> int:
+    """Scratch memory that a thread keeps after this call, its first."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+        return pool.submit(_native.load().kept_bytes).result()
+
+
+def test_memory_of_more_images(one_thread: None) -> None:
+    """Beyond those at once an image takes what the early blocks leave of it, and its features."""
+    deployed = effnet_fast.deploy(network())
+    some, more = (kept_bytes(lambda n=n: deployed(random_images(n, 96))) for n in (16, 48))
+    early, boundary, pooled = 48 * 48 * 16 * 4, 12 * 12 * 16 * 4, 320 * 4
+    assert 32 * pooled < more - some <= 32 * (boundary + pooled) < 32 * early
+
+
+def test_large_memory_is_given_back(one_thread: None) -> None:
+    deployed, x = effnet_fast.deploy(network()), random_images(1, 2048)
+    assert kept_bytes(lambda: deployed(x[..., :512, :512])) > 1 << 20
+    assert kept_bytes(lambda: deployed(x)) == 0
+
+
+def test_calls_are_counted() -> None:
+    """Those that run at this moment: they share the cores."""
+    native, deployed = _native.load(), effnet_fast.deploy(network())
+    images, most = random_images(2, 96), 0
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(deployed, images) for _ in range(200)]
+        while not all(call.done() for call in calls):
+            most = max(most, native.running_calls())
+    assert 1 <= most <= 4
+    assert native.running_calls() == 0
 
 
 @pytest.mark.slow

@@ -17,13 +17,14 @@ struct GradVectors {
   const float *scale, *mean, *slope, *offset;
 };
 
-// z = conv(x * gate or a * gate, weight), and (mean, M2, pivot) of each task as stored.
+// z = conv(x, weight), or of a * gate, a = silu(x * scale + shift); and (mean, M2, pivot) of each
+// task as stored.
 struct PointwiseForwardArgs {
   int64_t n, hw, c, out;  // channels of x and of z
   DType dtype, weight_dtype;
   const void* x;       // [N,HW,C]
   NormVectors norm;    // scale null: x is taken as it is
-  const float* gate;   // [N,C] or null
+  const float* gate;   // [N,C] or null; null where norm.scale is
   const void* weight;  // [out,C]
   void* z;             // [N,HW,out]
   float* partial;      // [N,parts,3,out], parts = pointwise_parts(hw); null: not wanted
@@ -81,7 +82,7 @@ struct DepthwiseForwardArgs {
   NormVectors norm;    // scale null: x is taken as it is
   const void* weight;  // [C,1,K,K]
   void* z;             // [N,OH,OW,C]
-  float* partial;      // [N,chunks,3,C], chunks = depthwise_chunks(n, oh)
+  float* partial;      // [N,chunks,3,C], chunks = depthwise_chunks(n, oh); null: not wanted
   Workspace workspace;
   int threads;
 };

@@ -1,7 +1,7 @@
 // Depthwise convolution of MBConv in training, forward.
 //
 // Computes: z = conv(a, weight), a = x or silu(x * scale + shift), zero beyond the image;
-//           (mean, M2) of z - pivot, as stored, over each task, with the pivot
+//           (mean, M2) of z - pivot, as stored, over each task, with the pivot, where wanted
 // Layout:   channels-last without gaps
 // Tiling:   a task owns a chunk of one image's output rows and a block of channels. It goes through
 //           groups of rows; a is formed once per element, in the order of addresses, into planes in
@@ -25,7 +25,7 @@ struct Task {
   ChannelBlock block;
   Ring ring;
   int64_t n, width;         // width: columns of x that are met
-  Moments* moments;         // [v]
+  Moments* moments;         // [v]; null: not wanted
   float *weight, *vectors;  // vectors: [v][2][kLanes]
 };
 
@@ -67,7 +67,7 @@ EFFNET_NOINLINE void run_tile(const Task& task, Range rows, int64_t first_row, i
                                  weight + kh * k * kLanes, k);
 #pragma GCC unroll 8
       for (int t = 0; t < TILE; t++) acc[t] = as_stored<T>(acc[t]);
-      take_tile<TILE>(task.moments[v], acc, fresh && i == 0);
+      if (task.moments) take_tile<TILE>(task.moments[v], acc, fresh && i == 0);
       store_tile<TILE>(z + i * s.ow * s.c + v * kLanes, s.c, acc, lanes);
     }
   }
@@ -119,8 +119,9 @@ bool run(const DepthwiseForwardArgs& args) {
   for (int64_t index = 0; index < s.n * chunks * blocks.count; index++) {
     const ChannelBlock block = blocks[index % blocks.count];
     const int64_t part = index / blocks.count;
-    Moments* const moments = reinterpret_cast<Moments*>(scratch + omp_get_thread_num() * floats);
-    float* const at = reinterpret_cast<float*>(moments) + block.vecs * kMomentFloats;
+    float* const own = scratch + omp_get_thread_num() * floats;
+    float* const at = own + block.vecs * kMomentFloats;
+    Moments* const moments = args.partial ? reinterpret_cast<Moments*>(own) : nullptr;
     Task task = {args,    block,  {at, ring_rows, block.vecs, pitch}, part / chunks, width, moments,
                  nullptr, nullptr};
     task.weight = at + task.ring.floats();
@@ -134,7 +135,7 @@ bool run(const DepthwiseForwardArgs& args) {
     }
     const Range rows = part_of(s.oh, chunks, part % chunks);
     run_rows<T, K, STEP>(task, rows);
-    write_partials(task, part, rows.size() * s.ow);
+    if (moments) write_partials(task, part, rows.size() * s.ow);
   }
   return true;
 }

@@ -6,9 +6,8 @@
 //           grad_weight = correlate(a, dz2)
 // Layout:   channels-last without gaps
 // Tiling:   a task owns a chunk of one image's rows and a block of channels, and goes through
-// groups
-//           of rows of dz2. dz2, a and silu'(u1) are formed once per element, in the order of
-//           addresses, into planes in the L2 cache; each channel vector's planes then yield its
+//           groups of rows of dz2. dz2, a and silu'(u1) are formed once per element, in the order
+//           of addresses, into planes in the L2 cache; each channel vector's planes then yield its
 //           part of the weight gradient and its rows of f
 // Bytes:    e, z2, x once, f once; x a second time from the cache, for zh1
 // FLOPs:    4 * K * K per output, about 50 per element

@@ -5,8 +5,7 @@
 //           finish_backward  per channel the sums of du and du * zh, du = row_scale * grad_y
 // Layout:   channels-last without gaps
 // Tiling:   a task owns some pixels of one image and goes through them a few at a time, in the
-// order
-//           of addresses
+//           order of addresses
 // Bytes:    every input once, y once
 // FLOPs:    about 25 per element of z2, 4 of z3
 // Source:   original

@@ -1,7 +1,7 @@
 // Pointwise convolutions of MBConv in training, forward: expansion and projection.
 //
 // Computes: z = conv(a, weight), a = x, or silu(x * scale + shift), or that times the image's gate;
-//           (mean, M2) of z - pivot, as stored, over each task, with the pivot
+//           (mean, M2) of z - pivot, as stored, over each task, with the pivot, where wanted
 // Layout:   channels-last without gaps
 // Tiling:   a task owns a part of one image's pixels and goes through chunks of a few dozen. A
 //           chunk's operand is formed once, in the order of addresses, into panels in the L2 cache;
@@ -38,13 +38,18 @@ void stage(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs
   });
 }
 
-// Stores a panel of VECS vectors, and takes its moments.
+// Stores a panel of VECS vectors, and takes its moments where they are wanted.
 template <typename T, int VECS>
 void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t first,
                   Moments* moments, bool fresh) {
   for (int64_t v = 0; v < VECS; v++) {
     const int64_t c = (first + v) * kLanes, lanes = min_of(kLanes, out - c);
     const float* from = panel + v * kLanes;
+    if (!moments) {
+      for (int64_t p = 0; p < pixels; p++)
+        store_n(z + p * out + c, load(from + p * VECS * kLanes), lanes);
+      continue;
+    }
     const Vec pivot = moments[first + v].begin(as_stored<T>(load(from)), fresh);
     Vec total = {}, m2 = {};
     for (int64_t p = 0; p < pixels; p++) {
@@ -74,7 +79,7 @@ bool run(const PointwiseForwardArgs& args) {
 #pragma omp parallel num_threads(args.threads)
   {
     float* const at = packed + weight_floats + omp_get_thread_num() * floats;
-    Moments* const moments = reinterpret_cast<Moments*>(at);
+    Moments* const moments = args.partial ? reinterpret_cast<Moments*>(at) : nullptr;
     float *const panels = at + moment_floats, *const panel = panels + panel_floats;
     pack_weight_panels(packed, args.weight, args.weight_dtype, c, out, true);
 #pragma omp for schedule(static)
@@ -92,7 +97,7 @@ bool run(const PointwiseForwardArgs& args) {
           finish_panel<T, VECS>(panel, z, pixels, out, v, moments, begin == own.begin);
         });
       }
-      for (int64_t v = 0; args.partial && v < ceil_div(out, kLanes); v++)
+      for (int64_t v = 0; moments && v < ceil_div(out, kLanes); v++)
         moments[v].write(args.partial + task * 3 * out + v * kLanes, out,
                          min_of(kLanes, out - v * kLanes), own.size());
     }

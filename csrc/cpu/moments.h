@@ -42,7 +42,7 @@ struct alignas(64) Moments {
     }
     return load(pivot);
   }
-  // Takes `count` values with this mean, less the pivot, and these squares about their mean.
+  // Takes `count` values by their sum, less the pivot of each, and their squares about their mean.
   EFFNET_INLINE void take(Vec total, Vec m2, int64_t count) {
     const Doubles t(total), m(m2);
     const double share = 1.0 / static_cast<double>(count);

@@ -36,40 +36,55 @@ int64_t floats_of(int64_t elements) {
   return ceil_div(elements * static_cast<int64_t>(sizeof(T)), 4);
 }
 
+// What one image needs of the blocks that run at one time, and how many images they run on.
+template <typename T>
+struct Phase {
+  int64_t images;
+  int64_t narrow = 0, filtered = 0;              // elements: a block's input, its depthwise result
+  int64_t partial = 0, hidden = 0, weights = 0;  // floats
+
+  void take(const BlockLayer& layer, const BlockShape& shape) {
+    filtered = max_of(filtered, Activations<T>::size(shape.pixels(), layer.channels));
+    partial = max_of(partial, shape.steps * units_of<T>(layer.channels) * kUnit);
+    hidden = max_of(hidden, layer.squeeze_channels);
+    if (gates_weights<T>(layer, shape)) weights = max_of(weights, weight_words(layer));
+  }
+  static int64_t weight_words(const BlockLayer& layer) {
+    return units_of<T>(layer.out_channels) * kUnit * words_of<T>(layer.project.in_channels);
+  }
+};
+
 template <typename T>
 class Network {
  public:
   Network(const NetworkArgs& args, BlockShape* shapes)
-      : args_(args), stem_(*args.stem, args.h, args.w), shapes_(shapes) {
+      : args_(args),
+        stem_(*args.stem, args.h, args.w),
+        shapes_(shapes),
+        early_{min_of(args.n, args.threads)},
+        late_{min_of(args.n, kImagesAtOnce)} {
     int64_t h = stem_.vertical.out, w = stem_.horizontal.out;
-    narrow_ = Activations<T>::size(h * w, args.stem->out_channels);
     for (int64_t i = 0; i < args.block_count; i++) {
       const BlockLayer& layer = args.blocks[i];
       shapes[i] = BlockShape(layer, h, w);
-      const BlockShape& shape = shapes[i];
-      h = shape.vertical.out, w = shape.horizontal.out;
-      const int64_t units = units_of<T>(layer.channels), squeezed = layer.squeeze_channels;
-      narrow_ = max_of(narrow_, Activations<T>::size(h * w, layer.out_channels));
-      filtered_ = max_of(filtered_, Activations<T>::size(h * w, layer.channels));
-      partial_ = max_of(partial_, shape.steps * units * kUnit);
-      hidden_ = max_of(hidden_, squeezed);
-      if (gates_weights<T>(layer, shape)) weights_ = max_of(weights_, weight_words(layer));
-      // At the least three rows' worth of the narrowest group fit, whatever the caches.
-      ring_ = max_of(ring_, kMaxUnits * shape.unit_ring());
-      offsets_ = max_of(offsets_, shape.slots * shape.w);
-      means_ = max_of(means_, 2 * units * kUnit + kMaxHidden);
-      if (early_ == i && 2 * weight_words(layer) <= floats_of<T>(h * w * layer.channels)) early_++;
+      h = shapes[i].vertical.out, w = shapes[i].horizontal.out;
+      const int64_t words = Phase<T>::weight_words(layer);
+      if (early_blocks_ == i && 2 * words <= floats_of<T>(h * w * layer.channels)) early_blocks_++;
     }
     pixels_ = h * w;
-    ring_ = max_of(ring_, args.caches.l2 * 5 / 8 / 4);
-    images_ = min_of(args.n, kImagesAtOnce);
-    slots_ = max_of(images_, args.threads);
-    if (args.head)
-      pooled_channels_ = args.head->out_channels;
-    else if (args.block_count)
-      pooled_channels_ = args.blocks[args.block_count - 1].out_channels;
-    else
-      pooled_channels_ = args.stem->out_channels;
+    take_narrow(0, stem_.pixels(), args.stem->out_channels);
+    for (int64_t i = 0; i < args.block_count; i++) {
+      const BlockLayer& layer = args.blocks[i];
+      const BlockShape& shape = shapes[i];
+      (i < early_blocks_ ? early_ : late_).take(layer, shape);
+      take_narrow(i + 1, shape.pixels(), layer.out_channels);
+      // At the least the rings of the widest panel fit, whatever the caches.
+      ring_ = max_of(ring_, kMaxUnits * shape.unit_ring());
+      offsets_ = max_of(offsets_, shape.slots * shape.w);
+      means_ = max_of(means_, 2 * units_of<T>(layer.channels) * kUnit + kOwnHidden);
+    }
+    ring_ = max_of(ring_, args.l2 * 5 / 8 / 4);
+    if (args.y) pooled_channels_ = args.head->out_channels;
   }
 
   bool run() {
@@ -96,42 +111,54 @@ class Network {
   }
 
  private:
-  static constexpr int64_t kMaxHidden = 16384;
+  // Whether tensor i, the input of block i, is what the early blocks leave for the late ones.
+  bool is_boundary(int64_t i) const { return i == early_blocks_ && early_blocks_ > 0; }
 
-  static int64_t weight_words(const BlockLayer& layer) {
-    return units_of<T>(layer.out_channels) * kUnit * words_of<T>(layer.project.in_channels);
+  void take_narrow(int64_t i, int64_t pixels, int64_t channels) {
+    int64_t& most = is_boundary(i) ? boundary_.stride : (i < early_blocks_ ? early_ : late_).narrow;
+    most = max_of(most, Activations<T>::size(pixels, channels));
   }
 
+  // Early and late blocks use the same memory: nothing but the boundary outlives the early ones.
   void place(Arena& arena) {
-    for (Images<T>& x : x_)
-      x = {reinterpret_cast<T*>(arena.take(floats_of<T>(narrow_ * args_.n))), narrow_, args_.n};
-    filtered_at_ = arena.take(floats_of<T>(filtered_) * slots_);
-    partial_at_ = arena.take(partial_ * slots_);
-    hidden_at_ = arena.take(hidden_ * slots_);
-    weights_at_ = arena.take(weights_ * slots_);
-    pooled_ = {reinterpret_cast<T*>(
-                   arena.take(floats_of<T>(Activations<T>::size(args_.n, pooled_channels_)))),
-               args_.n, pooled_channels_};
+    const auto take = [&](int64_t early, int64_t late) {
+      return arena.take(max_of(early * early_.images, late * late_.images));
+    };
+    const auto take_images = [&](int64_t early, int64_t late) {
+      return reinterpret_cast<T*>(take(floats_of<T>(early), floats_of<T>(late)));
+    };
+    for (T*& x : narrow_at_) x = take_images(early_.narrow, late_.narrow);
+    filtered_at_ = take_images(early_.filtered, late_.filtered);
+    partial_at_ = take(early_.partial, late_.partial);
+    hidden_at_ = take(early_.hidden, late_.hidden);
+    weights_at_ = take(early_.weights, late_.weights);
+    const int64_t n = args_.n, pooled = Activations<T>::size(n, pooled_channels_);
+    boundary_.data = reinterpret_cast<T*>(arena.take(floats_of<T>(boundary_.stride * n)));
+    pooled_ = {reinterpret_cast<T*>(arena.take(floats_of<T>(pooled))), n, pooled_channels_};
     thread_floats_ = (ring_ + offsets_ + means_ + stem_.scratch(*args_.stem)) / kUnit * kUnit + 64;
     threads_at_ = arena.take(thread_floats_ * args_.threads);
   }
 
-  // Memory of the block phases for images in slots from `slot` on, and of one thread.
-  BlockMemory<T> memory(int64_t slot, int64_t thread) const {
+  // Memory of a phase's blocks for images in slots from `slot` on, and of one thread.
+  BlockMemory<T> memory(const Phase<T>& phase, int64_t slot, int64_t thread) const {
     float* const own = threads_at_ + thread * thread_floats_;
-    return {reinterpret_cast<T*>(filtered_at_ + slot * floats_of<T>(filtered_)),
-            partial_at_ + slot * partial_,
-            hidden_at_ + slot * hidden_,
-            weights_at_ + slot * weights_,
+    return {filtered_at_ + slot * phase.filtered,
+            partial_at_ + slot * phase.partial,
+            hidden_at_ + slot * phase.hidden,
+            weights_at_ + slot * phase.weights,
             own,
             own + ring_ + offsets_,
             ring_,
-            filtered_,
-            weights_};
+            phase.filtered,
+            phase.weights};
   }
 
-  Images<T> images(int64_t which, int64_t first, int64_t count) const {
-    return {x_[which % 2][first], narrow_, count};
+  // Images of tensor i, the input of block i: `count` of the network's from `first` on, which lie
+  // in the slots from `slot` on.
+  Images<T> narrow(int64_t i, int64_t first, int64_t count, int64_t slot) const {
+    if (is_boundary(i)) return {boundary_[first], boundary_.stride, count};
+    const int64_t stride = (i < early_blocks_ ? early_ : late_).narrow;
+    return {narrow_at_[i % 2] + slot * stride, stride, count};
   }
 
   void tap(int64_t index, int64_t channels, int64_t pixels, Images<T> x, int64_t first,
@@ -143,9 +170,9 @@ class Network {
   // Blocks [begin, end) of some images; the stem before block 0.
   void run_blocks(int64_t begin, int64_t end, int64_t first, int64_t count, int64_t slot, Team team,
                   int64_t thread) const {
-    const BlockMemory<T> at = memory(slot, thread);
+    const BlockMemory<T> at = memory(begin < early_blocks_ ? early_ : late_, slot, thread);
     if (begin == 0) {
-      const Images<T> y = images(0, first, count);
+      const Images<T> y = narrow(0, first, count, slot);
       float* const scratch = at.ring + ring_ + offsets_ + means_;
       run_stem(args_, stem_, first, y, scratch, team);
       team.wait();
@@ -154,12 +181,12 @@ class Network {
     for (int64_t i = begin; i < end; i++) {
       const BlockLayer& layer = args_.blocks[i];
       const BlockShape& shape = shapes_[i];
-      const Images<T> x = images(i, first, count), y = images(i + 1, first, count);
-      run_filter(layer, shape, x, at, args_.caches, args_.amx, team);
+      const Images<T> x = narrow(i, first, count, slot), y = narrow(i + 1, first, count, slot);
+      run_filter(layer, shape, x, at, args_.l2, args_.amx, team);
       team.wait();
       run_excite(layer, shape, count, at, team);
       team.wait();
-      run_project(layer, shape, x, y, at, args_.caches, args_.amx, team);
+      run_project(layer, shape, x, y, at, args_.l2, args_.amx, team);
       team.wait();
       tap(layer.tap, layer.out_channels, shape.pixels(), y, first, team);
     }
@@ -167,24 +194,23 @@ class Network {
 
   void run_all(Team all) const {
     const int64_t n = args_.n, blocks = args_.block_count, apart = n / all.size * all.size;
-    if (early_ > 0) {
+    if (early_blocks_ > 0) {
       for (int64_t i = all.index; i < apart; i += all.size)
-        run_blocks(0, early_, i, 1, all.index, {0, 1}, all.index);
+        run_blocks(0, early_blocks_, i, 1, all.index, {0, 1}, all.index);
       if (apart < n) {
         all.wait();
-        run_blocks(0, early_, apart, n - apart, 0, all, all.index);
+        run_blocks(0, early_blocks_, apart, n - apart, 0, all, all.index);
       }
       all.wait();
     }
-    for (int64_t first = 0; first < n; first += images_) {
-      const int64_t count = min_of(images_, n - first);
-      if (early_ < blocks || early_ == 0)
-        run_blocks(early_, blocks, first, count, 0, all, all.index);
-      const Images<T> x = images(blocks, first, count);
-      if (args_.head)
-        run_head(*args_.head, pixels_, x, pooled_, first, args_.amx, all);
-      else if (args_.y)
-        run_pool(pooled_channels_, pixels_, x, pooled_, first, all);
+    for (int64_t first = 0; first < n; first += late_.images) {
+      const int64_t count = min_of(late_.images, n - first);
+      if (first > 0) all.wait();  // until the images before these are read
+      if (early_blocks_ < blocks || early_blocks_ == 0)
+        run_blocks(early_blocks_, blocks, first, count, 0, all, all.index);
+      if (!args_.y) continue;
+      const Images<T> x = narrow(blocks, first, count, 0);
+      run_head(*args_.head, pixels_, x, pooled_, first, args_.amx, all);
     }
     if (!args_.y) return;
     all.wait();
@@ -197,14 +223,14 @@ class Network {
   const NetworkArgs& args_;
   StemShape stem_;
   BlockShape* shapes_;
-  int64_t early_ = 0;  // blocks for which each thread has its own image
-  int64_t pixels_, images_, slots_, pooled_channels_;
-  int64_t narrow_, filtered_ = 0;  // elements of an image's tensors
-  int64_t partial_ = 0, hidden_ = 0, weights_ = 0, ring_ = 0, offsets_ = 0, means_ = 0;
-  int64_t thread_floats_ = 0;
-  Images<T> x_[2];
+  int64_t early_blocks_ = 0;  // early blocks, for which each thread has an image of its own
+  Phase<T> early_, late_;
+  int64_t pixels_, pooled_channels_ = 0;
+  int64_t ring_ = 0, offsets_ = 0, means_ = 0, thread_floats_ = 0;
+  Images<T> boundary_ = {nullptr, 0, 0};  // of all images; without early blocks none
+  T *narrow_at_[2], *filtered_at_;
+  float *partial_at_, *hidden_at_, *weights_at_, *threads_at_;
   Activations<T> pooled_;
-  float *filtered_at_, *partial_at_, *hidden_at_, *weights_at_, *threads_at_;
 };
 
 }  // namespace

@@ -50,25 +50,21 @@ struct BlockLayer {
   int64_t tap;                  // index of the output that shows this block's result, or -1
 };
 
-struct Caches {  // bytes per core
-  int64_t l1, l2;
-};
-
 struct NetworkArgs {
-  const StemLayer* stem;  // null: no stem to run, never so for now
+  const StemLayer* stem;
   const BlockLayer* blocks;
   int64_t block_count;
-  const Product* head;        // null: the network ends with its blocks
+  const Product* head;        // null: nothing but taps is wanted
   const Product* classifier;  // null: the output is the pooled head
   bool bf16;                  // of the activations and packed weights
   bool amx;
-  Caches caches;
+  int64_t l2;  // bytes of a core's L2 cache
 
   int64_t n, h, w;
   const void* x;  // [N,Cin,H,W]
   DType x_dtype;
   int64_t x_strides[4];  // over n, c, h, w in elements
-  float* y;              // [N,classes] or [N,head channels]
+  float* y;              // [N,classes] or [N,head channels]; null: not wanted, always without head
   float* const* taps;    // per tap: [N,C,Ho,Wo] in NHWC order
   int64_t stem_tap;      // as BlockLayer's tap
   Workspace workspace;

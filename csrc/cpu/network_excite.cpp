@@ -13,8 +13,6 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-constexpr int64_t kShareFrom = 16384;  // products from which waiting for each other pays
-
 // [units * 16] means from the steps' sums, in order.
 void fold_means(float* means, const float* partial, const BlockShape& shape, int64_t channels) {
   const float factor = 1.0f / static_cast<float>(shape.pixels());

@@ -243,12 +243,12 @@ BlockShape::BlockShape(const BlockLayer& layer, int64_t h, int64_t w)
 
 template <typename T>
 void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
-                const BlockMemory<T>& memory, const Caches& caches, bool amx, Team team) {
+                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team) {
   const int64_t units = units_of<T>(layer.channels), panels = Panel::count(units);
   // As many channels as the L2 cache has room for beside a step's rows of x. Where rows are few, a
   // team divides the channels: dividing rows computes the halo twice.
   const int64_t rows_of_x = shape.slots * shape.w * words_of<T>(layer.in_channels);
-  const int64_t room = max_of(caches.l2 / 8, caches.l2 * 5 / 8 - rows_of_x * 4) / 4;
+  const int64_t room = max_of(l2 / 8, l2 * 5 / 8 - rows_of_x * 4) / 4;
   const int64_t fitting = min_of(room, memory.ring_floats) / shape.unit_ring();  // units
   int64_t groups = ceil_div(panels, max_of(1, (fitting - kMaxUnits) / kTileUnits + 1));
   const int64_t halo = layer.kernel - layer.stride;
@@ -277,10 +277,10 @@ void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
 }
 
 template void run_filter(const BlockLayer&, const BlockShape&, Images<float>,
-                         const BlockMemory<float>&, const Caches&, bool, Team);
+                         const BlockMemory<float>&, int64_t, bool, Team);
 #if defined(__AVX512BF16__)
 template void run_filter(const BlockLayer&, const BlockShape&, Images<bf16>,
-                         const BlockMemory<bf16>&, const Caches&, bool, Team);
+                         const BlockMemory<bf16>&, int64_t, bool, Team);
 #endif
 
 }  // namespace EFFNET_ISA

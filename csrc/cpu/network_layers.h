@@ -7,6 +7,11 @@
 namespace effnet {
 namespace EFFNET_ISA {
 
+// Products of squeeze-and-excite, over all images, beyond which the threads share it: there waiting
+// for each other pays.
+constexpr int64_t kShareFrom = 16384;
+constexpr int64_t kOwnHidden = kShareFrom / kUnit;  // most numbers between the layers if not shared
+
 struct StemShape {
   int64_t h, w;
   Sides vertical, horizontal;
@@ -36,9 +41,9 @@ struct BlockMemory {
   float* hidden;   // [images][R]
   float* weights;  // [images] gated projection weights
   float* ring;     // of this thread: expanded rows, then the offset of each pixel in them
-  float* pooled;   // of this thread: [units * 16], then as many for the gate
+  float* pooled;  // of this thread: [units * 16], as many for the gate, kOwnHidden where not shared
   int64_t ring_floats;
-  int64_t filtered_size, weights_size;  // of one image, in elements and words
+  int64_t filtered_size, weights_size;  // from one image to the next, in elements and words
 };
 
 // Images of a narrow tensor, `stride` elements apart.
@@ -54,21 +59,17 @@ void run_stem(const NetworkArgs& args, const StemShape& shape, int64_t first, Im
               float* scratch, Team team);
 template <typename T>
 void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
-                const BlockMemory<T>& memory, const Caches& caches, bool amx, Team team);
+                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team);
 template <typename T>
 void run_excite(const BlockLayer& layer, const BlockShape& shape, int64_t images,
                 const BlockMemory<T>& memory, Team team);
 template <typename T>
 void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
-                 const BlockMemory<T>& memory, const Caches& caches, bool amx, Team team);
+                 const BlockMemory<T>& memory, int64_t l2, bool amx, Team team);
 // Convolution, SiLU and mean over the pixels: pooled [C / block][images][block].
 template <typename T>
 void run_head(const Product& head, int64_t pixels, Images<T> x, Activations<T> pooled,
               int64_t first, bool amx, Team team);
-// The mean over the pixels alone.
-template <typename T>
-void run_pool(int64_t channels, int64_t pixels, Images<T> x, Activations<T> pooled, int64_t first,
-              Team team);
 // y [images][out_channels] of pooled features.
 template <typename T>
 void run_classifier(const Product& classifier, Activations<T> pooled, float* y, bool amx,

@@ -35,7 +35,7 @@ EFFNET_INLINE void store_panel(const Activations<T>& y, const Activations<T>& x,
 
 template <typename T>
 void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
-                 const BlockMemory<T>& memory, const Caches& caches, bool amx, Team team) {
+                 const BlockMemory<T>& memory, int64_t l2, bool amx, Team team) {
   const int64_t pixels = shape.pixels(), units = units_of<T>(layer.out_channels);
   const int64_t panels = Panel::count(units), words = words_of<T>(layer.channels);
   const bool own_weights = gates_weights<T>(layer, shape);
@@ -45,7 +45,7 @@ void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, 
   const int64_t k_parts = ceil_div(words, kCut), k_words = ceil_div(words, k_parts * kUnit) * kUnit;
   // The results of one panel fit the thread's memory.
   const int64_t fitting = memory.ring_floats / (kMaxUnits * kUnit);  // pixels times panels
-  const int64_t most = min_of(fitting - kAmxSlack, caches.l2 / 4 / (k_words * 4));
+  const int64_t most = min_of(fitting - kAmxSlack, l2 / 4 / (k_words * 4));
   int64_t chunks = ceil_div(pixels, max_of(kCut / 4, most));
   // A team divides the larger of operand and weights.
   int64_t groups = 1;
@@ -108,22 +108,6 @@ void run_head(const Product& head, int64_t pixels, Images<T> x, Activations<T> p
 }
 
 template <typename T>
-void run_pool(int64_t channels, int64_t pixels, Images<T> x, Activations<T> pooled,
-              int64_t first_image, Team team) {
-  const float factor = 1.0f / static_cast<float>(pixels);
-  const int64_t units = units_of<T>(channels);
-  const Range part = team.part(units * x.count);
-  for (int64_t i = part.begin; i < part.end; i++) {
-    const int64_t unit = i / x.count, n = i % x.count;
-    Vec sums[kParts] = {};
-    for_unit(Activations<T>{x[n], pixels, channels}.unit(unit), pixels,
-             [&](const T* at, int p) { sums[p] += load(at); });
-    for (int p = 0; p < kParts; p++)
-      store(pooled.unit(unit) + (first_image + n) * kBlock<T> + p * kLanes, sums[p] * factor);
-  }
-}
-
-template <typename T>
 void run_classifier(const Product& classifier, Activations<T> pooled, float* y, bool amx,
                     Team team) {
   const int64_t classes = classifier.out_channels, units = units_of<T>(classes);
@@ -156,9 +140,8 @@ void run_tap(int64_t channels, int64_t pixels, Images<T> x, float* y, Team team)
 
 #define EFFNET_LAYERS(T)                                                                           \
   template void run_project(const BlockLayer&, const BlockShape&, Images<T>, Images<T>,            \
-                            const BlockMemory<T>&, const Caches&, bool, Team);                     \
+                            const BlockMemory<T>&, int64_t, bool, Team);                           \
   template void run_head(const Product&, int64_t, Images<T>, Activations<T>, int64_t, bool, Team); \
-  template void run_pool(int64_t, int64_t, Images<T>, Activations<T>, int64_t, Team);              \
   template void run_classifier(const Product&, Activations<T>, float*, bool, Team);                \
   template void run_tap(int64_t, int64_t, Images<T>, float*, Team);
 EFFNET_LAYERS(float)

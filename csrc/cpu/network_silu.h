@@ -2,7 +2,7 @@
 //
 // Relative error against float64 with AVX-512: fp32 within 3 ulp for |x| < 10 and 11 up to 80,
 // where the result nears 0 or x; bf16 within 1.3e-4 before it is rounded, a fifteenth of its last
-// digit. Of -inf fp32 makes -inf, where 0 * inf would be NaN.
+// digit. Of -inf both make NaN, as x / (1 + exp(-x)) does.
 #pragma once
 
 #include "cpu/vec.h"
@@ -33,10 +33,10 @@ EFFNET_INLINE Vec silu_as(Vec x) {
     return x * (Vec)_mm512_rcp14_ps(_mm512_add_ps(_mm512_scalef_ps(p, t), one));
   } else {
     // exp(-x) = 2^n * 2^f, n in 32nds and |f| <= 1/64: a table and a parabola, relative error
-    // 5.3e-8. Within +-87 no step overflows.
+    // 5.3e-8. Beyond +-104 exp(-x) is inf or 0 whatever x is.
     const __m512 round = _mm512_set1_ps(393216.0f);  // 1.5 * 2^18: adding it rounds to 32nds
     constexpr int kSmallerMagnitude = 2;             // with x's sign
-    const __m512 v = _mm512_range_ps((__m512)x, _mm512_set1_ps(87.0f), kSmallerMagnitude);
+    const __m512 v = _mm512_range_ps((__m512)x, _mm512_set1_ps(104.0f), kSmallerMagnitude);
     const __m512 rounded = _mm512_fmadd_ps(v, log2e, round), n = _mm512_sub_ps(rounded, round);
     const __m512 f = _mm512_fmsub_ps(v, log2e, n);
     const __m512 root = _mm512_permutex2var_ps(_mm512_loadu_ps(kRoots), (__m512i)rounded,
@@ -45,7 +45,9 @@ EFFNET_INLINE Vec silu_as(Vec x) {
     const __m512 p = _mm512_fmadd_ps(
         _mm512_fmadd_ps(f, _mm512_set1_ps(0.24022676f), _mm512_set1_ps(0.69315733f)), f, one);
     const __m512 d = _mm512_fmadd_ps(power, p, one), guess = _mm512_rcp14_ps(d);
-    return x * (Vec)_mm512_fmadd_ps(guess, _mm512_fnmadd_ps(d, guess, one), guess);
+    const __m512 r = _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(d, guess, one), guess);
+    // As in `logistic`: 0 where d is inf.
+    return x * (Vec)_mm512_fixupimm_ps(r, d, _mm512_set1_epi32(8 << 20), 0);
   }
 }
 

@@ -18,7 +18,6 @@ from effnet_fast import layers, recognition, same_padding
 from effnet_fast.recognition import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network.h
-MAX_SQUEEZED = 16384  # csrc/cpu/network.cpp
 CPU = torch.device("cpu")
 LOGITS, POOLED, MAPS = "logits", "pooled", "maps"
 # Methods through which a class or an instance could change what forward computes.
@@ -186,11 +185,9 @@ def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> B
         assert isinstance(block, recognition.Block)
         if block.expand and not block.expand.silu:
             raise RefusedError("block.0 has no activation")
-        conv, hidden = block.depthwise.conv, block.excite[0].shape[0]
-        if conv.kernel_size[0] > MAX_KERNEL or hidden > MAX_SQUEEZED:
-            raise RefusedError(
-                f" has a kernel above {MAX_KERNEL} or squeezes to above {MAX_SQUEEZED}"
-            )
+        conv = block.depthwise.conv
+        if conv.kernel_size[0] > MAX_KERNEL:
+            raise RefusedError(f" has a kernel above {MAX_KERNEL}")
         if not _is_centred(conv):
             raise RefusedError(f" has a kernel of {conv.kernel_size} with padding {conv.padding}")
         residual = bool(module.use_res_connect)

@@ -20,6 +20,7 @@
 #include "cpu/args.h"
 #include "instruction_sets.h"
 #include "mbconv.h"
+#include "mbconv_depthwise.h"
 #include "network_problem.h"
 #include "problem.h"
 
@@ -48,12 +49,13 @@ void fold_sum(const Tensor& partial, int64_t outer, int64_t parts, int64_t c, fl
 }
 
 const Case kCases[] = {
-    {2, 3, 5, 7, 3, 1, 1, 1, 1, 1},  {1, 21, 7, 6, 3, 2, 1, 1, 1, 1},
-    {2, 35, 4, 9, 5, 1, 2, 2, 2, 2}, {1, 19, 9, 8, 5, 2, 1, 2, 1, 2},
-    {1, 16, 2, 3, 5, 1, 2, 2, 2, 2}, {3, 9, 1, 1, 3, 1, 1, 1, 1, 1},
-    {1, 5, 6, 5, 7, 2, 3, 3, 3, 3},  {2, 4, 5, 4, 1, 2, 0, 0, 0, 0},
-    {1, 3, 37, 4, 3, 1, 1, 1, 1, 1}, {1, 1, 35, 3, 5, 2, 2, 2, 2, 2},
-    {1, 7, 3, 4, 3, 2, 5, 4, 6, 3},  {1, 150, 3, 21, 3, 1, 0, 1, 1, 0},
+    {2, 3, 5, 7, 3, 1, 1, 1, 1, 1},   {1, 21, 7, 6, 3, 2, 1, 1, 1, 1},
+    {2, 35, 4, 9, 5, 1, 2, 2, 2, 2},  {1, 19, 9, 8, 5, 2, 1, 2, 1, 2},
+    {1, 16, 2, 3, 5, 1, 2, 2, 2, 2},  {3, 9, 1, 1, 3, 1, 1, 1, 1, 1},
+    {1, 5, 6, 5, 7, 2, 3, 3, 3, 3},   {2, 4, 5, 4, 1, 2, 0, 0, 0, 0},
+    {1, 3, 37, 4, 3, 1, 1, 1, 1, 1},  {1, 1, 35, 3, 5, 2, 2, 2, 2, 2},
+    {1, 7, 3, 4, 3, 2, 5, 4, 6, 3},   {1, 150, 3, 21, 3, 1, 0, 1, 1, 0},
+    {1, 17, 64, 5, 3, 1, 1, 1, 1, 1}, {1, 6, 120, 4, 5, 2, 2, 2, 2, 2},
 };
 
 void test_dwconv_forward(const Problem& problem, bool training, int threads) {
@@ -188,7 +190,10 @@ void test_dwconv(DType dtype, DType weight_dtype, int threads) {
     }
     test_dwconv_backward(problem, true, true, false, threads);
     test_dwconv_backward(problem, true, false, true, threads);
-    for (bool activated : {false, true}) test_depthwise(problem, activated, threads);
+    for (bool activated : {false, true}) test_depthwise(problem, activated, kEverything, threads);
+    if (&c != kCases) continue;
+    for (bool activated : {false, true})
+      for (const Wanted& wanted : kWanted) test_depthwise(problem, activated, wanted, threads);
   }
 }
 

@@ -1,9 +1,9 @@
-// The passes of MBConv in training against naive loops in double precision.
+// The passes of MBConv in training that filter nothing, against naive loops in double precision.
 #pragma once
 
 #include "common/mbconv_split.h"
 #include "cpu/mbconv_args.h"
-#include "problem.h"
+#include "harness.h"
 
 namespace effnet {
 namespace driver {
@@ -31,14 +31,62 @@ struct Norm {
   }
 };
 
+inline Doubles values(const Tensor& of) {
+  Doubles out(static_cast<size_t>(of.size()));
+  for (int64_t i = 0; i < of.size(); i++) out[i] = of[i];
+  return out;
+}
+
+// Moments (mean, M2, pivot) [N,parts,3,C] of z [N,rows,columns,C], of which a task has its part of
+// an image's rows.
+inline void expect_moments(const Tensor& partial, const Tensor& z, int64_t parts, int64_t rows,
+                           int64_t columns, int64_t c) {
+  Tensor mean(partial.size() / 3), m2(mean.size());
+  Doubles means(mean.size()), squares(mean.size());
+  for (int64_t i = 0; i < mean.size(); i++) {
+    const int64_t task = i / c, o = i % c, at = task * 3 * c + o;
+    mean.set(i, partial[at] + partial[at + 2 * c]);
+    m2.set(i, partial[at + c]);
+    const host::Range own = host::part_of(rows, parts, task % parts);
+    const int64_t first = task / parts * rows + own.begin, count = own.size() * columns;
+    const auto value = [&](int64_t q) { return z[(first * columns + q) * c + o]; };
+    for (int64_t q = 0; q < count; q++) means[i] += value(q) / count;
+    for (int64_t q = 0; q < count; q++) squares[i] += (value(q) - means[i]) * (value(q) - means[i]);
+  }
+  expect("mean of z", mean, means, 1);
+  expect("M2 of z", m2, squares, 1);
+}
+
+// Sums over the parts of each image: [N,columns] of partial [N,parts,columns].
+inline Tensor summed(const Tensor& partial, int64_t n, int64_t parts, int64_t columns) {
+  Tensor out(n * columns);
+  for (int64_t i = 0; i < out.size(); i++) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; part++)
+      sum += partial[(i / columns * parts + part) * columns + i % columns];
+    out.set(i, sum);
+  }
+  return out;
+}
+
+// What a caller may leave out: what is read besides, the data's result, the weight gradient.
+struct Wanted {
+  bool added, data, weight;
+};
+inline const Wanted kEverything = {true, true, true};
+inline const Wanted kWanted[] = {{false, true, false}, {false, false, true}};
+
 struct Pixels {
   int64_t n, hw, c, out;
 };
 
-inline const Pixels kPixels[] = {{2, 5, 3, 7}, {1, 131, 19, 33}, {3, 16, 40, 5}, {2, 460, 34, 17}};
+// The last two cut K.
+inline const Pixels kPixels[] = {{2, 5, 3, 7},     {1, 131, 19, 33},  {3, 16, 40, 5},
+                                 {2, 460, 34, 17}, {1, 20, 300, 280}, {1, 18, 404, 24}};
 
 // z and its moments; activated and gated as the projection is, or plain as the expansion.
-inline void test_pointwise_forward(const Pixels& p, DType dtype, bool activated, int threads) {
+inline void test_pointwise_forward(const Pixels& p, DType dtype, bool activated, bool moments,
+                                   int threads) {
   const Tensor x(p.n * p.hw * p.c, dtype, -2, 2), weight(p.out * p.c, dtype, -0.5, 0.5);
   const Tensor gate(p.n * p.c, DType::kFloat32, 0, 1);
   const Norm norm(p.c);
@@ -55,33 +103,19 @@ inline void test_pointwise_forward(const Pixels& p, DType dtype, bool activated,
                                activated ? gate.floats() : nullptr,
                                weight.data(),
                                z.data(),
-                               partial.floats(),
+                               moments ? partial.floats() : nullptr,
                                workspace,
                                threads};
   launch("pointwise_forward", kernels->mbconv->pointwise_forward, args);
-  Doubles exact(z.size());
+  Doubles exact(z.size()), a = values(x);
+  for (int64_t i = 0; activated && i < x.size(); i++)
+    a[i] = silu(norm.u(a[i], i % p.c)) * gate[i / (p.hw * p.c) * p.c + i % p.c];
+  const Doubles w = values(weight);
   for (int64_t i = 0; i < p.n * p.hw; i++)
     for (int64_t o = 0; o < p.out; o++)
-      for (int64_t c = 0; c < p.c; c++) {
-        const double a =
-            activated ? silu(norm.u(x[i * p.c + c], c)) * gate[i / p.hw * p.c + c] : x[i * p.c + c];
-        exact[i * p.out + o] += a * weight[o * p.c + c];
-      }
+      for (int64_t c = 0; c < p.c; c++) exact[i * p.out + o] += a[i * p.c + c] * w[o * p.c + c];
   expect("z", z, exact, 1);
-  Tensor mean(p.n * parts * p.out), m2(p.n * parts * p.out);
-  Doubles means(mean.size()), squares(mean.size());
-  for (int64_t i = 0; i < mean.size(); i++) {
-    const int64_t task = i / p.out, o = i % p.out, at = task * 3 * p.out + o;
-    mean.set(i, partial[at] + partial[at + 2 * p.out]);
-    m2.set(i, partial[at + p.out]);
-    const host::Range own = host::part_of(p.hw, parts, task % parts);
-    const auto value = [&](int64_t q) { return z[(task / parts * p.hw + q) * p.out + o]; };
-    for (int64_t q = own.begin; q < own.end; q++) means[i] += value(q) / own.size();
-    for (int64_t q = own.begin; q < own.end; q++)
-      squares[i] += (value(q) - means[i]) * (value(q) - means[i]);
-  }
-  expect("mean of z", mean, means, 1);
-  expect("M2 of z", m2, squares, 1);
+  if (moments) expect_moments(partial, z, parts, p.hw, 1, p.out);
 }
 
 // Folds partial weight gradients as the bindings do.
@@ -93,7 +127,7 @@ inline Tensor folded(const Tensor& partial, int64_t parts, int64_t rows, int64_t
   return out;
 }
 
-inline void test_project_backward(const Pixels& p, DType dtype, int threads) {
+inline void test_project_backward(const Pixels& p, DType dtype, Wanted wanted, int threads) {
   const int64_t pixels = p.n * p.hw;
   const Tensor grad_y(pixels * p.out, dtype, -1, 1), z3(pixels * p.out, dtype, -2, 2);
   const Tensor z2(pixels * p.c, dtype, -2, 2), weight(p.out * p.c, dtype, -0.5, 0.5);
@@ -111,49 +145,46 @@ inline void test_project_backward(const Pixels& p, DType dtype, int threads) {
                               dtype,
                               grad_y.data(),
                               z3.data(),
-                              row_scale.floats(),
+                              wanted.added ? row_scale.floats() : nullptr,
                               norm3.grads(),
                               weight.data(),
                               z2.data(),
                               norm2.vectors(),
                               gate.floats(),
-                              e.data(),
+                              wanted.data ? e.data() : nullptr,
                               partial_sums.floats(),
-                              partial.floats(),
+                              wanted.weight ? partial.floats() : nullptr,
                               workspace,
                               threads};
   launch("project_backward", kernels->mbconv->project_backward, args);
-  Doubles exact(e.size()), grad(p.out * p.c), sums(3 * p.n * p.c);
+  Doubles exact(e.size()), grad(p.out * p.c), sums(3 * p.n * p.c), a = values(z2);
+  const Doubles w = values(weight);
+  for (int64_t i = 0; i < z2.size(); i++)
+    a[i] = silu(norm2.u(a[i], i % p.c)) * gate[i / (p.hw * p.c) * p.c + i % p.c];
   for (int64_t i = 0; i < pixels; i++)
     for (int64_t o = 0; o < p.out; o++) {
-      const double du = grad_y[i * p.out + o] * row_scale[i / p.hw];
+      const double du = grad_y[i * p.out + o] * (wanted.added ? row_scale[i / p.hw] : 1);
       const double dz = norm3.dz(du, z3[i * p.out + o], o);
       for (int64_t c = 0; c < p.c; c++) {
-        exact[i * p.c + c] += dz * weight[o * p.c + c];
-        grad[o * p.c + c] += dz * silu(norm2.u(z2[i * p.c + c], c)) * gate[i / p.hw * p.c + c];
+        exact[i * p.c + c] += dz * w[o * p.c + c];
+        grad[o * p.c + c] += dz * a[i * p.c + c];
       }
     }
+  if (wanted.weight)
+    expect("grad_weight", folded(partial, split.tasks(), p.out, p.c, false, threads), grad, p.hw);
+  if (!wanted.data) return;
   expect("e", e, exact, 1);
-  expect("grad_weight", folded(partial, split.tasks(), p.out, p.c, false, threads), grad, p.hw);
-  Tensor actual(sums.size());
   for (int64_t i = 0; i < pixels * p.c; i++) {
     const int64_t n = i / (p.hw * p.c), c = i % p.c;
     const double u = norm2.u(z2[i], c), term = e[i] * silu_grad(u);
-    sums[n * p.c + c] += e[i] * silu(u);
-    sums[(p.n + n) * p.c + c] += term;
-    sums[(2 * p.n + n) * p.c + c] += term * norm2.zh(z2[i], c);
+    sums[(3 * n) * p.c + c] += e[i] * silu(u);
+    sums[(3 * n + 1) * p.c + c] += term;
+    sums[(3 * n + 2) * p.c + c] += term * norm2.zh(z2[i], c);
   }
-  for (int64_t i = 0; i < actual.size(); i++) {
-    const int64_t row = i / (p.n * p.c), n = i / p.c % p.n;
-    double total = 0;
-    for (int64_t part = 0; part < split.parts; part++)
-      total += partial_sums[((n * split.parts + part) * 3 + row) * p.c + i % p.c];
-    actual.set(i, total);
-  }
-  expect("sums of e", actual, sums, p.hw);
+  expect("sums of e", summed(partial_sums, p.n, split.parts, 3 * p.c), sums, p.hw);
 }
 
-inline void test_expand_backward(const Pixels& p, DType dtype, int threads) {
+inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, int threads) {
   const int64_t pixels = p.n * p.hw;
   const Tensor f(pixels * p.out, dtype, -1, 1), z1(pixels * p.out, dtype, -2, 2);
   const Tensor x(pixels * p.c, dtype, -2, 2), weight(p.out * p.c, dtype, -0.5, 0.5);
@@ -162,30 +193,40 @@ inline void test_expand_backward(const Pixels& p, DType dtype, int threads) {
   const int64_t floats = kernels->mbconv->padded(p.out) * kernels->mbconv->padded(p.c);
   const host::WeightSplit split(p.n, p.hw, floats);
   Tensor grad_x(pixels * p.c, dtype), partial(split.tasks() * floats);
-  ExpandBackwardArgs args = {p.n,           p.hw,
-                             p.c,           p.out,
-                             dtype,         dtype,
-                             f.data(),      z1.data(),
-                             norm.grads(),  weight.data(),
-                             x.data(),      residual.data(),
-                             grad_x.data(), partial.floats(),
-                             workspace,     threads};
+  ExpandBackwardArgs args = {p.n,
+                             p.hw,
+                             p.c,
+                             p.out,
+                             dtype,
+                             dtype,
+                             f.data(),
+                             z1.data(),
+                             norm.grads(),
+                             weight.data(),
+                             x.data(),
+                             wanted.added ? residual.data() : nullptr,
+                             wanted.data ? grad_x.data() : nullptr,
+                             wanted.weight ? partial.floats() : nullptr,
+                             workspace,
+                             threads};
   launch("expand_backward", kernels->mbconv->expand_backward, args);
   Doubles exact(grad_x.size()), grad(p.out * p.c);
-  for (int64_t i = 0; i < grad_x.size(); i++) exact[i] = residual[i];
+  for (int64_t i = 0; wanted.added && i < grad_x.size(); i++) exact[i] = residual[i];
+  const Doubles w = values(weight), of_x = values(x);
   for (int64_t i = 0; i < pixels; i++)
     for (int64_t o = 0; o < p.out; o++) {
       const double dz = norm.dz(f[i * p.out + o], z1[i * p.out + o], o);
       for (int64_t c = 0; c < p.c; c++) {
-        exact[i * p.c + c] += dz * weight[o * p.c + c];
-        grad[o * p.c + c] += dz * x[i * p.c + c];
+        exact[i * p.c + c] += dz * w[o * p.c + c];
+        grad[o * p.c + c] += dz * of_x[i * p.c + c];
       }
     }
-  expect("grad_x", grad_x, exact, 1);
-  expect("grad_weight", folded(partial, split.tasks(), p.c, p.out, true, threads), grad, p.hw);
+  if (wanted.data) expect("grad_x", grad_x, exact, 1);
+  if (wanted.weight)
+    expect("grad_weight", folded(partial, split.tasks(), p.c, p.out, true, threads), grad, p.hw);
 }
 
-inline void test_elementwise(const Pixels& p, DType dtype, int threads) {
+inline void test_elementwise(const Pixels& p, DType dtype, bool added, int threads) {
   const int64_t size = p.n * p.hw * p.c, parts = host::pointwise_parts(p.hw);
   const Tensor z(size, dtype, -2, 2), other(size, dtype, -1, 1);
   const Tensor row_scale(p.n, DType::kFloat32, 0, 2);
@@ -200,132 +241,47 @@ inline void test_elementwise(const Pixels& p, DType dtype, int threads) {
                              dtype,
                              z.data(),
                              norm.vectors(),
-                             row_scale.floats(),
-                             other.data(),
+                             added ? row_scale.floats() : nullptr,
+                             added ? other.data() : nullptr,
                              y.data(),
                              other.data(),
                              two.floats(),
                              threads};
   launch("finish", kernels->mbconv->finish, finish);
   launch("finish_backward", kernels->mbconv->finish_backward, finish);
-  Doubles exact(size), three_exact(3 * p.c), two_exact(2 * p.c);
+  Doubles exact(size), three_exact(p.n * 3 * p.c), two_exact(p.n * 2 * p.c);
   for (int64_t i = 0; i < size; i++) {
-    const int64_t c = i % p.c;
-    const double u = norm.u(z[i], c), scale = row_scale[i / (p.hw * p.c)], zh = norm.zh(z[i], c);
-    exact[i] = u * scale + other[i];
-    three_exact[c] += silu(u);
-    three_exact[p.c + c] += silu_grad(u);
-    three_exact[2 * p.c + c] += silu_grad(u) * zh;
-    two_exact[c] += other[i] * scale;
-    two_exact[p.c + c] += other[i] * scale * zh;
+    const int64_t n = i / (p.hw * p.c), c = i % p.c;
+    const double u = norm.u(z[i], c), scale = added ? row_scale[n] : 1, zh = norm.zh(z[i], c);
+    exact[i] = u * scale + (added ? other[i] : 0);
+    double* const three_sums = three_exact.data() + n * 3 * p.c + c;
+    three_sums[0] += silu(u);
+    three_sums[p.c] += silu_grad(u);
+    three_sums[2 * p.c] += silu_grad(u) * zh;
+    double* const two_sums = two_exact.data() + n * 2 * p.c + c;
+    two_sums[0] += other[i] * scale;
+    two_sums[p.c] += other[i] * scale * zh;
   }
-  const auto total = [&](const Tensor& partial, int64_t rows) {
-    Tensor out(rows * p.c);
-    for (int64_t i = 0; i < rows * p.c; i++) {
-      double sum = 0;
-      for (int64_t part = 0; part < p.n * parts; part++) sum += partial[part * rows * p.c + i];
-      out.set(i, sum);
-    }
-    return out;
-  };
   expect("y", y, exact, 1);
-  expect("squeezed", total(three, 3), three_exact, p.hw);
-  expect("sums of du", total(two, 2), two_exact, p.hw);
-}
-
-// Copies a problem's input, which has gaps, into a tensor without.
-inline Tensor dense_input(const Problem& problem) {
-  const Case& p = problem.p;
-  Tensor x(p.n * p.h * p.w * p.c, problem.dtype);
-  for (int64_t i = 0; i < x.size(); i++) {
-    const int64_t at = i / p.c;
-    x.set(i, problem.x[problem.x_index(at / (p.h * p.w), at / p.w % p.h, at % p.w) + i % p.c]);
-  }
-  return x;
-}
-
-inline void test_depthwise(const Problem& problem, bool activated, int threads) {
-  const Case& p = problem.p;
-  const DType dtype = problem.dtype;
-  const Tensor x = dense_input(problem), residual(x.size(), dtype, -1, 1);
-  const int64_t out = problem.out_size(), chunks = host::depthwise_chunks(p.n, problem.oh);
-  const Norm norm1(p.c), norm2(p.c);
-  const auto index = [&](int64_t at) {  // of the dense input
-    const int64_t n = at / problem.image, h = at % problem.image / problem.row;
-    const int64_t rest = at % problem.image % problem.row;
-    return ((n * p.h + h) * p.w + rest / problem.pixel) * p.c + rest % problem.pixel;
-  };
-  Doubles a(x.size()), exact(out);
-  for (int64_t i = 0; i < x.size(); i++) a[i] = activated ? silu(norm1.u(x[i], i % p.c)) : x[i];
-  problem.for_products([&](int64_t at, int64_t weight, int64_t to) {
-    exact[to] += a[index(at)] * problem.weight[weight];
-  });
-  Tensor z(out, dtype), partial(p.n * chunks * 3 * p.c);
-  const NormVectors vectors = activated ? norm1.vectors() : NormVectors{};
-  DepthwiseForwardArgs forward = {
-      problem.shape(),       dtype,    problem.weight.dtype(), x.data(),  vectors,
-      problem.weight.data(), z.data(), partial.floats(),       workspace, threads};
-  launch("depthwise_forward", kernels->mbconv->depthwise_forward, forward);
-  expect("z", z, exact, 1);
-  const Tensor e(out, dtype, -1, 1), z2(out, dtype, -2, 2), gate(p.n * p.c, DType::kFloat32, 0, 1);
-  const Tensor q(p.n * p.c, DType::kFloat32, -0.2, 0.2);
-  Tensor f(x.size(), dtype), sums(p.n * chunks * 2 * p.c), taps(p.n * chunks * p.c * p.k * p.k);
-  DepthwiseBackwardArgs args = {problem.shape(),
-                                dtype,
-                                problem.weight.dtype(),
-                                e.data(),
-                                z2.data(),
-                                gate.floats(),
-                                q.floats(),
-                                norm2.shift.floats(),
-                                norm2.grads(),
-                                x.data(),
-                                vectors,
-                                residual.data(),
-                                problem.weight.data(),
-                                f.data(),
-                                activated ? sums.floats() : nullptr,
-                                taps.floats(),
-                                workspace,
-                                threads};
-  launch("depthwise_backward", kernels->mbconv->depthwise_backward, args);
-  Doubles da(x.size()), grad(p.c * p.k * p.k), sums_exact(2 * p.c);
-  problem.for_products([&](int64_t at, int64_t weight, int64_t to) {
-    const int64_t c = to % p.c, nc = to / (out / p.n) * p.c + c;
-    const double du = (e[to] * gate[nc] + q[nc]) * silu_grad(norm2.u(z2[to], c));
-    const double dz = norm2.dz(du, z2[to], c);
-    da[index(at)] += dz * problem.weight[weight];
-    grad[weight] += dz * a[index(at)];
-  });
-  for (int64_t i = 0; i < x.size(); i++)
-    da[i] = activated ? da[i] * silu_grad(norm1.u(x[i], i % p.c)) : da[i] + residual[i];
-  expect("f", f, da, 1);
-  const auto total = [&](const Tensor& of, int64_t columns) {
-    Tensor sum(columns);
-    for (int64_t i = 0; i < columns; i++) {
-      double value = 0;
-      for (int64_t part = 0; part < p.n * chunks; part++) value += of[part * columns + i];
-      sum.set(i, value);
-    }
-    return sum;
-  };
-  expect("grad_weight", total(taps, p.c * p.k * p.k), grad, 4);
-  if (!activated) return;
-  for (int64_t i = 0; i < x.size(); i++) {
-    sums_exact[i % p.c] += f[i];
-    sums_exact[p.c + i % p.c] += f[i] * norm1.zh(x[i], i % p.c);
-  }
-  expect("sums of f", total(sums, 2 * p.c), sums_exact, 4);
+  expect("squeezed", summed(three, p.n, parts, 3 * p.c), three_exact, p.hw);
+  expect("sums of du", summed(two, p.n, parts, 2 * p.c), two_exact, p.hw);
 }
 
 inline void test_mbconv(DType dtype, int threads) {
   for (const Pixels& p : kPixels) {
     context = "mbconv " + std::to_string(p.n) + "x" + std::to_string(p.hw) + "x" +
               std::to_string(p.c) + "x" + std::to_string(p.out);
-    for (bool activated : {false, true}) test_pointwise_forward(p, dtype, activated, threads);
-    test_project_backward(p, dtype, threads);
-    test_expand_backward(p, dtype, threads);
-    test_elementwise(p, dtype, threads);
+    for (bool activated : {false, true})
+      for (bool moments : {false, true})
+        test_pointwise_forward(p, dtype, activated, moments, threads);
+    test_project_backward(p, dtype, kEverything, threads);
+    test_expand_backward(p, dtype, kEverything, threads);
+    for (bool added : {false, true}) test_elementwise(p, dtype, added, threads);
+    if (&p != kPixels) continue;
+    for (const Wanted& wanted : kWanted) {
+      test_project_backward(p, dtype, wanted, threads);
+      test_expand_backward(p, dtype, wanted, threads);
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cases import MBCONV_CASES, MBConvCase, find
-from effnet_fast import ops, reference
+from effnet_fast import _native, ops, reference
 from effnet_fast.backends import can_run
 from effnet_fast.ops import mbconv_passes, scratch
 from effnet_fast.reference.mbconv import Training
@@ -138,6 +139,32 @@ def test_any_number_of_threads(case: MBConvCase, dtypes: Dtypes, backend: str) -
     for threads in (2, 3, 4):
         torch.set_num_threads(threads)
         assert_same(run_op(call, backend), expected)
+
+
+def test_callers_in_several_threads() -> None:
+    """Eight at once, which share the cores, with calls on one and on several threads."""
+    calls = [sample(n, d, training=t) for n in SAMPLES for d in (FP32, BF16) for t in (True, False)]
+    expected = [run_op(call) for call in calls]
+
+    def work(start: int) -> None:
+        torch.set_num_threads(1 + start % 3)
+        for step in range(len(calls)):
+            index = (start * 3 + step) % len(calls)
+            assert_same(run_op(calls[index]), expected[index])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert _native.load().running_calls() == 0
+
+
+def test_a_gate_without_a_norm_is_refused() -> None:
+    """The kernel would leave it out."""
+    x, weight = torch.zeros(1, 4, 2, 2), torch.zeros(4, 4)
+    gate, z, norm = torch.ones(1, 4), torch.zeros(1, 4, 2, 2), torch.zeros(5, 4)
+    tensors = x.data_ptr(), 0, gate.data_ptr(), weight.data_ptr()
+    rest = (0, 0, 0, 0), 1e-5, z.data_ptr(), norm.data_ptr(), 1
+    with pytest.raises(ValueError, match="a gate needs the norm of x"):
+        _native.load().mbconv_pointwise("", (1, 4, 4, 4), False, False, *tensors, *rest)
 
 
 @ANY_BACKEND
