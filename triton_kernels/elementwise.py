@@ -63,3 +63,13 @@ def tile_statistics(z, mask, count):
     deviation = tl.where(mask, z - mean[None, :], 0.0)
     rest = tl.sum(deviation, 0) / tl.maximum(count, 1.0)
     return mean, tl.sum(deviation * deviation, 0) - count * rest * rest, rest
+
+
+@triton.jit
+def store_statistics(partial, tile, count, mean, squares, rest, channels, c, mask):
+    """Writes a tile's count, mean, M2 and rest [C] to partial [tiles,4,C]."""
+    out = partial + tile.to(tl.int64) * 4 * channels + c
+    tl.store(out, tl.full(c.shape, 0.0, tl.float32) + count, mask=mask)
+    tl.store(out + channels, mean, mask=mask)
+    tl.store(out + 2 * channels, squares, mask=mask)
+    tl.store(out + 3 * channels, rest, mask=mask)

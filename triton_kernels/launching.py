@@ -1,8 +1,8 @@
 """What the launchers share: the way from tensors to a kernel, and shapes and types on it.
 
-Kernels get a channel count as a number of units of VEC channels, VEC being a constant of the
-kernel: the compiler then knows that rows begin at multiples of VEC, which it needs for accesses of
-128 bits, and one compiled kernel still serves every count that VEC divides.
+Kernels get a channel count, and strides, as a number of units of VEC channels, VEC being a constant
+of the kernel: the compiler then knows that rows begin at multiples of VEC, which it needs for
+accesses of 128 bits, and one compiled kernel still serves every count that VEC divides.
 """
 
 from __future__ import annotations
@@ -61,10 +61,15 @@ def start(
     kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
-def units(*channels: int) -> tuple[int, ...]:
-    """VEC and the channel counts in units of it; VEC is 1 where 8 does not divide them all."""
-    vec = 1 if any(c % VEC for c in channels) else VEC
-    return vec, *(c // vec for c in channels)
+def units(*sizes: int) -> tuple[int, ...]:
+    """VEC and the channel counts or strides in units of it; VEC is 1 where 8 divides not all."""
+    vec = 1 if any(size % VEC for size in sizes) else VEC
+    return vec, *(size // vec for size in sizes)
+
+
+def pixel_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of x [N,C,H,W] over N, H and W; 0 where a size of 1 leaves the stride unused."""
+    return tuple(0 if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 3))
 
 
 def nhwc(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import load_affine, load_norm, silu, tile_statistics
+from .elementwise import load_affine, load_norm, silu, store_statistics, tile_statistics
 from .launching import dense, dot_precision, empty_fp32, empty_nhwc, launch, nhwc, units
 
 BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
@@ -92,11 +92,7 @@ def pointwise_fwd_kernel(
     if partial is not None:
         count = tl.minimum(rows - first, BM).to(tl.float32)
         tile_mean, squares, rest = tile_statistics(stored.to(tl.float32), y_inside, count)
-        out = partial + tile.to(tl.int64) * 4 * channels + c
-        tl.store(out, tl.full(c.shape, 0.0, tl.float32) + count, mask=c_inside)
-        tl.store(out + channels, tile_mean, mask=c_inside)
-        tl.store(out + 2 * channels, squares, mask=c_inside)
-        tl.store(out + 3 * channels, rest, mask=c_inside)
+        store_statistics(partial, tile, count, tile_mean, squares, rest, channels, c, c_inside)
 
 
 def launch_pointwise_fwd(

@@ -8,6 +8,7 @@ has no budget.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ import torch
 pytest.importorskip("triton")
 
 import ahead_of_time
-from ahead_of_time import TARGETS, Build, builds, compile_build, instructions, resources
+from ahead_of_time import PRODUCTS, TARGETS, Build, builds, compile_build, instructions, resources
+from effnet_fast.triton_kernels import launching
 
 BUDGETS = json.loads(Path(ahead_of_time.BUDGETS).read_text())
-PRODUCTS = ("pointwise_fwd_kernel", "pointwise_bwd_data_kernel", "pointwise_bwd_weight_kernel")
 WGMMA_ROWS = 64  # of the accumulator: fewer take the instructions of sm_80
 
 
@@ -56,6 +57,8 @@ def test_within_budget(capability: int, dtype: torch.dtype, kernel: str) -> None
             assert any(op.startswith("HGMMA") for op in instructions(compiled)), (
                 f"{build}: no HGMMA"
             )
+        if kernel.startswith("dwconv") and dict(build.constants)["VEC"] == launching.VEC:
+            assert not single_loads(compiled), f"{build} loads single values of 16 bits"
 
 
 def uses_tensor_cores(build: Build) -> bool:
@@ -63,6 +66,20 @@ def uses_tensor_cores(build: Build) -> bool:
     rows = constants["BN" if build.name == "pointwise_bwd_weight_kernel" else "BM"]
     half = any(t in ("*fp16", "*bf16") for t in types.values())
     return half and rows >= WGMMA_ROWS
+
+
+def single_loads(compiled: Any) -> int:
+    """Loads from memory of one value of 16 bits, which are as many instructions as values."""
+    return len(re.findall(r"\bld\.global[.\w]*\.b16\s*\{\s*%\w+\s*\}", compiled.asm["ptx"]))
+
+
+def test_single_loads_are_noticed() -> None:
+    """Channel counts that 8 does not divide leave nothing known about where a pixel begins."""
+    build, function = next(
+        (b, k) for b, k in builds(torch.bfloat16).items() if b.name == "dwconv_bwd_weight_kernel"
+    )
+    unknown = build._replace(constants=tuple(sorted((dict(build.constants) | {"VEC": 1}).items())))
+    assert single_loads(compile_build(function, unknown, 90)) > 0
 
 
 def test_a_spill_is_noticed() -> None:
