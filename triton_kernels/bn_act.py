@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import load_norm, load_vector, silu, silu_grad
+from .elementwise import load_norm, load_vector, silu, silu_grad, sum_rows
 from .folds import fold_sums
 from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
 
@@ -97,8 +97,8 @@ def bn_sums_kernel(
         du_sum += du
         product_sum += tl.where(inside, du * ((value - mean[None, :]) * rstd[None, :]), 0.0)
     out = partial + tl.program_id(0).to(tl.int64) * 2 * channels + c
-    tl.store(out, tl.sum(du_sum, 0), mask=c_inside)
-    tl.store(out + channels, tl.sum(product_sum, 0), mask=c_inside)
+    tl.store(out, sum_rows(du_sum), mask=c_inside)
+    tl.store(out + channels, sum_rows(product_sum), mask=c_inside)
 
 
 @triton.jit(do_not_specialize=["inverse", "rows", "pixels", "channel_units"])

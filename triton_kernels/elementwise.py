@@ -54,6 +54,12 @@ def load_affine(weight, bias, mean, var, eps, c, mask):
 
 
 @triton.jit
+def sum_rows(x):
+    """Sums [C] of x [P,C] in fp32, added up in fp64."""
+    return tl.sum(x.to(tl.float64), 0).to(tl.float32)
+
+
+@triton.jit
 def tile_statistics(z, mask, count):
     """mean, M2 and what rounding took from the mean, over axis 0 of z [P,C].
 

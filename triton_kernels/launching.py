@@ -95,6 +95,9 @@ def empty_fp32(like: Tensor, *shape: int) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """ "ieee", or "tf32" for fp32 products where torch.backends.cuda.matmul allows it."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """ "ieee", or "tf32" for fp32 products where torch.backends.cuda.matmul allows it.
+
+    AMD's GPUs refuse "tf32".
+    """
+    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"

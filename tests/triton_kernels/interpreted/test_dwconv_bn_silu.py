@@ -27,9 +27,6 @@ NAMES = (
     "k1_stride_2",
     "batch_0",
 )
-# Not the gradients of one channel in eval: bn_weight's is then one number, of which stock happens
-# to have the first 25 bits right; the rounding of 126 terms in fp32 is 1.2 times what that allows.
-CALLS = [(n, mode) for n in NAMES for mode in (False, True) if (n, mode) != ("c_one", False)]
 HALF = ("c_odd", "7x9_stride_2", "four_sides", "no_padding")
 
 
@@ -37,7 +34,8 @@ def case_of(name: str) -> DwconvCase:
     return find(DWCONV_CASES, name)
 
 
-@pytest.mark.parametrize(("name", "training"), CALLS)
+@MODES
+@pytest.mark.parametrize("name", NAMES)
 def test_matches_reference(name: str, training: bool) -> None:
     check(dwconv_call(case_of(name), FP32, training), "triton")
 
@@ -84,7 +82,18 @@ def test_strided_input() -> None:
     check(call.with_tensors(x=cut).with_options(training=False), "triton", wanted=())
 
 
-@pytest.mark.parametrize(("mean", "dtypes"), [(1000.0, FP32), (8.0, FP16)])
+LARGE_MEANS = pytest.mark.parametrize(("mean", "dtypes"), [(1000.0, FP32), (8.0, FP16)])
+
+
+@LARGE_MEANS
+def test_large_mean_in_folds_of_several_levels(
+    mean: float, dtypes: Dtypes, two_parts_a_run: list[int]
+) -> None:
+    test_large_mean(mean, dtypes)
+    assert max(two_parts_a_run) > 2
+
+
+@LARGE_MEANS
 def test_large_mean(mean: float, dtypes: Dtypes) -> None:
     """Variance survives a mean that is large beside the deviation."""
     call = dwconv_call(case_of("no_padding"), dtypes, True)
