@@ -27,11 +27,9 @@ from .bn_act import launch_bn_act_bwd, launch_bn_act_fwd, launch_bn_sums
 from .dwconv_backward import launch_dwconv_bwd_data, launch_dwconv_bwd_weight, taps
 from .elementwise import load_affine, load_norm, silu, store_statistics
 from .folds import fold_statistics, fold_sums, launch_norm
-from .launching import dense, empty_fp32, empty_nhwc, launch, pixel_strides, units
+from .launching import NO_BN, BatchNorm, dense, empty_fp32, empty_nhwc, launch, pixel_strides, units
 
 Sides = Sequence[int]  # left, right, top, bottom
-BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
-NO_BN: BatchNorm = (None,) * 4
 
 
 @triton.jit

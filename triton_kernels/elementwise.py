@@ -54,9 +54,18 @@ def load_affine(weight, bias, mean, var, eps, c, mask):
 
 
 @triton.jit
-def sum_rows(x):
-    """Sums [C] of x [P,C] in fp32, added up in fp64."""
-    return tl.sum(x.to(tl.float64), 0).to(tl.float32)
+def add_exactly(total, rest, x):
+    """total + x, and the rest with what rounding took from it (Knuth's two-sum)."""
+    new = total + x
+    added = new - total
+    return new, rest + ((total - (new - added)) + (x - added))
+
+
+@triton.jit
+def sum_rows(x, rest):
+    """Sums [C] of x + rest [P,C] in fp32, added up in fp64; no rest where x is infinite."""
+    rest = tl.where(rest == rest, rest, 0.0)
+    return tl.sum(x.to(tl.float64) + rest, 0).to(tl.float32)
 
 
 @triton.jit

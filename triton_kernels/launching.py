@@ -16,6 +16,8 @@ import triton
 from torch import Tensor
 
 Kernel = Any  # triton.JITFunction, or its interpreted form
+BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
+NO_BN: BatchNorm = (None,) * 4
 VEC = 8  # channels: 16 bytes in 16-bit types
 
 

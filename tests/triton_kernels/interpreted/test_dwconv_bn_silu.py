@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cases import DWCONV_CASES, DwconvCase, find
-from parity import FP32, MODES, Dtypes, check, dwconv_call
+from effnet_fast.triton_kernels.bn_act import launch_bn_sums
+from effnet_fast.triton_kernels.folds import launch_norm
+from parity import FP32, MODES, Dtypes, channels_last, check, dwconv_call
 
 FP16 = Dtypes(torch.float16, torch.float16)
 MIXED = Dtypes(torch.float16, torch.float32)
@@ -80,6 +82,17 @@ def test_strided_input() -> None:
     cut = larger[1:, :, 2 : h + 2, 1 : w + 1]
     check(call.with_tensors(x=cut), "triton")
     check(call.with_tensors(x=cut).with_options(training=False), "triton", wanted=())
+
+
+def test_an_infinite_gradient_reaches_the_sums() -> None:
+    """What rounding took from a sum is no number where the sum is infinite."""
+    z, grad = (channels_last(torch.randn(2, 8, 7, 6)) for _ in range(2))
+    grad[0, 3, 2, 1] = float("inf")
+    norm = launch_norm(None, None, torch.zeros(8), torch.ones(8), 0.0)
+    sums = launch_bn_sums(grad, z, norm, silu=False)
+    exact = torch.stack([grad.sum((0, 2, 3)), (grad * z).sum((0, 2, 3))])
+    assert torch.isinf(exact).sum() == 2
+    torch.testing.assert_close(sums, exact)
 
 
 LARGE_MEANS = pytest.mark.parametrize(("mean", "dtypes"), [(1000.0, FP32), (8.0, FP16)])
