@@ -2,8 +2,10 @@
 
 Builds the package with CUDA (no network needed), holds the kernels to the reference on the device,
 times ops and networks beside their peers, and reads hardware counters. Parts run in turn, each
-within its share of the time that is left; one that fails does not stop the others. Everything goes
-to one folder: a log per step, the CSV file, and summary.txt, which is also printed last.
+within its share of the time that is left; one that fails does not stop the others. The part
+"compiled" runs only where it is asked for: networks beside torch.compile with CUDA graphs, each a
+minute or more to compile. Everything goes to one folder: a log per step, the CSV file, and
+summary.txt, which is also printed last.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ BUDGET_S = 9 * 60.0
 RESERVE_S = 15.0  # for the summary
 INTERRUPTED = "interrupted"
 PARTS = ("parity", "kernels", "networks", "tune")
+COMPILED = "compiled"  # only where it is asked for: it takes longer than all the others
+COMPILED_BUDGET_S = 60 * 60.0
 # Counters of one launch of each kernel: time, bytes to and from memory, busy issue slots.
 COUNTERS = (
     "gpu__time_duration.sum",
@@ -46,7 +50,7 @@ class Step:
     """One command.
 
     Args:
-        part: which of `PARTS` it belongs to, or "build".
+        part: which of `PARTS` it belongs to, `COMPILED`, or "build".
         name: names its log.
         command: with {out} for the folder of results and {commit} for the commit.
         share: of the time that is left when it starts.
@@ -67,7 +71,7 @@ def _pytest(part: str, name: str, share: float, *options: str) -> Step:
 
 def _bench(part: str, name: str, share: float, select: str) -> Step:
     options = ("--benchmark-only", "--record", "--results", "{out}", "--commit", "{commit}")
-    file = "network" if part == "networks" else name
+    file = "network" if part in ("networks", COMPILED) else name
     return _pytest(
         *(part, name, share, f"benchmarks/bench_{file}.py"),
         *(*options, "--rounds", "2", "-k", select),
@@ -86,6 +90,11 @@ PARITY = (
     *("tests/ops", "tests/models", "tests/triton_kernels"),
     *("tests/test_deployment_device.py", "tests/test_deployment_launched.py"),
 )
+# Name, share of the time that is left, and what: B7 compiles the longest.
+COMPILATIONS = tuple(
+    (f"{COMPILED}_{size}", share, f"bf16 and {size}_ and (torch_compile_graphs or {OURS})")
+    for size, share in (("b0", 0.2), ("b4", 0.4), ("b7", 0.9))
+)
 # In place, so that the checkout which the tests import is the one that was built.
 INSTALL = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
 STEPS = (
@@ -102,7 +111,10 @@ STEPS = (
     _bench("networks", "b7", 0.9, NETWORKS["b7"]),
     Step(
         *("tune", "tune"),
-        (sys.executable, "-m", "benchmarks.tune", "--table", "{out}/tuning.json"),
+        (
+            *(sys.executable, "-m", "benchmarks.tune"),
+            *("--table", "{out}/tuning.json", "--commit", "{commit}"),
+        ),
         0.6,
     ),
     Step(
@@ -110,6 +122,7 @@ STEPS = (
         (*NCU, "--metrics", ",".join(COUNTERS), sys.executable, PROFILED),
         *(1.0, "ncu"),
     ),
+    *(_bench(COMPILED, *row) for row in COMPILATIONS),
 )
 
 
@@ -220,15 +233,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of results")
     parser.add_argument(
-        "--part", choices=PARTS, action="append", help="only this part (may be repeated)"
-    )
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything")
+        "--part", choices=(*PARTS, COMPILED), action="append",
+        help="only this part (may be repeated; default: all but compiled)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float,
+        help=f"seconds for everything (default: {BUDGET_S:.0f}, "
+        f"with the part compiled {COMPILED_BUDGET_S:.0f})",
+    )  # fmt: skip
     parser.add_argument(
         "--commit", default=records.git_commit(), help="for the records (default: git's)"
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     arguments = parser.parse_args(argv)
-    steps = chosen(arguments.part or PARTS)
+    parts = arguments.part or PARTS
+    steps, budget_s = chosen(parts), COMPILED_BUDGET_S if COMPILED in parts else BUDGET_S
     out = arguments.out.resolve()
     if arguments.dry_run:
         for step in steps:
@@ -236,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{step.part:9} {step.name:15} {command}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    results = run(steps, out, arguments.budget, arguments.commit)
+    results = run(steps, out, arguments.budget or budget_s, arguments.commit)
     text = summary(results, out)
     (out / "summary.txt").write_text(text)
     print(text)

@@ -27,6 +27,10 @@ from benchmarks import device_clock
 from effnet_fast import timing
 
 SOURCE = Path(__file__).with_name("native") / "peaks.cpp"
+COMPILER = "g++"
+OPTIONS = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-shared", "-fPIC", "-pthread")
+CPUINFO = Path("/proc/cpuinfo")
+CPUINFO_LINES = (b"model name", b"flags", b"CPU part", b"Features")  # x86, aarch64
 TRIES = 30
 TRY_S = 0.02  # seconds that one try takes: short, so that some fall between what else runs
 COPY_SIZES = tuple(2**n for n in range(16, 29, 2))  # bytes read and written: 64 KiB to 256 MiB
@@ -161,12 +165,10 @@ def _copies() -> tuple[tuple[int, float], ...]:
 
 
 def _library() -> ctypes.CDLL:
-    """The compiled peaks.cpp, from a cache keyed by its text."""
-    key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effnet-fast"
-    path = folder / f"peaks-{key}.so"
+    """The compiled peaks.cpp, from the cache where it is there."""
+    path = _path()
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         _compile(path)
     library = ctypes.CDLL(str(path))
     for function in (library.run_fma, library.run_dot):
@@ -175,20 +177,35 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def _path() -> Path:
+    """Where the library lies: named by all that decides about its code."""
+    key = hashlib.sha256(SOURCE.read_bytes() + _processor() + _run(COMPILER, "--version"))
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "effnet-fast"
+    return folder / f"peaks-{key.hexdigest()[:16]}.so"
+
+
+def _processor() -> bytes:
+    """The model and the instruction sets of this machine, for which `OPTIONS` compile."""
+    lines = CPUINFO.read_bytes().splitlines() if CPUINFO.exists() else []
+    return b"\n".join(sorted({line for line in lines if line.startswith(CPUINFO_LINES)}))
+
+
 def _compile(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / "peaks.so"
-        command = ["g++", "-O3", "-march=native", "-ffast-math", "-std=c++17", "-shared", "-fPIC"]
-        try:
-            subprocess.run(
-                [*command, "-pthread", str(SOURCE), "-o", str(built)],
-                check=True, capture_output=True, text=True,
-            )  # fmt: skip
-        except FileNotFoundError:
-            raise RuntimeError("g++ is needed to measure the peak rates of the CPU") from None
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"g++ cannot compile {SOURCE.name}: {error.stderr}") from error
+        _run(COMPILER, *OPTIONS, str(SOURCE), "-o", str(built))
         built.replace(path)
+
+
+def _run(*command: str) -> bytes:
+    """What the compiler prints."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True).stdout
+    except FileNotFoundError:
+        raise RuntimeError("g++ is needed to measure the peak rates of the CPU") from None
+    except subprocess.CalledProcessError as error:
+        text = error.stderr.decode(errors="replace")
+        raise RuntimeError(f"g++ cannot compile {SOURCE.name}: {text}") from error
 
 
 def _cuda() -> Limits:

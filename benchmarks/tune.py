@@ -13,6 +13,7 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -31,6 +32,7 @@ Times = dict[tuple[str, Sizes], float]  # ms of a launch
 MARGIN = 0.03  # of the time: less is noise
 REPEATS = 5
 BATCHES = {"b0": 256, "b4": 64, "b7": 16}
+COMMIT = re.compile("[0-9a-f]{7,40}")
 ROW = ("kernel", "device", "where", "config", "source")
 
 
@@ -105,6 +107,8 @@ def _event() -> torch.cuda.Event:
 
 def time_launches(step: Callable[[], None], override: Mapping[str, Config]) -> Times | None:
     """Median time of each launch in `step`, ms; None where a configuration does not fit."""
+    from triton.errors import TritonError
+
     samples = defaultdict(list)
     try:
         with watched(override, _event) as seen:
@@ -113,8 +117,8 @@ def time_launches(step: Callable[[], None], override: Mapping[str, Config]) -> T
             for _ in range(REPEATS):
                 step()
         torch.cuda.synchronize()
-    except (RuntimeError, ValueError) as error:  # out of shared memory or registers
-        print(f"  {dict(override)}: {str(error).splitlines()[0]}")
+    except (TritonError, RuntimeError, ValueError) as error:  # no memory or registers for it
+        print(f"  {dict(override)}: {[*str(error).splitlines(), type(error).__name__][0]}")
         return None
     for key, begin, end in seen:
         samples[key].append(begin.elapsed_time(end))
@@ -155,6 +159,33 @@ def write(path: Path, new: Sequence[Mapping[str, Any]]) -> None:
     path.write_text(f"[\n{lines}\n]\n")
 
 
+def tune(step: Callable[[], None]) -> Iterator[dict[Any, Config]]:
+    """What is best of `CANDIDATES` for the launches of `step`, kernel by kernel, as `best` says."""
+    default = time_launches(step, {})
+    assert default is not None, "the table's own rows must run"
+    for kernel, configs in CANDIDATES.items():
+        timed = [(kernel, config, time_launches(step, {kernel: config})) for config in configs]
+        yield best(default, [(*row, times) for *row, times in timed if times is not None])
+
+
+def _commit(text: str) -> str:
+    if COMMIT.fullmatch(text):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"rows name the commit that they were measured at, 7 to 40 hexadecimal digits: got {text!r}"
+    )
+
+
+def _own_commit() -> str:
+    """Of the checkout; rows of a changed one would name a commit that they are not of."""
+    try:
+        return _commit(records.git_commit())
+    except argparse.ArgumentTypeError as error:
+        raise SystemExit(
+            f"{error}; commit the changes (a + marks them), or give --commit"
+        ) from None
+
+
 def _step(model: torch.nn.Module, x: torch.Tensor) -> None:
     with torch.autocast("cuda", torch.bfloat16), effnet_fast.use_backend("triton"):
         model.train()
@@ -169,11 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 1 where there is no GPU.
+
+    Raises:
+        SystemExit: --commit, or the checkout's without it, is no commit's hash.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=BATCHES, default=["b0"])
     parser.add_argument("--table", type=Path, help="the file to write (default: the package's own)")
-    parser.add_argument("--commit", default=records.git_commit())
+    parser.add_argument("--commit", type=_commit, help="for the rows (default: git's)")
     parser.add_argument("--dry-run", action="store_true", help="print the rows, write nothing")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -181,25 +215,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     from effnet_fast.triton_kernels import tuning
 
-    device, new = torch.cuda.get_device_name(), []
+    device, commit = torch.cuda.get_device_name(), arguments.commit or _own_commit()
     for name in arguments.models:
         model = getattr(effnet_fast, f"efficientnet_{name}")().cuda()
         model = model.to(memory_format=torch.channels_last)
         size = model.variant.resolution
         x = torch.randn(BATCHES[name], 3, size, size, device="cuda")
         step = functools.partial(_step, model, x.contiguous(memory_format=torch.channels_last))
-        default = time_launches(step, {})
-        assert default is not None, "the table's own rows must run"
-        candidates = []
-        for kernel, configs in CANDIDATES.items():
-            for config in configs:
-                if (measured := time_launches(step, {kernel: config})) is not None:
-                    candidates.append((kernel, config, measured))
-        new += rows_of(best(default, candidates), device, arguments.commit)
-    for row in new:
-        print(json.dumps(row))
-    if not arguments.dry_run:
-        write(arguments.table or tuning.FILE, new)
+        for chosen in tune(step):  # written kernel by kernel: the time may end at any
+            new = rows_of(chosen, device, commit)
+            for row in new:
+                print(json.dumps(row), flush=True)
+            if not arguments.dry_run:
+                write(arguments.table or tuning.FILE, new)
     return 0
 
 

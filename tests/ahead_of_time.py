@@ -37,13 +37,13 @@ from shapes import BlockShape, shapes_of
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 BATCHES = {"b0": 256, "b4": 64, "b7": 16}  # of training, as the benchmarks have them
 BUDGETS = Path(__file__).parent / "triton_kernels/budgets.json"
-# Compute capability and dtype of the images, and which kernels, None for all.
 PRODUCTS = (
     "pointwise_fwd_kernel",
     "pointwise_pool_fwd_kernel",
     "pointwise_bwd_data_kernel",
     "pointwise_bwd_weight_kernel",
 )
+# Compute capability and dtype of the images, and which kernels, None for all.
 TARGETS = {
     (80, torch.bfloat16): None,
     (90, torch.bfloat16): None,

@@ -1,9 +1,9 @@
 """The shapes that the ops are tested on: the only table of them.
 
 A case's name says what it covers. "c" is the number of channels; a vector holds up to 16 of them
-and a kernel's block of channels up to 128; a chunk is about 16 output rows in the depthwise
-kernels and up to 128 pixels in the reductions. Cases named b0_... and b7_... are all the distinct
-block shapes of those networks at their own resolution.
+and a kernel's block of channels up to 128, a tile of a product 64; a chunk is about 16 output rows
+in the depthwise kernels and up to 128 pixels in the reductions. Cases named b0_... and b7_... are
+all the distinct block shapes of those networks at their own resolution.
 """
 
 from __future__ import annotations
@@ -191,6 +191,7 @@ _MBCONV = (
     MBConvCase("no_expansion_residual", 2, 24, 24, 24, 7, 9, 3, 1, 6, True),
     MBConvCase("one_pixel", 16, 8, 48, 8, 1, 1, 3, 1, 2, True),
     MBConvCase("k7", 2, 8, 48, 12, 10, 9, 7, 1, 2, False),
+    MBConvCase("c_gt_tile", 2, 72, 160, 72, 7, 7, 3, 1, 6, True),
     MBConvCase("batch_0", 0, 16, 64, 16, 7, 7, 3, 1, 4, True),
     MBConvCase("w_gt_tile_stride_2", 3, 20, 36, 24, 9, 19, 3, 2, 5, False),
     MBConvCase("w_gt_tile_k5", 2, 24, 32, 24, 5, 15, 5, 1, 6, True),

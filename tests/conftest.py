@@ -33,6 +33,13 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holds stock's fp32 convolutions on a GPU to fp32; cuDNN's own default is TF32."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def one_thread():
     """What is small is slower on several threads, by far where others use the cores too."""

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import load_norm, load_vector, silu, silu_grad
+from .elementwise import add_exactly, load_norm, load_vector, silu, silu_grad, sum_rows
 from .folds import fold_sums
 from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
 
@@ -72,7 +72,10 @@ def bn_sums_kernel(
     grad, z, partial, norm, row_scale, rows, pixels, channel_units,
     RUN, VEC: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """partial [runs,2,C]: sums of du and du * zh over runs of rows."""
+    """partial [runs,2,C]: sums of du and du * zh over runs of rows.
+
+    The terms of du * zh may outweigh their sum by far: what rounding takes from it is kept.
+    """
     channels = channel_units * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels
@@ -80,7 +83,7 @@ def bn_sums_kernel(
     row = tl.arange(0, BP)
     scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
     du_sum = tl.zeros([BP, BC], tl.float32)
-    product_sum = tl.zeros([BP, BC], tl.float32)
+    product_sum, product_rest = du_sum, du_sum
     for begin in range(0, RUN, BP):
         first = start + begin
         row_inside = row < rows - first
@@ -95,10 +98,11 @@ def bn_sums_kernel(
             du *= tl.load(row_scale + image, mask=row_inside, other=0.0).to(tl.float32)[:, None]
         du = tl.where(inside, du, 0.0)
         du_sum += du
-        product_sum += tl.where(inside, du * ((value - mean[None, :]) * rstd[None, :]), 0.0)
+        product = tl.where(inside, du * ((value - mean[None, :]) * rstd[None, :]), 0.0)
+        product_sum, product_rest = add_exactly(product_sum, product_rest, product)
     out = partial + tl.program_id(0).to(tl.int64) * 2 * channels + c
-    tl.store(out, tl.sum(du_sum, 0), mask=c_inside)
-    tl.store(out + channels, tl.sum(product_sum, 0), mask=c_inside)
+    tl.store(out, sum_rows(du_sum, 0.0), mask=c_inside)
+    tl.store(out + channels, sum_rows(product_sum, product_rest), mask=c_inside)
 
 
 @triton.jit(do_not_specialize=["inverse", "rows", "pixels", "channel_units"])
@@ -197,15 +201,13 @@ def launch_bn_act_bwd(
     silu: bool,
     sums: Tensor | None,
     *,
-    count: int | None = None,
     gate: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
     """dz like z [N,C,H,W] from the gradient of act(bn(z)).
 
     Args:
-        sums: totals [2,C] of du and du * zh over `count` rows (all of z unless given) in training,
-            None in eval.
+        sums: totals [2,C] of du and du * zh over all of z in training, None in eval.
         gate, offset: [N,C] fp32, both or neither: the gradient is grad * gate + offset.
     """
     z, grad = nhwc(z), nhwc(grad)
@@ -215,7 +217,7 @@ def launch_bn_act_bwd(
     vec, channel_units = units(channels)
     launch(
         bn_act_bwd_kernel, _grid(rows, channels, config), z.device,
-        (grad, z, dz, norm, dense(sums), 1.0 / (count or rows or 1),
+        (grad, z, dz, norm, dense(sums), 1.0 / max(rows, 1),
          dense(gate), dense(offset), rows, pixels, channel_units),
         config, VEC=vec, SILU=silu,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import tuning
 from .elementwise import load_norm, silu, silu_grad
 from .folds import fold_sums
-from .launching import empty_fp32, empty_nhwc, launch, nhwc, units
+from .launching import empty_fp32, empty_nhwc, launch, nhwc, pixel_strides, units
 
 PROGRAMS = 2048  # of the weight gradient: a GPU's worth, and few enough partials
 
@@ -93,7 +93,10 @@ def dwconv_bwd_weight_kernel(
     pixels, run, height, width, out_height, out_width, channel_units, left, top,
     VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """partial [runs,K*K,C]; a pixel is an image, a row of dz and a column of x."""
+    """partial [runs,K*K,C]; a pixel is an image, a row of dz and a column of x.
+
+    stride_n, stride_h and stride_w are in units of VEC values.
+    """
     channels = channel_units * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels
@@ -109,7 +112,7 @@ def dwconv_bwd_weight_kernel(
         n = dz_row // out_height
         ih = (dz_row % out_height).to(tl.int32) * STRIDE - top + kh
         exists = (pixel < pixels) & (ih >= 0) & (ih < height)
-        at = n * stride_n + ih.to(tl.int64) * stride_h + iw.to(tl.int64) * stride_w
+        at = (n * stride_n + ih.to(tl.int64) * stride_h + iw.to(tl.int64) * stride_w) * VEC
         inside = exists[:, None] & c_inside[None, :]
         a = tl.load(x + at[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
         if norm is not None:
@@ -202,10 +205,10 @@ def launch_dwconv_bwd_weight(
     run = triton.cdiv(triton.cdiv(pixels, runs), config["BP"]) * config["BP"]
     runs = max(1, triton.cdiv(pixels, run)) if run else 1
     partial = empty_fp32(x, 1, runs, kernel * kernel * channels)
-    vec, channel_units = units(channels)
+    vec, channel_units, *strides = units(channels, *pixel_strides(x))
     launch(
         dwconv_bwd_weight_kernel, (runs, blocks, kernel), x.device,
-        (dz, x, partial, norm, x.stride(0), x.stride(2), x.stride(3), pixels, run,
+        (dz, x, partial, norm, *strides, pixels, run,
          height, width, out_height, out_width, channel_units, padding[0], padding[2]),
         config, VEC=vec, K=kernel, STRIDE=stride,
     )  # fmt: skip

@@ -25,13 +25,26 @@ from torch import Tensor
 from . import tuning
 from .bn_act import launch_bn_act_bwd, launch_bn_act_fwd, launch_bn_sums
 from .dwconv_backward import launch_dwconv_bwd_data, launch_dwconv_bwd_weight, taps
-from .elementwise import load_affine, load_norm, silu
+from .elementwise import load_affine, load_norm, silu, store_statistics
 from .folds import fold_statistics, fold_sums, launch_norm
-from .launching import dense, empty_fp32, empty_nhwc, launch, units
+from .launching import NO_BN, BatchNorm, dense, empty_fp32, empty_nhwc, launch, pixel_strides, units
 
 Sides = Sequence[int]  # left, right, top, bottom
-BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
-NO_BN: BatchNorm = (None,) * 4
+
+
+@triton.jit
+def rows_statistics(stored, total, count, oh, ow, height, width, c_inside, R: tl.constexpr):
+    """As `tile_statistics`, of R rows [BW,C] from row oh on, with their sum `total` [C]."""
+    mean = total / tl.maximum(count, 1.0)
+    squares = tl.zeros(total.shape, tl.float32)
+    rest = tl.zeros(total.shape, tl.float32)
+    for r in tl.static_range(R):
+        inside = (ow < tl.where(oh + r < height, width, 0))[:, None] & c_inside[None, :]
+        deviation = tl.where(inside, stored[r] - mean[None, :], 0.0)
+        squares += tl.sum(deviation * deviation, 0)
+        rest += tl.sum(deviation, 0)
+    rest = rest / tl.maximum(count, 1.0)
+    return mean, squares - count * rest * rest, rest
 
 
 @triton.jit(do_not_specialize=[
@@ -47,9 +60,9 @@ def dwconv_fwd_kernel(
 ):  # fmt: skip
     """weight [K*K,C] fp32; partial [tiles,4,C] and sums [tiles,C] where given, tiles by image.
 
-    The strides of x are in units of VEC.
+    stride_n, stride_h and stride_w are in units of VEC values.
     """
-    channels, stride_w = channel_units * VEC, stride_w * VEC
+    channels = channel_units * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels
     tile = tl.program_id(0)
@@ -71,7 +84,7 @@ def dwconv_fwd_kernel(
         for kw in tl.static_range(K):
             iw = ow * STRIDE - left + kw
             inside = ((iw >= 0) & (iw < row_width))[:, None] & c_inside[None, :]
-            at = iw.to(tl.int64)[:, None] * stride_w + c[None, :]
+            at = iw.to(tl.int64)[:, None] * stride_w * VEC + c[None, :]
             value = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
             if in_norm is not None:
                 value = value * in_scale[None, :] + in_shift[None, :]
@@ -88,13 +101,14 @@ def dwconv_fwd_kernel(
                 acc += part
             reached = reached + (acc,)
         accs = reached
+    if mean is not None:
+        centre, scale, shift = load_affine(bn_weight, bn_bias, mean, var, eps, c, c_inside)
     total = tl.zeros([BC], tl.float32)
     stored = ()
     for r in tl.static_range(R):
         acc = accs[r]
         inside = (ow < tl.where(oh + r < out_height, out_width, 0))[:, None] & c_inside[None, :]
         if mean is not None:
-            centre, scale, shift = load_affine(bn_weight, bn_bias, mean, var, eps, c, c_inside)
             acc = silu((acc - centre[None, :]) * scale[None, :] + shift[None, :])
         rounded = acc.to(y.dtype.element_ty)
         out_row = y + ((n * out_height + oh + r) * out_width) * channels
@@ -108,22 +122,10 @@ def dwconv_fwd_kernel(
     if partial is not None:
         own_columns = tl.minimum(out_width - (tile % columns) * BW, BW)
         count = (tl.minimum(out_height - oh, R) * own_columns).to(tl.float32)
-        tile_mean = total / tl.maximum(count, 1.0)
-        squares = tl.zeros([BC], tl.float32)
-        rest = tl.zeros([BC], tl.float32)
-        for r in tl.static_range(R):
-            row_width = tl.where(oh + r < out_height, out_width, 0)
-            inside = (ow < row_width)[:, None] & c_inside[None, :]
-            deviation = tl.where(inside, stored[r] - tile_mean[None, :], 0.0)
-            squares += tl.sum(deviation * deviation, 0)
-            rest += tl.sum(deviation, 0)
-        rest = rest / tl.maximum(count, 1.0)
-        squares -= count * rest * rest
-        out = partial + tile.to(tl.int64) * 4 * channels + c
-        tl.store(out, tl.zeros([BC], tl.float32) + count, mask=c_inside)
-        tl.store(out + channels, tile_mean, mask=c_inside)
-        tl.store(out + 2 * channels, squares, mask=c_inside)
-        tl.store(out + 3 * channels, rest, mask=c_inside)
+        tile_mean, squares, rest = rows_statistics(
+            stored, total, count, oh, ow, out_height, out_width, c_inside, R
+        )
+        store_statistics(partial, tile, count, tile_mean, squares, rest, channels, c, c_inside)
 
 
 def out_size(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[int, int]:
@@ -168,7 +170,7 @@ def launch_dwconv_fwd(
     tiles = n * strips * columns
     partial = empty_fp32(x, tiles, 4, channels) if statistics else None
     sums = empty_fp32(x, n, strips * columns, channels) if pool else None
-    vec, channel_units, *strides = units(channels, x.stride(0), x.stride(2), x.stride(3))
+    vec, channel_units, *strides = units(channels, *pixel_strides(x))
     launch(
         dwconv_fwd_kernel, (tiles, triton.cdiv(channels, config["BC"])), x.device,
         (x, taps(weight) if packed is None else packed, y, in_norm, *map(dense, bn), eps,

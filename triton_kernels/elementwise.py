@@ -54,6 +54,21 @@ def load_affine(weight, bias, mean, var, eps, c, mask):
 
 
 @triton.jit
+def add_exactly(total, rest, x):
+    """total + x, and the rest with what rounding took from it (Knuth's two-sum)."""
+    new = total + x
+    added = new - total
+    return new, rest + ((total - (new - added)) + (x - added))
+
+
+@triton.jit
+def sum_rows(x, rest):
+    """Sums [C] of x + rest [P,C] in fp32, added up in fp64; no rest where x is infinite."""
+    rest = tl.where(rest == rest, rest, 0.0)
+    return tl.sum(x.to(tl.float64) + rest, 0).to(tl.float32)
+
+
+@triton.jit
 def tile_statistics(z, mask, count):
     """mean, M2 and what rounding took from the mean, over axis 0 of z [P,C].
 
@@ -63,3 +78,13 @@ def tile_statistics(z, mask, count):
     deviation = tl.where(mask, z - mean[None, :], 0.0)
     rest = tl.sum(deviation, 0) / tl.maximum(count, 1.0)
     return mean, tl.sum(deviation * deviation, 0) - count * rest * rest, rest
+
+
+@triton.jit
+def store_statistics(partial, tile, count, mean, squares, rest, channels, c, mask):
+    """Writes a tile's count, mean, M2 and rest [C] to partial [tiles,4,C]."""
+    out = partial + tile.to(tl.int64) * 4 * channels + c
+    tl.store(out, tl.full(c.shape, 0.0, tl.float32) + count, mask=mask)
+    tl.store(out + channels, mean, mask=mask)
+    tl.store(out + 2 * channels, squares, mask=mask)
+    tl.store(out + 3 * channels, rest, mask=mask)

@@ -2,7 +2,8 @@
 
 Computes: sums; Chan's merge of (count, mean, M2); sums per image of tiles that cross images
 Shapes:   partial [B,P,L] -> [B,L]; [P,4,C] -> mean, var [C] and norm [5,C]; [P,S,F,C] -> [F,N,C]
-Dtypes:   fp32
+Dtypes:   fp32, added up in fp64: an error of a sum over all pixels is the same in each of them, and
+          gradients that are differences of such sums magnify it
 Tiling:   a program owns a block of columns and a run of parts; more parts than one run take two
           launches
 Bytes:    the partials once (the statistics twice, from cache)
@@ -34,13 +35,14 @@ def fold_sums_kernel(partial, out, parts, run, columns, factor, BP: tl.constexpr
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     start = group * run
     end = tl.minimum(start + run, parts)
-    acc = tl.zeros([BP, BC], tl.float32)
+    acc = tl.zeros([BP, BC], tl.float64)
     for first in range(start, end, BP):
         part = first + tl.arange(0, BP)
         at = (batch * parts + part)[:, None] * columns + column[None, :]
-        acc += tl.load(partial + at, mask=(part < end)[:, None] & mask[None, :], other=0.0)
+        inside = (part < end)[:, None] & mask[None, :]
+        acc += tl.load(partial + at, mask=inside, other=0.0).to(tl.float64)
     at = (batch * tl.num_programs(1) + group) * columns + column
-    tl.store(out + at, tl.sum(acc, 0) * factor, mask=mask)
+    tl.store(out + at, (tl.sum(acc, 0) * factor).to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -123,12 +125,12 @@ def fold_segments_kernel(
     mask = c < channels
     n = tl.program_id(1).to(tl.int64)
     for field in tl.static_range(FIELDS):
-        acc = tl.zeros([BC], tl.float32)
+        acc = tl.zeros([BC], tl.float64)
         for tile in range(n * pixels // BM, ((n + 1) * pixels - 1) // BM + 1):
             segment = n - tile * BM // pixels
             at = ((tile * segments + segment) * FIELDS + field) * channels
-            acc += tl.load(partial + at + c, mask=mask, other=0.0)
-        tl.store(out + (field * images + n) * channels + c, acc, mask=mask)
+            acc += tl.load(partial + at + c, mask=mask, other=0.0).to(tl.float64)
+        tl.store(out + (field * images + n) * channels + c, acc.to(tl.float32), mask=mask)
 
 
 def _runs(parts: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """What the launchers share: the way from tensors to a kernel, and shapes and types on it.
 
-Kernels get a channel count as a number of units of VEC channels, VEC being a constant of the
-kernel: the compiler then knows that rows begin at multiples of VEC, which it needs for accesses of
-128 bits, and one compiled kernel still serves every count that VEC divides.
+Kernels get a channel count, and strides, as a number of units of VEC channels, VEC being a constant
+of the kernel: the compiler then knows that rows begin at multiples of VEC, which it needs for
+accesses of 128 bits, and one compiled kernel still serves every count that VEC divides.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import triton
 from torch import Tensor
 
 Kernel = Any  # triton.JITFunction, or its interpreted form
+BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
+NO_BN: BatchNorm = (None,) * 4
 VEC = 8  # channels: 16 bytes in 16-bit types
 
 
@@ -61,10 +63,15 @@ def start(
     kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
-def units(*channels: int) -> tuple[int, ...]:
-    """VEC and the channel counts in units of it; VEC is 1 where 8 does not divide them all."""
-    vec = 1 if any(c % VEC for c in channels) else VEC
-    return vec, *(c // vec for c in channels)
+def units(*sizes: int) -> tuple[int, ...]:
+    """VEC and the channel counts or strides in units of it; VEC is 1 where 8 divides not all."""
+    vec = 1 if any(size % VEC for size in sizes) else VEC
+    return vec, *(size // vec for size in sizes)
+
+
+def pixel_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of x [N,C,H,W] over N, H and W; 0 where a size of 1 leaves the stride unused."""
+    return tuple(0 if x.shape[i] == 1 else x.stride(i) for i in (0, 2, 3))
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -90,6 +97,9 @@ def empty_fp32(like: Tensor, *shape: int) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """ "ieee", or "tf32" for fp32 products where torch.backends.cuda.matmul allows it."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """ "ieee", or "tf32" for fp32 products where torch.backends.cuda.matmul allows it.
+
+    AMD's GPUs refuse "tf32".
+    """
+    allowed = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"

@@ -2,7 +2,7 @@
 
 Computes: what effnet_fast/reference/mbconv_passes.py says under the names without `mbconv_`
 Shapes:   images [N,C,H,W], norm [5,C], sums [2,C], sums per image [..,N,C]
-Dtypes:   images fp32|fp16|bf16, vectors and sums fp32
+Dtypes:   images fp32|fp16|bf16, vectors and sums fp32; sums2 is added up in fp64
 Layout:   channels_last; vectors without gaps
 Tiling:   of the files that hold the kernels; here alone: sums2, BC channels a program
 Bytes:    of the passes; the depthwise backward writes dz2 and reads it back, because forming it
@@ -41,16 +41,16 @@ def excite_sums_kernel(
     c_inside = c < channels
     field = tl.program_id(1)
     size = images.to(tl.int64) * channels
-    acc = tl.zeros([BN, BC], tl.float32)
+    acc = tl.zeros([BN, BC], tl.float64)
     for first in range(0, images, BN):
         n = first + tl.arange(0, BN)
         inside = (n < images)[:, None] & c_inside[None, :]
         at = n.to(tl.int64)[:, None] * channels + c[None, :]
-        by_gate = tl.load(sums + (field + 1) * size + at, mask=inside, other=0.0)
+        by_gate = tl.load(sums + (field + 1) * size + at, mask=inside, other=0.0).to(tl.float64)
         by_gate *= tl.load(gate + at, mask=inside, other=0.0)
-        by_q = tl.load(slopes + field * size + at, mask=inside, other=0.0)
+        by_q = tl.load(slopes + field * size + at, mask=inside, other=0.0).to(tl.float64)
         acc += by_gate + by_q * tl.load(q + at, mask=inside, other=0.0)
-    tl.store(out + field * channels + c, tl.sum(acc, 0), mask=c_inside)
+    tl.store(out + field * channels + c, tl.sum(acc, 0).to(tl.float32), mask=c_inside)
 
 
 def _norm(

@@ -16,18 +16,24 @@ Truth:    effnet_fast/reference/pointwise_bn_act.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import load_affine, load_norm, silu, tile_statistics
-from .launching import dense, dot_precision, empty_fp32, empty_nhwc, launch, nhwc, units
-
-BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
-NO_BN: BatchNorm = (None,) * 4
+from .bn_act import image_of
+from .elementwise import load_affine, load_norm, silu, store_statistics, tile_statistics
+from .launching import (
+    NO_BN,
+    BatchNorm,
+    dense,
+    dot_precision,
+    empty_fp32,
+    empty_nhwc,
+    launch,
+    nhwc,
+    units,
+)
 
 
 @triton.jit
@@ -59,7 +65,7 @@ def pointwise_fwd_kernel(
     row_inside = row < rows - first
     c = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     c_inside = c < channels
-    image = first // pixels + ((first % pixels).to(tl.int32) + row) // pixels
+    image = image_of(first, row, pixels)
     x_tile = x + first * in_channels
     acc = tl.zeros([BM, BN], tl.float32)
     for k0 in range(0, in_channels, BK):
@@ -92,11 +98,7 @@ def pointwise_fwd_kernel(
     if partial is not None:
         count = tl.minimum(rows - first, BM).to(tl.float32)
         tile_mean, squares, rest = tile_statistics(stored.to(tl.float32), y_inside, count)
-        out = partial + tile.to(tl.int64) * 4 * channels + c
-        tl.store(out, tl.full(c.shape, 0.0, tl.float32) + count, mask=c_inside)
-        tl.store(out + channels, tile_mean, mask=c_inside)
-        tl.store(out + 2 * channels, squares, mask=c_inside)
-        tl.store(out + 3 * channels, rest, mask=c_inside)
+        store_statistics(partial, tile, count, tile_mean, squares, rest, channels, c, c_inside)
 
 
 def launch_pointwise_fwd(

@@ -29,14 +29,17 @@ def test_dry_run_lists_every_part() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [step.part for step in gpu.STEPS]
-    assert {"build", *gpu.PARTS} == {step.part for step in gpu.STEPS}
+    parts = [step.part for step in gpu.STEPS]
+    assert [line.split()[0] for line in lines] == [p for p in parts if p != gpu.COMPILED]
+    assert {"build", *gpu.PARTS, gpu.COMPILED} == set(parts)
     assert "--results /nowhere --commit abc" in done.stdout
+    assert "benchmarks.tune --table /nowhere/tuning.json --commit abc" in done.stdout
     assert not Path("/nowhere").exists()
 
 
 def test_part_selects_its_steps() -> None:
     assert {step.part for step in gpu.chosen(["tune"])} == {"build", "tune"}
+    assert len(gpu.chosen([gpu.COMPILED])) == 2 + 3
     with pytest.raises(SystemExit):
         gpu.main(["--part", "nonsense"])
 
@@ -45,7 +48,7 @@ def test_part_selects_its_steps() -> None:
 COLLECT = """
 import json, sys, pytest
 for arguments in json.load(sys.stdin):
-    print(*arguments)
+    print("\\f", *arguments)
     code = pytest.main([*arguments, "--collect-only"])
     assert code == 0, code
 """
@@ -54,7 +57,7 @@ for arguments in json.load(sys.stdin):
 def test_benchmarks_of_a_dry_run_exist(tmp_path: Path) -> None:
     """Every pytest step selects something, with options that pytest knows."""
     steps = [step for step in gpu.STEPS if "pytest" in step.command]
-    assert len(steps) == 9
+    assert len(steps) == 12
     arguments = [gpu._words(step, tmp_path, "abc")[3:] for step in steps]
     done = subprocess.run(
         [sys.executable, "-c", COLLECT],
@@ -64,10 +67,17 @@ def test_benchmarks_of_a_dry_run_exist(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    selected = done.stdout
+    lists = dict(zip((step.name for step in steps), done.stdout.split("\f")[1:], strict=True))
+    selected = "".join(lists[step.name] for step in steps if step.part != gpu.COMPILED)
     assert "cuda-b0_224_batch1-bf16-torch_compile_graphs" in selected
     assert "bf16-torch_compile]" not in selected  # each takes a minute or more to compile
     assert "b7_600_batch16-bf16-torch_compile" not in selected
+    for case in ("b0_224_batch256", "b4_380_batch64", "b7_600_batch16"):
+        compiled = lists[f"compiled_{case[:2]}"]
+        for mode in ("inference", "training_step"):
+            for contestant in ("torch_compile_graphs", "effnet_fast"):
+                assert f"test_{mode}[cuda-{case}-bf16-{contestant}]" in compiled
+        assert "-torch]" not in compiled
 
 
 def test_an_interrupt_ends_the_step_and_the_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,23 @@ def test_measured_rates_are_above_what_torch_reaches() -> None:
     rate = max(_product_rate(a.bfloat16()) for _ in range(30))
     assert found.dense["bf16"] > 0.7 * rate
     assert all(rate > 1e8 for _, rate in found.copies)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_another_processor_or_compiler_needs_another_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A home folder may be shared by machines, and -march=native compiles for one of them."""
+    paths = [limits._path(), limits._path()]
+    monkeypatch.setattr(limits, "CPUINFO", tmp_path / "cpuinfo")
+    for model, flags, clock in ((1, "fpu", 1), (1, "fpu", 2), (2, "fpu", 2), (2, "fpu avx", 2)):
+        text = f"model name : {model}\nflags : {flags}\ncpu MHz : {clock}\n"
+        (tmp_path / "cpuinfo").write_text(text)
+        paths.append(limits._path())
+    run = limits._run
+    monkeypatch.setattr(limits, "_run", lambda *command: run(*command) + b"another")
+    paths.append(limits._path())
+    assert [paths.index(path) for path in paths] == [0, 0, 2, 2, 4, 5, 6]
 
 
 def test_without_a_compiler_the_reason_is_told(

@@ -8,6 +8,7 @@ has no budget.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ pytest.importorskip("triton")
 
 import ahead_of_time
 from ahead_of_time import (
+    PRODUCTS,
     TARGETS,
     Build,
     builds,
@@ -28,15 +30,10 @@ from ahead_of_time import (
     resources,
     run_deployed,
 )
+from effnet_fast.triton_kernels import launching
 from shapes import shapes_of
 
 BUDGETS = json.loads(Path(ahead_of_time.BUDGETS).read_text())
-PRODUCTS = (
-    "pointwise_fwd_kernel",
-    "pointwise_pool_fwd_kernel",
-    "pointwise_bwd_data_kernel",
-    "pointwise_bwd_weight_kernel",
-)
 FUSED = "expand_dwconv_fwd_kernel"  # not for fp32
 WGMMA_ROWS = 64  # of the accumulator: fewer take the instructions of sm_80
 
@@ -76,6 +73,8 @@ def test_within_budget(capability: int, dtype: torch.dtype, kernel: str) -> None
         if kernel == FUSED:
             ops = list(instructions(compiled))
             assert any(op.startswith("HMMA") for op in ops), f"{build}: no HMMA"
+        if kernel.startswith("dwconv") and dict(build.constants)["VEC"] == launching.VEC:
+            assert not single_loads(compiled), f"{build} loads single values of 16 bits"
 
 
 @pytest.mark.slow
@@ -98,6 +97,20 @@ def uses_tensor_cores(build: Build) -> bool:
     rows = constants["BN" if build.name == "pointwise_bwd_weight_kernel" else "BM"]
     half = any(t in ("*fp16", "*bf16") for t in types.values())
     return half and rows >= WGMMA_ROWS
+
+
+def single_loads(compiled: Any) -> int:
+    """Loads from memory of one value of 16 bits, which are as many instructions as values."""
+    return len(re.findall(r"\bld\.global[.\w]*\.b16\s*\{\s*%\w+\s*\}", compiled.asm["ptx"]))
+
+
+def test_single_loads_are_noticed() -> None:
+    """Channel counts that 8 does not divide leave nothing known about where a pixel begins."""
+    build, function = next(
+        (b, k) for b, k in builds(torch.bfloat16).items() if b.name == "dwconv_bwd_weight_kernel"
+    )
+    unknown = build._replace(constants=tuple(sorted((dict(build.constants) | {"VEC": 1}).items())))
+    assert single_loads(compile_build(function, unknown, 90)) > 0
 
 
 def test_a_spill_is_noticed() -> None:

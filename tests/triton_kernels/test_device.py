@@ -49,6 +49,11 @@ def _device() -> None:
         pytest.skip(reason)
 
 
+def test_stock_convolutions_are_not_tf32() -> None:
+    """The parity of fp32 would else be judged by an error a thousand times as large."""
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def on_device(tensors: dict[str, Any]) -> dict[str, Any]:
     """The tensors with their strides on the device."""
     return {k: None if t is None else t.cuda() for k, t in tensors.items()}

@@ -35,8 +35,45 @@ def test_no_row_is_hidden_by_one_before_it() -> None:
     rows = tuning.rows()
     for at, row in enumerate(rows):
         for earlier in rows[:at]:
-            if (earlier["kernel"], earlier["device"]) == (row["kernel"], row["device"]):
-                assert not earlier["where"].items() <= row["where"].items(), row
+            assert not hides(earlier, row), (earlier, row)
+
+
+def hides(earlier: tuning.Row, row: tuning.Row) -> bool:
+    """Whether all that `row` holds for is the earlier row's."""
+    return (
+        earlier["kernel"] == row["kernel"]
+        and earlier["device"] in (None, row["device"])
+        and all(
+            name in row["where"] and low <= row["where"][name][0] and row["where"][name][1] <= high
+            for name, (low, high) in earlier["where"].items()
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("earlier", "row", "hidden"),
+    [
+        ((None, {}), (None, {"m": [0, 9]}), True),
+        ((None, {"m": [0, 10]}), (None, {"m": [0, 9], "n": [1, 1]}), True),
+        ((None, {"m": [0, 9]}), ("Device", {"m": [4, 8]}), True),
+        (("Device", {"m": [0, 9]}), ("Device", {"m": [0, 9]}), True),
+        (("Device", {}), (None, {"m": [4, 8]}), False),
+        ((None, {"m": [1, 9]}), (None, {"m": [0, 9]}), False),
+        ((None, {"m": [0, 9]}), (None, {"m": [0, 10]}), False),
+        ((None, {"m": [0, 9], "n": [1, 1]}), (None, {"m": [0, 9]}), False),
+    ],
+)
+def test_a_hidden_row_is_noticed(earlier: tuple, row: tuple, hidden: bool) -> None:
+    one, other = ({"kernel": "k", "device": d, "where": w} for d, w in (earlier, row))
+    assert hides(one, other) is hidden
+    assert not hides(one, other | {"kernel": "another"})
+
+
+def test_every_kernel_has_a_row_for_the_rest() -> None:
+    """The last row of each kernel holds on every device, for every size."""
+    last = {row["kernel"]: row for row in tuning.rows() if row["device"] is None}
+    assert set(last) == {row["kernel"] for row in tuning.rows()}
+    assert {kernel: row["where"] for kernel, row in last.items()} == {k: {} for k in last}
 
 
 def test_the_first_row_that_holds_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cases import DWCONV_CASES, DwconvCase, find
-from parity import FP32, MODES, Dtypes, check, dwconv_call
+from effnet_fast.triton_kernels.bn_act import launch_bn_sums
+from effnet_fast.triton_kernels.folds import launch_norm
+from parity import FP32, MODES, Dtypes, channels_last, check, dwconv_call
 
 FP16 = Dtypes(torch.float16, torch.float16)
 MIXED = Dtypes(torch.float16, torch.float32)
@@ -27,9 +29,6 @@ NAMES = (
     "k1_stride_2",
     "batch_0",
 )
-# Not the gradients of one channel in eval: bn_weight's is then one number, of which stock happens
-# to have the first 25 bits right; the rounding of 126 terms in fp32 is 1.2 times what that allows.
-CALLS = [(n, mode) for n in NAMES for mode in (False, True) if (n, mode) != ("c_one", False)]
 HALF = ("c_odd", "7x9_stride_2", "four_sides", "no_padding")
 
 
@@ -37,7 +36,8 @@ def case_of(name: str) -> DwconvCase:
     return find(DWCONV_CASES, name)
 
 
-@pytest.mark.parametrize(("name", "training"), CALLS)
+@MODES
+@pytest.mark.parametrize("name", NAMES)
 def test_matches_reference(name: str, training: bool) -> None:
     check(dwconv_call(case_of(name), FP32, training), "triton")
 
@@ -84,7 +84,29 @@ def test_strided_input() -> None:
     check(call.with_tensors(x=cut).with_options(training=False), "triton", wanted=())
 
 
-@pytest.mark.parametrize(("mean", "dtypes"), [(1000.0, FP32), (8.0, FP16)])
+def test_an_infinite_gradient_reaches_the_sums() -> None:
+    """What rounding took from a sum is no number where the sum is infinite."""
+    z, grad = (channels_last(torch.randn(2, 8, 7, 6)) for _ in range(2))
+    grad[0, 3, 2, 1] = float("inf")
+    norm = launch_norm(None, None, torch.zeros(8), torch.ones(8), 0.0)
+    sums = launch_bn_sums(grad, z, norm, silu=False)
+    exact = torch.stack([grad.sum((0, 2, 3)), (grad * z).sum((0, 2, 3))])
+    assert torch.isinf(exact).sum() == 2
+    torch.testing.assert_close(sums, exact)
+
+
+LARGE_MEANS = pytest.mark.parametrize(("mean", "dtypes"), [(1000.0, FP32), (8.0, FP16)])
+
+
+@LARGE_MEANS
+def test_large_mean_in_folds_of_several_levels(
+    mean: float, dtypes: Dtypes, two_parts_a_run: list[int]
+) -> None:
+    test_large_mean(mean, dtypes)
+    assert max(two_parts_a_run) > 2
+
+
+@LARGE_MEANS
 def test_large_mean(mean: float, dtypes: Dtypes) -> None:
     """Variance survives a mean that is large beside the deviation."""
     call = dwconv_call(case_of("no_padding"), dtypes, True)

@@ -55,6 +55,7 @@ FAULTS = (
     ("dwconv_backward", "silu_grad", sigmoid_only),
     ("bn_act", "silu_grad", sigmoid_only),
     ("bn_act", "image_of", first_image),
+    ("pointwise_bn_act", "image_of", first_image),
     ("pointwise_backward", "image_of", first_image),
     ("pointwise_backward", "load_dz", without_means),
     ("pointwise_bn_act", "tile_statistics", without_deviation),
