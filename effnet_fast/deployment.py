@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from effnet_fast import _native, backends, watching
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
-from effnet_fast.models.network import METHODS, recognise
+from effnet_fast.models.network import METHODS, overridden, recognise
 from effnet_fast.models.plan import Plan, complete
 from effnet_fast.recognition import RefusedError
 
@@ -187,10 +187,8 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__}; load other packages' weights with "
             "EfficientNet.from_checkpoint"
         )
-    kind = next(kind for kind in KINDS if isinstance(model, kind))
-    changed = [n for n in METHODS if getattr(type(model), n, None) is not getattr(kind, n, None)]
-    if changed:
-        raise RuntimeError(f"{type(model).__name__} cannot be deployed: it overrides {changed[0]}")
+    if name := overridden(model):
+        raise RuntimeError(f"{type(model).__name__} cannot be deployed: it overrides {name}")
     if any(parameter.is_cuda for parameter in model.parameters()):
         raise RuntimeError(
             "the model is on a GPU, for which deployment is still to come: use the model itself, "

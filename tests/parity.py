@@ -161,6 +161,11 @@ def channels_last(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
+def nchw_copy(x: Tensor) -> Tensor:
+    """A copy in the order of its dimensions, as a hook on saved tensors may make it."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
 def dense_strides(tensor: Tensor) -> list[tuple[int, int]]:
     """(dimension, stride) where the stride means something: dimensions of more than one element."""
     if tensor.numel() == 0:

@@ -21,6 +21,7 @@ from . import second_derivative
 from .registration import (
     address,
     autocast,
+    channels_last,
     empty_nhwc,
     fp32,
     isa_of,
@@ -277,7 +278,7 @@ class DwconvBnSilu(torch.autograd.Function):
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
         wanted = [need_x, need_weight, need_gamma or need_beta]
         grad_x, grad_weight, sums = backward_op(
-            grad_y, x, z, weight, bn_weight, bn_bias, mean, var,
+            grad_y, channels_last(x), nhwc(z), weight, bn_weight, bn_bias, mean, var,
             stride, padding, eps, training, wanted, backend,
         )  # fmt: skip
         return (

@@ -30,7 +30,7 @@ from .dwconv_bn_silu import check_values_per_channel, output_shape
 from .dwconv_bn_silu import compute_eval as compute_depthwise
 from .mbconv_passes import passes
 from .pointwise_bn_act import compute as compute_pointwise
-from .registration import autocast, empty_nhwc, fp32, nhwc, register
+from .registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
 from .squeeze_excite import excite_op
 from .statistics import update_running_statistics
 
@@ -126,6 +126,16 @@ def _needs(flags: tuple[bool, ...]) -> Needs:
     return Needs(x, expand[:3], depthwise[:3], squeeze, project[:3])
 
 
+def _laid_out(saved: Saved) -> Saved:
+    """The images in the layout that they were saved in: hooks on saved tensors may change it."""
+    return saved._replace(
+        x=channels_last(saved.x),
+        z1=None if saved.z1 is None else nhwc(saved.z1),
+        z2=nhwc(saved.z2),
+        z3=nhwc(saved.z3),
+    )
+
+
 class MBConv(torch.autograd.Function):
     """Returns (y, norm1, norm2, norm3); the latter are [5,C], norm1 None without expansion."""
 
@@ -154,7 +164,7 @@ class MBConv(torch.autograd.Function):
         settings, backend = ctx.config
         tensors = ctx.saved_tensors
         count = len(Saved._fields)
-        saved, layers = Saved(*tensors[:count]), _layers(tensors[count:])
+        saved, layers = _laid_out(Saved(*tensors[:count])), _layers(tensors[count:])
         flags = ctx.needs_input_grad
         grad_y = nhwc(grad_y)
         with scratch.scope():

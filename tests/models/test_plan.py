@@ -20,6 +20,7 @@ from allocations import standing_bytes
 from effnet_fast import _native, use_backend
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from effnet_fast.models import plan as plans
+from effnet_fast.models.network import METHODS
 from networks import TINY, pair, random_images, trio
 from tolerances import assert_no_worse_than
 
@@ -193,6 +194,28 @@ class TestWhen:
         y, stock = (infer(model) for model in models.models)
         networks.assert_alike({"y": y}, {"y": stock})
         assert not torch.equal(y, before)
+
+    @pytest.mark.parametrize("name", sorted(METHODS))
+    def test_methods_of_a_subclass(self, name: str, runs: list[plans.Plan]) -> None:
+        """They are called; a forward of a subclass still uses the plan in the one that it calls."""
+        kind = EfficientNetFeatures if name == "_maps" else EfficientNet
+
+        def doubled(self: Any, *args: Any) -> Any:
+            y = getattr(kind, name)(self, *args)
+            return [2 * m for m in y] if isinstance(y, list) else 2 * y
+
+        state = networks.calibrated_state(TINY)
+        results = []
+        for cls in (type("Doubled", (kind,), {name: doubled}), kind):
+            model = cls(TINY).eval()
+            model.load_state_dict(state)
+            if cls is kind:
+                model.plan = False
+                setattr(model, name, doubled.__get__(model))
+            y = infer(model)
+            results.append({str(i): m for i, m in enumerate(y if isinstance(y, list) else [y])})
+        networks.assert_alike(*results)
+        assert len(runs) == (name == "forward")
 
     def test_switched_off(self, runs: list[plans.Plan]) -> None:
         model = network()

@@ -25,6 +25,7 @@ from parity import (
     Dtypes,
     assert_parity,
     assert_same,
+    nchw_copy,
     random_like,
 )
 
@@ -173,6 +174,20 @@ def test_layouts(name: str) -> None:
     assert torch.equal(torch.autograd.grad(y, x, grad_y, retain_graph=True)[0], expected["grad x"])
     ones = torch.autograd.grad(y, x, torch.ones(()).expand(y.shape), retain_graph=True)[0]
     assert torch.equal(ones, torch.autograd.grad(y, x, torch.ones_like(y))[0])
+
+
+@ANY_BACKEND
+@ANY_SAMPLE
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+def test_saved_tensors_that_come_back_in_another_layout(
+    name: str, dtypes: Dtypes, memory: str, backend: str
+) -> None:
+    """As hooks that offload them may give them back: NCHW without gaps."""
+    call = sample(name, dtypes, dropped=True, memory=memory)
+    with torch.autograd.graph.saved_tensors_hooks(nchw_copy, lambda saved: saved):
+        actual = run_op(call, backend)
+    assert_same(actual, run_op(call, backend))
 
 
 @pytest.mark.parametrize("place", ["x", "expand.weight", "depthwise.weight", "project.bn_bias"])
