@@ -6,7 +6,10 @@ BatchNorm is folded into weights that are packed once, and a call runs the whole
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +47,18 @@ def deploy(
             mode, on another device, has hooks or replaced layers; or the extension is missing.
     """
     return DeployedEfficientNet(model, dtype, backend)
+
+
+def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps torch.compile out of the call, at which it breaks the graph."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, x: Tensor) -> Any:
+        if torch.compiler.is_compiling():  # only then: `disable` imports Dynamo, which takes seconds
+            return torch.compiler.disable(forward)(self, x)
+        return forward(self, x)
+
+    return call
 
 
 class DeployedEfficientNet(nn.Module):
@@ -122,6 +137,7 @@ class DeployedEfficientNet(nn.Module):
                     return self._pack()
         return packed[1]
 
+    @_uncompiled
     def forward(self, x: Tensor) -> Any:
         """As the source's forward.
 
@@ -134,7 +150,8 @@ class DeployedEfficientNet(nn.Module):
         Raises:
             TypeError: x is no tensor of fp32 or bf16.
             ValueError, RuntimeError: x has other dimensions than the source takes, is on another
-                device or asks for a gradient; or the source can no longer be deployed.
+                device or asks for a gradient; something traces or transforms the call; or the
+                source can no longer be deployed.
         """
         _check_images(x)
         with torch.no_grad():
@@ -203,7 +220,21 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
+def _is_traced() -> bool:
+    """Whether something records the operators: it would not see what C++ computes."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
+    # Where the module was never imported, nobody traces by it.
+    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    by_proxies = proxies is not None and proxies.get_proxy_mode() is not None
+    return tracing or fake or by_proxies or backends.in_transform()
+
+
 def _check_images(x: Tensor) -> None:
+    if _is_traced():
+        raise RuntimeError(
+            "a deployed network cannot be traced: trace or export the model it was made of"
+        )
     if not isinstance(x, Tensor) or x.dtype not in backends.NATIVE_DTYPES:
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a tensor of torch.float32 or torch.bfloat16, got {given}")
