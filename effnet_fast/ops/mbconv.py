@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import OpArgs, resolve
+from ..backends import OpArgs, current_backend, resolve
 from ..reference.mbconv import (
     MBConvConfig,
     MBConvParams,
@@ -237,6 +237,14 @@ def apply(
     return y
 
 
+def _without_kernel(backend: str, reason: str) -> str:
+    """The reference, for what it alone can do; for a named backend the error that says so."""
+    named = current_backend() if backend == "auto" else backend
+    if named not in ("auto", "reference"):
+        raise RuntimeError(f"backend {named!r} cannot run mbconv, the reference can: {reason}")
+    return "reference"
+
+
 def mbconv(
     x: Tensor,
     params: MBConvParams,
@@ -259,7 +267,8 @@ def mbconv(
         config: see `effnet_fast.reference.MBConvConfig`.
         training: whether the BatchNorms normalise by the batch; a bool for all, or one for each of
             expansion, depthwise and projection.
-        row_scale: [N] or None for 1: what drop-path makes of each image's body.
+        row_scale: [N] or None for 1: what drop-path makes of each image's body. Its own gradient is
+            the reference's alone.
         memory: "fast", or "lean" to save one expanded tensor less and compute it again.
         backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
 
@@ -278,6 +287,8 @@ def mbconv(
     tensors = (*(params.expand or ()), *params.depthwise, *params.squeeze, *params.project)
     kernel = (params.depthwise.weight.shape[2], params.depthwise.weight.shape[3])
     chosen = resolve(backend, "mbconv", OpArgs(x, tensors, kernel, config.stride))
+    if row_scale is not None and row_scale.requires_grad and torch.is_grad_enabled():
+        chosen = _without_kernel(backend, "row_scale requires a gradient, which only it gives")
     if chosen == "reference":
         return reference.mbconv(x, params, config, training=training, row_scale=row_scale)
     layers = Layers(params.expand, params.depthwise, params.squeeze, params.project)

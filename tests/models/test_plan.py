@@ -166,6 +166,19 @@ class TestWhen:
         networks.assert_alike(*({"shown": y} for y in calls))
         assert len(runs) == 1
 
+    @pytest.mark.parametrize("path", ["classifier.0", "features.5.1.stochastic_depth"])
+    def test_probability_alone(self, path: str, runs: list[plans.Plan]) -> None:
+        """Of a layer in training mode, which drops nothing as long as it is 0."""
+        model = network()
+        layer = model.get_submodule(path).train()
+        layer.p = 0.0
+        assert torch.equal(infer(model), infer(model))
+        assert len(runs) == 2
+        layer.p = 0.5
+        torch.manual_seed(3)
+        y = [infer(model) for _ in range(4)]
+        assert any(not torch.equal(y[0], other) for other in y)
+
     def test_dropout_that_is_wanted(self, runs: list[plans.Plan]) -> None:
         model = network()
         infer(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cases import MBCONV_CASES, MBConvCase, find
-from effnet_fast import ops, reference
+from effnet_fast import ops, reference, use_backend
 from effnet_fast.backends import can_run
 from effnet_fast.ops import mbconv_passes, scratch
 from effnet_fast.reference.mbconv import Training
@@ -263,6 +263,22 @@ def test_a_named_backend_says_what_it_cannot_run() -> None:
         ops.mbconv(call.x.contiguous(), *arguments, training=True, backend="cpu")
     with pytest.raises(ValueError, match="memory must be one of fast, lean"):
         ops.mbconv(call.x, *arguments, training=True, memory="small")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradient_of_row_scale(training: bool) -> None:
+    """The reference's: "auto" takes that, a named backend says so."""
+    call = sample("c_eq_vector", training=training, dropped=True)
+    wanted = (*call.differentiable, "row_scale")
+    actual = run_op(call, "auto", wanted=wanted)
+    assert "grad row_scale" in actual
+    assert_same(actual, run(call, wanted=wanted))
+    with pytest.raises(RuntimeError, match="'cpu' cannot run mbconv.*row_scale requires a grad"):
+        run_op(call, "cpu", wanted=wanted)
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="row_scale requires a gradient"):
+        run_op(call, "auto", wanted=["row_scale"])
+    with use_backend("reference"):
+        assert_same(run_op(call, "auto", wanted=wanted), actual)
 
 
 def test_one_value_per_channel_is_refused() -> None:
