@@ -54,7 +54,9 @@ def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: nn.Module, x: Tensor) -> Any:
-        if torch.compiler.is_compiling():  # only then: `disable` imports Dynamo, which takes seconds
+        if (
+            torch.compiler.is_compiling()
+        ):  # only then: `disable` imports Dynamo, which takes seconds
             return torch.compiler.disable(forward)(self, x)
         return forward(self, x)
 

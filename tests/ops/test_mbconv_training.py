@@ -273,7 +273,7 @@ def test_gradient_of_row_scale(training: bool) -> None:
     actual = run_op(call, "auto", wanted=wanted)
     assert "grad row_scale" in actual
     assert_same(actual, run(call, wanted=wanted))
-    with pytest.raises(RuntimeError, match="'cpu' cannot run mbconv.*row_scale requires a grad"):
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run mbconv.*row_scale requires a grad"):
         run_op(call, "cpu", wanted=wanted)
     with use_backend("cpu"), pytest.raises(RuntimeError, match="row_scale requires a gradient"):
         run_op(call, "auto", wanted=["row_scale"])
