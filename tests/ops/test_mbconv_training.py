@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import MBCONV_CASES, MBConvCase, find
+from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase, find
 from effnet_fast import ops, reference, use_backend
 from effnet_fast.backends import can_run
 from effnet_fast.ops import mbconv_passes, scratch
@@ -63,6 +63,13 @@ def test_matches_reference(case: MBConvCase, dtypes: Dtypes, backend: str) -> No
     before = call.x.clone()
     assert_parity(run_op(call, backend), stock, exact, dtypes.x)
     assert torch.equal(call.x, before)
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", LARGE_MBCONV_CASES)
+def test_large_matches_reference(case: MBConvCase, dtypes: Dtypes) -> None:
+    call, stock, exact = expectation(case, dtypes, True)
+    assert_parity(run_op(call), stock, exact, dtypes.x)
 
 
 @ANY_BACKEND
@@ -200,6 +207,34 @@ def test_nan_and_inf_propagate(place: str, value: float) -> None:
     call = replace(call, tensors=call.tensors | {place: tensor})
     actual, stock = run_op(call), run(call)
     assert torch.equal(actual["y"].isfinite(), stock["y"].isfinite())
+    assert_none_hidden(actual, stock)
+
+
+def assert_none_hidden(actual: dict[str, Tensor], stock: dict[str, Tensor]) -> None:
+    """Asserts that nothing is finite where stock's is not."""
+    assert list(actual) == list(stock)
+    assert any(not tensor.isfinite().all() for tensor in stock.values())
+    for name, tensor in stock.items():
+        hidden = actual[name].isfinite() & ~tensor.isfinite()
+        assert not hidden.any(), f"{name}: {int(hidden.sum())} finite, stock's are not"
+
+
+@ANY_BACKEND
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("place", ["x", "grad_y", "depthwise.weight", "project.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["c_eq_vector", "c_odd_stride_2", "no_expansion_residual"])
+def test_nan_and_inf_reach_gradients(
+    name: str, value: float, place: str, dtypes: Dtypes, training: bool, backend: str
+) -> None:
+    call = sample(name, dtypes, training)
+    grad_y = random_like(run(call, wanted=())["y"])
+    tensor = grad_y if place == "grad_y" else call.tensors[place].clone()
+    tensor[tuple(size // 2 for size in tensor.shape)] = value
+    if place != "grad_y":
+        call = replace(call, tensors=call.tensors | {place: tensor})
+    assert_none_hidden(run_op(call, backend, grad_y=grad_y), run(call, grad_y=grad_y))
 
 
 def test_gradients_of_gradients() -> None:
