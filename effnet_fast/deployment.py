@@ -7,7 +7,10 @@ C++; on a GPU it replays a CUDA graph of the kernels, or launches them.
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from effnet_fast import _native, backends, watching
 from effnet_fast.graphs import LIMIT
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.models.launch_plan import LaunchPlan
-from effnet_fast.models.network import METHODS, Network, recognise
+from effnet_fast.models.network import METHODS, Network, overridden, recognise
 from effnet_fast.models.plan import CpuPlan, Plan, complete
 from effnet_fast.recognition import RefusedError
 
@@ -65,6 +68,19 @@ def deploy(
             extension is missing.
     """
     return DeployedEfficientNet(model, dtype, backend, graphs)
+
+
+def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps torch.compile out of the call, at which it breaks the graph."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, x: Tensor) -> Any:
+        # Only then: `disable` imports Dynamo, which takes seconds.
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(forward)(self, x)
+        return forward(self, x)
+
+    return call
 
 
 class DeployedEfficientNet(nn.Module):
@@ -163,6 +179,7 @@ class DeployedEfficientNet(nn.Module):
                     return self._pack()
         return packed[1]
 
+    @_uncompiled
     def forward(self, x: Tensor) -> Any:
         """As the source's forward.
 
@@ -175,8 +192,10 @@ class DeployedEfficientNet(nn.Module):
         Raises:
             TypeError: x is no tensor of these dtypes.
             ValueError, RuntimeError: x has other dimensions than the source takes, is on another
-                device or asks for a gradient; or the source can no longer be deployed.
+                device or asks for a gradient; something traces or transforms the call; or the
+                source can no longer be deployed.
         """
+        _refuse_tracing()
         plan = self._plan()
         _check_images(x, plan.device, self.backend)
         with torch.no_grad():
@@ -266,16 +285,27 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__}; load other packages' weights with "
             "EfficientNet.from_checkpoint"
         )
-    kind = next(kind for kind in KINDS if isinstance(model, kind))
-    changed = [n for n in METHODS if getattr(type(model), n, None) is not getattr(kind, n, None)]
-    if changed:
-        raise RuntimeError(f"{type(model).__name__} cannot be deployed: it overrides {changed[0]}")
+    if name := overridden(model):
+        raise RuntimeError(f"{type(model).__name__} cannot be deployed: it overrides {name}")
     if model.training:
         raise RuntimeError("the model is in training mode: call model.eval() first")
     if model._forward_hooks or model._forward_pre_hooks:
         raise RuntimeError(
             f"{type(model).__name__} cannot be deployed: it has a hook; remove it, or register it "
             "on what deploy returns"
+        )
+
+
+def _refuse_tracing() -> None:
+    """Raises where something records the operators: it would not see what fills the result."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
+    # Where the module was never imported, nobody traces by it.
+    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    by_proxies = proxies is not None and proxies.get_proxy_mode() is not None
+    if tracing or fake or by_proxies or backends.in_transform():
+        raise RuntimeError(
+            "a deployed network cannot be traced: trace or export the model it was made of"
         )
 
 

@@ -104,7 +104,8 @@ def doctor(model: nn.Module | None = None) -> Report:
 
     Args:
         model: for each of its blocks the report tells whether it is fused in the state (train or
-            eval, hooks, dtypes) that it is in now, and why not.
+            eval, hooks, dtypes, device) that it is in now, and why not. Of one in eval mode, when
+            no gradient is wanted.
 
     Returns:
         a report to print or, through `to_dict`, to process. Nothing here raises for want of the

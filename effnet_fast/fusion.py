@@ -35,31 +35,43 @@ Norms = tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
 def explain(module: nn.Module) -> str | None:
     """Why the module would run unfused under the current backend; None where it is fused.
 
+    Asked for an input of its first weight's dtype and device; in eval mode, for a call that wants
+    no gradient.
+
     Args:
         module: an MBConv or a Conv2dNormActivation; others are never fused.
     """
     backend = backends.current_backend()
     if backend == "reference":
         return 'the backend is "reference"'
-    if reason := _unavailable_reason(backend, module):
-        return reason
     try:
-        recognition.structure_of(module)
+        structure = recognition.structure_of(module)
     except recognition.RefusedError as refused:
         return str(refused)
-    return None
-
-
-def _unavailable_reason(backend: str, module: nn.Module) -> str | None:
-    """Why no kernel can run where the module is: with "auto" that of the preferred backend."""
+    conv, bn = structure.first.conv, structure.first.bn
+    x = conv.weight.new_empty((1, conv.in_channels, 1, 1))
+    op, args = _question(structure, autocast(x), inference=not _uses_batch_statistics(bn))
     names: tuple[str, ...] = (backend,)
     if backend == "auto":
-        device = next((p.device.type for p in module.parameters()), "cpu")
-        names = preference.order(device, "dwconv_bn_silu")
+        names = preference.order(x.device.type, op)
         if not names:
-            return f"there are no kernels for {device}"
-    reasons = [backends.can_run(name, "dwconv_bn_silu") for name in names]
-    return None if None in reasons else reasons[0]
+            return f"there are no kernels for {x.device.type}"
+    reasons = [backends.can_run(name, op, args) for name in names]
+    return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
+
+
+def _question(
+    structure: recognition.Layer | recognition.Block, x: Tensor, inference: bool
+) -> tuple[str, backends.OpArgs]:
+    """The op that a module is, and the call of it on x that a backend has to run."""
+    if isinstance(structure, recognition.Block):
+        op, conv = "mbconv", structure.depthwise.conv
+    else:
+        op, conv = recognition.OPS[structure.kind], structure.conv
+        if structure.kind != recognition.DEPTHWISE:  # torch's own convolution: any kernel
+            return op, backends.OpArgs(x, structure.parameters, inference=inference)
+    (height, width), (stride, _) = conv.kernel_size, conv.stride
+    return op, backends.OpArgs(x, structure.parameters, (height, width), stride, inference)
 
 
 def _captured(x: Tensor) -> bool:
@@ -72,14 +84,9 @@ def _backend_for(structure: recognition.Layer | recognition.Block, x: Tensor) ->
     name = backends.current_backend()
     if name == "reference" or _captured(x) or x.dim() != 4:
         return None
-    first = structure.first
-    if x.shape[1] != first.conv.in_channels:
+    if x.shape[1] != structure.first.conv.in_channels:
         return None  # stock raises PyTorch's own error
-    probe = backends.OpArgs(autocast(x), structure.parameters, inference=True)
-    chosen = backends.resolve(name, recognition.OPS[first.kind], probe)
-    if chosen in ("cuda", "simt") and isinstance(structure, recognition.Block):
-        # These have no kernel for a block's 1x1 convolutions: stock, or the reason.
-        chosen = backends.resolve(name, recognition.OPS[recognition.POINTWISE], probe)
+    chosen = backends.resolve(name, *_question(structure, autocast(x), inference=True))
     return None if chosen == "reference" else chosen
 
 

@@ -264,6 +264,7 @@ MBCONV_CASES = _params(_MBCONV, mbconv_of("b0"))
 LARGE_DWCONV_CASES = _params(dwconv_of("b7"), slow=True)
 LARGE_SQUEEZE_EXCITE_CASES = _params(squeeze_excite_of("b7"), slow=True)
 LARGE_POINTWISE_CASES = _params(pointwise_of("b7"), slow=True)
+LARGE_MBCONV_CASES = _params(mbconv_of("b7"), slow=True)
 LARGE_STEM_CASES = _params([StemCase("b7", 1, 3, 64, 600, 600)], slow=True)
 
 

@@ -124,6 +124,7 @@ def run(
     *,
     double: bool = False,
     wanted: Sequence[str] | None = None,
+    grad_y: Tensor | None = None,
     **options: Any,
 ) -> Results:
     """Output, gradients and running statistics of one call.
@@ -132,6 +133,7 @@ def run(
         function: `reference.mbconv` or `ops.mbconv`, whose `options` may be `backend`.
         double: compute in float64.
         wanted: tensors whose gradients are asked for, None for all; () runs without autograd.
+        grad_y: gradient of the output; None for a fixed random one.
     """
     wanted = call.differentiable if wanted is None else wanted
     tensors = {}
@@ -148,7 +150,8 @@ def run(
         )  # fmt: skip
     results = {"y": y.detach()}
     if wanted:
-        grads = torch.autograd.grad(y, [tensors[name] for name in wanted], random_like(y))
+        grad_y = random_like(y) if grad_y is None else grad_y.to(y)
+        grads = torch.autograd.grad(y, [tensors[name] for name in wanted], grad_y)
         results |= {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return results | {
         name: tensor.detach()

@@ -22,7 +22,7 @@ from torchvision.models import efficientnet as torchvision_efficientnet
 
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
 from effnet_fast.models.variants import B0_STAGES
-from tolerances import assert_no_worse_than
+from tolerances import assert_parity
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -260,23 +260,6 @@ def run_network(model: nn.Module, x: Tensor, backward: bool = True) -> dict[str,
 
 def rms(tensor: Tensor) -> float:
     return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
-
-
-def assert_parity(
-    actual: dict[str, Tensor], stock: dict[str, Tensor], exact: dict[str, Tensor]
-) -> None:
-    """Holds each tensor of `actual` to the rule of parity; integer tensors must be equal."""
-    assert list(actual) == list(stock)
-    for name, tensor in actual.items():
-        try:
-            assert tensor.dtype == stock[name].dtype
-            if tensor.is_floating_point():
-                factor = 3 if name.startswith("grad ") else 2
-                assert_no_worse_than(tensor, stock[name], exact[name], factor=factor)
-            else:
-                assert torch.equal(tensor, stock[name])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
 
 
 def assert_alike(actual: dict[str, Tensor], stock: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tolerances
 from cases import (
     DWCONV_CASES,
     POINTWISE_CASES,
@@ -21,11 +23,11 @@ from cases import (
 )
 from effnet_fast import ops, reference
 from effnet_fast.backends import can_run
-from tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_no_worse_than
 
 RUNNING = ("running_mean", "running_var")
 INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 Results = dict[str, Tensor]
+assert_parity = functools.partial(tolerances.assert_parity, strides=True)
 
 
 def _param(backend: str, *marks: pytest.MarkDecorator) -> Any:
@@ -161,23 +163,9 @@ def channels_last(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
-def dense_strides(tensor: Tensor) -> list[tuple[int, int]]:
-    """(dimension, stride) where the stride means something: dimensions of more than one element."""
-    if tensor.numel() == 0:
-        return []
-    return [(d, s) for d, s in enumerate(tensor.stride()) if tensor.shape[d] > 1]
-
-
-def assert_parity(actual: Results, stock: Results, exact: Results, dtype: torch.dtype) -> None:
-    """Holds every tensor to the rule of parity in the tested dtype, and strides to stock's."""
-    assert list(actual) == list(stock) == list(exact)
-    for name, tensor in actual.items():
-        factor = GRADIENT_FACTOR if name.startswith("grad ") else OUTPUT_FACTOR
-        try:
-            assert_no_worse_than(tensor, stock[name], exact[name], factor, dtype=dtype)
-            assert dense_strides(tensor) == dense_strides(stock[name]), "strides differ"
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+def nchw_copy(x: Tensor) -> Tensor:
+    """A copy in the order of its dimensions, as a hook on saved tensors may make it."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def check(

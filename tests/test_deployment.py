@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import effnet_fast
 import networks
@@ -299,6 +300,41 @@ class TestRefusals:
         monkeypatch.setattr(_native, "unavailable_reason", lambda: "no extension here")
         with pytest.raises(RuntimeError, match="no extension here"):
             effnet_fast.deploy(network())
+
+
+class TestTracing:
+    """What records operators would see memory that C++ fills, and record uninitialised tensors."""
+
+    TRACERS: ClassVar[dict[str, Callable[[nn.Module], object]]] = {
+        "jit": lambda m: torch.jit.trace(m, X, check_trace=False),
+        "make_fx": lambda m: make_fx(m)(X),
+        "make_fx_pre_dispatch": lambda m: make_fx(m, pre_dispatch=True)(X),
+        "make_fx_fake": lambda m: make_fx(m, tracing_mode="fake")(X),
+        "export": lambda m: torch.export.export(m, (X,), strict=False),
+        "vmap": lambda m: torch.func.vmap(m)(X[None]),
+        "forward_ad": lambda m: torch.func.jvp(m, (X,), (X,)),
+    }
+
+    @pytest.mark.parametrize("name", TRACERS)
+    def test_refused(self, name: str) -> None:
+        deployed = effnet_fast.deploy(network())
+        y = deployed(X)
+        with pytest.raises(RuntimeError, match="trace or export the model it was made of"):
+            self.TRACERS[name](deployed)
+        assert torch.equal(deployed(X), y)
+
+    def test_compiled_code_calls_it(self) -> None:
+        deployed = effnet_fast.deploy(network())
+        called: list[str] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+            called.extend(n.name for n in graph.graph.nodes if n.op.startswith("call"))
+            return graph.forward
+
+        compiled = torch.compile(lambda x: deployed(2 * x) + 1, backend=backend)
+        for _ in range(2):
+            assert torch.equal(compiled(X), deployed(2 * X) + 1)
+        assert len(called) == 2, f"the product and the sum are compiled, nothing else: {called}"
 
 
 class TestModule:

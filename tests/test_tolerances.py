@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tolerances import GRADIENT_FACTOR, assert_no_worse_than
+from tolerances import GRADIENT_FACTOR, assert_no_worse_than, assert_parity
 
 ERROR = 1e-4  # stock's, relative to values of about 1, far above the eps of float32
 
@@ -94,6 +94,25 @@ def test_shape_and_dtype(trio: tuple[Tensor, ...]) -> None:
         assert_no_worse_than(actual[:1], stock, exact)
     with pytest.raises(AssertionError, match=r"actual is .*bfloat16, stock .*float32"):
         assert_no_worse_than(actual.bfloat16(), stock, exact)
+
+
+def test_results_by_name(trio: tuple[Tensor, ...]) -> None:
+    """Gradients have a factor of their own, integers are equal, strides where asked for."""
+    _, stock, exact = trio
+    actual, count = (exact + 2.5 * (stock - exact)).float(), torch.tensor(3)
+
+    def groups(name: str, *tensors: Tensor) -> list[dict[str, Tensor]]:
+        return [{name: t, "count": count} for t in tensors]
+
+    assert_parity(*groups("grad x", actual, stock, exact))
+    with pytest.raises(AssertionError, match=r"^y: rms error"):
+        assert_parity(*groups("y", actual, stock, exact))
+    with pytest.raises(AssertionError, match="count"):
+        assert_parity({"count": count}, {"count": count + 1}, {"count": count})
+    last = stock.contiguous(memory_format=torch.channels_last)
+    assert_parity(*groups("y", last, stock, exact))
+    with pytest.raises(AssertionError, match="y: strides differ"):
+        assert_parity(*groups("y", last, stock, exact), strides=True)
 
 
 def test_empty() -> None:

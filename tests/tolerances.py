@@ -86,5 +86,42 @@ def assert_no_worse_than(
     assert not failures, "; ".join(failures)
 
 
+def dense_strides(tensor: Tensor) -> list[tuple[int, int]]:
+    """(dimension, stride) where the stride means something: dimensions of more than one element."""
+    if tensor.numel() == 0:
+        return []
+    return [(d, s) for d, s in enumerate(tensor.stride()) if tensor.shape[d] > 1]
+
+
+def assert_parity(
+    actual: dict[str, Tensor],
+    stock: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    strides: bool = False,
+) -> None:
+    """Holds every tensor by name to the rule of parity; integer tensors must be equal.
+
+    Args:
+        actual, stock, exact: results of one run each; gradients are named "grad NAME".
+        dtype: the tested dtype, None for each tensor's own.
+        strides: whether they must be stock's, too.
+    """
+    assert list(actual) == list(stock) == list(exact)
+    for name, tensor in actual.items():
+        factor = GRADIENT_FACTOR if name.startswith("grad ") else OUTPUT_FACTOR
+        try:
+            if tensor.is_floating_point():
+                assert_no_worse_than(tensor, stock[name], exact[name], factor, dtype=dtype)
+            else:
+                assert tensor.dtype == stock[name].dtype
+                assert torch.equal(tensor, stock[name])
+            if strides:
+                assert dense_strides(tensor) == dense_strides(stock[name]), "strides differ"
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
 def _ratio(error: float, of: float) -> str:
     return f"{error / of:.3g}x" if of else "infinitely more"

@@ -7,7 +7,7 @@ know is refused with its place and the reason.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 LOGITS, POOLED, MAPS = "logits", "pooled", "maps"
 # Methods through which a class or an instance could change what forward computes.
 METHODS = frozenset({"forward", "forward_features", "forward_head", "_prepared", "_maps"})
+OWN_MODULE = "effnet_fast.models.efficientnet"  # of the classes that the kernels know
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,18 @@ def _at(place: str) -> Iterator[None]:
         raise RefusedError(f"{place}{text if text.startswith(' ') else f': {text}'}") from None
 
 
+def overridden(model: Any, names: Iterable[str] = METHODS) -> str | None:
+    """Which of these methods a subclass of EfficientNet or EfficientNetFeatures has changed."""
+    kind = type(model)
+    own = next(base for base in kind.__mro__ if base.__module__ == OWN_MODULE)
+    changed = (n for n in names if getattr(kind, n, None) is not getattr(own, n, None))
+    return min(changed, default=None)
+
+
 def recognise(model: Any, device: torch.device = CPU) -> Network:
     """The kernels' form of an EfficientNet or EfficientNetFeatures.
+
+    A subclass may have a forward of its own: it is what calls the one that this stands in for.
 
     Args:
         model: the network.
@@ -127,6 +138,8 @@ def recognise(model: Any, device: torch.device = CPU) -> Network:
     """
     if patched := METHODS.intersection(model.__dict__):
         raise RefusedError(f"its {min(patched)} is patched")
+    if name := overridden(model, METHODS - {"forward"}):
+        raise RefusedError(f"{type(model).__name__} overrides {name}")
     with _at("features"):
         recognition.require(model.features, nn.Sequential)
         children = list(model.features.children())

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..backends import OpArgs, resolve
-from ..reference.arguments import Padding
+from ..reference.arguments import Padding, Sides
 from ..reference.dwconv_bn_silu import check_arguments
 from . import second_derivative
 from .registration import (
     address,
     autocast,
+    channels_last,
     empty_nhwc,
     fp32,
     isa_of,
@@ -29,8 +30,6 @@ from .registration import (
     register,
 )
 from .statistics import update_running_statistics
-
-Sides = tuple[int, int, int, int]
 
 
 def output_shape(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[int, int, int, int]:
@@ -45,9 +44,9 @@ def output_shape(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[i
     )
 
 
-def _shape_tuple(x: Tensor, out: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
-    oh, ow = out.shape[2:]
-    return (*x.shape, oh, ow, weight.shape[-1], stride, padding[0], padding[2])
+def filter_shape(x: Tensor, z: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
+    """The sizes of a call of a depthwise kernel, x [N,C,H,W] to z [N,C,Ho,Wo]."""
+    return (*x.shape, *z.shape[2:], weight.shape[-1], stride, padding[0], padding[2])
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -81,7 +80,7 @@ def compute_eval(
     weight = native_weight(weight, x)
     vectors = [fp32(v) for v in bn]
     _native.load().dwconv_eval(
-        isa_of(backend), _shape_tuple(x, y, weight, stride, padding),
+        isa_of(backend), filter_shape(x, y, weight, stride, padding),
         x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
         x.data_ptr(), _strides(x), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
         y.data_ptr(), pooled.data_ptr(), torch.get_num_threads(),
@@ -107,7 +106,7 @@ def _train_cpu(
         return z, mean.zero_(), var.zero_()
     weight = native_weight(weight, x)
     _native.load().dwconv_train(
-        isa_of(backend), _shape_tuple(x, z, weight, stride, padding),
+        isa_of(backend), filter_shape(x, z, weight, stride, padding),
         x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
         x.data_ptr(), _strides(x), weight.data_ptr(),
         z.data_ptr(), mean.data_ptr(), var.data_ptr(), torch.get_num_threads(),
@@ -184,7 +183,7 @@ def _backward_cpu(
         grad.data_ptr() if want else 0 for grad, want in zip(grads, wanted, strict=True)
     )
     _native.load().dwconv_backward(
-        isa_of(backend), _shape_tuple(x, z, weight, stride, padding),
+        isa_of(backend), filter_shape(x, z, weight, stride, padding),
         x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
         x.data_ptr(), _strides(x), z.data_ptr(), grad_y.data_ptr(), weight.data_ptr(),
         bn, eps, training, grad_x, grad_weight, sums, torch.get_num_threads(),
@@ -277,7 +276,7 @@ class DwconvBnSilu(torch.autograd.Function):
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
         wanted = [need_x, need_weight, need_gamma or need_beta]
         grad_x, grad_weight, sums = backward_op(
-            grad_y, x, z, weight, bn_weight, bn_bias, mean, var,
+            grad_y, channels_last(x), nhwc(z), weight, bn_weight, bn_bias, mean, var,
             stride, padding, eps, training, wanted, backend,
         )  # fmt: skip
         return (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import OpArgs, resolve
+from ..backends import OpArgs, current_backend, resolve
 from ..reference.mbconv import (
     MBConvConfig,
     MBConvParams,
@@ -30,7 +30,7 @@ from .dwconv_bn_silu import check_values_per_channel, output_shape
 from .dwconv_bn_silu import compute_eval as compute_depthwise
 from .mbconv_passes import passes
 from .pointwise_bn_act import compute as compute_pointwise
-from .registration import autocast, empty_nhwc, fp32, nhwc, register
+from .registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
 from .squeeze_excite import excite_op
 from .statistics import update_running_statistics
 
@@ -126,6 +126,16 @@ def _needs(flags: tuple[bool, ...]) -> Needs:
     return Needs(x, expand[:3], depthwise[:3], squeeze, project[:3])
 
 
+def _laid_out(saved: Saved) -> Saved:
+    """The images in the layout that they were saved in: hooks on saved tensors may change it."""
+    return saved._replace(
+        x=channels_last(saved.x),
+        z1=None if saved.z1 is None else nhwc(saved.z1),
+        z2=nhwc(saved.z2),
+        z3=nhwc(saved.z3),
+    )
+
+
 class MBConv(torch.autograd.Function):
     """Returns (y, norm1, norm2, norm3); the latter are [5,C], norm1 None without expansion."""
 
@@ -154,7 +164,7 @@ class MBConv(torch.autograd.Function):
         settings, backend = ctx.config
         tensors = ctx.saved_tensors
         count = len(Saved._fields)
-        saved, layers = Saved(*tensors[:count]), _layers(tensors[count:])
+        saved, layers = _laid_out(Saved(*tensors[:count])), _layers(tensors[count:])
         flags = ctx.needs_input_grad
         grad_y = nhwc(grad_y)
         with scratch.scope():
@@ -227,6 +237,14 @@ def apply(
     return y
 
 
+def _without_kernel(backend: str, reason: str) -> str:
+    """The reference, for what it alone can do; for a named backend the error that says so."""
+    named = current_backend() if backend == "auto" else backend
+    if named not in ("auto", "reference"):
+        raise RuntimeError(f"backend {named!r} cannot run mbconv, the reference can: {reason}")
+    return "reference"
+
+
 def mbconv(
     x: Tensor,
     params: MBConvParams,
@@ -249,7 +267,8 @@ def mbconv(
         config: see `effnet_fast.reference.MBConvConfig`.
         training: whether the BatchNorms normalise by the batch; a bool for all, or one for each of
             expansion, depthwise and projection.
-        row_scale: [N] or None for 1: what drop-path makes of each image's body.
+        row_scale: [N] or None for 1: what drop-path makes of each image's body. Its own gradient is
+            the reference's alone.
         memory: "fast", or "lean" to save one expanded tensor less and compute it again.
         backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
 
@@ -268,6 +287,8 @@ def mbconv(
     tensors = (*(params.expand or ()), *params.depthwise, *params.squeeze, *params.project)
     kernel = (params.depthwise.weight.shape[2], params.depthwise.weight.shape[3])
     chosen = resolve(backend, "mbconv", OpArgs(x, tensors, kernel, config.stride))
+    if row_scale is not None and row_scale.requires_grad and torch.is_grad_enabled():
+        chosen = _without_kernel(backend, "row_scale requires a gradient, which only it gives")
     if chosen == "reference":
         return reference.mbconv(x, params, config, training=training, row_scale=row_scale)
     layers = Layers(params.expand, params.depthwise, params.squeeze, params.project)

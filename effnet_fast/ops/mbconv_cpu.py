@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..reference.arguments import Sides
 from ..reference.mbconv_passes import NORM_ROWS
 from . import scratch
-from .dwconv_bn_silu import output_shape
+from .dwconv_bn_silu import filter_shape, output_shape
 from .registration import address, empty_nhwc, fp32, isa_of, native_weight, nhwc
 from .squeeze_excite import native_layers
-
-Sides = tuple[int, int, int, int]
 
 
 def _is_bf16(tensor: Tensor) -> bool:
@@ -76,7 +75,8 @@ def _none(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return like.new_empty(0, dtype=dtype)
 
 
-def _weight_grad(x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+def empty_weight_grad(x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    """Memory for a weight's gradient, fp32 on x's device; [0] where it is not wanted."""
     return x.new_empty(weight.shape, dtype=torch.float32) if wanted else _none(x)
 
 
@@ -101,7 +101,7 @@ def project_backward(
     if wanted[0]:
         e = scratch.empty_nhwc("e", z2, z2.shape)
         sums = z2.new_empty((3, *z2.shape[:2]), dtype=torch.float32)
-    grad_weight = _weight_grad(z2, weight, wanted[1])
+    grad_weight = empty_weight_grad(z2, weight, wanted[1])
     if z2.numel() == 0:
         return e, sums.zero_(), grad_weight.zero_()
     grad_y, weight = nhwc(grad_y), native_weight(weight, z2)
@@ -127,7 +127,7 @@ def expand_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else _none(x, x.dtype)
-    grad_weight = _weight_grad(x, weight, wanted[1])
+    grad_weight = empty_weight_grad(x, weight, wanted[1])
     if x.numel() == 0:
         return grad_x, grad_weight.zero_()
     x, weight = nhwc(x), native_weight(weight, x)
@@ -141,10 +141,6 @@ def expand_backward(
     return grad_x, grad_weight
 
 
-def _filter_shape(x: Tensor, z: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
-    return (*x.shape, *z.shape[2:], weight.shape[-1], stride, padding[0], padding[2])
-
-
 def depthwise(
     x: Tensor, x_norm: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -156,7 +152,7 @@ def depthwise(
     x, weight = nhwc(x), native_weight(weight, x)
     kept, vectors = _vectors(*bn)
     _native.load().mbconv_depthwise(
-        isa_of(backend), _filter_shape(x, z, weight, stride, padding), _is_bf16(x),
+        isa_of(backend), filter_shape(x, z, weight, stride, padding), _is_bf16(x),
         _is_bf16(weight), x.data_ptr(), address(x_norm), weight.data_ptr(), vectors, eps,
         z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -185,13 +181,13 @@ def depthwise_backward(
         f = scratch.empty_nhwc("f", x, x.shape) if summed else empty_nhwc(x, x.shape)
     if summed:
         sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
-    grad_weight = _weight_grad(x, weight, wanted[1])
+    grad_weight = empty_weight_grad(x, weight, wanted[1])
     if z2.numel() == 0:
         return f, grad_weight.zero_(), sums.zero_()
     x, weight = nhwc(x), native_weight(weight, x)
     residual = None if residual is None else nhwc(residual)
     _native.load().mbconv_depthwise_backward(
-        isa_of(backend), _filter_shape(x, z2, weight, stride, padding), _is_bf16(x),
+        isa_of(backend), filter_shape(x, z2, weight, stride, padding), _is_bf16(x),
         _is_bf16(weight), e.data_ptr(), gate.data_ptr(), q.data_ptr(), z2.data_ptr(),
         norm2.data_ptr(), address(sums2), x.data_ptr(), address(x_norm), address(residual),
         weight.data_ptr(), _pointer(f, wanted[0]), _pointer(grad_weight, wanted[1]),

@@ -60,10 +60,6 @@ def _finish_backward_fake(
     return _vectors(z, 2, z.shape[1])
 
 
-def _weight_grad(x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
-    return _vectors(x, *weight.shape) if wanted else _vectors(x, 0)
-
-
 def _project_backward_fake(
     grad_y: Tensor,
     row_scale: Tensor | None,
@@ -80,7 +76,7 @@ def _project_backward_fake(
     e, sums = z2.new_empty(0), _vectors(z2, 0)
     if wanted[0]:
         e, sums = empty_nhwc(z2, z2.shape), _vectors(z2, 3, *z2.shape[:2])
-    return e, sums, _weight_grad(z2, weight, wanted[1])
+    return e, sums, mbconv_cpu.empty_weight_grad(z2, weight, wanted[1])
 
 
 def _excite_backward_fake(
@@ -111,7 +107,7 @@ def _depthwise_backward_fake(
     f = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
     summed = wanted[0] and x_norm is not None
     sums = _vectors(x, 2, x.shape[1]) if summed else _vectors(x, 0)
-    return f, _weight_grad(x, weight, wanted[1]), sums
+    return f, mbconv_cpu.empty_weight_grad(x, weight, wanted[1]), sums
 
 
 def _expand_backward_fake(
@@ -126,7 +122,7 @@ def _expand_backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
-    return grad_x, _weight_grad(x, weight, wanted[1])
+    return grad_x, mbconv_cpu.empty_weight_grad(x, weight, wanted[1])
 
 
 _BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var"

@@ -65,6 +65,11 @@ def nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x [N,C,H,W] itself where C is innermost, whatever the other strides; else as `nhwc`."""
+    return x if backends.is_channels_last(x) else nhwc(x)
+
+
 def empty_nhwc(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised channels_last tensor of `shape` with the dtype and device of `like`."""
     return torch.empty(

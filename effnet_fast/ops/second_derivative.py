@@ -7,6 +7,7 @@ gradient penalty has it, the reference is run on the saved inputs and differenti
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,7 @@ def _by_reference(ctx: Any, again: Again, grad_y: Tensor) -> tuple[Tensor | None
     inputs, function = again(ctx)
     # Views: one input may depend on another, and each gradient is the partial one.
     views = [None if t is None else t.view_as(t) for t in inputs]
-    needs = ctx.needs_input_grad
-    wanted = [t for t, need in zip(views, needs, strict=False) if need and t is not None]
+    pairs = list(itertools.zip_longest(views, ctx.needs_input_grad))
+    wanted = [t for t, need in pairs if need and t is not None]
     grads = iter(torch.autograd.grad(function(*views), wanted, grad_y, create_graph=True))
-    return tuple(next(grads) if need else None for need in needs)
+    return tuple(next(grads) if need and t is not None else None for t, need in pairs)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Padding = int | tuple[int, int, int, int] | None
+Sides = tuple[int, int, int, int]  # left, right, top, bottom
+Padding = int | Sides | None
 _BN_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 

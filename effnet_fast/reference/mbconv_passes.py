@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effnet_fast.reference.arguments import Sides
+
 NORM_ROWS = ("scale", "shift", "mean", "rstd", "var")
 SCALE, SHIFT, MEAN, RSTD, VAR = range(5)
-Sides = tuple[int, int, int, int]
 
 
 def _wide(x: Tensor) -> Tensor:

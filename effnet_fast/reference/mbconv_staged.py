@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from effnet_fast.reference.arguments import Sides
 from effnet_fast.reference.mbconv_passes import MEAN, VAR
 
-Sides = tuple[int, int, int, int]
 Vectors = tuple[Tensor | None, ...]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from effnet_fast import _native, cli, diagnostics
+from effnet_fast import _native, cli, diagnostics, fusion
 from effnet_fast.backends import BACKENDS, OPS
 from effnet_fast.cli import common
 from effnet_fast.models.variants import VARIANTS
@@ -79,6 +79,51 @@ def test_model_blocks(b0):
     assert all(block.reason is None for block in blocks)
     assert len(blocks) == B0_UNITS
     assert "18 of 18 blocks fused" in str(diagnostics.doctor(b0))
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_dtype_without_kernels(b0, dtype):
+    try:
+        blocks = diagnostics.doctor(b0.to(dtype)).blocks
+    finally:
+        b0.float()
+    assert len(blocks) > B0_UNITS, "the layers in the blocks are on their own then"
+    assert all(f"x is {dtype}, the cpu backend takes" in block.reason for block in blocks)
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+def test_mixed_dtypes_are_explained(b0):
+    b0.features[2][0].double()
+    reasons = {block.name: block.reason for block in diagnostics.doctor(b0).blocks}
+    b0.float()
+    assert "x is torch.float64" in reasons["features.2.0"]
+    assert reasons["features.2.1"] is None
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+def test_training(b0, monkeypatch):
+    """What is said to be fused is what a step of training runs fused, module by module."""
+    ran = []
+    for name in ("_run_block", "_run_depthwise", "stem_conv_bn_silu_eval"):
+        run = getattr(fusion, name)
+        monkeypatch.setattr(fusion, name, lambda *a, run=run: ran.append(a[0]) or run(*a))
+    try:
+        blocks = diagnostics.doctor(b0.train()).blocks
+        b0(torch.randn(2, 3, 32, 32))
+    finally:
+        b0.eval()
+    unfused = {block.name: block.reason for block in blocks if block.reason}
+    assert set(unfused) == {"features.0", "features.8"}
+    assert all("inference kernel alone: no training" in reason for reason in unfused.values())
+    assert ran == [b0.get_submodule(block.name) for block in blocks if not block.reason]
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+def test_autocast(b0):
+    with torch.autocast("cpu", torch.float16):
+        blocks = diagnostics.doctor(b0).blocks
+    assert all("x is torch.float16" in block.reason for block in blocks)
 
 
 @pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import effnet_fast
+from effnet_fast import fusion
+from effnet_fast.layers import MBConv
 from networks import TINY, random_images, trio
 
 pytestmark = pytest.mark.gpu
@@ -18,15 +20,26 @@ def _device() -> None:
         pytest.skip("there is no CUDA device")
 
 
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[MBConv]:
+    """The blocks that kernels ran, in order."""
+    seen: list[MBConv] = []
+    run = fusion._run_block
+    monkeypatch.setattr(fusion, "_run_block", lambda m, *rest: seen.append(m) or run(m, *rest))
+    return seen
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_parity(dtype: torch.dtype, training: bool) -> None:
+def test_parity(dtype: torch.dtype, training: bool, fused: list[MBConv]) -> None:
     three = trio(TINY, SIDE).apply(lambda model: model.cuda())
     three.actual.to(dtype)
     three.stock.to(dtype)
     three.train(training)
     images = [random_images(8, SIDE, seed=seed).cuda().to(dtype) for seed in range(2, 6)]
     three.assert_parity(*images)
+    blocks = [module for module in three.actual.modules() if isinstance(module, MBConv)]
+    assert fused == blocks * len(images)
 
 
 def test_autocast_gives_stocks_dtype() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision import ops
 from torchvision.models._utils import _make_divisible
 
+from effnet_fast import backends, fusion
 from effnet_fast.layers import (
     Conv2dNormActivation,
     MBConv,
@@ -74,6 +75,40 @@ def test_conv_norm_activation_as_torchvision(kwargs: dict[str, object]) -> None:
     x = torch.randn(2, 8, 9, 7)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_layer_on_the_cuda_kernels(
+    kernel: int, stride: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := backends.can_run("simt", "dwconv_bn_silu"):
+        pytest.skip(reason)
+    used: list[str] = []
+    run = fusion.dwconv_bn_silu
+    monkeypatch.setattr(fusion, "dwconv_bn_silu", lambda *a: used.append(a[-1]) or run(*a))
+    layer = Conv2dNormActivation(16, 16, kernel, stride, groups=16, activation_layer=nn.SiLU)
+    layer.train(training)
+    x = torch.randn(2, 16, 9, 8).to(memory_format=torch.channels_last)
+    with backends.use_backend("simt"):
+        assert fusion.explain(layer) is None
+        y = layer(x)
+    assert used == ["simt"]
+    torch.testing.assert_close(y, layer.forward_stock(x))
+
+
+def test_depthwise_layer_that_the_cuda_kernels_lack() -> None:
+    if reason := backends.can_run("simt", "dwconv_bn_silu"):
+        pytest.skip(reason)
+    layer = Conv2dNormActivation(16, 16, 7, groups=16, activation_layer=nn.SiLU)
+    x = torch.randn(2, 16, 9, 8).to(memory_format=torch.channels_last)
+    with backends.use_backend("simt"):
+        assert fusion.explain(layer) == "the kernel is 7x7; simt has 3x3 and 5x5"
+        with pytest.raises(RuntimeError, match="the kernel is 7x7; simt has 3x3 and 5x5"):
+            layer(x)
+        block = MBConv(MBConvConfig(6, 3, 1, 16, 16), 0.0, nn.BatchNorm2d)
+        assert fusion.explain(block) == "this version has no CUDA kernel for mbconv"
 
 
 def test_conv_norm_activation_slices_to_plain_sequential() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import networks
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
-from networks import assert_parity, pair, random_images, rms, run_network, trio
+from networks import pair, random_images, rms, run_network, trio
+from tolerances import assert_parity
 
 FULL_SIZE = [pytest.param(name, marks=pytest.mark.slow) for name in networks.PUBLISHED[1:]]
 

@@ -20,6 +20,7 @@ from allocations import standing_bytes
 from effnet_fast import _native, use_backend
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from effnet_fast.models import plan as plans
+from effnet_fast.models.network import METHODS
 from networks import TINY, pair, random_images, trio
 from tolerances import assert_no_worse_than
 
@@ -165,6 +166,19 @@ class TestWhen:
         networks.assert_alike(*({"shown": y} for y in calls))
         assert len(runs) == 1
 
+    @pytest.mark.parametrize("path", ["classifier.0", "features.5.1.stochastic_depth"])
+    def test_probability_alone(self, path: str, runs: list[plans.Plan]) -> None:
+        """Of a layer in training mode, which drops nothing as long as it is 0."""
+        model = network()
+        layer = model.get_submodule(path).train()
+        layer.p = 0.0
+        assert torch.equal(infer(model), infer(model))
+        assert len(runs) == 2
+        layer.p = 0.5
+        torch.manual_seed(3)
+        y = [infer(model) for _ in range(4)]
+        assert any(not torch.equal(y[0], other) for other in y)
+
     def test_dropout_that_is_wanted(self, runs: list[plans.Plan]) -> None:
         model = network()
         infer(model)
@@ -193,6 +207,28 @@ class TestWhen:
         y, stock = (infer(model) for model in models.models)
         networks.assert_alike({"y": y}, {"y": stock})
         assert not torch.equal(y, before)
+
+    @pytest.mark.parametrize("name", sorted(METHODS))
+    def test_methods_of_a_subclass(self, name: str, runs: list[plans.Plan]) -> None:
+        """They are called; a forward of a subclass still uses the plan in the one that it calls."""
+        kind = EfficientNetFeatures if name == "_maps" else EfficientNet
+
+        def doubled(self: Any, *args: Any) -> Any:
+            y = getattr(kind, name)(self, *args)
+            return [2 * m for m in y] if isinstance(y, list) else 2 * y
+
+        state = networks.calibrated_state(TINY)
+        results = []
+        for cls in (type("Doubled", (kind,), {name: doubled}), kind):
+            model = cls(TINY).eval()
+            model.load_state_dict(state)
+            if cls is kind:
+                model.plan = False
+                setattr(model, name, doubled.__get__(model))
+            y = infer(model)
+            results.append({str(i): m for i, m in enumerate(y if isinstance(y, list) else [y])})
+        networks.assert_alike(*results)
+        assert len(runs) == (name == "forward")
 
     def test_switched_off(self, runs: list[plans.Plan]) -> None:
         model = network()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_fast
-from cases import MBCONV_CASES, MBConvCase
+from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase
 from effnet_fast import _native, use_backend
 from effnet_fast.layers import Conv2dNormActivation, MBConv, MBConvConfig, SqueezeExcitation
 from effnet_fast.models import VARIANTS, EfficientNetFeatures
@@ -77,6 +77,14 @@ def test_block(case: MBConvCase, dtype: torch.dtype, isa: str) -> None:
         pytest.skip(f"{isa} multiplies no bf16: the network is computed in fp32")
     model, x, exact, stock = expectation(case)
     (y,) = effnet_fast.deploy(model, dtype, backend=f"cpu:{isa}")(x)
+    assert_no_worse_than(y.to(dtype), stock[dtype], exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGE_MBCONV_CASES)
+def test_large_block(case: MBConvCase, dtype: torch.dtype) -> None:
+    model, x, exact, stock = expectation(case)
+    (y,) = effnet_fast.deploy(model, dtype)(x)
     assert_no_worse_than(y.to(dtype), stock[dtype], exact)
 
 

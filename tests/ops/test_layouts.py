@@ -19,6 +19,7 @@ from parity import (
     assert_parity,
     assert_same,
     channels_last,
+    nchw_copy,
     random_like,
     run,
     sample,
@@ -130,6 +131,19 @@ def test_strides_of_grad_y(name: str, layout: str, dtypes: Dtypes, backend: str)
     grad_y = GRADIENTS[layout](random_like(run(call, backend, wanted=())["y"]))
     dense = run(call, backend, grad_y=channels_last(grad_y))
     assert_same(run(call, backend, grad_y=grad_y), dense)
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@DIFFERENTIABLE
+def test_saved_tensors_that_come_back_in_another_layout(
+    name: str, dtypes: Dtypes, backend: str
+) -> None:
+    """As hooks that offload them may give them back: NCHW without gaps."""
+    call = sample(name, dtypes)
+    with torch.autograd.graph.saved_tensors_hooks(nchw_copy, lambda saved: saved):
+        actual = run(call, backend)
+    assert_same(actual, run(call, backend))
 
 
 @ANY_BACKEND

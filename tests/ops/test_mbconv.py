@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import MBCONV_CASES, MBConvCase, find
+from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase, find
 from effnet_fast import reference
 from effnet_fast.ops import scratch
 from effnet_fast.ops.mbconv import eval_op
-from parity import BACKENDS, DTYPES, FP32, Dtypes, assert_parity, channels_last
+from parity import BACKENDS, BF16, DTYPES, FP32, Dtypes, assert_parity, channels_last
 
 EPS = [1e-3, 1e-4, 1e-5]
 Parts = dict[str, list[Tensor]]
@@ -78,6 +78,13 @@ def test_matches_reference(case: MBConvCase, dtypes: Dtypes, backend: str) -> No
     actual = run_op(case, x, parts, backend)
     assert_parity({"y": actual}, {"y": stock}, {"y": exact}, dtypes.x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", LARGE_MBCONV_CASES)
+def test_large_matches_reference(case: MBConvCase, dtypes: Dtypes) -> None:
+    x, parts, stock, exact = expectation(case, dtypes)
+    assert_parity({"y": run_op(case, x, parts, "cpu")}, {"y": stock}, {"y": exact}, dtypes.x)
 
 
 @pytest.mark.parametrize("part", ["expand", "depthwise", "squeeze", "project"])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import MBCONV_CASES, MBConvCase, find
-from effnet_fast import _native, ops, reference
+from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase, find
+from effnet_fast import _native, ops, reference, use_backend
 from effnet_fast.backends import can_run
 from effnet_fast.ops import mbconv_passes, scratch
 from effnet_fast.reference.mbconv import Training
@@ -26,6 +26,7 @@ from parity import (
     Dtypes,
     assert_parity,
     assert_same,
+    nchw_copy,
     random_like,
 )
 
@@ -63,6 +64,13 @@ def test_matches_reference(case: MBConvCase, dtypes: Dtypes, backend: str) -> No
     before = call.x.clone()
     assert_parity(run_op(call, backend), stock, exact, dtypes.x)
     assert torch.equal(call.x, before)
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", LARGE_MBCONV_CASES)
+def test_large_matches_reference(case: MBConvCase, dtypes: Dtypes) -> None:
+    call, stock, exact = expectation(case, dtypes, True)
+    assert_parity(run_op(call), stock, exact, dtypes.x)
 
 
 @ANY_BACKEND
@@ -202,6 +210,20 @@ def test_layouts(name: str) -> None:
     assert torch.equal(ones, torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
 
+@ANY_BACKEND
+@ANY_SAMPLE
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+def test_saved_tensors_that_come_back_in_another_layout(
+    name: str, dtypes: Dtypes, memory: str, backend: str
+) -> None:
+    """As hooks that offload them may give them back: NCHW without gaps."""
+    call = sample(name, dtypes, dropped=True, memory=memory)
+    with torch.autograd.graph.saved_tensors_hooks(nchw_copy, lambda saved: saved):
+        actual = run_op(call, backend)
+    assert_same(actual, run_op(call, backend))
+
+
 @pytest.mark.parametrize("place", ["x", "expand.weight", "depthwise.weight", "project.bn_bias"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_propagate(place: str, value: float) -> None:
@@ -212,6 +234,34 @@ def test_nan_and_inf_propagate(place: str, value: float) -> None:
     call = replace(call, tensors=call.tensors | {place: tensor})
     actual, stock = run_op(call), run(call)
     assert torch.equal(actual["y"].isfinite(), stock["y"].isfinite())
+    assert_none_hidden(actual, stock)
+
+
+def assert_none_hidden(actual: dict[str, Tensor], stock: dict[str, Tensor]) -> None:
+    """Asserts that nothing is finite where stock's is not."""
+    assert list(actual) == list(stock)
+    assert any(not tensor.isfinite().all() for tensor in stock.values())
+    for name, tensor in stock.items():
+        hidden = actual[name].isfinite() & ~tensor.isfinite()
+        assert not hidden.any(), f"{name}: {int(hidden.sum())} finite, stock's are not"
+
+
+@ANY_BACKEND
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("place", ["x", "grad_y", "depthwise.weight", "project.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["c_eq_vector", "c_odd_stride_2", "no_expansion_residual"])
+def test_nan_and_inf_reach_gradients(
+    name: str, value: float, place: str, dtypes: Dtypes, training: bool, backend: str
+) -> None:
+    call = sample(name, dtypes, training)
+    grad_y = random_like(run(call, wanted=())["y"])
+    tensor = grad_y if place == "grad_y" else call.tensors[place].clone()
+    tensor[tuple(size // 2 for size in tensor.shape)] = value
+    if place != "grad_y":
+        call = replace(call, tensors=call.tensors | {place: tensor})
+    assert_none_hidden(run_op(call, backend, grad_y=grad_y), run(call, grad_y=grad_y))
 
 
 def test_gradients_of_gradients() -> None:
@@ -275,6 +325,22 @@ def test_a_named_backend_says_what_it_cannot_run() -> None:
         ops.mbconv(call.x.contiguous(), *arguments, training=True, backend="cpu")
     with pytest.raises(ValueError, match="memory must be one of fast, lean"):
         ops.mbconv(call.x, *arguments, training=True, memory="small")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradient_of_row_scale(training: bool) -> None:
+    """The reference's: "auto" takes that, a named backend says so."""
+    call = sample("c_eq_vector", training=training, dropped=True)
+    wanted = (*call.differentiable, "row_scale")
+    actual = run_op(call, "auto", wanted=wanted)
+    assert "grad row_scale" in actual
+    assert_same(actual, run(call, wanted=wanted))
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run mbconv.*row_scale requires a grad"):
+        run_op(call, "cpu", wanted=wanted)
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="row_scale requires a gradient"):
+        run_op(call, "auto", wanted=["row_scale"])
+    with use_backend("reference"):
+        assert_same(run_op(call, "auto", wanted=wanted), actual)
 
 
 def test_one_value_per_channel_is_refused() -> None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...reference.arguments import Sides
 from ..dwconv_bn_silu import (
-    Sides,
     _backward_fake,
     _strides,
     output_shape,
