@@ -66,8 +66,7 @@ class Peer:
         requires: modules without which it cannot run.
         compiles: whether building takes long, so that --quick leaves it out.
         same_numbers: whether it computes what stock does; lukemelas pads otherwise.
-        keeps_memory: whether what a call needs stays with it or is not seen by PyTorch's
-            allocator, so that peak memory cannot be told.
+        keeps_memory: whether PyTorch's allocator cannot tell what a call needs at its peak.
         plans: whether that is so of its inference on a CPU, which goes by packed weights.
     """
 
