@@ -37,7 +37,8 @@ report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.report
 
 # Build, parity, timings and counters on an NVIDIA GPU, with the Python and packages that are there.
-# OUT is the folder for results; PART one of parity, kernels, networks, tune; DRY_RUN=1 only lists.
+# OUT is the folder for results; PART one of parity, kernels, networks, tune
+# (all four where none is named) and more: large shapes, B4, B7, sanitizer. DRY_RUN=1 only lists.
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(PART),--part $(PART)) \
 	    $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY_RUN),--dry-run)

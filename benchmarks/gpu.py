@@ -3,7 +3,8 @@
 Builds the package with CUDA (no network needed), holds the kernels to the reference on the device,
 times ops and networks beside their peers, and reads hardware counters. Parts run in turn, each
 within its share of the time that is left; one that fails does not stop the others. Everything goes
-to one folder: a log per step, the CSV file, and summary.txt, which is also printed last.
+to one folder: a log per step, the CSV file, and summary.txt, which is also printed last. The part
+"more" (large shapes, B4's and B7's kernels, NVIDIA's sanitizer) is a run of its own: --part more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import shlex
 import shutil
@@ -29,7 +31,8 @@ from benchmarks.report import contests, published
 BUDGET_S = 9 * 60.0
 RESERVE_S = 15.0  # for the summary
 INTERRUPTED = "interrupted"
-PARTS = ("parity", "kernels", "networks", "tune")
+DEFAULT_PARTS = ("parity", "kernels", "networks", "tune")
+PARTS = (*DEFAULT_PARTS, "more")
 # Counters of one launch of each kernel: time, bytes to and from memory, busy issue slots.
 COUNTERS = (
     "gpu__time_duration.sum",
@@ -37,8 +40,10 @@ COUNTERS = (
     "sm__inst_issued.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
 )
-PROFILED = "benchmarks/profiled.py"
+PROFILED = ("-m", "benchmarks.profiled")
+OWN_KERNELS = "regex:^(dwconv_bn_silu|excite|fold|bn_act|gate|reduce)_"
 NCU = ("ncu", "--clock-control", "none", "--csv", "--launch-count", "400")
+NCU += ("--kernel-name-base", "function", "--kernel-name", OWN_KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +70,14 @@ def _pytest(part: str, name: str, share: float, *options: str) -> Step:
     return Step(part, name, (*command, *options), share)
 
 
-def _bench(part: str, name: str, share: float, select: str) -> Step:
+def _workers() -> tuple[str, ...]:
+    """A few processes share the parity tests, where pytest-xdist is installed."""
+    return ("-n", "4") if importlib.util.find_spec("xdist") else ()
+
+
+def _bench(part: str, name: str, share: float, select: str, file: str = "") -> Step:
     options = ("--benchmark-only", "--record", "--results", "{out}", "--commit", "{commit}")
-    file = "network" if part == "networks" else name
+    file = file or ("network" if part == "networks" else name)
     return _pytest(
         *(part, name, share, f"benchmarks/bench_{file}.py"),
         *(*options, "--rounds", "2", "-k", select),
@@ -75,6 +85,14 @@ def _bench(part: str, name: str, share: float, select: str) -> Step:
 
 
 KERNELS = "bf16 and b0_ and not torch_compile"
+OTHER_KERNELS = "bf16 and (b4_ or b7_) and not torch_compile"
+# By the CUDA kernels' own tests first; what takes long has a step of its own.
+LONG = ("compute_sanitizer", "where_large", "more_than_2_31")
+CUDA_TESTS = ("tests/csrc", "tests/ops/cuda", "-k", " and ".join(f"not {name}" for name in LONG))
+INT64_TESTS = ("tests/ops/cuda/test_device.py", "-k", "more_than_2_31")  # one takes 26 GB
+LARGE_TESTS = ("tests/ops/cuda", "-k", "where_large")
+SANITIZER_TESTS = ("tests/ops/cuda/test_device.py", "-k", "compute_sanitizer")
+OTHER_TESTS = ("tests/ops", "tests/models", "tests/triton_kernels", "--ignore", "tests/ops/cuda")
 # A contest that is cut off records nothing, and each compilation takes a minute or more: of the
 # compiled peers only the one with CUDA graphs, and only in B0's contests.
 NETWORKS = {
@@ -87,7 +105,9 @@ INSTALL = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-
 STEPS = (
     Step("build", "build", (sys.executable, *INSTALL), 0.4),
     Step("build", "doctor", (sys.executable, "-m", "effnet_fast.cli", "doctor"), 0.1),
-    _pytest("parity", "parity", 0.35, "tests/ops", "tests/models", "tests/triton_kernels"),
+    _pytest("parity", "parity_cuda", 0.25, *_workers(), *CUDA_TESTS),
+    _pytest("parity", "parity", 0.25, *_workers(), *OTHER_TESTS),
+    _pytest("parity", "parity_int64", 0.1, *INT64_TESTS),
     _bench("kernels", "cuda", 0.4, KERNELS),
     _bench("kernels", "dwconv", 0.2, KERNELS),
     _bench("kernels", "squeeze_excite", 0.2, KERNELS),
@@ -103,9 +123,12 @@ STEPS = (
     ),
     Step(
         *("tune", "counters"),
-        (*NCU, "--metrics", ",".join(COUNTERS), sys.executable, PROFILED),
+        (*NCU, "--metrics", ",".join(COUNTERS), sys.executable, *PROFILED),
         *(1.0, "ncu"),
     ),
+    _pytest("more", "parity_large", 0.3, *_workers(), *LARGE_TESTS),
+    _bench("more", "cuda_b4_b7", 0.7, OTHER_KERNELS, "cuda"),
+    _pytest("more", "sanitizer", 1.0, *SANITIZER_TESTS),
 )
 
 
@@ -216,7 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of results")
     parser.add_argument(
-        "--part", choices=PARTS, action="append", help="only this part (may be repeated)"
+        "--part",
+        choices=PARTS,
+        action="append",
+        help=f"only this part (may be repeated; default: {', '.join(DEFAULT_PARTS)})",
     )
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything")
     parser.add_argument(
@@ -224,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     arguments = parser.parse_args(argv)
-    steps = chosen(arguments.part or PARTS)
+    steps = chosen(arguments.part or DEFAULT_PARTS)
     out = arguments.out.resolve()
     if arguments.dry_run:
         for step in steps:

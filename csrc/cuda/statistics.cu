@@ -159,18 +159,22 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1) fold_sum_kernel(co
   a.out[o * a.out_o + r * a.out_r + c * a.out_c] = r == 0 ? a.first_factor * sum : sum;
 }
 
+// In double: an error of a mean is the same in every pixel of a channel, and the gradients of
+// squeeze- and-excite, differences of such sums, magnify it.
+using Wide = MomentsOf<double>;
+
 __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1)
     fold_moments_kernel(const FoldMomentsArgs a) {
-  EFFNET_SHARED(Moments, all, [kFoldSlices][kFoldWidth]);
+  EFFNET_SHARED(Wide, all, [kFoldSlices][kFoldWidth]);
   const int lane = thread_x() % kFoldWidth, slice = thread_x() / kFoldWidth;
   const int64_t c = block_x() * kFoldWidth + lane;
   const int64_t begin = a.parts * slice / kFoldSlices, end = a.parts * (slice + 1) / kFoldSlices;
-  Moments m = {};
+  Wide m = {};
   if (c < a.c) {
 #pragma unroll 4
     for (int64_t p = begin; p < end; p++) {
       const float* from = a.partial + p * 4 * a.c + c;
-      m = merged(m, {load(from), load(from + a.c), load(from + 2 * a.c), load(from + 3 * a.c)});
+      m = merged(m, Wide{load(from), load(from + a.c), load(from + 2 * a.c), load(from + 3 * a.c)});
     }
   }
   all[slice][lane] = m;
@@ -180,11 +184,17 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1)
   }
   if (slice != 0 || c >= a.c) return;
   m = all[0][lane];
-  a.mean[c] = m.pivot + m.mean;
-  a.var[c] = m.m2 / m.count;
+  a.mean[c] = static_cast<float>(m.pivot + m.mean);
+  a.var[c] = static_cast<float>(m.m2 / m.count);
 }
 
 }  // namespace
+
+// Asked of one kernel, as all are compiled for the same architectures; without a launch, an
+// allocation or a wait, so that it may be asked while a CUDA graph is being captured.
+std::string probe(int device) {
+  return reason_against(reinterpret_cast<const void*>(&fold_sum_kernel), device);
+}
 
 void launch_reduce(const ReduceArgs& a, const Queue& queue) {
   require(a.n > 0 && a.c > 0 && a.hw > 0 && a.chunks > 0 && a.chunks <= a.hw,
