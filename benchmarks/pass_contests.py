@@ -54,11 +54,11 @@ class _Inputs:
 
 
 def squeeze(case: SqueezeExciteCase, dtype: str, device: str) -> Contest:
-    """The mean of silu(bn(z)); this package's pass yields two more sums."""
+    """The mean of silu(bn(z)) in fp32; this package's pass yields two more sums."""
     t = _Inputs(case, dtype, device)
 
     def stock(t: _Inputs) -> tuple[Tensor, ...]:
-        return (F.silu(t.normed()).mean((2, 3)),)
+        return (F.silu(t.normed()).mean((2, 3)).to(t.gamma.dtype),)
 
     def ours(backend: str) -> tuple[Tensor, ...]:
         return (excitation.squeeze(t.z, t.bn(), backend)[0],)
@@ -86,7 +86,7 @@ def bn_sums(case: SqueezeExciteCase, dtype: str, device: str) -> Contest:
     def stock(t: _Inputs) -> tuple[Tensor, ...]:
         du = torch.ops.aten.silu_backward(t.grad_y, t.normed())
         zh = F.batch_norm(t.z, t.mean, t.var, None, None, False, 0.0, EPS)
-        return du.sum((0, 2, 3)), (du * zh).sum((0, 2, 3))
+        return tuple(v.sum((0, 2, 3)).to(t.gamma.dtype) for v in (du, du * zh))
 
     def ours(backend: str) -> tuple[Tensor, ...]:
         sums = statistics.channel_sums(backend, statistics.BN_SILU, t.z, t.grad_y, t.bn())

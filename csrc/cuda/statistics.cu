@@ -5,7 +5,7 @@
 // Layout:   contiguous channels-last; vectors over channels in fp32
 // Tiling:   reduce: a block owns a chunk of an image's pixels and up to 32 pieces of 16 bytes of
 //           channels; its threads go through the pixels four loads at a time. fold: a block owns 32
-//           neighbouring results, 32 threads each share the parts of one
+//           neighbouring results, 32 threads (of moments 16) each share the parts of one
 // Bytes:    x (and grad_y) once
 // FLOPs:    1 to 30 per element
 // Source:   original; Chan, Golub, LeVeque 1983; Ioffe and Szegedy 2015, section 3
@@ -17,9 +17,10 @@ namespace effnet {
 namespace cuda {
 namespace {
 
-constexpr int kFoldWidth = 32;   // results of a block, side by side
-constexpr int kFoldSlices = 32;  // threads that share one result's parts
-constexpr int kUnroll = 4;       // pixels that a thread loads at once
+constexpr int kFoldWidth = 32;     // results of a block, side by side
+constexpr int kFoldSlices = 32;    // threads that share one result's parts
+constexpr int kMomentSlices = 16;  // the same of moments, whose doubles take more registers
+constexpr int kUnroll = 4;         // pixels that a thread loads at once
 
 template <Reduction R>
 constexpr int kSums = R == Reduction::kSqueeze                         ? 3
@@ -160,15 +161,16 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1) fold_sum_kernel(co
 }
 
 // In double: an error of a mean is the same in every pixel of a channel, and the gradients of
-// squeeze- and-excite, differences of such sums, magnify it.
+// squeeze-and-excite, differences of such sums, magnify it.
 using Wide = MomentsOf<double>;
 
-__global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1)
+__global__ void __launch_bounds__(kFoldWidth* kMomentSlices, 1)
     fold_moments_kernel(const FoldMomentsArgs a) {
-  EFFNET_SHARED(Wide, all, [kFoldSlices][kFoldWidth]);
+  EFFNET_SHARED(Wide, all, [kMomentSlices][kFoldWidth]);
   const int lane = thread_x() % kFoldWidth, slice = thread_x() / kFoldWidth;
   const int64_t c = block_x() * kFoldWidth + lane;
-  const int64_t begin = a.parts * slice / kFoldSlices, end = a.parts * (slice + 1) / kFoldSlices;
+  const int64_t begin = a.parts * slice / kMomentSlices,
+                end = a.parts * (slice + 1) / kMomentSlices;
   Wide m = {};
   if (c < a.c) {
 #pragma unroll 4
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1)
     }
   }
   all[slice][lane] = m;
-  for (int half = kFoldSlices / 2; half > 0; half /= 2) {
+  for (int half = kMomentSlices / 2; half > 0; half /= 2) {
     sync_threads();
     if (slice < half) all[slice][lane] = merged(all[slice][lane], all[slice + half][lane]);
   }
@@ -219,7 +221,7 @@ void launch_fold_moments(const FoldMomentsArgs& a, const Queue& queue) {
   require(a.parts > 0 && a.c > 0, "fold: sizes must be positive");
   const DeviceGuard guard(queue.device);
   launch("fold_moments", fold_moments_kernel,
-         grid_of(ceil_div(a.c, kFoldWidth), 1, 1, kFoldWidth * kFoldSlices, 0, queue.stream), a);
+         grid_of(ceil_div(a.c, kFoldWidth), 1, 1, kFoldWidth * kMomentSlices, 0, queue.stream), a);
 }
 
 }  // namespace cuda
