@@ -37,8 +37,8 @@ report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.report
 
 # Build, parity, timings and counters on an NVIDIA GPU, with the Python and packages that are there.
-# OUT is the folder for results; PART one of parity, kernels, networks, tune, compiled;
-# DRY_RUN=1 only lists.
+# OUT is the folder for results; PART one of parity, kernels, networks, tune, which are all that is
+# run where none is named, compiled, more; DRY_RUN=1 only lists.
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(PART),--part $(PART)) \
 	    $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY_RUN),--dry-run)

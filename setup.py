@@ -10,6 +10,7 @@ Torch is not needed. Read at build time:
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+INCLUDE = f"-I{shlex.quote(str(CSRC))}"
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0"]
@@ -36,6 +38,8 @@ X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16", "-mamx-tile", "-
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
 NVCC_FLAGS = ["-std=c++20", "-O3"]
 RELEASE_ARCHS = ["80", "90", "100", "120"]
+MIN_ARCH = 80  # of cp.async, with which the kernels copy
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # words of CXX before the compiler
 # The host run of the CUDA kernels: for this machine alone, so its instructions may be used.
 SIMT_FLAGS = ["-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-march=native"]
 SIMT_FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -50,11 +54,19 @@ def option(name, default, allowed):
     return value
 
 
+def compiler_of(cxx):
+    """The compiler among the words of CXX, as in "ccache g++ -m64": what nvcc takes as its own."""
+    words = shlex.split(cxx)
+    return next((word for word in words if Path(word).name not in LAUNCHERS), "")
+
+
 def find_cxx():
+    """The words of CXX, quoted for a shell, and the compiler among them."""
     cxx = os.environ.get("CXX", "g++")
-    if shutil.which(cxx.split()[0]) is None:
+    words, compiler = shlex.split(cxx), compiler_of(cxx)
+    if not compiler or any(shutil.which(word) is None for word in (words[0], compiler)):
         sys.exit(f"effnet-fast: no C++ compiler ({cxx}): install g++ (Debian package: g++)")
-    return cxx
+    return shlex.join(words), shlex.quote(compiler)
 
 
 def nvcc_here():
@@ -91,6 +103,7 @@ def cuda_archs(nvcc):
     """Returns (sm list, compute capability of the PTX), within what this nvcc can generate."""
     wish = option("EFFNET_FAST_CUDA_ARCHS", "native", r"native|all|\d+[af]?([,; ]\d+[af]?)*")
     offered = set(re.findall(r"sm_(\d+[af]?)", run_for_text(nvcc, "--list-gpu-code")))
+    offered = {arch for arch in offered if int(arch.rstrip("af")) >= MIN_ARCH}
     if wish == "all":
         archs, ptx = [a for a in RELEASE_ARCHS if a in offered], "80"
     elif wish == "native":
@@ -100,10 +113,11 @@ def cuda_archs(nvcc):
     else:
         archs = re.split("[,; ]", wish)
         ptx = None
-        if missing := [a for a in archs if offered and a not in offered]:
+        old = [a for a in archs if int(a.rstrip("af")) < MIN_ARCH]
+        if missing := [a for a in archs if a in old or (offered and a not in offered)]:
             sys.exit(
-                f"EFFNET_FAST_CUDA_ARCHS names {missing}; {nvcc} offers "
-                f"{sorted(offered, key=lambda a: (len(a), a))}"
+                f"EFFNET_FAST_CUDA_ARCHS names {missing}; the kernels need {MIN_ARCH} or newer, "
+                f"of which {nvcc} offers {sorted(offered, key=lambda a: (len(a), a))}"
             )
     return archs, ptx
 
@@ -139,7 +153,8 @@ def binding_includes():
     python_include = Path(sysconfig.get_path("include"))
     if not (python_include / "Python.h").is_file():
         sys.exit(f"effnet-fast: no Python.h in {python_include}: install python3-dev")
-    return [f"-isystem {pybind11.get_include()}", f"-isystem {python_include}"]
+    folders = (pybind11.get_include(), python_include)
+    return [f"-isystem {shlex.quote(str(folder))}" for folder in folders]
 
 
 def write_simt_ninja(stream, out, nvcc):
@@ -147,9 +162,9 @@ def write_simt_ninja(stream, out, nvcc):
     from ninja.ninja_syntax import Writer
 
     ninja = Writer(stream)
-    cxx = find_cxx()
-    ninja.rule("cxx", f"{nvcc} -x c++ -ccbin {cxx.split()[0]} -MD -MF $out.d -std=c++20 "
-               f"-DEFFNET_SIMT -I{CSRC} -Xcompiler {','.join(SIMT_FLAGS)} $extra -c $in -o $out",
+    cxx, compiler = find_cxx()
+    ninja.rule("cxx", f"{shlex.quote(nvcc)} -x c++ -ccbin {compiler} -MD -MF $out.d -std=c++20 "
+               f"-DEFFNET_SIMT {INCLUDE} -Xcompiler {','.join(SIMT_FLAGS)} $extra -c $in -o $out",
                depfile="$out.d", deps="gcc", description="SIMT $out")  # fmt: skip
     objects = []
     for source in [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "simt").glob("*.cpp"))]:
@@ -165,8 +180,8 @@ def write_ninja(stream, out, nvcc):
     from ninja.ninja_syntax import Writer
 
     ninja = Writer(stream)
-    cxx = find_cxx()
-    flags = " ".join([*CXX_FLAGS, f"-I{CSRC}"])
+    cxx, compiler = find_cxx()
+    flags = " ".join([*CXX_FLAGS, INCLUDE])
     ninja.variable("cxx", cxx)
     ninja.rule("cxx", f"$cxx -MMD -MF $out.d {flags} $extra -c $in -o $out",
                depfile="$out.d", deps="gcc", description="CXX $out")  # fmt: skip
@@ -188,13 +203,15 @@ def write_ninja(stream, out, nvcc):
         codes += [f"-gencode arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
         names = [f"sm_{a}" for a in archs] + ([f"compute_{ptx}"] if ptx else [])
         defines += [f"-DEFFNET_CUDA_ARCHS='\"{' '.join(names)}\"'"]
-        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} -I{CSRC} "
+        nvcc = shlex.quote(nvcc)
+        ninja.rule("nvcc", f"{nvcc} -ccbin {compiler} -MD -MF $out.d {' '.join(NVCC_FLAGS)} "
+                   f"{INCLUDE} "
                    f"-Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -c $in -o $out",
                    depfile="$out.d", deps="gcc", description="NVCC $out")  # fmt: skip
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             objects.append(f"{source.stem}.cu.o")
             ninja.build(objects[-1], "nvcc", str(source))
-        link = f"{nvcc} -shared -cudart static -ccbin {cxx.split()[0]} -Xcompiler -fopenmp"
+        link = f"{nvcc} -shared -cudart static -ccbin {compiler} -Xcompiler -fopenmp"
     else:
         link = f"{cxx} -shared -fopenmp"
     compile_cxx(CSRC / "bindings.cpp", "bindings", defines)

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import cuda_contests as cuda
 from benchmarks import op_contests as ops
+from benchmarks import pass_contests as passes
 from benchmarks.contest import OURS
 from benchmarks.params import quick_if, require
 from cases import DwconvCase, SqueezeExciteCase, dwconv_of, squeeze_excite_of
@@ -48,26 +49,37 @@ def test_dwconv_step(enter, case: DwconvCase, dtype: str, device: str, contestan
     enter(contestant, cuda.dwconv, case, "training", dtype, device)
 
 
-@pytest.mark.parametrize("contestant", [OURS, ops.STOCK, cuda.NATIVE])
+@pytest.mark.parametrize("contestant", [OURS, ops.STOCK, cuda.NATIVE, COMPILED])
 @ANY_DTYPE
 @pytest.mark.parametrize("case", quick_if(QUICK, DWCONV))
 def test_dwconv_backward(enter, case: DwconvCase, dtype: str, device: str, contestant: str) -> None:
     enter(contestant, cuda.dwconv_backward, case, "training", dtype, device)
 
 
-@pytest.mark.parametrize("contestant", [OURS, ops.STOCK, COMPILED])
+@pytest.mark.parametrize("contestant", [OURS, ops.STOCK, cuda.NATIVE, COMPILED])
 @ANY_DTYPE
 @pytest.mark.parametrize("case", quick_if(QUICK_EXCITE, EXCITE))
 def test_squeeze_excite(
     enter, case: SqueezeExciteCase, dtype: str, device: str, contestant: str
 ) -> None:
-    enter(contestant, ops.squeeze_excite, case, "inference", dtype, device)
+    enter(contestant, cuda.squeeze_excite, case, "inference", dtype, device)
 
 
-@pytest.mark.parametrize("contestant", [OURS, ops.STOCK])
+@pytest.mark.parametrize("contestant", [OURS, ops.STOCK, cuda.NATIVE, COMPILED])
 @ANY_DTYPE
 @pytest.mark.parametrize("case", quick_if(QUICK_EXCITE, EXCITE))
 def test_squeeze_excite_backward(
     enter, case: SqueezeExciteCase, dtype: str, device: str, contestant: str
 ) -> None:
     enter(contestant, cuda.squeeze_excite_backward, case, "training", dtype, device)
+
+
+@pytest.mark.parametrize("contestant", [OURS, ops.STOCK])
+@ANY_DTYPE
+@pytest.mark.parametrize("what", ["squeeze", "finish", "bn_sums"])
+@pytest.mark.parametrize("case", quick_if(QUICK_EXCITE, EXCITE))
+def test_pass(
+    enter, case: SqueezeExciteCase, what: str, dtype: str, device: str, contestant: str
+) -> None:
+    """The passes of a block that read and write expanded tensors, alone."""
+    enter(contestant, getattr(passes, what), case, dtype, device)

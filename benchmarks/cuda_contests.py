@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from benchmarks import op_contests, work
 from benchmarks.contest import OURS, Contest
-from benchmarks.limits import Work
 from cases import DwconvCase, SqueezeExciteCase
 from effnet_fast import ops
 from parity import Call, random_like
 
 NATIVE, CONV_NATIVE = "torch_native", "conv_alone_native"
-BACKWARD_READS_Y = 4  # grad_y and z, by the pass for BN's sums and by the one for the gradients
 
 
 def dwconv(case: DwconvCase, mode: str, dtype: str, device: str) -> Contest:
@@ -31,32 +29,25 @@ def dwconv(case: DwconvCase, mode: str, dtype: str, device: str) -> Contest:
 def dwconv_backward(case: DwconvCase, mode: str, dtype: str, device: str) -> Contest:
     """The gradients of x and all parameters, the forward pass left out."""
     contest = op_contests.dwconv(case, mode, dtype, device)
-    contest = _backward_of(contest, *op_contests.dwconv_parts(case, mode, dtype))
-    x = case.n * case.c * case.h * case.w
-    y = case.n * case.c * -(-case.h // case.stride) * -(-case.w // case.stride)
-    at_least = Work(
-        bytes=work.BYTES[dtype] * (2 * x + BACKWARD_READS_Y * y),
-        other_flops=4 * y * case.k**2,
-        silus=2 * y,
-    )
+    contest = _backward_of(contest, case.name, *op_contests.dwconv_parts(case, mode, dtype))
+    at_least = work.dwconv_backward(case, dtype)
     return _with_native(replace(contest, what="dwconv_bn_silu_backward", work=at_least))
+
+
+def squeeze_excite(case: SqueezeExciteCase, mode: str, dtype: str, device: str) -> Contest:
+    """`op_contests.squeeze_excite` with PyTorch's own kernels beside cuDNN's."""
+    return _with_native(op_contests.squeeze_excite(case, mode, dtype, device))
 
 
 def squeeze_excite_backward(case: SqueezeExciteCase, mode: str, dtype: str, device: str) -> Contest:
     """The gradients of x and the layers, the forward pass left out."""
     contest = op_contests.squeeze_excite(case, mode, dtype, device)
-    contest = _backward_of(contest, *op_contests.squeeze_excite_parts(case, dtype))
-    x, weights = case.n * case.c * case.h * case.w, 2 * case.c * case.r
-    # x and grad_y for the gate's gradient, grad_y again for that of x, which is written.
-    at_least = Work(
-        bytes=work.BYTES[dtype] * (4 * x + 2 * weights),
-        dense_flops=4 * case.n * weights,
-        other_flops=4 * x,
-    )
-    return replace(contest, what="squeeze_excite_backward", work=at_least)
+    contest = _backward_of(contest, case.name, *op_contests.squeeze_excite_parts(case, dtype))
+    at_least = work.squeeze_excite_backward(case, dtype)
+    return _with_native(replace(contest, what="squeeze_excite_backward", work=at_least))
 
 
-def _backward_of(contest: Contest, call: Call, stock: nn.Module) -> Contest:
+def _backward_of(contest: Contest, name: str, call: Call, stock: nn.Module) -> Contest:
     call = op_contests.on(call, contest.device)
     stock = stock.to(contest.device).train().to(memory_format=torch.channels_last)
 
@@ -65,11 +56,21 @@ def _backward_of(contest: Contest, call: Call, stock: nn.Module) -> Contest:
         inputs = [tensors[name].requires_grad_() for name in call.differentiable]
         return _gradients(getattr(ops, call.op)(**tensors, **call.options), inputs)
 
-    def theirs() -> Callable[[], object]:
+    def theirs(forward: Callable[[Tensor], Tensor] = stock) -> Callable[[], object]:
         x = call.x.detach().clone().requires_grad_()
-        return _gradients(stock(x), [x, *stock.parameters()])
+        return _gradients(forward(x), [x, *stock.parameters()])
 
-    build = {OURS: ours, op_contests.STOCK: theirs}
+    def compiled() -> Callable[[], object]:
+        def build() -> Callable[[], object]:
+            # The compiler would else reuse what was saved, which a second backward needs.
+            with torch._functorch.config.patch(donated_buffer=False):
+                run = theirs(torch.compile(stock))
+                run()
+            return run
+
+        return op_contests.compiled(name, build)
+
+    build = {OURS: ours, op_contests.STOCK: theirs, op_contests.COMPILED: compiled}
     return replace(contest, build=build, yardsticks=frozenset())
 
 

@@ -2,10 +2,11 @@
 
 Builds the package with CUDA (no network needed), holds the kernels to the reference on the device,
 times ops and networks beside their peers, and reads hardware counters. Parts run in turn, each
-within its share of the time that is left; one that fails does not stop the others. The part
-"compiled" runs only where it is asked for: networks beside torch.compile with CUDA graphs, each a
-minute or more to compile. Everything goes to one folder: a log per step, the CSV file, and
-summary.txt, which is also printed last.
+within its share of the time that is left; one that fails does not stop the others. Two parts run
+only where they are asked for: "compiled", networks beside torch.compile with CUDA graphs, each a
+minute or more to compile, and "more", large shapes, B4's and B7's kernels and NVIDIA's sanitizer.
+Everything goes to one folder: a log per step, the CSV file, and summary.txt, which is also printed
+last.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import shlex
 import shutil
@@ -32,8 +34,10 @@ BUDGET_S = 9 * 60.0
 RESERVE_S = 15.0  # for the summary
 INTERRUPTED = "interrupted"
 PARTS = ("parity", "kernels", "networks", "tune")
-COMPILED = "compiled"  # only where it is asked for: it takes longer than all the others
-COMPILED_BUDGET_S = 60 * 60.0
+# Only where they are asked for, since they take longer than all the others: peers that compile;
+# large shapes, B4's and B7's kernels, NVIDIA's sanitizer.
+COMPILED, MORE = "compiled", "more"
+LONG_BUDGET_S = 60 * 60.0
 # Counters of one launch of each kernel: time, bytes to and from memory, busy issue slots.
 COUNTERS = (
     "gpu__time_duration.sum",
@@ -41,8 +45,10 @@ COUNTERS = (
     "sm__inst_issued.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
 )
-PROFILED = "benchmarks/profiled.py"
+PROFILED = ("-m", "benchmarks.profiled")
+OWN_KERNELS = "regex:^(dwconv_bn_silu|excite|fold|bn_act|gate|reduce)_"
 NCU = ("ncu", "--clock-control", "none", "--csv", "--launch-count", "400")
+NCU += ("--kernel-name-base", "function", "--kernel-name", OWN_KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Step:
     """One command.
 
     Args:
-        part: which of `PARTS` it belongs to, `COMPILED`, or "build".
+        part: which of `PARTS` it belongs to, `COMPILED`, `MORE`, or "build".
         name: names its log.
         command: with {out} for the folder of results and {commit} for the commit.
         share: of the time that is left when it starts.
@@ -69,9 +75,14 @@ def _pytest(part: str, name: str, share: float, *options: str) -> Step:
     return Step(part, name, (*command, *options), share)
 
 
-def _bench(part: str, name: str, share: float, select: str) -> Step:
+def _workers() -> tuple[str, ...]:
+    """A few processes share the parity tests, where pytest-xdist is installed."""
+    return ("-n", "4") if importlib.util.find_spec("xdist") else ()
+
+
+def _bench(part: str, name: str, share: float, select: str, file: str = "") -> Step:
     options = ("--benchmark-only", "--record", "--results", "{out}", "--commit", "{commit}")
-    file = "network" if part in ("networks", COMPILED) else name
+    file = file or ("network" if part in ("networks", COMPILED) else name)
     return _pytest(
         *(part, name, share, f"benchmarks/bench_{file}.py"),
         *(*options, "--rounds", "2", "-k", select),
@@ -79,6 +90,13 @@ def _bench(part: str, name: str, share: float, select: str) -> Step:
 
 
 KERNELS = "bf16 and b0_ and not torch_compile"
+OTHER_KERNELS = "bf16 and (b4_ or b7_) and not torch_compile"
+# By the CUDA kernels' own tests first; what takes long has a step of its own.
+LONG = ("compute_sanitizer", "where_large", "more_than_2_31")
+CUDA_TESTS = ("tests/csrc", "tests/ops/cuda", "-k", " and ".join(f"not {name}" for name in LONG))
+INT64_TESTS = ("tests/ops/cuda/test_device.py", "-k", "more_than_2_31")  # one takes 26 GB
+LARGE_TESTS = ("tests/ops/cuda", "-k", "where_large")
+SANITIZER_TESTS = ("tests/ops/cuda/test_device.py", "-k", "compute_sanitizer")
 # A contest that is cut off records nothing, and each compilation takes a minute or more: of the
 # compiled peers only the one with CUDA graphs, and only in B0's contests.
 NETWORKS = {
@@ -86,8 +104,8 @@ NETWORKS = {
     "b4": "bf16 and b4_ and not torch_compile",
     "b7": "bf16 and b7_ and not torch_compile",
 }
-PARITY = (
-    *("tests/ops", "tests/models", "tests/triton_kernels"),
+OTHER_TESTS = (
+    *("tests/ops", "tests/models", "tests/triton_kernels", "--ignore", "tests/ops/cuda"),
     *("tests/test_deployment_device.py", "tests/test_deployment_launched.py"),
 )
 # Name, share of the time that is left, and what: B7 compiles the longest.
@@ -100,7 +118,9 @@ INSTALL = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-
 STEPS = (
     Step("build", "build", (sys.executable, *INSTALL), 0.4),
     Step("build", "doctor", (sys.executable, "-m", "effnet_fast.cli", "doctor"), 0.1),
-    _pytest("parity", "parity", 0.35, *PARITY),
+    _pytest("parity", "parity_cuda", 0.25, *_workers(), *CUDA_TESTS),
+    _pytest("parity", "parity", 0.25, *_workers(), *OTHER_TESTS),
+    _pytest("parity", "parity_int64", 0.1, *INT64_TESTS),
     _bench("kernels", "cuda", 0.4, KERNELS),
     _bench("kernels", "dwconv", 0.2, KERNELS),
     _bench("kernels", "squeeze_excite", 0.2, KERNELS),
@@ -119,10 +139,13 @@ STEPS = (
     ),
     Step(
         *("tune", "counters"),
-        (*NCU, "--metrics", ",".join(COUNTERS), sys.executable, PROFILED),
+        (*NCU, "--metrics", ",".join(COUNTERS), sys.executable, *PROFILED),
         *(1.0, "ncu"),
     ),
     *(_bench(COMPILED, *row) for row in COMPILATIONS),
+    _pytest(MORE, "parity_large", 0.3, *_workers(), *LARGE_TESTS),
+    _bench(MORE, "cuda_b4_b7", 0.7, OTHER_KERNELS, "cuda"),
+    _pytest(MORE, "sanitizer", 1.0, *SANITIZER_TESTS),
 )
 
 
@@ -233,13 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of results")
     parser.add_argument(
-        "--part", choices=(*PARTS, COMPILED), action="append",
-        help="only this part (may be repeated; default: all but compiled)",
+        "--part", choices=(*PARTS, COMPILED, MORE), action="append",
+        help="only this part (may be repeated; default: all but the last two)",
     )  # fmt: skip
     parser.add_argument(
         "--budget", type=float,
         help=f"seconds for everything (default: {BUDGET_S:.0f}, "
-        f"with the part compiled {COMPILED_BUDGET_S:.0f})",
+        f"with the part compiled or more {LONG_BUDGET_S:.0f})",
     )  # fmt: skip
     parser.add_argument(
         "--commit", default=records.git_commit(), help="for the records (default: git's)"
@@ -247,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list what would run")
     arguments = parser.parse_args(argv)
     parts = arguments.part or PARTS
-    steps, budget_s = chosen(parts), COMPILED_BUDGET_S if COMPILED in parts else BUDGET_S
+    steps, budget_s = chosen(parts), LONG_BUDGET_S if {COMPILED, MORE} & {*parts} else BUDGET_S
     out = arguments.out.resolve()
     if arguments.dry_run:
         for step in steps:

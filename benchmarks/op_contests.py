@@ -190,15 +190,27 @@ def _with_conv(contest: Contest, call: Call, stock: nn.Module) -> Contest:
     return replace(contest, build=build, yardsticks=frozenset((CONV,)))
 
 
-def _compiled(case: Case, module: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
-    if not case.name.startswith("b0"):
+def compiled(name: str, build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """What `build` makes, which has compiled; for B0's shapes.
+
+    Raises:
+        UnavailableError: the shape is another network's, or the compiler failed.
+    """
+    if not name.startswith("b0"):
         raise UnavailableError("torch.compile takes seconds for every shape: B0's only")
-    call = _caller(torch.compile(module), x, mode, "auto")
     try:
-        call()
+        return build()
     except Exception as error:  # a compiler may raise anything: no contestant then
         raise UnavailableError(f"torch.compile: {type(error).__name__}") from error
-    return call
+
+
+def _compiled(case: Case, module: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+    def build() -> Callable[[], object]:
+        call = _caller(torch.compile(module), x, mode, "auto")
+        call()
+        return call
+
+    return compiled(case.name, build)
 
 
 def _caller(module: nn.Module, x: Tensor, mode: str, backend: str) -> Callable[[], object]:

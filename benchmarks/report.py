@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import growth, records
+from benchmarks import growth, records, targets
 from benchmarks.contest import OURS
 from benchmarks.records import ROOT, Row
 
@@ -240,15 +240,18 @@ def render(results: Path, output: Path, readme: str) -> dict[Path, bytes]:
     """
     from benchmarks.figures import draw
 
-    sections, summaries, files = [], [], {}
+    sections, summaries, files, every = [], [], {}, []
     for path in sorted(results.glob("*.csv")):
         rows = published(records.read(path))
         if not rows:
             continue
+        every += rows
         drawn = draw(path.stem, rows)
         files |= {output / FIGURES / name: content for name, content in drawn.items()}
         sections.append(page(rows[0].machine, rows, list(drawn)))
         summaries.append(f"{conditions(rows)}\n\n{summary(rows)}")
+    if not any(row.device == "cuda" for row in every):
+        sections.append(targets.section(table))
     files[output / PAGE] = ("\n\n".join([WORDS, *sections]) + "\n").encode()
     files[output / "README.md"] = _between(readme, "\n\n".join(summaries)).encode()
     return files

@@ -39,15 +39,46 @@ def dwconv(case: DwconvCase, mode: str, dtype: str) -> Work:
     )
 
 
-def squeeze_excite(case: SqueezeExciteCase, mode: str, dtype: str) -> Work:
-    """Inference reads x and writes y; backward reads x and grad_y and writes x's gradient."""
+def dwconv_backward(case: DwconvCase, dtype: str) -> Work:
+    """Reads grad_y, z and x once each, writes x's gradient."""
     x = case.n * case.c * case.h * case.w
-    elements = 2 * x if mode == "inference" else 5 * x
-    weights = 2 * case.c * case.r
+    y = case.n * case.c * _out(case.h, case.stride) * _out(case.w, case.stride)
+    parameters = case.c * (case.k**2 + 4) * 2  # read, and their gradients written
     return Work(
-        bytes=BYTES[dtype] * (elements + weights * PARAMETER_PASSES[mode]),
-        dense_flops=FLOPS_PER_MAC[mode] * case.n * weights,
-        other_flops=FLOPS_PER_MAC[mode] * x,
+        bytes=BYTES[dtype] * (2 * x + 2 * y + parameters),
+        other_flops=4 * y * case.k**2,
+        silus=y,
+    )
+
+
+def squeeze_excite(case: SqueezeExciteCase, mode: str, dtype: str) -> Work:
+    """Inference reads x and writes y; training does, and then `squeeze_excite_backward`."""
+    x = case.n * case.c * case.h * case.w
+    weights = 2 * case.c * case.r
+    forward = Work(
+        bytes=BYTES[dtype] * (2 * x + weights),
+        dense_flops=2 * case.n * weights,
+        other_flops=2 * x,
+    )
+    return forward if mode == "inference" else _sum(forward, squeeze_excite_backward(case, dtype))
+
+
+def squeeze_excite_backward(case: SqueezeExciteCase, dtype: str) -> Work:
+    """Reads x and grad_y, writes x's gradient; the weights are read and their gradients written."""
+    x, weights = case.n * case.c * case.h * case.w, 2 * case.c * case.r
+    return Work(
+        bytes=BYTES[dtype] * (3 * x + 2 * weights),
+        dense_flops=4 * case.n * weights,
+        other_flops=4 * x,
+    )
+
+
+def _sum(a: Work, b: Work) -> Work:
+    return Work(
+        a.bytes + b.bytes,
+        a.dense_flops + b.dense_flops,
+        a.other_flops + b.other_flops,
+        a.silus + b.silus,
     )
 
 

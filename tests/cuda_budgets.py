@@ -34,10 +34,9 @@ ARCHS = ("80", "90", "100", "120")
 MAX_INSTANCES = 80
 JOBS = 2
 # Loads of 16 bytes from global memory, to registers or straight to shared memory.
-VECTOR_LOAD = re.compile(r"\b(LDG\.E\.\S*128|LDGSTS\.E\.\S*128)")
+VECTOR_LOAD = re.compile(r"\bLDG(STS)?\.E\.(\S*\.)?128\b")
 # Kernels without one, and why.
 SCALAR = {
-    "probe_kernel": "loads nothing",
     "excite_reduce_kernel": "weights come from the L2 cache; neighbouring lanes share lines",
     "excite_expand_kernel": "as excite_reduce_kernel",
     "excite_bwd_expand_kernel": "as excite_reduce_kernel",

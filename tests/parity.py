@@ -21,7 +21,7 @@ from cases import (
     SqueezeExciteCase,
     find,
 )
-from effnet_fast import ops, reference
+from effnet_fast import _native, ops, reference
 from effnet_fast.backends import can_run
 
 RUNNING = ("running_mean", "running_var")
@@ -39,6 +39,9 @@ def _param(backend: str, *marks: pytest.MarkDecorator) -> Any:
 BACKENDS = [_param(backend) for backend in INSTRUCTION_SETS]
 # The CUDA kernels: run on the CPU, and on a GPU. Results come back to the CPU.
 CUDA_BACKENDS = [_param("simt"), _param("cuda", pytest.mark.gpu)]
+NEEDS_SIMT = pytest.mark.skipif(
+    bool(_native.simt_unavailable_reason()), reason=_native.simt_unavailable_reason() or ""
+)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,15 @@ def require() -> None:
 
 
 def _compile(source: Path, out: Path, flags: Sequence[str]) -> Path:
-    command = ["nvcc", "-x", "c++", "-ccbin", CXX[0], "-std=c++20", "-DEFFNET_SIMT"]
+    command = [
+        "nvcc",
+        "-x",
+        "c++",
+        "-ccbin",
+        setup_module().compiler_of(" ".join(CXX)),
+        "-std=c++20",
+        "-DEFFNET_SIMT",
+    ]
     command += [f"-I{ROOT / 'csrc'}", "-Xcompiler", ",".join(flags), "-c", str(source)]
     done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -39,8 +47,8 @@ def _compile(source: Path, out: Path, flags: Sequence[str]) -> Path:
     return out
 
 
-def compile_program(folder: Path, sources: Sequence[Path], *flags: str) -> Path:
-    """Compiles sources, each as C++ with setup.py's flags and these, and links them.
+def compile_objects(folder: Path, sources: Sequence[Path], *flags: str) -> list[Path]:
+    """Compiles sources, each as C++ with setup.py's flags and these, to folder/NAME.o.
 
     Raises:
         AssertionError: the compiler failed or warned; the text is what it said.
@@ -52,11 +60,20 @@ def compile_program(folder: Path, sources: Sequence[Path], *flags: str) -> Path:
             pool.submit(_compile, source, folder / f"{source.name}.o", all_flags)
             for source in sources
         ]
-        objects = [str(job.result()) for job in jobs]
-    out = folder / "program"
-    done = subprocess.run([*CXX, *flags, *objects, "-o", str(out)], capture_output=True, text=True)
+        return [job.result() for job in jobs]
+
+
+def link(out: Path, objects: Sequence[Path], *flags: str) -> Path:
+    """Links a program."""
+    command = [*CXX, *flags, *(str(path) for path in objects), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
+
+
+def compile_program(folder: Path, sources: Sequence[Path], *flags: str) -> Path:
+    """`compile_objects` and `link`."""
+    return link(folder / "program", compile_objects(folder, sources, *flags), *flags)
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:

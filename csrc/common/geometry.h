@@ -9,45 +9,42 @@
 #ifndef EFFNET_NAMESPACE
 #error "define EFFNET_NAMESPACE before common/geometry.h"
 #endif
-#ifndef EFFNET_HD
-#define EFFNET_HD
-#endif
 
 namespace effnet {
 namespace EFFNET_NAMESPACE {
 
-EFFNET_HD inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-EFFNET_HD inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-EFFNET_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The remainder in [0, b), for b > 0.
-EFFNET_HD inline int64_t floor_mod(int64_t a, int64_t b) { return (a % b + b) % b; }
+inline int64_t floor_mod(int64_t a, int64_t b) { return (a % b + b) % b; }
 
 struct Range {
   int64_t begin, end;
-  EFFNET_HD int64_t size() const { return end - begin; }
+  int64_t size() const { return end - begin; }
 };
 
 // Part `index` of `parts` nearly equal parts of [0, total).
-EFFNET_HD inline Range part_of(int64_t total, int64_t parts, int64_t index) {
+inline Range part_of(int64_t total, int64_t parts, int64_t index) {
   return {total * index / parts, total * (index + 1) / parts};
 }
 
 // Chunks of output rows, each with its own partial sums: about 16 rows, an even number of chunks so
 // that two threads share them evenly (threads that share a row write to each other's neighbouring
 // lines). Depends on the shape alone, and so does the order of the sums.
-EFFNET_HD inline int64_t row_chunks(int64_t oh) {
+inline int64_t row_chunks(int64_t oh) {
   if (oh <= 8) return 1;
   const int64_t chunks = ceil_div(oh, 16);
   return chunks + chunks % 2;
 }
 
 // Groups of images that share one partial weight gradient: at most 16, and about 1024 outputs each.
-EFFNET_HD inline int64_t weight_groups(int64_t n, int64_t oh, int64_t ow) {
+inline int64_t weight_groups(int64_t n, int64_t oh, int64_t ow) {
   return max_of(1, min_of(min_of(n, 16), n * oh * ow / 1024));
 }
 
 // Chunks of at most 128 pixels in the reductions over whole planes, an even number as above.
-EFFNET_HD inline int64_t pixel_chunks(int64_t pixels) {
+inline int64_t pixel_chunks(int64_t pixels) {
   if (pixels < 16) return 1;
   const int64_t chunks = ceil_div(pixels, 128);
   return chunks + chunks % 2;

@@ -1,7 +1,8 @@
 // Arguments of the CUDA kernels: plain data, no CUDA headers. Addresses are the device's.
 //
 // Tensors are channels-last: the stride over C is 1; those of inputs over N, H and W (in elements)
-// are free where an Image says so, all else has no gaps. Vectors over channels are fp32.
+// are free where an Image says so, all else has no gaps. Vectors over channels are fp32, those of a
+// BatchNorm of its dtypes.
 // Every launcher is asynchronous on `stream` of `device`, allocates nothing, never synchronises,
 // and throws std::invalid_argument or std::runtime_error.
 #pragma once
@@ -26,8 +27,9 @@ struct Image {  // x [N,C,H,W], its first element and its strides in elements
 
 // z -> (z - mean) * rstd * weight + bias; without `mean` there is none.
 struct BatchNorm {
-  const float *weight, *bias;  // [C], null for 1 and 0
-  const float *mean, *var;     // [C], var biased
+  const void *weight, *bias;  // [C], null for 1 and 0
+  const void *mean, *var;     // [C], var biased
+  DType dtype, stats_dtype;   // of weight and bias; of mean and var
   float eps;
 };
 

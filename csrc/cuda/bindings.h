@@ -20,8 +20,9 @@ namespace cuda {
 namespace py = pybind11;
 
 using Address = uintptr_t;
-using Strides = std::array<int64_t, 3>;      // over n, h, w in elements
-using BnAddresses = std::array<Address, 4>;  // weight, bias, mean, variance; 0 where absent
+using Strides = std::array<int64_t, 3>;  // over n, h, w in elements
+// weight, bias, mean, variance, 0 where absent; dtype of the first two and of the others; eps
+using BnTuple = std::tuple<std::array<Address, 4>, int, int, float>;
 using QueueTuple = std::pair<int, Address>;  // device, stream
 
 template <typename T = void>
@@ -48,8 +49,14 @@ inline Tile tile_of(const std::array<int64_t, 7>& t) {
 
 inline Image image_of(Address data, const Strides& s) { return {address(data), s[0], s[1], s[2]}; }
 
-inline BatchNorm bn_of(const BnAddresses& a, float eps) {
-  return {address<float>(a[0]), address<float>(a[1]), address<float>(a[2]), address<float>(a[3]),
+inline BatchNorm bn_of(const BnTuple& bn) {
+  const auto& [a, dtype, stats_dtype, eps] = bn;
+  return {address(a[0]),
+          address(a[1]),
+          address(a[2]),
+          address(a[3]),
+          dtype_of(dtype),
+          dtype_of(stats_dtype),
           eps};
 }
 
@@ -72,36 +79,33 @@ inline int64_t dwconv_shared_bytes(const ShapeTuple& shape, int dtype, const Til
 
 inline void dwconv_fwd(const QueueTuple& queue, const ShapeTuple& shape, int dtype,
                        int weight_dtype, const TileTuple& tile, Address x, const Strides& x_strides,
-                       Address weight, const BnAddresses& before, float before_eps,
-                       const BnAddresses& after, float after_eps, Address y, Address partial,
-                       float factor) {
-  launch_dwconv_bn_silu_fwd(
-      {shape_of(shape), dtype_of(dtype), dtype_of(weight_dtype), tile_of(tile),
-       image_of(x, x_strides), address(weight), bn_of(before, before_eps), bn_of(after, after_eps),
-       address(y), address<float>(partial), factor},
-      queue_of(queue));
+                       Address weight, const BnTuple& before, const BnTuple& after, Address y,
+                       Address partial, float factor) {
+  launch_dwconv_bn_silu_fwd({shape_of(shape), dtype_of(dtype), dtype_of(weight_dtype),
+                             tile_of(tile), image_of(x, x_strides), address(weight), bn_of(before),
+                             bn_of(after), address(y), address<float>(partial), factor},
+                            queue_of(queue));
 }
 
 inline void dwconv_bwd(const QueueTuple& queue, const ShapeTuple& shape, int dtype,
                        int weight_dtype, const TileTuple& tile, Address x, const Strides& x_strides,
-                       const BnAddresses& before, float before_eps, Address grad_y, Address z,
-                       Address gate, Address shift, const BnAddresses& after, float after_eps,
-                       Address sums, double count, Address weight, Address grad_x,
-                       Address partial) {
+                       const BnTuple& before, Address grad_y, Address z, Address gate,
+                       Address shift, const BnTuple& after, Address sums, double count,
+                       Address weight, Address grad_x, Address partial) {
   launch_dwconv_bn_silu_bwd(
       {shape_of(shape), dtype_of(dtype), dtype_of(weight_dtype), tile_of(tile),
-       image_of(x, x_strides), bn_of(before, before_eps), address(grad_y), address(z),
-       address<float>(gate), address<float>(shift), bn_of(after, after_eps), address<float>(sums),
-       count, address(weight), address(grad_x), address<float>(partial)},
+       image_of(x, x_strides), bn_of(before), address(grad_y), address(z), address<float>(gate),
+       address<float>(shift), bn_of(after), address<float>(sums), count, address(weight),
+       address(grad_x), address<float>(partial)},
       queue_of(queue));
 }
 
 inline void reduce(const QueueTuple& queue, const std::array<int64_t, 4>& sizes, int dtype,
-                   int what, Address x, Address grad_y, const BnAddresses& bn, float eps,
-                   Address keep, float factor, Address partial) {
+                   int what, Address x, Address grad_y, const BnTuple& bn, Address keep,
+                   float factor, Address partial) {
   if (what < 0 || what > 4) throw std::invalid_argument("reduction must be 0 to 4");
   launch_reduce({sizes[0], sizes[1], sizes[2], sizes[3], dtype_of(dtype),
-                 static_cast<Reduction>(what), address(x), address(grad_y), bn_of(bn, eps),
+                 static_cast<Reduction>(what), address(x), address(grad_y), bn_of(bn),
                  address<float>(keep), factor, address<float>(partial)},
                 queue_of(queue));
 }
@@ -125,10 +129,10 @@ inline void fold_moments(const QueueTuple& queue, Address partial, int64_t parts
 
 // sizes: n, c, hw.
 inline void bn_act(const QueueTuple& queue, const std::array<int64_t, 3>& sizes, int dtype,
-                   Address z, Address residual, const BnAddresses& bn, float eps, Address keep,
-                   bool silu, Address y) {
+                   Address z, Address residual, const BnTuple& bn, Address keep, bool silu,
+                   Address y) {
   launch_bn_act({sizes[0], sizes[1], sizes[2], dtype_of(dtype), address(z), address(residual),
-                 bn_of(bn, eps), address<float>(keep), silu, address(y)},
+                 bn_of(bn), address<float>(keep), silu, address(y)},
                 queue_of(queue));
 }
 

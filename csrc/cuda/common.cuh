@@ -22,6 +22,12 @@ inline bool aligned(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
 }
 
+__device__ inline float weight_at(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return load(static_cast<const float*>(p) + i);
+  if (dtype == DType::kFloat16) return to_float(static_cast<const __half*>(p)[i]);
+  return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
 struct Affine {
   float scale, shift, mean, rstd;
 };
@@ -29,11 +35,11 @@ struct Affine {
 // BatchNorm of channel c as z * scale + shift.
 __device__ inline Affine affine_of(const BatchNorm& bn, int64_t c) {
   Affine a;
-  a.mean = load(bn.mean + c);
-  a.rstd = 1.0f / sqrtf(load(bn.var + c) + bn.eps);
-  a.scale = bn.weight ? load(bn.weight + c) * a.rstd : a.rstd;
+  a.mean = weight_at(bn.mean, bn.stats_dtype, c);
+  a.rstd = 1.0f / sqrtf(weight_at(bn.var, bn.stats_dtype, c) + bn.eps);
+  a.scale = bn.weight ? weight_at(bn.weight, bn.dtype, c) * a.rstd : a.rstd;
   a.shift = -a.mean * a.scale;
-  if (bn.bias) a.shift += load(bn.bias + c);
+  if (bn.bias) a.shift += weight_at(bn.bias, bn.dtype, c);
   return a;
 }
 

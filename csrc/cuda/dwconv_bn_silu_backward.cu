@@ -238,6 +238,7 @@ void run(const DwconvBackwardArgs& args, const Queue& queue) {
   p.z_aligned = aligned(without_gaps(args.z, s.c, s.oh, s.ow), s.c, sizeof(T), 16) &&
                 aligned(args.grad_y, 16);
   p.paired = s.c % 2 == 0 && aligned(args.grad_x, 2 * sizeof(T));
+  p.inverse_count = static_cast<float>(1.0 / args.count);
   const int threads = static_cast<int>(args.tile.lanes * args.tile.nx * args.tile.ny);
   const DeviceGuard guard(queue.device);
   launch("dwconv_bn_silu_bwd", dwconv_bn_silu_bwd_kernel<T, K, S, TR, TC>,

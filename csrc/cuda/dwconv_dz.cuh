@@ -18,6 +18,7 @@ struct Params {
   int x_pitch;                // elements from row to row of staged x
   bool x_aligned, z_aligned;  // 16-byte pieces
   bool paired;                // pairs of channels of grad_x
+  float inverse_count;        // 1 / args.count
 };
 
 // Vectors over channels in shared memory: of dz, and of `before`.
@@ -154,15 +155,14 @@ __device__ void form_dz(const Params& p, const Shared<T>& shared, const Place& p
 // The vectors of dz: scale * du + (z - mean) * slope + offset; and those of `before`.
 __device__ void load_vectors(const Params& p, float* dz, float* before, const Place& place) {
   const int channels = p.window.channels;
-  const float inverse = static_cast<float>(1.0 / p.args.count);
   for (int i = thread_x(); i < channels; i += block_dim_x()) {
     const int64_t c = place.c0 + i;
     const bool exists = c < p.args.shape.c;
     const Affine a = exists ? affine_of(p.args.after, c) : Affine{};
     float slope = 0.0f, offset = 0.0f;
     if (exists && p.args.sums) {
-      offset = -a.scale * (load(p.args.sums + c) * inverse);
-      slope = -a.scale * a.rstd * (load(p.args.sums + p.args.shape.c + c) * inverse);
+      offset = -a.scale * (load(p.args.sums + c) * p.inverse_count);
+      slope = -a.scale * a.rstd * (load(p.args.sums + p.args.shape.c + c) * p.inverse_count);
     }
     dz[kScale * channels + i] = a.scale;
     dz[kShift * channels + i] = a.shift;

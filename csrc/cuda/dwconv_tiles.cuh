@@ -226,12 +226,6 @@ __device__ __forceinline__ void store_pair(T* p, float2 v, int64_t channels, boo
   if (channels > 1) p[1] = from_float<T>(v.y);
 }
 
-__device__ inline float weight_at(const void* p, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat32) return load(static_cast<const float*>(p) + i);
-  if (dtype == DType::kFloat16) return to_float(static_cast<const __half*>(p)[i]);
-  return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
-}
-
 // weight [C,1,K,K] of the block's channels to shared memory [K*K][channels + 2], zeros beyond C.
 // The two floats keep the taps of one channel, which neighbouring threads write, in several banks.
 template <int TAPS>

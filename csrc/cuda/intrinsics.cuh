@@ -4,23 +4,20 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #define EFFNET_SHARED(type, name, extents) __shared__ __align__(16) type name extents
 
 namespace effnet {
 namespace cuda {
 
 __device__ __forceinline__ int thread_x() { return static_cast<int>(threadIdx.x); }
-__device__ __forceinline__ int thread_y() { return static_cast<int>(threadIdx.y); }
-__device__ __forceinline__ int thread_z() { return static_cast<int>(threadIdx.z); }
 __device__ __forceinline__ int64_t block_x() { return blockIdx.x; }
 __device__ __forceinline__ int64_t block_y() { return blockIdx.y; }
 __device__ __forceinline__ int64_t block_z() { return blockIdx.z; }
 __device__ __forceinline__ int block_dim_x() { return static_cast<int>(blockDim.x); }
-__device__ __forceinline__ int block_dim_y() { return static_cast<int>(blockDim.y); }
-__device__ __forceinline__ int block_dim_z() { return static_cast<int>(blockDim.z); }
-__device__ __forceinline__ int64_t grid_dim_x() { return gridDim.x; }
-__device__ __forceinline__ int64_t grid_dim_y() { return gridDim.y; }
-__device__ __forceinline__ int64_t grid_dim_z() { return gridDim.z; }
 
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
@@ -29,38 +26,19 @@ __device__ __forceinline__ T* dynamic_shared() {
 }
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
-__device__ __forceinline__ void sync_warp(unsigned mask = kFullMask) { __syncwarp(mask); }
 
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T v, int lane_mask, unsigned mask = kFullMask) {
   return __shfl_xor_sync(mask, v, lane_mask);
-}
-// Lanes whose source lies beyond the warp keep their own value.
-template <typename T>
-__device__ __forceinline__ T shuffle_down(T v, int delta, unsigned mask = kFullMask) {
-  return __shfl_down_sync(mask, v, delta);
-}
-template <typename T>
-__device__ __forceinline__ T shuffle(T v, int lane, unsigned mask = kFullMask) {
-  return __shfl_sync(mask, v, lane);
 }
 
 template <typename V>
 __device__ __forceinline__ V load(const V* p) {
   return __ldg(p);
 }
-// For what is read once: leaves caches early.
-template <typename V>
-__device__ __forceinline__ V load_streaming(const V* p) {
-  return __ldcs(p);
-}
 template <typename V>
 __device__ __forceinline__ void store(V* p, V v) {
   *p = v;
-}
-template <typename V>
-__device__ __forceinline__ void store_streaming(V* p, V v) {
-  __stcs(p, v);
 }
 template <typename V>
 __device__ __forceinline__ V load_shared(const V* p) {
@@ -93,9 +71,6 @@ template <int kGroups>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
-__device__ __forceinline__ void cp_async_wait_all() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
 
 __device__ __forceinline__ float exp2_approx(float x) {  // within 2 ulp, subnormals are 0
   float y;
@@ -105,16 +80,6 @@ __device__ __forceinline__ float exp2_approx(float x) {  // within 2 ulp, subnor
 __device__ __forceinline__ float rcp_approx(float x) {  // within 1 ulp, subnormals are 0
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float rsqrt_approx(float x) {  // relative error below 2^-22.4
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float tanh_approx(float x) {  // relative error below 2^-11
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -175,6 +140,21 @@ inline std::string reason_against(const void* kernel, int device) {
          ", whose runtime wants driver 580 or newer)";
 }
 
+// Allows the kernel the most dynamic shared memory that a launch may ask for, on the current device
+// and once there: an attribute set to each launch's own size could be lowered by another thread
+// before the launch.
+inline void allow_shared(const char* name, const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  int device = 0;
+  check(name, cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device})) return;
+  check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(kMaxSharedBytes)));
+  done.insert({kernel, device});
+}
+
 // Starts a kernel on the current device; asynchronous. Throws std::runtime_error with CUDA's text.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
@@ -182,13 +162,11 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
   check_shape(name, shape);
   if (is_empty(shape)) return;
   if (shape.shared_bytes > kDefaultSharedBytes)
-    check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(shape.shared_bytes)));
+    allow_shared(name, reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y),
                         static_cast<unsigned>(shape.grid_z));
-  config.blockDim = dim3(shape.block_x, shape.block_y, shape.block_z);
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(shape.stream);
   check(name, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));

@@ -10,21 +10,24 @@ namespace cuda {
 
 // The mean is that of value - pivot, the pivot being one of the values: a mean far from zero then
 // costs no digits.
-struct Moments {
-  float count, pivot, mean, m2;
+template <typename R>
+struct MomentsOf {
+  R count, pivot, mean, m2;
 };
+using Moments = MomentsOf<float>;
 
 __device__ __forceinline__ float pivot_of(float value) {
   return value - value == 0.0f ? value : 0.0f;  // finite, or none
 }
 
-__device__ __forceinline__ Moments merged(const Moments& a, const Moments& b) {
-  if (b.count == 0.0f) return a;
-  if (a.count == 0.0f) return b;
-  const float count = a.count + b.count, share = b.count / count;
-  const float mean = (b.pivot - a.pivot) + b.mean, delta = mean - a.mean;
+template <typename R>
+__device__ __forceinline__ MomentsOf<R> merged(const MomentsOf<R>& a, const MomentsOf<R>& b) {
+  if (b.count == R{0}) return a;
+  if (a.count == R{0}) return b;
+  const R count = a.count + b.count, share = b.count / count;
+  const R mean = (b.pivot - a.pivot) + b.mean, delta = mean - a.mean;
   // Weighted, not a.mean + delta * share: an infinite mean stays so, as stock's does.
-  return {count, a.pivot, fmaf(mean, share, a.mean * (a.count / count)),
+  return {count, a.pivot, mean * share + a.mean * (a.count / count),
           a.m2 + b.m2 + delta * delta * (a.count * share)};
 }
 

@@ -5,7 +5,8 @@
 //   - a kernel is a __global__ function (template or not) in an anonymous namespace; __device__,
 //     __forceinline__, __launch_bounds__ and __restrict__ may be used, __shared__, <<< >>>,
 //     __CUDA_ARCH__, intrinsics, asm and the runtime's functions may not;
-//   - thread_x() .. grid_dim_z() stand for threadIdx .. gridDim; block indices are 64-bit;
+//   - thread_x(), block_dim_x(), block_x(), block_y(), block_z() stand for threadIdx.x, blockDim.x
+//     and blockIdx, the latter in 64 bits; blocks have one dimension;
 //   - EFFNET_SHARED(float, sums, [8][33]) declares static shared memory, 16-byte aligned;
 //     dynamic_shared<T>() is the dynamic block, of exactly the bytes that the launch gave;
 //   - no thread returns before the last sync_threads(); every thread of the block reaches each one
@@ -16,9 +17,10 @@
 //   - load and store move 2, 4, 8 or 16 bytes to and from global memory, aligned to their size
 //     (load goes through the read-only path: never what the same kernel writes); load_shared and
 //     store_shared do so in shared memory; plain indexing of typed pointers is as good;
-//   - maths: exp2_approx, rcp_approx, rsqrt_approx, tanh_approx, sigmoid, silu, silu_grad, and from
-//     <cmath> fmaf, fmaxf, fminf, sqrtf, expf (one float overload each; std::min and max are not
-//     for the device: see common/geometry.h);
+//   - maths: exp2_approx, rcp_approx, sigmoid, silu, silu_grad, and from <cmath> fmaf, fmaxf,
+//   fminf,
+//     sqrtf, expf (one float overload each; std::min and max are not for the device: min_of of
+//     cuda/common.cuh is);
 //   - to_float, from_float<T>, unpack2<T>, pack2<T>, unpack<T>, pack<T> convert float, __half and
 //     __nv_bfloat16;
 //   - a launcher writes DeviceGuard guard(device); launch("name", kernel, shape, arguments...).
@@ -58,7 +60,7 @@ EFFNET_HD inline To bits_as(const From& from) {
 
 struct LaunchShape {
   int64_t grid_x, grid_y, grid_z;  // blocks; nothing is launched where one is 0
-  int block_x, block_y, block_z;   // threads
+  int threads;                     // of a block
   int64_t shared_bytes;            // dynamic
   void* stream;                    // a cudaStream_t
 };
@@ -66,21 +68,19 @@ struct LaunchShape {
 // A grid of up to 2^31 - 1 x 65535 x 65535 blocks of up to 1024 threads.
 inline LaunchShape grid_of(int64_t grid_x, int64_t grid_y, int64_t grid_z, int threads,
                            int64_t shared_bytes, void* stream) {
-  return {grid_x, grid_y, grid_z, threads, 1, 1, shared_bytes, stream};
+  return {grid_x, grid_y, grid_z, threads, shared_bytes, stream};
 }
 
 // Throws std::invalid_argument where no device takes this shape.
 inline void check_shape(const char* name, const LaunchShape& s) {
-  const int64_t threads = static_cast<int64_t>(s.block_x) * s.block_y * s.block_z;
   const bool grid = s.grid_x >= 0 && s.grid_x < (int64_t{1} << 31) && s.grid_y >= 0 &&
                     s.grid_y < 65536 && s.grid_z >= 0 && s.grid_z < 65536;
-  const bool block = s.block_x > 0 && s.block_y > 0 && s.block_z > 0 && s.block_z <= 64;
+  const bool block = s.threads > 0 && s.threads <= 1024;
   const bool shared = s.shared_bytes >= 0 && s.shared_bytes <= kMaxSharedBytes;
-  if (grid && block && threads <= 1024 && shared) return;
+  if (grid && block && shared) return;
   std::string text = std::string(name) + ": cannot launch a grid of ";
   text += std::to_string(s.grid_x) + "x" + std::to_string(s.grid_y) + "x";
-  text += std::to_string(s.grid_z) + " blocks of " + std::to_string(s.block_x) + "x";
-  text += std::to_string(s.block_y) + "x" + std::to_string(s.block_z) + " threads with ";
+  text += std::to_string(s.grid_z) + " blocks of " + std::to_string(s.threads) + " threads with ";
   throw std::invalid_argument(text + std::to_string(s.shared_bytes) + " bytes of shared memory");
 }
 

@@ -5,7 +5,7 @@
 // Layout:   contiguous channels-last; vectors over channels in fp32
 // Tiling:   reduce: a block owns a chunk of an image's pixels and up to 32 pieces of 16 bytes of
 //           channels; its threads go through the pixels four loads at a time. fold: a block owns 32
-//           neighbouring results, 32 threads each share the parts of one
+//           neighbouring results, 32 threads (of moments 16) each share the parts of one
 // Bytes:    x (and grad_y) once
 // FLOPs:    1 to 30 per element
 // Source:   original; Chan, Golub, LeVeque 1983; Ioffe and Szegedy 2015, section 3
@@ -17,9 +17,10 @@ namespace effnet {
 namespace cuda {
 namespace {
 
-constexpr int kFoldWidth = 32;   // results of a block, side by side
-constexpr int kFoldSlices = 32;  // threads that share one result's parts
-constexpr int kUnroll = 4;       // pixels that a thread loads at once
+constexpr int kFoldWidth = 32;     // results of a block, side by side
+constexpr int kFoldSlices = 32;    // threads that share one result's parts
+constexpr int kMomentSlices = 16;  // the same of moments, whose doubles take more registers
+constexpr int kUnroll = 4;         // pixels that a thread loads at once
 
 template <Reduction R>
 constexpr int kSums = R == Reduction::kSqueeze                         ? 3
@@ -159,32 +160,43 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1) fold_sum_kernel(co
   a.out[o * a.out_o + r * a.out_r + c * a.out_c] = r == 0 ? a.first_factor * sum : sum;
 }
 
-__global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1)
+// In double: an error of a mean is the same in every pixel of a channel, and the gradients of
+// squeeze-and-excite, differences of such sums, magnify it.
+using Wide = MomentsOf<double>;
+
+__global__ void __launch_bounds__(kFoldWidth* kMomentSlices, 1)
     fold_moments_kernel(const FoldMomentsArgs a) {
-  EFFNET_SHARED(Moments, all, [kFoldSlices][kFoldWidth]);
+  EFFNET_SHARED(Wide, all, [kMomentSlices][kFoldWidth]);
   const int lane = thread_x() % kFoldWidth, slice = thread_x() / kFoldWidth;
   const int64_t c = block_x() * kFoldWidth + lane;
-  const int64_t begin = a.parts * slice / kFoldSlices, end = a.parts * (slice + 1) / kFoldSlices;
-  Moments m = {};
+  const int64_t begin = a.parts * slice / kMomentSlices,
+                end = a.parts * (slice + 1) / kMomentSlices;
+  Wide m = {};
   if (c < a.c) {
 #pragma unroll 4
     for (int64_t p = begin; p < end; p++) {
       const float* from = a.partial + p * 4 * a.c + c;
-      m = merged(m, {load(from), load(from + a.c), load(from + 2 * a.c), load(from + 3 * a.c)});
+      m = merged(m, Wide{load(from), load(from + a.c), load(from + 2 * a.c), load(from + 3 * a.c)});
     }
   }
   all[slice][lane] = m;
-  for (int half = kFoldSlices / 2; half > 0; half /= 2) {
+  for (int half = kMomentSlices / 2; half > 0; half /= 2) {
     sync_threads();
     if (slice < half) all[slice][lane] = merged(all[slice][lane], all[slice + half][lane]);
   }
   if (slice != 0 || c >= a.c) return;
   m = all[0][lane];
-  a.mean[c] = m.pivot + m.mean;
-  a.var[c] = m.m2 / m.count;
+  a.mean[c] = static_cast<float>(m.pivot + m.mean);
+  a.var[c] = static_cast<float>(m.m2 / m.count);
 }
 
 }  // namespace
+
+// Asked of one kernel, as all are compiled for the same architectures; without a launch, an
+// allocation or a wait, so that it may be asked while a CUDA graph is being captured.
+std::string probe(int device) {
+  return reason_against(reinterpret_cast<const void*>(&fold_sum_kernel), device);
+}
 
 void launch_reduce(const ReduceArgs& a, const Queue& queue) {
   require(a.n > 0 && a.c > 0 && a.hw > 0 && a.chunks > 0 && a.chunks <= a.hw,
@@ -209,7 +221,7 @@ void launch_fold_moments(const FoldMomentsArgs& a, const Queue& queue) {
   require(a.parts > 0 && a.c > 0, "fold: sizes must be positive");
   const DeviceGuard guard(queue.device);
   launch("fold_moments", fold_moments_kernel,
-         grid_of(ceil_div(a.c, kFoldWidth), 1, 1, kFoldWidth * kFoldSlices, 0, queue.stream), a);
+         grid_of(ceil_div(a.c, kFoldWidth), 1, 1, kFoldWidth * kMomentSlices, 0, queue.stream), a);
 }
 
 }  // namespace cuda

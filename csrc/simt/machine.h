@@ -32,12 +32,11 @@ struct Copy {
 };
 
 struct Thread {
-  Index index;
+  int index;
   State state;
   Location where;
   // of a shuffle
-  Shuffle kind;
-  int argument;
+  int lane_mask;
   unsigned mask;
   uint64_t value, result;
   // copies on their way, oldest first
@@ -99,15 +98,13 @@ Machine& machine();
 // Lets the others run until somebody makes this thread ready again.
 void wait(Machine& m);
 
-inline std::string text_of(const Index& i) {
-  return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
-}
-
 inline std::string text_of(const Location& at) {
   return std::string(at.file_name()) + ":" + std::to_string(at.line());
 }
 
-inline std::string thread_name(const Thread& thread) { return "thread " + text_of(thread.index); }
+inline std::string thread_name(const Thread& thread) {
+  return "thread " + std::to_string(thread.index);
+}
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 

@@ -89,7 +89,7 @@ void copy_wait(int groups) {
   Machine& m = machine();
   Thread& me = m.threads[m.running];
   size_t done = 0;
-  while (done < me.copies.size() && (groups < 0 || me.copies[done].group < me.groups - groups))
+  while (done < me.copies.size() && me.copies[done].group < me.groups - groups)
     arrive(me.copies[done++]);
   me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<ptrdiff_t>(done));
 }

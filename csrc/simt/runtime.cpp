@@ -66,8 +66,7 @@ void run_block(Machine& m, int64_t shared_bytes) {
     Thread& t = m.threads[i];
     t.copies.clear();
     t.groups = 0;
-    const Index& dim = here.block_dim;
-    t.index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
+    t.index = i;
     m.fibers.reset(i);
   }
   for (int i : order) m.make_ready(i);
@@ -83,16 +82,16 @@ int64_t stride_through(Random& random, int64_t total) {
   }
 }
 
-void run_grid(Machine& m, const char* name, const Index& grid, int64_t shared_bytes) {
-  const int64_t total = int64_t{grid.x} * grid.y * grid.z;
+void run_grid(Machine& m, const char* name, const cuda::LaunchShape& shape) {
+  const int64_t total = shape.grid_x * shape.grid_y * shape.grid_z;
   const int64_t stride = stride_through(m.random, total);
   int64_t block = m.random.below(static_cast<uint32_t>(std::min<int64_t>(total, 1 << 30)));
   for (int64_t i = 0; i < total && !m.failure; i++) {
     block = (block + stride) % total;
-    here.block_x = block % grid.x;
-    here.block_y = block / grid.x % grid.y;
-    here.block_z = block / grid.x / grid.y;
-    run_block(m, shared_bytes);
+    here.block_x = block % shape.grid_x;
+    here.block_y = block / shape.grid_x % shape.grid_y;
+    here.block_z = block / shape.grid_x / shape.grid_y;
+    run_block(m, shape.shared_bytes);
   }
   if (!m.failure) return;
   m.fibers.forget_frames();
@@ -154,21 +153,18 @@ void sync_threads(const Location& at) {
   wait(m);
 }
 
-void run(const char* name, const Index& grid, const Index& block, int64_t shared_bytes,
-         const std::function<void()>& thread) {
+void run(const char* name, const cuda::LaunchShape& shape, const std::function<void()>& thread) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.mutex);
   m.body = &thread;
-  m.size = block.x * block.y * block.z;
-  here.block_dim = block;
-  here.grid_x = grid.x, here.grid_y = grid.y, here.grid_z = grid.z;
-  m.dynamic_bytes = shared_bytes;
+  m.size = here.block_dim = shape.threads;
+  m.dynamic_bytes = shape.shared_bytes;
   struct Dynamic {  // freed with the launch, so that a sanitizer sees later use
     void*& data;
     ~Dynamic() { std::free(std::exchange(data, nullptr)); }
   } dynamic = {m.dynamic};
-  if (shared_bytes) m.dynamic = aligned_block(static_cast<size_t>(shared_bytes));
-  run_grid(m, name, grid, shared_bytes);
+  if (shape.shared_bytes) m.dynamic = aligned_block(static_cast<size_t>(shape.shared_bytes));
+  run_grid(m, name, shape);
 }
 
 void set_seed(uint64_t seed) {

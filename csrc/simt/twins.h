@@ -30,33 +30,26 @@
 namespace effnet {
 namespace simt {
 
-struct Index {
-  int x, y, z;
-};
-
 struct Place {  // what the running thread sees
-  Index thread, block_dim;
-  int64_t block_x, block_y, block_z, grid_x, grid_y, grid_z;
+  int thread, block_dim;
+  int64_t block_x, block_y, block_z;
 };
 
 extern Place here;
 
 using Location = std::source_location;
 
-enum class Shuffle { kXor, kDown, kIndex, kSync };
-
 void sync_threads(const Location& at);
-// The value of the source lane; all ones, a NaN, where that lane is not in the mask.
-uint64_t shuffle(Shuffle kind, uint64_t value, int argument, unsigned mask, const Location& at);
+// The value of lane ^ lane_mask; all ones, a NaN, where that lane is not in the mask.
+uint64_t shuffle_xor(uint64_t value, int lane_mask, unsigned mask, const Location& at);
 void* dynamic_shared();
 void copy_async(void* to, const void* from, int bytes, bool valid, const Location& at);
 void copy_commit();
-void copy_wait(int groups);  // groups that may still be under way; -1: none, committed or not
+void copy_wait(int groups);  // groups that may still be under way
 void check_aligned(const void* p, size_t bytes, const Location& at);
 
 // Runs `thread` for every thread of every block. Throws std::runtime_error.
-void run(const char* name, const Index& grid, const Index& block, int64_t shared_bytes,
-         const std::function<void()>& thread);
+void run(const char* name, const cuda::LaunchShape& shape, const std::function<void()>& thread);
 
 // One declaration of static shared memory: a heap block of exactly its size, as AddressSanitizer
 // does not guard statics of templates. NaN when a block of threads first comes here.
@@ -75,18 +68,11 @@ namespace cuda {
 
 using simt::Location;
 
-inline int thread_x() { return simt::here.thread.x; }
-inline int thread_y() { return simt::here.thread.y; }
-inline int thread_z() { return simt::here.thread.z; }
+inline int thread_x() { return simt::here.thread; }
 inline int64_t block_x() { return simt::here.block_x; }
 inline int64_t block_y() { return simt::here.block_y; }
 inline int64_t block_z() { return simt::here.block_z; }
-inline int block_dim_x() { return simt::here.block_dim.x; }
-inline int block_dim_y() { return simt::here.block_dim.y; }
-inline int block_dim_z() { return simt::here.block_dim.z; }
-inline int64_t grid_dim_x() { return simt::here.grid_x; }
-inline int64_t grid_dim_y() { return simt::here.grid_y; }
-inline int64_t grid_dim_z() { return simt::here.grid_z; }
+inline int block_dim_x() { return simt::here.block_dim; }
 
 template <typename T>
 T* dynamic_shared() {
@@ -94,42 +80,22 @@ T* dynamic_shared() {
 }
 
 inline void sync_threads(const Location& at = Location::current()) { simt::sync_threads(at); }
-inline void sync_warp(unsigned mask = kFullMask, const Location& at = Location::current()) {
-  simt::shuffle(simt::Shuffle::kSync, 0, 0, mask, at);
-}
 
-template <typename T>
-T shuffled(simt::Shuffle kind, T v, int argument, unsigned mask, const Location& at) {
-  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
-  uint64_t bits = 0;
-  std::memcpy(&bits, &v, sizeof(T));
-  bits = simt::shuffle(kind, bits, argument, mask, at);
-  std::memcpy(&v, &bits, sizeof(T));
-  return v;
-}
 template <typename T>
 T shuffle_xor(T v, int lane_mask, unsigned mask = kFullMask,
               const Location& at = Location::current()) {
-  return shuffled(simt::Shuffle::kXor, v, lane_mask, mask, at);
-}
-template <typename T>
-T shuffle_down(T v, int delta, unsigned mask = kFullMask,
-               const Location& at = Location::current()) {
-  return shuffled(simt::Shuffle::kDown, v, delta, mask, at);
-}
-template <typename T>
-T shuffle(T v, int lane, unsigned mask = kFullMask, const Location& at = Location::current()) {
-  return shuffled(simt::Shuffle::kIndex, v, lane, mask, at);
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &v, sizeof(T));
+  bits = simt::shuffle_xor(bits, lane_mask, mask, at);
+  std::memcpy(&v, &bits, sizeof(T));
+  return v;
 }
 
 template <typename V>
 V load(const V* p, const Location& at = Location::current()) {
   simt::check_aligned(p, sizeof(V), at);
   return *p;
-}
-template <typename V>
-V load_streaming(const V* p, const Location& at = Location::current()) {
-  return load(p, at);
 }
 template <typename V>
 V load_shared(const V* p, const Location& at = Location::current()) {
@@ -139,10 +105,6 @@ template <typename V>
 void store(V* p, V v, const Location& at = Location::current()) {
   simt::check_aligned(p, sizeof(V), at);
   *p = v;
-}
-template <typename V>
-void store_streaming(V* p, V v, const Location& at = Location::current()) {
-  store(p, v, at);
 }
 template <typename V>
 void store_shared(V* p, V v, const Location& at = Location::current()) {
@@ -161,15 +123,10 @@ void cp_async_wait() {
   static_assert(kGroups >= 0);
   simt::copy_wait(kGroups);
 }
-inline void cp_async_wait_all() { simt::copy_wait(-1); }
 
-// As exact as the host is; tanh_approx alone is as coarse as the device's, whose error matters.
+// As exact as the host is.
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float rcp_approx(float x) { return 1.0f / x; }
-inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
-inline float tanh_approx(float x) {
-  return bits_as<float>(bits_as<uint32_t>(std::tanh(x)) & 0xfffff000u);
-}
 
 inline std::string reason_against(const void*, int) { return ""; }
 
@@ -186,9 +143,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
   check_shape(name, s);
   if (is_empty(s)) return;
   const auto thread = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  simt::run(name,
-            {static_cast<int>(s.grid_x), static_cast<int>(s.grid_y), static_cast<int>(s.grid_z)},
-            {s.block_x, s.block_y, s.block_z}, s.shared_bytes, thread);
+  simt::run(name, s, thread);
 }
 
 }  // namespace cuda

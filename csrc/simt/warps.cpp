@@ -7,10 +7,7 @@ namespace {
 
 // The lane that `lane` reads from; its own where that lies beyond the warp.
 int source_of(const Thread& t, int lane) {
-  int from = lane;
-  if (t.kind == Shuffle::kXor) from = lane ^ t.argument;
-  if (t.kind == Shuffle::kDown) from = lane + t.argument;
-  if (t.kind == Shuffle::kIndex) from = t.argument % kWarp;
+  const int from = lane ^ t.lane_mask;
   return from < 0 || from >= kWarp ? lane : from;
 }
 
@@ -28,7 +25,7 @@ bool lanes_are_here(const Machine& m, int warp, const Thread& me) {
       fail("shuffles at " + text_of(me.where) + " with " + thread_name(other) +
            ", which has returned");
     if (other.state != State::kShuffle) continue;
-    if (other.mask != me.mask || other.kind != me.kind || !same(other.where, me.where))
+    if (other.mask != me.mask || !same(other.where, me.where))
       fail("shuffles at " + text_of(me.where) + ", but " + thread_name(other) +
            " of the mask is in another shuffle at " + text_of(other.where) +
            ", or has another mask");
@@ -39,7 +36,7 @@ bool lanes_are_here(const Machine& m, int warp, const Thread& me) {
 
 }  // namespace
 
-uint64_t shuffle(Shuffle kind, uint64_t value, int argument, unsigned mask, const Location& at) {
+uint64_t shuffle_xor(uint64_t value, int lane_mask, unsigned mask, const Location& at) {
   Machine& m = machine();
   Thread& me = m.threads[m.running];
   const int warp = m.running / kWarp * kWarp, lane = m.running % kWarp;
@@ -47,7 +44,7 @@ uint64_t shuffle(Shuffle kind, uint64_t value, int argument, unsigned mask, cons
     fail("shuffles at " + text_of(at) + " with a mask that it is not in itself");
   me.state = State::kShuffle;
   me.where = at;
-  me.kind = kind, me.argument = argument, me.mask = mask, me.value = value;
+  me.lane_mask = lane_mask, me.mask = mask, me.value = value;
   m.in_shuffle[warp / kWarp] |= 1u << lane;
   if (lanes_are_here(m, warp, me)) {
     const int first = static_cast<int>(m.random.below(kWarp));

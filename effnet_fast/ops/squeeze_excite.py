@@ -59,8 +59,8 @@ def _excite_fake(
     expand_bias: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    hidden = pooled.new_empty(pooled.shape[0], reduce_weight.shape[0])
-    return hidden, torch.empty_like(pooled)
+    hidden = pooled.new_empty(pooled.shape[0], reduce_weight.shape[0], dtype=torch.float32)
+    return hidden, torch.empty_like(pooled, dtype=torch.float32)
 
 
 def _pixels(x: Tensor) -> tuple[int, int, int]:

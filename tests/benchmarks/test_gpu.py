@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, records
+from benchmarks import gpu, profiled, records
 from benchmarks.gpu import Step
 from benchmarks.records import ROOT
+from cases import DWCONV_CASES, SQUEEZE_EXCITE_CASES, find
 from outcomes import LIMITS, outcome
+from parity import NEEDS_SIMT
 
 
 def _python(part: str, name: str, code: str, share: float = 0.5, needs: str | None = None) -> Step:
@@ -29,9 +31,11 @@ def test_dry_run_lists_every_part() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    parts = [step.part for step in gpu.STEPS]
-    assert [line.split()[0] for line in lines] == [p for p in parts if p != gpu.COMPILED]
-    assert {"build", *gpu.PARTS, gpu.COMPILED} == set(parts)
+    steps = gpu.chosen(gpu.PARTS)
+    assert [line.split()[0] for line in lines] == [step.part for step in steps]
+    assert {"build", *gpu.PARTS} == {step.part for step in steps}
+    assert {"build", *gpu.PARTS, gpu.COMPILED, gpu.MORE} == {step.part for step in gpu.STEPS}
+    assert len({step.name for step in gpu.STEPS}) == len(gpu.STEPS)  # a log each
     assert "--results /nowhere --commit abc" in done.stdout
     assert "benchmarks.tune --table /nowhere/tuning.json --commit abc" in done.stdout
     assert not Path("/nowhere").exists()
@@ -57,7 +61,7 @@ for arguments in json.load(sys.stdin):
 def test_benchmarks_of_a_dry_run_exist(tmp_path: Path) -> None:
     """Every pytest step selects something, with options that pytest knows."""
     steps = [step for step in gpu.STEPS if "pytest" in step.command]
-    assert len(steps) == 12
+    assert len(steps) == 17
     arguments = [gpu._words(step, tmp_path, "abc")[3:] for step in steps]
     done = subprocess.run(
         [sys.executable, "-c", COLLECT],
@@ -72,12 +76,31 @@ def test_benchmarks_of_a_dry_run_exist(tmp_path: Path) -> None:
     assert "cuda-b0_224_batch1-bf16-torch_compile_graphs" in selected
     assert "bf16-torch_compile]" not in selected  # each takes a minute or more to compile
     assert "b7_600_batch16-bf16-torch_compile" not in selected
+    assert "test_primitives.py::test_intrinsics" in selected  # alone holds the PTX to its promises
+    for large in ("b4_c", "b7_c"):
+        assert f"bench_cuda.py::test_dwconv_backward[{large}" in selected
     for case in ("b0_224_batch256", "b4_380_batch64", "b7_600_batch16"):
         compiled = lists[f"compiled_{case[:2]}"]
         for mode in ("inference", "training_step"):
             for contestant in ("torch_compile_graphs", "effnet_fast"):
                 assert f"test_{mode}[cuda-{case}-bf16-{contestant}]" in compiled
         assert "-torch]" not in compiled
+
+
+def test_the_sanitizer_and_large_shapes_are_a_run_of_their_own() -> None:
+    """Neither may eat the time of what every run needs."""
+    for word in ("compute_sanitizer", "where_large"):
+        run = [step for step in gpu.STEPS if word in step.command]
+        assert [step.part for step in run] == [gpu.MORE]
+    assert gpu.STEPS[-1].command[-1] == "compute_sanitizer"
+
+
+@NEEDS_SIMT
+def test_what_is_profiled_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiled, "dwconv_of", lambda *_, **__: [find(DWCONV_CASES, "c_odd")])
+    excite = find(SQUEEZE_EXCITE_CASES, "c_odd")
+    monkeypatch.setattr(profiled, "squeeze_excite_of", lambda *_, **__: [excite])
+    assert profiled.main(backend="simt") == 3
 
 
 def test_an_interrupt_ends_the_step_and_the_run(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 // Runs every CUDA kernel over a small table of shapes on the CPU, for the sanitizers; no Python.
 //
+//   simt_driver [fp32|bf16|fp16]    every dtype, or one alone
+//
 // Tensors are heap blocks of exactly their size. Each launch happens twice, its threads in another
 // order: the results must be bitwise the same, and every element of them set and finite. Whether
 // they are right is for the tests of parity to say.
@@ -110,16 +112,19 @@ void check(const char* what, void (*launcher)(const Args&, const Queue&), const 
   }
 }
 
-// Vectors of a BatchNorm over C channels.
+// Vectors of a BatchNorm over C channels: weight and bias in `dtype`, for even C the others too.
 struct Norm {
+  DType dtype, stats;
   Tensor weight, bias, mean, var;
-  explicit Norm(int64_t c)
-      : weight(c, DType::kFloat32, 0.5f, 1.5f),
-        bias(c, DType::kFloat32, -1.0f, 1.0f),
-        mean(c, DType::kFloat32, -1.0f, 1.0f),
-        var(c, DType::kFloat32, 0.5f, 1.5f) {}
+  Norm(int64_t c, DType dtype)
+      : dtype(dtype),
+        stats(c % 2 ? DType::kFloat32 : dtype),
+        weight(c, dtype, 0.5f, 1.5f),
+        bias(c, dtype, -1.0f, 1.0f),
+        mean(c, stats, -1.0f, 1.0f),
+        var(c, stats, 0.5f, 1.5f) {}
   BatchNorm all() const {
-    return {weight.floats(), bias.floats(), mean.floats(), var.floats(), 1e-3f};
+    return {weight.data(), bias.data(), mean.data(), var.data(), dtype, stats, 1e-3f};
   }
 };
 
@@ -152,7 +157,7 @@ void forward(const DwconvCase& at, DType dtype, DType weight_dtype) {
   Tensor weight(s.c * s.k * s.k, weight_dtype, -1.0f, 1.0f);
   Tensor y(s.n * s.oh * s.ow * s.c, dtype);
   Tensor pooled(s.n * grid.chunks * s.c), moments(grid.parts * 4 * s.c);
-  const Norm before(s.c), after(s.c);
+  const Norm before(s.c, dtype), after(s.c, dtype);
   DwconvForwardArgs args = {};
   args.shape = s;
   args.dtype = dtype, args.weight_dtype = weight_dtype;
@@ -189,7 +194,7 @@ void backward(const DwconvCase& at, DType dtype, DType weight_dtype) {
   Tensor shift(s.n * s.c, DType::kFloat32, -1.0f, 1.0f);
   Tensor sums(2 * s.c, DType::kFloat32, -1.0f, 1.0f);
   Tensor grad_x(s.n * s.h * s.w * s.c, dtype), partial(grid.parts * (s.k * s.k + 2) * s.c);
-  const Norm before(s.c), after(s.c);
+  const Norm before(s.c, dtype), after(s.c, dtype);
   DwconvBackwardArgs args = {};
   args.shape = s;
   args.dtype = dtype, args.weight_dtype = weight_dtype;
@@ -238,7 +243,7 @@ void reduce(const PlaneCase& at, DType dtype) {
   const int64_t size = at.n * at.hw * at.c;
   const Tensor x(size, dtype, -2.0f, 2.0f), grad_y(size, dtype, -1.0f, 1.0f);
   const Tensor keep(at.n, DType::kFloat32, 0.0f, 1.0f);
-  const Norm norm(at.c);
+  const Norm norm(at.c, dtype);
   for (int what = 0; what < 5; what++) {
     Tensor partial(at.n * at.chunks * kSums[what] * at.c);
     ReduceArgs args = {};
@@ -262,7 +267,7 @@ void elementwise(const PlaneCase& at, DType dtype) {
   const Tensor gate(at.n * at.c, DType::kFloat32, 0.0f, 1.0f);
   const Tensor shift(at.n * at.c, DType::kFloat32, -1.0f, 1.0f);
   Tensor y(size, dtype);
-  const Norm norm(at.c);
+  const Norm norm(at.c, dtype);
   for (int all = 0; all < 2; all++) {
     BnActArgs act = {};
     act.n = at.n, act.c = at.c, act.hw = at.hw;
@@ -331,8 +336,10 @@ void excite(const ExciteCase& at, DType dtype) {
 
 }  // namespace
 
-void run_all() {
-  const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+void run_all(const char* only) {
+  std::vector<DType> dtypes;
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+    if (!only || !std::strcmp(only, name_of(dtype))) dtypes.push_back(dtype);
   for (const DwconvCase& at : kDwconv)
     for (DType dtype : dtypes) {
       context = std::string("dwconv ") + at.name + " " + name_of(dtype);
@@ -355,14 +362,14 @@ void run_all() {
 
 int report() {
   std::printf("%d of %d launches failed\n", failures, launches);
-  return failures != 0;
+  return failures != 0 || launches == 0;
 }
 
 }  // namespace cuda
 }  // namespace effnet
 
-int main() {
+int main(int count, char** words) {
   effnet::simt::set_seed(1);
-  effnet::cuda::run_all();
+  effnet::cuda::run_all(count > 1 ? words[1] : nullptr);
   return effnet::cuda::report();
 }

@@ -40,19 +40,6 @@ __global__ void missing_second_barrier_kernel(const float* x, float* y) {
 }
 
 template <bool kWrong>
-__global__ void missing_warp_barrier_kernel(const float* x, float* y) {
-  EFFNET_SHARED(float, tile, [kThreads]);
-  const int warp = thread_x() / kWarp * kWarp;
-  tile[kThreads - 1 - thread_x()] = x[thread_x()];
-  sync_threads();
-  const float v = tile[warp + thread_x() % kWarp];
-  if (!kWrong) sync_warp();
-  tile[warp + (thread_x() + 1) % kWarp] = v;
-  sync_warp();
-  y[thread_x()] = tile[warp + (thread_x() + 1) % kWarp];
-}
-
-template <bool kWrong>
 __global__ void missing_copy_wait_kernel(const float* x, float* y) {
   float4* const tile = dynamic_shared<float4>();
   if (thread_x() < kThreads / 4) cp_async<16>(tile + thread_x(), x + 4 * thread_x());
@@ -60,7 +47,7 @@ __global__ void missing_copy_wait_kernel(const float* x, float* y) {
   if (!kWrong) cp_async_wait<0>();
   sync_threads();
   y[thread_x()] = reinterpret_cast<const float*>(tile)[kThreads - 1 - thread_x()];
-  cp_async_wait_all();
+  cp_async_wait<0>();
 }
 
 // Two groups; the wrong one waits for the older of them alone.
@@ -75,14 +62,15 @@ __global__ void copy_wait_too_short_kernel(const float* x, float* y) {
   cp_async_wait<kWrong ? 1 : 0>();
   sync_threads();
   y[thread_x()] = tile[kThreads - 1 - thread_x()];
-  cp_async_wait_all();
+  cp_async_wait<0>();
 }
 
 template <bool kWrong>
 __global__ void missing_barrier_after_copy_kernel(const float* x, float* y) {
   float* const tile = dynamic_shared<float>();
   cp_async<4>(tile + thread_x(), x + thread_x());
-  cp_async_wait_all();
+  cp_async_commit();
+  cp_async_wait<0>();
   if (!kWrong) sync_threads();
   y[thread_x()] = tile[kThreads - 1 - thread_x()];
 }
@@ -100,7 +88,8 @@ template <bool kWrong>
 __global__ void copy_to_outside_kernel(const float* x, float* y) {
   float* const tile = dynamic_shared<float>();
   cp_async<4>(tile + thread_x() + (kWrong ? 1 : 0), x + thread_x(), thread_x() % 2 == 0);
-  cp_async_wait_all();
+  cp_async_commit();
+  cp_async_wait<0>();
   y[thread_x()] = x[kThreads - 1 - thread_x()];
 }
 
@@ -123,7 +112,8 @@ __global__ void copy_from_outside_kernel(const float* x, float* y) {
   float4* const tile = dynamic_shared<float4>();
   if (thread_x() < kThreads / 4)
     cp_async<16>(tile + thread_x(), x + 4 * thread_x() + (kWrong ? 4 : 0));
-  cp_async_wait_all();
+  cp_async_commit();
+  cp_async_wait<0>();
   y[thread_x()] = x[kThreads - 1 - thread_x()];
 }
 
@@ -190,7 +180,7 @@ __global__ void return_before_barrier_kernel(const float* x, float* y) {
 template <bool kWrong>
 __global__ void deadlock_kernel(const float* x, float* y) {
   float v = x[kThreads - 1 - thread_x()];
-  if (!kWrong || thread_x() != 7) v = shuffle(shuffle_xor(v, 1), thread_x() ^ 1);
+  if (!kWrong || thread_x() != 7) v = shuffle_xor(shuffle_xor(v, 1), 1);
   sync_threads();
   y[thread_x()] = v;
 }
@@ -212,7 +202,7 @@ __global__ void mask_without_itself_kernel(const float* x, float* y) {
 template <bool kWrong>
 __global__ void source_outside_the_mask_kernel(const float* x, float* y) {
   float v = x[kThreads - 1 - thread_x()];
-  if (thread_x() % kWarp < 16) v = shuffle(v, (thread_x() % kWarp) ^ (kWrong ? 16 : 0), 0xffffu);
+  if (thread_x() % kWarp < 16) v = shuffle_xor(v, kWrong ? 16 : 0, 0xffffu);
   y[thread_x()] = v;
 }
 
@@ -235,7 +225,6 @@ struct Fault {
 constexpr Fault kFaults[] = {
     FAULT(missing_barrier),
     FAULT(missing_second_barrier),
-    FAULT(missing_warp_barrier),
     FAULT(missing_copy_wait),
     FAULT(copy_wait_too_short),
     FAULT(missing_barrier_after_copy),

@@ -23,9 +23,11 @@ LEFT_OUT = shutil.ignore_patterns(
     ".*", "build", "dist", "tests", "benchmarks", "*.egg-info", "__pycache__", "*.so"
 )
 FAKE_CXX = """#!/bin/sh
-# Makes the file after -o, and the dependency file that ninja expects beside it.
+# Makes the file after -o, and the dependency file that ninja expects beside it; a folder of headers
+# that is not there is an error.
 while [ $# -gt 0 ]; do
     case "$1" in
+        -I*) [ -d "${1#-I}" ] || exit 3 ;;
         -o) echo > "$2" ;;
         -MF) echo "x:" > "$2" ;;
     esac
@@ -34,11 +36,11 @@ done
 """
 FAKE_NVCC = """#!/bin/sh
 case "$*" in
-    *--list-gpu-code*) printf 'sm_80\\nsm_86\\nsm_90\\nsm_100\\nsm_120\\n' ;;
+    *--list-gpu-code*) printf 'sm_75\\nsm_80\\nsm_86\\nsm_90\\nsm_100\\nsm_120\\n' ;;
     *.cu*) if [ -e "$(dirname "$0")/nvcc_is_broken" ]; then echo no >&2; exit 1; fi ;;
 esac
 """ + FAKE_CXX.removeprefix("#!/bin/sh\n")
-FAKE_SMI = "#!/bin/sh\nprintf '8.6\\n'\n"
+FAKE_SMI = "#!/bin/sh\nprintf '%s\\n'\n"
 USE_WHEEL = """
 import sys, torch, effnet_fast
 from effnet_fast import _native, ops, reference
@@ -152,7 +154,11 @@ def tools(tmp_path: Path, tree: Path) -> FakeTools:
             {"EFFNET_FAST_CUDA_ARCHS": "fast"},
             "EFFNET_FAST_CUDA_ARCHS='fast' is not understood: it must match native|all|",
         ),
-        ({"EFFNET_FAST_CUDA_ARCHS": "90,35"}, "EFFNET_FAST_CUDA_ARCHS names ['35']; "),
+        (
+            {"EFFNET_FAST_CUDA_ARCHS": "90,75"},
+            "EFFNET_FAST_CUDA_ARCHS names ['75']; the kernels need 80 or newer, of which ",
+        ),
+        ({"EFFNET_FAST_CUDA_ARCHS": "90,87"}, "EFFNET_FAST_CUDA_ARCHS names ['87']; "),
         (
             {"EFFNET_FAST_SIMT": "yes"},
             "EFFNET_FAST_SIMT='yes' is not understood: it must match 0|auto|1",
@@ -161,8 +167,9 @@ def tools(tmp_path: Path, tree: Path) -> FakeTools:
             {"CXX": "nonexistent-c++"},
             "effnet-fast: no C++ compiler (nonexistent-c++): install g++ (Debian package: g++)",
         ),
+        ({"CXX": "ccache"}, "effnet-fast: no C++ compiler (ccache): "),
     ],
-    ids=["cuda", "archs_word", "archs_unknown", "simt", "no_compiler"],
+    ids=["cuda", "archs_word", "archs_old", "archs_unknown", "simt", "no_compiler", "no_word"],
 )
 def test_what_stops_a_build_is_one_line(
     tools: FakeTools, env: dict[str, str], message: str
@@ -223,17 +230,20 @@ def test_without_cuda(tools: FakeTools, setting: str) -> None:
 @pytest.mark.parametrize(
     ("archs", "smi", "expected"),
     [
-        ("", False, "sm_90 compute_80"),
-        ("native", True, "sm_86 compute_80"),
-        ("all", True, "sm_80 sm_90 sm_100 sm_120 compute_80"),
-        ("80;100", True, "sm_80 sm_100"),
+        ("", (), "sm_90 compute_80"),
+        ("native", ("8.6",), "sm_86 compute_80"),
+        ("native", ("9.0", "7.5", "9.0"), "sm_90 compute_80"),
+        ("native", ("7.5",), "sm_90 compute_80"),
+        ("all", ("8.6",), "sm_80 sm_90 sm_100 sm_120 compute_80"),
+        ("80;100", ("8.6",), "sm_80 sm_100"),
     ],
-    ids=["default", "native", "all", "list"],
+    ids=["default", "native", "native_beside_old", "native_old_alone", "all", "list"],
 )
-def test_cuda_archs(tools: FakeTools, archs: str, smi: bool, expected: str) -> None:
+def test_cuda_archs(tools: FakeTools, archs: str, smi: tuple[str, ...], expected: str) -> None:
+    """Cards from before cp.async are passed over: their owners get the CPU part and a reason."""
     tools.add("nvcc", FAKE_NVCC)
     if smi:
-        tools.add("nvidia-smi", FAKE_SMI)
+        tools.add("nvidia-smi", FAKE_SMI % "\\n".join(smi))
     env = {"EFFNET_FAST_CUDA_ARCHS": archs} if archs else {}
     status, text = tools.build(**env)
     assert status == 0, text
@@ -241,6 +251,33 @@ def test_cuda_archs(tools: FakeTools, archs: str, smi: bool, expected: str) -> N
     assert f"-DEFFNET_CUDA_ARCHS='\"{expected}\"'" in ninja
     codes = re.findall(r"code=(\w+)", next(x for x in ninja.splitlines() if "-gencode" in x))
     assert codes == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("cxx", "compiler"),
+    [("clang++", "clang++"), ("ccache g++", "g++"), ("ccache my-c++ -m64", "my-c++")],
+)
+def test_nvcc_is_given_the_compiler(tools: FakeTools, cxx: str, compiler: str) -> None:
+    """That of CXX, for objects and for the link; not the launcher before it."""
+    tools.add("nvcc", FAKE_NVCC)
+    for name in {*cxx.split(), compiler} - {"g++", "-m64"}:
+        tools.add(name, '#!/bin/sh\nexec "$@"\n' if name == "ccache" else FAKE_CXX)
+    status, text = tools.build(CXX=cxx)
+    assert status == 0, text
+    commands = [line for line in tools.ninja().replace("$\n", "").splitlines() if "nvcc" in line]
+    commands = [line for line in commands if "command =" in line]
+    assert len(commands) == 2
+    for command in commands:
+        assert re.findall(r"-ccbin\s+(\S+)", command) == [compiler]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the host run is for x86-64")
+def test_a_path_with_a_space(tree: Path, tmp_path: Path) -> None:
+    spaced = shutil.copytree(tree, tmp_path / "my sources")
+    tools = FakeTools(tmp_path, spaced)
+    tools.add("nvcc", FAKE_NVCC)
+    status, text = tools.build(EFFNET_FAST_SIMT="1")
+    assert status == 0, text
 
 
 def test_nvcc_in_cuda_home(tools: FakeTools, tmp_path: Path) -> None:

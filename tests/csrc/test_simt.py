@@ -22,7 +22,6 @@ ASAN = "AddressSanitizer: heap-buffer-overflow"
 CAUGHT = {
     "missing_barrier": WRONG_VALUES,
     "missing_second_barrier": WRONG_VALUES,
-    "missing_warp_barrier": WRONG_VALUES,
     "missing_copy_wait": WRONG_VALUES,
     "copy_wait_too_short": WRONG_VALUES,
     "missing_barrier_after_copy": WRONG_VALUES,
@@ -118,24 +117,59 @@ def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
     assert text.startswith("0 of ")
 
 
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        ("sync_threads();", "is not finite|depends on the threads' order"),
-        ("cp_async_wait<0>();", "returns without having waited for its copy"),
-    ],
-    ids=["barriers", "waits"],
-)
-def test_the_driver_notices_a_kernel_without(call: str, said: str, tmp_path: Path) -> None:
-    """Barriers or waits taken out of the kernel that has most of them."""
+# Those that the depthwise kernels make, by file and place: each is taken out alone.
+BARRIER, WAIT = "sync_threads();", "cp_async_wait<0>();"
+SAID = {
+    BARRIER: "is not finite|depends on the threads' order",
+    WAIT: "returns without having waited for its copy",
+}
+CALLS = [
+    pytest.param(path.name, call, at, id=f"{path.stem}-{call.split('(')[0]}-{at}")
+    for path in simt.KERNELS
+    if path.stem.startswith("dwconv")
+    for call in SAID
+    for at in range(path.read_text().count(call))
+]
+# What sends fp32 and fp16 elsewhere: without it kernels are compiled, and run, for bf16 alone.
+OTHER_DTYPES = re.compile(r"\n *if \(\w+\.\w*dtype == DType::kFloat(32|16)\) return [^;]*;")
+ONE_DTYPE = "bf16"
+
+
+def test_every_call_of_the_depthwise_kernels_is_taken_out() -> None:
+    assert {call.values[:2] for call in CALLS} == {
+        (f"dwconv_bn_silu{part}.cu", call) for part in ("", "_backward") for call in SAID
+    }
+
+
+@pytest.fixture(scope="session")
+def bf16_objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the driver's objects, of which a test replaces one."""
     simt.require()
-    source = max(simt.KERNELS, key=lambda path: path.read_text().count(call))
-    text = source.read_text()
-    assert call in text
-    broken = tmp_path / source.name
-    broken.write_text(text.replace(call, ""))
-    sources = [broken if path == source else path for path in simt.KERNELS]
-    program = simt.compile_program(tmp_path / "out", [DRIVER, *sources, *simt.RUNTIME], "-O1")
-    status, text = run(program)
+
+    def make(folder: Path) -> Path:
+        sources = folder / "sources"
+        sources.mkdir(parents=True)
+        for path in simt.KERNELS:
+            (sources / path.name).write_text(OTHER_DTYPES.sub("", path.read_text()))
+        kernels = [sources / path.name for path in simt.KERNELS]
+        objects = simt.compile_objects(folder, [DRIVER, *kernels, *simt.RUNTIME], "-O1")
+        status, text = run(simt.link(folder / "program", objects, "-O1"), ONE_DTYPE)
+        assert status == 0, text
+        return folder
+
+    return simt.once(tmp_path_factory, "simt_bf16", make)
+
+
+@pytest.mark.parametrize(("file", "call", "at"), CALLS)
+def test_the_driver_notices_a_kernel_without(
+    file: str, call: str, at: int, bf16_objects: Path, tmp_path: Path
+) -> None:
+    """One barrier or wait taken out."""
+    parts = (bf16_objects / "sources" / file).read_text().split(call)
+    broken = tmp_path / file
+    broken.write_text(call.join(parts[: at + 1]) + call.join(parts[at + 1 :]))
+    objects = [path for path in bf16_objects.glob("*.o") if path.name != f"{file}.o"]
+    objects += simt.compile_objects(tmp_path, [broken], "-O1")
+    status, text = run(simt.link(tmp_path / "program", objects, "-O1"), ONE_DTYPE)
     assert status == 1, text
-    assert re.search(said, text)
+    assert re.search(SAID[call], text)

@@ -23,7 +23,7 @@ from ..dwconv_bn_silu import (
 from ..registration import address, empty_nhwc, native_weight, nhwc
 from . import statistics
 from .launching import DTYPES, Bn, native, queue, scratch
-from .tiles import Tile, tile_for
+from .tiles import Tile, filling, tile_for
 
 
 class Plan(NamedTuple):
@@ -39,10 +39,13 @@ class Plan(NamedTuple):
 def _plan(
     backend: str, direction: str, shape: tuple[int, ...], dtype: torch.dtype, tile: Tile | None
 ) -> Plan:
-    _, c, _, w, _, ow, kernel, stride, *_ = shape
-    width = w if direction == "backward" else ow
-    tile = tile or tile_for(direction, kernel, stride, dtype, c, width)
-    return Plan(shape, tile, *native(backend).dwconv_parts(shape, tile, direction == "backward"))
+    n, c, h, w, oh, ow, kernel, stride, left, top = shape
+    backward = direction == "backward"
+    if tile is None:
+        tile = tile_for(direction, kernel, stride, dtype, c, w if backward else ow)
+        sides = (h + top % stride, w + left % stride) if backward else (oh, ow)
+        tile = filling(tile, n, c, *sides)
+    return Plan(shape, tile, *native(backend).dwconv_parts(shape, tile, backward))
 
 
 def plan(
@@ -92,8 +95,8 @@ def forward(
     end = after or Bn(None)
     native(backend).dwconv_fwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
-        x.data_ptr(), _strides(x), weight.data_ptr(), before.addresses, before.eps,
-        end.addresses, end.eps, y.data_ptr(), partial.data_ptr(), factor,
+        x.data_ptr(), _strides(x), weight.data_ptr(), before.arguments,
+        end.arguments, y.data_ptr(), partial.data_ptr(), factor,
     )  # fmt: skip
     if after is None:
         return statistics.moments(backend, partial)
@@ -146,9 +149,9 @@ def backward(
     count = float(n * z.shape[2] * z.shape[3])
     native(backend).dwconv_bwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
-        x.data_ptr(), _strides(x), before.addresses, before.eps,
+        x.data_ptr(), _strides(x), before.arguments,
         grad_y.data_ptr(), z.data_ptr(), address(gate), address(shift),
-        after.addresses, after.eps, address(sums), count, weight.data_ptr(),
+        after.arguments, address(sums), count, weight.data_ptr(),
         address(grad_x), address(partial),
     )  # fmt: skip
     if partial is None:
@@ -202,7 +205,7 @@ def bn_act(
     if y.numel():
         native(backend).bn_act(
             queue(z), (n, c, h * w), DTYPES[z.dtype], z.data_ptr(), address(residual),
-            bn.addresses, bn.eps, address(keep), silu, y.data_ptr(),
+            bn.arguments, address(keep), silu, y.data_ptr(),
         )  # fmt: skip
     return y
 

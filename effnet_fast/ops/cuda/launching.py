@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from ..registration import address, fp32
+from ..registration import address, dense
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cuda/args.h
-NO_BN = (0, 0, 0, 0)
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -33,16 +32,37 @@ def queue(x: Tensor) -> tuple[int, int]:
 
 
 class Bn:
-    """The addresses of a BatchNorm's vectors [C] in fp32; keeps alive what was converted."""
+    """A BatchNorm's vectors [C] as the kernels take them; keeps alive what was converted.
+
+    Weight and bias stay in the dtype that both have, mean and variance in theirs. Where the two of
+    a pair differ, or no kernel has their dtype, they become fp32.
+    """
 
     def __init__(self, vectors: Sequence[Tensor | None] | None, eps: float = 0.0) -> None:
         """vectors: weight, bias, mean, var, the first two None for 1 and 0; None for no BN."""
         self.eps = eps
-        self.vectors = None if vectors is None else [fp32(vector) for vector in vectors]
+        self.vectors = None if vectors is None else [*_alike(*vectors[:2]), *_alike(*vectors[2:])]
 
     @property
-    def addresses(self) -> tuple[int, ...]:
-        return NO_BN if self.vectors is None else tuple(address(v) for v in self.vectors)
+    def arguments(self) -> tuple[tuple[int, ...], int, int, float]:
+        """Addresses, the dtype of weight and bias, that of mean and variance, eps."""
+        if self.vectors is None:
+            return (0, 0, 0, 0), 0, 0, self.eps
+        weight, bias, mean, _ = self.vectors
+        affine = weight if weight is not None else bias
+        return (
+            tuple(address(v) for v in self.vectors),
+            0 if affine is None else DTYPES[affine.dtype],
+            DTYPES[mean.dtype],
+            self.eps,
+        )
+
+
+def _alike(*vectors: Tensor | None) -> list[Any]:
+    """The vectors without gaps, in their dtype where that is one of the kernels', else in fp32."""
+    found = {v.dtype for v in vectors if v is not None}
+    dtype = found.pop() if len(found) == 1 and found <= DTYPES.keys() else torch.float32
+    return [None if v is None else dense(v, dtype) for v in vectors]
 
 
 def scratch(like: Tensor, *sizes: int) -> Tensor:

@@ -12,7 +12,10 @@ from ..squeeze_excite import _backward_fake, _excite_fake, _forward_fake, native
 from . import statistics
 from .launching import DTYPES, Bn, native, queue, scratch
 
-CHANNELS = 1024  # of a part of the first layer that blocks share out, at the least
+# Channels of a part of the first layer: one block's, which its threads go through in steps of 256.
+LEAST_CHANNELS, MOST_CHANNELS = 256, 1024
+ROWS, IMAGES = 4, 4  # of the first layer's hidden channels and of a batch, of a block
+BLOCKS = 2 * 132  # of the first layer, where the shape has them: two on a multiprocessor
 SIDE = 32  # channels of a block in backward
 
 
@@ -23,6 +26,13 @@ def squeeze(z: Tensor, bn: Bn, backend: str) -> Tensor:
     )
 
 
+def splits_of(n: int, c: int, r: int) -> int:
+    """Parts of C in the first layer: few images and hidden channels give few blocks otherwise."""
+    blocks = -(-r // ROWS) * -(-n // IMAGES)
+    least, most = -(-c // MOST_CHANNELS), -(-c // LEAST_CHANNELS)
+    return min(max(-(-BLOCKS // blocks), least), most)
+
+
 def excite(
     pooled: Tensor,
     reduce_weight: Tensor,
@@ -31,7 +41,8 @@ def excite(
     expand_bias: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The registered op: hidden [N,R] before SiLU and gate [N,C] of pooled [N,C]."""
+    """The registered op: hidden [N,R] before SiLU and gate [N,C] of pooled [N,C], all fp32."""
+    pooled = dense(pooled, torch.float32)
     hidden, gate = _excite_fake(
         pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
     )
@@ -39,11 +50,11 @@ def excite(
         return hidden.zero_(), gate
     n, c = pooled.shape
     r = hidden.shape[1]
-    splits = -(-c // CHANNELS)
+    splits = splits_of(n, c, r)
     layers = native_layers(
         reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias, dtypes=DTYPES
     )
-    partial, pooled = scratch(pooled, splits, n, r), dense(pooled, torch.float32)
+    partial = scratch(pooled, splits, n, r)
     native(backend).excite_fwd(
         queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],
         pooled.data_ptr(), *(address(p) for p in layers),

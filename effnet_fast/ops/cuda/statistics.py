@@ -35,7 +35,7 @@ def partial_sums(
     partial = scratch(x, n, chunks, SUMS[what], c)
     native(backend).reduce(
         queue(x), (n, c, h * w, chunks), DTYPES[x.dtype], what, x.data_ptr(), address(grad_y),
-        bn.addresses, bn.eps, address(keep), factor, partial.data_ptr(),
+        bn.arguments, address(keep), factor, partial.data_ptr(),
     )  # fmt: skip
     return partial
 
@@ -87,7 +87,7 @@ def image_sums(
     """Sums [SUMS[what],N,C] over each image of x, the first times factor."""
     n, c = x.shape[:2]
     sums = SUMS[what]
-    if sums == 1 and chunks_of(x[0, 0].numel()) == 1:
+    if sums == 1 and chunks_of(x.shape[2] * x.shape[3]) == 1:
         return partial_sums(backend, what, x, grad_y, bn, factor=factor).view(1, n, c)
     partial = partial_sums(backend, what, x, grad_y, bn)
     out = scratch(x, sums, n, c)

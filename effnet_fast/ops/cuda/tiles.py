@@ -15,6 +15,8 @@ HEURISTIC = "heuristic"  # chosen by counting, not measured; else "measured(devi
 LANES = {2: (32, 24, 16, 12, 8, 4), 4: (16, 12, 8, 4)}  # by bytes of an element, two channels each
 WASTE = 1 / 16  # channels of the last block that may lie empty, as a share of C
 THREADS = 128  # of a block, at the least where the image has the rows
+WARP = 32
+BLOCKS = 4 * 132  # of a launch, where the shape has them: four on each multiprocessor of an H200
 
 
 class Tile(NamedTuple):
@@ -108,7 +110,7 @@ def lanes_for(channels: int, element_size: int) -> int:
 def tile_for(
     direction: str, kernel: int, stride: int, dtype: torch.dtype, channels: int, width: int
 ) -> Tile:
-    """The tile of a shape.
+    """The tile of a shape: its row's, one thread narrower where that leaves fewer lanes empty.
 
     Args:
         direction: "forward" or "backward".
@@ -121,7 +123,43 @@ def tile_for(
         KeyError: there is no kernel of this size and stride.
     """
     row = next(row for row in TILES[direction, kernel, stride] if width <= row.width)
-    lanes, ny, bands = lanes_for(channels, dtype.itemsize), row.ny, row.bands
-    while bands > 1 and lanes * row.nx * ny * 2 <= THREADS:
+    lanes = lanes_for(channels, dtype.itemsize)
+    narrower = _tile(row, lanes, max(1, row.nx - 1))
+    return min(_tile(row, lanes, row.nx), narrower, key=lambda tile: _covered(tile, width))
+
+
+def _tile(row: Row, lanes: int, nx: int) -> Tile:
+    """The row's tile, of at least THREADS threads where it has the bands."""
+    ny, bands = row.ny, row.bands
+    while bands > 1 and lanes * nx * ny * 2 <= THREADS:
         ny, bands = 2 * ny, -(-bands // 2)
-    return Tile(row.rows, row.cols, lanes, row.nx, ny, bands, row.images)
+    return Tile(row.rows, row.cols, lanes, nx, ny, bands, row.images)
+
+
+def _covered(tile: Tile, width: int) -> float:
+    """Columns that a launch's threads stand on, those of the last warps' empty lanes included."""
+    threads, columns = tile.lanes * tile.nx * tile.ny, tile.nx * tile.cols
+    return -(-width // columns) * columns * -(-threads // WARP) * WARP / threads
+
+
+def filling(tile: Tile, n: int, channels: int, rows: int, columns: int) -> Tile:
+    """The tile with so few images, then bands, in a block that a launch fills the device.
+
+    The choice depends on the shape alone. A block of half as many bands reads its K - stride rows
+    of halo twice as often, from the L2 cache, where its neighbours have brought them.
+
+    Args:
+        tile: as `tile_for` gives it.
+        n, channels: N and C.
+        rows, columns: of y in the forward pass; in backward of x, and the rest of its padding
+            left and above over the stride.
+    """
+    all_bands = -(-rows // (tile.ny * tile.rows))
+    images, bands = min(tile.images, n), min(tile.bands, all_bands)
+    strips = -(-channels // (2 * tile.lanes)) * -(-columns // (tile.nx * tile.cols))
+    while strips * -(-all_bands // bands) * -(-n // images) < BLOCKS and (images > 1 or bands > 1):
+        if images > 1:
+            images = -(-images // 2)
+        else:
+            bands = -(-bands // 2)
+    return tile._replace(images=images, bands=bands)

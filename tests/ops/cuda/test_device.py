@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import DWCONV_CASES, SQUEEZE_EXCITE_CASES, find
+from cases import DWCONV_CASES, SQUEEZE_EXCITE_CASES, SqueezeExciteCase, find
 from effnet_fast import ops
 from effnet_fast.backends import can_run
-from parity import BF16, FP32, Call, assert_same, dwconv_call, on_device, run, squeeze_excite_call
+from parity import (
+    BF16,
+    FP32,
+    Call,
+    assert_parity,
+    assert_same,
+    dwconv_call,
+    on_device,
+    run,
+    squeeze_excite_call,
+)
 from tolerances import assert_no_worse_than
 
 REASON = can_run("cuda", "dwconv_bn_silu")
@@ -108,8 +119,11 @@ def test_compiled_as_eager(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_no_call_waits_for_the_device() -> None:
-    step, _ = step_of(calls()["dwconv_train"])
+@ANY_CALL
+def test_no_call_waits_for_the_device(name: str) -> None:
+    """PyTorch's own calls. Those of the extension it cannot see; that they do not wait either is
+    shown by the capture of a graph, in which waiting is an error."""
+    step, _ = step_of(calls()[name])
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -130,35 +144,115 @@ def test_the_current_device_is_left_alone() -> None:
     assert torch.equal(y.cpu(), run(call, "cuda", wanted=())["y"])
 
 
-def test_more_than_2_31_elements() -> None:
-    """The last image of a large batch gives what it gives alone; forward and backward."""
+C, SIDE = 64, 112  # of a batch of more than 2^31 elements
+
+
+def large_batch(tensors: int) -> Tensor:
+    """x of more than 2^31 elements, zeros but for its last two images; bf16, channels_last.
+
+    Skips the test where the device has no room for so many tensors of that size.
+    """
+    n = 2**31 // (C * SIDE * SIDE) + 3
     free, _ = torch.cuda.mem_get_info()
-    n, c, side = 2**31 // (64 * 112 * 112) + 3, 64, 112
-    elements = n * c * side * side
-    assert elements > 2**31
-    if free < 5 * 2 * elements:
-        pytest.skip(f"{free / 2**30:.0f} GiB free, {10 * elements / 2**30:.0f} needed")
-    call = on_gpu(dwconv_call(find(DWCONV_CASES, "c_eq_vector"), BF16))
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.empty(n, c, side, side, dtype=torch.bfloat16, device="cuda").contiguous(
-        memory_format=torch.channels_last
-    )
-    x[-2:].normal_(generator=generator)
-    x[:-2].zero_()
-    repeated = {
-        name: None if t is None else t.repeat(4, *(1 for _ in t.shape[1:]))
+    needed = tensors * 2 * n * C * SIDE * SIDE
+    if free < needed:
+        pytest.skip(f"{free / 2**30:.0f} GiB free, {needed / 2**30:.0f} needed")
+    x = torch.empty(
+        n, C, SIDE, SIDE, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last
+    ).zero_()
+    assert x.numel() > 2**31
+    x[-2:].normal_(generator=torch.Generator("cuda").manual_seed(0))
+    return x
+
+
+def with_c(call: Call) -> dict[str, Tensor | None]:
+    """The call's parameters on the GPU, repeated to C channels."""
+    call = on_gpu(call)
+    return {
+        name: None if t is None else t.repeat(C // t.shape[0], *(1 for _ in t.shape[1:]))
         for name, t in call.tensors.items()
         if name != "x"
     }
 
-    def grads(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.detach().requires_grad_()
-        y = ops.dwconv_bn_silu(x, **repeated, backend="cuda")
-        return y.detach()[-2:].clone(), torch.autograd.grad(y, x, x.detach())[0][-2:].clone()
 
-    small = grads(x[-2:].clone(memory_format=torch.channels_last))
-    for large, alone in zip(grads(x), small, strict=True):
-        assert torch.equal(large, alone)
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_dwconv_of_more_than_2_31_elements(grad: bool) -> None:
+    """The last images of a large batch give what they give alone; so does the weight's gradient,
+    to which images of zeros add nothing."""
+    x = large_batch(5)
+    parameters = with_c(dwconv_call(find(DWCONV_CASES, "c_eq_vector"), BF16))
+
+    def results(x: Tensor) -> list[Tensor]:
+        if not grad:
+            with torch.no_grad():
+                return [ops.dwconv_bn_silu(x, **parameters, backend="cuda")[-2:].clone()]
+        x = x.detach().requires_grad_()
+        weight = parameters["weight"].detach().requires_grad_()
+        y = ops.dwconv_bn_silu(x, **parameters | {"weight": weight}, backend="cuda")
+        grad_x, grad_weight = torch.autograd.grad(y, [x, weight], x.detach())
+        return [y.detach()[-2:].clone(), grad_x[-2:].clone(), grad_weight]
+
+    small = results(x[-2:].clone(memory_format=torch.channels_last))
+    large = results(x)
+    for a, b in zip(large[:2], small[:2], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(large[2:], small[2:], strict=True):
+        torch.testing.assert_close(a, b)  # summed in another order, then rounded to bf16
+
+
+def test_statistics_of_more_than_2_31_elements() -> None:
+    """Against float64 on the device, of what the kernel has written."""
+    x = large_batch(6)
+    x[-2:] += 3  # a mean that two images of 2.7 million elements a channel move
+    weight = torch.ones(C, 1, 3, 3, device="cuda", dtype=torch.bfloat16)
+    z, mean, var = torch.ops.effnet_fast.dwconv_statistics(x, weight, 1, [1] * 4, "cuda")
+    last = z[-2:].double()
+    assert torch.equal(z[:2], torch.zeros_like(z[:2]))
+    count = z.numel() / C
+    exact_mean = last.sum((0, 2, 3)) / count
+    exact_var = last.square().sum((0, 2, 3)) / count - exact_mean.square()
+    stock_var, stock_mean = torch.var_mean(z.float(), (0, 2, 3), correction=0)
+    assert_no_worse_than(mean, stock_mean, exact_mean)
+    assert_no_worse_than(var, stock_var, exact_var)
+
+
+def test_squeeze_excite_of_more_than_2_31_elements() -> None:
+    """The last images of a large batch, held to the reference of them alone."""
+    x = large_batch(5)
+    case = SqueezeExciteCase("large", 2, C, SIDE, SIDE, 4)
+    call = squeeze_excite_call(case, BF16)
+    call = on_gpu(call).with_tensors(x=x[-2:].clone(memory_format=torch.channels_last))
+    parameters = {name: t for name, t in call.tensors.items() if name != "x"}
+    leaf = x.detach().requires_grad_()
+    y = ops.squeeze_excite(leaf, **parameters, backend="cuda")
+    (grad_x,) = torch.autograd.grad(y, leaf, x)
+    actual = {"y": y.detach()[-2:].clone(), "grad x": grad_x[-2:].clone()}
+    rest = {"wanted": ("x",), "grad_y": x[-2:]}
+    assert_parity(actual, run(call, **rest), run(call, double=True, **rest), torch.bfloat16)
+
+
+def test_launches_of_different_shared_memory_side_by_side() -> None:
+    """A kernel's limit of shared memory is the device's: no launch lowers it for another's."""
+    calls = [
+        on_gpu(squeeze_excite_call(SqueezeExciteCase("r", 1, 8, 2, 2, r), FP32))
+        for r in (3200, 4800, 6000)
+    ]
+    errors: list[Exception] = []
+
+    def launch(call: Call) -> None:
+        try:
+            for _ in range(500):
+                ops.squeeze_excite(**call.tensors, backend="cuda")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=launch, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert not errors
 
 
 @pytest.mark.slow

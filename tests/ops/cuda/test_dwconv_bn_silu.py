@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 
 from cases import DWCONV_CASES, LARGE_DWCONV_CASES, DwconvCase, find
 from effnet_fast import _native, ops
+from effnet_fast.ops.cuda import dwconv_bn_silu as launcher
 from effnet_fast.ops.cuda import tiles
+from effnet_fast.ops.cuda.launching import Bn
 from effnet_fast.ops.dwconv_bn_silu import apply
 from parity import (
     BF16,
@@ -23,6 +26,7 @@ from parity import (
     FP16,
     FP32,
     MODES,
+    NEEDS_SIMT,
     Call,
     Dtypes,
     Results,
@@ -40,6 +44,18 @@ case = functools.partial(find, DWCONV_CASES)
 ANY_BACKEND = pytest.mark.parametrize("backend", CUDA_BACKENDS)
 ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16, FP16], ids=str)
 SUPPORTED = [c for c in DWCONV_CASES if c.values[0].k in tiles.KERNELS]
+
+
+@pytest.fixture
+def table_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks of as many bands and images as the table says, whether or not they fill a device."""
+    monkeypatch.setattr(tiles, "BLOCKS", 1)
+    launcher._plan.cache_clear()
+    yield
+    launcher._plan.cache_clear()
+
+
+WITH_TABLE_TILES = pytest.mark.usefixtures("table_tiles")
 
 
 @functools.lru_cache(maxsize=2)
@@ -101,17 +117,31 @@ WIDTHS = (7, 8, 11, 14, 16, 19, 24, 28, 38, 48, 56, 75, 112, 130)
 
 @ANY_BACKEND
 @ANY_DTYPE
+@WITH_TABLE_TILES
+@pytest.mark.parametrize("c", [24, 64])
 @pytest.mark.parametrize(("k", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_every_tile(width: int, k: int, stride: int, dtypes: Dtypes, backend: str) -> None:
-    """Images of several bands and column tiles, in blocks that go through several images."""
-    drawn = DwconvCase("tile", 5 if width < 20 else 2, 24, 13, width * stride, k, stride)
-    call = dwconv_call(drawn, dtypes, training=True)
-    check(call, backend)
+def test_every_tile(width: int, k: int, stride: int, c: int, dtypes: Dtypes, backend: str) -> None:
+    """Images of several bands and column tiles, in blocks that go through several images.
+
+    At stride 2 the width is one of y, for the forward pass, and one of x, for backward.
+    """
+    n = 5 if width < 20 else 2
+    call = dwconv_call(DwconvCase("tile", n, c, 13, width * stride, k, stride), dtypes, True)
     check(call.with_options(training=False), backend, wanted=())
+    if stride == 2:
+        call = dwconv_call(DwconvCase("tile", n, c, 13, width, k, stride), dtypes, True)
+    check(call, backend)
+
+
+def test_the_widths_reach_every_row() -> None:
+    for rows in tiles.TILES.values():
+        reached = {next(row for row in rows if width <= row.width) for width in WIDTHS}
+        assert reached == set(rows)
 
 
 @ANY_BACKEND
+@WITH_TABLE_TILES
 @pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("c", [8, 24, 33, 40, 64, 130])
 def test_every_width_of_a_block_of_channels(c: int, dtypes: Dtypes, backend: str) -> None:
@@ -131,6 +161,7 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 @ANY_BACKEND
 @ANY_DTYPE
 @MODES
+@WITH_TABLE_TILES
 @pytest.mark.parametrize("name", ["c_eq_vector", "c_gt_block_stride_2", "w_gt_strip"])
 def test_unaligned_and_strided_input(
     name: str, training: bool, dtypes: Dtypes, backend: str
@@ -148,6 +179,7 @@ def test_unaligned_and_strided_input(
     assert_same(actual, expected)
 
 
+@NEEDS_SIMT
 def test_parity_notices_a_wrong_tap() -> None:
     call = dwconv_call(case("b0_c240_28_k5_s1"))
     stock, exact = run(call), run(call, double=True)
@@ -161,6 +193,7 @@ def test_parity_notices_a_wrong_tap() -> None:
 
 @ANY_BACKEND
 @ANY_DTYPE
+@WITH_TABLE_TILES
 @pytest.mark.parametrize("name", ["7x9", "c_gt_block_stride_2", "h_gt_chunk", "one_pixel"])
 def test_pooled_mean_of_y(name: str, dtypes: Dtypes, backend: str) -> None:
     """The mean over H and W that squeeze-and-excite takes from the eval kernel."""
@@ -258,6 +291,7 @@ def dwconv_cases(draw: st.DrawFn) -> DwconvCase:
 @ANY_BACKEND
 @ANY_DTYPE
 @MODES
+@WITH_TABLE_TILES
 def test_drawn_shapes(training: bool, dtypes: Dtypes, backend: str) -> None:
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)
     @given(dwconv_cases())
@@ -269,8 +303,9 @@ def test_drawn_shapes(training: bool, dtypes: Dtypes, backend: str) -> None:
     examine()
 
 
-@pytest.mark.skipif(bool(_native.simt_unavailable_reason()), reason="no host run in this build")
+@NEEDS_SIMT
 @MODES
+@WITH_TABLE_TILES
 @pytest.mark.parametrize("name", ["c_gt_block_stride_2", "h_gt_chunk", "batch_gt_groups"])
 def test_the_same_bits_in_any_order_of_threads(name: str, training: bool) -> None:
     call = dwconv_call(case(name), BF16, training)
@@ -294,6 +329,19 @@ def test_kernels_that_are_not_there(k: int, backend: str) -> None:
     call = dwconv_call(case(f"k{k}"))
     with pytest.raises(RuntimeError, match=f"the kernel is {k}x{k}; {backend} has 3x3 and 5x5"):
         run(call, backend)
+
+
+def test_vectors_are_taken_in_their_dtype() -> None:
+    """Nothing is converted where weight and bias are alike, and mean and variance are."""
+    half, single = torch.rand(4, 8).bfloat16(), torch.rand(4, 8)
+    for vectors in (half, single, (None, half[0], *single[:2]), (*half[:2], *single[:2])):
+        taken = Bn(list(vectors), 1e-3).vectors
+        assert all(a is b for a, b in zip(taken, Bn(taken).vectors, strict=True))
+        assert all(
+            a is None or a.data_ptr() == b.data_ptr() for a, b in zip(vectors, taken, strict=True)
+        )
+    taken = Bn([half[0], single[0], half[1].double(), half[2].double()]).vectors
+    assert {v.dtype for v in taken} == {torch.float32}
 
 
 def test_simt_is_only_for_those_who_ask() -> None:

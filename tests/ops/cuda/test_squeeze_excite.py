@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import LARGE_SQUEEZE_EXCITE_CASES, SQUEEZE_EXCITE_CASES, SqueezeExciteCase, find
+from effnet_fast.ops.cuda.squeeze_excite import splits_of
 from parity import (
     BF16,
     CUDA_BACKENDS,
     CUDA_DTYPES,
     FP16,
     FP32,
+    NEEDS_SIMT,
     Dtypes,
     assert_parity,
     assert_same,
@@ -49,6 +51,7 @@ def test_matches_reference_where_large(
     check(squeeze_excite_call(case, dtypes), backend)
 
 
+@NEEDS_SIMT
 def test_parity_notices_swapped_channels() -> None:
     call = squeeze_excite_call(case("b0_c240_28_r10"))
     stock, exact = run(call), run(call, double=True)
@@ -98,6 +101,15 @@ def test_drawn_shapes(dtypes: Dtypes, backend: str) -> None:
         check(squeeze_excite_call(SqueezeExciteCase("drawn", n, c, h, w, r), dtypes), backend)
 
     examine()
+
+
+def test_few_images_split_the_first_layer() -> None:
+    """Into parts of 256 to 1024 channels, for two blocks on each of 132 multiprocessors."""
+    assert splits_of(1, 3840, 160) == 7  # 40 blocks of rows
+    assert splits_of(64, 3840, 160) == 4  # 640 blocks
+    assert splits_of(1, 240, 10) == 1
+    assert splits_of(1, 1152, 48) == 5
+    assert splits_of(64, 1152, 48) == 2
 
 
 @ANY_BACKEND
