@@ -40,11 +40,7 @@ inline int64_t max_chunk_pixels() { return kMaxPixels + kTileRows; }
 template <int ROWS, int VECS>
 EFFNET_NOINLINE void panel_tile(float* out, const float* a, int64_t step, const float* b, int64_t k,
                                 bool add) {
-  Vec sum[ROWS][VECS];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECS; v++) sum[r][v] = add ? load(out + (r * VECS + v) * kLanes) : Vec{};
+  Vec sum[ROWS][VECS] = {};
   for (; k > 0; k -= kLanes, a += step) {
     const int64_t words = min_of(k, kLanes);
     for (int64_t i = 0; i < words; i++, b += VECS * kLanes) {
@@ -62,7 +58,10 @@ EFFNET_NOINLINE void panel_tile(float* out, const float* a, int64_t step, const 
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; v++) store(out + (r * VECS + v) * kLanes, sum[r][v]);
+    for (int v = 0; v < VECS; v++) {
+      float* const to = out + (r * VECS + v) * kLanes;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 using PanelTile = void (*)(float*, const float*, int64_t, const float*, int64_t, bool);

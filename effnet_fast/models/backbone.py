@@ -62,8 +62,8 @@ class Backbone(nn.Module):
         feature_info: `FeatureInfo` of the maps at strides 2, 4, 8, 16 and 32.
         grad_checkpointing: whether `set_grad_checkpointing` is on.
         plan: whether forward in eval mode without gradients may run the whole network from packed
-            weights, on a CPU; they take about as much memory as the parameters, in bf16 half of
-            it. Set it to False to do without.
+            weights, on a CPU; they take about as much memory as the parameters, in bf16 too, where
+            projections are kept in fp32 as well. Set it to False to do without.
 
     Raises:
         ValueError: an argument outside what is allowed.

@@ -28,16 +28,16 @@ X = random_images(2, 48)
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[plans.Plan]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[plans.CpuPlan]:
     """The plan of every forward that was run by one."""
-    seen: list[plans.Plan] = []
-    original = plans.Plan.__call__
+    seen: list[plans.CpuPlan] = []
+    original = plans.CpuPlan.__call__
 
-    def call(self: plans.Plan, *args: Any) -> Any:
+    def call(self: plans.CpuPlan, *args: Any) -> Any:
         seen.append(self)
         return original(self, *args)
 
-    monkeypatch.setattr(plans.Plan, "__call__", call)
+    monkeypatch.setattr(plans.CpuPlan, "__call__", call)
     return seen
 
 
@@ -55,7 +55,7 @@ def network() -> EfficientNet:
 class TestNumbers:
     @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
     @pytest.mark.parametrize("isa", _native.load().isas())
-    def test_parity(self, isa: str, autocast: bool, runs: list[plans.Plan]) -> None:
+    def test_parity(self, isa: str, autocast: bool, runs: list[plans.CpuPlan]) -> None:
         if reason := _native.load().isa_unavailable_reason(isa):
             pytest.skip(reason)
         models = trio()
@@ -65,7 +65,7 @@ class TestNumbers:
         assert len(runs) == 1
         assert_no_worse_than(y, stock, exact)
 
-    def test_bf16_model(self, runs: list[plans.Plan]) -> None:
+    def test_bf16_model(self, runs: list[plans.CpuPlan]) -> None:
         models = trio()
         for model in models.models[:2]:
             model.bfloat16()
@@ -74,7 +74,7 @@ class TestNumbers:
         assert len(runs) == 1
         assert_no_worse_than(y, stock, exact)
 
-    def test_encoder(self, runs: list[plans.Plan]) -> None:
+    def test_encoder(self, runs: list[plans.CpuPlan]) -> None:
         model = EfficientNetFeatures(TINY, out_indices=(0, 2, 4)).eval()
         model.load_state_dict(networks.calibrated_state(TINY))
         maps = infer(model)
@@ -84,7 +84,7 @@ class TestNumbers:
         assert len(runs) == 1
         assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
 
-    def test_forwards_are_equal_to_the_bit(self, runs: list[plans.Plan]) -> None:
+    def test_forwards_are_equal_to_the_bit(self, runs: list[plans.CpuPlan]) -> None:
         model = network()
         first = infer(model)
         assert all(torch.equal(infer(model), first) for _ in range(3))
@@ -99,7 +99,7 @@ class TestWhen:
     }
 
     @pytest.mark.parametrize("name", CONTEXTS)
-    def test_used(self, name: str, runs: list[plans.Plan]) -> None:
+    def test_used(self, name: str, runs: list[plans.CpuPlan]) -> None:
         model = network()
         with self.CONTEXTS[name]():
             model(X)
@@ -109,7 +109,7 @@ class TestWhen:
         model(X)
         assert len(runs) == 1, "a graph could be wanted further on"
 
-    def test_not_used(self, runs: list[plans.Plan]) -> None:
+    def test_not_used(self, runs: list[plans.CpuPlan]) -> None:
         model = network()
         model(X)  # records a graph
         infer(copy.deepcopy(model).train())
@@ -126,7 +126,7 @@ class TestWhen:
         infer(model)
         assert len(runs) == 1
 
-    def test_who_records_operators_sees_them(self, runs: list[plans.Plan]) -> None:
+    def test_who_records_operators_sees_them(self, runs: list[plans.CpuPlan]) -> None:
         class Counter(TorchDispatchMode):
             calls = 0
 
@@ -142,7 +142,7 @@ class TestWhen:
         assert not runs
 
     @pytest.mark.parametrize("path", ["features", "features.2", "features.5.1.block.0.1"])
-    def test_hooks(self, path: str, runs: list[plans.Plan]) -> None:
+    def test_hooks(self, path: str, runs: list[plans.CpuPlan]) -> None:
         """Called as ever; once they are gone, the plan comes back by itself."""
         model, calls = network(), []
         infer(model)
@@ -156,7 +156,7 @@ class TestWhen:
         assert len(runs) > 1
 
     @pytest.mark.parametrize("path", ["avgpool", "classifier", "classifier.1"])
-    def test_hooks_behind_the_features(self, path: str, runs: list[plans.Plan]) -> None:
+    def test_hooks_behind_the_features(self, path: str, runs: list[plans.CpuPlan]) -> None:
         """What stands there runs as it is, on what the plan gives."""
         models, calls = pair(), []
         for model in models.models:
@@ -167,7 +167,7 @@ class TestWhen:
         assert len(runs) == 1
 
     @pytest.mark.parametrize("path", ["classifier.0", "features.5.1.stochastic_depth"])
-    def test_probability_alone(self, path: str, runs: list[plans.Plan]) -> None:
+    def test_probability_alone(self, path: str, runs: list[plans.CpuPlan]) -> None:
         """Of a layer in training mode, which drops nothing as long as it is 0."""
         model = network()
         layer = model.get_submodule(path).train()
@@ -179,7 +179,7 @@ class TestWhen:
         y = [infer(model) for _ in range(4)]
         assert any(not torch.equal(y[0], other) for other in y)
 
-    def test_dropout_that_is_wanted(self, runs: list[plans.Plan]) -> None:
+    def test_dropout_that_is_wanted(self, runs: list[plans.CpuPlan]) -> None:
         model = network()
         infer(model)
         model.classifier[0].train()
@@ -209,7 +209,7 @@ class TestWhen:
         assert not torch.equal(y, before)
 
     @pytest.mark.parametrize("name", sorted(METHODS))
-    def test_methods_of_a_subclass(self, name: str, runs: list[plans.Plan]) -> None:
+    def test_methods_of_a_subclass(self, name: str, runs: list[plans.CpuPlan]) -> None:
         """They are called; a forward of a subclass still uses the plan in the one that it calls."""
         kind = EfficientNetFeatures if name == "_maps" else EfficientNet
 
@@ -230,7 +230,7 @@ class TestWhen:
         networks.assert_alike(*results)
         assert len(runs) == (name == "forward")
 
-    def test_switched_off(self, runs: list[plans.Plan]) -> None:
+    def test_switched_off(self, runs: list[plans.CpuPlan]) -> None:
         model = network()
         infer(model)
         model.plan = False
@@ -255,7 +255,7 @@ class TestWhen:
 
 
 class TestPacking:
-    def test_weights_seen_twice_where_packing_was_wasted(self, runs: list[plans.Plan]) -> None:
+    def test_weights_seen_twice_where_packing_was_wasted(self, runs: list[plans.CpuPlan]) -> None:
         """One forward after each step of training does not pack each time."""
         models = pair()
 
@@ -276,9 +276,11 @@ class TestPacking:
 
     def test_packed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[bool] = []
-        original = plans.Plan.__init__
+        original = plans.CpuPlan.__init__
         monkeypatch.setattr(
-            plans.Plan, "__init__", lambda self, n, b, i: made.append(b) or original(self, n, b, i)
+            plans.CpuPlan,
+            "__init__",
+            lambda self, n, b, i: made.append(b) or original(self, n, b, i),
         )
         model = network()
         for _ in range(3):
@@ -296,10 +298,12 @@ class TestPacking:
         model.train()
         assert seen() is None
 
-    def test_memory(self) -> None:
-        """About that of the parameters, in bf16 half of it and the projections in fp32 too."""
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_memory(self, dtype: torch.dtype) -> None:
+        """About that of the fp32 parameters, in bf16 too: projections are kept in fp32 as well."""
         model = EfficientNet("b0").eval()
-        infer(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            infer(model)
         (plan,) = model.__dict__["_own_plans"]._seen.plans.values()
         assert 0.9 < plan.nbytes / standing_bytes(model) < 1.1
 
