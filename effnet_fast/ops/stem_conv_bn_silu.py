@@ -1,7 +1,8 @@
 """Dense convolution, BatchNorm and SiLU for inference: the stem.
 
-The convolution is torch's own; BN and SiLU are one in-place pass over its output. torch pads alike
-on both sides: for other padding x is copied, which the few channels of an image make cheap.
+The convolution is torch's own, so that its last bits may depend on the number of threads; BN and
+SiLU are one in-place pass over its output. torch pads alike on both sides: for other padding x is
+copied, which the few channels of an image make cheap.
 """
 
 from __future__ import annotations

@@ -298,14 +298,16 @@ class TestPacking:
         model.train()
         assert seen() is None
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_memory(self, dtype: torch.dtype) -> None:
-        """About that of the fp32 parameters, in bf16 too: projections are kept in fp32 as well."""
+    @pytest.mark.parametrize(
+        ("dtype", "share"), [(torch.float32, (0.9, 1.1)), (torch.bfloat16, (0.8, 1.0))], ids=str
+    )
+    def test_memory(self, dtype: torch.dtype, share: tuple[float, float]) -> None:
+        """Nearly the parameters', in bf16 too: projections are kept in fp32 as well."""
         model = EfficientNet("b0").eval()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             infer(model)
         (plan,) = model.__dict__["_own_plans"]._seen.plans.values()
-        assert 0.9 < plan.nbytes / standing_bytes(model) < 1.1
+        assert share[0] < plan.nbytes / standing_bytes(model) < share[1]
 
     def test_does_not_travel(self) -> None:
         model = network()

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from cases import DWCONV_CASES, SQUEEZE_EXCITE_CASES, DwconvCase, SqueezeExciteCase, find
+import mbconv_blocks
+from cases import (
+    DWCONV_CASES,
+    MBCONV_CASES,
+    POINTWISE_CASES,
+    SQUEEZE_EXCITE_CASES,
+    STEM_CASES,
+    DwconvCase,
+    MBConvCase,
+    PointwiseCase,
+    SqueezeExciteCase,
+    StemCase,
+    find,
+)
+from effnet_fast import ops
+from effnet_fast.ops import stem_conv_bn_silu
 from parity import (
     BACKENDS,
     BF16,
@@ -21,7 +39,9 @@ from parity import (
     Call,
     Dtypes,
     assert_same,
+    channels_last,
     dwconv_call,
+    pointwise_call,
     run,
     sample,
     squeeze_excite_call,
@@ -30,6 +50,7 @@ from parity import (
 
 ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+Evaluation = Callable[[Any, Dtypes, str], Tensor]
 CALLS = 2000  # enough for a leak of one small tensor per call to show
 GROWTH = 4 << 20  # bytes; one leaked gradient of x per call would be 7 MB
 
@@ -55,6 +76,62 @@ def test_dwconv_on_any_number_of_threads(case: DwconvCase, training: bool, backe
 @pytest.mark.parametrize("case", SQUEEZE_EXCITE_CASES)
 def test_squeeze_excite_on_any_number_of_threads(case: SqueezeExciteCase, backend: str) -> None:
     assert_independent_of_threads(squeeze_excite_call(case), backend)
+
+
+def pointwise_eval(case: PointwiseCase, dtypes: Dtypes, backend: str) -> Tensor:
+    return run(pointwise_call(case, dtypes), backend, wanted=())["y"]
+
+
+def mbconv_eval(case: MBConvCase, dtypes: Dtypes, backend: str) -> Tensor:
+    call = mbconv_blocks.block_call(case, dtypes, training=False)
+    return mbconv_blocks.run(call, ops.mbconv, wanted=(), backend=backend)["y"]
+
+
+def stem_eval(case: StemCase, dtypes: Dtypes, backend: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(case.n, case.c, case.h, case.w, generator=generator).to(dtypes.x)
+    weight = torch.randn(case.out, case.c, case.k, case.k, generator=generator) / case.k
+    vectors = torch.rand(4, case.out, generator=generator) + 0.25
+    options = ([case.stride] * 2, list(case.padding), 1e-3, backend)
+    tensors = (tensor.to(dtypes.parameters) for tensor in (weight, *vectors))
+    return stem_conv_bn_silu.eval_op(channels_last(x), *tensors, *options)
+
+
+EVALUATIONS = [
+    pytest.param(function, param.values[0], id=f"{function.__name__}-{param.id}")
+    for function, params in (
+        (pointwise_eval, POINTWISE_CASES),
+        (mbconv_eval, MBCONV_CASES),
+        (stem_eval, STEM_CASES),
+    )
+    for param in params
+]
+
+
+@ANY_DTYPE
+@pytest.mark.parametrize(("function", "case"), EVALUATIONS)
+def test_inference_on_any_number_of_threads(
+    function: Evaluation, case: Any, dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but torch's own products, which add up as their threads divide the work."""
+    for module, name in ((torch, "mm"), (torch, "bmm"), (F, "conv2d")):
+        monkeypatch.setattr(module, name, on_one_thread(getattr(module, name)))
+    expected = function(case, dtypes, "cpu")
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert_same({"y": function(case, dtypes, "cpu")}, {"y": expected})
+
+
+def on_one_thread(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **options: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **options)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 @ANY_BACKEND
@@ -136,6 +213,16 @@ def test_squeeze_excite_writes_every_element(
     for wanted in (None, ()):
         for name, tensor in run(call, backend, wanted=wanted).items():
             assert tensor.isfinite().all(), name
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize(("function", "case"), EVALUATIONS)
+def test_inference_writes_every_element(
+    function: Evaluation, case: Any, dtypes: Dtypes, backend: str
+) -> None:
+    assert function(case, dtypes, backend).isfinite().all()
 
 
 def resident_bytes() -> int:
