@@ -17,6 +17,7 @@ from ahead_of_time import (
     instructions,
     record,
     resources,
+    run_head,
     run_training,
 )
 from effnet_fast.triton_kernels import launching
@@ -56,7 +57,8 @@ def test_products_follow_torchs_setting(
 ) -> None:
     allow(setting)
     block = shapes_of("b0").blocks[1]
-    found = precisions(record(partial(run_training, block, 8, dtype)))
+    head = record(partial(run_head, "b0", 8, dtype))
+    found = precisions(record(partial(run_training, block, 8, dtype)) | head)
     assert found == {name: {expected} for name in PRODUCTS}
 
 
