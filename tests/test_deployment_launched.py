@@ -35,6 +35,7 @@ def graphs_of(deployed: nn.Module) -> int:
 @pytest.mark.parametrize("name", EDITS)
 def test_edit_is_followed(target: Target, name: str, recorders: list[FakeRecorder]) -> None:
     if target.device == "cuda" and "data" in name:
+        # Reading them would wait for the device at every call.
         pytest.skip("values on a GPU are not watched: refresh() is asked for")
     models = pair().apply(lambda model: model.to(target.device))
     x = X.to(target.device)
@@ -206,6 +207,7 @@ def test_while_the_caller_captures(
 ) -> None:
     """Launched into the caller's graph, whose weights live on when the network changes."""
     if target.device == "cuda":
+        # The recorder of these tests stands in for a device's.
         pytest.skip("tests/test_deployment_device.py captures")
     model = network(target)
     deployed = target.deploy(model)

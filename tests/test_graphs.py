@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ def double(x: Tensor) -> list[Tensor]:
     return [2 * x, x.sum((2, 3))]
 
 
-def cache(limit: int = 8, **options: object) -> tuple[Graphs, FakeRecorder]:
+def cache(limit: int = 8, **options: Any) -> tuple[Graphs, FakeRecorder]:
     recorder = FakeRecorder()
-    return Graphs(double, torch.float32, recorder, limit, **options), recorder  # type: ignore[arg-type]
+    return Graphs(double, torch.float32, recorder, limit, **options), recorder
 
 
 def images(n: int, seed: int = 0) -> Tensor:

@@ -40,7 +40,8 @@ def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:
         return None
     name = backends.current_backend() if model.backend == "auto" else model.backend
     triton = name == "triton" or (name == "auto" and x.device.type == "cuda")
-    if not triton or torch.jit.is_tracing() or not _stands(model):  # type: ignore[attr-defined]
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
+    if not triton or tracing or not _stands(model):
         return None
     *layers, head = model.features
     with model._execution():

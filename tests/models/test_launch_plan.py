@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,9 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -175,6 +178,7 @@ def test_fp16_that_does_not_hold_a_weight(target: Target) -> None:
 @pytest.mark.parametrize("op", ["dwconv_bn_silu", "squeeze_excite", "pointwise_bn_act"])
 def test_no_backend_is_an_error_with_each_reason(op: str) -> None:
     if torch.cuda.is_available():
+        # What is said where none is there.
         pytest.skip("there is a device")
     with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run {op}: "):
         packed_passes.choose(op, "cuda", torch.float32, torch.device("cpu"))

@@ -21,6 +21,7 @@ from effnet_fast.layers import (
     round_channels,
     stochastic_depth,
 )
+from parity import NEEDS_SIMT
 
 
 def test_round_channels_as_torchvision() -> None:
@@ -77,14 +78,13 @@ def test_conv_norm_activation_as_torchvision(kwargs: dict[str, object]) -> None:
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+@NEEDS_SIMT
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_layer_on_the_cuda_kernels(
     kernel: int, stride: int, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if reason := backends.can_run("simt", "dwconv_bn_silu"):
-        pytest.skip(reason)
     used: list[str] = []
     run = fusion.dwconv_bn_silu
     monkeypatch.setattr(fusion, "dwconv_bn_silu", lambda *a: used.append(a[-1]) or run(*a))
@@ -98,9 +98,8 @@ def test_depthwise_layer_on_the_cuda_kernels(
     torch.testing.assert_close(y, layer.forward_stock(x))
 
 
+@NEEDS_SIMT
 def test_depthwise_layer_that_the_cuda_kernels_lack() -> None:
-    if reason := backends.can_run("simt", "dwconv_bn_silu"):
-        pytest.skip(reason)
     layer = Conv2dNormActivation(16, 16, 7, groups=16, activation_layer=nn.SiLU)
     x = torch.randn(2, 16, 9, 8).to(memory_format=torch.channels_last)
     with backends.use_backend("simt"):

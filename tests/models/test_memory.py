@@ -110,6 +110,7 @@ def step_peak(model: EfficientNet, device: str) -> int:
 def test_peak_of_a_training_step(device: str, amp: torch.dtype | None) -> None:
     """Of B0, below stock's; less still with "lean"."""
     if device == "cuda" and not torch.cuda.is_available():
+        # Another device's memory would stand for nothing.
         pytest.skip("there is no CUDA device")
     with torch.autocast(device, amp or torch.bfloat16, enabled=amp is not None):
         stock = step_peak(EfficientNet("b0", backend="reference"), device)
