@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends, fusion, recognition
-from effnet_fast.models.network import METHODS
+from effnet_fast.models.network import METHODS, overridden
 
 if TYPE_CHECKING:
     from effnet_fast.models.efficientnet import EfficientNet
@@ -25,8 +25,13 @@ def _stands(model: EfficientNet) -> bool:
         recognition.require(pool, nn.AdaptiveAvgPool2d)
     except recognition.RefusedError:
         return False
-    unpatched = METHODS.isdisjoint(model.__dict__) and len(model.features) > 1
-    return unpatched and model.global_pool == "avg" and pool.output_size in (1, (1, 1))
+    unpatched = METHODS.isdisjoint(model.__dict__) and not overridden(model, METHODS - {"forward"})
+    return (
+        unpatched
+        and len(model.features) > 1
+        and model.global_pool == "avg"
+        and pool.output_size in (1, (1, 1))
+    )
 
 
 def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:

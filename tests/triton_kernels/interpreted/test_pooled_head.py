@@ -51,6 +51,18 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (stock[0] - stock[1]).abs().max() > 1e3 * (y - stock).abs().max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["forward_features", "forward_head"])
+def test_a_subclass_is_heard(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    model, x = network(backend="triton"), torch.randn(2, 3, 24, 20)
+    own = {method: lambda self, x: 0 * getattr(effnet_fast.EfficientNet, method)(self, x)}
+    model.__class__ = type("Own", (type(model),), own)
+    y = model(x)
+    assert not calls
+    assert torch.equal(y, model.forward_head(model.forward_features(x)))
+
+
 def hook(*_: Any) -> None:
     pass
 
