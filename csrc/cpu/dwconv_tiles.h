@@ -206,10 +206,11 @@ struct Fetch {
 
 // TILE outputs of one channel vector, `step` elements apart.
 template <int TILE, typename T>
-EFFNET_INLINE void store_tile(T* out, int64_t step, const Vec* tile, int64_t lanes) {
+EFFNET_INLINE void store_tile(T* out, int64_t step, const Vec* tile, int64_t lanes,
+                              bool stream = false) {
   if (lanes >= kLanes) {
 #pragma GCC unroll 8
-    for (int t = 0; t < TILE; t++) store(out + t * step, tile[t]);
+    for (int t = 0; t < TILE; t++) store_n(out + t * step, tile[t], kLanes, stream);
   } else {
 #pragma GCC unroll 8
     for (int t = 0; t < TILE; t++) store_n(out + t * step, tile[t], lanes);

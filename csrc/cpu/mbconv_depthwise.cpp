@@ -26,17 +26,20 @@ struct Task {
   Ring ring;
   int64_t n, width;         // width: columns of x that are met
   Moments* moments;         // [v]; null: not wanted
+  bool stream;              // z goes past the caches
   float *weight, *vectors;  // vectors: [v][2][kLanes]
 };
 
-// Forms row h of a.
+// Forms row h of a, and fetches that of the next group.
 template <typename T, bool ACTIVATED>
 void stage_row(const Task& task, int64_t h) {
   const DwconvShape& s = task.args.shape;
   const T* x = static_cast<const T*>(task.args.x) + (task.n * s.h + h) * s.w * s.c + task.block.c0;
   float* const plane = task.ring.plane(task.ring.slot(h), 0) + s.pad_l * kLanes;
   const int64_t pitch = task.ring.pitch * kLanes;
+  const int64_t ahead = kGroup * s.stride * s.w * s.c;
   for_row(task.block, task.width, [&](int64_t v, int64_t lanes, int64_t j) {
+    fetch<1>(x + ahead + j * s.c + v * kLanes);
     Vec a = load_n(x + j * s.c + v * kLanes, lanes);
     if constexpr (ACTIVATED) {
       const float* vectors = task.vectors + v * 2 * kLanes;
@@ -68,7 +71,7 @@ EFFNET_NOINLINE void run_tile(const Task& task, Range rows, int64_t first_row, i
 #pragma GCC unroll 8
       for (int t = 0; t < TILE; t++) acc[t] = as_stored<T>(acc[t]);
       if (task.moments) take_tile<TILE>(task.moments[v], acc, fresh && i == 0);
-      store_tile<TILE>(z + i * s.ow * s.c + v * kLanes, s.c, acc, lanes);
+      store_tile<TILE>(z + i * s.ow * s.c + v * kLanes, s.c, acc, lanes, task.stream);
     }
   }
 }
@@ -115,6 +118,7 @@ bool run(const DepthwiseForwardArgs& args) {
       whole_lines(blocks.vecs * (kMomentFloats + kLanes * (ring_rows * pitch + kk + 2)));
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
+  const bool stream = streams<T>(args.z, s.n * s.oh * s.ow * s.c, s.c);
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t index = 0; index < s.n * chunks * blocks.count; index++) {
     const ChannelBlock block = blocks[index % blocks.count];
@@ -122,8 +126,9 @@ bool run(const DepthwiseForwardArgs& args) {
     float* const own = scratch + omp_get_thread_num() * floats;
     float* const at = own + block.vecs * kMomentFloats;
     Moments* const moments = args.partial ? reinterpret_cast<Moments*>(own) : nullptr;
-    Task task = {args,    block,  {at, ring_rows, block.vecs, pitch}, part / chunks, width, moments,
-                 nullptr, nullptr};
+    Task task = {args,          block,   {at, ring_rows, block.vecs, pitch},
+                 part / chunks, width,   moments,
+                 stream,        nullptr, nullptr};
     task.weight = at + task.ring.floats();
     task.vectors = task.weight + kk * block.vecs * kLanes;
     task.ring.clear_borders(min_of(s.pad_l, pitch), min_of(s.pad_l + width, pitch));
@@ -136,6 +141,7 @@ bool run(const DepthwiseForwardArgs& args) {
     const Range rows = part_of(s.oh, chunks, part % chunks);
     run_rows<T, K, STEP>(task, rows);
     if (moments) write_partials(task, part, rows.size() * s.ow);
+    end_streams();
   }
   return true;
 }

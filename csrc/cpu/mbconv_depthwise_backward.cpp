@@ -59,6 +59,7 @@ struct Task {
   ChannelBlock block;
   Ring dz, a, slope;
   int64_t n, part;
+  bool stream;                                             // f goes past the caches
   float *weight, *flipped, *grad_weight, *vectors, *sums;  // sums: [v][2][kLanes]
 };
 
@@ -80,7 +81,7 @@ const T* row_of(const void* image, const Task& task, int64_t h, int64_t rows, in
   return static_cast<const T*>(image) + (task.n * rows + h) * columns * c + task.block.c0;
 }
 
-// Forms row oh of dz2.
+// Forms row oh of dz2, and fetches that of the next group.
 template <typename T>
 void stage_dz(const Task& task, int64_t oh) {
   const DwconvShape& s = task.args.shape;
@@ -88,9 +89,12 @@ void stage_dz(const Task& task, int64_t oh) {
   const T* e = row_of<T>(task.args.e, task, oh, s.oh, s.ow);
   float* const plane = task.dz.plane(task.dz.slot(oh), 0) + task.geometry.dz_left * kLanes;
   const int64_t pitch = task.dz.pitch * kLanes;
+  const int64_t ahead = kGroup * s.ow * s.c;
   for_row(task.block, s.ow, [&](int64_t v, int64_t lanes, int64_t j) {
     const float* vectors = task.vectors + v * kVectors * kLanes;
     const auto vector = [&](int i) { return load(vectors + i * kLanes); };
+    fetch<1>(z + ahead + j * s.c + v * kLanes);
+    fetch<1>(e + ahead + j * s.c + v * kLanes);
     const Vec zv = load_n(z + j * s.c + v * kLanes, lanes);
     const Vec grad = load_n(e + j * s.c + v * kLanes, lanes) * vector(kGate) + vector(kQ);
     const Vec du = grad * silu_grad(zv * vector(kScale) + vector(kShift));
@@ -99,7 +103,7 @@ void stage_dz(const Task& task, int64_t oh) {
   });
 }
 
-// Forms row h of a, and of silu'(u1) where x is activated.
+// Forms row h of a, and of silu'(u1) where x is activated; fetches as stage_dz does.
 template <typename T>
 void stage_a(const Task& task, int64_t h) {
   const DwconvShape& s = task.args.shape;
@@ -113,7 +117,9 @@ void stage_a(const Task& task, int64_t h) {
     });
     return;
   }
+  const int64_t ahead = kGroup * s.stride * s.w * s.c;
   for_row(task.block, s.w, [&](int64_t v, int64_t lanes, int64_t j) {
+    fetch<1>(x + ahead + j * s.c + v * kLanes);
     const float* vectors = task.vectors + v * kVectors * kLanes;
     const Vec u = load_n(x + j * s.c + v * kLanes, lanes) * load(vectors + kScale1 * kLanes) +
                   load(vectors + kShift1 * kLanes);
@@ -226,7 +232,7 @@ EFFNET_NOINLINE void data_tile(const Task& task, const Parity& parity, Range row
 #pragma GCC unroll 8
         for (int t = 0; t < TILE; t++) acc[t] += load_n(residual + t * step, lanes);
       }
-      store_tile<TILE>(static_cast<T*>(task.args.f) + at, step, acc, lanes);
+      store_tile<TILE>(static_cast<T*>(task.args.f) + at, step, acc, lanes, task.stream);
     }
     float* sums = task.sums + v * 2 * kLanes;
     store(sums, load(sums) + sum);
@@ -326,6 +332,7 @@ bool run(const DepthwiseBackwardArgs& args) {
   const int64_t floats = blocks.vecs * g.floats_per_vec;
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
+  const bool stream = streams<T>(args.f, s.n * s.h * s.w * s.c, s.c);
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t index = 0; index < parts * blocks.count; index++) {
     const int64_t part = index / blocks.count;
@@ -340,6 +347,7 @@ bool run(const DepthwiseBackwardArgs& args) {
                  {nullptr, g.a_rows, vecs, g.a_pitch},
                  part / g.chunks,
                  part,
+                 stream,
                  nullptr,
                  nullptr,
                  nullptr,
@@ -361,6 +369,7 @@ bool run(const DepthwiseBackwardArgs& args) {
     pack_vectors(task);
     run_chunk<T, K, STEP>(task, part % g.chunks);
     write_partials(task);
+    end_streams();
   }
   return true;
 }

@@ -41,20 +41,20 @@ void stage(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs
 // Stores a panel of VECS vectors, and takes its moments where they are wanted.
 template <typename T, int VECS>
 void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t first,
-                  Moments* moments, bool fresh) {
+                  Moments* moments, bool fresh, bool stream) {
   for (int64_t v = 0; v < VECS; v++) {
     const int64_t c = (first + v) * kLanes, lanes = min_of(kLanes, out - c);
     const float* from = panel + v * kLanes;
     if (!moments) {
       for (int64_t p = 0; p < pixels; p++)
-        store_n(z + p * out + c, load(from + p * VECS * kLanes), lanes);
+        store_n(z + p * out + c, load(from + p * VECS * kLanes), lanes, stream);
       continue;
     }
     const Vec pivot = moments[first + v].begin(as_stored<T>(load(from)), fresh);
     Vec total = {}, m2 = {};
     for (int64_t p = 0; p < pixels; p++) {
       const Vec stored = as_stored<T>(load(from + p * VECS * kLanes));
-      store_n(z + p * out + c, stored, lanes);
+      store_n(z + p * out + c, stored, lanes, stream);
       total += stored - pivot;
     }
     const Vec mean = total * (1.0f / static_cast<float>(pixels));
@@ -76,6 +76,7 @@ bool run(const PointwiseForwardArgs& args) {
       whole_lines(moment_floats + panel_floats + max_chunk_pixels() * kPanelVecs * kLanes);
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
+  const bool stream = streams<T>(args.z, args.n * args.hw * out, out);
 #pragma omp parallel num_threads(args.threads)
   {
     float* const at = packed + weight_floats + omp_get_thread_num() * floats;
@@ -91,16 +92,21 @@ bool run(const PointwiseForwardArgs& args) {
       for (int64_t begin = own.begin; begin < own.end; begin += size) {
         const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
         stage(panels, static_cast<const T*>(args.x) + first * c, pixels, args, gate);
+        const int64_t next = first + pixels, end = min_of(next + size, args.n * args.hw);
+        Ahead ahead;
+        ahead.add(static_cast<const T*>(args.x), next, end, c);
+        ahead.start(product_tiles(pixels, c, out));
         T* z = static_cast<T*>(args.z) + first * out;
         for_panels(packed, c, out, [&]<int VECS>(int64_t v, const float* weight) {
-          product_panel<VECS>(panel, panels, pixels, weight, c);
-          finish_panel<T, VECS>(panel, z, pixels, out, v, moments, begin == own.begin);
+          product_panel<VECS>(panel, panels, pixels, weight, c, ahead);
+          finish_panel<T, VECS>(panel, z, pixels, out, v, moments, begin == own.begin, stream);
         });
       }
       for (int64_t v = 0; moments && v < ceil_div(out, kLanes); v++)
         moments[v].write(args.partial + task * 3 * out + v * kLanes, out,
                          min_of(kLanes, out - v * kLanes), own.size());
     }
+    end_streams();
   }
   return true;
 }

@@ -49,7 +49,7 @@ void stage_activated(float* a, float* slope, const T* z, int64_t pixels, int64_t
 // Stores a panel of e and adds to the sums [3][C].
 template <typename T, int VECS>
 void finish_e(const float* panel, const ProjectBackwardArgs& args, int64_t first, int64_t pixels,
-              int64_t vec, const float* a, const float* slope, float* sums) {
+              int64_t vec, const float* a, const float* slope, float* sums, bool stream) {
   const int64_t c = args.c;
   for (int64_t v = 0; v < VECS; v++) {
     const int64_t i = (vec + v) * kLanes, lanes = min_of(kLanes, c - i);
@@ -60,7 +60,7 @@ void finish_e(const float* panel, const ProjectBackwardArgs& args, int64_t first
     Vec sum0 = {}, sum1 = {}, sum2 = {};
     for (int64_t p = 0; p < pixels; p++) {
       const Vec stored = as_stored<T>(load(panel + (p * VECS + v) * kLanes));
-      store_n(e + p * c, stored, lanes);
+      store_n(e + p * c, stored, lanes, stream);
       const Vec term = stored * load(slopes + p * kLanes);
       sum0 += stored * load(values + p * kLanes);
       sum1 += term;
@@ -88,7 +88,7 @@ struct ProjectScratch {
 // The pixels [own.begin, own.end) of image n.
 template <typename T>
 void project_image(const ProjectBackwardArgs& args, const float* packed, const ProjectScratch& at,
-                   int64_t n, Range own, float* sums, float* grad_weight) {
+                   int64_t n, Range own, float* sums, float* grad_weight, bool fresh, bool stream) {
   const int64_t c = args.c, out = args.out, size = chunk_pixels(own.size(), c);
   const float row_scale = args.row_scale ? args.row_scale[n] : 1.0f;
   for (int64_t i = 0; i < c; i += kLanes)
@@ -96,16 +96,25 @@ void project_image(const ProjectBackwardArgs& args, const float* packed, const P
   if (args.e) std::memset(sums, 0, sizeof(float) * static_cast<size_t>(3 * c));
   for (int64_t begin = own.begin; begin < own.end; begin += size) {
     const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
+    const int64_t next = first + pixels, end = min_of(next + size, args.n * args.hw);
+    Ahead ahead;
+    ahead.add(static_cast<const T*>(args.z2), next, end, c);
+    ahead.add(static_cast<const T*>(args.z3), next, end, out);
+    ahead.add(static_cast<const T*>(args.grad_y), next, end, out);
+    ahead.start((args.e ? product_tiles(pixels, out, c) : 0) +
+                (grad_weight ? grad_tiles(out, c) : 0));
     stage_dz(at.dz, static_cast<const T*>(args.grad_y) + first * out,
              static_cast<const T*>(args.z3) + first * out, pixels, out, args.grad, row_scale);
     stage_activated(at.a, args.e ? at.slope : nullptr, static_cast<const T*>(args.z2) + first * c,
                     pixels, c, args.norm);
     if (args.e)
       for_panels(packed, out, c, [&]<int VECS>(int64_t v, const float* weight) {
-        product_panel<VECS>(at.panel, at.dz, pixels, weight, out);
-        finish_e<T, VECS>(at.panel, args, first, pixels, v, at.a, at.slope, sums);
+        product_panel<VECS>(at.panel, at.dz, pixels, weight, out, ahead);
+        finish_e<T, VECS>(at.panel, args, first, pixels, v, at.a, at.slope, sums, stream);
       });
-    if (grad_weight) add_grad_weight(grad_weight, at.dz, out, at.a, c, pixels, at.gate);
+    if (grad_weight)
+      add_grad_weight(grad_weight, at.dz, out, at.a, c, pixels, at.gate,
+                      !fresh || begin > own.begin, ahead);
   }
 }
 
@@ -116,6 +125,7 @@ bool project(const ProjectBackwardArgs& args) {
   const int64_t weight_floats = packed_floats(out, c), floats = ProjectScratch::floats(c, out);
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
+  const bool stream = streams<T>(args.e, args.n * args.hw * c, c);
 #pragma omp parallel num_threads(args.threads)
   {
     const ProjectScratch at(packed + weight_floats + omp_get_thread_num() * floats, c, out);
@@ -123,13 +133,14 @@ bool project(const ProjectBackwardArgs& args) {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < split.tasks(); task++) {
       float* grad_weight = args.grad_weight ? args.grad_weight + task * partial : nullptr;
-      if (grad_weight) std::memset(grad_weight, 0, sizeof(float) * static_cast<size_t>(partial));
       const Range images = part_of(args.n, split.groups, task / split.parts);
       const int64_t part = task % split.parts;
       for (int64_t n = images.begin; n < images.end; n++)
         project_image<T>(args, packed, at, n, part_of(args.hw, split.parts, part),
-                         args.sums + (n * split.parts + part) * 3 * c, grad_weight);
+                         args.sums + (n * split.parts + part) * 3 * c, grad_weight,
+                         n == images.begin, stream);
     }
+    end_streams();
   }
   return true;
 }
@@ -162,15 +173,22 @@ struct ExpandScratch {
 
 template <typename T>
 void expand_image(const ExpandBackwardArgs& args, const float* packed, const ExpandScratch& at,
-                  int64_t n, Range own, float* grad_weight) {
+                  int64_t n, Range own, float* grad_weight, bool fresh) {
   const int64_t c = args.c, out = args.out, size = chunk_pixels(own.size(), out);
   for (int64_t begin = own.begin; begin < own.end; begin += size) {
     const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
+    const int64_t next = first + pixels, end = min_of(next + size, args.n * args.hw);
+    Ahead ahead;
+    ahead.add(static_cast<const T*>(args.x), next, end, c);
+    ahead.add(static_cast<const T*>(args.z1), next, end, out);
+    ahead.add(static_cast<const T*>(args.f), next, end, out);
+    ahead.start((args.grad_x ? product_tiles(pixels, out, c) : 0) +
+                (grad_weight ? grad_tiles(c, out) : 0));
     stage_dz(at.dz, static_cast<const T*>(args.f) + first * out,
              static_cast<const T*>(args.z1) + first * out, pixels, out, args.grad, 1.0f);
     if (args.grad_x)
       for_panels(packed, out, c, [&]<int VECS>(int64_t v, const float* weight) {
-        product_panel<VECS>(at.panel, at.dz, pixels, weight, out);
+        product_panel<VECS>(at.panel, at.dz, pixels, weight, out, ahead);
         finish_grad_x<T, VECS>(at.panel, args, first, pixels, v);
       });
     if (!grad_weight) continue;
@@ -178,7 +196,8 @@ void expand_image(const ExpandBackwardArgs& args, const float* packed, const Exp
     for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t to) {
       store(at.x + to, load_n(x + p * c + i, lanes));
     });
-    add_grad_weight(grad_weight, at.x, c, at.dz, out, pixels, nullptr);
+    add_grad_weight(grad_weight, at.x, c, at.dz, out, pixels, nullptr, !fresh || begin > own.begin,
+                    ahead);
   }
 }
 
@@ -196,11 +215,10 @@ bool expand(const ExpandBackwardArgs& args) {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < split.tasks(); task++) {
       float* grad_weight = args.grad_weight ? args.grad_weight + task * partial : nullptr;
-      if (grad_weight) std::memset(grad_weight, 0, sizeof(float) * static_cast<size_t>(partial));
       const Range images = part_of(args.n, split.groups, task / split.parts);
       const Range own = part_of(args.hw, split.parts, task % split.parts);
       for (int64_t n = images.begin; n < images.end; n++)
-        expand_image<T>(args, packed, at, n, own, grad_weight);
+        expand_image<T>(args, packed, at, n, own, grad_weight, n == images.begin);
     }
   }
   return true;

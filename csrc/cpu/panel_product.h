@@ -21,7 +21,7 @@ constexpr int kTileRows = 6, kGradRows = 4, kGradVecs = 3;
 #endif
 constexpr int64_t kDepth = 128;      // products added up in one chain: longer ones lose digits
 constexpr int64_t kMaxPixels = 112;  // of a chunk
-constexpr int64_t kChunkBytes = 160 << 10;  // of a chunk's widest panels
+constexpr int64_t kChunkBytes = 320 << 10;  // of a chunk's widest panels
 
 EFFNET_INLINE int64_t padded(int64_t c) { return ceil_div(c, kLanes) * kLanes; }
 
@@ -34,6 +34,40 @@ inline int64_t chunk_pixels(int64_t pixels, int64_t channels) {
   return min_of(most, ceil_div(even, kTileRows) * kTileRows);
 }
 inline int64_t max_chunk_pixels() { return kMaxPixels + kTileRows; }
+
+// What the next chunk reads, fetched into the L2 cache while this one is multiplied: a few lines
+// per register tile, because more at once would wait for each other.
+class Ahead {
+ public:
+  // Pixels [begin, end) of an image [..][c]; up to three of them.
+  template <typename T>
+  void add(const T* image, int64_t begin, int64_t end, int64_t c) {
+    const int64_t bytes = (end - begin) * c * static_cast<int64_t>(sizeof(T));
+    if (bytes <= 0) return;
+    ranges_[count_++] = {reinterpret_cast<const char*>(image + begin * c), bytes};
+    left_ += ceil_div(bytes, kLine);
+  }
+  // Deals the lines out to the tiles that are to come.
+  void start(int64_t tiles) { share_ = ceil_div(left_, max_of(1, tiles)); }
+  void next_tile() {
+    for (int64_t i = 0; i < share_ && count_ > 0; i++) {
+      LineRange& range = ranges_[count_ - 1];
+      __builtin_prefetch(range.at, 0, 2);
+      range.at += kLine;
+      range.bytes -= kLine;
+      if (range.bytes <= 0) count_--;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct LineRange {
+    const char* at;
+    int64_t bytes;
+  };
+  LineRange ranges_[3] = {};
+  int64_t count_ = 0, left_ = 0, share_ = 0;
+};
 
 // out [ROWS][VECS * kLanes] = or += A [ROWS][k] B [k][VECS * kLanes]; A in panels, `step` floats
 // apart.
@@ -86,11 +120,13 @@ inline PanelTile panel_tile_of(int64_t rows) {
 // out [pixels][VECS * kLanes] = A B, A in panels of `pixels` pixels, B [k][VECS * kLanes]. All
 // tiles by one part of B, which stays in the L1 cache.
 template <int VECS>
-inline void product_panel(float* out, const float* a, int64_t pixels, const float* b, int64_t k) {
+inline void product_panel(float* out, const float* a, int64_t pixels, const float* b, int64_t k,
+                          Ahead& ahead) {
   const int64_t tiles = ceil_div(pixels, kTileRows), step = pixels * kLanes;
   for (int64_t begin = 0; begin < k; begin += kDepth)
     for (int64_t i = 0; i < tiles; i++) {
       const Range rows = part_of(pixels, tiles, i);
+      ahead.next_tile();
       panel_tile_of<VECS>(rows.size())(
           out + rows.begin * VECS * kLanes, a + begin * pixels + rows.begin * kLanes, step,
           b + begin * VECS * kLanes, min_of(kDepth, k - begin), begin > 0);
@@ -107,6 +143,15 @@ EFFNET_INLINE void for_panels(const float* packed, int64_t k, int64_t columns, c
     else
       f.template operator()<1>(v, packed + v * kLanes * k);
   }
+}
+
+// Tiles of the products of a chunk: by B [k][columns], and a gradient of `rows` x `columns`.
+inline int64_t product_tiles(int64_t pixels, int64_t k, int64_t columns) {
+  return ceil_div(ceil_div(columns, kLanes), kPanelVecs) * ceil_div(k, kDepth) *
+         ceil_div(pixels, kTileRows);
+}
+inline int64_t grad_tiles(int64_t rows, int64_t columns) {
+  return ceil_div(ceil_div(columns, kLanes), kGradVecs) * ceil_div(rows, kGradRows);
 }
 
 // Floats of B [k][columns] in panels.
@@ -153,11 +198,11 @@ inline void pack_weight_panels(float* packed, const void* weight, DType dtype, i
   }
 }
 
-// sum [ROWS][columns] += factor * sum over pixels of a[p][r] * b[p][.]; a points at its first row
-// within a panel, b at panels `step` floats apart.
+// sum [ROWS][columns] = or += factor * sum over pixels of a[p][r] * b[p][.]; a points at its first
+// row within a panel, b at panels `step` floats apart.
 template <int VECS>
 EFFNET_NOINLINE void grad_tile(float* sum, int64_t columns, const float* a, const float* b,
-                               int64_t step, int64_t pixels, const float* factor) {
+                               int64_t step, int64_t pixels, const float* factor, bool add) {
   Vec acc[kGradRows][VECS] = {};
   for (int64_t p = 0; p < pixels; p++, a += kLanes, b += kLanes) {
     Vec x[VECS];
@@ -176,27 +221,29 @@ EFFNET_NOINLINE void grad_tile(float* sum, int64_t columns, const float* a, cons
 #pragma GCC unroll 8
     for (int r = 0; r < kGradRows; r++) {
       float* to = sum + r * columns + v * kLanes;
-      store(to, load(to) + acc[r][v] * scale);
+      store(to, add ? load(to) + acc[r][v] * scale : acc[r][v] * scale);
     }
   }
 }
 
-// sum [rows padded][columns padded] += factor * A^T B over a chunk's pixels, both in panels.
+// sum [rows padded][columns padded] = or += factor * A^T B over a chunk's pixels, both in panels.
 inline void add_grad_weight(float* sum, const float* a, int64_t rows, const float* b,
-                            int64_t columns, int64_t pixels, const float* factor) {
+                            int64_t columns, int64_t pixels, const float* factor, bool add,
+                            Ahead& ahead) {
   const int64_t step = pixels * kLanes, vecs = ceil_div(columns, kLanes), width = vecs * kLanes;
   for (int64_t v = 0; v < vecs; v += kGradVecs)
     for (int64_t r = 0; r < rows; r += kGradRows) {
+      ahead.next_tile();
       float* to = sum + r * width + v * kLanes;
       const float* from = a + r / kLanes * step + r % kLanes;
       const float* scale = factor ? factor + v * kLanes : nullptr;
       const float* panels = b + v * step;
       if (vecs - v >= 3)
-        grad_tile<3>(to, width, from, panels, step, pixels, scale);
+        grad_tile<3>(to, width, from, panels, step, pixels, scale, add);
       else if (vecs - v == 2)
-        grad_tile<2>(to, width, from, panels, step, pixels, scale);
+        grad_tile<2>(to, width, from, panels, step, pixels, scale, add);
       else
-        grad_tile<1>(to, width, from, panels, step, pixels, scale);
+        grad_tile<1>(to, width, from, panels, step, pixels, scale, add);
     }
 }
 

@@ -140,6 +140,30 @@ EFFNET_INLINE void transpose(Vec* rows) {
   }
 }
 
+// Whether an image [..][c] of these bytes is better stored past the caches: so large that nothing
+// of it is left in the L2 cache when it is read, in whole cache lines. A plain store reads its line
+// first.
+template <typename T>
+inline bool streams(const void* image, int64_t values, int64_t c) {
+  constexpr int64_t kStreamBytes = 5 << 20;
+  return kLanes == 16 && sizeof(T) == 4 && c % kLanes == 0 && values * 4 >= kStreamBytes &&
+         reinterpret_cast<uintptr_t>(image) % 64 == 0;
+}
+// Like store_n, past the caches where `stream`; `end_streams` before other threads read.
+template <typename T>
+EFFNET_INLINE void store_n(T* p, Vec v, int64_t n, [[maybe_unused]] bool stream) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    if (stream) return _mm512_stream_ps(p, (__m512)v);
+#endif
+  store_n(p, v, n);
+}
+EFFNET_INLINE void end_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // The value that a store of type T keeps.
 template <typename T>
 EFFNET_INLINE Vec as_stored(Vec v) {
