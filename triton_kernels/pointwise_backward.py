@@ -1,12 +1,13 @@
 """1x1 convolution with BatchNorm, backward: the gradients of its input and of its weight.
 
 Computes: dz = scale * (du - mean(du) - zh * mean(du * zh)), du = row_scale[n] * grad, formed as
-          grad and z are loaded; the means are absent in eval;
+          grad and z are loaded; the means are absent in eval; for the head, whose pixels are
+          averaged, du = q[n, c] * silu'(u), without a grad;
           grad_x = dz weight + residual, and for an x = silu(bn(z2)) * gate the sums per image and
           channel of e * a2, e * silu'(u2), e * silu'(u2) * zh2, with e = grad_x as stored;
           grad_weight = dz^T in(x), in(x) = x or silu(bn(x)), times gate[n, c] where there is one
-Shapes:   grad/z [N,Cout,H,W], weight [Cout,Cin], x/grad_x/z2 [N,Cin,H,W], gate [N,Cin],
-          row_scale [N], sums [3,N,Cin]
+Shapes:   grad/z [N,Cout,H,W], q [N,Cout], weight [Cout,Cin], x/grad_x/z2 [N,Cin,H,W],
+          gate [N,Cin], row_scale [N], sums [3,N,Cin]
 Dtypes:   images fp32|fp16|bf16, weight x's or fp32; dz is rounded to x's dtype for the product;
           accumulation, sums and grad_weight fp32, fp32 products IEEE unless
           torch.backends.cuda.matmul allows tf32
@@ -38,10 +39,18 @@ PROGRAMS = 512  # of the weight gradient: about two waves of a large GPU
 
 
 @triton.jit
-def load_dz(grad, z, norm, sums, inverse, row_scale, at, c, image, inside, c_inside, channels):
-    """A tile [rows,C] of dz in fp32, 0 where it is not `inside`; row_scale is [rows] or None."""
-    du = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    scale, _, mean, rstd = load_norm(norm, channels, c, c_inside)
+def load_dz(grad, q, z, norm, sums, inverse, row_scale, at, c, image, inside, c_inside, channels):
+    """A tile [rows,C] of dz in fp32, 0 where it is not `inside`; row_scale is [rows] or None.
+
+    One of grad and q [N,C] is None.
+    """
+    scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
+    if q is not None:
+        value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        du = tl.load(q + image[:, None] * channels + c[None, :], mask=inside, other=0.0)
+        du = du.to(tl.float32) * silu_slope(value * scale[None, :] + shift[None, :])
+    else:
+        du = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     if row_scale is not None:
         du *= tl.load(row_scale + image).to(tl.float32)[:, None]
     if sums is not None:
