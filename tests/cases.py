@@ -144,7 +144,7 @@ _HEAD = (
     PointwiseCase("c_odd", 3, 37, 21, 9, 5),
     PointwiseCase("one_image", 1, 19, 35, 7, 7),
     PointwiseCase("one_pixel", 16, 40, 24, 1, 1),
-    PointwiseCase("out_gt_tile", 8, 24, 150, 3, 4),
+    PointwiseCase("out_gt_tile", 8, 24, 70, 3, 4),
     PointwiseCase("hw_gt_part", 2, 20, 33, 24, 20),
     PointwiseCase("batch_0", 0, 40, 24, 7, 7),
 )
