@@ -40,23 +40,28 @@ PROGRAMS = 512  # of the weight gradient: about two waves of a large GPU
 
 @triton.jit
 def load_dz(
-    grad, q, z, norm, sums, inverse, row_scale, start, at, c, image, inside, c_inside, channels
-):
-    """A tile [rows,C] of dz in fp32, 0 where it is not `inside`; one of grad and q is None."""
+    grad, q, z, norm, sums, inverse, row_scale, first, pixels, at, c, image, inside, c_inside,
+    channels,
+):  # fmt: skip
+    """A tile [rows,C] of dz from row `first` on in fp32, 0 where it is not `inside`.
+
+    One of grad and q is None.
+    """
+    start = first * channels
     value = tl.load(z + start + at, mask=inside, other=0.0).to(tl.float32)
     scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
     if q is not None:
-        du = tl.load(q + image[:, None] * channels + c[None, :], mask=inside, other=0.0)
+        own = (image - first // pixels).to(tl.int32)[:, None] * channels + c[None, :]
+        du = tl.load(q + first // pixels * channels + own, mask=c_inside[None, :], other=0.0)
         du *= silu_grad(value * scale[None, :] + shift[None, :])
     else:
         du = tl.load(grad + start + at, mask=inside, other=0.0).to(tl.float32)
     if row_scale is not None:
         du *= tl.load(row_scale + image).to(tl.float32)[:, None]
     if sums is not None:
-        zh = (value - mean[None, :]) * rstd[None, :]
         du_mean = load_vector(sums, c, c_inside, 0.0) * inverse
-        slope = load_vector(sums + channels, c, c_inside, 0.0) * inverse
-        du = du - du_mean[None, :] - zh * slope[None, :]
+        slope = load_vector(sums + channels, c, c_inside, 0.0) * inverse * rstd
+        du = du - du_mean[None, :] - (value - mean[None, :]) * slope[None, :]
     return tl.where(inside, du * scale[None, :], 0.0)
 
 
@@ -102,7 +107,7 @@ def pointwise_bwd_data_kernel(
         k = k0 + tl.arange(0, BK)
         k_inside = k < channels
         dz = load_dz(
-            grad, q, z, norm, sums, inverse, row_scale, first * channels,
+            grad, q, z, norm, sums, inverse, row_scale, first, pixels,
             row[:, None] * channels + k[None, :], k, image,
             row_inside[:, None] & k_inside[None, :], k_inside, channels,
         )  # fmt: skip
@@ -150,7 +155,7 @@ def pointwise_bwd_weight_kernel(
         row_inside = row < rows - first
         image = tl.minimum(image_of(first, row, pixels), (rows - 1) // pixels)
         dz = load_dz(
-            grad, q, z, norm, sums, inverse, row_scale, first * channels,
+            grad, q, z, norm, sums, inverse, row_scale, first, pixels,
             row[:, None] * channels + n[None, :], n, image,
             row_inside[:, None] & n_inside[None, :], n_inside, channels,
         )  # fmt: skip
