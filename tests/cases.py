@@ -242,10 +242,10 @@ def pointwise_of(variant: str, batch: int | None = None) -> Iterator[PointwiseCa
         )  # fmt: skip
 
 
-def head_of(variant: str) -> Iterator[PointwiseCase]:
+def head_of(variant: str, batch: int = 2) -> Iterator[PointwiseCase]:
     head = shapes_of(variant).head
-    sizes = (head.channels, head.out_channels, head.size, head.size)
-    yield PointwiseCase(f"{variant}_head", 2, *sizes)
+    sizes = (batch, head.channels, head.out_channels, head.size, head.size)
+    yield PointwiseCase(f"{variant}_head", *sizes)
 
 
 def mbconv_of(variant: str, batch: int | None = None) -> Iterator[MBConvCase]:

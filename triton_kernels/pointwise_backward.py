@@ -52,8 +52,8 @@ def load_dz(
     scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
     if q is not None:
         own = (image - first // pixels).to(tl.int32)[:, None] * channels + c[None, :]
-        du = tl.load(q + first // pixels * channels + own, mask=c_inside[None, :], other=0.0)
-        du *= silu_grad(value * scale[None, :] + shift[None, :])
+        du = silu_grad(value * scale[None, :] + shift[None, :])
+        du *= tl.load(q + first // pixels * channels + own, mask=c_inside[None, :], other=0.0)
     else:
         du = tl.load(grad + start + at, mask=inside, other=0.0).to(tl.float32)
     if row_scale is not None:
@@ -206,9 +206,10 @@ def launch_pointwise_bwd_data(
     vec, in_units, out_units = units(in_channels, channels)
     launch(
         pointwise_bwd_data_kernel, (tiles * triton.cdiv(in_channels, config["BN"]),), z.device,
-        (grad, dense(q), z, norm, sums, 1.0 / max(rows, 1), dense(row_scale), weight.contiguous(), grad_x,
-         None if residual is None else nhwc(residual), None if z2 is None else nhwc(z2), norm2,
-         partial, rows, pixels, segments, in_units, out_units),
+        (grad, dense(q), z, norm, sums, 1.0 / max(rows, 1), dense(row_scale),
+         weight.contiguous(), grad_x, None if residual is None else nhwc(residual),
+         None if z2 is None else nhwc(z2), norm2, partial, rows, pixels, segments,
+         in_units, out_units),
         config, VEC=vec, PRECISION=dot_precision(z.dtype),
     )  # fmt: skip
     if partial is None:
@@ -245,8 +246,8 @@ def launch_pointwise_bwd_weight(
     vec, in_units, out_units = units(in_channels, channels)
     launch(
         pointwise_bwd_weight_kernel, (tiles, runs), z.device,
-        (grad, dense(q), z, norm, sums, 1.0 / max(rows, 1), dense(row_scale), x, in_norm, dense(gate),
-         partial, rows, run * config["BM"], h * w, in_units, out_units),
+        (grad, dense(q), z, norm, sums, 1.0 / max(rows, 1), dense(row_scale), x, in_norm,
+         dense(gate), partial, rows, run * config["BM"], h * w, in_units, out_units),
         config, VEC=vec, PRECISION=dot_precision(z.dtype),
     )  # fmt: skip
     return fold_sums(partial).view(channels, in_channels)

@@ -10,7 +10,8 @@
 // Tiling:   a task owns a group of images, or a part of one, and a weight gradient of its own; it
 //           goes through chunks of a few dozen pixels, whose operands are formed once, in the order
 //           of addresses, into panels in the L2 cache that serve all products
-// Bytes:    project: grad_y, z3, z2 once, e once; expand: f, z1, x, residual once, dx once; there is
+// Bytes:    project: grad_y, z3, z2 once, e once; expand: f, z1, x, residual once, dx once; there
+// is
 //           no f for the head
 // FLOPs:    4 * C * out per pixel, about 30 per element of z2
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
@@ -30,9 +31,9 @@ EFFNET_INLINE void stage_dz_of(float* panels, const T* z, int64_t pixels, int64_
   for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
     const Vec value = load_n(z + p * c + i, lanes), scale = load_n(vectors.scale + i, lanes);
     const Vec centred = value - load_n(vectors.mean + i, lanes);
-    store(panels + at, du(value, scale, i, p, lanes) * (scale * row_scale) +
-                           (centred * load_n(vectors.slope + i, lanes) +
-                            load_n(vectors.offset + i, lanes)));
+    store(panels + at,
+          du(value, scale, i, p, lanes) * (scale * row_scale) +
+              (centred * load_n(vectors.slope + i, lanes) + load_n(vectors.offset + i, lanes)));
   });
 }
 

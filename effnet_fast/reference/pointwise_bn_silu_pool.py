@@ -60,8 +60,8 @@ def pointwise_bn_silu_pool(
 
     Raises:
         TypeError: an argument that is no floating-point tensor.
-        ValueError: a wrong shape, no pixels, running statistics missing outside training, or one value per
-            channel in it.
+        ValueError: a wrong shape, no pixels, running statistics missing outside training, or one
+            value per channel in it.
     """
     check_arguments(x, weight, bn_weight, bn_bias, running_mean, running_var, training)
     y = pointwise_bn_act(

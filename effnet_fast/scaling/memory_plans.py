@@ -78,7 +78,7 @@ depthwise       conv_bwd        io      oid
 {_STOCK_EXPAND_BACKWARD}
 """
 # This version's CPU kernels in training: blocks and head as designed, the stem as stock. What one
-# pass hands to the next (of the size of d, of e) lies in shared buffers. Lean computes z1 = e again.
+# pass hands to the next (of the size of d, of e) lies in shared buffers. Lean computes e again.
 _FUSED = """
 expand          convolution     eN      -
 depthwise       convolution     dN      -

@@ -283,8 +283,7 @@ inline void test_mbconv(DType dtype, int threads) {
       for (bool moments : {false, true})
         test_pointwise_forward(p, dtype, activated, moments, threads);
     test_project_backward(p, dtype, kEverything, threads);
-    for (bool pooled : {false, true})
-      test_expand_backward(p, dtype, kEverything, pooled, threads);
+    for (bool pooled : {false, true}) test_expand_backward(p, dtype, kEverything, pooled, threads);
     for (bool added : {false, true}) test_elementwise(p, dtype, added, threads);
     if (&p != kPixels) continue;
     for (const Wanted& wanted : kWanted) {

@@ -36,9 +36,7 @@ def test_agrees_with_modules(training: bool) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         getattr(norm, name).data.copy_(args[names.get(name, name)])
     stock = nn.Sequential(conv, norm, nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    torch.testing.assert_close(
-        pointwise_bn_silu_pool(**args, training=training), stock(args["x"])
-    )
+    torch.testing.assert_close(pointwise_bn_silu_pool(**args, training=training), stock(args["x"]))
     torch.testing.assert_close(args["running_mean"], norm.running_mean)
     torch.testing.assert_close(args["running_var"], norm.running_var)
 
