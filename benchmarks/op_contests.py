@@ -26,6 +26,7 @@ from parity import (
     Dtypes,
     check,
     dwconv_call,
+    head_call,
     pointwise_call,
     random_like,
     squeeze_excite_call,
@@ -92,6 +93,15 @@ def pointwise(case: PointwiseCase, mode: str, dtype: str, device: str) -> Contes
     stock = _GatedConv(_conv_norm(call, case.c, case.out, 1, 1, act=case.act), call)
     contest = _contest("pointwise_bn_act", case, mode, dtype, device, call, stock)
     return _with_conv(replace(contest, work=work.pointwise(case, mode, dtype)), call, stock)
+
+
+def head(case: PointwiseCase, mode: str, dtype: str, device: str) -> Contest:
+    """1x1 convolution, BN, SiLU, and the mean over all pixels."""
+    call = head_call(case, _dtypes(dtype), training=mode == "training")
+    layer = _conv_norm(call, case.c, case.out, 1, 1)
+    stock = nn.Sequential(*layer, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    contest = _contest("pointwise_bn_silu_pool", case, mode, dtype, device, call, stock)
+    return _with_conv(replace(contest, work=work.head(case, mode, dtype)), call, stock)
 
 
 def mbconv(case: MBConvCase, mode: str, dtype: str, device: str) -> Contest:

@@ -95,6 +95,19 @@ def pointwise(case: PointwiseCase, mode: str, dtype: str) -> Work:
     )
 
 
+def head(case: PointwiseCase, mode: str, dtype: str) -> Work:
+    """Inference reads x. Training writes z and reads it, then reads z and x and writes x's
+    gradient."""
+    pixels = case.n * case.h * case.w
+    x, z, weights = pixels * case.c, pixels * case.out, case.c * case.out
+    elements = x if mode == "inference" else 3 * x + 3 * z
+    return Work(
+        bytes=BYTES[dtype] * (elements + weights * PARAMETER_PASSES[mode]),
+        dense_flops=FLOPS_PER_MAC[mode] * pixels * weights,
+        silus=SILUS[mode] * z,
+    )
+
+
 def mbconv(case: MBConvCase, mode: str, dtype: str) -> Work:
     """The passes of one block."""
     size, out = case.n * case.h * case.w, case.n * _out(case.h, case.stride) ** 2

@@ -91,11 +91,16 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
   launch(kernels.mbconv->fold_weight, fold);
 }
 
+// The gradient f of u1: f [N,HW,out], or q [N,out] of which f = q * silu'(u1); the other is 0.
+struct GradU {
+  Address f, q;
+};
+
 // grad_x or grad_weight may be 0: not wanted. shape: (n, hw, channels of x, channels of z1).
-void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, bool is_bf16,
-                            bool weight_bf16, Address f, Address z1, Address norm1, Address sums1,
-                            Address weight, Address x, Address residual, Address grad_x,
-                            Address grad_weight, int threads) {
+void expand_backward(const std::string& isa, const ProductShape& shape, bool is_bf16,
+                     bool weight_bf16, GradU of, Address z1, Address norm1, Address sums1,
+                     Address weight, Address x, Address residual, Address grad_x,
+                     Address grad_weight, int threads) {
   require_positive(shape);
   const auto [n, hw, c, out] = shape;
   const Kernels& kernels = kernels_for(isa);
@@ -109,8 +114,10 @@ void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, b
                              out,
                              dtype_of(is_bf16),
                              dtype_of(weight_bf16),
-                             at(f),
+                             at(of.f),
                              at(z1),
+                             at<float>(of.q),
+                             norm_vectors(norm1, out).shift,
                              grad.vectors,
                              at(weight),
                              at(x),
@@ -124,6 +131,22 @@ void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, b
   FoldWeightArgs fold = {partial.data(), split.tasks(),          c,      out,
                          true,           at<float>(grad_weight), threads};
   launch(kernels.mbconv->fold_weight, fold);
+}
+
+void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, bool is_bf16,
+                            bool weight_bf16, Address f, Address z1, Address norm1, Address sums1,
+                            Address weight, Address x, Address residual, Address grad_x,
+                            Address grad_weight, int threads) {
+  expand_backward(isa, shape, is_bf16, weight_bf16, {f, 0}, z1, norm1, sums1, weight, x, residual,
+                  grad_x, grad_weight, threads);
+}
+
+void pointwise_bn_silu_pool_backward(const std::string& isa, const ProductShape& shape,
+                                     bool is_bf16, bool weight_bf16, Address q, Address z,
+                                     Address norm, Address sums, Address weight, Address x,
+                                     Address grad_x, Address grad_weight, int threads) {
+  expand_backward(isa, shape, is_bf16, weight_bf16, {0, q}, z, norm, sums, weight, x, 0, grad_x,
+                  grad_weight, threads);
 }
 
 void mbconv_depthwise(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
@@ -281,6 +304,7 @@ void bind_mbconv(py::module_& m) {
   m.def("mbconv_pointwise", &mbconv_pointwise);
   m.def("mbconv_project_backward", &mbconv_project_backward);
   m.def("mbconv_expand_backward", &mbconv_expand_backward);
+  m.def("pointwise_bn_silu_pool_backward", &pointwise_bn_silu_pool_backward);
 }
 
 }  // namespace

@@ -21,7 +21,13 @@ from . import _native, preference
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 TEST_BACKENDS = ("simt",)  # the CUDA kernels run on the CPU, where the tests have built that
-OPS = ("dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite")
+OPS = (
+    "dwconv_bn_silu",
+    "mbconv",
+    "pointwise_bn_act",
+    "pointwise_bn_silu_pool",
+    "squeeze_excite",
+)
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_KERNELS = (3, 5)  # sides of the depthwise kernels

@@ -17,6 +17,8 @@ from torch import nn
 from effnet_fast import __version__, _native, fusion
 from effnet_fast.backends import BACKENDS, OPS, can_run, use_backend
 from effnet_fast.layers import Conv2dNormActivation, MBConv
+from effnet_fast.models import EfficientNet
+from effnet_fast.models.pooled_head import pooled_layer
 
 FUSIBLE = (MBConv, Conv2dNormActivation)
 OPENMP_RUNTIME = re.compile(r"/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
@@ -150,12 +152,15 @@ def explain_blocks(model: nn.Module) -> list[Fusion]:
     """
     found: list[Fusion] = []
     fused: list[str] = []
+    networks = (module for module in model.modules() if isinstance(module, EfficientNet))
+    pooled = [pooled_layer(network) for network in networks]
     with use_backend(getattr(model, "backend", "auto")):
         for name, module in model.named_modules():
             inside = any(name.startswith(f"{outer}.") for outer in fused)
             if inside or not isinstance(module, FUSIBLE):
                 continue
-            reason = fusion.explain(module)
+            at_once = any(module is layer for layer in pooled)
+            reason = fusion.explain(module, fusion.POOLED if at_once else None)
             if reason is None:
                 fused.append(name)
             found.append(Fusion(name, type(module).__name__, reason))

@@ -21,18 +21,19 @@ from .ops.dwconv_bn_silu import apply as dwconv_bn_silu
 from .ops.mbconv import apply as mbconv
 from .ops.mbconv import eval_op as mbconv_eval
 from .ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
-from .ops.pointwise_bn_silu_pool import eval_op as pointwise_bn_silu_pool_eval
+from .ops.pointwise_bn_silu_pool import apply as pointwise_bn_silu_pool
 from .ops.registration import autocast
 from .ops.stem_conv_bn_silu import eval_op as stem_conv_bn_silu_eval
 from .reference.mbconv_staged import Layers, Settings
 from .same_padding import Conv2dSame, same_sides
 
+POOLED = "pointwise_bn_silu_pool"  # the op of a layer that is pooled at once
 T = TypeVar("T")
 # Of the expansion, where there is one, the depthwise convolution and the projection.
 Norms = tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
 
 
-def explain(module: nn.Module) -> str | None:
+def explain(module: nn.Module, op: str | None = None) -> str | None:
     """Why the module would run unfused under the current backend; None where it is fused.
 
     Asked for an input of its first weight's dtype and device; in eval mode, for a call that wants
@@ -40,6 +41,7 @@ def explain(module: nn.Module) -> str | None:
 
     Args:
         module: an MBConv or a Conv2dNormActivation; others are never fused.
+        op: the op that does it, where that is not its own.
     """
     backend = backends.current_backend()
     if backend == "reference":
@@ -50,7 +52,8 @@ def explain(module: nn.Module) -> str | None:
         return str(refused)
     conv, bn = structure.first.conv, structure.first.bn
     x = conv.weight.new_empty((1, conv.in_channels, 1, 1))
-    op, args = _question(structure, autocast(x), inference=not _uses_batch_statistics(bn))
+    own, args = _question(structure, autocast(x), inference=not _uses_batch_statistics(bn))
+    op = op or own
     names: tuple[str, ...] = (backend,)
     if backend == "auto":
         names = preference.order(x.device.type, op)
@@ -79,14 +82,17 @@ def _captured(x: Tensor) -> bool:
     return type(x) not in recognition.PLAIN or backends.in_transform()
 
 
-def _backend_for(structure: recognition.Layer | recognition.Block, x: Tensor) -> str | None:
-    """The backend that runs a module on x; None for the stock path."""
+def _backend_for(
+    structure: recognition.Layer | recognition.Block, x: Tensor, op: str | None = None
+) -> str | None:
+    """The backend that runs a module on x, by its own op or another; None for the stock path."""
     name = backends.current_backend()
     if name == "reference" or _captured(x) or x.dim() != 4:
         return None
     if x.shape[1] != structure.first.conv.in_channels:
         return None  # stock raises PyTorch's own error
-    chosen = backends.resolve(name, *_question(structure, autocast(x), inference=True))
+    own, args = _question(structure, autocast(x), inference=True)
+    chosen = backends.resolve(name, op or own, args)
     return None if chosen == "reference" else chosen
 
 
@@ -256,17 +262,29 @@ def pools(module: nn.Module) -> bool:
 
 
 def run_pooled(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The mean over H and W [N,Cout] of a module's forward, its map never written.
+    """The mean over H and W [N,Cout] of a module's forward, whose result is never written.
 
-    None where a kernel for it does not fit: the module's own forward then does.
+    None where no kernel does it: the module's own forward then does.
 
     Args:
         module: for which `pools` holds.
         x: [N,Cin,H,W].
+
+    Raises:
+        RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
     structure = recognition.structure_of(module)
     assert isinstance(structure, recognition.Layer)
-    backend = _backend_for(structure, x)
-    if backend != "triton" or not _infers(x, structure):
+    backend = _backend_for(structure, x, POOLED)
+    if backend is None or 0 in x.shape[2:]:
         return None
-    return pointwise_bn_silu_pool_eval(autocast(x), *structure.tensors, structure.bn.eps, backend)
+    bn = structure.bn
+    weight, bn_weight, bn_bias, mean, var = structure.tensors
+    assert weight is not None
+    momentum = _count_batch(bn)
+    tracked = bn.track_running_stats if bn.training else True
+    return pointwise_bn_silu_pool(
+        autocast(x), weight, bn_weight, bn_bias,
+        mean if tracked else None, var if tracked else None,
+        _uses_batch_statistics(bn), momentum, bn.eps, backend,
+    )  # fmt: skip

@@ -228,13 +228,20 @@ def run_ops(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
 
 
 def run_head(variant: str, batch: int, dtype: torch.dtype) -> None:
-    """The last convolution with the pooling, on meta tensors; parameters in x's dtype."""
+    """The last convolution with the pooling, on meta tensors; parameters in x's dtype or fp32."""
     head = shapes_of(variant).head
     x = _image(batch, head.channels, head.size, dtype)
     tensors = (_vectors(head.out_channels, head.channels), *(_vectors(head.out_channels),) * 4)
     pointwise_bn_silu_pool.pointwise_bn_silu_pool_eval(
         x, *(t.to(dtype) for t in tensors), 1e-3, "triton"
     )
+    weight, *bn = tensors[:3]
+    z, norm = mbconv_passes.mbconv_expand(x, weight, *bn, None, None, 1e-3, "triton")
+    pooled, _ = mbconv_passes.mbconv_squeeze(z, norm, "triton")
+    for sums in (norm[:2], None):
+        pointwise_bn_silu_pool.pointwise_bn_silu_pool_backward(
+            pooled, z, norm, sums, x, weight, [True, True], "triton"
+        )
 
 
 @functools.cache

@@ -138,6 +138,18 @@ _POINTWISE = (
 )
 
 
+# The head: pixels are averaged. A part of an image's pixels in the products has about 448.
+_HEAD = (
+    PointwiseCase("c_eq_vector", 2, 16, 32, 7, 7),
+    PointwiseCase("c_odd", 3, 37, 21, 9, 5),
+    PointwiseCase("one_image", 1, 19, 35, 7, 7),
+    PointwiseCase("one_pixel", 16, 40, 24, 1, 1),
+    PointwiseCase("out_gt_tile", 8, 24, 70, 3, 4),
+    PointwiseCase("hw_gt_part", 2, 20, 33, 24, 20),
+    PointwiseCase("batch_0", 0, 40, 24, 7, 7),
+)
+
+
 @dataclass(frozen=True)
 class StemCase:
     """x [n,c,h,w] to [n,out,Ho,Wo], kernel kxk; padding is (left, right, top, bottom)."""
@@ -230,6 +242,12 @@ def pointwise_of(variant: str, batch: int | None = None) -> Iterator[PointwiseCa
         )  # fmt: skip
 
 
+def head_of(variant: str, batch: int = 2) -> Iterator[PointwiseCase]:
+    head = shapes_of(variant).head
+    sizes = (batch, head.channels, head.out_channels, head.size, head.size)
+    yield PointwiseCase(f"{variant}_head", *sizes)
+
+
 def mbconv_of(variant: str, batch: int | None = None) -> Iterator[MBConvCase]:
     for b in shapes_of(variant).blocks:
         c, expanded, out = b.channels
@@ -258,12 +276,14 @@ def _params(*groups: Iterable[Any], slow: bool = False) -> list[Any]:
 DWCONV_CASES = _params(_DWCONV, dwconv_of("b0"))
 SQUEEZE_EXCITE_CASES = _params(_SQUEEZE_EXCITE, squeeze_excite_of("b0"))
 POINTWISE_CASES = _params(_POINTWISE, pointwise_of("b0"))
+HEAD_CASES = _params(_HEAD, head_of("b0"))
 STEM_CASES = _params(_STEM)
 MBCONV_CASES = _params(_MBCONV, mbconv_of("b0"))
 # A float64 reference of one of these takes about a second: compare them in a few modes only.
 LARGE_DWCONV_CASES = _params(dwconv_of("b7"), slow=True)
 LARGE_SQUEEZE_EXCITE_CASES = _params(squeeze_excite_of("b7"), slow=True)
 LARGE_POINTWISE_CASES = _params(pointwise_of("b7"), slow=True)
+LARGE_HEAD_CASES = _params(head_of("b7"), slow=True)
 LARGE_MBCONV_CASES = _params(mbconv_of("b7"), slow=True)
 LARGE_STEM_CASES = _params([StemCase("b7", 1, 3, 64, 600, 600)], slow=True)
 

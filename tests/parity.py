@@ -14,6 +14,7 @@ from torch import Tensor
 import tolerances
 from cases import (
     DWCONV_CASES,
+    HEAD_CASES,
     POINTWISE_CASES,
     SQUEEZE_EXCITE_CASES,
     DwconvCase,
@@ -156,9 +157,9 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def random_like(y: Tensor) -> Tensor:
-    """A fixed normal tensor like y (rounded to bf16 first), channels_last."""
-    values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    return channels_last(values.bfloat16().to(y))
+    """A fixed normal tensor like y (rounded to bf16 first), images in channels_last."""
+    values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
+    return channels_last(values) if y.dim() == 4 else values
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -253,7 +254,14 @@ def pointwise_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = 
     return Call("pointwise_bn_act", tensors, {"act": case.act, "training": training})
 
 
-SAMPLES = ("dwconv_eval", "dwconv_train", "squeeze_excite", "pointwise_eval")
+def head_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
+    """pointwise_bn_silu_pool on random values, as `pointwise_call`."""
+    call = pointwise_call(case, dtypes)
+    tensors = {k: v for k, v in call.tensors.items() if k not in ("gate", "residual")}
+    return Call("pointwise_bn_silu_pool", tensors, {"training": training})
+
+
+SAMPLES = ("dwconv_eval", "dwconv_train", "squeeze_excite", "pointwise_eval", "head_train")
 
 
 def sample(name: str, dtypes: Dtypes = FP32) -> Call:
@@ -262,6 +270,8 @@ def sample(name: str, dtypes: Dtypes = FP32) -> Call:
         return squeeze_excite_call(find(SQUEEZE_EXCITE_CASES, "c_odd"), dtypes)
     if name == "pointwise_eval":
         return pointwise_call(find(POINTWISE_CASES, "gate_residual_no_act"), dtypes)
+    if name.startswith("head"):
+        return head_call(find(HEAD_CASES, "c_odd"), dtypes, training=name == "head_train")
     case = find(DWCONV_CASES, "c_odd")
     return dwconv_call(case, dtypes, training=name == "dwconv_train")
 

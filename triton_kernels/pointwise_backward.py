@@ -1,12 +1,13 @@
 """1x1 convolution with BatchNorm, backward: the gradients of its input and of its weight.
 
 Computes: dz = scale * (du - mean(du) - zh * mean(du * zh)), du = row_scale[n] * grad, formed as
-          grad and z are loaded; the means are absent in eval;
+          grad and z are loaded; the means are absent in eval; for the head, whose pixels are
+          averaged, du = q[n, c] * silu'(u), without a grad;
           grad_x = dz weight + residual, and for an x = silu(bn(z2)) * gate the sums per image and
           channel of e * a2, e * silu'(u2), e * silu'(u2) * zh2, with e = grad_x as stored;
           grad_weight = dz^T in(x), in(x) = x or silu(bn(x)), times gate[n, c] where there is one
-Shapes:   grad/z [N,Cout,H,W], weight [Cout,Cin], x/grad_x/z2 [N,Cin,H,W], gate [N,Cin],
-          row_scale [N], sums [3,N,Cin]
+Shapes:   grad/z [N,Cout,H,W], q [N,Cout], weight [Cout,Cin], x/grad_x/z2 [N,Cin,H,W],
+          gate [N,Cin], row_scale [N], sums [3,N,Cin]
 Dtypes:   images fp32|fp16|bf16, weight x's or fp32; dz is rounded to x's dtype for the product;
           accumulation, sums and grad_weight fp32, fp32 products IEEE unless
           torch.backends.cuda.matmul allows tf32
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from . import tuning
 from .bn_act import image_of
-from .elementwise import load_norm, load_vector, sigmoid
+from .elementwise import load_norm, load_vector, sigmoid, silu_grad
 from .folds import fold_segments, fold_sums, segments_of
 from .launching import dense, dot_precision, empty_fp32, empty_nhwc, launch, nhwc, units
 from .pointwise_bn_act import load_operand
@@ -38,18 +39,29 @@ PROGRAMS = 512  # of the weight gradient: about two waves of a large GPU
 
 
 @triton.jit
-def load_dz(grad, z, norm, sums, inverse, row_scale, at, c, image, inside, c_inside, channels):
-    """A tile [rows,C] of dz in fp32, 0 where it is not `inside`; row_scale is [rows] or None."""
-    du = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    scale, _, mean, rstd = load_norm(norm, channels, c, c_inside)
+def load_dz(
+    grad, q, z, norm, sums, inverse, row_scale, first, pixels, at, c, image, inside, c_inside,
+    channels,
+):  # fmt: skip
+    """A tile [rows,C] of dz from row `first` on in fp32, 0 where it is not `inside`.
+
+    One of grad and q is None.
+    """
+    start = first * channels
+    value = tl.load(z + start + at, mask=inside, other=0.0).to(tl.float32)
+    scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
+    if q is not None:
+        own = (image - first // pixels).to(tl.int32)[:, None] * channels + c[None, :]
+        du = silu_grad(value * scale[None, :] + shift[None, :])
+        du *= tl.load(q + first // pixels * channels + own, mask=c_inside[None, :], other=0.0)
+    else:
+        du = tl.load(grad + start + at, mask=inside, other=0.0).to(tl.float32)
     if row_scale is not None:
         du *= tl.load(row_scale + image).to(tl.float32)[:, None]
     if sums is not None:
-        zh = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-        zh = (zh - mean[None, :]) * rstd[None, :]
         du_mean = load_vector(sums, c, c_inside, 0.0) * inverse
-        slope = load_vector(sums + channels, c, c_inside, 0.0) * inverse
-        du = du - du_mean[None, :] - zh * slope[None, :]
+        slope = load_vector(sums + channels, c, c_inside, 0.0) * inverse * rstd
+        du = du - du_mean[None, :] - (value - mean[None, :]) * slope[None, :]
     return tl.where(inside, du * scale[None, :], 0.0)
 
 
@@ -74,7 +86,7 @@ def store_image_sums(partial, e, z2, norm2, c, image, inside, c_inside, images, 
     "inverse", "rows", "pixels", "segments", "in_units", "out_units",
 ])  # fmt: skip
 def pointwise_bwd_data_kernel(
-    grad, z, norm, sums, inverse, row_scale, weight, grad_x, residual, z2, norm2, partial,
+    grad, q, z, norm, sums, inverse, row_scale, weight, grad_x, residual, z2, norm2, partial,
     rows, pixels, segments, in_units, out_units,
     VEC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -95,7 +107,7 @@ def pointwise_bwd_data_kernel(
         k = k0 + tl.arange(0, BK)
         k_inside = k < channels
         dz = load_dz(
-            grad + first * channels, z + first * channels, norm, sums, inverse, row_scale,
+            grad, q, z, norm, sums, inverse, row_scale, first, pixels,
             row[:, None] * channels + k[None, :], k, image,
             row_inside[:, None] & k_inside[None, :], k_inside, channels,
         )  # fmt: skip
@@ -123,7 +135,7 @@ def pointwise_bwd_data_kernel(
 
 @triton.jit(do_not_specialize=["inverse", "rows", "run", "pixels", "in_units", "out_units"])
 def pointwise_bwd_weight_kernel(
-    grad, z, norm, sums, inverse, row_scale, x, in_norm, gate, partial,
+    grad, q, z, norm, sums, inverse, row_scale, x, in_norm, gate, partial,
     rows, run, pixels, in_units, out_units,
     VEC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -143,7 +155,7 @@ def pointwise_bwd_weight_kernel(
         row_inside = row < rows - first
         image = tl.minimum(image_of(first, row, pixels), (rows - 1) // pixels)
         dz = load_dz(
-            grad + first * channels, z + first * channels, norm, sums, inverse, row_scale,
+            grad, q, z, norm, sums, inverse, row_scale, first, pixels,
             row[:, None] * channels + n[None, :], n, image,
             row_inside[:, None] & n_inside[None, :], n_inside, channels,
         )  # fmt: skip
@@ -162,12 +174,13 @@ def pointwise_bwd_weight_kernel(
 
 
 def launch_pointwise_bwd_data(
-    grad: Tensor,
+    grad: Tensor | None,
     z: Tensor,
     norm: Tensor,
     sums: Tensor | None,
     weight: Tensor,
     *,
+    q: Tensor | None = None,
     row_scale: Tensor | None = None,
     residual: Tensor | None = None,
     z2: Tensor | None = None,
@@ -176,11 +189,13 @@ def launch_pointwise_bwd_data(
     """grad_x [N,Cin,H,W] as the file's head says, and the sums [3,N,Cin] where z2 is given.
 
     Args:
+        grad: the gradient of u, or None with q.
+        q: [N,Cout], of which the gradient of u is q * silu'(u).
         norm, sums: of the BN behind the convolution; sums are the totals [2,Cout] of du and
             du * zh, None where it does not normalise by the batch.
         residual: like grad_x, added.
     """
-    grad, z = nhwc(grad), nhwc(z)
+    grad, z = None if grad is None else nhwc(grad), nhwc(z)
     n, channels, h, w = z.shape
     in_channels, rows, pixels = weight.shape[1], n * h * w, h * w
     grad_x = empty_nhwc(z, (n, in_channels, h, w))
@@ -191,9 +206,10 @@ def launch_pointwise_bwd_data(
     vec, in_units, out_units = units(in_channels, channels)
     launch(
         pointwise_bwd_data_kernel, (tiles * triton.cdiv(in_channels, config["BN"]),), z.device,
-        (grad, z, norm, sums, 1.0 / max(rows, 1), dense(row_scale), weight.contiguous(), grad_x,
-         None if residual is None else nhwc(residual), None if z2 is None else nhwc(z2), norm2,
-         partial, rows, pixels, segments, in_units, out_units),
+        (grad, dense(q), z, norm, sums, 1.0 / max(rows, 1), dense(row_scale),
+         weight.contiguous(), grad_x, None if residual is None else nhwc(residual),
+         None if z2 is None else nhwc(z2), norm2, partial, rows, pixels, segments,
+         in_units, out_units),
         config, VEC=vec, PRECISION=dot_precision(z.dtype),
     )  # fmt: skip
     if partial is None:
@@ -202,12 +218,13 @@ def launch_pointwise_bwd_data(
 
 
 def launch_pointwise_bwd_weight(
-    grad: Tensor,
+    grad: Tensor | None,
     z: Tensor,
     norm: Tensor,
     sums: Tensor | None,
     x: Tensor,
     *,
+    q: Tensor | None = None,
     row_scale: Tensor | None = None,
     in_norm: Tensor | None = None,
     gate: Tensor | None = None,
@@ -217,7 +234,7 @@ def launch_pointwise_bwd_weight(
     Args:
         x: [N,Cin,H,W], what the product read before `in_norm`, SiLU and `gate` [N,Cin].
     """
-    grad, z, x = nhwc(grad), nhwc(z), nhwc(x)
+    grad, z, x = None if grad is None else nhwc(grad), nhwc(z), nhwc(x)
     n, channels, h, w = z.shape
     in_channels, rows = x.shape[1], n * h * w
     config = tuning.config("pointwise_bwd_weight", z, m=rows, n=channels, k=in_channels)
@@ -229,8 +246,8 @@ def launch_pointwise_bwd_weight(
     vec, in_units, out_units = units(in_channels, channels)
     launch(
         pointwise_bwd_weight_kernel, (tiles, runs), z.device,
-        (grad, z, norm, sums, 1.0 / max(rows, 1), dense(row_scale), x, in_norm, dense(gate),
-         partial, rows, run * config["BM"], h * w, in_units, out_units),
+        (grad, dense(q), z, norm, sums, 1.0 / max(rows, 1), dense(row_scale), x, in_norm,
+         dense(gate), partial, rows, run * config["BM"], h * w, in_units, out_units),
         config, VEC=vec, PRECISION=dot_precision(z.dtype),
     )  # fmt: skip
     return fold_sums(partial).view(channels, in_channels)

@@ -1,6 +1,7 @@
-"""The head for inference: 1x1 convolution, BatchNorm, SiLU and the mean over each image's pixels.
+"""The head: 1x1 convolution, BatchNorm, SiLU and the mean over each image's pixels.
 
-Computes: y[n] = mean over pixels of silu(bn(x weight^T))
+Computes: y[n] = mean over pixels of silu(bn(x weight^T)), in inference; backward of the passes of
+          training, by the products of pointwise_backward.py
 Shapes:   x [N,Cin,H,W], weight [Cout,Cin,1,1], y [N,Cout]
 Dtypes:   x/y fp32|fp16|bf16, weight x's or fp32, vectors any; accumulation fp32, fp32 products
           IEEE unless torch.backends.cuda.matmul allows tf32
@@ -11,10 +12,12 @@ Bytes:    x once, weight once per row tile (from L2), N * Cout sums; the map of 
           that would be written and read again never exists
 FLOPs:    2 * N*H*W * Cin * Cout
 Source:   Tan & Le (arXiv 1905.11946), table 1
-Truth:    effnet_fast/ops/pointwise_bn_silu_pool.py on the cpu backend
+Truth:    effnet_fast/reference/pointwise_bn_silu_pool.py
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -25,6 +28,7 @@ from .bn_act import image_of
 from .elementwise import load_affine, silu
 from .folds import fold_segments, segments_of
 from .launching import dense, dot_precision, empty_fp32, launch, nhwc, units
+from .pointwise_backward import launch_pointwise_bwd_data, launch_pointwise_bwd_weight
 
 
 @triton.jit(do_not_specialize=["eps", "rows", "pixels", "segments", "in_units", "out_units"])
@@ -95,3 +99,22 @@ def pointwise_bn_silu_pool_eval(
     )  # fmt: skip
     sums = fold_segments(partial, n, pixels, config["BM"])
     return sums[0].div_(pixels).to(x.dtype)
+
+
+def pointwise_bn_silu_pool_backward(
+    q: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The op of this name."""
+    grad_x, grad_weight = x.new_empty(0), empty_fp32(x, 0)
+    if wanted[0]:
+        grad_x, _ = launch_pointwise_bwd_data(None, z, norm, sums, weight, q=q)
+    if wanted[1]:
+        grad_weight = launch_pointwise_bwd_weight(None, z, norm, sums, x, q=q).view(weight.shape)
+    return grad_x, grad_weight

@@ -54,7 +54,9 @@ struct ProjectBackwardArgs {
 struct ExpandBackwardArgs {
   int64_t n, hw, c, out;  // channels of x and of z1
   DType dtype, weight_dtype;
-  const void *f, *z1;    // [N,HW,out]
+  const void *f, *z1;    // [N,HW,out]; f null where q is not
+  const float* q;        // [N,out] or null: f = q * silu'(u1)
+  const float* shift;    // with q: of u1 = z1 * grad.scale + shift
   GradVectors grad;      // of z1
   const void* weight;    // [out,C]
   const void* x;         // [N,HW,C]

@@ -4,15 +4,19 @@
 // Computes: project  dz3 = scale * (row_scale * grad_y) + (z3 - mean) * slope + offset,
 //                    e = dz3 W3, per (n,c) the sums of e * a2, e * silu'(u2), e * silu'(u2) * zh2,
 //                    dW3 = sum over pixels of dz3 (g * a2)^T
-//           expand   dz1 likewise of f and z1, dx = dz1 W1 + residual, dW1 = sum of dz1 x^T
+//           expand   dz1 likewise of f and z1, dx = dz1 W1 + residual, dW1 = sum of dz1 x^T; for
+//                    the head f = q * silu'(u1) with a q for each image and channel
 // Layout:   channels-last without gaps
 // Tiling:   a task owns a group of images, or a part of one, and a weight gradient of its own; it
 //           goes through chunks of a few dozen pixels, whose operands are formed once, in the order
 //           of addresses, into panels in the L2 cache that serve all products
-// Bytes:    project: grad_y, z3, z2 once, e once; expand: f, z1, x, residual once, dx once
+// Bytes:    project: grad_y, z3, z2 once, e once; expand: f, z1, x, residual once, dx once; there
+// is
+//           no f for the head
 // FLOPs:    4 * C * out per pixel, about 30 per element of z2
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
-// Truth:    effnet_fast/reference/mbconv_passes.py (project_backward, expand_backward)
+// Truth:    effnet_fast/reference/mbconv_passes.py (project_backward, expand_backward),
+//           effnet_fast/reference/pointwise_bn_silu_pool.py (backward)
 #include "cpu/mbconv_kernels.h"
 #include "cpu/panel_product.h"
 
@@ -20,17 +24,38 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-// dz of a chunk into panels.
+// dz of a chunk into panels; du(z, scale, channel, pixel, lanes).
+template <typename T, typename F>
+EFFNET_INLINE void stage_dz_of(float* panels, const T* z, int64_t pixels, int64_t c,
+                               const GradVectors& vectors, float row_scale, const F& du) {
+  for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
+    const Vec value = load_n(z + p * c + i, lanes), scale = load_n(vectors.scale + i, lanes);
+    const Vec centred = value - load_n(vectors.mean + i, lanes);
+    store(panels + at,
+          du(value, scale, i, p, lanes) * (scale * row_scale) +
+              (centred * load_n(vectors.slope + i, lanes) + load_n(vectors.offset + i, lanes)));
+  });
+}
+
+// With du as it lies in memory.
 template <typename T>
 void stage_dz(float* panels, const T* grad, const T* z, int64_t pixels, int64_t c,
               const GradVectors& vectors, float row_scale) {
-  for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
-    const Vec scale = load_n(vectors.scale + i, lanes) * row_scale;
-    const Vec centred = load_n(z + p * c + i, lanes) - load_n(vectors.mean + i, lanes);
-    const Vec du = load_n(grad + p * c + i, lanes);
-    store(panels + at, du * scale + (centred * load_n(vectors.slope + i, lanes) +
-                                     load_n(vectors.offset + i, lanes)));
-  });
+  stage_dz_of(panels, z, pixels, c, vectors, row_scale,
+              [&](Vec, Vec, int64_t i, int64_t p, int64_t lanes) {
+                return load_n(grad + p * c + i, lanes);
+              });
+}
+
+// With du = q * silu'(z * scale + shift), q [C] of the chunk's image.
+template <typename T>
+void stage_dz_pooled(float* panels, const float* q, const float* shift, const T* z, int64_t pixels,
+                     int64_t c, const GradVectors& vectors) {
+  stage_dz_of(panels, z, pixels, c, vectors, 1.0f,
+              [&](Vec value, Vec scale, int64_t i, int64_t, int64_t lanes) {
+                const Vec u = value * scale + load_n(shift + i, lanes), s = logistic(u);
+                return load_n(q + i, lanes) * (s + u * s * (1.0f - s));
+              });
 }
 
 // a = silu(u) into panels, and where wanted its slope silu'(u).
@@ -178,14 +203,18 @@ void expand_image(const ExpandBackwardArgs& args, const float* packed, const Exp
   for (int64_t begin = own.begin; begin < own.end; begin += size) {
     const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
     const int64_t next = first + pixels, end = min_of(next + size, args.n * args.hw);
+    const T* z = static_cast<const T*>(args.z1);
+    const T* f = static_cast<const T*>(args.f);
     Ahead ahead;
     ahead.add(static_cast<const T*>(args.x), next, end, c);
-    ahead.add(static_cast<const T*>(args.z1), next, end, out);
-    ahead.add(static_cast<const T*>(args.f), next, end, out);
+    ahead.add(z, next, end, out);
+    if (f) ahead.add(f, next, end, out);
     ahead.start((args.grad_x ? product_tiles(pixels, out, c) : 0) +
                 (grad_weight ? grad_tiles(c, out) : 0));
-    stage_dz(at.dz, static_cast<const T*>(args.f) + first * out,
-             static_cast<const T*>(args.z1) + first * out, pixels, out, args.grad, 1.0f);
+    if (args.q)
+      stage_dz_pooled(at.dz, args.q + n * out, args.shift, z + first * out, pixels, out, args.grad);
+    else
+      stage_dz(at.dz, f + first * out, z + first * out, pixels, out, args.grad, 1.0f);
     if (args.grad_x)
       for_panels(packed, out, c, [&]<int VECS>(int64_t v, const float* weight) {
         product_panel<VECS>(at.panel, at.dz, pixels, weight, out, ahead);

@@ -1,6 +1,7 @@
-"""A classifier's forward with its last convolution and the pooling as one op, on GPUs.
+"""A classifier's forward with its last convolution and the pooling as one op.
 
-Only where nothing can see the map between the two: no hook, no other pooling, no gradient.
+Only where nothing can see the map between the two: no hook, no other pooling, no method of one's
+own, and nothing that records the operators.
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ def _stands(model: EfficientNet) -> bool:
     )
 
 
+def pooled_layer(model: EfficientNet) -> nn.Module | None:
+    """The last convolution's layer where the network's forward pools it at once."""
+    if not _stands(model):
+        return None
+    head = model.features[-1]
+    return head if fusion.pools(head) else None
+
+
 def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:
     """The network's forward by that op; None where its layers must do it one by one.
 
@@ -41,17 +50,15 @@ def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:
         model: an EfficientNet whose methods are the class's own.
         x: images [N,in_chans,H,W].
     """
-    if torch.is_grad_enabled() or model.training or not isinstance(x, Tensor):
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
+    if not isinstance(x, Tensor) or tracing:
         return None
     name = backends.current_backend() if model.backend == "auto" else model.backend
-    triton = name == "triton" or (name == "auto" and x.device.type == "cuda")
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
-    if not triton or tracing or not _stands(model):
+    head = None if name == "reference" else pooled_layer(model)
+    if head is None:
         return None
-    *layers, head = model.features
+    *layers, _ = model.features
     with model._execution():
-        if not fusion.pools(head):
-            return None
         h = model._prepared(x)
         for layer in layers:
             h = layer(h)

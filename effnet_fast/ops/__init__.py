@@ -6,6 +6,13 @@ Each has an eager twin of the same name and signature in `effnet_fast.reference`
 from .dwconv_bn_silu import dwconv_bn_silu
 from .mbconv import mbconv
 from .pointwise_bn_act import pointwise_bn_act
+from .pointwise_bn_silu_pool import pointwise_bn_silu_pool
 from .squeeze_excite import squeeze_excite
 
-__all__ = ["dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite"]
+__all__ = [
+    "dwconv_bn_silu",
+    "mbconv",
+    "pointwise_bn_act",
+    "pointwise_bn_silu_pool",
+    "squeeze_excite",
+]

@@ -1,14 +1,38 @@
-"""The head for inference: 1x1 convolution, BatchNorm, SiLU, and the mean over H and W.
+"""The head: 1x1 convolution, BatchNorm, SiLU, and the mean over H and W.
 
-On a GPU the map between SiLU and mean never reaches memory; the CPU composes what it has.
+In inference on a GPU the map of the convolution's size never reaches memory; the CPU composes what
+it has. With gradients or batch statistics the convolution's output z alone is written, by the pass
+that expands in an MBConv: the means are a second pass over it, and backward, which needs the slope
+of SiLU at z and one number per image and channel, reads it in the products themselves.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from .. import _native, reference
+from ..backends import OpArgs, resolve
+from ..reference.mbconv_passes import MEAN, VAR
+from ..reference.pointwise_bn_silu_pool import backward_sums, check_arguments
+from . import second_derivative
+from .dwconv_bn_silu import check_values_per_channel
+from .mbconv_passes import passes
 from .pointwise_bn_act import compute
-from .registration import empty_nhwc, register
+from .registration import (
+    address,
+    autocast,
+    channels_last,
+    dense,
+    empty_nhwc,
+    isa_of,
+    native_weight,
+    nhwc,
+    register,
+)
+from .statistics import update_running_statistics
 
 
 def _eval_cpu(
@@ -47,3 +71,202 @@ eval_op = register(
     _eval_cpu,
     _eval_fake,
 )
+
+
+def _backward_cpu(
+    q: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = _backward_fake(q, z, norm, sums, x, weight, wanted, backend)
+    if z.numel() == 0:
+        return grad_x.zero_(), grad_weight.zero_()
+    n, c, h, w = x.shape
+    x, weight = nhwc(x), native_weight(weight, x)
+    _native.load().pointwise_bn_silu_pool_backward(
+        isa_of(backend), (n, h * w, c, z.shape[1]), x.dtype is torch.bfloat16,
+        weight.dtype is torch.bfloat16, q.data_ptr(), z.data_ptr(), norm.data_ptr(), address(sums),
+        weight.data_ptr(), x.data_ptr(), grad_x.data_ptr() if wanted[0] else 0,
+        grad_weight.data_ptr() if wanted[1] else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_weight
+
+
+def _backward_fake(
+    q: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad_x = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
+    shape = weight.shape if wanted[1] else (0,)
+    return grad_x, x.new_empty(shape, dtype=torch.float32)
+
+
+# As `reference.pointwise_bn_silu_pool.backward`; vectors and grad_weight are fp32.
+backward_op = register(
+    "pointwise_bn_silu_pool_backward(Tensor q, Tensor z, Tensor norm, Tensor? sums, Tensor x, "
+    "Tensor weight, bool[2] wanted, str backend) -> (Tensor grad_x, Tensor grad_weight)",
+    _backward_cpu,
+    _backward_fake,
+)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [N,Cout] in x's dtype, and what backward needs: z, norm, slopes."""
+    run = passes(backend)
+    given = (None, None) if training else (mean, var)
+    z, norm = run.expand(x, weight, bn_weight, bn_bias, *given, eps)
+    pooled, slopes = run.squeeze(z, norm)
+    return pooled.to(x.dtype), z, norm, slopes
+
+
+class PointwiseBnSiluPool(torch.autograd.Function):
+    """Returns (y, norm [5,Cout])."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        training: bool,
+        eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        y, *saved = _forward(x, weight, bn_weight, bn_bias, mean, var, training, eps, backend)
+        if training:  # backward reads no running statistics, and they move
+            mean = var = None
+        ctx.save_for_backward(x, weight, bn_weight, bn_bias, mean, var, *saved)
+        ctx.config = (training, eps, backend)
+        norm = saved[1]
+        ctx.mark_non_differentiable(norm)
+        return y, norm
+
+    @staticmethod
+    @second_derivative.differentiable(second_derivative.pointwise_bn_silu_pool)
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bn_weight, bn_bias, _, _, z, norm, slopes = ctx.saved_tensors
+        training, _, backend = ctx.config
+        needs = ctx.needs_input_grad
+        q = dense(grad_y, torch.float32) / (z.shape[2] * z.shape[3])
+        sums = backward_sums(q, slopes)
+        grads: tuple[Tensor | None, ...] = (None, None)
+        if any(needs[:2]):
+            grad_x, grad_weight = backward_op(
+                q, nhwc(z), norm, sums if training else None, channels_last(x), weight,
+                list(needs[:2]), backend,
+            )  # fmt: skip
+            grads = grad_x, grad_weight.to(weight.dtype)
+        return (
+            grads[0] if needs[0] else None,
+            grads[1] if needs[1] else None,
+            sums[1].to(bn_weight.dtype) if needs[2] else None,
+            sums[0].to(bn_bias.dtype) if needs[3] else None,
+            *(None,) * 5,
+        )
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """The op on checked arguments and a resolved backend other than the reference."""
+    differentiable = (x, weight, bn_weight, bn_bias)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in differentiable
+    )
+    tensors = (*differentiable, running_mean, running_var)
+    if not training and not needs_grad:
+        return eval_op(x, *tensors[1:], eps, backend)
+    n, _, h, w = x.shape
+    if training:
+        check_values_per_channel((n, weight.shape[0], h, w))
+    run = PointwiseBnSiluPool.apply if needs_grad else _forward
+    results = run(*tensors, training, eps, backend)
+    if training:
+        norm = results[1 if needs_grad else 2]
+        update_running_statistics(
+            running_mean, running_var, norm[MEAN], norm[VAR], n * h * w, momentum
+        )
+    return results[0]
+
+
+def pointwise_bn_silu_pool(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """y = the mean over H and W of silu(bn(conv(x, weight))).
+
+    With gradients or batch statistics, only the convolution's output is written to memory; it is
+    saved for backward with x and vectors.
+
+    Args:
+        x: [N,Cin,H,W], fp32 or bf16, channels_last for the "cpu" backend. Under autocast it is cast
+            as a convolution's input is.
+        weight: [Cout,Cin,1,1] in x's dtype or fp32.
+        bn_weight, bn_bias: [Cout] in x's dtype or fp32, or None for 1 and 0.
+        running_mean, running_var: [Cout], updated in place when training; both may be None then.
+        training: normalise by the batch's statistics instead of the running ones.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+        backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
+
+    Returns:
+        y [N,Cout] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as `effnet_fast.reference.pointwise_bn_silu_pool`; ValueError for an
+            unknown backend too.
+        RuntimeError: the backend named by the caller cannot run this call, with the reason.
+
+    Source: Tan & Le (arXiv 1905.11946), table 1.
+    """
+    others = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_arguments(x, *others, training)
+    x = autocast(x)
+    chosen = resolve(backend, "pointwise_bn_silu_pool", OpArgs(x, others))
+    if chosen == "reference":
+        return reference.pointwise_bn_silu_pool(
+            x, *others, training=training, momentum=momentum, eps=eps
+        )
+    return apply(x, *others, training, momentum, eps, chosen)

@@ -38,6 +38,19 @@ def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     return (x, weight, bn_weight, bn_bias), function
 
 
+def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
+    """`Again` of PointwiseBnSiluPool."""
+    *inputs, mean, var, _, _, _ = ctx.saved_tensors
+    training, eps, _ = ctx.config
+
+    def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        return reference.pointwise_bn_silu_pool(
+            x, weight, gamma, beta, mean, var, training=training, eps=eps
+        )
+
+    return tuple(inputs), function
+
+
 def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of SqueezeExcite."""
     return ctx.saved_tensors[:5], reference.squeeze_excite

@@ -8,6 +8,13 @@ an input; in training mode they update the running statistics in place, as Batch
 from effnet_fast.reference.dwconv_bn_silu import dwconv_bn_silu
 from effnet_fast.reference.mbconv import mbconv
 from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
+from effnet_fast.reference.pointwise_bn_silu_pool import pointwise_bn_silu_pool
 from effnet_fast.reference.squeeze_excite import squeeze_excite
 
-__all__ = ["dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite"]
+__all__ = [
+    "dwconv_bn_silu",
+    "mbconv",
+    "pointwise_bn_act",
+    "pointwise_bn_silu_pool",
+    "squeeze_excite",
+]

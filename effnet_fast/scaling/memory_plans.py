@@ -20,7 +20,7 @@ stock rows are what PyTorch 2.13 does on the CPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -77,8 +77,8 @@ depthwise       bn_bwd          dd      dddw
 depthwise       conv_bwd        io      oid
 {_STOCK_EXPAND_BACKWARD}
 """
-# This version's CPU kernels in training: the blocks as designed, the edges as stock. What one pass
-# hands to the next (of the size of d, of e) lies in shared buffers. Lean computes z1 = e again.
+# This version's CPU kernels in training: blocks and head as designed, the stem as stock. What one
+# pass hands to the next (of the size of d, of e) lies in shared buffers. Lean computes e again.
 _FUSED = """
 expand          convolution     eN      -
 depthwise       convolution     dN      -
@@ -130,6 +130,9 @@ _FAST_EDGE_BACKWARD = "edge bn_silu_bwd y yyv"
 # The head's output ends in the pool, whose gradient has its size; the classifier keeps its input
 # and dropout's mask. The stem's input needs no gradient.
 _POOL, _POOL_BACKWARD = "edge pool_dropout fcc fy", "edge pool_bwd y cc"
+# z = y is saved, with two sums per image and channel; nothing else has its size.
+_FUSED_HEAD = "edge convolution yV -\nedge squeeze CCC C\nedge dropout cc -"
+_FUSED_HEAD_BACKWARD = "edge pool_bwd C cc\nedge backward x xyVCCC"
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,7 @@ class Plan:
     shared: bool = False
 
 
-def _training(
-    block: str, backward: str, edge: str, edge_backward: str, *, shared: bool = False
-) -> Plan:
+def _training(block: str, backward: str, edge: str, edge_backward: str) -> Plan:
     return Plan(
         _steps(block),
         _steps(edge),
@@ -160,7 +161,15 @@ def _training(
         _steps(backward),
         _steps(f"{edge_backward}\nedge conv_bwd - y"),
         _steps(f"{_POOL_BACKWARD}\n{edge_backward}\nedge conv_bwd x yx"),
-        shared,
+    )
+
+
+def _fused_training(block: str, backward: str) -> Plan:
+    return replace(
+        _training(block, backward, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
+        head=_steps(_FUSED_HEAD),
+        head_backward=_steps(_FUSED_HEAD_BACKWARD),
+        shared=True,
     )
 
 
@@ -187,12 +196,8 @@ _EDGE_INFERENCE = "edge convolution y -\nedge bn_silu y y"
 _EDGE_DONE = "edge done - x\nedge pool f fy"
 PLANS = {
     ("training", "stock"): _training(_STOCK, _STOCK_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
-    ("training", "fused"): _training(
-        _FUSED, _FUSED_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD, shared=True
-    ),
-    ("training", "fused_lean"): _training(
-        _FUSED_LEAN, _FUSED_LEAN_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD, shared=True
-    ),
+    ("training", "fused"): _fused_training(_FUSED, _FUSED_BACKWARD),
+    ("training", "fused_lean"): _fused_training(_FUSED_LEAN, _FUSED_LEAN_BACKWARD),
     ("training", "fast"): _training(_FAST, _FAST_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
     ("training", "lean"): _training(_LEAN, _LEAN_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
     ("inference", "stock"): Plan(

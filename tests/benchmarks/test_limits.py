@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import limits, memory, work
 from benchmarks.limits import Limits, Work
-from cases import dwconv_of, mbconv_of, pointwise_of, squeeze_excite_of
+from cases import dwconv_of, head_of, mbconv_of, pointwise_of, squeeze_excite_of
 from effnet_fast.models import VARIANTS
 from effnet_fast.scaling import count
 from shapes import shapes_of
@@ -50,6 +50,7 @@ def test_network_is_the_sum_of_its_parts(size: str) -> None:
     ops = [work.dwconv(case, "inference", "fp32").flops for case in dwconv_of(size, batch=1)]
     ops += [work.pointwise(case, "inference", "fp32").flops for case in pointwise_of(size, batch=1)]
     assert sum(ops) == sum(blocks)
+    assert [work.head(c, "inference", "fp32").flops for c in head_of(size, batch=1)] == edges[1:]
 
 
 def test_floor_is_the_larger_of_bytes_and_operations() -> None:

@@ -184,9 +184,12 @@ inline void test_project_backward(const Pixels& p, DType dtype, Wanted wanted, i
   expect("sums of e", summed(partial_sums, p.n, split.parts, 3 * p.c), sums, p.hw);
 }
 
-inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, int threads) {
+// f as given, or q * silu'(u1) as the head has it.
+inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, bool pooled,
+                                 int threads) {
   const int64_t pixels = p.n * p.hw;
   const Tensor f(pixels * p.out, dtype, -1, 1), z1(pixels * p.out, dtype, -2, 2);
+  const Tensor q(p.n * p.out, DType::kFloat32, -1, 1);
   const Tensor x(pixels * p.c, dtype, -2, 2), weight(p.out * p.c, dtype, -0.5, 0.5);
   const Tensor residual(pixels * p.c, dtype, -1, 1);
   const Norm norm(p.out);
@@ -199,8 +202,10 @@ inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, in
                              p.out,
                              dtype,
                              dtype,
-                             f.data(),
+                             pooled ? nullptr : f.data(),
                              z1.data(),
+                             pooled ? q.floats() : nullptr,
+                             norm.shift.floats(),
                              norm.grads(),
                              weight.data(),
                              x.data(),
@@ -215,7 +220,10 @@ inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, in
   const Doubles w = values(weight), of_x = values(x);
   for (int64_t i = 0; i < pixels; i++)
     for (int64_t o = 0; o < p.out; o++) {
-      const double dz = norm.dz(f[i * p.out + o], z1[i * p.out + o], o);
+      const double z = z1[i * p.out + o];
+      const double du =
+          pooled ? q[i / p.hw * p.out + o] * silu_grad(norm.u(z, o)) : f[i * p.out + o];
+      const double dz = norm.dz(du, z, o);
       for (int64_t c = 0; c < p.c; c++) {
         exact[i * p.c + c] += dz * w[o * p.c + c];
         grad[o * p.c + c] += dz * of_x[i * p.c + c];
@@ -275,12 +283,12 @@ inline void test_mbconv(DType dtype, int threads) {
       for (bool moments : {false, true})
         test_pointwise_forward(p, dtype, activated, moments, threads);
     test_project_backward(p, dtype, kEverything, threads);
-    test_expand_backward(p, dtype, kEverything, threads);
+    for (bool pooled : {false, true}) test_expand_backward(p, dtype, kEverything, pooled, threads);
     for (bool added : {false, true}) test_elementwise(p, dtype, added, threads);
     if (&p != kPixels) continue;
     for (const Wanted& wanted : kWanted) {
       test_project_backward(p, dtype, wanted, threads);
-      test_expand_backward(p, dtype, wanted, threads);
+      for (bool pooled : {false, true}) test_expand_backward(p, dtype, wanted, pooled, threads);
     }
   }
 }

@@ -344,6 +344,8 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "pw_weight": ("pointwise_eval", {"weight": torch.ones(40, 24, 3, 3)}, ValueError, "weight"),
     "pw_gate": ("pointwise_eval", {"gate": torch.ones(2, 40)}, ValueError, "gate must have shape"),
     "pw_act": ("pointwise_eval", {"act": "relu"}, ValueError, "act must be one of"),
+    "head_weight": ("head_train", {"weight": torch.ones(21, 36, 1, 1)}, ValueError, "Cin = 37"),
+    "head_empty": ("head_train", {"x": torch.ones(1, 37, 0, 5)}, ValueError, "H and W of at"),
     "pw_residual": (
         "pointwise_eval",
         {"residual": torch.ones(2, 24, 7, 8)},

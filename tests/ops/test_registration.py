@@ -27,7 +27,8 @@ SAMPLE_OF = {
     "mbconv_eval": "dwconv_eval",
     "move_statistics": "dwconv_train",
     "pointwise_bn_act_eval": "pointwise_eval",
-    "pointwise_bn_silu_pool_eval": "pointwise_eval",
+    "pointwise_bn_silu_pool_backward": "head_train",
+    "pointwise_bn_silu_pool_eval": "head_train",
     "squeeze_excite": "squeeze_excite",
     "squeeze_excite_backward": "squeeze_excite",
     "stem_conv_bn_silu_eval": "dwconv_eval",
@@ -68,7 +69,14 @@ def arguments(op: str, call: Call) -> tuple[Any, ...]:
     if op == "pointwise_bn_act_eval":
         return (x, *others, False, 1e-5, "cpu")
     if op == "pointwise_bn_silu_pool_eval":
-        return (x, *others[:5], 1e-5, "cpu")
+        return (x, *others, 1e-5, "cpu")
+    if op == "pointwise_bn_silu_pool_backward":
+        weight, gamma, beta = others[:3]
+        z, norm = torch.ops.effnet_fast.mbconv_expand(
+            x, weight, gamma, beta, None, None, 1e-5, "cpu"
+        )
+        q, sums = torch.ones(z.shape[:2]), torch.ones(2, norm.shape[1])
+        return (q, z, norm, sums, x, weight, [True, True], "cpu")
     if op == "squeeze_excite":
         return (x, *others, "cpu")
     if call.op == "squeeze_excite":
@@ -109,6 +117,14 @@ def test_opcheck_of_pruned_gradients(wanted: list[bool]) -> None:
     args = list(arguments("dwconv_bn_silu_backward", sample("dwconv_train")))
     args[-2] = wanted
     torch.library.opcheck(torch.ops.effnet_fast.dwconv_bn_silu_backward.default, tuple(args))
+
+
+@pytest.mark.parametrize("wanted", [[True, False], [False, True], [False, False]])
+def test_opcheck_of_pruned_gradients_of_the_head(wanted: list[bool]) -> None:
+    op = "pointwise_bn_silu_pool_backward"
+    *args, _, backend = arguments(op, sample("head_train"))
+    args[3] = None  # sums: of a BatchNorm that does not normalise by the batch
+    torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, (*args, wanted, backend))
 
 
 @pytest.mark.parametrize("batch", [0, 1])

@@ -10,11 +10,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from cases import DWCONV_CASES, MBCONV_CASES, POINTWISE_CASES, SQUEEZE_EXCITE_CASES, find
+from cases import (
+    DWCONV_CASES,
+    HEAD_CASES,
+    MBCONV_CASES,
+    POINTWISE_CASES,
+    SQUEEZE_EXCITE_CASES,
+    find,
+)
 from effnet_fast.ops.mbconv import mbconv
 from mbconv_blocks import block_call
 from mbconv_blocks import run as run_block
-from parity import FP32, Dtypes, dwconv_call, pointwise_call, run, squeeze_excite_call
+from parity import (
+    FP32,
+    Dtypes,
+    dwconv_call,
+    head_call,
+    pointwise_call,
+    run,
+    squeeze_excite_call,
+)
 
 FP16 = Dtypes(torch.float16, torch.float16)
 DTYPES = pytest.mark.parametrize("dtypes", [FP32, FP16], ids=str)
@@ -48,7 +63,10 @@ def test_ops(dtypes: Dtypes) -> None:
         run(dwconv_call(find(DWCONV_CASES, "c_odd"), dtypes), "triton", wanted=())
         run(squeeze_excite_call(find(SQUEEZE_EXCITE_CASES, "c_odd"), dtypes), "triton")
         run(pointwise_call(find(POINTWISE_CASES, "c_odd"), dtypes), "triton", wanted=())
-    assert len(fakes.seen) == 7, fakes.seen
+        run(head_call(find(HEAD_CASES, "c_odd"), dtypes, True), "triton")
+        run(head_call(find(HEAD_CASES, "c_odd"), dtypes), "triton", wanted=("weight",))
+        run(head_call(find(HEAD_CASES, "c_odd"), dtypes), "triton", wanted=())
+    assert len(fakes.seen) == 11, fakes.seen
 
 
 @DTYPES

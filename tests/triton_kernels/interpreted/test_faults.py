@@ -43,8 +43,10 @@ def without_deviation(z, mask, count):
 
 
 @triton.jit
-def without_means(grad, z, norm, sums, inverse, row_scale, at, c, image, inside, c_in, channels):
-    du = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+def without_means(
+    grad, q, z, norm, sums, inverse, row_scale, first, pixels, at, c, image, inside, c_in, channels
+):
+    du = tl.load(grad + first * channels + at, mask=inside, other=0.0).to(tl.float32)
     return du * tl.load(norm + c, mask=c_in, other=0.0)[None, :]
 
 

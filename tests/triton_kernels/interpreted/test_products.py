@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from cases import MBCONV_CASES, POINTWISE_CASES, SQUEEZE_EXCITE_CASES, STEM_CASES, MBConvCase, find
+from cases import (
+    HEAD_CASES,
+    MBCONV_CASES,
+    POINTWISE_CASES,
+    SQUEEZE_EXCITE_CASES,
+    STEM_CASES,
+    MBConvCase,
+    find,
+)
 from effnet_fast import reference
 from effnet_fast.ops.mbconv import eval_op as mbconv_eval
-from effnet_fast.ops.pointwise_bn_silu_pool import eval_op as pool_eval
 from effnet_fast.ops.stem_conv_bn_silu import eval_op as stem_eval
 from parity import (
     FP32,
+    MODES,
     Dtypes,
     assert_parity,
     assert_same,
     channels_last,
     check,
+    head_call,
     pointwise_call,
     run,
     squeeze_excite_call,
@@ -103,19 +115,41 @@ def test_mbconv_eval(name: str, dtypes: Dtypes) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [(3, 21, 70, 5, 5), (2, 16, 24, 9, 11), (1, 40, 33, 1, 1),
-                                  (0, 8, 16, 7, 7)], ids=str)  # fmt: skip
-def test_pooled_head(size: tuple[int, ...], dtypes: Dtypes) -> None:
-    """Tiles that cross images, and images of more than one tile."""
-    n, c, out, h, w = size
-    x = channels_last(torch.randn(n, c, h, w).to(dtypes.x))
-    tensors = [torch.randn(out, c, 1, 1) / c**0.5, *(torch.rand(4, out) + 0.5)]
-    tensors = [t.to(dtypes.parameters) for t in tensors]
+@MODES
+@pytest.mark.parametrize("name", by_hand(HEAD_CASES))
+def test_head(name: str, training: bool, dtypes: Dtypes) -> None:
+    """Tiles that cross images, and images of more than one tile; with gradients and without."""
+    call = head_call(find(HEAD_CASES, name), dtypes, training)
+    check(call, "triton")
+    check(call, "triton", wanted=())
 
-    def stock(convert: torch.dtype | None) -> dict[str, torch.Tensor]:
-        wide = [t if convert is None else t.to(convert) for t in (x, *tensors)]
-        y = reference.pointwise_bn_act(*wide, eps=1e-3)
-        return {"y": y.mean((2, 3))}
 
-    actual = {"y": pool_eval(x, *tensors, 1e-3, "triton")}
-    assert_parity(actual, stock(None), stock(torch.float64), dtypes.x)
+def test_head_of_one_gradient_at_a_time() -> None:
+    call = head_call(find(HEAD_CASES, "c_odd"), training=True)
+    full = run(call, "triton")
+    for wanted in call.differentiable:
+        assert_same(run(call, "triton", wanted=[wanted]), full)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("pointwise_backward", "silu_grad"), ("pointwise_backward", "image_of")],
+)
+def test_a_wrong_function_in_the_head_is_noticed(
+    module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = {"silu_grad": sigmoid_only, "image_of": first_image}
+    owner = importlib.import_module(f"effnet_fast.triton_kernels.{module}")
+    monkeypatch.setattr(owner, name, faults[name])
+    with pytest.raises(AssertionError, match="grad x"):
+        check(head_call(find(HEAD_CASES, "c_odd"), training=True), "triton")
+
+
+@triton.jit
+def sigmoid_only(u):
+    return 1.0 / (1.0 + tl.exp(-u))
+
+
+@triton.jit
+def first_image(first, row, pixels):
+    return first // pixels + row * 0

@@ -1,0 +1,99 @@
+"""1x1 convolution, batch normalisation, SiLU and the mean over H and W, in eager PyTorch.
+
+`backward_sums` and `backward` are the pieces of a backward that keeps the convolution's output
+alone; their symbols are those of `mbconv_passes`.
+
+Source: EfficientNet's last stage, Tan & Le (arXiv 1905.11946), table 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effnet_fast.reference.mbconv_passes import SCALE, SHIFT, expand_backward
+from effnet_fast.reference.pointwise_bn_act import check_arguments as check_pointwise
+from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> None:
+    """Raises as `pointwise_bn_silu_pool` says."""
+    vectors = (bn_weight, bn_bias, running_mean, running_var)
+    check_pointwise(x, weight, *vectors, "silu", None, None, training)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have H and W of at least 1, got {list(x.shape)}")
+
+
+def pointwise_bn_silu_pool(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = the mean over H and W of silu(bn(conv(x, weight))).
+
+    Args:
+        x: [N,Cin,H,W], any floating dtype and layout.
+        weight: [Cout,Cin,1,1], cast to x's dtype.
+        bn_weight, bn_bias: [Cout], or None for 1 and 0.
+        running_mean, running_var: [Cout], updated in place when training; both may be None then.
+        training: normalise by the batch's statistics instead of the running ones.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+
+    Returns:
+        y [N,Cout] in x's dtype.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor.
+        ValueError: a wrong shape, no pixels, running statistics missing outside training, or one
+            value per channel in it.
+    """
+    check_arguments(x, weight, bn_weight, bn_bias, running_mean, running_var, training)
+    y = pointwise_bn_act(
+        x, weight, bn_weight, bn_bias, running_mean, running_var,
+        training=training, momentum=momentum, eps=eps,
+    )  # fmt: skip
+    return y.mean((2, 3))
+
+
+def backward_sums(q: Tensor, slopes: Tensor) -> Tensor:
+    """sums [2,C] = sum du and sum du * zh, of du = q * silu'(u): no pass over the image.
+
+    q [N,C] is the gradient of y over H * W; slopes [2,N,C] as `mbconv_passes.squeeze` gives them.
+    Added up in float64.
+    """
+    return (q.double() * slopes.double()).sum(1).to(q.dtype)
+
+
+def backward(
+    q: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """grad_x = dz weight, grad_weight = dz^T x; an empty tensor for what is not wanted.
+
+    sums as of `backward_sums`, None where BatchNorm does not normalise by the batch.
+    """
+    u = z.to(norm.dtype) * norm[SCALE].reshape(-1, 1, 1) + norm[SHIFT].reshape(-1, 1, 1)
+    s = torch.sigmoid(u)
+    du = q.reshape(*q.shape, 1, 1) * (s * (1 + u * (1 - s)))
+    return expand_backward(du, z, norm, sums, x, weight, None, wanted)
