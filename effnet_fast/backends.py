@@ -21,7 +21,7 @@ from . import _native, preference
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 TEST_BACKENDS = ("simt",)  # the CUDA kernels run on the CPU, where the tests have built that
-OPS = ("dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite")
+OPS = ("dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite", "stem_conv_bn_silu")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_KERNELS = (3, 5)  # sides of the depthwise kernels
@@ -189,6 +189,8 @@ def _kernel_reason(
         return f"the kernel is {args.kernel[0]}x{args.kernel[1]}; square and odd is supported"
     if op == "pointwise_bn_act" and not args.inference:
         return "this version has an inference kernel alone: no training, no gradients"
+    if op == "stem_conv_bn_silu":  # of any kernel, stride and layout
+        return None
     if args.stride not in (1, 2):
         return f"the stride is {args.stride}; 1 and 2 are supported"
     if not is_channels_last(x):

@@ -19,6 +19,7 @@ from cases import (
     DwconvCase,
     PointwiseCase,
     SqueezeExciteCase,
+    StemCase,
     find,
 )
 from effnet_fast import _native, ops, reference
@@ -251,6 +252,19 @@ def pointwise_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = 
     tensors |= {"gate": gate if case.gate else None}
     tensors |= {"residual": residual if case.residual else None}
     return Call("pointwise_bn_act", tensors, {"act": case.act, "training": training})
+
+
+def stem_call(case: StemCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
+    """stem_conv_bn_silu on random values; z has a variance of about 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = _image((case.n, case.c, case.h, case.w), dtypes.x, generator)
+    sizes = (case.out, case.c, case.k, case.k)
+    weight = torch.randn(sizes, generator=generator) / (case.k * case.c**0.5)
+    bn = _bn(case.out, dtypes.parameters, generator)
+    options = {"stride": case.stride, "padding": case.padding, "training": training}
+    return Call(
+        "stem_conv_bn_silu", {"x": x, "weight": weight.to(dtypes.parameters), **bn}, options
+    )
 
 
 SAMPLES = ("dwconv_eval", "dwconv_train", "squeeze_excite", "pointwise_eval")

@@ -7,5 +7,12 @@ from .dwconv_bn_silu import dwconv_bn_silu
 from .mbconv import mbconv
 from .pointwise_bn_act import pointwise_bn_act
 from .squeeze_excite import squeeze_excite
+from .stem_conv_bn_silu import stem_conv_bn_silu
 
-__all__ = ["dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite"]
+__all__ = [
+    "dwconv_bn_silu",
+    "mbconv",
+    "pointwise_bn_act",
+    "squeeze_excite",
+    "stem_conv_bn_silu",
+]

@@ -9,5 +9,12 @@ from effnet_fast.reference.dwconv_bn_silu import dwconv_bn_silu
 from effnet_fast.reference.mbconv import mbconv
 from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
 from effnet_fast.reference.squeeze_excite import squeeze_excite
+from effnet_fast.reference.stem_conv_bn_silu import stem_conv_bn_silu
 
-__all__ = ["dwconv_bn_silu", "mbconv", "pointwise_bn_act", "squeeze_excite"]
+__all__ = [
+    "dwconv_bn_silu",
+    "mbconv",
+    "pointwise_bn_act",
+    "squeeze_excite",
+    "stem_conv_bn_silu",
+]
