@@ -16,6 +16,7 @@ from cases import (
     DWCONV_CASES,
     POINTWISE_CASES,
     SQUEEZE_EXCITE_CASES,
+    STEM_CASES,
     DwconvCase,
     PointwiseCase,
     SqueezeExciteCase,
@@ -267,7 +268,14 @@ def stem_call(case: StemCase, dtypes: Dtypes = FP32, training: bool = False) -> 
     )
 
 
-SAMPLES = ("dwconv_eval", "dwconv_train", "squeeze_excite", "pointwise_eval")
+SAMPLES = (
+    "dwconv_eval",
+    "dwconv_train",
+    "squeeze_excite",
+    "stem_eval",
+    "stem_train",
+    "pointwise_eval",
+)
 
 
 def sample(name: str, dtypes: Dtypes = FP32) -> Call:
@@ -276,6 +284,8 @@ def sample(name: str, dtypes: Dtypes = FP32) -> Call:
         return squeeze_excite_call(find(SQUEEZE_EXCITE_CASES, "c_odd"), dtypes)
     if name == "pointwise_eval":
         return pointwise_call(find(POINTWISE_CASES, "gate_residual_no_act"), dtypes)
+    if name.startswith("stem"):
+        return stem_call(find(STEM_CASES, "out_odd"), dtypes, training=name == "stem_train")
     case = find(DWCONV_CASES, "c_odd")
     return dwconv_call(case, dtypes, training=name == "dwconv_train")
 

@@ -44,11 +44,10 @@ def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of StemConvBnSilu."""
     x, weight, _, norm, bn_weight, bn_bias = ctx.saved_tensors
     stride, padding, eps, training, _ = ctx.config
-    statistics = (None, None) if training else (norm[MEAN], norm[VAR])
+    mean, var = (None, None) if training else (norm[MEAN], norm[VAR])
 
     def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        bn = (gamma, beta, *statistics)
-        return compose(x, weight, *bn, stride, padding, training, 0.0, eps)
+        return compose(x, weight, gamma, beta, mean, var, stride, padding, training, 0.0, eps)
 
     return (x, weight, bn_weight, bn_bias), function
 

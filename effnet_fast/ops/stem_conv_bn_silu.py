@@ -1,9 +1,10 @@
 """Dense convolution, BatchNorm and SiLU as one op: the stem.
 
 In eval one kernel. In training the convolution writes its raw output z and yields its statistics,
-a second pass writes y; saved for backward are x, z and vectors. Backward is one pass for BatchNorm's
-sums and one for the weight's gradient, which forms dz as it loads. The gradient of x, an image that
-rarely asks for one, is PyTorch's own, its last bits may depend on the number of threads.
+a second pass writes y; saved for backward are x, z and vectors. Backward is one pass for the sums
+of BatchNorm's gradient and one for the weight's gradient, which forms dz as it loads. The gradient
+of x, an image that rarely asks for one, is PyTorch's own; its last bits may depend on the number of
+threads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..backends import OpArgs, resolve
+from ..backends import OpArgs, is_channels_last, resolve
 from ..reference.arguments import Padding
 from ..reference.mbconv_passes import MEAN, NORM_ROWS, VAR
 from ..reference.stem_conv_bn_silu import check_arguments
@@ -281,6 +282,9 @@ class StemConvBnSilu(torch.autograd.Function):
             grad_weight = weight_backward_op(
                 grad_y, z, norm, inner, x, weight, stride, padding, backend
             ).to(weight.dtype)
+            # PyTorch's layout of it
+            if x.numel() and (is_channels_last(x) or is_channels_last(weight)):
+                grad_weight = nhwc(grad_weight)
         return (
             grad_x,
             grad_weight,

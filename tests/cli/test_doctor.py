@@ -107,7 +107,9 @@ def test_training(b0, monkeypatch):
     ran = []
     for name in ("_run_block", "_run_spatial"):
         run = getattr(fusion, name)
-        monkeypatch.setattr(fusion, name, lambda *a, run=run: ran.append(a[0]) or run(*a))
+        monkeypatch.setattr(
+            fusion, name, lambda *a, run=run: ran.append(getattr(a[0], "module", a[0])) or run(*a)
+        )
     try:
         blocks = diagnostics.doctor(b0.train()).blocks
         b0(torch.randn(2, 3, 32, 32))

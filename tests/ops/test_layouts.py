@@ -29,7 +29,7 @@ from parity import (
 ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
-DIFFERENTIABLE = pytest.mark.parametrize("name", SAMPLES[:3])
+DIFFERENTIABLE = pytest.mark.parametrize("name", SAMPLES[:-1])
 
 
 def _inside(x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
@@ -90,6 +90,10 @@ def test_input_strides_that_are_refused(name: str, layout: str, dtypes: Dtypes) 
     call = sample(name, dtypes)
     call = call.with_tensors(x=REFUSED[layout](call.x))
     wanted = with_gradients(call)
+    if name.startswith("stem"):  # an image may come as it is
+        dense = call.with_tensors(x=channels_last(call.x))
+        assert_same(run(call, "cpu", wanted=wanted), run(dense, "cpu", wanted=wanted))
+        return
     hint = r"strides .*channels_last: x\.contiguous\(memory_format=torch\.channels_last\)"
     with pytest.raises(RuntimeError, match=rf"'cpu' cannot run {call.op}: x has {hint}"):
         run(call, "cpu", wanted=wanted)

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop because"),
 ]
 ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
-DIFFERENTIABLE = pytest.mark.parametrize("name", SAMPLES[:3])
+DIFFERENTIABLE = pytest.mark.parametrize("name", SAMPLES[:-1])
 
 
 def function_of_x(call: Call, backend: str | None) -> Callable[[Tensor], Tensor]:
@@ -149,6 +149,8 @@ def stock_under_autocast(call: Call) -> Tensor:
         return gate * x
     if call.op == "pointwise_bn_act":
         z = F.conv2d(x * t["gate"], t["weight"])
+    elif call.op == "stem_conv_bn_silu":
+        z = F.conv2d(x, t["weight"], stride=2, padding=1)
     else:
         z = F.conv2d(x, t["weight"], padding=2, groups=x.shape[1])
     bn = (t["running_mean"].clone(), t["running_var"].clone(), t["bn_weight"], t["bn_bias"])
@@ -196,7 +198,7 @@ def test_torch_func_goes_through_the_reference(name: str) -> None:
         lambda f: torch.func.vmap(f)(batch),
         lambda f: torch.func.grad(lambda x: f(x).sum())(call.x),
         lambda f: torch.func.jvp(f, (call.x,), (tangent,))[1],
-        lambda f: torch.func.vjp(f, call.x)[1](tangent[:, :1].expand_as(f(call.x)))[0],
+        lambda f: torch.func.vjp(f, call.x)[1](torch.ones_like(f(call.x)))[0],
     ):
         torch.testing.assert_close(transform(ours), transform(stock), rtol=0, atol=0)
 
