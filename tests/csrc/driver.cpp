@@ -23,6 +23,7 @@
 #include "mbconv_depthwise.h"
 #include "network_problem.h"
 #include "problem.h"
+#include "stem.h"
 
 using namespace effnet;
 using namespace effnet::driver;
@@ -354,6 +355,7 @@ int main(int argc, char** argv) {
     for (int threads : kThreads) {
       test_dwconv(dtype, dtype, threads);
       test_mbconv(dtype, threads);
+      test_stem(dtype, dtype, threads);
       for (const PlaneShape& shape : kPlanes) test_planes(shape, dtype, threads);
       for (bool bias : {false, true}) {
         test_excite(Excite(2, 5, 3, dtype), bias, threads);
@@ -362,6 +364,7 @@ int main(int argc, char** argv) {
       }
     }
   test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
+  test_stem(DType::kBFloat16, DType::kFloat32, 2);
   for (int threads : kNetworkThreads) {
     test_network(DType::kFloat32, false, false, threads);
     test_network(DType::kBFloat16, isa == "avx512_bf16", amx, threads);
