@@ -238,6 +238,15 @@ def pointwise_of(variant: str, batch: int | None = None) -> Iterator[PointwiseCa
         )  # fmt: skip
 
 
+def stem_of(variant: str, batch: int = 1) -> StemCase:
+    s = shapes_of(variant).stem
+    pad = (s.kernel - 1) // 2
+    return StemCase(
+        f"{variant}_stem", batch, s.channels, s.out_channels, s.size, s.size, s.kernel, s.stride,
+        (pad,) * 4,
+    )  # fmt: skip
+
+
 def mbconv_of(variant: str, batch: int | None = None) -> Iterator[MBConvCase]:
     for b in shapes_of(variant).blocks:
         c, expanded, out = b.channels

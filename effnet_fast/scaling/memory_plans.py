@@ -77,8 +77,9 @@ depthwise       bn_bwd          dd      dddw
 depthwise       conv_bwd        io      oid
 {_STOCK_EXPAND_BACKWARD}
 """
-# This version's CPU kernels in training: the blocks as designed, the edges as stock. What one pass
-# hands to the next (of the size of d, of e) lies in shared buffers. Lean computes z1 = e again.
+# This version's CPU kernels in training: blocks and stem as designed, the head as stock.
+# What one pass hands to the next (of the size of d, of e) lies in shared buffers. Lean computes
+# z1 = e again.
 _FUSED = """
 expand          convolution     eN      -
 depthwise       convolution     dN      -
@@ -127,6 +128,7 @@ _STOCK_EDGE = "edge conv_bn_silu yyyv -"
 _STOCK_EDGE_BACKWARD = "edge silu_bwd y yy\nedge bn_sums yf f\nedge bn_bwd y yyyv"
 _FAST_EDGE = "edge convolution yv -\nedge finish y -"
 _FAST_EDGE_BACKWARD = "edge bn_silu_bwd y yyv"
+_FUSED_STEM = ("edge convolution yV -\nedge finish y -", "edge backward - yyV")
 # The head's output ends in the pool, whose gradient has its size; the classifier keeps its input
 # and dropout's mask. The stem's input needs no gradient.
 _POOL, _POOL_BACKWARD = "edge pool_dropout fcc fy", "edge pool_bwd y cc"
@@ -151,14 +153,22 @@ class Plan:
 
 
 def _training(
-    block: str, backward: str, edge: str, edge_backward: str, *, shared: bool = False
+    block: str,
+    backward: str,
+    edge: str,
+    edge_backward: str,
+    *,
+    stem: tuple[str, str] | None = None,
+    shared: bool = False,
 ) -> Plan:
+    """stem: its steps forward and backward where they are not those of `edge`."""
+    stem = stem or (edge, f"{edge_backward}\nedge conv_bwd - y")
     return Plan(
         _steps(block),
-        _steps(edge),
+        _steps(stem[0]),
         _steps(f"{edge}\n{_POOL}"),
         _steps(backward),
-        _steps(f"{edge_backward}\nedge conv_bwd - y"),
+        _steps(stem[1]),
         _steps(f"{_POOL_BACKWARD}\n{edge_backward}\nedge conv_bwd x yx"),
         shared,
     )
@@ -188,10 +198,14 @@ _EDGE_DONE = "edge done - x\nedge pool f fy"
 PLANS = {
     ("training", "stock"): _training(_STOCK, _STOCK_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
     ("training", "fused"): _training(
-        _FUSED, _FUSED_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD, shared=True
+        *(_FUSED, _FUSED_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
+        stem=_FUSED_STEM,
+        shared=True,
     ),
     ("training", "fused_lean"): _training(
-        _FUSED_LEAN, _FUSED_LEAN_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD, shared=True
+        *(_FUSED_LEAN, _FUSED_LEAN_BACKWARD, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
+        stem=_FUSED_STEM,
+        shared=True,
     ),
     ("training", "fast"): _training(_FAST, _FAST_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
     ("training", "lean"): _training(_LEAN, _LEAN_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
