@@ -113,6 +113,7 @@ def _sizes(group: Group, batch: int, dtype: torch.dtype, device: str) -> dict[st
     sizes = {letter: batch * count * size for letter, count in group.elements.items()}
     last = group.convs.get("project") or next(iter(group.convs.values()))
     sizes |= {"v": 2 * last.out_channels * size, "c": batch * last.out_channels * size}
+    sizes["V"] = NORM_VECTORS * last.out_channels * FP32
     on_cpu = device == "cpu"
     averaged = batch * group.elements.get("d", group.elements["y"])
     sizes["f"] = averaged * FP32 if on_cpu and size < FP32 else 0
@@ -123,7 +124,7 @@ def _sizes(group: Group, batch: int, dtype: torch.dtype, device: str) -> dict[st
     sizes |= {"c": batch * inner * size, "r": batch * squeezed * size, "i": sizes["e"]}
     sizes |= {"C": batch * inner * FP32, "R": batch * squeezed * FP32}
     sizes |= {"u": 2 * inner * size, "w": 2 * inner * size}
-    sizes |= {"N": NORM_VECTORS * inner * FP32, "V": NORM_VECTORS * last.out_channels * FP32}
+    sizes["N"] = NORM_VECTORS * inner * FP32
     sizes["o"] = _padded_gradient(group, size) if on_cpu else 0
     matrix = inner * last.out_channels * (FP32 + (size if size < FP32 else 0))
     smaller = last.out_channels <= last.side**2

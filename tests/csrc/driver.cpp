@@ -355,7 +355,6 @@ int main(int argc, char** argv) {
     for (int threads : kThreads) {
       test_dwconv(dtype, dtype, threads);
       test_mbconv(dtype, threads);
-      test_stem(dtype, dtype, threads);
       for (const PlaneShape& shape : kPlanes) test_planes(shape, dtype, threads);
       for (bool bias : {false, true}) {
         test_excite(Excite(2, 5, 3, dtype), bias, threads);
@@ -364,11 +363,13 @@ int main(int argc, char** argv) {
       }
     }
   test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
-  test_stem(DType::kBFloat16, DType::kFloat32, 2);
   for (int threads : kNetworkThreads) {
     test_network(DType::kFloat32, false, false, threads);
     test_network(DType::kBFloat16, isa == "avx512_bf16", amx, threads);
   }
+  for (DType dtype : kDTypes)
+    for (int threads : kThreads) test_stem(dtype, dtype, threads);
+  test_stem(DType::kBFloat16, DType::kFloat32, 2);
   std::printf("%s: %d of %d tensors are wrong\n", argv[1], failures, comparisons);
   return failures ? 1 : 0;
 }
