@@ -249,6 +249,9 @@ def run_stem(variant: str, batch: int, dtype: torch.dtype, training: bool) -> No
     if not training:
         tensors = (t.to(dtype) for t in (weight, *bn))
         stem_conv_bn_silu.stem_conv_bn_silu_eval(x, *tensors, *geometry, 1e-3, "triton")
+        shift = _vectors(stem.out_channels)
+        packed = packed_passes.Geometry((3, 3), 2, (1, 1))
+        packed_passes.Convolution("triton", weight.to(dtype), shift, packed)(x)
         return
     given = (*bn[:2], None, None)
     z, norm = stem_conv_bn_silu.stem_conv(x, weight, *given, *geometry, 1e-3, "triton")
