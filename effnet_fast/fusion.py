@@ -109,6 +109,13 @@ def _padding(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
     return left, left, top, top
 
 
+def _fits(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the padded x is as large as the kernel, without which PyTorch raises."""
+    left, right, top, bottom = _padding(conv, x)
+    height, width = conv.kernel_size
+    return x.shape[2] + top + bottom >= height and x.shape[3] + left + right >= width
+
+
 def _run_spatial(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
     conv, bn = layer.conv, layer.bn
@@ -128,6 +135,8 @@ def _run_spatial(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
 
 def _run_layer(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
     if layer.kind != recognition.POINTWISE:
+        if not _fits(layer.conv, x):
+            return layer.module.forward_stock(x)  # raises PyTorch's own error
         return _run_spatial(layer, x, backend)
     if not _infers(x, layer):
         return layer.module.forward_stock(x)
