@@ -126,6 +126,7 @@ STEPS = (
     _bench("kernels", "squeeze_excite", 0.2, KERNELS),
     _bench("kernels", "pointwise", 0.2, KERNELS),
     _bench("kernels", "head", 0.2, KERNELS),
+    _bench("kernels", "stem_conv_bn_silu", 0.2, KERNELS),
     _bench("kernels", "mbconv", 0.2, KERNELS),
     _bench("networks", "b0", 0.4, NETWORKS["b0"]),
     _bench("networks", "b4", 0.5, NETWORKS["b4"]),

@@ -18,7 +18,7 @@ from torchvision.models import efficientnet as torchvision_efficientnet
 from benchmarks import work
 from benchmarks.contest import OURS, Contest, UnavailableError
 from benchmarks.limits import DTYPES
-from cases import DwconvCase, MBConvCase, PointwiseCase, SqueezeExciteCase
+from cases import DwconvCase, MBConvCase, PointwiseCase, SqueezeExciteCase, StemCase
 from effnet_fast import layers, ops
 from effnet_fast.backends import use_backend
 from parity import (
@@ -30,11 +30,12 @@ from parity import (
     pointwise_call,
     random_like,
     squeeze_excite_call,
+    stem_call,
 )
 from tolerances import GRADIENT_FACTOR, assert_no_worse_than
 
 STOCK, COMPILED, CONV = "torch", "torch_compile", "conv_alone"
-Case = DwconvCase | SqueezeExciteCase | PointwiseCase | MBConvCase
+Case = DwconvCase | SqueezeExciteCase | PointwiseCase | MBConvCase | StemCase
 
 
 def dwconv(case: DwconvCase, mode: str, dtype: str, device: str) -> Contest:
@@ -104,6 +105,19 @@ def head(case: PointwiseCase, mode: str, dtype: str, device: str) -> Contest:
     return _with_conv(replace(contest, work=work.head(case, mode, dtype)), call, stock)
 
 
+def stem(case: StemCase, mode: str, dtype: str, device: str) -> Contest:
+    """Dense convolution of an image, BN, SiLU; the image asks for no gradient."""
+    call, stock = stem_parts(case, mode, dtype)
+    contest = _contest("stem_conv_bn_silu", case, mode, dtype, device, call, stock, data=False)
+    return _with_conv(replace(contest, work=work.stem(case, mode, dtype)), call, stock)
+
+
+def stem_parts(case: StemCase, mode: str, dtype: str) -> tuple[Call, nn.Module]:
+    """The call of the op, and torchvision's module with the same values; on the CPU."""
+    call = stem_call(case, _dtypes(dtype), training=mode == "training")
+    return call, _conv_norm(call, case.c, case.out, case.k, case.stride)
+
+
 def mbconv(case: MBConvCase, mode: str, dtype: str, device: str) -> Contest:
     """A whole block, this package's module against torchvision's."""
     generator = torch.Generator().manual_seed(0)
@@ -167,16 +181,26 @@ def _conv_norm(
 
 
 def _contest(
-    what: str, case: Case, mode: str, dtype: str, device: str, call: Call, stock: nn.Module
+    what: str,
+    case: Case,
+    mode: str,
+    dtype: str,
+    device: str,
+    call: Call,
+    stock: nn.Module,
+    *,
+    data: bool = True,
 ) -> Contest:
+    """data: whether training asks for the gradient of x."""
     call = on(call, device)
     stock = stock.to(device).train(mode == "training").to(memory_format=torch.channels_last)
-    wanted = None if mode == "training" else ()
+    differentiable = [name for name in call.differentiable if data or name != "x"]
+    wanted = differentiable if mode == "training" else ()
     x = call.x
 
     def ours() -> Callable[[], object]:
         tensors = {k: None if t is None else t.clone() for k, t in call.tensors.items()}
-        inputs = [tensors[name].requires_grad_(wanted is None) for name in call.differentiable]
+        inputs = [tensors[name].requires_grad_(bool(wanted)) for name in differentiable]
         function = getattr(ops, call.op)
         return _step(lambda: function(**tensors, **call.options), inputs, mode)
 
@@ -184,8 +208,8 @@ def _contest(
         *(what, case.name, mode, dtype, device, case.n),
         build={
             OURS: ours,
-            STOCK: lambda: _caller(stock, x, mode, "auto"),
-            COMPILED: lambda: _compiled(case, stock, x, mode),
+            STOCK: lambda: _caller(stock, x, mode, "auto", data),
+            COMPILED: lambda: _compiled(case, stock, x, mode, data),
         },
         check=lambda: check(call, "auto", wanted=wanted) and None,
     )
@@ -214,20 +238,23 @@ def compiled(name: str, build: Callable[[], Callable[[], object]]) -> Callable[[
         raise UnavailableError(f"torch.compile: {type(error).__name__}") from error
 
 
-def _compiled(case: Case, module: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+def _compiled(
+    case: Case, module: nn.Module, x: Tensor, mode: str, data: bool = True
+) -> Callable[[], object]:
     def build() -> Callable[[], object]:
-        call = _caller(torch.compile(module), x, mode, "auto")
+        call = _caller(torch.compile(module), x, mode, "auto", data)
         call()
         return call
 
     return compiled(case.name, build)
 
 
-def _caller(module: nn.Module, x: Tensor, mode: str, backend: str) -> Callable[[], object]:
-    inputs = [x.detach().clone().requires_grad_(mode == "training")]
-    if mode == "training":
-        inputs += list(module.parameters())
-    return _step(lambda: module(inputs[0]), inputs, mode, backend)
+def _caller(
+    module: nn.Module, x: Tensor, mode: str, backend: str, data: bool = True
+) -> Callable[[], object]:
+    image = x.detach().clone().requires_grad_(data and mode == "training")
+    inputs = [image] * data + (list(module.parameters()) if mode == "training" else [])
+    return _step(lambda: module(image), inputs, mode, backend)
 
 
 def _step(

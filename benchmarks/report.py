@@ -17,7 +17,14 @@ from benchmarks.records import ROOT, Row
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PAGE, FIGURES = Path("docs/benchmarks.md"), Path("docs/figures")
-OPS = ("dwconv_bn_silu", "squeeze_excite", "pointwise_bn_act", "pointwise_bn_silu_pool", "mbconv")
+OPS = (
+    "dwconv_bn_silu",
+    "squeeze_excite",
+    "pointwise_bn_act",
+    "pointwise_bn_silu_pool",
+    "stem_conv_bn_silu",
+    "mbconv",
+)
 Contest = tuple[str, str, str, str, int]
 
 

@@ -61,6 +61,8 @@ CANDIDATES: dict[str, list[Config]] = {
     ),
     "expand_dwconv_fwd": _grid(P=(16, 32), BC=(32, 64), num_warps=(2, 4), num_stages=(1, 2)),
     "pointwise_pool_fwd": _products(_TILES),
+    "stem_fwd": _products(((64, 32, 32, 4), (128, 32, 32, 4), (64, 64, 32, 4), (128, 64, 32, 8))),
+    "stem_bwd_weight": _products(((64, 32, 32, 4), (64, 64, 32, 4), (128, 32, 32, 8))),
     "dwconv_bwd_data": _RUNS,
     "dwconv_bwd_weight": _grid(BP=(8, 16, 32), BC=(32, 64), num_warps=(4, 8), num_stages=(1,)),
     "bn_act": _ROWS,

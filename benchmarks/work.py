@@ -7,7 +7,7 @@ fewest bytes has it; parameters once, in training three times.
 from __future__ import annotations
 
 from benchmarks.limits import Work
-from cases import DwconvCase, MBConvCase, PointwiseCase, SqueezeExciteCase
+from cases import DwconvCase, MBConvCase, PointwiseCase, SqueezeExciteCase, StemCase
 from effnet_fast.models import Variant
 from effnet_fast.scaling import PLANS, convolutions, traffic
 from effnet_fast.scaling.passes import moved_elements
@@ -105,6 +105,21 @@ def head(case: PointwiseCase, mode: str, dtype: str) -> Work:
         bytes=BYTES[dtype] * (elements + weights * PARAMETER_PASSES[mode]),
         dense_flops=FLOPS_PER_MAC[mode] * pixels * weights,
         silus=SILUS[mode] * z,
+    )
+
+
+def stem(case: StemCase, mode: str, dtype: str) -> Work:
+    """Inference reads x and writes y. Training writes z and y and reads z, then reads grad_y and z
+    twice (BN's sums come first) and x; x has no gradient."""
+    x = case.n * case.c * case.h * case.w
+    y = case.n * case.out * _out(case.h, case.stride) * _out(case.w, case.stride)
+    elements = x + y if mode == "inference" else 2 * x + 7 * y
+    parameters = case.out * (case.c * case.k**2 + 4) * PARAMETER_PASSES[mode]
+    products = 1 if mode == "inference" else 2  # forward, and the gradient of the weight
+    return Work(
+        bytes=BYTES[dtype] * (elements + parameters),
+        other_flops=2 * products * y * case.c * case.k**2,
+        silus=SILUS[mode] * y,
     )
 
 

@@ -22,6 +22,7 @@
 #include "instruction_sets.h"
 #include "mbconv_bindings.h"
 #include "network_bindings.h"
+#include "stem_bindings.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -314,5 +315,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("gate", &gate);
   bind_mbconv(m);
   bind_network(m);
+  bind_stem(m);
   bind_watch(m);
 }

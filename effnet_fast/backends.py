@@ -27,6 +27,7 @@ OPS = (
     "pointwise_bn_act",
     "pointwise_bn_silu_pool",
     "squeeze_excite",
+    "stem_conv_bn_silu",
 )
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -195,6 +196,8 @@ def _kernel_reason(
         return f"the kernel is {args.kernel[0]}x{args.kernel[1]}; square and odd is supported"
     if op == "pointwise_bn_act" and not args.inference:
         return "this version has an inference kernel alone: no training, no gradients"
+    if op == "stem_conv_bn_silu":  # of any kernel, stride and layout
+        return None
     if args.stride not in (1, 2):
         return f"the stride is {args.stride}; 1 and 2 are supported"
     if not is_channels_last(x):

@@ -23,7 +23,7 @@ from .ops.mbconv import eval_op as mbconv_eval
 from .ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
 from .ops.pointwise_bn_silu_pool import apply as pointwise_bn_silu_pool
 from .ops.registration import autocast
-from .ops.stem_conv_bn_silu import eval_op as stem_conv_bn_silu_eval
+from .ops.stem_conv_bn_silu import apply as stem_conv_bn_silu
 from .reference.mbconv_staged import Layers, Settings
 from .same_padding import Conv2dSame, same_sides
 
@@ -115,33 +115,39 @@ def _padding(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
     return left, left, top, top
 
 
-def _run_depthwise(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
-    """The depthwise op with the module's own bookkeeping of its BatchNorm."""
+def _fits(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the padded x is as large as the kernel, without which PyTorch raises."""
+    left, right, top, bottom = _padding(conv, x)
+    height, width = conv.kernel_size
+    return x.shape[2] + top + bottom >= height and x.shape[3] + left + right >= width
+
+
+def _run_spatial(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
+    """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
     conv, bn = layer.conv, layer.bn
     weight, bn_weight, bn_bias, mean, var = layer.tensors
     assert weight is not None
     momentum = _count_batch(bn)
     tracked = bn.track_running_stats if bn.training else True
-    return dwconv_bn_silu(
+    tensors = (
         autocast(x), weight, bn_weight, bn_bias,
         mean if tracked else None, var if tracked else None,
-        conv.stride[0], _padding(conv, x), _uses_batch_statistics(bn), momentum, bn.eps, backend,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    rest = (_padding(conv, x), _uses_batch_statistics(bn), momentum, bn.eps, backend)
+    if layer.kind == recognition.DENSE:
+        return stem_conv_bn_silu(*tensors, conv.stride, *rest)
+    return dwconv_bn_silu(*tensors, conv.stride[0], *rest)[0]
 
 
 def _run_layer(layer: recognition.Layer, x: Tensor, backend: str) -> Tensor:
-    if layer.kind == recognition.DEPTHWISE:
-        return _run_depthwise(layer, x, backend)
+    if layer.kind != recognition.POINTWISE:
+        if not _fits(layer.conv, x):
+            return layer.module.forward_stock(x)  # raises PyTorch's own error
+        return _run_spatial(layer, x, backend)
     if not _infers(x, layer):
         return layer.module.forward_stock(x)
-    conv, bn = layer.conv, layer.bn
-    if layer.kind == recognition.DENSE:
-        return stem_conv_bn_silu_eval(
-            autocast(x), *layer.tensors,
-            conv.stride, _padding(conv, x), bn.eps, backend,
-        )  # fmt: skip
     return pointwise_bn_act_eval(
-        autocast(x), *layer.tensors, None, None, layer.silu, bn.eps, backend
+        autocast(x), *layer.tensors, None, None, layer.silu, layer.bn.eps, backend
     )
 
 

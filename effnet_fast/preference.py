@@ -27,6 +27,7 @@ class Preference(NamedTuple):
 PREFERENCES = (
     Preference("cpu", "*", ("cpu",), "measured(2 x86-64 cores, docs/benchmarks.md)"),
     Preference("cuda", "pointwise_bn_act", ("triton", "cuda"), "heuristic"),
+    Preference("cuda", "stem_conv_bn_silu", ("triton",), "heuristic"),
     Preference("cuda", "*", ("cuda", "triton"), "heuristic"),
 )
 

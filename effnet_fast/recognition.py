@@ -19,7 +19,7 @@ CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 DENSE, DEPTHWISE, POINTWISE = "dense", "depthwise", "pointwise"
 # The op that a layer of each kind is.
 OPS = {
-    DENSE: "pointwise_bn_act",
+    DENSE: "stem_conv_bn_silu",
     DEPTHWISE: "dwconv_bn_silu",
     POINTWISE: "pointwise_bn_act",
 }

@@ -31,6 +31,7 @@ from effnet_fast.triton_kernels import (
     pointwise_bn_act,
     pointwise_bn_silu_pool,
     squeeze_excite,
+    stem_conv_bn_silu,
 )
 from shapes import BlockShape, shapes_of
 
@@ -42,6 +43,8 @@ PRODUCTS = (
     "pointwise_pool_fwd_kernel",
     "pointwise_bwd_data_kernel",
     "pointwise_bwd_weight_kernel",
+    "stem_fwd_kernel",
+    "stem_bwd_weight_kernel",
 )
 # Compute capability and dtype of the images, and which kernels, None for all.
 TARGETS = {
@@ -244,6 +247,27 @@ def run_head(variant: str, batch: int, dtype: torch.dtype) -> None:
         )
 
 
+def run_stem(variant: str, batch: int, dtype: torch.dtype, training: bool) -> None:
+    """The first convolution, on meta tensors; parameters in fp32, in inference in x's dtype."""
+    stem = shapes_of(variant).stem
+    x = torch.empty(batch, 3, stem.size, stem.size, dtype=dtype, device="meta")
+    weight, bn = _vectors(stem.out_channels, 3, 3, 3), (_vectors(stem.out_channels),) * 4
+    geometry = ((2, 2), (1, 1, 1, 1))
+    if not training:
+        tensors = (t.to(dtype) for t in (weight, *bn))
+        stem_conv_bn_silu.stem_conv_bn_silu_eval(x, *tensors, *geometry, 1e-3, "triton")
+        shift = _vectors(stem.out_channels)
+        packed = packed_passes.Geometry((3, 3), 2, (1, 1))
+        packed_passes.Convolution("triton", weight.to(dtype), shift, packed)(x)
+        return
+    given = (*bn[:2], None, None)
+    z, norm = stem_conv_bn_silu.stem_conv(x, weight, *given, *geometry, 1e-3, "triton")
+    y = stem_conv_bn_silu.norm_silu(z, norm, "triton")
+    sums = stem_conv_bn_silu.norm_silu_sums(y, z, norm, "triton")
+    for means in (sums, None):
+        stem_conv_bn_silu.stem_weight_backward(y, z, norm, means, x, weight, *geometry, "triton")
+
+
 @functools.cache
 def builds_of(variant: str, dtype: torch.dtype) -> dict[Build, Any]:
     """What a network launches: inference of one image, a training step, and the ops alone."""
@@ -255,6 +279,8 @@ def builds_of(variant: str, dtype: torch.dtype) -> dict[Build, Any]:
         found |= record(functools.partial(run_ops, block, BATCHES[variant], dtype))
     for batch in (1, BATCHES[variant]):
         found |= record(functools.partial(run_head, variant, batch, dtype))
+        for training in (False, True):
+            found |= record(functools.partial(run_stem, variant, batch, dtype, training))
     return found
 
 

@@ -173,6 +173,14 @@ _STEM = (
     StemCase("oblong_padding", 2, 3, 8, 9, 7, 3, 2, (2, 2, 0, 0)),
     StemCase("same_even", 2, 3, 8, 10, 8, 3, 2, (0, 1, 0, 1)),
     StemCase("same_odd_rows", 2, 3, 8, 9, 8, 3, 2, (0, 1, 1, 1)),
+    StemCase("same_k5", 2, 3, 24, 11, 12, 5, 2, (2, 2, 1, 2)),
+    StemCase("k1", 2, 3, 20, 9, 7, 1, 2, (0, 0, 0, 0)),
+    StemCase("k7_out_gt_group", 2, 3, 40, 12, 15, 7, 2, (3, 3, 3, 3)),
+    StemCase("stride_3_four_sides", 2, 3, 8, 14, 11, 3, 3, (3, 0, 1, 4)),
+    StemCase("unread_border", 2, 3, 8, 8, 8, 3, 2, (0, 0, 0, 0)),
+    StemCase("c_gt_chain", 2, 50, 33, 6, 5),
+    StemCase("w_gt_chain", 2, 3, 12, 5, 270),
+    StemCase("h_gt_chunk", 3, 3, 12, 70, 6),
     StemCase("one_pixel", 16, 3, 8, 1, 1),
     StemCase("batch_0", 0, 3, 8, 9, 7),
     StemCase("b0", 1, 3, 32, 224, 224),
@@ -246,6 +254,15 @@ def head_of(variant: str, batch: int = 2) -> Iterator[PointwiseCase]:
     head = shapes_of(variant).head
     sizes = (batch, head.channels, head.out_channels, head.size, head.size)
     yield PointwiseCase(f"{variant}_head", *sizes)
+
+
+def stem_of(variant: str, batch: int = 1) -> StemCase:
+    s = shapes_of(variant).stem
+    pad = (s.kernel - 1) // 2
+    return StemCase(
+        f"{variant}_stem", batch, s.channels, s.out_channels, s.size, s.size, s.kernel, s.stride,
+        (pad,) * 4,
+    )  # fmt: skip
 
 
 def mbconv_of(variant: str, batch: int | None = None) -> Iterator[MBConvCase]:

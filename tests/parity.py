@@ -17,9 +17,11 @@ from cases import (
     HEAD_CASES,
     POINTWISE_CASES,
     SQUEEZE_EXCITE_CASES,
+    STEM_CASES,
     DwconvCase,
     PointwiseCase,
     SqueezeExciteCase,
+    StemCase,
     find,
 )
 from effnet_fast import _native, ops, reference
@@ -261,7 +263,28 @@ def head_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = False
     return Call("pointwise_bn_silu_pool", tensors, {"training": training})
 
 
-SAMPLES = ("dwconv_eval", "dwconv_train", "squeeze_excite", "pointwise_eval", "head_train")
+def stem_call(case: StemCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
+    """stem_conv_bn_silu on random values; z has a variance of about 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = _image((case.n, case.c, case.h, case.w), dtypes.x, generator)
+    sizes = (case.out, case.c, case.k, case.k)
+    weight = torch.randn(sizes, generator=generator) / (case.k * case.c**0.5)
+    bn = _bn(case.out, dtypes.parameters, generator)
+    options = {"stride": case.stride, "padding": case.padding, "training": training}
+    return Call(
+        "stem_conv_bn_silu", {"x": x, "weight": weight.to(dtypes.parameters), **bn}, options
+    )
+
+
+SAMPLES = (
+    "dwconv_eval",
+    "dwconv_train",
+    "squeeze_excite",
+    "stem_eval",
+    "stem_train",
+    "pointwise_eval",
+    "head_train",
+)
 
 
 def sample(name: str, dtypes: Dtypes = FP32) -> Call:
@@ -272,6 +295,8 @@ def sample(name: str, dtypes: Dtypes = FP32) -> Call:
         return pointwise_call(find(POINTWISE_CASES, "gate_residual_no_act"), dtypes)
     if name.startswith("head"):
         return head_call(find(HEAD_CASES, "c_odd"), dtypes, training=name == "head_train")
+    if name.startswith("stem"):
+        return stem_call(find(STEM_CASES, "out_odd"), dtypes, training=name == "stem_train")
     case = find(DWCONV_CASES, "c_odd")
     return dwconv_call(case, dtypes, training=name == "dwconv_train")
 

@@ -142,8 +142,10 @@ struct FoldChanArgs {    // (mean, M2) of the parts, merged in order into mean a
   int threads;
 };
 
-struct NetworkArgs;    // in network.h
-struct MBConvKernels;  // in mbconv_args.h
+struct NetworkArgs;      // in network.h
+struct MBConvKernels;    // in mbconv_args.h
+struct StemForwardArgs;  // in stem_args.h
+struct StemBackwardArgs;
 
 // A kernel returns false where it could not get its scratch memory.
 struct Kernels {
@@ -158,6 +160,8 @@ struct Kernels {
   bool (*fold_sum)(const FoldArgs&);
   bool (*fold_chan)(const FoldChanArgs&);
   bool (*network)(const NetworkArgs&);
+  bool (*stem_forward)(const StemForwardArgs&);
+  bool (*stem_backward)(const StemBackwardArgs&);
   int64_t (*network_tile_units)();  // panels of packed weights have this many units
   const MBConvKernels* mbconv;
 };

@@ -17,6 +17,8 @@ const Kernels kernels = {dwconv_forward,
                          fold_sum,
                          fold_chan,
                          network,
+                         stem_forward,
+                         stem_backward,
                          network_tile_units,
                          &mbconv_kernels};
 

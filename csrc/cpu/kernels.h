@@ -23,6 +23,8 @@ bool gate(const GateArgs& args);
 bool fold_sum(const FoldArgs& args);
 bool fold_chan(const FoldChanArgs& args);
 bool network(const NetworkArgs& args);
+bool stem_forward(const StemForwardArgs& args);
+bool stem_backward(const StemBackwardArgs& args);
 int64_t network_tile_units();
 
 }  // namespace EFFNET_ISA

@@ -38,6 +38,16 @@ void stage(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs
   });
 }
 
+// Calls f(pixel, pixel % SUMS).
+template <int SUMS, typename F>
+EFFNET_INLINE void for_pixels(int64_t pixels, const F& f) {
+  int64_t p = 0;
+  for (; p + SUMS <= pixels; p += SUMS)
+#pragma GCC unroll 8
+    for (int i = 0; i < SUMS; i++) f(p + i, i);
+  for (int i = 0; p + i < pixels; i++) f(p + i, i);
+}
+
 // Stores a panel of VECS vectors, and takes its moments where they are wanted.
 template <typename T, int VECS>
 void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t first,
@@ -51,17 +61,21 @@ void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t
       continue;
     }
     const Vec pivot = moments[first + v].begin(as_stored<T>(load(from)), fresh);
-    Vec total = {}, m2 = {};
-    for (int64_t p = 0; p < pixels; p++) {
+    // Four sums each: one of all pixels would lose digits.
+    constexpr int kSums = 4;
+    Vec totals[kSums] = {}, squares[kSums] = {};
+    for_pixels<kSums>(pixels, [&](int64_t p, int sum) {
       const Vec stored = as_stored<T>(load(from + p * VECS * kLanes));
       store_n(z + p * out + c, stored, lanes, stream);
-      total += stored - pivot;
-    }
+      totals[sum] += stored - pivot;
+    });
+    const Vec total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
     const Vec mean = total * (1.0f / static_cast<float>(pixels));
-    for (int64_t p = 0; p < pixels; p++) {
+    for_pixels<kSums>(pixels, [&](int64_t p, int sum) {
       const Vec d = as_stored<T>(load(from + p * VECS * kLanes)) - pivot - mean;
-      m2 += d * d;
-    }
+      squares[sum] += d * d;
+    });
+    const Vec m2 = (squares[0] + squares[1]) + (squares[2] + squares[3]);
     moments[first + v].take(total, m2, pixels);
   }
 }

@@ -8,6 +8,7 @@ from .mbconv import mbconv
 from .pointwise_bn_act import pointwise_bn_act
 from .pointwise_bn_silu_pool import pointwise_bn_silu_pool
 from .squeeze_excite import squeeze_excite
+from .stem_conv_bn_silu import stem_conv_bn_silu
 
 __all__ = [
     "dwconv_bn_silu",
@@ -15,4 +16,5 @@ __all__ = [
     "pointwise_bn_act",
     "pointwise_bn_silu_pool",
     "squeeze_excite",
+    "stem_conv_bn_silu",
 ]

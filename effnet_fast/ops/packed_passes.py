@@ -112,7 +112,6 @@ class Pass:
         shift = self.keep(shift)
         if self.backend == TRITON:
             self.vectors: Vectors = (None, shift, zeros, None)
-            self.norm = self.keep(torch.stack([ones, shift, zeros, ones, ones]))
         else:
             self.bn = Bn((None, shift, zeros, ones))
 
@@ -128,17 +127,20 @@ class Convolution(Pass):
 
     def __init__(self, backend: str, weight: Tensor, shift: Tensor, geometry: Geometry) -> None:
         super().__init__(backend)
-        self.weight = self.keep(weight.contiguous(memory_format=torch.channels_last))
+        self.weight = self.keep(weight.contiguous() if backend == TRITON else nhwc(weight))
         self.geometry = geometry
         self._shift(shift)
 
     def __call__(self, x: Tensor) -> Tensor:
         left, right, top, bottom = self.geometry.sides(x)
+        if self.backend == TRITON:
+            strides = (self.geometry.stride,) * 2
+            return _triton("stem_conv_bn_silu").launch_stem_fwd(
+                x, self.weight, strides, (left, right, top, bottom), bn=self.vectors
+            )[0]
         if (left, top) != (right, bottom):  # PyTorch pads alike on both sides
             x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
         z = nhwc(F.conv2d(x, self.weight, None, self.geometry.stride, (top, left)))
-        if self.backend == TRITON:
-            return _triton("bn_act").launch_bn_act_fwd(z, self.norm, True, out=z)
         return cuda_dwconv.bn_act(z, self.bn, self.backend, silu=True)
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
+from ..reference.mbconv_passes import MEAN, VAR
 from ..reference.mbconv_staged import Saved
+from ..reference.stem_conv_bn_silu import compose
 
 Inputs = tuple[Tensor | None, ...]
 # The saved inputs of an autograd Function, and the op's reference as a function of them.
@@ -49,6 +51,18 @@ def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
         )
 
     return tuple(inputs), function
+
+
+def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
+    """`Again` of StemConvBnSilu."""
+    x, weight, _, norm, bn_weight, bn_bias = ctx.saved_tensors
+    stride, padding, eps, training, _ = ctx.config
+    mean, var = (None, None) if training else (norm[MEAN], norm[VAR])
+
+    def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        return compose(x, weight, gamma, beta, mean, var, stride, padding, training, 0.0, eps)
+
+    return (x, weight, bn_weight, bn_bias), function
 
 
 def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:

@@ -1,25 +1,60 @@
-"""Dense convolution, BatchNorm and SiLU for inference: the stem.
+"""Dense convolution, BatchNorm and SiLU as one op: the stem.
 
-The convolution is torch's own, so that its last bits may depend on the number of threads; BN and
-SiLU are one in-place pass over its output. torch pads alike on both sides: for other padding x is
-copied, which the few channels of an image make cheap.
+In eval one kernel. In training the convolution writes its raw output z and yields its statistics,
+a second pass writes y; saved for backward are x, z and vectors. Backward is one pass for the sums
+of BatchNorm's gradient and one for the weight's gradient, which forms dz as it loads. The gradient
+of x, an image that rarely asks for one, is PyTorch's own; its last bits may depend on the number of
+threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native
-from .registration import address, fp32, isa_of, nhwc, register
+from .. import _native, reference
+from ..backends import OpArgs, is_channels_last, resolve
+from ..reference.arguments import Padding
+from ..reference.mbconv_passes import MEAN, NORM_ROWS, VAR
+from ..reference.stem_conv_bn_silu import check_arguments
+from . import second_derivative
+from .dwconv_bn_silu import check_values_per_channel
+from .registration import (
+    address,
+    autocast,
+    empty_nhwc,
+    fp32,
+    isa_of,
+    native_weight,
+    nhwc,
+    register,
+)
+from .statistics import update_running_statistics
+
+Ints = Sequence[int]
 
 
-def _convolve(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+def output_shape(x: Tensor, weight: Tensor, stride: Ints, padding: Ints) -> tuple[int, ...]:
+    """[N,Cout,Ho,Wo] for x [N,Cin,H,W]; padding is (left, right, top, bottom)."""
     left, right, top, bottom = padding
-    if (left, top) != (right, bottom):
-        x, left, top = F.pad(x, padding), 0, 0
-    return nhwc(F.conv2d(x, weight.to(x.dtype), None, stride, (top, left)))
+    return (
+        x.shape[0],
+        weight.shape[0],
+        (x.shape[2] + top + bottom - weight.shape[2]) // stride[0] + 1,
+        (x.shape[3] + left + right - weight.shape[3]) // stride[1] + 1,
+    )
+
+
+def _shape(x: Tensor, weight: Tensor, z: Tensor, stride: Ints, padding: Ints) -> tuple[int, ...]:
+    """The sizes of a call of a kernel."""
+    return (*x.shape, *z.shape[1:], *weight.shape[2:], *stride, padding[0], padding[2])
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.bfloat16
 
 
 def _eval_cpu(
@@ -34,37 +69,321 @@ def _eval_cpu(
     eps: float,
     backend: str,
 ) -> Tensor:
-    y = _convolve(x, weight, stride, padding)
+    y = empty_nhwc(x, output_shape(x, weight, stride, padding))
     if y.numel() == 0:
         return y
+    weight = native_weight(weight, x)
     vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
-    _native.load().bn_act(
-        isa_of(backend), y.numel() // y.shape[1], y.shape[1], y.dtype == torch.bfloat16, True,
-        y.data_ptr(), tuple(address(v) for v in vectors), eps, 0, y.data_ptr(),
-        torch.get_num_threads(),
+    _native.load().stem_eval(
+        isa_of(backend), _shape(x, weight, y, stride, padding), _is_bf16(x), _is_bf16(weight),
+        x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
+        y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _eval_fake(
+def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return empty_nhwc(x, output_shape(x, weight, *rest[4:6]))
+
+
+def _conv_cpu(
     x: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     stride: list[int],
     padding: list[int],
     eps: float,
     backend: str,
+) -> tuple[Tensor, Tensor]:
+    z = empty_nhwc(x, output_shape(x, weight, stride, padding))
+    norm = x.new_empty((len(NORM_ROWS), z.shape[1]), dtype=torch.float32)
+    if z.numel() == 0:
+        return z, norm.zero_()
+    weight = native_weight(weight, x)
+    vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
+    _native.load().stem_conv(
+        isa_of(backend), _shape(x, weight, z, stride, padding), _is_bf16(x), _is_bf16(weight),
+        x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
+        z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return z, norm
+
+
+def _conv_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    z = empty_nhwc(x, output_shape(x, weight, *rest[4:6]))
+    return z, x.new_empty((len(NORM_ROWS), z.shape[1]), dtype=torch.float32)
+
+
+def _silu_cpu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
+    y = empty_nhwc(z, z.shape)
+    if y.numel():
+        z = nhwc(z)
+        _native.load().norm_silu(
+            isa_of(backend), z.numel() // z.shape[1], z.shape[1], _is_bf16(z), z.data_ptr(),
+            norm.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def _silu_fake(z: Tensor, norm: Tensor, backend: str) -> Tensor:
+    return empty_nhwc(z, z.shape)
+
+
+def _sums_cpu(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
+    sums = _sums_fake(grad_y, z, norm, backend)
+    if z.numel() == 0:
+        return sums.zero_()
+    grad_y, z = nhwc(grad_y), nhwc(z)
+    _native.load().norm_silu_sums(
+        isa_of(backend), z.numel() // z.shape[1], z.shape[1], _is_bf16(z), grad_y.data_ptr(),
+        z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return sums
+
+
+def _sums_fake(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
+    return z.new_empty((2, z.shape[1]), dtype=torch.float32)
+
+
+def _backward_cpu(
+    grad_y: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    backend: str,
 ) -> Tensor:
-    return _convolve(x, weight, stride, padding)
+    grad = x.new_empty(weight.shape, dtype=torch.float32)
+    if z.numel() == 0:
+        return grad.zero_()
+    grad_y, z = nhwc(grad_y), nhwc(z)
+    _native.load().stem_weight_backward(
+        isa_of(backend), _shape(x, weight, z, stride, padding), _is_bf16(x), grad_y.data_ptr(),
+        z.data_ptr(), norm.data_ptr(), address(sums), x.data_ptr(), x.stride(), grad.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad
 
 
-# padding is (left, right, top, bottom).
+def _backward_fake(
+    grad_y: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    backend: str,
+) -> Tensor:
+    return x.new_empty(weight.shape, dtype=torch.float32)
+
+
+# padding is (left, right, top, bottom); norm [5,Cout] has the rows NORM_ROWS; sums [2,Cout] are
+# those of du and of du * zh, None where BatchNorm does not normalise by the batch.
+_GEOMETRY = "int[2] stride, int[4] padding"
 eval_op = register(
     "stem_conv_bn_silu_eval(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, "
-    "Tensor mean, Tensor var, int[2] stride, int[4] padding, float eps, str backend) -> Tensor",
+    f"Tensor mean, Tensor var, {_GEOMETRY}, float eps, str backend) -> Tensor",
     _eval_cpu,
     _eval_fake,
 )
+conv_op = register(
+    "stem_conv(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
+    f"Tensor? var, {_GEOMETRY}, float eps, str backend) -> (Tensor z, Tensor norm)",
+    _conv_cpu,
+    _conv_fake,
+)
+silu_op = register("norm_silu(Tensor z, Tensor norm, str backend) -> Tensor", _silu_cpu, _silu_fake)
+sums_op = register(
+    "norm_silu_sums(Tensor grad_y, Tensor z, Tensor norm, str backend) -> Tensor",
+    _sums_cpu,
+    _sums_fake,
+)
+weight_backward_op = register(
+    "stem_weight_backward(Tensor grad_y, Tensor z, Tensor norm, Tensor? sums, Tensor x, "
+    f"Tensor weight, {_GEOMETRY}, str backend) -> Tensor",
+    _backward_cpu,
+    _backward_fake,
+)
+
+
+def _grad_x(
+    grad_y: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+) -> Tensor:
+    """x's gradient, by PyTorch's own operators over dz written out."""
+    scale, shift, mean, rstd, _ = (row.reshape(1, -1, 1, 1) for row in norm)
+    u = z * scale + shift
+    s = torch.sigmoid(u)
+    du = grad_y * (s * (1 + u * (1 - s)))
+    if sums is not None:
+        means = (sums / max(1, z.numel() // z.shape[1])).reshape(2, 1, -1, 1, 1)
+        du = du - means[0] - (z - mean) * rstd * means[1]
+    left, right, top, bottom = padding
+    n, c, h, w = x.shape
+    like = empty_nhwc(x, (n, c, h + top + bottom, w + left + right))  # its values do not matter
+    grad = torch.ops.aten.convolution_backward(
+        (du * scale).to(x.dtype), like, weight.to(x.dtype), None, stride, (0, 0), (1, 1),
+        False, (0, 0), 1, (True, False, False),
+    )[0]  # fmt: skip
+    return nhwc(grad[:, :, top : top + h, left : left + w])
+
+
+class StemConvBnSilu(torch.autograd.Function):
+    """Returns (y, norm); mean and var are None in training."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        stride: Ints,
+        padding: Ints,
+        eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        z, norm = conv_op(x, weight, bn_weight, bn_bias, mean, var, stride, padding, eps, backend)
+        ctx.save_for_backward(x, weight, z, norm, bn_weight, bn_bias)
+        ctx.config = (stride, padding, eps, mean is None, backend)
+        ctx.mark_non_differentiable(norm)
+        return silu_op(z, norm, backend), norm
+
+    @staticmethod
+    @second_derivative.differentiable(second_derivative.stem_conv_bn_silu)
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, z, norm, bn_weight, bn_bias = ctx.saved_tensors
+        stride, padding, _, training, backend = ctx.config
+        need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
+        z, grad_y, sums = nhwc(z), nhwc(grad_y), None
+        if need_gamma or need_beta or training:
+            sums = sums_op(grad_y, z, norm, backend)
+        inner = sums if training else None
+        grad_x = grad_weight = None
+        if need_x:
+            grad_x = _grad_x(grad_y, z, norm, inner, x, weight, stride, padding)
+        if need_weight:
+            grad_weight = weight_backward_op(
+                grad_y, z, norm, inner, x, weight, stride, padding, backend
+            ).to(weight.dtype)
+            # PyTorch's layout of it
+            if x.numel() and (is_channels_last(x) or is_channels_last(weight)):
+                grad_weight = nhwc(grad_weight)
+        return (
+            grad_x,
+            grad_weight,
+            sums[1].to(bn_weight.dtype) if need_gamma and sums is not None else None,
+            sums[0].to(bn_bias.dtype) if need_beta and sums is not None else None,
+            *(None,) * 6,
+        )
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    training: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """The op on checked arguments and a resolved backend other than the reference."""
+    differentiable = (x, weight, bn_weight, bn_bias)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in differentiable
+    )
+    if not training and not needs_grad:
+        return eval_op(
+            x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, eps, backend
+        )
+    mean, var = (None, None) if training else (running_mean, running_var)
+    args = (x, weight, bn_weight, bn_bias, mean, var, stride, padding, eps, backend)
+    if training:
+        check_values_per_channel(output_shape(x, weight, stride, padding))
+    if needs_grad:
+        y, norm = StemConvBnSilu.apply(*args)
+    else:
+        z, norm = conv_op(*args)
+        y = silu_op(z, norm, backend)
+    if training:
+        count = y.shape[0] * y.shape[2] * y.shape[3]
+        update_running_statistics(running_mean, running_var, norm[MEAN], norm[VAR], count, momentum)
+    return y
+
+
+def stem_conv_bn_silu(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: int = 2,
+    padding: Padding = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """y = silu(bn(conv(x, weight))) in one or two passes over memory.
+
+    Args:
+        x: [N,Cin,H,W], fp32 or bf16 (fp16 too on GPUs), any strides: an image may come as a loader
+            gives it. Under autocast it is cast as a convolution's input is.
+        weight: [Cout,Cin,K,K] in x's dtype or fp32.
+        bn_weight, bn_bias: [Cout] in x's dtype or fp32, or None for 1 and 0.
+        running_mean, running_var: [Cout], updated in place when training; both may be None then.
+        stride: the same in both directions, at least 1.
+        padding: None for (K-1)//2, an int, or (left, right, top, bottom).
+        training: normalise by the batch's statistics instead of the running ones.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+        backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
+
+    Returns:
+        y [N,Cout,Ho,Wo] in x's dtype, channels_last, Ho = (H + top + bottom - K) // stride + 1.
+
+    Raises:
+        TypeError, ValueError: as `effnet_fast.reference.stem_conv_bn_silu`; ValueError for an
+            unknown backend too.
+        RuntimeError: the backend named by the caller cannot run this call, with the reason.
+
+    Source: Tan & Le (arXiv 1905.11946), table 1; Ioffe & Szegedy (arXiv 1502.03167).
+    """
+    sides = check_arguments(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, training
+    )
+    x = autocast(x)
+    others = (weight, bn_weight, bn_bias, running_mean, running_var)
+    chosen = resolve(backend, "stem_conv_bn_silu", OpArgs(x, others))
+    if chosen == "reference":
+        return reference.stem_conv_bn_silu(
+            x, weight, bn_weight, bn_bias, running_mean, running_var,
+            stride=stride, padding=sides, training=training, momentum=momentum, eps=eps,
+        )  # fmt: skip
+    return apply(
+        x, weight, bn_weight, bn_bias, running_mean, running_var,
+        (stride, stride), sides, training, momentum, eps, chosen,
+    )  # fmt: skip

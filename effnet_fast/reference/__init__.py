@@ -10,6 +10,7 @@ from effnet_fast.reference.mbconv import mbconv
 from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
 from effnet_fast.reference.pointwise_bn_silu_pool import pointwise_bn_silu_pool
 from effnet_fast.reference.squeeze_excite import squeeze_excite
+from effnet_fast.reference.stem_conv_bn_silu import stem_conv_bn_silu
 
 __all__ = [
     "dwconv_bn_silu",
@@ -17,4 +18,5 @@ __all__ = [
     "pointwise_bn_act",
     "pointwise_bn_silu_pool",
     "squeeze_excite",
+    "stem_conv_bn_silu",
 ]

@@ -77,8 +77,8 @@ depthwise       bn_bwd          dd      dddw
 depthwise       conv_bwd        io      oid
 {_STOCK_EXPAND_BACKWARD}
 """
-# This version's CPU kernels in training: blocks and head as designed, the stem as stock. What one
-# pass hands to the next (of the size of d, of e) lies in shared buffers. Lean computes e again.
+# This version's CPU kernels in training: all as designed. What one pass hands to the next (of the
+# size of d, of e) lies in shared buffers. Lean computes z1 = e again.
 _FUSED = """
 expand          convolution     eN      -
 depthwise       convolution     dN      -
@@ -127,6 +127,7 @@ _STOCK_EDGE = "edge conv_bn_silu yyyv -"
 _STOCK_EDGE_BACKWARD = "edge silu_bwd y yy\nedge bn_sums yf f\nedge bn_bwd y yyyv"
 _FAST_EDGE = "edge convolution yv -\nedge finish y -"
 _FAST_EDGE_BACKWARD = "edge bn_silu_bwd y yyv"
+_FUSED_STEM, _FUSED_STEM_BACKWARD = "edge convolution yV -\nedge finish y -", "edge backward - yyV"
 # The head's output ends in the pool, whose gradient has its size; the classifier keeps its input
 # and dropout's mask. The stem's input needs no gradient.
 _POOL, _POOL_BACKWARD = "edge pool_dropout fcc fy", "edge pool_bwd y cc"
@@ -167,6 +168,8 @@ def _training(block: str, backward: str, edge: str, edge_backward: str) -> Plan:
 def _fused_training(block: str, backward: str) -> Plan:
     return replace(
         _training(block, backward, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
+        stem=_steps(_FUSED_STEM),
+        stem_backward=_steps(_FUSED_STEM_BACKWARD),
         head=_steps(_FUSED_HEAD),
         head_backward=_steps(_FUSED_HEAD_BACKWARD),
         shared=True,

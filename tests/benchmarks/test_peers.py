@@ -14,7 +14,7 @@ from benchmarks import op_contests, peers
 from benchmarks.contest import OURS, UnavailableError
 from benchmarks.network_contests import Case
 from benchmarks.peers import PEERS, Peer, Runner, network_step
-from cases import dwconv_of, head_of, mbconv_of, pointwise_of, squeeze_excite_of
+from cases import dwconv_of, head_of, mbconv_of, pointwise_of, squeeze_excite_of, stem_of
 from effnet_fast import recognition
 
 SMALL = Case("b0", 2, 64)
@@ -168,6 +168,7 @@ OPS = [
     (op_contests.pointwise, list(pointwise_of("b0", 1))[5]),
     (op_contests.head, next(head_of("b0", 2))),
     (op_contests.mbconv, list(mbconv_of("b0", 1))[2]),
+    (op_contests.stem, stem_of("b0")),
 ]
 
 

@@ -23,6 +23,7 @@
 #include "mbconv_depthwise.h"
 #include "network_problem.h"
 #include "problem.h"
+#include "stem.h"
 
 using namespace effnet;
 using namespace effnet::driver;
@@ -366,6 +367,9 @@ int main(int argc, char** argv) {
     test_network(DType::kFloat32, false, false, threads);
     test_network(DType::kBFloat16, isa == "avx512_bf16", amx, threads);
   }
+  for (DType dtype : kDTypes)
+    for (int threads : kThreads) test_stem(dtype, dtype, threads);
+  test_stem(DType::kBFloat16, DType::kFloat32, 2);
   std::printf("%s: %d of %d tensors are wrong\n", argv[1], failures, comparisons);
   return failures ? 1 : 0;
 }

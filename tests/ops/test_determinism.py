@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import mbconv_blocks
@@ -29,7 +28,6 @@ from cases import (
     find,
 )
 from effnet_fast import ops
-from effnet_fast.ops import stem_conv_bn_silu
 from parity import (
     BACKENDS,
     BF16,
@@ -39,12 +37,12 @@ from parity import (
     Call,
     Dtypes,
     assert_same,
-    channels_last,
     dwconv_call,
     pointwise_call,
     run,
     sample,
     squeeze_excite_call,
+    stem_call,
     with_gradients,
 )
 
@@ -88,13 +86,7 @@ def mbconv_eval(case: MBConvCase, dtypes: Dtypes, backend: str) -> Tensor:
 
 
 def stem_eval(case: StemCase, dtypes: Dtypes, backend: str) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.n, case.c, case.h, case.w, generator=generator).to(dtypes.x)
-    weight = torch.randn(case.out, case.c, case.k, case.k, generator=generator) / case.k
-    vectors = torch.rand(4, case.out, generator=generator) + 0.25
-    options = ([case.stride] * 2, list(case.padding), 1e-3, backend)
-    tensors = (tensor.to(dtypes.parameters) for tensor in (weight, *vectors))
-    return stem_conv_bn_silu.eval_op(channels_last(x), *tensors, *options)
+    return run(stem_call(case, dtypes), backend, wanted=())["y"]
 
 
 EVALUATIONS = [
@@ -114,7 +106,7 @@ def test_inference_on_any_number_of_threads(
     function: Evaluation, case: Any, dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but torch's own products, which add up as their threads divide the work."""
-    for module, name in ((torch, "mm"), (torch, "bmm"), (F, "conv2d")):
+    for module, name in ((torch, "mm"), (torch, "bmm")):
         monkeypatch.setattr(module, name, on_one_thread(getattr(module, name)))
     expected = function(case, dtypes, "cpu")
     for threads in (2, 3, 4):
@@ -213,6 +205,15 @@ def test_squeeze_excite_writes_every_element(
     for wanted in (None, ()):
         for name, tensor in run(call, backend, wanted=wanted).items():
             assert tensor.isfinite().all(), name
+
+
+@ANY_BACKEND
+@ANY_DTYPE
+@pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.parametrize("case", STEM_CASES)
+def test_stem_writes_every_element(case: StemCase, dtypes: Dtypes, backend: str) -> None:
+    for name, tensor in run(stem_call(case, dtypes, True), backend).items():
+        assert tensor.isfinite().all(), name
 
 
 @ANY_BACKEND

@@ -30,7 +30,7 @@ ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
 DIFFERENTIABLE = pytest.mark.parametrize("name", [n for n in SAMPLES if n != "pointwise_eval"])
-IMAGES = pytest.mark.parametrize("name", SAMPLES[:3])  # differentiable, with an image as output
+IMAGES = pytest.mark.parametrize("name", SAMPLES[:5])  # differentiable, with an image as output
 
 
 def _inside(x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
@@ -91,6 +91,10 @@ def test_input_strides_that_are_refused(name: str, layout: str, dtypes: Dtypes) 
     call = sample(name, dtypes)
     call = call.with_tensors(x=REFUSED[layout](call.x))
     wanted = with_gradients(call)
+    if name.startswith("stem"):  # an image may come as it is
+        dense = call.with_tensors(x=channels_last(call.x))
+        assert_same(run(call, "cpu", wanted=wanted), run(dense, "cpu", wanted=wanted))
+        return
     hint = r"strides .*channels_last: x\.contiguous\(memory_format=torch\.channels_last\)"
     with pytest.raises(RuntimeError, match=rf"'cpu' cannot run {call.op}: x has {hint}"):
         run(call, "cpu", wanted=wanted)

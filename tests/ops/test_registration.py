@@ -26,12 +26,16 @@ SAMPLE_OF = {
     "excite": "squeeze_excite",
     "mbconv_eval": "dwconv_eval",
     "move_statistics": "dwconv_train",
+    "norm_silu": "stem_train",
+    "norm_silu_sums": "stem_train",
     "pointwise_bn_act_eval": "pointwise_eval",
     "pointwise_bn_silu_pool_backward": "head_train",
     "pointwise_bn_silu_pool_eval": "head_train",
     "squeeze_excite": "squeeze_excite",
     "squeeze_excite_backward": "squeeze_excite",
-    "stem_conv_bn_silu_eval": "dwconv_eval",
+    "stem_conv": "stem_train",
+    "stem_conv_bn_silu_eval": "stem_eval",
+    "stem_weight_backward": "stem_train",
 }
 PASSES_OF_MBCONV = [f"mbconv_{name}" for name in PASSES if name != "excite"]
 PADDING = (2, 2, 2, 2)  # of the sample's 5x5 kernel
@@ -48,16 +52,30 @@ def test_every_op_is_here() -> None:
     assert registered_ops() == set(SAMPLE_OF) | set(PASSES_OF_MBCONV)
 
 
+def stem_arguments(op: str, x: Tensor, others: list[Any]) -> tuple[Any, ...]:
+    geometry = ((2, 2), (0, 1, 0, 1))
+    if op == "stem_conv_bn_silu_eval":
+        return (x, *others, *geometry, 1e-5, "cpu")
+    given = (x, *others[:3], None, None, *geometry, 1e-5, "cpu")
+    if op == "stem_conv":
+        return given
+    z, norm = torch.ops.effnet_fast.stem_conv(*given)
+    if op == "norm_silu":
+        return (z, norm, "cpu")
+    sums = torch.ops.effnet_fast.norm_silu_sums(z, z, norm, "cpu")
+    if op == "norm_silu_sums":
+        return (z, z, norm, "cpu")
+    return (z, z, norm, sums, x, others[0], *geometry, "cpu")
+
+
 def arguments(op: str, call: Call) -> tuple[Any, ...]:
     """The op's positional arguments for a call, what earlier ops compute included."""
     tensors = call.tensors
     x, others = call.x, list(tensors.values())[1:]
     if op == "dwconv_bn_silu_eval":
         return (x, *others, 1, PADDING, 1e-5, "cpu")
-    if op == "stem_conv_bn_silu_eval":
-        channels = (x.shape[1] + 1, x.shape[1], 3, 3)
-        vectors = [None if v is None else v.repeat(2)[: channels[0]] for v in others[1:]]
-        return (x, others[0].new_ones(channels), *vectors, (2, 2), (0, 1, 0, 1), 1e-5, "cpu")
+    if call.op == "stem_conv_bn_silu":
+        return stem_arguments(op, x, others)
     if op == "mbconv_eval":
         c = x.shape[1]
         expand = [others[0].new_ones(c, c, 1, 1), *others[1:]]

@@ -151,6 +151,8 @@ def stock_under_autocast(call: Call) -> Tensor:
         z = F.conv2d(x * t["gate"], t["weight"])
     elif call.op == "pointwise_bn_silu_pool":
         z = F.conv2d(x, t["weight"])
+    elif call.op == "stem_conv_bn_silu":
+        z = F.conv2d(x, t["weight"], stride=2, padding=1)
     else:
         z = F.conv2d(x, t["weight"], padding=2, groups=x.shape[1])
     bn = (t["running_mean"].clone(), t["running_var"].clone(), t["bn_weight"], t["bn_bias"])

@@ -15,20 +15,16 @@ from cases import (
     MBCONV_CASES,
     POINTWISE_CASES,
     SQUEEZE_EXCITE_CASES,
-    STEM_CASES,
     MBConvCase,
     find,
 )
-from effnet_fast import reference
 from effnet_fast.ops.mbconv import eval_op as mbconv_eval
-from effnet_fast.ops.stem_conv_bn_silu import eval_op as stem_eval
 from parity import (
     FP32,
     MODES,
     Dtypes,
     assert_parity,
     assert_same,
-    channels_last,
     check,
     head_call,
     pointwise_call,
@@ -75,26 +71,6 @@ def test_squeeze_excite_without_biases_is_deterministic() -> None:
     call = squeeze_excite_call(find(SQUEEZE_EXCITE_CASES, "c_odd"))
     call = call.with_tensors(reduce_bias=None, expand_bias=None)
     assert_same(check(call, "triton"), run(call, "triton"))
-
-
-@pytest.mark.parametrize("name", ["out_odd", "same_even", "one_pixel", "batch_0"])
-def test_stem(name: str) -> None:
-    case = find(STEM_CASES, name)
-    x = channels_last(torch.randn(case.n, case.c, case.h, case.w))
-    tensors = [torch.randn(case.out, case.c, case.k, case.k), *torch.rand(4, case.out)]
-    sizes = ([case.stride] * 2, list(case.padding), 1e-3)
-
-    def stock(dtype: torch.dtype) -> torch.Tensor:
-        left, right, top, bottom = case.padding
-        wide, weight, *bn = (t.to(dtype) for t in (x, *tensors))
-        wide = torch.nn.functional.pad(wide, (left, right, top, bottom))
-        z = torch.nn.functional.conv2d(wide, weight, None, case.stride)
-        z = channels_last(z)
-        u = reference.arguments.batch_norm(z, *bn, False, 0.1, 1e-3)
-        return torch.nn.functional.silu(u)
-
-    results = stem_eval(x, *tensors, *sizes, "triton"), stock(x.dtype), stock(torch.float64)
-    assert_parity(*({"y": y} for y in results), x.dtype)
 
 
 @pytest.mark.parametrize("dtypes", [FP32, FP16], ids=str)

@@ -1,0 +1,118 @@
+"""Dense convolution, batch normalisation and SiLU, in eager PyTorch: the stem.
+
+Source: Tan & Le (arXiv 1905.11946), table 1; BN: Ioffe & Szegedy (arXiv 1502.03167).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_fast.reference.arguments import (
+    Padding,
+    Sides,
+    batch_norm,
+    check_batch_norm,
+    check_image,
+    check_tensor,
+    resolve_padding,
+)
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stride: int,
+    padding: Padding,
+    training: bool,
+) -> tuple[int, int, int, int]:
+    """Raises as `stem_conv_bn_silu` says; returns the padding as (left, right, top, bottom)."""
+    check_image(x)
+    check_tensor("weight", weight, x.device)
+    channels, kernel = x.shape[1], weight.shape[-1] if weight.dim() == 4 else 0
+    if kernel < 1 or weight.shape[0] < 1 or weight.shape[1:] != (channels, kernel, kernel):
+        raise ValueError(
+            f"weight must be [Cout,Cin,K,K] with Cin = {channels} as in x, got {list(weight.shape)}"
+        )
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride must be an int of at least 1, got {stride!r}")
+    check_batch_norm(
+        x.device, weight.shape[0], bn_weight, bn_bias, running_mean, running_var, training
+    )
+    left, right, top, bottom = resolve_padding(padding, kernel)
+    padded = (x.shape[2] + top + bottom, x.shape[3] + left + right)
+    if min(padded) < kernel:
+        raise ValueError(
+            f"the padded input {list(padded)} is smaller than the {kernel}x{kernel} kernel"
+        )
+    return left, right, top, bottom
+
+
+def stem_conv_bn_silu(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: int = 2,
+    padding: Padding = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """y = silu(bn(conv(x, weight))).
+
+    Args:
+        x: [N,Cin,H,W], any floating dtype and layout.
+        weight: [Cout,Cin,K,K], cast to x's dtype.
+        bn_weight, bn_bias: [Cout], or None for 1 and 0.
+        running_mean, running_var: [Cout], updated in place when training; both may be None then.
+        stride: the same in both directions, at least 1.
+        padding: None for (K-1)//2, an int, or (left, right, top, bottom).
+        training: normalise by the batch's statistics instead of the running ones.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+
+    Returns:
+        y [N,Cout,Ho,Wo] in x's dtype, Ho = (H + top + bottom - K) // stride + 1, Wo likewise.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor, or a padding of another type.
+        ValueError: a shape, stride or padding out of range, a kernel larger than the padded
+            input, running statistics missing outside training, or one value per channel in it.
+    """
+    sides = check_arguments(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, training
+    )
+    bn = (bn_weight, bn_bias, running_mean, running_var)
+    return compose(x, weight, *bn, (stride, stride), sides, training, momentum, eps)
+
+
+def compose(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    stride: Sequence[int],
+    padding: Sides,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """`stem_conv_bn_silu` unchecked, of weights [Cout,Cin,Kh,Kw] and strides over H and W."""
+    left, right, top, bottom = padding
+    if (left, top) != (right, bottom):
+        x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
+    z = F.conv2d(x, weight.to(x.dtype), None, tuple(stride), (top, left))
+    u = batch_norm(z, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    return F.silu(u)
