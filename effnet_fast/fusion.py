@@ -22,7 +22,7 @@ from .ops.mbconv import apply as mbconv
 from .ops.mbconv import eval_op as mbconv_eval
 from .ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
 from .ops.pointwise_bn_silu_pool import apply as pointwise_bn_silu_pool
-from .ops.registration import autocast
+from .ops.registration import autocast, autocasts
 from .ops.stem_conv_bn_silu import apply as stem_conv_bn_silu
 from .reference.mbconv_staged import Layers, Settings
 from .same_padding import Conv2dSame, same_sides
@@ -116,7 +116,9 @@ def _padding(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _fits(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether the padded x is as large as the kernel, without which PyTorch raises."""
+    """Whether PyTorch takes x: of the weight's dtype, and with padding as large as the kernel."""
+    if x.dtype is not conv.weight.dtype and not autocasts(x):
+        return False
     left, right, top, bottom = _padding(conv, x)
     height, width = conv.kernel_size
     return x.shape[2] + top + bottom >= height and x.shape[3] + left + right >= width

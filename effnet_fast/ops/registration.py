@@ -101,9 +101,14 @@ def native_weight(weight: Tensor, x: Tensor) -> Tensor:
     return weight if weight.is_contiguous() else weight.contiguous()
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(x: Tensor) -> Tensor:
     """x as a convolution under autocast would take it; x itself outside of autocast."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(x) or x.dtype == torch.float64:
         return x
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -61,7 +61,7 @@ for arguments in json.load(sys.stdin):
 def test_benchmarks_of_a_dry_run_exist(tmp_path: Path) -> None:
     """Every pytest step selects something, with options that pytest knows."""
     steps = [step for step in gpu.STEPS if "pytest" in step.command]
-    assert len(steps) == 18
+    assert len(steps) == 19
     arguments = [gpu._words(step, tmp_path, "abc")[3:] for step in steps]
     done = subprocess.run(
         [sys.executable, "-c", COLLECT],

@@ -88,7 +88,7 @@ def test_absent_vectors(absent: list[str], training: bool) -> None:
 
 def test_momentum_and_eps() -> None:
     call = head_call(case("c_odd"), training=True)
-    for momentum, eps in ((0.01, 1e-3), (0.5, 0.5)):
+    for momentum, eps in ((0.01, 1e-3), (0.5, 0.5), (1.0, 1e-5)):
         check(call.with_options(momentum=momentum, eps=eps), "cpu")
 
 

@@ -240,7 +240,7 @@ def test_contestants_take_gradients_only_in_training(training: bool) -> None:
         with profile(activities=[ProfilerActivity.CPU]) as record:
             call()
         steps[plan] = {event.key for event in record.key_averages()}
-        assert ("ConvolutionBackward0" in steps[plan]) == training
+        assert any("Backward" in key for key in steps[plan]) == training
     assert "aten::convolution" in steps["stock"]
     assert not any(key.startswith("effnet_fast::") for key in steps["stock"])
     if training:
