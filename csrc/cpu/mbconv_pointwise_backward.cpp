@@ -10,9 +10,8 @@
 // Tiling:   a task owns a group of images, or a part of one, and a weight gradient of its own; it
 //           goes through chunks of a few dozen pixels, whose operands are formed once, in the order
 //           of addresses, into panels in the L2 cache that serve all products
-// Bytes:    project: grad_y, z3, z2 once, e once; expand: f, z1, x, residual once, dx once; there
-// is
-//           no f for the head
+// Bytes:    project: grad_y, z3, z2 once, e once; expand: f, z1, x, residual once, dx once;
+//           the head has no f
 // FLOPs:    4 * C * out per pixel, about 30 per element of z2
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
 // Truth:    effnet_fast/reference/mbconv_passes.py (project_backward, expand_backward),

@@ -62,7 +62,8 @@ def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:
         h = model._prepared(x)
         for layer in layers:
             h = layer(h)
-        pooled = fusion.run_pooled(head, h)
+        # A layer's hook may have changed the head.
+        pooled = fusion.run_pooled(head, h) if pooled_layer(model) is head else None
     if pooled is None:
         with model._execution():
             h = head(h)

@@ -107,15 +107,22 @@ def _flat(layers: Layers) -> tuple[Any, ...]:
     return (*(layers.expand or _NO_LAYER), *layers.depthwise, *layers.squeeze, *layers.project)
 
 
-def _without_moving(layers: Layers, training: tuple[bool, bool, bool]) -> tuple[Any, ...]:
-    """The flat list without the running statistics that training moves: backward reads none."""
-    modes = zip(
-        (layers.expand or _NO_LAYER, layers.depthwise, layers.project), training, strict=True
-    )
+def _without_statistics(layers: Layers) -> tuple[Any, ...]:
+    """The flat list without running statistics, which may move before backward: it reads norms."""
     expand, depthwise, project = (
-        (*layer[:3], None, None) if moves else tuple(layer) for layer, moves in modes
+        (*layer[:3], None, None)
+        for layer in (layers.expand or _NO_LAYER, layers.depthwise, layers.project)
     )
     return (*expand, *depthwise, *layers.squeeze, *project)
+
+
+def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
+    """The gradient in the shape and dtype of its tensor."""
+    if grad is None:
+        return None
+    if grad.shape != tensor.shape:
+        grad = grad.reshape(tensor.shape)
+    return grad if grad.dtype is tensor.dtype else grad.to(tensor.dtype)
 
 
 def _needs(flags: tuple[bool, ...]) -> Needs:
@@ -152,7 +159,7 @@ class MBConv(torch.autograd.Function):
         y, saved = forward(passes(backend), x, row_scale, _layers(tensors), settings)
         if memory == "lean":
             saved = saved._replace(z1=None)
-        ctx.save_for_backward(*saved, *_without_moving(_layers(tensors), settings.training))
+        ctx.save_for_backward(*saved, *_without_statistics(_layers(tensors)))
         ctx.config = (settings, backend)
         norms = (saved.norm1, saved.norm2, saved.norm3)
         ctx.mark_non_differentiable(*(norm for norm in norms if norm is not None))
@@ -173,11 +180,7 @@ class MBConv(torch.autograd.Function):
             )
         none = (None, None)
         flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.squeeze, *grads.project)
-        cast = (
-            None if grad is None else grad.reshape(tensor.shape).to(tensor.dtype)
-            for grad, tensor in zip((*flat, *none), tensors[count:], strict=True)
-        )  # fmt: skip
-        return grads.x, None, None, None, None, *cast
+        return grads.x, None, None, None, None, *map(_like, (*flat, *none), tensors[count:])
 
 
 def _check_values_per_channel(x: Tensor, layers: Layers, settings: Settings) -> None:

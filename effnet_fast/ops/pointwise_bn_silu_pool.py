@@ -157,9 +157,8 @@ class PointwiseBnSiluPool(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         y, *saved = _forward(x, weight, bn_weight, bn_bias, mean, var, training, eps, backend)
-        if training:  # backward reads no running statistics, and they move
-            mean = var = None
-        ctx.save_for_backward(x, weight, bn_weight, bn_bias, mean, var, *saved)
+        # No running statistics, which may move before backward: it reads norm.
+        ctx.save_for_backward(x, weight, bn_weight, bn_bias, *saved)
         ctx.config = (training, eps, backend)
         norm = saved[1]
         ctx.mark_non_differentiable(norm)
@@ -168,7 +167,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.pointwise_bn_silu_pool)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bn_weight, bn_bias, _, _, z, norm, slopes = ctx.saved_tensors
+        x, weight, bn_weight, bn_bias, z, norm, slopes = ctx.saved_tensors
         training, _, backend = ctx.config
         needs = ctx.needs_input_grad
         q = dense(grad_y, torch.float32) / (z.shape[2] * z.shape[3])

@@ -109,6 +109,6 @@ def autocasts(x: Tensor) -> bool:
 
 def autocast(x: Tensor) -> Tensor:
     """x as a convolution under autocast would take it; x itself outside of autocast."""
-    if not autocasts(x) or x.dtype == torch.float64:
+    if not autocasts(x) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

@@ -42,8 +42,9 @@ def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of PointwiseBnSiluPool."""
-    *inputs, mean, var, _, _, _ = ctx.saved_tensors
+    *inputs, _, norm, _ = ctx.saved_tensors
     training, eps, _ = ctx.config
+    mean, var = (None, None) if training else (norm[MEAN], norm[VAR])
 
     def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         return reference.pointwise_bn_silu_pool(
@@ -78,18 +79,19 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     settings, _ = ctx.config
     config = MBConvConfig(settings.stride, settings.padding, settings.residual, settings.eps)
 
-    def layer(tensors: tuple[Any, ...], training: bool) -> ConvParams:
+    def layer(tensors: tuple[Any, ...], norm: Tensor | None, training: bool) -> ConvParams:
         # In training the second run must not move the running statistics.
-        return ConvParams(*tensors[:3], *((None, None) if training else tensors[3:]))
+        statistics = (None, None) if training or norm is None else (norm[MEAN], norm[VAR])
+        return ConvParams(*tensors[:3], *statistics)
 
     def function(x: Tensor, *others: Any) -> Tensor:
         tensors = others[4:]
         modes = settings.training
         params = MBConvParams(
-            None if tensors[0] is None else layer(tensors[:5], modes[0]),
-            layer(tensors[5:10], modes[1]),
+            None if tensors[0] is None else layer(tensors[:5], saved.norm1, modes[0]),
+            layer(tensors[5:10], saved.norm2, modes[1]),
             SqueezeExciteParams(*tensors[10:14]),
-            layer(tensors[14:], modes[2]),
+            layer(tensors[14:], saved.norm3, modes[2]),
         )
         return reference.mbconv(x, params, config, training=modes, row_scale=saved.row_scale)
 

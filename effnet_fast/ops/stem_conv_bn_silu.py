@@ -9,6 +9,7 @@ threads.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -235,10 +236,12 @@ def _grad_x(
     left, right, top, bottom = padding
     n, c, h, w = x.shape
     like = empty_nhwc(x, (n, c, h + top + bottom, w + left + right))  # its values do not matter
-    grad = torch.ops.aten.convolution_backward(
-        (du * scale).to(x.dtype), like, weight.to(x.dtype), None, stride, (0, 0), (1, 1),
-        False, (0, 0), 1, (True, False, False),
-    )[0]  # fmt: skip
+    exact = torch.backends.cudnn.flags(deterministic=True, allow_tf32=False)
+    with exact if x.is_cuda else contextlib.nullcontext():
+        grad = torch.ops.aten.convolution_backward(
+            (du * scale).to(x.dtype), like, weight.to(x.dtype), None, stride, (0, 0), (1, 1),
+            False, (0, 0), 1, (True, False, False),
+        )[0]  # fmt: skip
     return nhwc(grad[:, :, top : top + h, left : left + w])
 
 

@@ -198,6 +198,13 @@ void test_dwconv(DType dtype, DType weight_dtype, int threads) {
   }
 }
 
+// As test_streams.
+void test_depthwise_streams(int threads) {
+  const Problem problem({1, 96, 120, 120, 3, 1, 1, 1, 1, 1}, DType::kFloat32, DType::kFloat32);
+  context = "depthwise 1x120x120x96";
+  test_depthwise(problem, true, kEverything, threads);
+}
+
 const PlaneShape kPlanes[] = {{2, 3, 5}, {1, 37, 11}, {3, 16, 1}, {1, 9, 1030}, {2, 200, 49}};
 
 void test_planes(const PlaneShape& s, DType dtype, int threads) {
@@ -363,6 +370,10 @@ int main(int argc, char** argv) {
       }
     }
   test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
+  if (isa == "avx512") {
+    test_streams(2);
+    test_depthwise_streams(2);
+  }
   for (int threads : kNetworkThreads) {
     test_network(DType::kFloat32, false, false, threads);
     test_network(DType::kBFloat16, isa == "avx512_bf16", amx, threads);

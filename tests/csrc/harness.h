@@ -36,12 +36,13 @@ inline float from_bf16(uint16_t half) {
   return v;
 }
 
-// Elements of one dtype in a heap block of exactly their size; NaN until set.
+// Elements of one dtype in a heap block of exactly their size, as torch aligns them where they are
+// many; NaN until set.
 class Tensor {
  public:
   Tensor(int64_t size, DType dtype = DType::kFloat32)
       : size_(size), dtype_(dtype), bytes_(size * (dtype == DType::kFloat32 ? 4 : 2)) {
-    data_ = std::malloc(bytes_);
+    data_ = bytes_ < 1 << 20 ? std::malloc(bytes_) : std::aligned_alloc(64, bytes_);
     for (int64_t i = 0; i < size; i++) set(i, std::numeric_limits<double>::quiet_NaN());
   }
   Tensor(int64_t size, DType dtype, double low, double high) : Tensor(size, dtype) {

@@ -275,6 +275,15 @@ inline void test_elementwise(const Pixels& p, DType dtype, bool added, int threa
   expect("sums of du", summed(two, p.n, parts, 2 * p.c), two_exact, p.hw);
 }
 
+// Images so large that results go past the caches.
+inline void test_streams(int threads) {
+  context = "mbconv 1x14400x96";
+  const DType dtype = DType::kFloat32;
+  for (bool moments : {false, true})
+    test_pointwise_forward({1, 14400, 4, 96}, dtype, false, moments, threads);
+  test_project_backward({1, 14400, 96, 4}, dtype, kEverything, threads);
+}
+
 inline void test_mbconv(DType dtype, int threads) {
   for (const Pixels& p : kPixels) {
     context = "mbconv " + std::to_string(p.n) + "x" + std::to_string(p.hw) + "x" +

@@ -234,3 +234,17 @@ def test_gradients_accumulate() -> None:
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
     for name, parameter in models.actual.named_parameters():
         torch.testing.assert_close(parameter.grad, 2 * once[f"grad {name}"], rtol=1e-4, atol=1e-5)
+
+
+def test_backward_after_statistics_moved() -> None:
+    """Backward uses the statistics of its forward, whatever a training step has made of them."""
+    model = pair().actual
+    gradients = []
+    for step in (None, random_images(2, 65, seed=1)):
+        y = model.eval()(random_images(2, 65))
+        if step is not None:
+            model.train()(step)
+        model.zero_grad()
+        y.square().sum().backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

@@ -119,7 +119,12 @@ def test_taken_in_every_state(state: str, taken: list[tuple[bool, str]]) -> None
 def test_frozen_features_with_a_classifier_in_training(taken: list[tuple[bool, str]]) -> None:
     """Linear probing: nothing of the head is kept for backward."""
     model = pair().actual.freeze().train()
-    model(random_images(IMAGES, 48)).sum().backward()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dim()) or t, lambda t: t):
+        y = model(random_images(IMAGES, 48))
+    y.sum().backward()
+    assert kept
+    assert 4 not in kept
     assert taken == [(False, "cpu")]
     assert model.features[8][0].weight.grad is None
     assert model.classifier[1].weight.grad is not None

@@ -225,6 +225,17 @@ WRONG: dict[str, tuple[Callable[[nn.Module], object], Callable[[Tensor], Tensor]
 
 
 @MODES
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_integers_under_autocast_raise_what_stock_raises(
+    training: bool, dtype: torch.dtype
+) -> None:
+    models = pair().train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = raised(models.stock, X.to(dtype))
+        assert raised(models.actual, X.to(dtype)) == expected
+
+
+@MODES
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_inputs_raise_what_stock_raises(name: str, training: bool) -> None:
     change, spoil = WRONG[name]

@@ -245,3 +245,12 @@ def test_auto_takes_the_kernels() -> None:
         assert not torch.equal(results[-1]["grad weight"], run(call)["grad weight"])
     assert_same(results[0], results[1])
     assert_same(results[2], results[3])
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+def test_strides_of_grad_y(layout: str) -> None:
+    call = head_call(case("c_odd"), training=True)
+    y = run(call, "cpu", wanted=())["y"]
+    grad_y = random_like(y[:1]).expand_as(y) if layout == "expanded" else random_like(y.t()).t()
+    dense = run(call, "cpu", grad_y=grad_y.contiguous())
+    assert_same(run(call, "cpu", grad_y=grad_y), dense)
