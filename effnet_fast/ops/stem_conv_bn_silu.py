@@ -215,6 +215,13 @@ weight_backward_op = register(
 )
 
 
+def _exact_cudnn(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """cuDNN without TF32 and always alike for an x on its devices; a compiler follows no flags."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return torch.backends.cudnn.flags(deterministic=True, allow_tf32=False)
+    return contextlib.nullcontext()
+
+
 def _grad_x(
     grad_y: Tensor,
     z: Tensor,
@@ -236,8 +243,7 @@ def _grad_x(
     left, right, top, bottom = padding
     n, c, h, w = x.shape
     like = empty_nhwc(x, (n, c, h + top + bottom, w + left + right))  # its values do not matter
-    exact = torch.backends.cudnn.flags(deterministic=True, allow_tf32=False)
-    with exact if x.is_cuda else contextlib.nullcontext():
+    with _exact_cudnn(x):
         grad = torch.ops.aten.convolution_backward(
             (du * scale).to(x.dtype), like, weight.to(x.dtype), None, stride, (0, 0), (1, 1),
             False, (0, 0), 1, (True, False, False),
