@@ -7,7 +7,7 @@
 #include <cstdlib>
 
 #include "cpu/kernels.h"
-#include "cpu/network_layers.h"
+#include "cpu/network_stem.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -72,7 +72,7 @@ class Network {
       if (early_blocks_ == i && 2 * words <= floats_of<T>(h * w * layer.channels)) early_blocks_++;
     }
     pixels_ = h * w;
-    take_narrow(0, stem_.pixels(), args.stem->out_channels);
+    if (!joins_stem()) take_narrow(0, stem_.pixels(), args.stem->out_channels);
     for (int64_t i = 0; i < args.block_count; i++) {
       const BlockLayer& layer = args.blocks[i];
       const BlockShape& shape = shapes[i];
@@ -113,6 +113,12 @@ class Network {
  private:
   // Whether tensor i, the input of block i, is what the early blocks leave for the late ones.
   bool is_boundary(int64_t i) const { return i == early_blocks_ && early_blocks_ > 0; }
+
+  // Whether the first block forms the stem's rows as it reads them, and nothing else sees them.
+  bool joins_stem() const {
+    if (args_.block_count == 0 || args_.stem_tap >= 0) return false;
+    return !args_.blocks[0].expands && !args_.blocks[0].residual;
+  }
 
   void take_narrow(int64_t i, int64_t pixels, int64_t channels) {
     int64_t& most = is_boundary(i) ? boundary_.stride : (i < early_blocks_ ? early_ : late_).narrow;
@@ -171,9 +177,10 @@ class Network {
   void run_blocks(int64_t begin, int64_t end, int64_t first, int64_t count, int64_t slot, Team team,
                   int64_t thread) const {
     const BlockMemory<T> at = memory(begin < early_blocks_ ? early_ : late_, slot, thread);
-    if (begin == 0) {
+    float* const scratch = at.ring + ring_ + offsets_ + means_;
+    const StemRows<T> stem(args_, stem_, scratch);
+    if (begin == 0 && !joins_stem()) {
       const Images<T> y = narrow(0, first, count, slot);
-      float* const scratch = at.ring + ring_ + offsets_ + means_;
       run_stem(args_, stem_, first, y, scratch, team);
       team.wait();
       tap(args_.stem_tap, args_.stem->out_channels, stem_.pixels(), y, first, team);
@@ -182,7 +189,8 @@ class Network {
       const BlockLayer& layer = args_.blocks[i];
       const BlockShape& shape = shapes_[i];
       const Images<T> x = narrow(i, first, count, slot), y = narrow(i + 1, first, count, slot);
-      run_filter(layer, shape, x, at, args_.l2, args_.amx, team);
+      run_filter(layer, shape, x, at, args_.l2, args_.amx, team,
+                 i == 0 && joins_stem() ? &stem : nullptr, first);
       team.wait();
       run_excite(layer, shape, count, at, team);
       team.wait();

@@ -33,14 +33,18 @@ float dot(const float* a, const float* b, int64_t n) {
 Vec gate_of(const BlockLayer& layer, const float* hidden, int64_t unit, int part) {
   const int64_t r = layer.squeeze_channels;
   const float* weight = layer.excite_weight + unit * r * kUnit + part * kLanes;
-  Vec even = load(layer.excite_bias + unit * kUnit + part * kLanes), odd = {};
-  int64_t i = 0;
-  for (; i + 2 <= r; i += 2) {
-    even += load(weight + i * kUnit) * splat(hidden[i]);
-    odd += load(weight + (i + 1) * kUnit) * splat(hidden[i + 1]);
+  Vec sum = load(layer.excite_bias + unit * kUnit + part * kLanes);
+  for (int64_t i = 0; i < r;) {
+    Vec even = {}, odd = {};
+    const int64_t end = min_of(r, i + kChain);
+    for (; i + 2 <= end; i += 2) {
+      even += load(weight + i * kUnit) * splat(hidden[i]);
+      odd += load(weight + (i + 1) * kUnit) * splat(hidden[i + 1]);
+    }
+    if (i < end) even += load(weight + i * kUnit) * splat(hidden[i]), i++;
+    sum += even + odd;
   }
-  if (i < r) even += load(weight + i * kUnit) * splat(hidden[i]);
-  return sigmoid(even + odd);
+  return sigmoid(sum);
 }
 
 // Rows of the projection's weights that belong to one unit of its operand.

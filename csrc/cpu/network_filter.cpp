@@ -1,4 +1,5 @@
-// Expansion and depthwise convolution of a block in inference, by row bands that stay in cache.
+// Expansion and depthwise convolution of a block in inference, by row bands that stay in cache; the
+// first block without expansion forms the stem's rows for itself.
 //
 // Computes: y = silu(dw(silu(x W1 + b1)) + b2), BatchNorm folded into W1, dw and the shifts, and
 //           the sums of y over the rows of each step
@@ -7,8 +8,7 @@
 // FLOPs:    2 Cin + 2 K^2 + about 30 for two SiLU, per expanded element
 // Source:   original
 // Truth:    effnet_fast/reference/{pointwise_bn_act,dwconv_bn_silu}.py
-#include "cpu/network_layers.h"
-#include "cpu/network_silu.h"
+#include "cpu/network_stem.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -97,6 +97,7 @@ struct Band {
   const BlockLayer& layer;
   const BlockShape& shape;
   const BlockMemory<T>& memory;
+  const StemRows<T>* stem;  // of which x are the rows, or null
   bool amx;
   int64_t units;        // of the layer, those that only fill a block left out
   Range panels, group;  // panels of the expansion, and their units
@@ -120,13 +121,21 @@ struct Band {
   }
 
   // Puts input rows [begin, end) into the ring, those outside of the image as zeros.
-  void fill(const Activations<T>& x, int64_t begin, int64_t end) const {
+  // image: of the stem.
+  void fill(const Activations<T>& x, int64_t image, int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; row++)
       if (row < 0 || row >= shape.h)
         for (int64_t unit = group.begin; unit < group.end; unit++)
           std::memset(unit_ring(unit) + row_offset(row), 0, sizeof(float) * shape.columns * kUnit);
     begin = max_of(begin, 0), end = min_of(end, shape.h);
-    if (begin >= end) return;
+    if (stem)
+      for (int64_t row = begin; row < end; row++) {
+        stem->read(image, row);
+        stem->write({group.begin, min_of(group.end, units)}, kUnit, [&](int64_t unit) {
+          return unit_ring(unit) + row_offset(row) + shape.horizontal.before * kUnit;
+        });
+      }
+    if (stem || begin >= end) return;
     int32_t* const offsets = reinterpret_cast<int32_t*>(memory.ring + memory.ring_floats);
     const Range pixels = {begin * shape.w, end * shape.w};
     for (int64_t row = begin, i = 0; row < end; row++) {
@@ -174,13 +183,16 @@ struct Band {
   }
 
   void copy(const Activations<T>& x, Range pixels, const int32_t* offsets) const {
+    const int64_t ahead = pixels.size() * kBlock<T>;  // the rows of the next step
     for (int64_t unit = group.begin; unit < min_of(group.end, units); unit++) {
       const T* in = x.unit(unit) + pixels.begin * kBlock<T>;
       float* const out = unit_ring(unit);
-      for (int64_t p = 0; p < pixels.size(); p++, in += kBlock<T>)
+      for (int64_t p = 0; p < pixels.size(); p++, in += kBlock<T>) {
+        fetch<1>(in + ahead);
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; part++)
           store(out + offsets[p] + part * kLanes, load(in + part * kLanes));
+      }
     }
   }
 
@@ -243,7 +255,8 @@ BlockShape::BlockShape(const BlockLayer& layer, int64_t h, int64_t w)
 
 template <typename T>
 void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
-                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team) {
+                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team,
+                const StemRows<T>* stem, int64_t first) {
   const int64_t units = units_of<T>(layer.channels), panels = Panel::count(units);
   // As many channels as the L2 cache has room for beside a step's rows of x. Where rows are few, a
   // team divides the channels: dividing rows computes the halo twice.
@@ -256,11 +269,12 @@ void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
   if (x.count % team.size && few_rows) groups = ceil_div(groups, team.size) * team.size;
   groups = min_of(groups, panels);
   const Range part = team.part(groups * x.count * shape.steps);
+  if (stem) stem->begin();
   for (int64_t i = part.begin, next_row = 0; i < part.end; i++) {
     const int64_t step = i % shape.steps, n = i / shape.steps % x.count;
     const Range of_group = part_of(panels, groups, i / shape.steps / x.count);
     const Range group = Panel::units_of(of_group, units);
-    const Band<T> band = {layer,    shape, memory, amx, ceil_div(layer.channels, kUnit),
+    const Band<T> band = {layer,    shape, memory, stem, amx, ceil_div(layer.channels, kUnit),
                           of_group, group};
     const int64_t top = step * shape.rows * layer.stride - shape.vertical.before;
     const int64_t last = min_of(shape.vertical.out, (step + 1) * shape.rows) - 1;
@@ -269,7 +283,7 @@ void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
       band.clear_borders();
       next_row = top;
     }
-    band.fill({x[n], shape.in_pixels(), layer.in_channels}, next_row, bottom);
+    band.fill({x[n], shape.in_pixels(), layer.in_channels}, first + n, next_row, bottom);
     next_row = bottom;
     band.filter({memory.filtered + n * memory.filtered_size, shape.pixels(), layer.channels}, step,
                 memory.partial + (n * shape.steps + step) * units * kUnit);
@@ -277,10 +291,12 @@ void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
 }
 
 template void run_filter(const BlockLayer&, const BlockShape&, Images<float>,
-                         const BlockMemory<float>&, int64_t, bool, Team);
+                         const BlockMemory<float>&, int64_t, bool, Team, const StemRows<float>*,
+                         int64_t);
 #if defined(__AVX512BF16__)
 template void run_filter(const BlockLayer&, const BlockShape&, Images<bf16>,
-                         const BlockMemory<bf16>&, int64_t, bool, Team);
+                         const BlockMemory<bf16>&, int64_t, bool, Team, const StemRows<bf16>*,
+                         int64_t);
 #endif
 
 }  // namespace EFFNET_ISA

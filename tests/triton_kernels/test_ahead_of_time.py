@@ -36,6 +36,7 @@ from shapes import shapes_of
 BUDGETS = json.loads(Path(ahead_of_time.BUDGETS).read_text())
 FUSED = "expand_dwconv_fwd_kernel"  # not for fp32
 WGMMA_ROWS = 64  # of the accumulator: fewer take the instructions of sm_80
+ROWS = {"pointwise_bwd_weight_kernel": "BN", "stem_bwd_weight_kernel": "BN"}  # others: BM
 
 
 def _jobs() -> Iterator[Any]:
@@ -94,7 +95,7 @@ def test_deployed_blocks_within_budget() -> None:
 
 def uses_tensor_cores(build: Build) -> bool:
     constants, types = dict(build.constants), dict(build.signature)
-    rows = constants["BN" if build.name == "pointwise_bwd_weight_kernel" else "BM"]
+    rows = constants[ROWS.get(build.name, "BM")]
     half = any(t in ("*fp16", "*bf16") for t in types.values())
     return half and rows >= WGMMA_ROWS
 

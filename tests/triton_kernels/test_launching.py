@@ -18,6 +18,7 @@ from ahead_of_time import (
     record,
     resources,
     run_head,
+    run_stem,
     run_training,
 )
 from effnet_fast.triton_kernels import launching
@@ -58,7 +59,8 @@ def test_products_follow_torchs_setting(
     allow(setting)
     block = shapes_of("b0").blocks[1]
     head = record(partial(run_head, "b0", 8, dtype))
-    found = precisions(record(partial(run_training, block, 8, dtype)) | head)
+    stem = record(partial(run_stem, "b0", 8, dtype, True))
+    found = precisions(record(partial(run_training, block, 8, dtype)) | head | stem)
     assert found == {name: {expected} for name in PRODUCTS}
 
 
