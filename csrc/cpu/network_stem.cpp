@@ -11,6 +11,7 @@
 
 namespace effnet {
 namespace EFFNET_ISA {
+
 StemShape::StemShape(const StemLayer& layer, int64_t h, int64_t w)
     : h(h),
       w(w),
