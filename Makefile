@@ -45,7 +45,7 @@ gpu:
 
 # What the CUDA kernels may take from now on, into csrc/cuda/budgets.json; a minute.
 budgets: $(VENV)/.test
-	$(BIN)/python tests/cuda_budgets.py --update
+	$(BIN)/python tests/support/cuda_budgets.py --update
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

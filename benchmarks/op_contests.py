@@ -19,8 +19,9 @@ from benchmarks import work
 from benchmarks.contest import OURS, Contest, UnavailableError
 from benchmarks.limits import DTYPES
 from cases import DwconvCase, MBConvCase, PointwiseCase, SqueezeExciteCase, StemCase
-from effnet_fast import layers, ops
+from effnet_fast import ops
 from effnet_fast.backends import use_backend
+from effnet_fast.modules import layers
 from parity import (
     Call,
     Dtypes,

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.records import ROOT
 
-sys.path.insert(0, str(ROOT / "tests"))  # as pytest does for the suites
+sys.path.insert(0, str(ROOT / "tests/support"))  # as pytest does for the suites
 from cases import dwconv_of, squeeze_excite_of
 from parity import BF16, dwconv_call, run, squeeze_excite_call
 

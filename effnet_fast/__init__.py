@@ -14,7 +14,7 @@ _MODELS = tuple(f"efficientnet_{size}" for size in (*(f"b{i}" for i in range(9))
 _WEIGHTS = tuple(f"EfficientNet_B{i}_Weights" for i in range(8))
 _EXPORTS = {
     **dict.fromkeys(_MODELS, "models"),
-    **dict.fromkeys((*_WEIGHTS, "get_model_weights", "get_weight"), "weights"),
+    **dict.fromkeys((*_WEIGHTS, "get_model_weights", "get_weight"), "pretrained.weights"),
     "EfficientNet": "models",
     "EfficientNetFeatures": "models",
     "efficientnet": "models",
@@ -23,17 +23,21 @@ _EXPORTS = {
     "deploy": "deployment",
     "doctor": "diagnostics",
 }
-_SUBMODULES = ("backends", "checkpoints", "models", "ops", "reference", "scaling", "weights")
+_SUBMODULES = {
+    **{name: name for name in ("backends", "checkpoints", "models", "ops", "reference", "scaling")},
+    "weights": "pretrained.weights",
+}
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 if TYPE_CHECKING:
-    from . import backends, checkpoints, models, ops, reference, scaling, weights
+    from . import backends, checkpoints, models, ops, reference, scaling
     from .backends import current_backend, use_backend
     from .deployment import deploy
     from .diagnostics import doctor
     from .models import *  # noqa: F403
-    from .weights import (
+    from .pretrained import weights
+    from .pretrained.weights import (
         EfficientNet_B0_Weights,
         EfficientNet_B1_Weights,
         EfficientNet_B2_Weights,
@@ -53,7 +57,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     if name in _SUBMODULES:
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(f".{_SUBMODULES[name]}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

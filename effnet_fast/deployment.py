@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast import _native, backends, watching
-from effnet_fast.graphs import LIMIT
+from effnet_fast import backends
+from effnet_fast.backends import native
+from effnet_fast.inference import staleness
+from effnet_fast.inference.cpu_engine import CpuPlan, Plan, complete
+from effnet_fast.inference.cuda_graphs import LIMIT
+from effnet_fast.inference.launched_engine import LaunchPlan
+from effnet_fast.inference.network_spec import METHODS, Network, overridden, recognise
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
-from effnet_fast.models.launch_plan import LaunchPlan
-from effnet_fast.models.network import METHODS, Network, overridden, recognise
-from effnet_fast.models.plan import CpuPlan, Plan, complete
-from effnet_fast.recognition import RefusedError
+from effnet_fast.modules.structure import RefusedError
 
 KINDS = (EfficientNet, EfficientNetFeatures)
 CPU = ("auto", "cpu")  # backends of the plan in C++
@@ -52,7 +54,7 @@ def deploy(
         graphs: CUDA graphs that are kept at most, one per shape of the images; 0 for none. A shape
             is captured at its first call. Once there are so many, a new shape's kernels are
             launched one by one, and it takes the place of the graph that has been idle for longest
-            when it has come `effnet_fast.graphs.PATIENCE` times since that was of use. Without
+            when it has come `inference.cuda_graphs.PATIENCE` times since that was of use. Without
             meaning on a CPU.
 
     Returns:
@@ -151,7 +153,7 @@ class DeployedEfficientNet(nn.Module):
                 f"{type(model).__name__} cannot be deployed: {refused}; undo that, or call the "
                 "model itself"
             ) from None
-        watch = watching.watch(model, network.modules, network.tensors())
+        watch = staleness.watch(model, network.modules, network.tensors())
         plan = self._plan_of(network, device)
         old, self._packed = self._packed, (watch, plan)
         if old is not None:
@@ -233,7 +235,7 @@ class DeployedEfficientNet(nn.Module):
         device = _device_of(self.source)
         where = f"{device}, backend {base}"
         if device.type == "cpu" and base in CPU:
-            where = f"instruction set {isa or _native.load().best_isa()}"
+            where = f"instruction set {isa or native.load().best_isa()}"
         name = f"{type(self.source).__name__} {self.source.variant.name}"
         return f"{type(self).__name__}({name}, dtype={self.dtype}, {where})"
 

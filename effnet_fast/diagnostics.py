@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from effnet_fast import __version__, _native, fusion
-from effnet_fast.backends import BACKENDS, OPS, can_run, use_backend
-from effnet_fast.layers import Conv2dNormActivation, MBConv
+from effnet_fast import __version__
+from effnet_fast.backends import BACKENDS, OPS, can_run, native, use_backend
 from effnet_fast.models import EfficientNet
 from effnet_fast.models.pooled_head import pooled_layer
+from effnet_fast.modules import fused_forward
+from effnet_fast.modules.layers import Conv2dNormActivation, MBConv
 
 FUSIBLE = (MBConv, Conv2dNormActivation)
 OPENMP_RUNTIME = re.compile(r"/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
@@ -113,35 +114,37 @@ def doctor(model: nn.Module | None = None) -> Report:
         a report to print or, through `to_dict`, to process. Nothing here raises for want of the
         extension, a driver or Triton: the reason is reported instead.
     """
-    reason = _native.unavailable_reason()
-    native = None if reason else _native.load()
+    reason = native.unavailable_reason()
+    extension = None if reason else native.load()
     return Report(
         versions=versions(),
         extension_reason=reason,
         backends={name: {op: can_run(name, op) for op in OPS} for name in BACKENDS},
-        isas={} if native is None else {i: native.isa_unavailable_reason(i) for i in native.isas()},
-        best_isa=None if native is None else native.best_isa(),
+        isas={}
+        if extension is None
+        else {i: extension.isa_unavailable_reason(i) for i in extension.isas()},
+        best_isa=None if extension is None else extension.best_isa(),
         deploy={
             "reason": reason,
-            "bf16_products": native is not None and native.network_has_bf16(""),
+            "bf16_products": extension is not None and extension.network_has_bf16(""),
         },
         cpu=_cpu(),
         threads={"torch": torch.get_num_threads(), "cpus": _usable_cpus()},
         openmp=_openmp_runtimes(),
-        cuda=_cuda(native),
+        cuda=_cuda(extension),
         blocks=None if model is None else explain_blocks(model),
     )
 
 
 def versions() -> dict[str, str | None]:
     """Versions that a measurement or a bug report should name; None for what is absent."""
-    native = None if _native.unavailable_reason() else _native.load()
+    extension = None if native.unavailable_reason() else native.load()
     return {
         "effnet-fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _installed("triton"),
-        "compiler": None if native is None else native.compiler(),
+        "compiler": None if extension is None else extension.compiler(),
     }
 
 
@@ -160,7 +163,7 @@ def explain_blocks(model: nn.Module) -> list[Fusion]:
             if inside or not isinstance(module, FUSIBLE):
                 continue
             at_once = any(module is layer for layer in pooled)
-            reason = fusion.explain(module, fusion.POOLED if at_once else None)
+            reason = fused_forward.explain(module, fused_forward.POOLED if at_once else None)
             if reason is None:
                 fused.append(name)
             found.append(Fusion(name, type(module).__name__, reason))
@@ -204,21 +207,21 @@ def _openmp_runtimes() -> list[str]:
     return sorted(path for path in mapped if OPENMP_RUNTIME.search(path))
 
 
-def _cuda(native: Any) -> dict[str, Any]:
+def _cuda(extension: Any) -> dict[str, Any]:
     version = re.search(
         r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", _read("/proc/driver/nvidia/version")
     )
-    built = native is not None and native.cuda_built()
+    built = extension is not None and extension.cuda_built()
     reason: str | None
-    if native is None:
+    if extension is None:
         reason = "the compiled extension is missing"
     elif not built:
         reason = "the extension was built without CUDA: no nvcc was found, or EFFNET_FAST_CUDA=0"
     else:
-        reason = native.cuda_probe() or None
+        reason = extension.cuda_probe() or None
     return {
         "built": built,
-        "archs": native.cuda_archs() if built else None,
+        "archs": extension.cuda_archs() if built else None,
         "driver": version.group(1) if version else None,
         "torch_cuda": torch.version.cuda,
         "reason": reason,

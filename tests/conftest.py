@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
-from effnet_fast import downloads
 from effnet_fast.cli import bench, common
 from effnet_fast.models.variants import VARIANTS
-from effnet_fast.weights import EfficientNet_B0_Weights
+from effnet_fast.pretrained import downloads
+from effnet_fast.pretrained.weights import EfficientNet_B0_Weights
 from host import CONTENT, serve
 
 # Workers side by side would spin against each other's OpenMP threads: one thread each. The tests

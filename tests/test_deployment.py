@@ -16,13 +16,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import effnet_fast
 import networks
-from effnet_fast import _native, use_backend
+from effnet_fast import use_backend
+from effnet_fast.backends import native
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from networks import TINY, pair, random_images, trio
 from tolerances import assert_no_worse_than
 
 X = random_images(8, 48)  # of few logits the largest error is a matter of luck
-ISAS = _native.load().isas()
+ISAS = native.load().isas()
 DTYPES = (torch.float32, torch.bfloat16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -52,7 +53,7 @@ def assert_parity(model: nn.Module, x: Tensor, dtype: torch.dtype, backend: str 
 
 
 def require_isa(isa: str) -> None:
-    if reason := _native.load().isa_unavailable_reason(isa):
+    if reason := native.load().isa_unavailable_reason(isa):
         pytest.skip(reason)
 
 
@@ -179,12 +180,12 @@ class TestNumbers:
 def calibrated(model: EfficientNet, side: int = 48) -> EfficientNet:
     """With statistics of random images of its own."""
     for module in model.modules():
-        if isinstance(module, effnet_fast.layers.MBConv):
+        if isinstance(module, effnet_fast.modules.layers.MBConv):
             module.block[-1][1].weight.data.mul_(0.25)
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     for module in model.train().modules():
-        if isinstance(module, (nn.Dropout, effnet_fast.layers.StochasticDepth)):
+        if isinstance(module, (nn.Dropout, effnet_fast.modules.layers.StochasticDepth)):
             module.p = 0.0
     with torch.no_grad():
         model(random_images(8, side, model.in_chans, seed=1))
@@ -297,7 +298,7 @@ class TestRefusals:
             effnet_fast.deploy(network(), backend=backend)
 
     def test_missing_extension(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_native, "unavailable_reason", lambda: "no extension here")
+        monkeypatch.setattr(native, "unavailable_reason", lambda: "no extension here")
         with pytest.raises(RuntimeError, match="no extension here"):
             effnet_fast.deploy(network())
 

@@ -98,7 +98,7 @@ def test_an_evicted_graph_and_its_successor(target: Target) -> None:
     deployed = target.deploy(network(), graphs=1)
     launched = plain(target, deployed)
     deployed(images(1))
-    for seed in range(2 * effnet_fast.graphs.PATIENCE):
+    for seed in range(2 * effnet_fast.inference.cuda_graphs.PATIENCE):
         assert torch.equal(deployed(images(2, seed)), launched(images(2, seed)))
     assert [key[0] for key in deployed._packed[1]._graphs._graphs] == [2]
 

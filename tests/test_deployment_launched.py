@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import networks
 from edits import EDITS
-from effnet_fast.graphs import LIMIT
+from effnet_fast.inference.cuda_graphs import LIMIT
 from launched import TARGETS, Target, recorders
 from networks import pair, random_images
 from recorder import FakeRecorder

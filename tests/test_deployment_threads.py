@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import effnet_fast
-from effnet_fast import _native
+from effnet_fast.backends import native
 from effnet_fast.models import VARIANTS, EfficientNet, EfficientNetFeatures
 from networks import TINY, pair, random_images
 
@@ -93,7 +93,7 @@ def kept_bytes(call: Callable[[], Any]) -> int:
     """Scratch memory that a thread keeps after this call, its first."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(call).result()
-        return pool.submit(_native.load().kept_bytes).result()
+        return pool.submit(native.load().kept_bytes).result()
 
 
 def test_memory_of_more_images(one_thread: None) -> None:
@@ -112,14 +112,14 @@ def test_large_memory_is_given_back(one_thread: None) -> None:
 
 def test_calls_are_counted() -> None:
     """Those that run at this moment: they share the cores."""
-    native, deployed = _native.load(), effnet_fast.deploy(network())
+    extension, deployed = native.load(), effnet_fast.deploy(network())
     images, most = random_images(2, 96), 0
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(deployed, images) for _ in range(200)]
         while not all(call.done() for call in calls):
-            most = max(most, native.running_calls())
+            most = max(most, extension.running_calls())
     assert 1 <= most <= 4
-    assert native.running_calls() == 0
+    assert extension.running_calls() == 0
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def open_checkpoint(
     given = os.fspath(path_or_url)
     path = given
     if given.startswith(ADDRESSES):
-        from effnet_fast import downloads  # imports urllib, which files do without
+        from effnet_fast.pretrained import downloads  # imports urllib, which files do without
 
         path = os.fspath(downloads.fetch(given, progress=progress))
     content = read(path, ema=ema)

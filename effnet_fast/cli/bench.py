@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from effnet_fast import diagnostics, timing
 from effnet_fast.cli import common
-from effnet_fast.layers import MBConv
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS
+from effnet_fast.modules.layers import MBConv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAST_BN_SHRINK = 0.25  # of each block, so that activations do not explode with depth

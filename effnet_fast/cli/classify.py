@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast import checkpoints, images, models
+from effnet_fast import checkpoints, models
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS
-from effnet_fast.weights import CATEGORIES, ENUMS, get_model_weights, get_weight
+from effnet_fast.pretrained import images
+from effnet_fast.pretrained.weights import CATEGORIES, ENUMS, get_model_weights, get_weight
 
 DEFAULT_MODEL = "b0"
 PUBLISHED_FAMILIES = ("auto", "torchvision")

@@ -7,12 +7,12 @@ from typing import Any, Literal, Protocol, overload
 
 from torch import nn
 
-from effnet_fast import weights as published_weights
 from effnet_fast.models import pretrained
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
-from effnet_fast.weights import WeightsEnum
+from effnet_fast.pretrained import weights as published_weights
+from effnet_fast.pretrained.weights import WeightsEnum
 
 __all__ = [
     "VARIANTS",

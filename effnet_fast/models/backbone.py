@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_fast import backends
-from effnet_fast.layers import Conv2dNormActivation, MBConv, MBConvConfig
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig
 from effnet_fast.ops import scratch
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from effnet_fast.inference.cpu_engine import run_own_plan
 from effnet_fast.models.backbone import (
     Backbone,
     check_count,
@@ -25,7 +26,6 @@ from effnet_fast.models.backbone import (
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, take_indices
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.loading import load_network
-from effnet_fast.models.plan import run_own_plan
 from effnet_fast.models.pooled_head import run_pooled_head
 from effnet_fast.models.variants import Variant
 

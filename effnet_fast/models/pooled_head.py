@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from effnet_fast import backends, fusion, recognition
-from effnet_fast.models.network import METHODS, overridden
+from effnet_fast import backends
+from effnet_fast.inference.network_spec import METHODS, overridden
+from effnet_fast.modules import fused_forward, structure
 
 if TYPE_CHECKING:
     from effnet_fast.models.efficientnet import EfficientNet
@@ -22,9 +23,9 @@ def _stands(model: EfficientNet) -> bool:
     """Whether features and pooling are what the class built, with no hook on either."""
     pool = model.avgpool
     try:
-        recognition.require(model.features, nn.Sequential)
-        recognition.require(pool, nn.AdaptiveAvgPool2d)
-    except recognition.RefusedError:
+        structure.require(model.features, nn.Sequential)
+        structure.require(pool, nn.AdaptiveAvgPool2d)
+    except structure.RefusedError:
         return False
     unpatched = METHODS.isdisjoint(model.__dict__) and not overridden(model, METHODS - {"forward"})
     return (
@@ -40,7 +41,7 @@ def pooled_layer(model: EfficientNet) -> nn.Module | None:
     if not _stands(model):
         return None
     head = model.features[-1]
-    return head if fusion.pools(head) else None
+    return head if fused_forward.pools(head) else None
 
 
 def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:
@@ -63,7 +64,7 @@ def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:
         for layer in layers:
             h = layer(h)
         # A layer's hook may have changed the head.
-        pooled = fusion.run_pooled(head, h) if pooled_layer(model) is head else None
+        pooled = fused_forward.run_pooled(head, h) if pooled_layer(model) is head else None
     if pooled is None:
         with model._execution():
             h = head(h)

@@ -8,7 +8,7 @@ from effnet_fast import checkpoints
 from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.loading import drop_other_layers
-from effnet_fast.weights import WeightsEnum, get_model_weights
+from effnet_fast.pretrained.weights import WeightsEnum, get_model_weights
 
 STEM = "features.0.0.weight"  # [stem channels, in_chans, 3, 3]
 

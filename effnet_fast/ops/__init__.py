@@ -3,12 +3,12 @@
 Each has an eager twin of the same name and signature in `effnet_fast.reference`.
 """
 
-from .dwconv_bn_silu import dwconv_bn_silu
-from .mbconv import mbconv
-from .pointwise_bn_act import pointwise_bn_act
-from .pointwise_bn_silu_pool import pointwise_bn_silu_pool
-from .squeeze_excite import squeeze_excite
-from .stem_conv_bn_silu import stem_conv_bn_silu
+from effnet_fast.ops.dwconv_bn_silu import dwconv_bn_silu
+from effnet_fast.ops.mbconv import mbconv
+from effnet_fast.ops.pointwise_bn_act import pointwise_bn_act
+from effnet_fast.ops.pointwise_bn_silu_pool import pointwise_bn_silu_pool
+from effnet_fast.ops.squeeze_excite import squeeze_excite
+from effnet_fast.ops.stem_conv_bn_silu import stem_conv_bn_silu
 
 __all__ = [
     "dwconv_bn_silu",

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backends import OpArgs, resolve
-from ..reference.arguments import Padding, Sides
-from ..reference.dwconv_bn_silu import check_arguments
-from . import second_derivative
-from .registration import (
+from effnet_fast import reference
+from effnet_fast.backends import OpArgs, native, resolve
+from effnet_fast.ops import second_derivative
+from effnet_fast.ops.registration import (
     address,
     autocast,
     channels_last,
@@ -29,7 +27,9 @@ from .registration import (
     nhwc,
     register,
 )
-from .statistics import update_running_statistics
+from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.reference.arguments import Padding, Sides
+from effnet_fast.reference.dwconv_bn_silu import check_arguments
 
 
 def output_shape(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[int, int, int, int]:
@@ -79,7 +79,7 @@ def compute_eval(
         return y, pooled.zero_()
     weight = native_weight(weight, x)
     vectors = [fp32(v) for v in bn]
-    _native.load().dwconv_eval(
+    native.load().dwconv_eval(
         isa_of(backend), filter_shape(x, y, weight, stride, padding),
         x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
         x.data_ptr(), _strides(x), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
@@ -105,7 +105,7 @@ def _train_cpu(
     if z.numel() == 0:
         return z, mean.zero_(), var.zero_()
     weight = native_weight(weight, x)
-    _native.load().dwconv_train(
+    native.load().dwconv_train(
         isa_of(backend), filter_shape(x, z, weight, stride, padding),
         x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
         x.data_ptr(), _strides(x), weight.data_ptr(),
@@ -136,7 +136,7 @@ def _bn_silu_cpu(
         return y
     vectors, bn = _bn(bn_weight, bn_bias, mean, var)
     z = nhwc(z)
-    _native.load().bn_act(
+    native.load().bn_act(
         isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype == torch.bfloat16, True,
         z.data_ptr(), bn, eps, 0, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -182,7 +182,7 @@ def _backward_cpu(
     grad_x, grad_weight, sums = (
         grad.data_ptr() if want else 0 for grad, want in zip(grads, wanted, strict=True)
     )
-    _native.load().dwconv_backward(
+    native.load().dwconv_backward(
         isa_of(backend), filter_shape(x, z, weight, stride, padding),
         x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
         x.data_ptr(), _strides(x), z.data_ptr(), grad_y.data_ptr(), weight.data_ptr(),

@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backends import OpArgs, current_backend, resolve
-from ..reference.mbconv import (
+from effnet_fast import reference
+from effnet_fast.backends import OpArgs, current_backend, resolve
+from effnet_fast.ops import scratch, second_derivative
+from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
+from effnet_fast.ops.dwconv_bn_silu import compute_eval as compute_depthwise
+from effnet_fast.ops.mbconv_passes import passes
+from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, Settings, backward, forward
+from effnet_fast.ops.pointwise_bn_act import compute as compute_pointwise
+from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
+from effnet_fast.ops.squeeze_excite import excite_op
+from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.reference.mbconv import (
     MBConvConfig,
     MBConvParams,
     Training,
@@ -23,16 +32,7 @@ from ..reference.mbconv import (
     three,
     three_modes,
 )
-from ..reference.mbconv_passes import MEAN, VAR
-from ..reference.mbconv_staged import Layers, Needs, Saved, Settings, backward, forward
-from . import scratch, second_derivative
-from .dwconv_bn_silu import check_values_per_channel, output_shape
-from .dwconv_bn_silu import compute_eval as compute_depthwise
-from .mbconv_passes import passes
-from .pointwise_bn_act import compute as compute_pointwise
-from .registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
-from .squeeze_excite import excite_op
-from .statistics import update_running_statistics
+from effnet_fast.reference.mbconv_passes import MEAN, VAR
 
 
 def _eval_cpu(

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.mbconv_passes import NORM_ROWS
-from . import mbconv_cpu
-from .dwconv_bn_silu import output_shape
-from .registration import empty_nhwc, register
-from .squeeze_excite import excite_op
+from effnet_fast.ops.cpu import mbconv
+from effnet_fast.ops.dwconv_bn_silu import output_shape
+from effnet_fast.ops.registration import empty_nhwc, register
+from effnet_fast.ops.squeeze_excite import excite_op
+from effnet_fast.reference.mbconv_passes import NORM_ROWS
 
 
 def _vectors(like: Tensor, *shape: int) -> Tensor:
@@ -76,7 +76,7 @@ def _project_backward_fake(
     e, sums = z2.new_empty(0), _vectors(z2, 0)
     if wanted[0]:
         e, sums = empty_nhwc(z2, z2.shape), _vectors(z2, 3, *z2.shape[:2])
-    return e, sums, mbconv_cpu.empty_weight_grad(z2, weight, wanted[1])
+    return e, sums, mbconv.empty_weight_grad(z2, weight, wanted[1])
 
 
 def _excite_backward_fake(
@@ -107,7 +107,7 @@ def _depthwise_backward_fake(
     f = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
     summed = wanted[0] and x_norm is not None
     sums = _vectors(x, 2, x.shape[1]) if summed else _vectors(x, 0)
-    return f, mbconv_cpu.empty_weight_grad(x, weight, wanted[1]), sums
+    return f, mbconv.empty_weight_grad(x, weight, wanted[1]), sums
 
 
 def _expand_backward_fake(
@@ -122,7 +122,7 @@ def _expand_backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
-    return grad_x, mbconv_cpu.empty_weight_grad(x, weight, wanted[1])
+    return grad_x, mbconv.empty_weight_grad(x, weight, wanted[1])
 
 
 _BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var"
@@ -194,7 +194,7 @@ OPS = {"excite": excite_op} | {
     name: register(
         f"mbconv_{name}({arguments}, str backend) -> "
         + (f"({results})" if "," in results else results),
-        getattr(mbconv_cpu, name),
+        getattr(mbconv, name),
         fake,
     )
     for name, (arguments, results, fake) in _SCHEMAS.items()

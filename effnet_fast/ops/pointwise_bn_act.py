@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backends import OpArgs, resolve
-from ..reference.pointwise_bn_act import check_arguments
-from .registration import address, autocast, empty_nhwc, fp32, isa_of, nhwc, register
+from effnet_fast import reference
+from effnet_fast.backends import OpArgs, native, resolve
+from effnet_fast.ops.registration import address, autocast, empty_nhwc, fp32, isa_of, nhwc, register
+from effnet_fast.reference.pointwise_bn_act import check_arguments
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend:
     else:
         scaled = empty_nhwc(x, x.shape)
         factors = gate.reshape(n, in_channels).float().contiguous()
-        _native.load().gate(
+        native.load().gate(
             isa_of(backend), n, in_channels, h * w, x.dtype == torch.bfloat16, x.data_ptr(),
             factors.data_ptr(), 0, scaled.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -74,7 +74,7 @@ def compute(
     if residual is not None:
         residual = nhwc(residual.to(x.dtype))
     vectors = [fp32(v) for v in bn]
-    _native.load().bn_act(
+    native.load().bn_act(
         isa_of(backend), y.numel() // y.shape[1], y.shape[1], y.dtype == torch.bfloat16, silu,
         y.data_ptr(), tuple(address(v) for v in vectors), eps, address(residual), y.data_ptr(),
         torch.get_num_threads(),

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backends import OpArgs, resolve
-from ..reference.mbconv_passes import MEAN, VAR
-from ..reference.pointwise_bn_silu_pool import backward_sums, check_arguments
-from . import second_derivative
-from .dwconv_bn_silu import check_values_per_channel
-from .mbconv_passes import passes
-from .pointwise_bn_act import compute
-from .registration import (
+from effnet_fast import reference
+from effnet_fast.backends import OpArgs, native, resolve
+from effnet_fast.ops import second_derivative
+from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
+from effnet_fast.ops.mbconv_passes import passes
+from effnet_fast.ops.pointwise_bn_act import compute
+from effnet_fast.ops.registration import (
     address,
     autocast,
     channels_last,
@@ -32,7 +30,9 @@ from .registration import (
     nhwc,
     register,
 )
-from .statistics import update_running_statistics
+from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.reference.mbconv_passes import MEAN, VAR
+from effnet_fast.reference.pointwise_bn_silu_pool import backward_sums, check_arguments
 
 
 def _eval_cpu(
@@ -88,7 +88,7 @@ def _backward_cpu(
         return grad_x.zero_(), grad_weight.zero_()
     n, c, h, w = x.shape
     x, weight = nhwc(x), native_weight(weight, x)
-    _native.load().pointwise_bn_silu_pool_backward(
+    native.load().pointwise_bn_silu_pool_backward(
         isa_of(backend), (n, h * w, c, z.shape[1]), x.dtype is torch.bfloat16,
         weight.dtype is torch.bfloat16, q.data_ptr(), z.data_ptr(), norm.data_ptr(), address(sums),
         weight.data_ptr(), x.data_ptr(), grad_x.data_ptr() if wanted[0] else 0,

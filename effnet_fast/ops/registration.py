@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from effnet_fast import backends
 
 _LIBRARY = torch.library.Library("effnet_fast", "DEF")
 

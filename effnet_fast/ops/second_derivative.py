@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
-from ..reference.mbconv_passes import MEAN, VAR
-from ..reference.mbconv_staged import Saved
-from ..reference.stem_conv_bn_silu import compose
+from effnet_fast import reference
+from effnet_fast.ops.mbconv_training import Saved
+from effnet_fast.reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
+from effnet_fast.reference.mbconv_passes import MEAN, VAR
+from effnet_fast.reference.stem_conv_bn_silu import compose
 
 Inputs = tuple[Tensor | None, ...]
 # The saved inputs of an autograd Function, and the op's reference as a function of them.

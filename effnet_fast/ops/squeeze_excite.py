@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backends import NATIVE_DTYPES, OpArgs, resolve
-from ..reference.squeeze_excite import check_arguments
-from . import second_derivative
-from .registration import address, dense, empty_nhwc, isa_of, nhwc, register
+from effnet_fast import reference
+from effnet_fast.backends import NATIVE_DTYPES, OpArgs, native, resolve
+from effnet_fast.ops import second_derivative
+from effnet_fast.ops.registration import address, dense, empty_nhwc, isa_of, nhwc, register
+from effnet_fast.reference.squeeze_excite import check_arguments
 
 
 def native_layers(
@@ -43,7 +43,7 @@ def _excite_cpu(
         return hidden.zero_(), gate
     n, c = pooled.shape
     layers = native_layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
-    _native.load().excite(
+    native.load().excite(
         isa_of(backend), n, c, hidden.shape[1], layers[0].dtype == torch.bfloat16,
         pooled.data_ptr(), *(address(p) for p in layers), hidden.data_ptr(), gate.data_ptr(),
         torch.get_num_threads(),
@@ -78,18 +78,20 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = empty_nhwc(x, x.shape)
     pooled = x.new_empty(x.shape[:2], dtype=torch.float32)
-    native, isa, sizes = _native.load(), isa_of(backend), _pixels(x)
+    extension, isa, sizes = native.load(), isa_of(backend), _pixels(x)
     is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     x = nhwc(x)
     if x.numel():
-        native.squeeze(
+        extension.squeeze(
             isa, *sizes, is_bf16, x.data_ptr(), 0, 1.0 / sizes[2], pooled.data_ptr(), threads
         )
     hidden, gate = _excite_cpu(
         pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
     )
     if x.numel():
-        native.gate(isa, *sizes, is_bf16, x.data_ptr(), gate.data_ptr(), 0, y.data_ptr(), threads)
+        extension.gate(
+            isa, *sizes, is_bf16, x.data_ptr(), gate.data_ptr(), 0, y.data_ptr(), threads
+        )
     return y, pooled, hidden, gate
 
 
@@ -121,22 +123,22 @@ def _backward_cpu(
         for grad in grads:
             grad.zero_()
         return grads
-    native, isa, sizes = _native.load(), isa_of(backend), _pixels(x)
+    extension, isa, sizes = native.load(), isa_of(backend), _pixels(x)
     is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     x, grad_y = nhwc(x), nhwc(grad_y)
     grad_gate, grad_pooled = torch.empty_like(pooled), torch.empty_like(pooled)
-    native.squeeze(
+    extension.squeeze(
         isa, *sizes, is_bf16, x.data_ptr(), grad_y.data_ptr(), 1.0, grad_gate.data_ptr(), threads
     )
     layers = native_layers(reduce_weight, reduce_weight, expand_weight)
-    native.excite_backward(
+    extension.excite_backward(
         isa, *pooled.shape, hidden.shape[1], layers[0].dtype == torch.bfloat16,
         pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
         *(address(p) for p in layers), *(grad.data_ptr() for grad in grads[1:]),
         grad_pooled.data_ptr(), threads,
     )  # fmt: skip
     grad_pooled /= sizes[2]
-    native.gate(
+    extension.gate(
         isa, *sizes, is_bf16, grad_y.data_ptr(), gate.data_ptr(), grad_pooled.data_ptr(),
         grads[0].data_ptr(), threads,
     )  # fmt: skip

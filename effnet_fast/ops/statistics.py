@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from .registration import register
+from effnet_fast.backends import native
+from effnet_fast.ops.registration import register
 
 
 def _move_cpu(
@@ -21,7 +21,7 @@ def _move_cpu(
 ) -> None:
     moved = [t for t in (running_mean, running_var) if not t.is_inference()]
     torch.autograd.graph.increment_version(moved)
-    _native.load().move_statistics(
+    native.load().move_statistics(
         mean.numel(), mean.data_ptr(), var.data_ptr(),
         running_mean.data_ptr(), running_var.data_ptr(), correction, momentum,
     )  # fmt: skip

@@ -16,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from ..backends import OpArgs, is_channels_last, resolve
-from ..reference.arguments import Padding
-from ..reference.mbconv_passes import MEAN, NORM_ROWS, VAR
-from ..reference.stem_conv_bn_silu import check_arguments
-from . import second_derivative
-from .dwconv_bn_silu import check_values_per_channel
-from .registration import (
+from effnet_fast import reference
+from effnet_fast.backends import OpArgs, is_channels_last, native, resolve
+from effnet_fast.ops import second_derivative
+from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
+from effnet_fast.ops.registration import (
     address,
     autocast,
     empty_nhwc,
@@ -33,7 +30,10 @@ from .registration import (
     nhwc,
     register,
 )
-from .statistics import update_running_statistics
+from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.reference.arguments import Padding
+from effnet_fast.reference.mbconv_passes import MEAN, NORM_ROWS, VAR
+from effnet_fast.reference.stem_conv_bn_silu import check_arguments
 
 Ints = Sequence[int]
 
@@ -75,7 +75,7 @@ def _eval_cpu(
         return y
     weight = native_weight(weight, x)
     vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
-    _native.load().stem_eval(
+    native.load().stem_eval(
         isa_of(backend), _shape(x, weight, y, stride, padding), _is_bf16(x), _is_bf16(weight),
         x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
         y.data_ptr(), torch.get_num_threads(),
@@ -105,7 +105,7 @@ def _conv_cpu(
         return z, norm.zero_()
     weight = native_weight(weight, x)
     vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
-    _native.load().stem_conv(
+    native.load().stem_conv(
         isa_of(backend), _shape(x, weight, z, stride, padding), _is_bf16(x), _is_bf16(weight),
         x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
         z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
@@ -122,7 +122,7 @@ def _silu_cpu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
     y = empty_nhwc(z, z.shape)
     if y.numel():
         z = nhwc(z)
-        _native.load().norm_silu(
+        native.load().norm_silu(
             isa_of(backend), z.numel() // z.shape[1], z.shape[1], _is_bf16(z), z.data_ptr(),
             norm.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -138,7 +138,7 @@ def _sums_cpu(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
     if z.numel() == 0:
         return sums.zero_()
     grad_y, z = nhwc(grad_y), nhwc(z)
-    _native.load().norm_silu_sums(
+    native.load().norm_silu_sums(
         isa_of(backend), z.numel() // z.shape[1], z.shape[1], _is_bf16(z), grad_y.data_ptr(),
         z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -164,7 +164,7 @@ def _backward_cpu(
     if z.numel() == 0:
         return grad.zero_()
     grad_y, z = nhwc(grad_y), nhwc(z)
-    _native.load().stem_weight_backward(
+    native.load().stem_weight_backward(
         isa_of(backend), _shape(x, weight, z, stride, padding), _is_bf16(x), grad_y.data_ptr(),
         z.data_ptr(), norm.data_ptr(), address(sums), x.data_ptr(), x.stride(), grad.data_ptr(),
         torch.get_num_threads(),

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from effnet_fast.layers import MBConvConfig
 from effnet_fast.models.variants import B0_STAGES, HEAD_RATIO, Stage, Variant
+from effnet_fast.modules.layers import MBConvConfig
 from effnet_fast.scaling.checks import whole
 
 

@@ -15,7 +15,7 @@ from benchmarks.contest import OURS, UnavailableError
 from benchmarks.network_contests import Case
 from benchmarks.peers import PEERS, Peer, Runner, network_step
 from cases import dwconv_of, head_of, mbconv_of, pointwise_of, squeeze_excite_of, stem_of
-from effnet_fast import recognition
+from effnet_fast.modules import structure
 
 SMALL = Case("b0", 2, 64)
 ON_CPU = [p for p in PEERS if "cpu" in p.devices and not p.compiles]
@@ -48,7 +48,7 @@ def test_stock_never_takes_a_fused_path(name: str, monkeypatch: pytest.MonkeyPat
     def fail(module: object) -> None:
         raise AssertionError("looked for something to fuse")
 
-    monkeypatch.setattr(recognition, "structure_of", fail)
+    monkeypatch.setattr(structure, "structure_of", fail)
     contest.build[name]()()
 
 

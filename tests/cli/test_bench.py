@@ -8,8 +8,8 @@ import torch
 
 from effnet_fast import cli, timing
 from effnet_fast.cli import bench, common
-from effnet_fast.layers import MBConv
 from effnet_fast.models.variants import VARIANTS
+from effnet_fast.modules.layers import MBConv
 
 SIDE = 64
 RELATIVE_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.2}  # of the largest logit

@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import EfficientNet_B0_Weights
 
-from effnet_fast import EfficientNet, cli, images, weights
+from effnet_fast import EfficientNet, cli
 from effnet_fast.cli import bench, common
 from effnet_fast.models.variants import VARIANTS
+from effnet_fast.pretrained import images, weights
 
 TEN_CLASSES = 10
 PROBABILITY_RTOL = 1e-3  # fused against stock in fp32, through a softmax

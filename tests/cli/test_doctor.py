@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from effnet_fast import _native, cli, diagnostics, fusion
-from effnet_fast.backends import BACKENDS, OPS
+from effnet_fast import cli, diagnostics
+from effnet_fast.backends import BACKENDS, OPS, native
 from effnet_fast.cli import common
 from effnet_fast.models.variants import VARIANTS
+from effnet_fast.modules import fused_forward
 
 B0_UNITS = 1 + 16 + 1  # stem, blocks, head
 
@@ -45,7 +46,7 @@ def test_text_without_model(capsys):
     assert titles == expected
 
 
-@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
 def test_extension_is_described():
     report = diagnostics.doctor()
     assert report.extension_reason is None
@@ -63,8 +64,8 @@ def test_works_without_the_extension(monkeypatch):
     def load():
         raise RuntimeError("no extension")
 
-    monkeypatch.setattr(_native, "unavailable_reason", lambda: "not built: run pip install .")
-    monkeypatch.setattr(_native, "load", load)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "not built: run pip install .")
+    monkeypatch.setattr(native, "load", load)
     report = diagnostics.doctor()
     assert report.extension_reason == "not built: run pip install ."
     assert (report.isas, report.best_isa, report.versions["compiler"]) == ({}, None, None)
@@ -73,7 +74,7 @@ def test_works_without_the_extension(monkeypatch):
     assert "deploy      not built: run pip install ." in str(report)
 
 
-@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
 def test_model_blocks(b0):
     blocks = diagnostics.doctor(b0).blocks
     assert all(block.reason is None for block in blocks)
@@ -81,7 +82,7 @@ def test_model_blocks(b0):
     assert "18 of 18 blocks fused" in str(diagnostics.doctor(b0))
 
 
-@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_dtype_without_kernels(b0, dtype):
     try:
@@ -92,7 +93,7 @@ def test_dtype_without_kernels(b0, dtype):
     assert all(f"x is {dtype}, the cpu backend takes" in block.reason for block in blocks)
 
 
-@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
 def test_mixed_dtypes_are_explained(b0):
     b0.features[2][0].double()
     reasons = {block.name: block.reason for block in diagnostics.doctor(b0).blocks}
@@ -101,14 +102,16 @@ def test_mixed_dtypes_are_explained(b0):
     assert reasons["features.2.1"] is None
 
 
-@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
 def test_training(b0, monkeypatch):
     """What is said to be fused is what a step of training runs fused, module by module."""
     ran = []
     for name in ("_run_block", "_run_spatial", "run_pooled"):
-        run = getattr(fusion, name)
+        run = getattr(fused_forward, name)
         monkeypatch.setattr(
-            fusion, name, lambda *a, run=run: ran.append(getattr(a[0], "module", a[0])) or run(*a)
+            fused_forward,
+            name,
+            lambda *a, run=run: ran.append(getattr(a[0], "module", a[0])) or run(*a),
         )
     try:
         blocks = diagnostics.doctor(b0.train()).blocks
@@ -119,14 +122,14 @@ def test_training(b0, monkeypatch):
     assert ran == [b0.get_submodule(block.name) for block in blocks]
 
 
-@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
 def test_autocast(b0):
     with torch.autocast("cpu", torch.float16):
         blocks = diagnostics.doctor(b0).blocks
     assert all("x is torch.float16" in block.reason for block in blocks)
 
 
-@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
 def test_hooked_block_is_explained(b0):
     handle = b0.features[2][0].block[1].register_forward_hook(lambda *_: None)
     report = diagnostics.doctor(b0)
@@ -169,7 +172,7 @@ def test_cuda_driver(monkeypatch, driver, warned):
     line = f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build\n"
     found = line if driver else ""
     monkeypatch.setattr(diagnostics, "_read", lambda path: found if "nvidia" in path else "")
-    monkeypatch.setattr(_native, "unavailable_reason", lambda: "not built")
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "not built")
     report = diagnostics.doctor()
     assert report.cuda["driver"] == driver
     assert ("want driver 580 or newer" in str(report)) == warned

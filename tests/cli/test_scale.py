@@ -10,7 +10,14 @@ import pytest
 
 from effnet_fast import cli
 from effnet_fast.models import VARIANTS
-from effnet_fast.scaling import CompoundScaling, Conditions, count, count_memory, fit, traffic
+from effnet_fast.scaling import (
+    CompoundScaling,
+    Conditions,
+    count,
+    count_memory,
+    fit,
+    traffic,
+)
 from effnet_fast.scaling import latency as latency_module
 from effnet_fast.scaling.passes import PLANS as TRAFFIC_PLANS
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-import native
+import compiling
 
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "build", "dist", "tests", "benchmarks", "*.egg-info", "__pycache__", "*.so"
@@ -47,14 +47,14 @@ from effnet_fast import _native, ops, reference
 assert effnet_fast.__file__.startswith(sys.prefix), effnet_fast.__file__
 import effnet_fast.triton_kernels
 native = _native.load()
-assert native.isas() == sys.argv[1].split(","), native.isas()
-assert not native.cuda_built() and "EFFNET_FAST_CUDA=0" in native.cuda_probe()
+assert compiling.isas() == sys.argv[1].split(","), compiling.isas()
+assert not compiling.cuda_built() and "EFFNET_FAST_CUDA=0" in compiling.cuda_probe()
 x = torch.randn(2, 20, 9, 8).contiguous(memory_format=torch.channels_last)
 bn = (torch.rand(20) + 0.5, torch.randn(20), torch.randn(20), torch.rand(20) + 0.5)
 args = (x, torch.randn(20, 1, 3, 3), *bn)
 expected = reference.dwconv_bn_silu(*args)
-for isa in native.isas():
-    if native.isa_unavailable_reason(isa) is None:
+for isa in compiling.isas():
+    if compiling.isa_unavailable_reason(isa) is None:
         y = ops.dwconv_bn_silu(*args, backend=f"cpu:{isa}")
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 y = effnet_fast.efficientnet_b0().eval()(torch.ones(1, 3, 64, 64))
@@ -68,7 +68,7 @@ print("works")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source tree without what was built in it."""
     return shutil.copytree(
-        native.ROOT, tmp_path_factory.mktemp("source") / "effnet-fast", ignore=LEFT_OUT
+        compiling.ROOT, tmp_path_factory.mktemp("source") / "effnet-fast", ignore=LEFT_OUT
     )
 
 
@@ -201,7 +201,7 @@ def test_the_host_run_compiles_every_kernel(tools: FakeTools, cuda: str) -> None
     status, text = tools.build(EFFNET_FAST_SIMT="auto", EFFNET_FAST_CUDA=cuda)
     assert status == 0, text
     ninja = tools.simt_ninja().read_text()
-    for source in (native.ROOT / "csrc/cuda").glob("*.cu"):
+    for source in (compiling.ROOT / "csrc/cuda").glob("*.cu"):
         assert f"build {source.name}.o: cxx" in ninja
     assert "-DEFFNET_SIMT" in ninja
     assert list((tools.folder / "work/lib/effnet_fast").glob("_C_simt*.so"))
@@ -302,8 +302,8 @@ def test_a_failing_nvcc_names_the_way_out(tools: FakeTools) -> None:
 def test_every_source_is_compiled_for_every_instruction_set(tools: FakeTools) -> None:
     assert tools.build()[0] == 0
     ninja = tools.ninja()
-    for isa in native.setup_module().ISAS:
-        for source in (native.ROOT / "csrc/cpu").glob("*.cpp"):
+    for isa in compiling.setup_module().ISAS:
+        for source in (compiling.ROOT / "csrc/cpu").glob("*.cpp"):
             assert f"build {source.stem}.{isa}.o: cxx" in ninja
 
 
@@ -321,14 +321,14 @@ def test_wheel_from_the_sdist_in_a_fresh_environment(sdist: Path, tmp_path: Path
 
     Compiled without optimisation: what is tested is the way, and -O3 takes minutes.
     """
-    native.require_compiler()
+    compiling.require_compiler()
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     quick = tmp_path / "quick-c++"
-    quick.write_text(f'#!/bin/sh\nexec {" ".join(native.CXX)} "$@" -O0\n')
+    quick.write_text(f'#!/bin/sh\nexec {" ".join(compiling.CXX)} "$@" -O0\n')
     quick.chmod(0o755)
-    pins = {"PIP_CONSTRAINT": str(native.ROOT / "constraints.txt")}
+    pins = {"PIP_CONSTRAINT": str(compiling.ROOT / "constraints.txt")}
     env = os.environ | {"EFFNET_FAST_CUDA": "0", "CXX": str(quick)} | pins
     status, text = run(
         sys.executable, "-m", "build", "--wheel", "-o", tmp_path / "dist", source,
@@ -347,7 +347,7 @@ def test_wheel_from_the_sdist_in_a_fresh_environment(sdist: Path, tmp_path: Path
     site = "import sysconfig; print(sysconfig.get_path('purelib'))"
     status, text = run(python, "-c", site, cwd=tmp_path)
     Path(text.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    isas = list(native.setup_module().ISAS)
+    isas = list(compiling.setup_module().ISAS)
     if "avx512_bf16" in isas:
         isas.append("amx")  # the same objects, with the tile unit
     status, text = run(python, "-c", USE_WHEEL, ",".join(isas), cwd=tmp_path)

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-import native
-from effnet_fast import _native
+import compiling
+from effnet_fast.backends import native
 from tolerances import DRIVER_BF16, DRIVER_FP32
 
 RUNS_ON = {"Nehalem": ("generic",), "Haswell": ("generic", "avx2")}
 AMX_IS_IN = "avx512_bf16"  # the objects whose functions use the tile unit where told to
-BESIDE_PYTHON = native.ROOT / ".venv/qemu/usr/bin/qemu-x86_64-static"  # where `make qemu` puts it
+BESIDE_PYTHON = (
+    compiling.ROOT / ".venv/qemu/usr/bin/qemu-x86_64-static"
+)  # where `make qemu` puts it
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason=f"x86-64 alone, not {platform.machine()}"
@@ -49,7 +51,7 @@ def qemu() -> str:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_here(old_cpu_driver: Path, isa: str) -> None:
-    if reason := _native.load().isa_unavailable_reason(isa):
+    if reason := native.load().isa_unavailable_reason(isa):
         pytest.skip(reason)
     assert_passes(run_driver(old_cpu_driver, isa), isa)
 
@@ -77,11 +79,11 @@ def test_the_driver_can_fail(old_cpu_driver: Path) -> None:
 @pytest.mark.slow
 def test_under_sanitizers(tmp_path: Path) -> None:
     """The best instruction set that runs here, every heap block of exactly its size."""
-    native.require_compiler()
-    isa = _native.load().best_isa()
+    compiling.require_compiler()
+    isa = native.load().best_isa()
     compiled = AMX_IS_IN if isa == "amx" else isa
     flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    objects = native.compile_kernels(tmp_path, {compiled: flags})
-    driver = native.link_driver(tmp_path, objects, *flags)
+    objects = compiling.compile_kernels(tmp_path, {compiled: flags})
+    driver = compiling.link_driver(tmp_path, objects, *flags)
     for name in dict.fromkeys((compiled, isa)):
         assert_passes(run_driver(driver, name), name)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import native
-from effnet_fast import _native
+import compiling
+from effnet_fast.backends import native
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason=f"x86-64 alone, not {platform.machine()}"
@@ -65,18 +65,18 @@ def test_old_sets_define_nothing_in_common(old_cpu_objects: dict[str, list[Path]
 
 def test_avx512_defines_nothing_in_common(tmp_path: Path) -> None:
     """Without optimisation, where every inline function stays one."""
-    native.require_compiler()
+    compiling.require_compiler()
     flags_of = {"avx512": ["-O0"], "avx512_bf16": ["-O0"]}
-    for isa, objects in native.compile_kernels(tmp_path, flags_of).items():
+    for isa, objects in compiling.compile_kernels(tmp_path, flags_of).items():
         assert foreign_symbols(objects, isa) == []
 
 
 def test_a_shared_function_is_found(tmp_path: Path) -> None:
-    native.require_compiler()
+    compiling.require_compiler()
     source = tmp_path / "shared.cpp"
     source.write_text(SHARED)
-    flags = (*native.setup_module().X86_ISAS["avx512"], "-std=c++20", "-DEFFNET_ISA=avx512")
-    native_object = native.compile_object(source, tmp_path / "shared.o", *flags)
+    flags = (*compiling.setup_module().X86_ISAS["avx512"], "-std=c++20", "-DEFFNET_ISA=avx512")
+    native_object = compiling.compile_object(source, tmp_path / "shared.o", *flags)
     assert foreign_symbols([native_object], "avx512") == ["_ZN6effnet6sharedEPKf"]
 
 
@@ -96,7 +96,7 @@ def instructions(library: Path) -> Iterator[tuple[str, str]]:
 
 def test_the_extension_uses_vectors_only_where_it_may() -> None:
     """As linked: VEX-encoded code only in the namespaces of AVX2 and newer, zmm in AVX-512's."""
-    library = Path(_native.load().__file__)
+    library = Path(native.load().__file__)
     seen = {"vex": 0, "zmm": 0}
     for function, instruction in instructions(library):
         if "%zmm" in instruction:
@@ -105,13 +105,13 @@ def test_the_extension_uses_vectors_only_where_it_may() -> None:
         elif re.match(r"v[a-z]", instruction) and not instruction.startswith(("verr", "verw")):
             seen["vex"] += 1
             assert re.search("6effnet(4avx2|6avx512|11avx512_bf16)", function), function
-    if "avx512" in _native.load().isas():
+    if "avx512" in native.load().isas():
         assert min(seen.values()) > 1000
 
 
 def test_the_extension_exports_its_init_function_alone() -> None:
     require("nm")
-    command = ["nm", "-D", "--defined-only", "-C", "--format=posix", _native.load().__file__]
+    command = ["nm", "-D", "--defined-only", "-C", "--format=posix", native.load().__file__]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     names = {line.rsplit(" ", 3)[0] for line in lines}
     assert "PyInit__C" in names

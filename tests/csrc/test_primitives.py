@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import native
+import compiling
 import simt
 
-SOURCE = native.ROOT / "tests/csrc/primitives.cu"
+SOURCE = compiling.ROOT / "tests/csrc/primitives.cu"
 
 
 def assert_passes(program: Path) -> None:
@@ -30,9 +30,17 @@ def test_twins(tmp_path: Path) -> None:
 def test_intrinsics(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    flags = native.setup_module().NVCC_FLAGS
+    flags = compiling.setup_module().NVCC_FLAGS
     program = tmp_path / "primitives"
-    command = ["nvcc", *flags, "-arch=native", f"-I{native.ROOT / 'csrc'}", SOURCE, "-o", program]
+    command = [
+        "nvcc",
+        *flags,
+        "-arch=native",
+        f"-I{compiling.ROOT / 'csrc'}",
+        SOURCE,
+        "-o",
+        program,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_passes(program)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import native
+import compiling
 import simt
 
 pytestmark = pytest.mark.slow  # compiles for some seconds
@@ -46,7 +46,7 @@ CAUGHT_BY_SANITIZERS = {
     "integer_overflow": "runtime error: signed integer overflow",
 }
 SEEDS = range(1, 6)
-DRIVER = native.ROOT / "tests/csrc/simt_driver.cpp"
+DRIVER = compiling.ROOT / "tests/csrc/simt_driver.cpp"
 
 
 def run(program: Path, *words: object) -> tuple[int, str]:
@@ -73,7 +73,7 @@ def sanitized_faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def faults_program(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     simt.require()
-    sources = [native.ROOT / "tests/csrc/simt_faults.cu", *simt.RUNTIME]
+    sources = [compiling.ROOT / "tests/csrc/simt_faults.cu", *simt.RUNTIME]
     flags = simt.SANITIZED if kind == "sanitized" else ("-O1",)
     return simt.once(
         tmp_path_factory,

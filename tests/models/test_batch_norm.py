@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnet_fast.layers import MBConv, MBConvConfig
+from effnet_fast.modules.layers import MBConv, MBConvConfig
 from networks import assert_alike, pair, random_images, run_network
 
 CHANNELS_LAST = torch.channels_last

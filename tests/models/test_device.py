@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import effnet_fast
-from effnet_fast import fusion
-from effnet_fast.layers import MBConv
+from effnet_fast.modules import fused_forward
+from effnet_fast.modules.layers import MBConv
 from networks import TINY, random_images, trio
 
 pytestmark = pytest.mark.gpu
@@ -24,8 +24,10 @@ def _device() -> None:
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[MBConv]:
     """The blocks that kernels ran, in order."""
     seen: list[MBConv] = []
-    run = fusion._run_block
-    monkeypatch.setattr(fusion, "_run_block", lambda m, *rest: seen.append(m) or run(m, *rest))
+    run = fused_forward._run_block
+    monkeypatch.setattr(
+        fused_forward, "_run_block", lambda m, *rest: seen.append(m) or run(m, *rest)
+    )
     return seen
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 import effnet_fast
-from effnet_fast import recognition
+from effnet_fast.modules import structure
 from networks import Pair, assert_alike, pair, random_images, run_network
 
 # One module of each kind in a block with expansion and residual, in one without, and around them.
@@ -295,7 +295,7 @@ def test_stock_path_does_not_look_for_what_is_fused(monkeypatch: pytest.MonkeyPa
     def fail(module: nn.Module) -> None:
         raise AssertionError("looked at")
 
-    monkeypatch.setattr(recognition, "structure_of", fail)
+    monkeypatch.setattr(structure, "structure_of", fail)
     with torch.inference_mode(), effnet_fast.use_backend("reference"):
         model(random_images(1, 48))
     with torch.inference_mode(), pytest.raises(AssertionError, match="looked at"):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from allocations import peak_bytes, saved_bytes, train_step
 from effnet_fast import EfficientNet, use_backend
-from effnet_fast.layers import MBConv
 from effnet_fast.models import custom_variant
+from effnet_fast.modules.layers import MBConv
 
 TINY = custom_variant(width=0.5, depth=0.5)
 PEAK = {"cpu": (2, 96), "cuda": (64, 224)}  # images and their side

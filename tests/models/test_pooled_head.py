@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import effnet_fast
-from effnet_fast import EfficientNet, fusion, use_backend
+from effnet_fast import EfficientNet, use_backend
+from effnet_fast.modules import fused_forward
 from networks import TINY, Pair, assert_alike, pair, random_images, run_network
 
 IMAGES = 4
@@ -21,9 +22,9 @@ IMAGES = 4
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str]]:
     """Filled with (whether by batch statistics, backend) at each call of the op."""
     calls: list[tuple[bool, str]] = []
-    original = fusion.pointwise_bn_silu_pool
+    original = fused_forward.pointwise_bn_silu_pool
     monkeypatch.setattr(
-        fusion,
+        fused_forward,
         "pointwise_bn_silu_pool",
         lambda *a: calls.append((a[-4], a[-1])) or original(*a),
     )

@@ -13,7 +13,7 @@ import torch
 
 import effnet_fast
 from cases import DWCONV_CASES, DwconvCase, find
-from effnet_fast import _native, backends, ops, preference
+from effnet_fast import backends, ops
 from effnet_fast.backends import (
     BACKENDS,
     OPS,
@@ -21,6 +21,8 @@ from effnet_fast.backends import (
     can_run,
     current_backend,
     is_channels_last,
+    native,
+    preference,
     resolve,
     use_backend,
 )
@@ -35,10 +37,10 @@ def test_named_instruction_sets(name: str) -> None:
     """Without a name the best one runs; one that is not there says so."""
     call = sample(name)
     wanted = with_gradients(call)
-    native = _native.load()
-    assert native.isas()[0] == "generic"
-    assert native.isa_unavailable_reason("generic") is None
-    best = run(call, f"cpu:{native.best_isa()}", wanted=wanted)
+    extension = native.load()
+    assert extension.isas()[0] == "generic"
+    assert extension.isa_unavailable_reason("generic") is None
+    best = run(call, f"cpu:{extension.best_isa()}", wanted=wanted)
     assert_same(run(call, "cpu", wanted=wanted), best)
     reason = r"cpu:sse9: instruction set 'sse9' is not in this build"
     with pytest.raises(RuntimeError, match=rf"'cpu:sse9' cannot run {call.op}: {reason}"):

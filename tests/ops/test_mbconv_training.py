@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase, find
-from effnet_fast import _native, ops, reference, use_backend
-from effnet_fast.backends import can_run
+from effnet_fast import ops, reference, use_backend
+from effnet_fast.backends import can_run, native
 from effnet_fast.ops import mbconv_passes, scratch
 from effnet_fast.reference.mbconv import Training
 from mbconv_blocks import BlockCall, block_call, params_of, run
@@ -162,7 +162,7 @@ def test_callers_in_several_threads() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert _native.load().running_calls() == 0
+    assert native.load().running_calls() == 0
 
 
 def test_a_gate_without_a_norm_is_refused() -> None:
@@ -172,7 +172,7 @@ def test_a_gate_without_a_norm_is_refused() -> None:
     tensors = x.data_ptr(), 0, gate.data_ptr(), weight.data_ptr()
     rest = (0, 0, 0, 0), 1e-5, z.data_ptr(), norm.data_ptr(), 1
     with pytest.raises(ValueError, match="a gate needs the norm of x"):
-        _native.load().mbconv_pointwise("", (1, 4, 4, 4), False, False, *tensors, *rest)
+        native.load().mbconv_pointwise("", (1, 4, 4, 4), False, False, *tensors, *rest)
 
 
 @ANY_BACKEND

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cases import MBCONV_CASES, MBConvCase, find
 from effnet_fast import reference
-from effnet_fast.reference import mbconv_passes, mbconv_staged
+from effnet_fast.ops import mbconv_training
+from effnet_fast.reference import mbconv_passes
 from effnet_fast.reference.mbconv import MBConvConfig, MBConvParams, three_modes
 from mbconv_blocks import EPS, BlockCall, block_call, params_of, run
 from parity import FP32, Results, random_like
@@ -21,20 +22,22 @@ SAMPLES = ("c_odd_stride_2", "no_expansion_residual", "c_eq_vector", "no_expansi
 ASYMMETRIC = (1, 2, 0, 3)
 
 
-def staged(call: BlockCall, passes: Any = mbconv_passes, needs: Any = mbconv_staged.ALL) -> Results:
+def staged(
+    call: BlockCall, passes: Any = mbconv_passes, needs: Any = mbconv_training.ALL
+) -> Results:
     """y and the gradients, by the names that `run` gives them."""
     tensors = {k: None if t is None else t.double() for k, t in call.tensors.items()}
     params, config = params_of(tensors), call.config
     padding = reference.arguments.resolve_padding(config.padding, params.depthwise.weight.shape[-1])
-    layers = mbconv_staged.Layers(params.expand, params.depthwise, params.squeeze, params.project)
-    settings = mbconv_staged.Settings(
+    layers = mbconv_training.Layers(params.expand, params.depthwise, params.squeeze, params.project)
+    settings = mbconv_training.Settings(
         config.stride, padding, config.residual, EPS, three_modes(call.training)
     )
     x, row_scale = tensors["x"], tensors["row_scale"]
-    y, saved = mbconv_staged.forward(passes, x, row_scale, layers, settings)
+    y, saved = mbconv_training.forward(passes, x, row_scale, layers, settings)
     if call.memory == "lean":
         saved = saved._replace(z1=None)
-    grads = mbconv_staged.backward(passes, random_like(y), saved, layers, settings, needs)
+    grads = mbconv_training.backward(passes, random_like(y), saved, layers, settings, needs)
     results = {"y": y, "grad x": grads.x}
     for name in ("expand", "depthwise", "squeeze", "project"):
         fields = list(type(getattr(params, name) or params.project)._fields)
@@ -110,7 +113,7 @@ class Counting:
         return counted
 
 
-NONE = mbconv_staged.Needs(False, (False,) * 3, (False,) * 3, (False,) * 4, (False,) * 3)
+NONE = mbconv_training.Needs(False, (False,) * 3, (False,) * 3, (False,) * 4, (False,) * 3)
 
 
 @pytest.mark.parametrize(

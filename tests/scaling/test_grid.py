@@ -16,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import effnet_fast
-from effnet_fast.scaling import CompoundScaling, candidates, count, estimate_top1, grid_search
+from effnet_fast.scaling import (
+    CompoundScaling,
+    candidates,
+    count,
+    estimate_top1,
+    grid_search,
+)
 from effnet_fast.scaling.accuracy import LABEL
 from effnet_fast.scaling.trials import COLUMNS, TrialFile
 

@@ -21,7 +21,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from effnet_fast import timing
 from effnet_fast.models import VARIANTS, custom_variant
-from effnet_fast.scaling import CompoundScaling, Conditions, LatencyModel, calibrate, latency
+from effnet_fast.scaling import (
+    CompoundScaling,
+    Conditions,
+    LatencyModel,
+    calibrate,
+    latency,
+)
 from effnet_fast.scaling.latency import FEATURES, NETWORKS, Sample, features, fit_prices
 
 PRICES = {

@@ -199,7 +199,9 @@ def test_peak_of_a_process(plan: str, request: pytest.FixtureRequest) -> None:
     By default glibc serves blocks of up to 32 MB from its heap and leaves holes there (seen: up to
     20% more than was ever alive, another share in every run); here it maps each by itself.
     """
-    script = HIGH_WATER.format(tests=str(request.path.parents[1]), backend=BACKENDS[plan])
+    script = HIGH_WATER.format(
+        tests=str(request.path.parents[1] / "support"), backend=BACKENDS[plan]
+    )
     found = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},

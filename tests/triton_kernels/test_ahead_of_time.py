@@ -1,7 +1,7 @@
 """Every kernel compiled for GPUs that are not there, within budgets of registers and memory.
 
 `budgets.json` holds, by compute capability and kernel, the most registers per thread and bytes of
-shared memory of any build; `python tests/ahead_of_time.py` writes it anew. A spill
+shared memory of any build; `python tests/support/ahead_of_time.py` writes it anew. A spill
 has no budget.
 """
 

@@ -14,16 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...reference.arguments import Sides
-from ..dwconv_bn_silu import (
-    _backward_fake,
-    _strides,
-    output_shape,
-)
-from ..registration import address, empty_nhwc, native_weight, nhwc
-from . import statistics
-from .launching import DTYPES, Bn, native, queue, scratch
-from .tiles import Tile, filling, tile_for
+from effnet_fast.ops.cuda import statistics
+from effnet_fast.ops.cuda.launching import DTYPES, Bn, launchers, queue, scratch
+from effnet_fast.ops.cuda.tiles import Tile, filling, tile_for
+from effnet_fast.ops.dwconv_bn_silu import _backward_fake, _strides, output_shape
+from effnet_fast.ops.registration import address, empty_nhwc, native_weight, nhwc
+from effnet_fast.reference.arguments import Sides
 
 
 class Plan(NamedTuple):
@@ -45,7 +41,7 @@ def _plan(
         tile = tile_for(direction, kernel, stride, dtype, c, w if backward else ow)
         sides = (h + top % stride, w + left % stride) if backward else (oh, ow)
         tile = filling(tile, n, c, *sides)
-    return Plan(shape, tile, *native(backend).dwconv_parts(shape, tile, backward))
+    return Plan(shape, tile, *launchers(backend).dwconv_parts(shape, tile, backward))
 
 
 def plan(
@@ -93,7 +89,7 @@ def forward(
     pixels = y.shape[2] * y.shape[3]
     factor = 1.0 / pixels if cut.chunks == 1 else 1.0
     end = after or Bn(None)
-    native(backend).dwconv_fwd(
+    launchers(backend).dwconv_fwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
         x.data_ptr(), _strides(x), weight.data_ptr(), before.arguments,
         end.arguments, y.data_ptr(), partial.data_ptr(), factor,
@@ -147,7 +143,7 @@ def backward(
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else None
     partial = scratch(x, cut.parts, taps + 2, c) if wanted[1] else None
     count = float(n * z.shape[2] * z.shape[3])
-    native(backend).dwconv_bwd(
+    launchers(backend).dwconv_bwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
         x.data_ptr(), _strides(x), before.arguments,
         grad_y.data_ptr(), z.data_ptr(), address(gate), address(shift),
@@ -203,7 +199,7 @@ def bn_act(
     y = empty_nhwc(z, z.shape)
     n, c, h, w = z.shape
     if y.numel():
-        native(backend).bn_act(
+        launchers(backend).bn_act(
             queue(z), (n, c, h * w), DTYPES[z.dtype], z.data_ptr(), address(residual),
             bn.arguments, address(keep), silu, y.data_ptr(),
         )  # fmt: skip

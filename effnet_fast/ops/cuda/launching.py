@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _native
-from ..registration import address, dense
+from effnet_fast.backends import native
+from effnet_fast.ops.registration import address, dense
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cuda/args.h
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def native(backend: str) -> Any:
+def launchers(backend: str) -> Any:
     """The module of launchers: the device's, or the host run's for "simt"."""
-    return _native.load_simt().cuda if backend == "simt" else _native.load().cuda
+    return native.load_simt().cuda if backend == "simt" else native.load().cuda
 
 
 def queue(x: Tensor) -> tuple[int, int]:

@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registration import address, dense, empty_nhwc, nhwc
-from ..squeeze_excite import _backward_fake, _excite_fake, _forward_fake, native_layers
-from . import statistics
-from .launching import DTYPES, Bn, native, queue, scratch
+from effnet_fast.ops.cuda import statistics
+from effnet_fast.ops.cuda.launching import DTYPES, Bn, launchers, queue, scratch
+from effnet_fast.ops.registration import address, dense, empty_nhwc, nhwc
+from effnet_fast.ops.squeeze_excite import (
+    _backward_fake,
+    _excite_fake,
+    _forward_fake,
+    native_layers,
+)
 
 # Channels of a part of the first layer: one block's, which its threads go through in steps of 256.
 LEAST_CHANNELS, MOST_CHANNELS = 256, 1024
@@ -55,7 +60,7 @@ def excite(
         reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias, dtypes=DTYPES
     )
     partial = scratch(pooled, splits, n, r)
-    native(backend).excite_fwd(
+    launchers(backend).excite_fwd(
         queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],
         pooled.data_ptr(), *(address(p) for p in layers),
         partial.data_ptr(), hidden.data_ptr(), gate.data_ptr(),
@@ -97,7 +102,7 @@ def excite_backward(
         scratch(pooled, r, c), scratch(pooled, r), scratch(pooled, c, r), scratch(pooled, c)
     )  # fmt: skip
     grad_bn = None if grad_sums is None else scratch(pooled, 2, c)
-    native(backend).excite_bwd(
+    launchers(backend).excite_bwd(
         queue(pooled), (n, c, r), DTYPES[layers[0].dtype],
         pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
         *(address(p) for p in layers), partial.data_ptr(), grad_hidden.data_ptr(),
@@ -110,7 +115,7 @@ def excite_backward(
 def apply_gate(x: Tensor, gate: Tensor, shift: Tensor | None, y: Tensor, backend: str) -> Tensor:
     """Writes x * gate + shift to y, both [N,C,H,W] NHWC without gaps; gate and shift [N,C] fp32."""
     n, c, h, w = x.shape
-    native(backend).gate(
+    launchers(backend).gate(
         queue(x), (n, c, h * w), DTYPES[x.dtype],
         x.data_ptr(), gate.data_ptr(), address(shift), y.data_ptr(),
     )  # fmt: skip

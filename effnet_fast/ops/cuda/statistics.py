@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..registration import address
-from .launching import DTYPES, Bn, native, queue, scratch
+from effnet_fast.ops.cuda.launching import DTYPES, Bn, launchers, queue, scratch
+from effnet_fast.ops.registration import address
 
 PIXELS = 256  # of a chunk, at most
 SUM, PRODUCT, SQUEEZE, BN_SILU, BN = range(5)  # Reduction of csrc/cuda/args.h
@@ -33,7 +33,7 @@ def partial_sums(
     n, c, h, w = x.shape
     chunks, bn = chunks_of(h * w), bn or Bn(None)
     partial = scratch(x, n, chunks, SUMS[what], c)
-    native(backend).reduce(
+    launchers(backend).reduce(
         queue(x), (n, c, h * w, chunks), DTYPES[x.dtype], what, x.data_ptr(), address(grad_y),
         bn.arguments, address(keep), factor, partial.data_ptr(),
     )  # fmt: skip
@@ -53,7 +53,7 @@ def fold(
 
     rows: the first and how many are folded, None for all; the first of them times first_factor.
     """
-    native(backend).fold_sum(
+    launchers(backend).fold_sum(
         queue(partial), partial.data_ptr(), tuple(sizes), rows or (0, sizes[2]), tuple(strides),
         first_factor,
         out.data_ptr(),
@@ -100,7 +100,7 @@ def moments(backend: str, partial: Tensor) -> tuple[Tensor, Tensor]:
     parts, _, c = partial.shape
     mean = scratch(partial, c)
     var = torch.empty_like(mean)
-    native(backend).fold_moments(
+    launchers(backend).fold_moments(
         queue(partial), partial.data_ptr(), parts, c, mean.data_ptr(), var.data_ptr()
     )
     return mean, var

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cases import DWCONV_CASES, LARGE_DWCONV_CASES, DwconvCase, find
-from effnet_fast import _native, ops
+from effnet_fast import ops
+from effnet_fast.backends import native
 from effnet_fast.ops.cuda import dwconv_bn_silu as launcher
 from effnet_fast.ops.cuda import tiles
 from effnet_fast.ops.cuda.launching import Bn
@@ -311,7 +312,7 @@ def test_the_same_bits_in_any_order_of_threads(name: str, training: bool) -> Non
     call = dwconv_call(case(name), BF16, training)
     results = []
     for seed in range(3):
-        _native.load_simt().set_seed(seed)
+        native.load_simt().set_seed(seed)
         results.append(run(call, "simt"))
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])

@@ -8,8 +8,7 @@ import re
 import pytest
 import torch
 
-from effnet_fast import _native
-from effnet_fast.backends import CUDA_KERNELS
+from effnet_fast.backends import CUDA_KERNELS, native
 from effnet_fast.models import VARIANTS
 from effnet_fast.ops.cuda import tiles
 from effnet_fast.ops.cuda.launching import DTYPES
@@ -51,7 +50,7 @@ def tile_of(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", BATCHES)
 def test_every_network_fits(n: int, dtype: torch.dtype, direction: str) -> None:
-    kernels = _native.load_simt().cuda
+    kernels = native.load_simt().cuda
     for shape in network_shapes():
         tile, sizes = tile_of(direction, shape, dtype, n)
         assert tile.lanes * tile.nx * tile.ny <= MAX_THREADS
@@ -92,7 +91,7 @@ def test_rows_are_in_order_and_say_where_they_come_from() -> None:
 @pytest.mark.parametrize("n", BATCHES)
 def test_a_launch_fills_the_device(n: int, direction: str) -> None:
     """Or it cannot be cut up further; a launch that fills it anyway keeps the table's tile."""
-    kernels = _native.load_simt().cuda
+    kernels = native.load_simt().cuda
     for shape in network_shapes():
         tile, sizes = tile_of(direction, shape, torch.bfloat16, n)
         strips = -(-shape[2] // (2 * tile.lanes))
@@ -133,4 +132,4 @@ def test_lanes() -> None:
 def test_impossible_tiles_are_refused(changes: dict[str, int], text: str) -> None:
     tile = tiles.tile_for("forward", 3, 1, torch.float32, 16, 8)._replace(**changes)
     with pytest.raises(ValueError, match=re.escape(text)):
-        _native.load_simt().cuda.dwconv_parts((1, 16, 8, 8, 8, 8, 3, 1, 1, 1), tile, False)
+        native.load_simt().cuda.dwconv_parts((1, 16, 8, 8, 8, 8, 3, 1, 1, 1), tile, False)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import effnet_fast
-from effnet_fast import fusion
 from effnet_fast.models.variants import Stage
+from effnet_fast.modules import fused_forward
 from networks import run_network
 from parity import assert_parity
 
@@ -31,9 +31,9 @@ def network(**options: Any) -> nn.Module:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = fusion.pointwise_bn_silu_pool
+    original = fused_forward.pointwise_bn_silu_pool
     monkeypatch.setattr(
-        fusion,
+        fused_forward,
         "pointwise_bn_silu_pool",
         lambda *a: calls.append(1) or original(*a),
     )

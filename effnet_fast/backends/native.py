@@ -1,0 +1,72 @@
+"""Access to the compiled extension, without failing the import where it is missing.
+
+It is loaded along with this module, because torch.compile can read a global but follow no import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  (first: the extension shares the OpenMP runtime that torch has loaded)
+
+
+def _try_load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("effnet_fast._C"), ""
+    except ImportError as error:
+        root = Path(__file__).resolve().parents[2]
+        if (root / "csrc").is_dir() and (root / "setup.py").is_file():
+            return None, (
+                f"effnet_fast was imported from the source tree {root}, which holds no compiled "
+                f"effnet_fast._C and shadows an installed package: run 'pip install -e .' there, "
+                f"or start Python elsewhere ({error})"
+            )
+        return None, (
+            f"the compiled extension effnet_fast._C cannot be loaded ({error}); "
+            f"reinstall with 'pip install --force-reinstall --no-deps effnet-fast' and g++ present"
+        )
+
+
+def _try_load_simt() -> ModuleType | None:
+    try:
+        return importlib.import_module("effnet_fast._C_simt")
+    except ImportError:
+        return None
+
+
+_MODULE, _REASON = _try_load()
+_SIMT = _try_load_simt()
+
+
+def unavailable_reason() -> str | None:
+    """Why the extension cannot be used, or None where it can."""
+    return _REASON or None
+
+
+def load() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        RuntimeError: it is missing or cannot be loaded; the text says what to do.
+    """
+    if _MODULE is None:
+        raise RuntimeError(_REASON)
+    return _MODULE
+
+
+def simt_unavailable_reason() -> str | None:
+    """Why the CUDA kernels cannot be run on the CPU, or None where they can."""
+    return None if _SIMT else "this build has no host run of the CUDA kernels: EFFNET_FAST_SIMT=1"
+
+
+def load_simt() -> ModuleType:
+    """The host run of the CUDA kernels, which tests alone have.
+
+    Raises:
+        RuntimeError: it was not built.
+    """
+    if _SIMT is None:
+        raise RuntimeError(simt_unavailable_reason())
+    return _SIMT

@@ -1,0 +1,1 @@
+"""A whole network for inference: what of it the kernels know, its packed weights, its engines."""

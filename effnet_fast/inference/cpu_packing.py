@@ -1,0 +1,207 @@
+"""A network's weights as the CPU's inference kernels read them: BatchNorm folded in, packed once.
+
+The layouts are those of csrc/cpu/network.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_fast.modules import structure
+from effnet_fast.modules.same_padding import Conv2dSame
+
+UNIT = 16  # channels
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are packed.
+
+    Attributes:
+        bf16: pairs of bf16 instead of fp32.
+        tile_units: units of 16 output channels in a panel.
+    """
+
+    bf16: bool
+    tile_units: int
+
+    def padded(self, channels: int) -> int:
+        """Channels with those that fill the last block of a cache line."""
+        block = 2 * UNIT if self.bf16 else UNIT
+        return -(-channels // block) * block
+
+
+@dataclass
+class Packed:
+    """Layers for `_C.Network`, and the tensors that they point to."""
+
+    format: Format
+    stem: dict[str, Any] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    head: dict[str, Any] | None = None
+    classifier: dict[str, Any] | None = None
+    tensors: list[Tensor] = field(default_factory=list)
+
+    def keep(self, tensor: Tensor) -> tuple[int, int]:
+        """The address and bytes of a tensor that lives as long as this."""
+        tensor = tensor.contiguous()
+        self.tensors.append(tensor)
+        return tensor.data_ptr(), tensor.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed weights, each from a cache line on."""
+        return sum(-(-tensor.nbytes // 64) * 64 for tensor in self.tensors)
+
+
+def _pad(tensor: Tensor, *sizes: int) -> Tensor:
+    """The tensor with zeros appended up to these sizes."""
+    widths: list[int] = []
+    for have, want in zip(reversed(tensor.shape), reversed(sizes), strict=True):
+        widths += [0, want - have]
+    return F.pad(tensor, widths)
+
+
+def folded(layer: structure.Layer) -> tuple[Tensor, Tensor]:
+    """Weight and shift in fp32 with the BatchNorm's running statistics folded in."""
+    weight, gamma, beta, mean, var = (
+        None if t is None else t.detach().double() for t in layer.tensors
+    )
+    assert weight is not None
+    assert mean is not None
+    assert var is not None
+    scale = torch.rsqrt(var + layer.bn.eps)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    if beta is not None:
+        shift = shift + beta
+    return (weight * scale.reshape(-1, 1, 1, 1)).float(), shift.float()
+
+
+def _panels(rows: Tensor, tile_units: int) -> Tensor:
+    """[K, units * 16, ...] by panels of output channels, one after another.
+
+    Each has tile_units units, the last what is left over as well.
+    """
+    width = tile_units * UNIT
+    whole = max(0, rows.shape[1] // width - 1) * width
+    parts = [*rows[:, :whole].split(width, 1), rows[:, whole:]]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _product_words(weight: Tensor, layout: Format) -> Tensor:
+    """A product's weight [Cout,Cin] in panels, still fp32."""
+    outputs = layout.padded(weight.shape[0])
+    if not layout.bf16:
+        return _panels(_pad(weight.t(), weight.shape[1], outputs), layout.tile_units)
+    inputs = layout.padded(weight.shape[1])
+    pairs = _pad(weight.t(), inputs, outputs).reshape(inputs // 2, 2, outputs)
+    return _panels(pairs.transpose(1, 2), layout.tile_units)
+
+
+def _product(packed: Packed, weight: Tensor, shift: Tensor) -> dict[str, Any]:
+    outputs, inputs = weight.shape[:2]
+    words = _product_words(weight.reshape(outputs, inputs), packed.format)
+    return {
+        "in_channels": inputs,
+        "out_channels": outputs,
+        "weight": packed.keep(words.bfloat16() if packed.format.bf16 else words),
+        "shift": packed.keep(_pad(shift, packed.format.padded(outputs))),
+    }
+
+
+def _units(rows: Tensor, channels: int) -> Tensor:
+    """[C, n] as [units][n][16], zeros beyond C."""
+    return _pad(rows, channels, rows.shape[1]).reshape(-1, UNIT, rows.shape[1]).transpose(1, 2)
+
+
+def _padding(layer: structure.Layer) -> dict[str, Any]:
+    conv = layer.conv
+    if type(conv) is Conv2dSame:
+        return {"same": True, "padding": (0, 0, 0, 0)}
+    assert not isinstance(conv.padding, str)
+    top, left = conv.padding
+    return {"same": False, "padding": (left, left, top, top)}
+
+
+def pack_stem(packed: Packed, layer: structure.Layer) -> None:
+    """Adds the first convolution."""
+    conv = layer.conv
+    weight, shift = folded(layer)
+    outputs = packed.format.padded(conv.out_channels)
+    packed.stem = {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_h": conv.kernel_size[0],
+        "kernel_w": conv.kernel_size[1],
+        "stride": conv.stride[0],
+        **_padding(layer),
+        "weight": packed.keep(_units(weight.flatten(1), outputs)),
+        "shift": packed.keep(_pad(shift, outputs)),
+    }
+
+
+def pack_block(packed: Packed, block: structure.Block, residual: bool, tap: int) -> None:
+    """Adds an MBConv.
+
+    Args:
+        packed: where to.
+        block: its layers.
+        residual: whether its input is added.
+        tap: which output shows its result, -1 for none.
+    """
+    depthwise, layout = block.depthwise, packed.format
+    weight, shift = folded(depthwise)
+    channels = weight.shape[0]
+    padded = layout.padded(channels)
+    reduce_weight, reduce_bias, excite_weight, excite_bias = (
+        None if t is None else t.detach().float() for t in block.excite
+    )
+    assert reduce_weight is not None
+    assert excite_weight is not None
+    hidden = reduce_weight.shape[0]
+    reduce_bias = shift.new_zeros(hidden) if reduce_bias is None else reduce_bias
+    excite_bias = shift.new_zeros(channels) if excite_bias is None else excite_bias
+    project_weight, project_shift = folded(block.project)
+    layer = {
+        "in_channels": block.first.conv.in_channels,
+        "channels": channels,
+        "out_channels": project_weight.shape[0],
+        "squeeze_channels": hidden,
+        "kernel": depthwise.conv.kernel_size[0],
+        "stride": depthwise.conv.stride[0],
+        **_padding(depthwise),
+        "residual": residual,
+        "filter": packed.keep(_units(weight.flatten(1), padded)),
+        "filter_shift": packed.keep(_pad(shift, padded)),
+        "reduce_weight": packed.keep(_pad(reduce_weight.flatten(1), hidden, padded)),
+        "reduce_bias": packed.keep(reduce_bias),
+        "excite_weight": packed.keep(_units(excite_weight.flatten(1), padded)),
+        "excite_bias": packed.keep(_pad(excite_bias, padded)),
+        "project": _product(packed, project_weight, project_shift),
+        "tap": tap,
+    }
+    if layout.bf16:
+        words = _product_words(project_weight.flatten(1), layout)
+        layer["project_master"] = packed.keep(words)
+    if block.expand:
+        layer["expand"] = _product(packed, *folded(block.expand))
+    packed.blocks.append(layer)
+
+
+def pack_head(packed: Packed, layer: structure.Layer) -> None:
+    """Adds the last convolution, after which the pixels' mean is taken."""
+    packed.head = _product(packed, *folded(layer))
+
+
+def pack_classifier(packed: Packed, weight: Tensor, bias: Tensor | None) -> None:
+    """Adds the linear layer, weight [classes, features]."""
+    weight = weight.detach().float()
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float()
+    packed.classifier = _product(packed, weight, bias)

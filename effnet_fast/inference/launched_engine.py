@@ -1,0 +1,207 @@
+"""A network packed for kernels that are launched one after another: the plan for GPUs.
+
+It runs wherever its backends do, which for tests is a CPU too. See `ops.packed_passes` for what is
+packed and `graphs` for what saves the launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_fast.inference import cpu_packing, cuda_graphs
+from effnet_fast.inference import packed_passes as passes
+from effnet_fast.inference.network_spec import Block, Network
+from effnet_fast.modules import structure
+from effnet_fast.modules.same_padding import Conv2dSame
+
+
+class LaunchPlan:
+    """Packed weights of a network, and the calls that run it.
+
+    Args:
+        network: what is packed.
+        dtype: fp32, bf16 or fp16, in which the passes hand on their results.
+        backend: "auto" takes, pass by pass, what `preference` names first; "cuda", "triton" or
+            "simt" that alone, where 1x1 convolutions of "cuda" and "simt" are PyTorch's products.
+        limit: CUDA graphs that are kept at most; 0 for none.
+
+    Attributes:
+        network, device, nbytes, captured: as `Plan` has them.
+        dtype, backend: as given.
+
+    Raises:
+        RuntimeError: a backend cannot run a pass, or fp16 cannot hold a folded weight.
+    """
+
+    def __init__(self, network: Network, dtype: torch.dtype, backend: str, limit: int) -> None:
+        weight = network.stem.tensors[0]
+        assert weight is not None
+        self.network, self.dtype, self.backend = network, dtype, backend
+        self.device = weight.device
+        self.captured = False
+        self._overflows: list[Tensor] = []
+        with torch.inference_mode(False), torch.no_grad(), self._guard():
+            self._pack()
+        self._check_range()
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors)
+        self._recorder = cuda_graphs.recorder_of(self.device)
+        self._lent: set[int] = set()
+        self._graphs: cuda_graphs.Graphs | None = None
+        if self._recorder is not None and limit:
+            self._graphs = cuda_graphs.Graphs(
+                self.run, dtype, self._recorder, limit, self._settings
+            )
+        if self.device.type == "cuda":  # every stream may read the weights from now on
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _guard(self) -> AbstractContextManager[Any]:
+        on_cuda = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if on_cuda else contextlib.nullcontext()
+
+    def _settings(self) -> cuda_graphs.Key:
+        """What fp32 products depend on."""
+        if self.dtype is not torch.float32:
+            return ()
+        cudnn: Any = torch.backends.cudnn
+        return torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
+
+    def _pack(self) -> None:
+        network = self.network
+        self._stem = self._convolution(network.stem)
+        self._blocks = [self._block(block) for block in network.blocks]
+        self._head = self._product(network.head) if network.head else None
+        self._linear: list[Tensor] = []
+        if network.linear is not None:
+            parameters = (network.linear.weight, network.linear.bias)
+            self._linear = [self._rounded(p.detach()) for p in parameters if p is not None]
+        packed = [self._stem, *(p for block in self._blocks for p in block.passes())]
+        packed += [self._head] if self._head else []
+        self._tensors = [tensor for p in packed for tensor in p.tensors] + self._linear
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        """A copy in the plan's dtype."""
+        rounded = tensor.to(self.dtype, copy=True)
+        if self.dtype is torch.float16:
+            self._overflows.append((rounded.isinf() & tensor.isfinite()).any())
+        return rounded
+
+    def _check_range(self) -> None:
+        overflows, self._overflows = self._overflows, []
+        if overflows and torch.stack(overflows).any():
+            raise RuntimeError(
+                "a weight with its BatchNorm folded in is beyond torch.float16's largest value: "
+                "deploy the network in torch.bfloat16 or torch.float32"
+            )
+
+    def _choose(self, op: str, **sizes: Any) -> str:
+        return passes.choose(op, self.backend, self.dtype, self.device, **sizes)
+
+    def _convolution(self, layer: structure.Layer) -> passes.Convolution:
+        backend = self._choose("pointwise_bn_act")
+        weight, shift = cpu_packing.folded(layer)
+        return passes.Convolution(backend, self._rounded(weight), shift, _geometry(layer))
+
+    def _product(self, layer: structure.Layer) -> passes.Product:
+        backend = self._choose("pointwise_bn_act")
+        weight, shift = cpu_packing.folded(layer)
+        return passes.Product(backend, self._rounded(weight.flatten(1)), shift, layer.silu)
+
+    def _block(self, block: Block) -> passes.MBConv:
+        layers, dtype = block.layers, self.dtype
+        geometry = _geometry(layers.depthwise)
+        filters = self._choose("dwconv_bn_silu", kernel=geometry.kernel, stride=geometry.stride)
+        gates = self._choose("squeeze_excite", hidden=layers.excite[0].shape[0])
+        weight, shift = cpu_packing.folded(layers.depthwise)
+        self._rounded(weight)  # for its range alone
+        return passes.MBConv(
+            self._product(layers.expand) if layers.expand else None,
+            passes.Depthwise(filters, weight, shift, geometry, dtype),
+            passes.Excite(gates, layers.excite, dtype),
+            self._product(layers.project),
+            block.residual,
+        )
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        """Logits or pooled features [N,C] where the network has them, and the maps [N,C,H,W].
+
+        Args:
+            x: images [N,C,H,W] in the plan's dtype, channels_last.
+        """
+        network, maps = self.network, {}
+        h = self._stem(x)
+        if network.stem_tap >= 0:
+            maps[network.stem_tap] = h
+        for block, packed in zip(network.blocks, self._blocks, strict=True):
+            h = packed(h)
+            if block.tap >= 0:
+                maps[block.tap] = h
+        results = [maps[tap] for tap in sorted(maps)]
+        if self._head is None:
+            return results
+        y = passes.pool(self._head(h), self._head.backend)
+        if self._linear:
+            y = F.linear(y.to(self.dtype), *self._linear)
+        return [y, *results]
+
+    def _launch(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """`run` by plain launches, results in `dtype`."""
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return [result.to(dtype) for result in self.run(x)]
+
+    def _run(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        if self._recorder is None:
+            return self._launch(x, dtype)
+        if self._recorder.capturing():
+            self.captured = True
+            return self._launch(x, dtype)
+        self._lend(self._recorder)
+        results = None if self._graphs is None else self._graphs.run(x, dtype)
+        return self._launch(x, dtype) if results is None else results
+
+    def _lend(self, recorder: cuda_graphs.Recorder) -> None:
+        """Before a stream reads the weights for the first time."""
+        stream = recorder.stream()
+        if stream not in self._lent:
+            recorder.lend(self._tensors)
+            self._lent.add(stream)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
+        """As `Plan.__call__` says; the maps are channels_last."""
+        network = self.network
+        n, _, height, width = x.shape
+        maps = network.maps(height, width)
+        if n == 0:
+            results = [x.new_empty((0, *size), dtype=dtype) for size in maps]
+            if network.outputs:
+                results.insert(0, x.new_empty((0, network.outputs), dtype=dtype))
+        else:
+            with self._guard(), _without_autocast(x.device.type):
+                results = self._run(x, dtype)
+        return (results[0], results[1:]) if network.outputs else (None, results)
+
+    def close(self) -> None:
+        """Frees the graphs; calls that are under way end as they began."""
+        if self._graphs is not None:
+            self._graphs.close()
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _geometry(layer: structure.Layer) -> passes.Geometry:
+    conv = layer.conv
+    height, width = conv.kernel_size
+    if type(conv) is Conv2dSame:
+        return passes.Geometry((height, width), conv.stride[0], None)
+    assert not isinstance(conv.padding, str)
+    top, left = conv.padding
+    return passes.Geometry((height, width), conv.stride[0], (top, left))

@@ -1,0 +1,309 @@
+"""What of a whole network the inference kernels compute from packed weights, and why not.
+
+As `recognition`, one level up: the children are read anew, and what is not exactly what the kernels
+know is refused with its place and the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_fast.modules import layers, same_padding, structure
+from effnet_fast.modules.structure import RefusedError
+
+MAX_KERNEL = 31  # csrc/cpu/network.h
+CPU = torch.device("cpu")
+LOGITS, POOLED, MAPS = "logits", "pooled", "maps"
+# Methods through which a class or an instance could change what forward computes.
+METHODS = frozenset({"forward", "forward_features", "forward_head", "_prepared", "_maps"})
+OWN_MODULE = "effnet_fast.models.efficientnet"  # of the classes that the kernels know
+
+
+@dataclass(frozen=True)
+class Block:
+    """An MBConv: its layers, whether its input is added, and which output shows its result."""
+
+    layers: structure.Block
+    residual: bool
+    tap: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """The layers that the kernels run.
+
+    Attributes:
+        stem: the first convolution.
+        stem_tap: which output shows its result, -1 for none.
+        blocks: every MBConv in order.
+        head: the last convolution, after which pixels are averaged; None to end before it.
+        linear: the classifier; None to end before it.
+        result: LOGITS, POOLED [N,C] or MAPS, the taps.
+        modules: those that these layers consist of.
+        dtype: of all weights of convolutions and of the classifier.
+    """
+
+    stem: structure.Layer
+    stem_tap: int
+    blocks: tuple[Block, ...]
+    head: structure.Layer | None
+    linear: nn.Linear | None
+    result: str
+    modules: tuple[nn.Module, ...]
+    dtype: torch.dtype
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.stem.conv.in_channels
+
+    @property
+    def outputs(self) -> int:
+        """Channels of what comes out beside the taps, 0 for nothing."""
+        if self.linear is not None:
+            return self.linear.weight.shape[0]
+        return self.head.conv.out_channels if self.head else 0
+
+    def tensors(self) -> Iterator[Tensor | None]:
+        """Everything that is packed."""
+        yield from self.stem.tensors
+        for block in self.blocks:
+            yield from block.layers.parameters
+        if self.head:
+            yield from self.head.tensors
+        if self.linear is not None:
+            yield from (self.linear.weight, self.linear.bias)
+
+    def maps(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """(C, H, W) of every tap for images of this size.
+
+        Raises:
+            ValueError: a convolution has no output.
+        """
+        size, found = (height, width), {}
+        rows = [(self.stem.conv, self.stem.conv, self.stem_tap)]
+        rows += [(b.layers.depthwise.conv, b.layers.project.conv, b.tap) for b in self.blocks]
+        for conv, last, tap in rows:
+            size = _out_size(conv, 0, size[0]), _out_size(conv, 1, size[1])
+            if min(size) < 1:
+                raise ValueError(f"images of {height}x{width} pixels are too small")
+            if tap >= 0:
+                found[tap] = (last.out_channels, *size)
+        return [found[tap] for tap in sorted(found)]
+
+
+def _out_size(conv: nn.Conv2d, side: int, size: int) -> int:
+    stride = conv.stride[side]
+    if type(conv) is same_padding.Conv2dSame:
+        return -(-size // stride)
+    assert not isinstance(conv.padding, str)
+    return (size + 2 * conv.padding[side] - conv.kernel_size[side]) // stride + 1
+
+
+@contextlib.contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Puts the place in front of the reason of what is refused inside."""
+    try:
+        yield
+    except RefusedError as refused:
+        text = str(refused)
+        raise RefusedError(f"{place}{text if text.startswith(' ') else f': {text}'}") from None
+
+
+def overridden(model: Any, names: Iterable[str] = METHODS) -> str | None:
+    """Which of these methods a subclass of EfficientNet or EfficientNetFeatures has changed."""
+    kind = type(model)
+    own = next(base for base in kind.__mro__ if base.__module__ == OWN_MODULE)
+    changed = (n for n in names if getattr(kind, n, None) is not getattr(own, n, None))
+    return min(changed, default=None)
+
+
+def recognise(model: Any, device: torch.device = CPU) -> Network:
+    """The kernels' form of an EfficientNet or EfficientNetFeatures.
+
+    A subclass may have a forward of its own: it is what calls the one that this stands in for.
+
+    Args:
+        model: the network.
+        device: where all that is packed has to be.
+
+    Raises:
+        RefusedError: it has none, with the reason.
+    """
+    if patched := METHODS.intersection(model.__dict__):
+        raise RefusedError(f"its {min(patched)} is patched")
+    if name := overridden(model, METHODS - {"forward"}):
+        raise RefusedError(f"{type(model).__name__} overrides {name}")
+    with _at("features"):
+        structure.require(model.features, nn.Sequential)
+        children = list(model.features.children())
+        if len(children) < 3 - hasattr(model, "_taken"):
+            raise RefusedError(f" has {len(children)} layers")
+    with _at("features.0"):
+        stem = _convolution(children[0], structure.DENSE)
+    taken = getattr(model, "_taken", None)
+    if taken is None:
+        stages, (head, linear, result) = children[1:-1], _head(model, children[-1])
+    else:
+        stages, head, linear, result = children[1:], None, None, MAPS
+    last = len(stages)
+    taps = {last: 0} if taken is None and result == MAPS else {}
+    taps |= {stage: index for index, stage in enumerate(taken or ())}
+    blocks = [_block(*row, taps) for row in _blocks(stages)]
+    parts = [children[0], *stages, *((children[-1], model.avgpool) if head else ())]
+    if linear is not None or (result == POOLED and _last_layer(model.classifier) is not None):
+        parts.append(model.classifier)
+    modules = (model.features, *(m for part in parts for m in part.modules()))
+    assert stem.tensors[0] is not None
+    network = Network(
+        stem, taps.get(0, -1), tuple(blocks), head, linear, result, modules, stem.tensors[0].dtype
+    )
+    _check(network, device)
+    return network
+
+
+def _convolution(module: nn.Module, kind: str) -> structure.Layer:
+    structure.refuse_hooks(module)
+    layer = structure.structure_of(module)
+    if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.silu:
+        raise RefusedError(f" is no {kind} convolution with SiLU")
+    if layer.conv.stride[0] != layer.conv.stride[1]:
+        raise RefusedError(f" has stride {layer.conv.stride}")
+    return layer
+
+
+def _blocks(stages: list[nn.Module]) -> Iterator[tuple[str, nn.Module, int]]:
+    """Place and module of each MBConv, and the stage whose last it is, or -1."""
+    for index, stage in enumerate(stages, start=1):
+        with _at(f"features.{index}"):
+            structure.require(stage, nn.Sequential)
+            blocks = list(stage.children())
+            if not blocks:
+                raise RefusedError(" is empty")
+        for number, block in enumerate(blocks):
+            yield f"features.{index}.{number}", block, index if block is blocks[-1] else -1
+
+
+def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> Block:
+    with _at(place):
+        structure.require(module, layers.MBConv)
+        assert isinstance(module, layers.MBConv)
+        block = structure.structure_of(module)
+        assert isinstance(block, structure.Block)
+        if block.expand and not block.expand.silu:
+            raise RefusedError("block.0 has no activation")
+        conv = block.depthwise.conv
+        if conv.kernel_size[0] > MAX_KERNEL:
+            raise RefusedError(f" has a kernel above {MAX_KERNEL}")
+        if not _is_centred(conv):
+            raise RefusedError(f" has a kernel of {conv.kernel_size} with padding {conv.padding}")
+        residual = bool(module.use_res_connect)
+        if residual and module.stochastic_depth.training and module.stochastic_depth.p > 0:
+            raise RefusedError("stochastic_depth is in training mode: call eval()")
+        channels = block.first.conv.in_channels, block.project.conv.out_channels
+        if residual and (conv.stride != (1, 1) or channels[0] != channels[1]):
+            raise RefusedError(" adds its input to an output of another shape")
+        return Block(block, residual, taps.get(stage, -1))
+
+
+def _is_centred(conv: nn.Conv2d) -> bool:
+    if type(conv) is same_padding.Conv2dSame:
+        return True
+    assert not isinstance(conv.padding, str)
+    return all(2 * p == k - 1 for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+
+
+def _head(model: Any, last: nn.Module) -> tuple[structure.Layer | None, nn.Linear | None, str]:
+    """Last convolution, classifier and result, as far as the kernels know what stands there."""
+    pool = model.avgpool
+    try:
+        structure.require(pool, nn.AdaptiveAvgPool2d)
+    except RefusedError:
+        return None, None, MAPS
+    if model.global_pool == "" or pool.output_size not in (1, (1, 1)):
+        return None, None, MAPS
+    with _at(f"features.{len(model.features) - 1}"):
+        head = _convolution(last, structure.POINTWISE)
+    classifier = _last_layer(model.classifier)
+    if isinstance(classifier, nn.Linear):
+        return head, classifier, LOGITS
+    return head, None, POOLED
+
+
+def _last_layer(classifier: nn.Module) -> nn.Linear | nn.Identity | None:
+    """What a classifier of at most one linear layer amounts to; None for anything else."""
+    found: nn.Linear | nn.Identity = nn.Identity()
+    try:
+        children = [classifier]
+        if type(classifier) is nn.Sequential:
+            structure.refuse_hooks(classifier)
+            children = list(classifier.children())
+        for child in children:
+            structure.require(child, nn.Linear, nn.Identity, nn.Dropout)
+            drops = isinstance(child, nn.Dropout) and child.training and child.p > 0
+            if drops or isinstance(found, nn.Linear):
+                return None
+            if isinstance(child, nn.Linear):
+                found = child
+    except RefusedError:
+        return None
+    tensors = found.__dict__["_parameters"].values()
+    known = (*structure.PLAIN, type(None))
+    return found if all(type(tensor) in known for tensor in tensors) else None
+
+
+def _check(network: Network, device: torch.device) -> None:
+    """Refuses layers that do not fit together, or that do not run here as they are."""
+    channels = network.stem.conv.out_channels
+    for block in network.blocks:
+        if block.layers.first.conv.in_channels != channels:
+            raise RefusedError(f"an MBConv does not take {channels} channels")
+        channels = block.layers.project.conv.out_channels
+    if network.head and network.head.conv.in_channels != channels:
+        raise RefusedError(f"the last convolution does not take {channels} channels")
+    linear = network.linear
+    if linear is not None and network.head:
+        features = network.head.conv.out_channels
+        if linear.weight.dim() != 2 or linear.weight.shape[1] != features:
+            raise RefusedError(f"the classifier does not take {features} features")
+        if linear.bias is not None and linear.bias.shape != linear.weight.shape[:1]:
+            raise RefusedError("the classifier's bias does not fit its weight")
+    for layer in _layers(network):
+        if layer.bn.training or layer.tensors[3] is None:
+            raise RefusedError("a BatchNorm uses the batch's statistics: call eval()")
+    for tensor in network.tensors():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise RefusedError(f"a part of it is on {tensor.device}, not on {device}")
+        if tensor.layout is not torch.strided or not tensor.is_floating_point():
+            raise RefusedError("a parameter is no dense tensor of floating point numbers")
+    for weight in _weights(network):
+        if weight.dtype != network.dtype:
+            raise RefusedError(f"its weights are of {network.dtype} and {weight.dtype}")
+
+
+def _layers(network: Network) -> Iterator[structure.Layer]:
+    yield network.stem
+    for block in network.blocks:
+        if block.layers.expand:
+            yield block.layers.expand
+        yield block.layers.depthwise
+        yield block.layers.project
+    if network.head:
+        yield network.head
+
+
+def _weights(network: Network) -> Iterator[Tensor]:
+    weights = (layer.tensors[0] for layer in _layers(network))
+    yield from (weight for weight in weights if weight is not None)
+    for block in network.blocks:
+        yield from (tensor for tensor in block.layers.excite if tensor is not None)
+    if network.linear is not None:
+        yield network.linear.weight

@@ -1,0 +1,1 @@
+"""The modules of EfficientNet, what they consist of, and their fused forward."""

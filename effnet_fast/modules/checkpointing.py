@@ -1,0 +1,88 @@
+"""Gradient checkpointing: run again in backward instead of keeping activations.
+
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174). What
+torch.utils.checkpoint leaves to its caller is done here: the second run takes the backend of the
+first, and moves no running statistics a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import checkpoint
+
+from effnet_fast import backends
+
+
+@contextlib.contextmanager
+def _second_run(module: nn.Module, backend: str) -> Iterator[None]:
+    """The backend of the first run, and BatchNorms that move copies of their buffers.
+
+    In training they normalise by the batch's statistics; what they move is nobody's concern then.
+    """
+    kept = [
+        (norm, name, buffer)
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm) and norm.training
+        for name, buffer in norm.named_buffers(recurse=False)
+    ]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
+    try:
+        with backends.use_backend(backend):
+            yield
+    finally:
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
+
+
+class _EverySecondRun(contextlib.AbstractContextManager[None]):
+    """`_second_run` anew for each backward: a graph that is retained is run through again."""
+
+    def __init__(self, module: nn.Module, backend: str) -> None:
+        self.module = module
+        self.backend = backend
+
+    def __enter__(self) -> None:
+        self.entered = _second_run(self.module, self.backend)
+        self.entered.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.__exit__(*error)
+
+
+def _contexts(
+    module: nn.Module, backend: str
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), _EverySecondRun(module, backend)
+
+
+def applies(x: Tensor) -> bool:
+    """Whether running again could save memory: not while something else records the operators."""
+    return (
+        torch.is_grad_enabled()
+        and isinstance(x, Tensor)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
+        and not torch.compiler.is_exporting()
+        and not backends.in_transform()
+    )
+
+
+def run(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    """function(x), keeping x and the random state alone for backward.
+
+    Args:
+        function: what runs `module`, in backward again, with the same random draws.
+        module: whose BatchNorms are not to be updated by the second run.
+        x: [N,C,H,W].
+    """
+    if torch.compiler.is_compiling():  # the compiled backward repeats no update of a buffer
+        return checkpoint.checkpoint(function, x, use_reentrant=False)
+    contexts = partial(_contexts, module, backends.current_backend())
+    return checkpoint.checkpoint(function, x, use_reentrant=False, context_fn=contexts)

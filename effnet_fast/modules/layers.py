@@ -1,0 +1,329 @@
+"""The modules of EfficientNet: torchvision's module tree and state dict, with a forward that fuses.
+
+Children are ordinary `nn` modules at torchvision's paths and are read at each call, so hooks,
+replaced layers and slices behave as they do there. `forward_stock` runs them one by one;
+`forward` lets `fused_forward` decide whether the fused ops may stand in for them.
+
+Source: Tan & Le (arXiv 1905.11946), table 1; names and draw order as torchvision 0.28.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from effnet_fast.modules import checkpointing, fused_forward
+from effnet_fast.modules.same_padding import Conv2dSame
+
+PADDINGS = ("symmetric", "same")
+
+
+def round_channels(channels: float, divisor: int = 8) -> int:
+    """Nearest multiple of `divisor`, at least `divisor` and never below 0.9 * channels.
+
+    Source: the TensorFlow models' rule, which fixes the widths of the published networks.
+    """
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * channels else rounded
+
+
+def check_padding(padding: str) -> None:
+    """Raises ValueError for what is none of PADDINGS."""
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+
+
+class Conv2dNormActivation(nn.Sequential):
+    """Convolution, normalisation and activation in a row.
+
+    Children: "0" nn.Conv2d, "1" norm_layer(out_channels), "2" activation_layer(inplace=True);
+    the latter two only where given. x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
+
+    Args:
+        in_channels, out_channels: channels of x and y.
+        kernel_size: K of the square kernel.
+        stride: the same in both directions.
+        padding: on every side; None means (K-1)//2 * dilation, "same" what TensorFlow means by it,
+            for which the convolution is a Conv2dSame where that makes a difference.
+        groups: groups of the convolution.
+        norm_layer: makes the normalisation from its channels; None leaves it out.
+        activation_layer: makes the activation; None leaves it out.
+        dilation: dilation of the convolution.
+        inplace: passed to activation_layer; None passes nothing.
+        bias: bias of the convolution; None means only where there is no norm_layer.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | str | None = None,
+        groups: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        activation_layer: Callable[..., nn.Module] | None = nn.ReLU,
+        dilation: int = 1,
+        inplace: bool | None = True,
+        bias: bool | None = None,
+    ) -> None:
+        bias = norm_layer is None if bias is None else bias
+        options: dict[str, Any] = {
+            "stride": stride,
+            "dilation": dilation,
+            "groups": groups,
+            "bias": bias,
+        }
+        # At stride 1 an odd kernel is padded alike on both sides, whichever the rule.
+        same = padding == "same" and (stride != 1 or kernel_size % 2 == 0)
+        if padding is None or padding == "same":
+            padding = (kernel_size - 1) // 2 * dilation
+        layers: list[nn.Module] = [
+            Conv2dSame(in_channels, out_channels, kernel_size, **options)
+            if same
+            else nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, **options)
+        ]
+        if norm_layer is not None:
+            layers.append(norm_layer(out_channels))
+        if activation_layer is not None:
+            layers.append(activation_layer(**({} if inplace is None else {"inplace": inplace})))
+        super().__init__(*layers)
+        self.out_channels = out_channels
+
+    def __getitem__(self, idx: Any) -> Any:
+        """The child at an index; a slice gives a plain nn.Sequential of the same children."""
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)
+
+    def forward_stock(self, x: Tensor) -> Tensor:
+        """Calls the children one after another."""
+        for module in self:
+            x = module(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.forward_stock(x)
+        return fused_forward.run(self, x)
+
+
+class SqueezeExcitation(nn.Module):
+    """y = x * scale_activation(fc2(activation(fc1(avgpool(x))))), x and y [N,C,H,W].
+
+    Args:
+        input_channels: C.
+        squeeze_channels: channels between fc1 and fc2.
+        activation: makes the activation after fc1.
+        scale_activation: makes the activation after fc2.
+
+    Source: Hu et al. (arXiv 1709.01507), figure 1.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        squeeze_channels: int,
+        activation: Callable[..., nn.Module] = nn.ReLU,
+        scale_activation: Callable[..., nn.Module] = nn.Sigmoid,
+    ) -> None:
+        super().__init__()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1)
+        self.fc2 = nn.Conv2d(squeeze_channels, input_channels, 1)
+        self.activation = activation()
+        self.scale_activation = scale_activation()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The factor of each channel: [N,C,1,1]."""
+        hidden = self.activation(self.fc1(self.avgpool(x)))
+        return self.scale_activation(self.fc2(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x) * x
+
+
+def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
+    """Zeroes rows of x [N,...] with probability p in training, and divides the others by 1 - p.
+
+    One Bernoulli draw per row (mode "row") or one per call (mode "batch"), in x's dtype; none
+    when p is 0 or outside training, where x itself is returned.
+
+    Raises:
+        ValueError: p outside [0, 1], or an unknown mode.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p, the drop probability, must be between 0 and 1, got {p}")
+    if mode not in ["batch", "row"]:  # as TorchScript can read it
+        raise ValueError(f"mode must be one of 'batch', 'row', got '{mode}'")
+    if not training or p == 0.0:
+        return x
+    keep = 1.0 - p
+    rows = x.shape[0] if mode == "row" else 1
+    noise = torch.empty([rows] + [1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
+    noise = noise.bernoulli_(keep)
+    if keep > 0.0:
+        noise.div_(keep)
+    return x * noise
+
+
+torch.fx.wrap("stochastic_depth")
+
+
+class StochasticDepth(nn.Module):
+    """See `stochastic_depth`.
+
+    Args:
+        p: drop probability.
+        mode: "row" draws per sample, "batch" per call.
+    """
+
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.p = p
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return stochastic_depth(x, self.p, self.mode, self.training)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(p={self.p}, mode={self.mode})"
+
+
+@dataclass(frozen=True)
+class MBConvConfig:
+    """Geometry of one MBConv block.
+
+    Args:
+        expand_ratio: expanded channels over input channels; 1 leaves the expansion out.
+        kernel: K of the depthwise convolution, odd.
+        stride: stride of the depthwise convolution, 1 or 2.
+        input_channels, out_channels: channels of the block's input and output.
+        padding: of the depthwise convolution: "symmetric", (K-1)//2 on both sides, or "same".
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    expand_ratio: float
+    kernel: int
+    stride: int
+    input_channels: int
+    out_channels: int
+    padding: str = "symmetric"
+
+    def __post_init__(self) -> None:
+        if self.stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {self.stride}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd and at least 1, got {self.kernel}")
+        if min(self.input_channels, self.out_channels) < 1 or self.expand_ratio <= 0:
+            raise ValueError(
+                "channels and expand_ratio must be positive, got input_channels="
+                f"{self.input_channels}, out_channels={self.out_channels}, "
+                f"expand_ratio={self.expand_ratio}"
+            )
+        check_padding(self.padding)
+
+    @property
+    def expanded_channels(self) -> int:
+        """Channels of the depthwise convolution."""
+        return round_channels(self.input_channels * self.expand_ratio)
+
+    @property
+    def squeeze_channels(self) -> int:
+        """Channels inside squeeze-and-excitation: a quarter of the block's input."""
+        return max(1, self.input_channels // 4)
+
+    @property
+    def use_res_connect(self) -> bool:
+        """Whether the block's input is added to its output."""
+        return self.stride == 1 and self.input_channels == self.out_channels
+
+
+def _mbconv_layers(
+    config: MBConvConfig,
+    norm_layer: Callable[..., nn.Module],
+    se_layer: Callable[..., nn.Module],
+) -> Iterator[nn.Module]:
+    """The block's layers in order: [expand,] depthwise, squeeze-excite, project."""
+    expanded = config.expanded_channels
+    conv = partial(Conv2dNormActivation, norm_layer=norm_layer)
+    if expanded != config.input_channels:
+        yield conv(config.input_channels, expanded, kernel_size=1, activation_layer=nn.SiLU)
+    yield conv(
+        expanded,
+        expanded,
+        kernel_size=config.kernel,
+        stride=config.stride,
+        padding="same" if config.padding == "same" else None,
+        groups=expanded,
+        activation_layer=nn.SiLU,
+    )
+    yield se_layer(expanded, config.squeeze_channels, activation=partial(nn.SiLU, inplace=True))
+    yield conv(expanded, config.out_channels, kernel_size=1, activation_layer=None)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
+
+    Args:
+        config: the block's geometry.
+        stochastic_depth_prob: probability that a sample skips the block's body in training.
+        norm_layer: makes a normalisation from its channels.
+        se_layer: makes the squeeze-and-excitation from (channels, squeeze channels, activation=).
+
+    Attributes:
+        grad_checkpointing: whether backward computes the block's activations again.
+        memory: "fast", or "lean" to save one expanded tensor less for backward.
+
+    Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381).
+    """
+
+    grad_checkpointing = False
+    memory = "fast"
+
+    def __init__(
+        self,
+        config: MBConvConfig,
+        stochastic_depth_prob: float,
+        norm_layer: Callable[..., nn.Module],
+        se_layer: Callable[..., nn.Module] = SqueezeExcitation,
+    ) -> None:
+        super().__init__()
+        self.use_res_connect = config.use_res_connect
+        self.block = nn.Sequential(*_mbconv_layers(config, norm_layer, se_layer))
+        self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
+        self.out_channels = config.out_channels
+
+    def forward_stock(self, x: Tensor) -> Tensor:
+        """Calls the children one after another and adds x; x itself is never written to."""
+        return self.add_residual(self.block(x), x)
+
+    def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, or where the block has a residual, x plus y after drop-path; overwrites y, not x."""
+        if not self.use_res_connect:
+            return y
+        y = self.stochastic_depth(y)
+        if y is x:  # a block replaced by Identity: adding in place would overwrite the input
+            return y + x
+        y += x  # in place: keeps the body's dtype under autocast, and one tensor less alive
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.forward_stock(x)
+        if self.grad_checkpointing and checkpointing.applies(x):
+            return checkpointing.run(partial(fused_forward.run, self), self, x)
+        return fused_forward.run(self, x)

@@ -1,0 +1,1 @@
+"""From tensors to the C++ kernels: one module per file of `effnet_fast.ops`."""

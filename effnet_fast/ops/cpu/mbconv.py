@@ -1,0 +1,270 @@
+"""The CPU's passes of a staged MBConv, as `mbconv_passes` registers them.
+
+Results that no pass but the next reads (e, f) lie in memory that the blocks of a network share,
+inside a `scratch.scope`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast.backends import native
+from effnet_fast.ops import scratch
+from effnet_fast.ops.dwconv_bn_silu import filter_shape, output_shape
+from effnet_fast.ops.registration import address, empty_nhwc, fp32, isa_of, native_weight, nhwc
+from effnet_fast.ops.squeeze_excite import native_layers
+from effnet_fast.reference.arguments import Sides
+from effnet_fast.reference.mbconv_passes import NORM_ROWS
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.bfloat16
+
+
+def _product_shape(x: Tensor, channels: int) -> tuple[int, int, int, int]:
+    n, c, h, w = x.shape
+    return n, h * w, c, channels
+
+
+def _vectors(*given: Tensor | None) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """The vectors as the kernels read them, to be kept alive, and their addresses."""
+    kept = [fp32(vector) for vector in given]
+    return kept, tuple(address(vector) for vector in kept)
+
+
+def _pointwise(
+    x: Tensor,
+    x_norm: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    bn: tuple[Tensor | None, ...],
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    channels = weight.shape[0]
+    z = empty_nhwc(x, (x.shape[0], channels, *x.shape[2:]))
+    norm = x.new_empty((len(NORM_ROWS), channels), dtype=torch.float32)
+    if z.numel() == 0:
+        return z, norm.zero_()
+    x, weight = nhwc(x), native_weight(weight, x)
+    kept, vectors = _vectors(*bn)
+    native.load().mbconv_pointwise(
+        isa_of(backend), _product_shape(x, channels), _is_bf16(x), _is_bf16(weight), x.data_ptr(),
+        address(x_norm), address(gate), weight.data_ptr(), vectors, eps, z.data_ptr(),
+        norm.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return z, norm
+
+
+def expand(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *bn, eps, backend = rest
+    return _pointwise(x, None, None, weight, tuple(bn), eps, backend)
+
+
+def project(
+    z2: Tensor, norm2: Tensor, gate: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *bn, eps, backend = rest
+    return _pointwise(z2, norm2, gate, weight, tuple(bn), eps, backend)
+
+
+def _none(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return like.new_empty(0, dtype=dtype)
+
+
+def empty_weight_grad(x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    """Memory for a weight's gradient, fp32 on x's device; [0] where it is not wanted."""
+    return x.new_empty(weight.shape, dtype=torch.float32) if wanted else _none(x)
+
+
+def _pointer(tensor: Tensor, wanted: bool) -> int:
+    return tensor.data_ptr() if wanted else 0
+
+
+def project_backward(
+    grad_y: Tensor,
+    row_scale: Tensor | None,
+    z3: Tensor,
+    norm3: Tensor,
+    sums3: Tensor | None,
+    weight: Tensor,
+    z2: Tensor,
+    norm2: Tensor,
+    gate: Tensor,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    e, sums = _none(z2, z2.dtype), _none(z2)
+    if wanted[0]:
+        e = scratch.empty_nhwc("e", z2, z2.shape)
+        sums = z2.new_empty((3, *z2.shape[:2]), dtype=torch.float32)
+    grad_weight = empty_weight_grad(z2, weight, wanted[1])
+    if z2.numel() == 0:
+        return e, sums.zero_(), grad_weight.zero_()
+    grad_y, weight = nhwc(grad_y), native_weight(weight, z2)
+    native.load().mbconv_project_backward(
+        isa_of(backend), _product_shape(z2, weight.shape[0]), _is_bf16(z2), _is_bf16(weight),
+        grad_y.data_ptr(), address(row_scale), z3.data_ptr(), norm3.data_ptr(), address(sums3),
+        weight.data_ptr(), z2.data_ptr(), norm2.data_ptr(), gate.data_ptr(),
+        _pointer(e, wanted[0]), sums.data_ptr(), _pointer(grad_weight, wanted[1]),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return e, sums, grad_weight
+
+
+def expand_backward(
+    f: Tensor,
+    z1: Tensor,
+    norm1: Tensor,
+    sums1: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    grad_x = empty_nhwc(x, x.shape) if wanted[0] else _none(x, x.dtype)
+    grad_weight = empty_weight_grad(x, weight, wanted[1])
+    if x.numel() == 0:
+        return grad_x, grad_weight.zero_()
+    x, weight = nhwc(x), native_weight(weight, x)
+    residual = None if residual is None else nhwc(residual)
+    native.load().mbconv_expand_backward(
+        isa_of(backend), _product_shape(x, weight.shape[0]), _is_bf16(x), _is_bf16(weight),
+        f.data_ptr(), z1.data_ptr(), norm1.data_ptr(), address(sums1), weight.data_ptr(),
+        x.data_ptr(), address(residual), _pointer(grad_x, wanted[0]),
+        _pointer(grad_weight, wanted[1]), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_weight
+
+
+def depthwise(
+    x: Tensor, x_norm: Tensor | None, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *bn, stride, padding, eps, backend = rest
+    z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
+    norm = x.new_empty((len(NORM_ROWS), x.shape[1]), dtype=torch.float32)
+    if z.numel() == 0:
+        return z, norm.zero_()
+    x, weight = nhwc(x), native_weight(weight, x)
+    kept, vectors = _vectors(*bn)
+    native.load().mbconv_depthwise(
+        isa_of(backend), filter_shape(x, z, weight, stride, padding), _is_bf16(x),
+        _is_bf16(weight), x.data_ptr(), address(x_norm), weight.data_ptr(), vectors, eps,
+        z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return z, norm
+
+
+def depthwise_backward(
+    e: Tensor,
+    gate: Tensor,
+    q: Tensor,
+    z2: Tensor,
+    norm2: Tensor,
+    sums2: Tensor | None,
+    x: Tensor,
+    x_norm: Tensor | None,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: Sides,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    f, sums = _none(x, x.dtype), _none(x)
+    summed = wanted[0] and x_norm is not None
+    if wanted[0]:  # without x_norm it is the gradient of x, and stays
+        f = scratch.empty_nhwc("f", x, x.shape) if summed else empty_nhwc(x, x.shape)
+    if summed:
+        sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+    grad_weight = empty_weight_grad(x, weight, wanted[1])
+    if z2.numel() == 0:
+        return f, grad_weight.zero_(), sums.zero_()
+    x, weight = nhwc(x), native_weight(weight, x)
+    residual = None if residual is None else nhwc(residual)
+    native.load().mbconv_depthwise_backward(
+        isa_of(backend), filter_shape(x, z2, weight, stride, padding), _is_bf16(x),
+        _is_bf16(weight), e.data_ptr(), gate.data_ptr(), q.data_ptr(), z2.data_ptr(),
+        norm2.data_ptr(), address(sums2), x.data_ptr(), address(x_norm), address(residual),
+        weight.data_ptr(), _pointer(f, wanted[0]), _pointer(grad_weight, wanted[1]),
+        _pointer(sums, summed), torch.get_num_threads(),
+    )  # fmt: skip
+    return f, grad_weight, sums
+
+
+def _plane(x: Tensor) -> tuple[int, int, int]:
+    n, c, h, w = x.shape
+    return n, h * w, c
+
+
+def squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    pooled = z.new_empty(z.shape[:2], dtype=torch.float32)
+    slopes = z.new_empty((2, *z.shape[:2]), dtype=torch.float32)
+    if z.numel():
+        native.load().mbconv_squeeze(
+            isa_of(backend), _plane(z), _is_bf16(z), z.data_ptr(), norm.data_ptr(),
+            pooled.data_ptr(), slopes.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return pooled, slopes
+
+
+def finish(
+    z: Tensor, norm: Tensor, row_scale: Tensor | None, residual: Tensor | None, backend: str
+) -> Tensor:
+    y = empty_nhwc(z, z.shape)
+    residual = None if residual is None else nhwc(residual)
+    if z.numel():
+        native.load().mbconv_finish(
+            isa_of(backend), _plane(z), _is_bf16(z), z.data_ptr(), norm.data_ptr(),
+            address(row_scale), address(residual), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def finish_backward(
+    grad_y: Tensor, row_scale: Tensor | None, z: Tensor, norm: Tensor, backend: str
+) -> Tensor:
+    sums = z.new_empty((2, z.shape[1]), dtype=torch.float32)
+    if z.numel() == 0:
+        return sums.zero_()
+    grad_y = nhwc(grad_y)
+    native.load().mbconv_finish_backward(
+        isa_of(backend), _plane(z), _is_bf16(z), grad_y.data_ptr(), address(row_scale),
+        z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return sums
+
+
+def excite_backward(
+    sums: Tensor,
+    slopes: Tensor,
+    pooled: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    pixels: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    (n, c), r = pooled.shape, hidden.shape[1]
+    q, sums2 = torch.empty_like(pooled), pooled.new_empty(2, c)
+    shapes = ((r, c), (r,), (c, r), (c,))
+    grads = tuple(pooled.new_empty(shape) for shape in shapes)
+    if n * pixels == 0:
+        return (q, sums2.zero_(), *(grad.zero_() for grad in grads))
+    layers = native_layers(reduce_weight, reduce_weight, expand_weight)
+    extension = native.load()
+    extension.excite_backward(
+        isa_of(backend), n, c, r, _is_bf16(layers[0]), pooled.data_ptr(), hidden.data_ptr(),
+        gate.data_ptr(), sums.data_ptr(), *(address(p) for p in layers),
+        *(grad.data_ptr() for grad in grads), q.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    extension.mbconv_excite_sums(
+        n, c, pixels, q.data_ptr(), gate.data_ptr(), sums.data_ptr(), slopes.data_ptr(),
+        sums2.data_ptr(),
+    )  # fmt: skip
+    return (q, sums2, *grads)

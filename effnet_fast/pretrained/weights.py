@@ -1,0 +1,310 @@
+"""Published ImageNet weights of B0 to B7, under torchvision's names.
+
+Source: torchvision 0.28, torchvision/models/efficientnet.py (B0-B4 were trained by Ross Wightman,
+B5-B7 by Google and converted by Luke Melas-Kyriazi, B1's second set by torchvision). The names of
+the classes are torchvision's too, under its BSD-3-Clause licence: LICENSE.torchvision.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from effnet_fast.pretrained.images import ImageClassification
+
+HOST = "https://download.pytorch.org/models/"
+REFERENCES = "https://github.com/pytorch/vision/tree/main/references/classification"
+V1_RECIPE = f"{REFERENCES}#efficientnet-v1"
+V2_RECIPE = "https://github.com/pytorch/vision/issues/3995#new-recipe-with-lr-wd-crop-tuning"
+CATEGORIES = Path(__file__).with_name("imagenet_categories.txt").read_text("utf-8").splitlines()
+
+Member = TypeVar("Member", bound="WeightsEnum")
+
+
+class UnknownWeightsError(KeyError, ValueError):
+    """No weights of that name: a KeyError as torchvision raises, and a ValueError."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class _Row(NamedTuple):
+    file: str  # under HOST, without efficientnet_ and .pth; its end is the SHA-256's beginning
+    top1: float  # per cent of ImageNet-1K's validation images, at this crop
+    top5: float
+    parameters: int
+    gmac: float  # at this crop
+    mebibytes: float
+    resize: int  # pixels
+    crop: int
+    interpolation: str = "bicubic"
+    recipe: str = V1_RECIPE
+
+
+_ROWS = {
+    # file                             top-1   top-5   parameters GMAC  MiB     resize crop
+    "b0_v1": _Row("b0_rwightman-7f5810bc", 77.692, 93.532, 5_288_548, 0.386, 20.451, 256, 224),
+    "b1_v1": _Row("b1_rwightman-bac287d4", 78.642, 94.186, 7_794_184, 0.687, 30.134, 256, 240),
+    "b1_v2": _Row(
+        *("b1-c27df63c", 79.838, 94.934, 7_794_184, 0.687, 30.136, 255, 240),
+        interpolation="bilinear",
+        recipe=V2_RECIPE,
+    ),
+    "b2_v1": _Row("b2_rwightman-c35c1473", 80.608, 95.310, 9_109_994, 1.088, 35.174, 288, 288),
+    "b3_v1": _Row("b3_rwightman-b3899882", 82.008, 96.054, 12_233_232, 1.827, 47.184, 320, 300),
+    "b4_v1": _Row("b4_rwightman-23ab8bcd", 83.384, 96.594, 19_341_616, 4.394, 74.489, 384, 380),
+    "b5_v1": _Row("b5_lukemelas-1a07897c", 83.444, 96.628, 30_389_784, 10.266, 116.864, 456, 456),
+    "b6_v1": _Row("b6_lukemelas-24a108a5", 84.008, 96.916, 43_040_704, 19.068, 165.362, 528, 528),
+    "b7_v1": _Row("b7_lukemelas-c5b4e57e", 84.122, 96.908, 66_347_960, 37.746, 254.675, 600, 600),
+}
+
+
+@dataclass
+class Weights:
+    """One published set.
+
+    Args:
+        url: the file; its name ends in the first 8 digits of its SHA-256.
+        transforms: makes the preset for evaluation images; takes `ImageClassification`'s arguments
+            to override the set's own.
+        meta: "categories" (names of the 1000 classes, in the order of the logits), "num_params",
+            "min_size" (height, width), "recipe" (a link), and under torchvision's underscored
+            names "_metrics" (per cent), "_ops" (multiply-adds, billions) and "_file_size" (MiB).
+    """
+
+    url: str
+    transforms: Callable[..., ImageClassification]
+    meta: dict[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Weights):
+            return NotImplemented
+        return (self.url, self.meta) == (other.url, other.meta) and _parts(
+            self.transforms
+        ) == _parts(other.transforms)
+
+
+class WeightsEnum(Enum):
+    """Base of the enums whose members are the published weights of one network."""
+
+    @classmethod
+    def verify(cls: type[Member], obj: Any) -> Member | None:
+        """The member that `obj` is or names ("IMAGENET1K_V1", "DEFAULT", with or without the
+        enum's name and a dot before it); None for None. torchvision's members are taken too.
+
+        Raises:
+            UnknownWeightsError: no member of that name.
+            TypeError: something else, such as the weights of another network.
+        """
+        if obj is None or isinstance(obj, cls):
+            return obj
+        if isinstance(obj, str):
+            name = obj.replace(f"{cls.__name__}.", "")
+            if name not in cls.__members__:
+                raise UnknownWeightsError(
+                    f"{cls.__name__} has no member {obj!r}; allowed are "
+                    f"{', '.join(cls.__members__)}"
+                )
+            return cls[name]
+        if isinstance(obj, Enum) and type(obj).__name__ == cls.__name__:
+            twin = cls.__members__.get(obj.name)
+            if twin is not None and getattr(obj, "url", None) == twin.url:
+                return twin
+        kind = obj if isinstance(obj, Enum) else type(obj).__name__
+        raise TypeError(
+            f"Invalid Weight class provided; expected {cls.__name__} but received {kind}: allowed "
+            f"are its members, their names ({', '.join(cls.__members__)}) and None"
+        )
+
+    def get_state_dict(
+        self,
+        model_dir: str | os.PathLike[str] | None = None,
+        map_location: str | torch.device | None = None,
+        progress: bool = True,
+        check_hash: bool = True,
+    ) -> dict[str, Tensor]:
+        """The state dict, from the cache or downloaded into it first.
+
+        The file's SHA-256 is compared with its name at every call.
+
+        Args:
+            model_dir: the cache; None means torch.hub.get_dir()/checkpoints, torchvision's.
+            map_location: the device of the tensors; None means the CPU.
+            progress: shows a progress bar on stderr while downloading.
+            check_hash: kept for torchvision's signature; the hash is checked in any case.
+
+        Raises:
+            ValueError: the file is not the published one; the message has its name and both
+                hashes. One found in the cache is left, one just downloaded is removed.
+            ConnectionError: the server cannot be reached or refuses.
+            OSError: the cache cannot be read, cannot be written, or is full.
+        """
+        # Names of weights need neither of these, which import urllib, tqdm and safetensors.
+        from effnet_fast import checkpoints
+        from effnet_fast.pretrained import downloads
+
+        path = downloads.fetch(self.url, model_dir, progress=progress)
+        state = checkpoints.load(path, format="torchvision")
+        if map_location is None:
+            return state
+        return {key: value.to(map_location) for key, value in state.items()}
+
+    @property
+    def url(self) -> str:
+        """Where the file is published."""
+        return self.value.url
+
+    @property
+    def transforms(self) -> Callable[..., ImageClassification]:
+        """Makes the preset: `weights.transforms()(image)`."""
+        return self.value.transforms
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What is known of the set; see `Weights`."""
+        return self.value.meta
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return getattr, (type(self), self.name)  # by name: the value holds 1000 more
+
+
+def _published(key: str) -> Weights:
+    row = _ROWS[key]
+    return Weights(
+        url=f"{HOST}efficientnet_{row.file}.pth",
+        transforms=partial(
+            ImageClassification,
+            crop_size=row.crop,
+            resize_size=row.resize,
+            interpolation=row.interpolation,
+        ),
+        meta={
+            "categories": CATEGORIES,
+            "min_size": (1, 1),
+            "recipe": row.recipe,
+            "num_params": row.parameters,
+            "_metrics": {"ImageNet-1K": {"acc@1": row.top1, "acc@5": row.top5}},
+            "_ops": row.gmac,
+            "_file_size": row.mebibytes,
+        },
+    )
+
+
+def _parts(transforms: Callable[..., Any]) -> Any:
+    """What to compare: two partials are equal only if they are one."""
+    if isinstance(transforms, partial):
+        return transforms.func, transforms.args, transforms.keywords
+    return transforms
+
+
+class EfficientNet_B0_Weights(WeightsEnum):
+    """Weights of efficientnet_b0."""
+
+    IMAGENET1K_V1 = _published("b0_v1")
+    DEFAULT = IMAGENET1K_V1
+
+
+class EfficientNet_B1_Weights(WeightsEnum):
+    """Weights of efficientnet_b1."""
+
+    IMAGENET1K_V1 = _published("b1_v1")
+    IMAGENET1K_V2 = _published("b1_v2")
+    DEFAULT = IMAGENET1K_V2
+
+
+class EfficientNet_B2_Weights(WeightsEnum):
+    """Weights of efficientnet_b2."""
+
+    IMAGENET1K_V1 = _published("b2_v1")
+    DEFAULT = IMAGENET1K_V1
+
+
+class EfficientNet_B3_Weights(WeightsEnum):
+    """Weights of efficientnet_b3."""
+
+    IMAGENET1K_V1 = _published("b3_v1")
+    DEFAULT = IMAGENET1K_V1
+
+
+class EfficientNet_B4_Weights(WeightsEnum):
+    """Weights of efficientnet_b4."""
+
+    IMAGENET1K_V1 = _published("b4_v1")
+    DEFAULT = IMAGENET1K_V1
+
+
+class EfficientNet_B5_Weights(WeightsEnum):
+    """Weights of efficientnet_b5."""
+
+    IMAGENET1K_V1 = _published("b5_v1")
+    DEFAULT = IMAGENET1K_V1
+
+
+class EfficientNet_B6_Weights(WeightsEnum):
+    """Weights of efficientnet_b6."""
+
+    IMAGENET1K_V1 = _published("b6_v1")
+    DEFAULT = IMAGENET1K_V1
+
+
+class EfficientNet_B7_Weights(WeightsEnum):
+    """Weights of efficientnet_b7."""
+
+    IMAGENET1K_V1 = _published("b7_v1")
+    DEFAULT = IMAGENET1K_V1
+
+
+ENUMS: dict[str, type[WeightsEnum]] = {
+    "efficientnet_b0": EfficientNet_B0_Weights,
+    "efficientnet_b1": EfficientNet_B1_Weights,
+    "efficientnet_b2": EfficientNet_B2_Weights,
+    "efficientnet_b3": EfficientNet_B3_Weights,
+    "efficientnet_b4": EfficientNet_B4_Weights,
+    "efficientnet_b5": EfficientNet_B5_Weights,
+    "efficientnet_b6": EfficientNet_B6_Weights,
+    "efficientnet_b7": EfficientNet_B7_Weights,
+}
+
+
+def get_model_weights(name: str | Callable[..., Any]) -> type[WeightsEnum]:
+    """The enum of a network's weights.
+
+    Args:
+        name: the network's function, or its name ("efficientnet_b0").
+
+    Raises:
+        ValueError: a network without published weights.
+    """
+    key = name.lower() if isinstance(name, str) else getattr(name, "__name__", repr(name))
+    if key not in ENUMS:
+        raise ValueError(f"{key} has no published weights; those that have are {', '.join(ENUMS)}")
+    return ENUMS[key]
+
+
+def get_weight(name: str) -> WeightsEnum:
+    """The member of a full name, such as "EfficientNet_B0_Weights.IMAGENET1K_V1".
+
+    Raises:
+        ValueError: not of that form, or no such enum.
+        UnknownWeightsError: no such member.
+    """
+    enum_name, dot, member = name.partition(".")
+    enums = {enum.__name__: enum for enum in ENUMS.values()}
+    if not dot or enum_name not in enums:
+        raise ValueError(
+            f"{name!r} names no weights; allowed are NAME.MEMBER with NAME of {', '.join(enums)}"
+        )
+    found = enums[enum_name].verify(member)
+    assert found is not None
+    return found

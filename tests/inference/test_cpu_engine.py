@@ -1,0 +1,143 @@
+"""The inference kernels against float64: every block's shape alone, and whole networks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import effnet_fast
+from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase
+from effnet_fast import use_backend
+from effnet_fast.backends import native
+from effnet_fast.models import VARIANTS, EfficientNetFeatures
+from effnet_fast.modules.layers import (
+    Conv2dNormActivation,
+    MBConv,
+    MBConvConfig,
+    SqueezeExcitation,
+)
+from networks import PUBLISHED, TINY, random_images, reduced_resolution, trio
+from tolerances import assert_no_worse_than
+
+ISAS = native.load().isas()
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def network_of(case: MBConvCase) -> EfficientNetFeatures:
+    """A stem that keeps the size and this block, whose result is the only map."""
+    model = EfficientNetFeatures(TINY, out_indices=(0,))
+    config = MBConvConfig(case.expanded / case.c, case.k, case.stride, case.c, case.out)
+    block = MBConv(config, 0.0, nn.BatchNorm2d)
+    layer = functools.partial(Conv2dNormActivation, activation_layer=nn.SiLU)
+    expand = [layer(case.c, case.expanded, 1)] if case.expanded != case.c else []
+    depthwise = layer(case.expanded, case.expanded, case.k, case.stride, groups=case.expanded)
+    squeeze = SqueezeExcitation(case.expanded, case.r, nn.SiLU)
+    project = layer(case.expanded, case.out, 1, activation_layer=None)
+    block.block = nn.Sequential(*expand, depthwise, squeeze, project)
+    block.use_res_connect = case.residual
+    model.features = nn.Sequential(layer(3, case.c, 3), nn.Sequential(block))
+    model._taken = [1]
+    return model
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Weights that keep the variance at about 1, and statistics of every size."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.running_var):
+                    tensor.uniform_(0.5, 1.5)
+                for tensor in (module.bias, module.running_mean):
+                    tensor.normal_(std=0.3)
+    return model.eval()
+
+
+@functools.lru_cache(maxsize=2)
+def expectation(case: MBConvCase) -> tuple[nn.Module, Tensor, Tensor, dict[torch.dtype, Tensor]]:
+    """The network of a block, x, y in float64, and stock's y in each dtype."""
+    torch.manual_seed(0)
+    model, x = randomise(network_of(case)), torch.randn(case.n, 3, case.h, case.w)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad(), use_backend("reference"):
+        (y,) = exact(x.double())
+        stock = {torch.float32: model(x)[0]}
+        with torch.autocast("cpu", torch.bfloat16):
+            stock[torch.bfloat16] = model(x)[0]
+    return model, x, y, stock
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MBCONV_CASES)
+def test_block(case: MBConvCase, dtype: torch.dtype, isa: str) -> None:
+    if reason := native.load().isa_unavailable_reason(isa):
+        pytest.skip(reason)
+    if dtype is torch.bfloat16 and not native.load().network_has_bf16(isa):
+        pytest.skip(f"{isa} multiplies no bf16: the network is computed in fp32")
+    model, x, exact, stock = expectation(case)
+    (y,) = effnet_fast.deploy(model, dtype, backend=f"cpu:{isa}")(x)
+    assert_no_worse_than(y.to(dtype), stock[dtype], exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGE_MBCONV_CASES)
+def test_large_block(case: MBConvCase, dtype: torch.dtype) -> None:
+    model, x, exact, stock = expectation(case)
+    (y,) = effnet_fast.deploy(model, dtype)(x)
+    assert_no_worse_than(y.to(dtype), stock[dtype], exact)
+
+
+def assert_parity(models: Any, x: Tensor, batch: int = 2) -> None:
+    """fp32, and bf16 against stock's autocast, over x [N,C,H,W] in batches."""
+    with torch.no_grad():
+        exact = models.exact(x.double())
+        for dtype in DTYPES:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                stock = models.stock(x)
+            deployed = effnet_fast.deploy(models.actual, dtype)
+            y = torch.cat([deployed(part) for part in x.split(batch)])
+            assert_no_worse_than(y.to(dtype), stock, exact)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_odd_resolution(batch: int) -> None:
+    models = trio(VARIANTS["b0"], 193)
+    generator = torch.Generator().manual_seed(5)
+    assert_parity(models, torch.randn(8, 3, 193, 257, generator=generator), batch)
+
+
+@pytest.mark.parametrize(
+    "size", [pytest.param(s, marks=[pytest.mark.slow] if s > "b1" else []) for s in PUBLISHED]
+)
+def test_network(size: str) -> None:
+    variant = VARIANTS[size]
+    side = reduced_resolution(variant)
+    models = trio(variant, side)
+    x = random_images(4, side, seed=6)  # of one image's logits the error is a matter of luck
+    assert_parity(models, x)
+    assert_fault_is_noticed(models, x)
+
+
+def assert_fault_is_noticed(models: Any, x: Tensor) -> None:
+    """Two channels swapped in a weight in the middle of the network."""
+    weight = models.actual.features[4][0].block[1][0].weight
+    with torch.no_grad():
+        weight[[0, 1]] = weight[[1, 0]]
+    with pytest.raises(AssertionError, match="error"):
+        assert_parity(models, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_images_of_a_batch_are_independent(dtype: torch.dtype) -> None:
+    """Each image's result is that of the batch to the bit, whatever shares its batch."""
+    models, x = trio(), random_images(5, 48, seed=7)
+    deployed = effnet_fast.deploy(models.actual, dtype)
+    alone = torch.cat([deployed(image[None]) for image in x])
+    torch.testing.assert_close(deployed(x), alone, rtol=0, atol=0)

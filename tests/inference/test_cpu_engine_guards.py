@@ -1,0 +1,67 @@
+"""What `_C.Network` refuses before a wrong address could be written to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from effnet_fast.backends import native
+from effnet_fast.inference import cpu_packing
+from effnet_fast.inference.network_spec import recognise
+from effnet_fast.models import EfficientNet
+from networks import TINY
+
+
+def native_network(taps: tuple[int, int, int], head: bool = True, classifier: bool = True) -> Any:
+    """TINY with the taps of its stem, first and last block."""
+    extension = native.load()
+    network = recognise(EfficientNet(TINY).eval())
+    packed = cpu_packing.Packed(cpu_packing.Format(False, extension.network_tile_units("")))
+    cpu_packing.pack_stem(packed, network.stem)
+    for block in network.blocks:
+        cpu_packing.pack_block(packed, block.layers, block.residual, -1)
+    assert network.head
+    assert network.linear is not None
+    cpu_packing.pack_head(packed, network.head)
+    cpu_packing.pack_classifier(packed, network.linear.weight, network.linear.bias)
+    packed.blocks[0]["tap"], packed.blocks[-1]["tap"] = taps[1:]
+    parts = packed.head if head else None, packed.classifier if classifier else None
+    return extension.Network("", False, packed.nbytes, packed.stem, taps[0], packed.blocks, *parts)
+
+
+def run(network: Any, y: torch.Tensor | None, taps: list[torch.Tensor]) -> None:
+    x = torch.zeros(1, 3, 32, 32)
+    addresses = [tap.data_ptr() for tap in taps]
+    address = 0 if y is None else y.data_ptr()
+    network.run(1, 32, 32, x.data_ptr(), False, x.stride(), address, addresses, 1)
+
+
+@pytest.mark.parametrize("taps", [(1, -1, -1), (-1, 0, 2), (0, 0, -1), (2, 1, 1)], ids=str)
+def test_taps_are_numbered(taps: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="taps must be 0, 1, 2"):
+        native_network(taps)
+
+
+def test_every_tap_has_an_output() -> None:
+    with pytest.raises(ValueError, match="an output is missing"):
+        run(native_network((0, -1, -1)), torch.zeros(1, 1000), [])
+
+
+def test_the_last_output_needs_a_head() -> None:
+    with pytest.raises(ValueError, match="a classifier needs a head"):
+        native_network((0, -1, -1), head=False)
+    network = native_network((0, -1, -1), head=False, classifier=False)
+    stem = torch.zeros(1, 16, 16, 8)
+    with pytest.raises(ValueError, match="without a head"):
+        run(network, torch.zeros(1, 1000), [stem])
+    stem.fill_(torch.nan)
+    run(network, None, [stem])
+    assert stem.isfinite().all()
+
+
+def test_the_pooled_head_is_an_output() -> None:
+    y = torch.full((1, 320), torch.nan)
+    run(native_network((-1, -1, -1), classifier=False), y, [])
+    assert y.isfinite().all()

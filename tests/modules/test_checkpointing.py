@@ -1,0 +1,225 @@
+"""Gradient checkpointing: the same step as without, once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from effnet_fast import backends
+from effnet_fast.models import EfficientNet, EfficientNetFeatures
+from effnet_fast.modules import fused_forward
+from effnet_fast.modules.layers import MBConv
+from networks import TINY, assert_alike, pair, random_images, run_network
+
+X = random_images(4, 48)
+
+
+def with_and_without(prepare: Callable[[nn.Module], object] = lambda _: None) -> list[nn.Module]:
+    """The same network twice in training, the first with checkpointing."""
+    models = [pair().train().actual for _ in range(2)]
+    models[0].set_grad_checkpointing()
+    for model in models:
+        prepare(model)
+    return models
+
+
+def assert_same_step(models: list[nn.Module], x: Tensor = X) -> None:
+    """Outputs, gradients and buffers are bitwise equal, and the generators stand alike."""
+    results = []
+    for model in models:
+        results.append(run_network(model, x))
+        torch.manual_seed(0)
+        model(x).sum().backward()
+        results[-1]["after"] = torch.rand(3)
+    assert results[0].keys() == results[1].keys()
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+PREPARED: dict[str, Callable[[nn.Module], object]] = {
+    "train": lambda m: m,
+    "eval": lambda m: m.eval(),
+    "frozen": lambda m: m.freeze(3),
+    "norms_in_eval": lambda m: [n.eval() for n in m.modules() if isinstance(n, nn.BatchNorm2d)],
+    "cumulative": lambda m: [
+        setattr(n, "momentum", None) for n in m.modules() if isinstance(n, nn.BatchNorm2d)
+    ],
+    "double": lambda m: m.double(),
+    "stock": lambda m: setattr(m, "backend", "reference"),
+    "hooked": lambda m: m.features[5][1].block[1].register_forward_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_same_step(name: str) -> None:
+    """Drop-path and dropout draw the same, statistics and their counters move once."""
+    x = X.double() if name == "double" else X
+    assert_same_step(with_and_without(PREPARED[name]), x)
+
+
+def test_against_torchvision() -> None:
+    models = pair().train()
+    models.actual.set_grad_checkpointing()
+    models.assert_alike(X)
+
+
+def test_stock_would_update_statistics_twice() -> None:
+    """What the second run is kept from: torch's own checkpoint does it."""
+    stock = pair().train().stock
+    before = {k: v.clone() for k, v in stock.named_buffers()}
+    y = checkpoint.checkpoint(stock.features, X, use_reentrant=False)
+    y.sum().backward()
+    assert stock.features[1][0].block[0][1].num_batches_tracked == 2
+    model = pair().train().actual
+    model.set_grad_checkpointing()
+    model(X).sum().backward()
+    counters = [v for k, v in model.named_buffers() if k.endswith("num_batches_tracked")]
+    assert {int(c) for c in counters} == {1}
+    assert not torch.equal(
+        before["features.1.0.block.0.1.running_mean"], model.features[1][0].block[0][1].running_mean
+    )
+
+
+def test_backward_twice() -> None:
+    """Gradients add up; the statistics stay where the one forward has put them."""
+    results = []
+    for model in with_and_without():
+        torch.manual_seed(0)
+        y = model(X).square().mean()
+        y.backward(retain_graph=True)
+        y.backward()
+        results.append({k: p.grad for k, p in model.named_parameters()})
+        results[-1] |= dict(model.named_buffers())
+    assert all(torch.equal(t, results[1][k]) for k, t in results[0].items())
+
+
+def test_blocks_run_twice_and_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[type] = []
+    original = fused_forward.run
+    monkeypatch.setattr(
+        fused_forward, "run", lambda m, x: (runs.append(type(m)), original(m, x))[1]
+    )
+
+    def saved_bytes(model: nn.Module) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(X)
+        size = sum(kept.values())
+        y.sum().backward()
+        return size
+
+    fewer, all_ = (saved_bytes(model) for model in with_and_without())
+    blocks = TINY.blocks
+    assert runs.count(MBConv) == 2 * blocks + blocks
+    assert fewer < 0.75 * all_
+
+
+def test_inputs_of_a_wholly_frozen_part_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[type] = []
+    original = fused_forward.run
+    monkeypatch.setattr(
+        fused_forward, "run", lambda m, x: (runs.append(type(m)), original(m, x))[1]
+    )
+    model = EfficientNet(TINY).freeze(7)
+    model.set_grad_checkpointing()
+    model(X).sum().backward()
+    assert runs.count(MBConv) == TINY.blocks
+
+
+def test_without_gradients_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("checkpoint was called")
+
+    monkeypatch.setattr(checkpoint, "checkpoint", refuse)
+    model = EfficientNet(TINY).eval()
+    model.set_grad_checkpointing()
+    with torch.no_grad():
+        model(X)
+    with pytest.raises(AssertionError, match="checkpoint was called"):
+        model(X)
+    model.set_grad_checkpointing(False)
+    assert model.grad_checkpointing is False
+    model(X)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu:generic"])
+def test_second_run_takes_the_backend_of_the_first(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward runs outside the context that forward ran in."""
+    seen: list[str] = []
+    original = fused_forward.run
+    monkeypatch.setattr(
+        fused_forward,
+        "run",
+        lambda m, x: (seen.append(backends.current_backend()), original(m, x))[1],
+    )
+    model = EfficientNet(TINY)
+    model.set_grad_checkpointing()
+    with backends.use_backend(backend):
+        y = model(random_images(4, 48))
+    forward = len(seen)
+    y.sum().backward()
+    assert len(seen) > forward
+    assert set(seen) == {backend}
+    assert backends.current_backend() == "auto"
+
+
+def test_encoder_and_copies() -> None:
+    model = EfficientNetFeatures(TINY).train()
+    model.set_grad_checkpointing()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing(False)
+    results = []
+    for m in (model, twin):
+        torch.manual_seed(0)
+        sum(y.square().mean() for y in m(X)).backward()
+        results.append({f"grad {k}": p.grad for k, p in m.named_parameters()})
+        results[-1] |= {f"buffer {k}": v for k, v in m.named_buffers()}
+    assert all(torch.equal(t, results[1][k]) for k, t in results[0].items())
+
+
+def test_under_autocast() -> None:
+    results = []
+    for model in with_and_without():
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(X)
+        y.float().square().mean().backward()
+        results.append({k: p.grad for k, p in model.named_parameters()} | {"y": y.detach()})
+    assert all(torch.equal(t, results[1][k]) for k, t in results[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_where_something_else_records_the_operators() -> None:
+    """Tracing and torch.func run straight through: there is no backward to save memory for."""
+    model = pair().actual
+    with torch.no_grad():
+        y = model(X)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(torch.jit.trace(model, X)(X), y, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), y, rtol=1e-3, atol=1e-3)
+    grads = torch.func.grad(lambda x: model(x).square().mean())(X)
+    assert grads.abs().max() > 0
+
+
+def test_through_torchvisions_own_network() -> None:
+    """A stock block inside is run as it is."""
+    model = EfficientNet(TINY).train()
+    config = torchvision.models.efficientnet.MBConvConfig(1, 3, 1, 8, 8, 1)
+    model.features[1][0] = torchvision.models.efficientnet.MBConv(config, 0.0, nn.BatchNorm2d)
+    model.set_grad_checkpointing()
+    model(X).sum().backward()
+    assert model.features[1][0].block[0][1].num_batches_tracked == 1
+    assert_alike({"y": model.eval()(X).detach()}, {"y": model(X).detach()})
