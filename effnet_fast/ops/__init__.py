@@ -3,6 +3,7 @@
 Each has an eager twin of the same name and signature in `effnet_fast.reference`.
 """
 
+from effnet_fast.ops import launchers as launchers  # tells the backends theirs
 from effnet_fast.ops.dwconv_bn_silu import dwconv_bn_silu
 from effnet_fast.ops.mbconv import mbconv
 from effnet_fast.ops.pointwise_bn_act import pointwise_bn_act

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,35 +13,17 @@ from effnet_fast import backends
 _LIBRARY = torch.library.Library("effnet_fast", "DEF")
 
 
-# Where the launchers of the other backends are: one module per file of this folder, in it one
-# function per registered op, with the op's name and arguments.
-_LAUNCHERS = {
-    "cuda": "effnet_fast.ops.cuda",
-    "simt": "effnet_fast.ops.cuda",
-    "triton": "effnet_fast.triton_kernels",
-}
-
-
-@functools.cache
-def _launcher(backend: str, file: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"{_LAUNCHERS[backend]}.{file}"), name)
-
-
 def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Registers `effnet_fast::<schema>` with its CPU kernel and its fake; returns the op.
 
-    The schema's last argument is the resolved backend; those other than "cpu" are served by the
-    function of the op's name in the module of the same file name as the fake's, under `_LAUNCHERS`.
-    An op without that argument has its CPU kernel alone.
+    The schema's last argument is the resolved backend, which launches the op; `launchers` names
+    those of the other backends. An op without that argument has its CPU kernel alone.
     """
     name = schema.split("(")[0]
-    file = fake.__module__.rpartition(".")[2]
+    backends.CPU.add_launcher(name, cpu)
 
     def run(*args: Any) -> Any:
-        backend = args[-1]
-        if backend.startswith("cpu"):
-            return cpu(*args)
-        return _launcher(backend, file, name)(*args)
+        return backends.launcher_of(args[-1], name)(*args)
 
     _LIBRARY.define(schema)
     if "str backend)" in schema:

@@ -13,17 +13,20 @@ import torch
 
 import effnet_fast
 from cases import DWCONV_CASES, DwconvCase, find
-from effnet_fast import backends, ops
+from effnet_fast import ops
 from effnet_fast.backends import (
     BACKENDS,
     OPS,
     OpArgs,
     can_run,
+    cpu,
+    cuda,
     current_backend,
     is_channels_last,
     native,
     preference,
     resolve,
+    triton,
     use_backend,
 )
 from parity import SAMPLES, Call, assert_same, dwconv_call, run, sample, with_gradients
@@ -179,7 +182,8 @@ def test_can_run_in_general(backend: str, op: str) -> None:
 def test_a_missing_extension_is_told_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     call = sample("dwconv_eval")
     missing = SimpleNamespace(unavailable_reason=lambda: "effnet_fast._C is not there")
-    monkeypatch.setattr(backends, "_native", missing)
+    monkeypatch.setattr(cpu, "native", missing)
+    monkeypatch.setattr(cuda, "native", missing)
     assert_same(run(call, "auto"), run(call))
     for backend in ("cpu", "cuda"):
         with pytest.raises(RuntimeError, match=r"effnet_fast\._C is not there"):
@@ -208,7 +212,7 @@ def test_what_triton_takes(
     change: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device aside: all dtypes of 32 bits and less, square odd kernels, strides 1 and 2."""
-    monkeypatch.setattr(backends, "_triton_device_reason", lambda device: None)
+    monkeypatch.setattr(triton, "_device_reason", lambda device: None)
     x = torch.ones(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     args = OpArgs(**({"x": x} | change))
     args = args._replace(x=args.x.contiguous(memory_format=torch.channels_last))
@@ -217,7 +221,7 @@ def test_what_triton_takes(
 
 
 def test_interpreted_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_interprets", lambda: True)
+    monkeypatch.setattr(triton, "_interprets", lambda: True)
     for dtype, refused in ((torch.bfloat16, True), (torch.float16, False)):
         x = torch.ones(1, 8, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
         reason = can_run("triton", "squeeze_excite", OpArgs(x))
@@ -228,10 +232,10 @@ def test_a_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(backends.importlib, "import_module", missing)
-    backends._triton_unavailable_reason.cache_clear()
+    monkeypatch.setattr(triton.importlib, "import_module", missing)
+    triton._unavailable_reason.cache_clear()
     reason = can_run("triton", "mbconv")
-    backends._triton_unavailable_reason.cache_clear()
+    triton._unavailable_reason.cache_clear()
     assert reason is not None
     assert "No module named 'triton'" in reason
     assert "pip install 'effnet-fast[triton]'" in reason

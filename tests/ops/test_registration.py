@@ -12,6 +12,7 @@ from torch import Tensor
 
 import effnet_fast.ops
 from cases import MBCONV_CASES, find
+from effnet_fast.backends import CPU, CUDA, SIMT, TRITON, Backend
 from effnet_fast.ops import mbconv_passes
 from effnet_fast.ops.mbconv_passes import OPS as PASSES
 from mbconv_blocks import block_call
@@ -50,6 +51,26 @@ def registered_ops() -> set[str]:
 
 def test_every_op_is_here() -> None:
     assert registered_ops() == set(SAMPLE_OF) | set(PASSES_OF_MBCONV)
+
+
+LAUNCHED_BY_CUDA = {
+    "bn_silu", "dwconv_bn_silu_backward", "dwconv_bn_silu_eval", "dwconv_statistics",
+    "excite", "squeeze_excite", "squeeze_excite_backward",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [CPU, CUDA, SIMT, TRITON], ids=lambda b: b.name)
+def test_launchers(backend: Backend) -> None:
+    """Every op that a backend launches has its function; for another the backend says so."""
+    every = registered_ops() - {"move_statistics"}  # it is asked for no backend
+    launched = LAUNCHED_BY_CUDA if backend in (CUDA, SIMT) else every
+    for op in launched:
+        assert callable(backend.launcher(op))
+    for op in every - launched | {"conv"}:
+        with pytest.raises(
+            RuntimeError, match=f"the {backend.name} backend has no kernel for {op}"
+        ):
+            backend.launcher(op)
 
 
 def stem_arguments(op: str, x: Tensor, others: list[Any]) -> tuple[Any, ...]:

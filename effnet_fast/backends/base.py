@@ -1,0 +1,122 @@
+"""What a backend is, what a call asks of it, and the reasons that several backends share."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+OPS = (
+    "dwconv_bn_silu",
+    "mbconv",
+    "pointwise_bn_act",
+    "pointwise_bn_silu_pool",
+    "squeeze_excite",
+    "stem_conv_bn_silu",
+)
+Launcher = Callable[..., Any]
+
+
+class OpArgs(NamedTuple):
+    """What decides whether a backend can run a call.
+
+    Attributes:
+        x: input [N,C,H,W].
+        others: the other floating tensors of the call (None where absent).
+        kernel: spatial kernel size, 1 where there is none.
+        stride: spatial stride.
+        inference: whether BN is in eval mode and no gradient is wanted.
+    """
+
+    x: torch.Tensor
+    others: tuple[torch.Tensor | None, ...] = ()
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    inference: bool = False
+
+
+# Why a backend cannot run (op, args, instruction set), None where it can. Without args it is asked
+# about the op in general.
+Reason = Callable[[str, OpArgs | None, str], str | None]
+
+
+class Backend:
+    """One backend with kernels.
+
+    Attributes:
+        name: as `use_backend` takes it.
+        dtypes: of the images that its kernels take.
+        reason: see `Reason`.
+    """
+
+    def __init__(self, name: str, dtypes: tuple[torch.dtype, ...], reason: Reason) -> None:
+        self.name, self.dtypes, self.reason = name, dtypes, reason
+        self._launchers: dict[str, Launcher] = {}
+        self._modules: dict[str, str] = {}
+
+    def add_launcher(self, op: str, launcher: Launcher) -> None:
+        """Tells the function that launches a registered op and takes its arguments."""
+        self._launchers[op] = launcher
+
+    def add_launchers(self, module: str, ops: Iterable[str]) -> None:
+        """Tells a module whose functions launch the registered ops that bear their names.
+
+        It is imported when one of them runs for the first time.
+        """
+        self._modules.update(dict.fromkeys(ops, module))
+
+    def launcher(self, op: str) -> Launcher:
+        """The function that launches a registered op.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if op not in self._launchers:
+            if op not in self._modules:
+                raise RuntimeError(f"the {self.name} backend has no kernel for {op}")
+            module = importlib.import_module(self._modules[op])
+            self._launchers[op] = getattr(module, op)
+        return self._launchers[op]
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether C is the innermost dimension of x [N,C,H,W]; N, H and W may have any stride."""
+    n, c, h, w = x.shape
+    if c == 1 or x.numel() == 0:
+        return True
+    return x.stride(1) == 1 and (h * w == 1 or min(x.stride(2), x.stride(3)) >= 1)
+
+
+def kernel_reason(
+    backend: str, dtypes: tuple[torch.dtype, ...], op: str, args: OpArgs
+) -> str | None:
+    """Why a backend's kernels do not take these arguments, the device of x aside."""
+    x = args.x
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes[:-1])
+        last = str(dtypes[-1]).removeprefix("torch.")
+        return f"x is {x.dtype}, the {backend} backend takes {names} and {last}"
+    allowed = (x.dtype, torch.float32)
+    for tensor in args.others:
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            return f"x is on {x.device}, but another argument is on {tensor.device}"
+        if tensor.dtype not in allowed:
+            return f"a parameter is {tensor.dtype}; allowed are {x.dtype} and torch.float32"
+    if args.kernel[0] != args.kernel[1] or args.kernel[0] % 2 == 0:
+        return f"the kernel is {args.kernel[0]}x{args.kernel[1]}; square and odd is supported"
+    if op == "pointwise_bn_act" and not args.inference:
+        return "this version has an inference kernel alone: no training, no gradients"
+    if op == "stem_conv_bn_silu":  # of any kernel, stride and layout
+        return None
+    if args.stride not in (1, 2):
+        return f"the stride is {args.stride}; 1 and 2 are supported"
+    if not is_channels_last(x):
+        return (
+            f"x has strides {tuple(x.stride())}; the {backend} backend takes channels_last: "
+            f"x.contiguous(memory_format=torch.channels_last)"
+        )
+    return None

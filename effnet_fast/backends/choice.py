@@ -1,0 +1,142 @@
+"""The caller's choice of a backend, and the backend that runs a call.
+
+"auto" picks a backend for each call and falls back to the reference; a backend named by the caller
+never falls back, it raises the reason. "cpu:avx2" and the like force one instruction set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch.autograd import forward_ad
+
+from effnet_fast.backends import preference
+from effnet_fast.backends.base import OPS, Launcher, OpArgs
+from effnet_fast.backends.cpu import CPU
+from effnet_fast.backends.cuda import CUDA, SIMT
+from effnet_fast.backends.triton import TRITON
+
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+TEST_BACKENDS = (SIMT.name,)
+WITH_KERNELS = {backend.name: backend for backend in (CPU, CUDA, SIMT, TRITON)}
+
+_current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
+# Whether any thread is inside `use_backend`: torch.compile can read and guard a plain global, but
+# no ContextVar.
+_chosen = False
+_choices = 0
+_lock = threading.Lock()
+
+
+@functools.cache
+def parse(name: str) -> tuple[str, str]:
+    """Splits "cpu:avx2" into ("cpu", "avx2"); the second part is "" where not given.
+
+    Raises:
+        ValueError: the name is not a backend.
+    """
+    base, _, isa = name.partition(":")
+    if base not in BACKENDS + TEST_BACKENDS or (isa and base != "cpu"):
+        raise ValueError(
+            f"unknown backend {name!r}; allowed are {', '.join(BACKENDS)}, and cpu:<instruction "
+            f"set> to force one of the CPU's"
+        )
+    return base, isa
+
+
+@functools.cache
+def launcher_of(backend: str, op: str) -> Launcher:
+    """The function that launches a registered op on a resolved backend other than the reference."""
+    return WITH_KERNELS[parse(backend)[0]].launcher(op)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the ops and models inside the block on one backend ("auto" lifts an outer choice).
+
+    The choice belongs to the current thread or task.
+
+    Raises:
+        ValueError: the name is not a backend.
+    """
+    parse(name)
+    token = _current.set(name)
+    _count_choice(1)
+    try:
+        yield
+    finally:
+        _count_choice(-1)
+        _current.reset(token)
+
+
+def _count_choice(step: int) -> None:
+    global _choices, _chosen
+    with _lock:
+        _choices += step
+        _chosen = _choices > 0
+
+
+def current_backend() -> str:
+    """The backend of the innermost `use_backend`, "auto" outside of any."""
+    if torch.compiler.is_compiling() and not _chosen:
+        return "auto"
+    return _current.get()
+
+
+def can_run(backend: str, op: str, args: OpArgs | None = None) -> str | None:
+    """Why `backend` cannot run `op`, or None where it can.
+
+    Args:
+        backend: a name as `use_backend` takes it.
+        op: one of OPS.
+        args: the call in question; None asks about the backend in general.
+
+    Raises:
+        ValueError: unknown backend or op.
+    """
+    base, isa = parse(backend)
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; allowed are {', '.join(OPS)}")
+    if base in ("auto", "reference"):
+        return None
+    return WITH_KERNELS[base].reason(op, args, isa)
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: only the reference can."""
+    # torch.compile follows this; with peek_interpreter_stack it believes to be in a transform.
+    in_functorch = torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return in_functorch or forward_ad._current_level >= 0
+
+
+def resolve(backend: str, op: str, args: OpArgs) -> str:
+    """The backend that runs this call: never "auto".
+
+    A call's own `backend` comes before the surrounding `use_backend`.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: the named backend cannot run the call; the text gives the reason.
+    """
+    if backend == "auto":
+        backend = current_backend()
+    if backend == "auto":
+        if in_transform():
+            return "reference"
+        for preferred in preference.order(args.x.device.type, op):
+            if WITH_KERNELS[preferred].reason(op, args, "") is None:
+                return preferred
+        return "reference"
+    if reason := can_run(backend, op, args):
+        raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
+    if backend != "reference" and in_transform():
+        raise RuntimeError(
+            f"backend {backend!r} cannot run {op}: torch.func transforms and forward-mode "
+            "differentiation go through the reference"
+        )
+    return backend
