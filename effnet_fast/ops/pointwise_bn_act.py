@@ -3,7 +3,7 @@
 The product is torch's own, so that its last bits may depend on the number of threads. In eval the
 gate and BN's scale ride on the weight where that is smaller than the image, and BN, SiLU and the
 residual are one in-place pass over the product. Nothing is kept between calls, so an edited weight
-cannot go stale (CONTRIBUTING.md has the measurement against a cached folded weight). Training, and
+cannot go stale (docs/decisions/inference.md compares it with a cached folded weight). Training, and
 eval with gradients, run the reference composition.
 """
 
