@@ -147,6 +147,13 @@ class NinjaBuild(build_ext):
             sys.exit(f"effnet-fast: compiling csrc/ failed, see the lines above{hint}")
 
 
+def cpu_sources():
+    """The CPU kernels' sources by the names of their objects, as "ops/statistics"."""
+    folder = CSRC / "cpu"
+    files = sorted(folder.rglob("*.cpp"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
 def binding_includes():
     import pybind11
 
@@ -167,9 +174,11 @@ def write_simt_ninja(stream, out, nvcc):
                f"-DEFFNET_SIMT {INCLUDE} -Xcompiler {','.join(SIMT_FLAGS)} $extra -c $in -o $out",
                depfile="$out.d", deps="gcc", description="SIMT $out")  # fmt: skip
     objects = []
-    for source in [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "simt").glob("*.cpp"))]:
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "simt").glob("*.cpp"))]
+    bindings = [CSRC / "bindings/cuda.cpp", CSRC / "simt/module.cpp"]
+    for source in [*sources, bindings[0]]:
         objects.append(f"{source.name}.o")
-        extra = " ".join(binding_includes()) if source.stem == "bindings" else ""
+        extra = " ".join(binding_includes()) if source in bindings else ""
         ninja.build(objects[-1], "cxx", str(source), variables={"extra": extra})
     ninja.rule("link", f"{cxx} -shared $in -o $out", description="LINK $out")
     ninja.build(str(out), "link", objects)
@@ -192,10 +201,10 @@ def write_ninja(stream, out, nvcc):
         ninja.build(f"{name}.o", "cxx", str(source), variables={"extra": " ".join(extra)})
 
     for isa, isa_flags in ISAS.items():
-        for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            compile_cxx(source, f"{source.stem}.{isa}", [*isa_flags, f"-DEFFNET_ISA={isa}"])
+        for name, source in cpu_sources().items():
+            compile_cxx(source, f"{name}.{isa}", [*isa_flags, f"-DEFFNET_ISA={isa}"])
     defines = [f"-DEFFNET_HAS_{isa.upper()}=1" for isa in ISAS]
-    # The include path of pybind11 changes with every isolated build: it goes to bindings.cpp alone.
+    # The include path of pybind11 changes with every isolated build: it goes to the bindings alone.
     defines += binding_includes()
     if nvcc:
         archs, ptx = cuda_archs(nvcc)
@@ -214,7 +223,9 @@ def write_ninja(stream, out, nvcc):
         link = f"{nvcc} -shared -cudart static -ccbin {compiler} -Xcompiler -fopenmp"
     else:
         link = f"{cxx} -shared -fopenmp"
-    compile_cxx(CSRC / "bindings.cpp", "bindings", defines)
+    for source in sorted((CSRC / "bindings").glob("*.cpp")):
+        if nvcc or source.stem != "cuda":
+            compile_cxx(source, f"bindings/{source.stem}", defines)
     ninja.rule("link", f"{link} $in -o $out", description="LINK $out")
     ninja.build(str(out), "link", objects)
     ninja.default(str(out))

@@ -1,7 +1,7 @@
 // Geometry of a convolution's rows and of the chunks that they are dealt out in.
 //
-// Included inside the namespace of each instruction set (see cpu/vec.h): none of this may be shared
-// between objects compiled for different machines.
+// Included inside the namespace of each instruction set (see cpu/simd/vec.h): none of this may be
+// shared between objects compiled for different machines.
 #pragma once
 
 #include <cstdint>

@@ -96,10 +96,11 @@ struct SqueezeArgs {
 struct ExciteArgs {
   int64_t n, c, r;
   DType weight_dtype;
-  const float* pooled;                                                    // [N,C] means
-  const void *reduce_weight, *reduce_bias, *expand_weight, *expand_bias;  // [R,C] [R] [C,R] [C]
-  float* hidden;                                                          // [N,R] before SiLU
-  float* gate;                                                            // [N,C]
+  const float* pooled;  // [N,C] means
+  const void *se_reduce_weight, *se_reduce_bias, *se_expand_weight,
+      *se_expand_bias;  // [R,C] [R] [C,R] [C]
+  float* hidden;        // [N,R] before SiLU
+  float* gate;          // [N,C]
   Workspace workspace;
   int threads;
 };
@@ -108,8 +109,8 @@ struct ExciteBackwardArgs {
   int64_t n, c, r;
   DType weight_dtype;
   const float *pooled, *hidden, *gate, *grad_gate;
-  const void *reduce_weight, *expand_weight;
-  float *grad_reduce_weight, *grad_reduce_bias, *grad_expand_weight, *grad_expand_bias;
+  const void *se_reduce_weight, *se_expand_weight;
+  float *grad_se_reduce_weight, *grad_se_reduce_bias, *grad_se_expand_weight, *grad_se_expand_bias;
   float* grad_pooled;  // [N,C]
   float* grad_hidden;  // [N,R] workspace
   Workspace workspace;
@@ -134,16 +135,16 @@ struct FoldArgs {  // out[o,c] = factor * sum over p of partial[o,p,c], p in ord
   int threads;
 };
 
-struct FoldChanArgs {    // (mean, M2) of the parts, merged in order into mean and biased variance
-  const float* partial;  // [N,chunks,3,C]: mean and M2 of z - pivot, and the pivot
+struct MergeMomentsArgs {  // (mean, M2) of the parts, merged in order into mean and biased variance
+  const float* partial;    // [N,chunks,3,C]: mean and M2 of z - pivot, and the pivot
   int64_t n, chunks, c;
   int64_t oh, ow;     // a chunk covers its part of the oh rows
   float *mean, *var;  // [C]
   int threads;
 };
 
-struct NetworkArgs;      // in network.h
-struct MBConvKernels;    // in mbconv_args.h
+struct NetworkArgs;      // in network/args.h
+struct MBConvKernels;    // in training/args.h
 struct StemForwardArgs;  // in stem_args.h
 struct StemBackwardArgs;
 
@@ -158,7 +159,7 @@ struct Kernels {
   bool (*excite_backward)(const ExciteBackwardArgs&);
   bool (*gate)(const GateArgs&);
   bool (*fold_sum)(const FoldArgs&);
-  bool (*fold_chan)(const FoldChanArgs&);
+  bool (*merge_moments)(const MergeMomentsArgs&);
   bool (*network)(const NetworkArgs&);
   bool (*stem_forward)(const StemForwardArgs&);
   bool (*stem_backward)(const StemBackwardArgs&);

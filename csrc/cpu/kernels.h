@@ -1,11 +1,11 @@
-// What each instruction set offers; kernels.cpp gathers it into the table that bindings.cpp reads.
+// What each instruction set offers; kernels.cpp gathers it into the table that the bindings read.
 // A kernel returns false where it could not get its scratch memory.
 #pragma once
 
 #include <omp.h>
 
 #include "cpu/args.h"
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -21,7 +21,7 @@ bool excite(const ExciteArgs& args);
 bool excite_backward(const ExciteBackwardArgs& args);
 bool gate(const GateArgs& args);
 bool fold_sum(const FoldArgs& args);
-bool fold_chan(const FoldChanArgs& args);
+bool merge_moments(const MergeMomentsArgs& args);
 bool network(const NetworkArgs& args);
 bool stem_forward(const StemForwardArgs& args);
 bool stem_backward(const StemBackwardArgs& args);

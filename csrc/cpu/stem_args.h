@@ -2,7 +2,7 @@
 // effnet_fast/reference/mbconv_passes.py.
 #pragma once
 
-#include "cpu/mbconv_args.h"
+#include "cpu/training/args.h"
 
 namespace effnet {
 

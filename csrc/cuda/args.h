@@ -128,21 +128,22 @@ struct GateArgs {
 struct ExciteArgs {
   int64_t n, c, r, splits;
   DType weight_dtype;
-  const float* pooled;                                                    // [N,C] means
-  const void *reduce_weight, *reduce_bias, *expand_weight, *expand_bias;  // [R,C] [R] [C,R] [C]
-  float* partial;                                                         // [splits,N,R]
-  float* hidden;                                                          // [N,R] before SiLU
-  float* gate;                                                            // [N,C]
+  const float* pooled;  // [N,C] means
+  const void *se_reduce_weight, *se_reduce_bias, *se_expand_weight,
+      *se_expand_bias;  // [R,C] [R] [C,R] [C]
+  float* partial;       // [splits,N,R]
+  float* hidden;        // [N,R] before SiLU
+  float* gate;          // [N,C]
 };
 
 struct ExciteBackwardArgs {
   int64_t n, c, r;
   DType weight_dtype;
   const float *pooled, *hidden, *gate, *grad_gate;  // [N,C] [N,R] [N,C] [N,C]
-  const void *reduce_weight, *expand_weight;
+  const void *se_reduce_weight, *se_expand_weight;
   float* partial;      // [ceil(C / 32),N,R]
   float* grad_hidden;  // [N,R]
-  float *grad_reduce_weight, *grad_reduce_bias, *grad_expand_weight, *grad_expand_bias;
+  float *grad_se_reduce_weight, *grad_se_reduce_bias, *grad_se_expand_weight, *grad_se_expand_bias;
   float* grad_pooled;  // [N,C], times factor
   float factor;
   // Optional: grad_sums [2,N,C], S1 = sum e * silu'(u) and S2 = sum e * silu'(u) * zh;
@@ -163,7 +164,7 @@ struct FoldSumArgs {
   float* out;
 };
 
-struct FoldMomentsArgs {
+struct MergeMomentsArgs {
   const float* partial;  // [parts,4,C]
   int64_t parts, c;
   float *mean, *var;  // [C], var biased
@@ -182,7 +183,7 @@ void launch_dwconv_bn_silu_fwd(const DwconvForwardArgs& args, const Queue& queue
 void launch_dwconv_bn_silu_bwd(const DwconvBackwardArgs& args, const Queue& queue);
 void launch_reduce(const ReduceArgs& args, const Queue& queue);
 void launch_fold_sum(const FoldSumArgs& args, const Queue& queue);
-void launch_fold_moments(const FoldMomentsArgs& args, const Queue& queue);
+void launch_merge_moments(const MergeMomentsArgs& args, const Queue& queue);
 void launch_bn_act(const BnActArgs& args, const Queue& queue);
 void launch_gate(const GateArgs& args, const Queue& queue);
 void launch_excite_fwd(const ExciteArgs& args, const Queue& queue);

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) excite_reduce_kernel(const ExciteArg
   EFFNET_SHARED(float, sums, [kWarps][kRows * kImages]);
   const int64_t r0 = block_x() * kRows, n0 = block_y() * kImages, split = block_z();
   const int64_t begin = a.c * split / a.splits, end = a.c * (split + 1) / a.splits;
-  const W* weight = static_cast<const W*>(a.reduce_weight);
+  const W* weight = static_cast<const W*>(a.se_reduce_weight);
   float sum[kRows][kImages] = {};
 #pragma unroll 2
   for (int64_t c = begin + thread_x(); c < end; c += kThreads) {
@@ -76,13 +76,13 @@ __global__ void __launch_bounds__(kThreads) excite_expand_kernel(const ExciteArg
   float* const activated = dynamic_shared<float>();
   const int64_t c0 = block_x() * kGateRows, n0 = block_y() * kImages;
   const int64_t images = min_of(a.n - n0, int64_t{kImages});
-  const W* reduce_bias = static_cast<const W*>(a.reduce_bias);
+  const W* se_reduce_bias = static_cast<const W*>(a.se_reduce_bias);
   for (int64_t i = thread_x(); i < kImages * a.r; i += kThreads) {
     if (i >= images * a.r) {
       activated[i] = 0.0f;
       continue;
     }
-    float h = reduce_bias ? to_float(reduce_bias[i % a.r]) : 0.0f;
+    float h = se_reduce_bias ? to_float(se_reduce_bias[i % a.r]) : 0.0f;
     for (int64_t split = 0; split < a.splits; split++)
       h += load(a.partial + (split * a.n + n0) * a.r + i);
     activated[i] = silu(h);
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads) excite_expand_kernel(const ExciteArg
   }
   sync_threads();
   const int lane = thread_x() % kWarp, warp = thread_x() / kWarp;
-  const W* weight = static_cast<const W*>(a.expand_weight);
-  const W* bias = static_cast<const W*>(a.expand_bias);
+  const W* weight = static_cast<const W*>(a.se_expand_weight);
+  const W* bias = static_cast<const W*>(a.se_expand_bias);
   for (int row = warp; row < kGateRows && c0 + row < a.c; row += kWarps) {
     const int64_t c = c0 + row;
     float sum[kImages] = {};
@@ -139,12 +139,12 @@ __global__ void __launch_bounds__(kThreads) excite_bwd_expand_kernel(const Excit
   EFFNET_SHARED(float, logit, [kSide][kSide + 1]);
   EFFNET_SHARED(float, activated, [kSide][kSide + 1]);
   const int64_t c0 = block_x() * kSide, r0 = block_y() * kSide;
-  const W* expand_weight = static_cast<const W*>(a.expand_weight);
+  const W* se_expand_weight = static_cast<const W*>(a.se_expand_weight);
   Quad grad;
   float bias = 0.0f;
   fill(weight, grad, [&](int c, int r) {
     const bool exists = c0 + c < a.c && r0 + r < a.r;
-    return exists ? to_float(expand_weight[(c0 + c) * a.r + r0 + r]) : 0.0f;
+    return exists ? to_float(se_expand_weight[(c0 + c) * a.r + r0 + r]) : 0.0f;
   });
   for (int64_t n0 = 0; n0 < a.n; n0 += kSide) {
     fill(logit, grad, [&](int n, int c) { return grad_logit(a, n0 + n, c0 + c); });
@@ -172,10 +172,10 @@ __global__ void __launch_bounds__(kThreads) excite_bwd_expand_kernel(const Excit
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int64_t c = c0 + grad.row(i), r = r0 + grad.x;
-    if (c < a.c && r < a.r) a.grad_expand_weight[c * a.r + r] = grad.sum[i];
+    if (c < a.c && r < a.r) a.grad_se_expand_weight[c * a.r + r] = grad.sum[i];
   }
   if (block_y() == 0 && thread_x() < kSide && c0 + thread_x() < a.c)
-    a.grad_expand_bias[c0 + thread_x()] = bias;
+    a.grad_se_expand_bias[c0 + thread_x()] = bias;
 }
 
 // grad_hidden[n,r] = silu'(hidden) * the sum of the channels' parts
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) excite_bwd_hidden_kernel(const Excit
 // dpooled of 32 channels, and BN2's gradients where their sums are given.
 template <typename W>
 __device__ void grad_pooled(const ExciteBackwardArgs& a, int64_t c0, Plane& hidden, Plane& weight) {
-  const W* reduce_weight = static_cast<const W*>(a.reduce_weight);
+  const W* se_reduce_weight = static_cast<const W*>(a.se_reduce_weight);
   const Quad at;
   const int64_t c = c0 + at.x;
   float beta = 0.0f, gamma = 0.0f;
@@ -213,7 +213,7 @@ __device__ void grad_pooled(const ExciteBackwardArgs& a, int64_t c0, Plane& hidd
       });
       fill(weight, at, [&](int r, int x) {
         const bool exists = r0 + r < a.r && c0 + x < a.c;
-        return exists ? to_float(reduce_weight[(r0 + r) * a.c + c0 + x]) : 0.0f;
+        return exists ? to_float(se_reduce_weight[(r0 + r) * a.c + c0 + x]) : 0.0f;
       });
       sync_threads();
       for (int k = 0; k < kSide; k++)
@@ -273,10 +273,10 @@ __device__ void grad_reduce(const ExciteBackwardArgs& a, int64_t c0, int64_t r0,
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int64_t r = r0 + grad.row(i), c = c0 + grad.x;
-    if (r < a.r && c < a.c) a.grad_reduce_weight[r * a.c + c] = grad.sum[i];
+    if (r < a.r && c < a.c) a.grad_se_reduce_weight[r * a.c + c] = grad.sum[i];
   }
   if (c0 == 0 && thread_x() < kSide && r0 + thread_x() < a.r)
-    a.grad_reduce_bias[r0 + thread_x()] = bias;
+    a.grad_se_reduce_bias[r0 + thread_x()] = bias;
 }
 
 // Blocks of row 0 take dpooled, the others a tile of dW1 each.

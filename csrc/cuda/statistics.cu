@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1) fold_sum_kernel(co
 using Wide = MomentsOf<double>;
 
 __global__ void __launch_bounds__(kFoldWidth* kMomentSlices, 1)
-    fold_moments_kernel(const FoldMomentsArgs a) {
+    merge_moments_kernel(const MergeMomentsArgs a) {
   EFFNET_SHARED(Wide, all, [kMomentSlices][kFoldWidth]);
   const int lane = thread_x() % kFoldWidth, slice = thread_x() / kFoldWidth;
   const int64_t c = block_x() * kFoldWidth + lane;
@@ -217,10 +217,10 @@ void launch_fold_sum(const FoldSumArgs& a, const Queue& queue) {
          a);
 }
 
-void launch_fold_moments(const FoldMomentsArgs& a, const Queue& queue) {
+void launch_merge_moments(const MergeMomentsArgs& a, const Queue& queue) {
   require(a.parts > 0 && a.c > 0, "fold: sizes must be positive");
   const DeviceGuard guard(queue.device);
-  launch("fold_moments", fold_moments_kernel,
+  launch("merge_moments", merge_moments_kernel,
          grid_of(ceil_div(a.c, kFoldWidth), 1, 1, kFoldWidth * kMomentSlices, 0, queue.stream), a);
 }
 

@@ -1,6 +1,6 @@
 """A network's weights as the CPU's inference kernels read them: BatchNorm folded in, packed once.
 
-The layouts are those of csrc/cpu/network.h.
+The layouts are those of csrc/cpu/network/args.h.
 """
 
 from __future__ import annotations
@@ -160,30 +160,30 @@ def pack_block(packed: Packed, block: structure.Block, residual: bool, tap: int)
     weight, shift = folded(depthwise)
     channels = weight.shape[0]
     padded = layout.padded(channels)
-    reduce_weight, reduce_bias, excite_weight, excite_bias = (
+    se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias = (
         None if t is None else t.detach().float() for t in block.excite
     )
-    assert reduce_weight is not None
-    assert excite_weight is not None
-    hidden = reduce_weight.shape[0]
-    reduce_bias = shift.new_zeros(hidden) if reduce_bias is None else reduce_bias
-    excite_bias = shift.new_zeros(channels) if excite_bias is None else excite_bias
+    assert se_reduce_weight is not None
+    assert se_expand_weight is not None
+    hidden = se_reduce_weight.shape[0]
+    se_reduce_bias = shift.new_zeros(hidden) if se_reduce_bias is None else se_reduce_bias
+    se_expand_bias = shift.new_zeros(channels) if se_expand_bias is None else se_expand_bias
     project_weight, project_shift = folded(block.project)
     layer = {
         "in_channels": block.first.conv.in_channels,
         "channels": channels,
         "out_channels": project_weight.shape[0],
-        "squeeze_channels": hidden,
+        "se_channels": hidden,
         "kernel": depthwise.conv.kernel_size[0],
         "stride": depthwise.conv.stride[0],
         **_padding(depthwise),
         "residual": residual,
         "filter": packed.keep(_units(weight.flatten(1), padded)),
         "filter_shift": packed.keep(_pad(shift, padded)),
-        "reduce_weight": packed.keep(_pad(reduce_weight.flatten(1), hidden, padded)),
-        "reduce_bias": packed.keep(reduce_bias),
-        "excite_weight": packed.keep(_units(excite_weight.flatten(1), padded)),
-        "excite_bias": packed.keep(_pad(excite_bias, padded)),
+        "se_reduce_weight": packed.keep(_pad(se_reduce_weight.flatten(1), hidden, padded)),
+        "se_reduce_bias": packed.keep(se_reduce_bias),
+        "se_expand_weight": packed.keep(_units(se_expand_weight.flatten(1), padded)),
+        "se_expand_bias": packed.keep(_pad(se_expand_bias, padded)),
         "project": _product(packed, project_weight, project_shift),
         "tap": tap,
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from effnet_fast.modules import layers, same_padding, structure
 from effnet_fast.modules.structure import RefusedError
 
-MAX_KERNEL = 31  # csrc/cpu/network.h
+MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
 LOGITS, POOLED, MAPS = "logits", "pooled", "maps"
 # Methods through which a class or an instance could change what forward computes.

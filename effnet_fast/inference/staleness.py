@@ -4,7 +4,7 @@ What decides about a result is compared by identity, object by object: the modul
 parameters, buffers and settings, that nothing hooks into them; of the tensors the version counter
 and the address, and of those on a CPU a few values each, since edits through `.data` move neither.
 Values on a GPU are never read, for that would wait for it. All this takes about 50 us for B0 from a
-near cache and 160 us between forward passes, in one call into C++ (csrc/watch.h).
+near cache and 160 us between forward passes, in one call into C++ (csrc/bindings/watch.cpp).
 """
 
 from __future__ import annotations

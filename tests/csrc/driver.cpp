@@ -18,7 +18,7 @@
 #define EFFNET_NAMESPACE host
 #include "common/geometry.h"
 #include "cpu/args.h"
-#include "instruction_sets.h"
+#include "cpu/instruction_sets.h"
 #include "mbconv.h"
 #include "mbconv_depthwise.h"
 #include "network_problem.h"
@@ -89,9 +89,9 @@ void test_dwconv_forward(const Problem& problem, bool training, int threads) {
     Doubles exact_mean, exact_var;
     moments(y, p.c, exact_mean, exact_var);
     Tensor mean(p.c), var(p.c);
-    FoldChanArgs fold = {partial.floats(), p.n,           chunks,       p.c,    problem.oh,
-                         problem.ow,       mean.floats(), var.floats(), threads};
-    launch("fold_chan", kernels->fold_chan, fold);
+    MergeMomentsArgs fold = {partial.floats(), p.n,           chunks,       p.c,    problem.oh,
+                             problem.ow,       mean.floats(), var.floats(), threads};
+    launch("merge_moments", kernels->merge_moments, fold);
     expect("mean", mean, exact_mean, 1);
     expect("var", var, exact_var);
   } else {
@@ -336,10 +336,10 @@ void test_excite(const Excite& e, bool bias, int threads) {
                              workspace,
                              threads};
   launch("excite_backward", kernels->excite_backward, back);
-  expect("grad_reduce_weight", grad_w1, gw1);
-  expect("grad_reduce_bias", grad_b1, gb1);
-  expect("grad_expand_weight", grad_w2, gw2);
-  expect("grad_expand_bias", grad_b2, gb2);
+  expect("grad_se_reduce_weight", grad_w1, gw1);
+  expect("grad_se_reduce_bias", grad_b1, gb1);
+  expect("grad_se_expand_weight", grad_w2, gw2);
+  expect("grad_se_expand_bias", grad_b2, gb2);
   expect("grad_pooled", grad_pooled, gp);
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/mbconv_split.h"
-#include "cpu/mbconv_args.h"
+#include "cpu/training/args.h"
 #include "harness.h"
 
 namespace effnet {

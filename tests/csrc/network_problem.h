@@ -1,5 +1,5 @@
 // A small network to run whole: stem, four blocks of different kinds, head and classifier, packed
-// as cpu/network.h says, and the naive loops over the same weights.
+// as cpu/network/args.h says, and the naive loops over the same weights.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/network.h"
+#include "cpu/network/args.h"
 #include "harness.h"
 
 namespace effnet {
@@ -188,7 +188,7 @@ struct BlockProblem {
     const int64_t out = to.packing.padded(size.out);
     BlockLayer layer = {};
     layer.in_channels = size.in, layer.channels = size.channels, layer.out_channels = size.out;
-    layer.squeeze_channels = size.squeeze;
+    layer.se_channels = size.squeeze;
     layer.kernel = size.kernel, layer.stride = size.stride;
     layer.padding = {size.same, side, side, side, side};
     layer.expands = expands(), layer.residual = size.residual;
@@ -197,10 +197,10 @@ struct BlockProblem {
                       to.rows(expand.shift, 1, padded)};
     layer.filter = to.units(filter.weight, size.channels);
     layer.filter_shift = to.rows(filter.shift, 1, padded);
-    layer.reduce_weight = to.rows(reduce.weight, size.squeeze, padded);
-    layer.reduce_bias = to.rows(reduce.shift, 1, size.squeeze);
-    layer.excite_weight = to.units(excite.weight, size.channels);
-    layer.excite_bias = to.rows(excite.shift, 1, padded);
+    layer.se_reduce_weight = to.rows(reduce.weight, size.squeeze, padded);
+    layer.se_reduce_bias = to.rows(reduce.shift, 1, size.squeeze);
+    layer.se_expand_weight = to.units(excite.weight, size.channels);
+    layer.se_expand_bias = to.rows(excite.shift, 1, padded);
     layer.project = {size.channels, size.out, to.product(project.weight, size.out),
                      to.rows(project.shift, 1, out)};
     if (to.packing.bf16)

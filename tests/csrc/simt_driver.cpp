@@ -176,11 +176,11 @@ void forward(const DwconvCase& at, DType dtype, DType weight_dtype) {
     check("forward, activated", launch_dwconv_bn_silu_fwd, args, {&y, &pooled});
   }
   Tensor mean(s.c), var(s.c);
-  FoldMomentsArgs fold = {};
+  MergeMomentsArgs fold = {};
   fold.partial = moments.floats();
   fold.parts = grid.parts, fold.c = s.c;
   fold.mean = mean.floats(), fold.var = var.floats();
-  check("fold of moments", launch_fold_moments, fold, {&mean, &var});
+  check("merge of moments", launch_merge_moments, fold, {&mean, &var});
 }
 
 void backward(const DwconvCase& at, DType dtype, DType weight_dtype) {
@@ -303,8 +303,8 @@ void excite(const ExciteCase& at, DType dtype) {
   forward.n = n, forward.c = c, forward.r = r, forward.splits = at.splits;
   forward.weight_dtype = dtype;
   forward.pooled = pooled.floats();
-  forward.reduce_weight = w1.data(), forward.reduce_bias = b1.data();
-  forward.expand_weight = w2.data(), forward.expand_bias = b2.data();
+  forward.se_reduce_weight = w1.data(), forward.se_reduce_bias = b1.data();
+  forward.se_expand_weight = w2.data(), forward.se_expand_bias = b2.data();
   forward.partial = splits.floats(), forward.hidden = hidden.floats(), forward.gate = gate.floats();
   check("excite", launch_excite_fwd, forward, {&splits, &hidden, &gate});
 
@@ -318,10 +318,10 @@ void excite(const ExciteCase& at, DType dtype) {
   back.weight_dtype = dtype;
   back.pooled = pooled.floats(), back.hidden = hidden.floats(), back.gate = gate.floats();
   back.grad_gate = grad_gate.floats();
-  back.reduce_weight = w1.data(), back.expand_weight = w2.data();
+  back.se_reduce_weight = w1.data(), back.se_expand_weight = w2.data();
   back.partial = partial.floats(), back.grad_hidden = grad_hidden.floats();
-  back.grad_reduce_weight = grad_w1.floats(), back.grad_reduce_bias = grad_b1.floats();
-  back.grad_expand_weight = grad_w2.floats(), back.grad_expand_bias = grad_b2.floats();
+  back.grad_se_reduce_weight = grad_w1.floats(), back.grad_se_reduce_bias = grad_b1.floats();
+  back.grad_se_expand_weight = grad_w2.floats(), back.grad_se_expand_bias = grad_b2.floats();
   back.grad_pooled = grad_pooled.floats();
   back.factor = 0.25f;
   for (Tensor* bn : {static_cast<Tensor*>(nullptr), &grad_bn}) {

@@ -43,18 +43,19 @@ esac
 FAKE_SMI = "#!/bin/sh\nprintf '%s\\n'\n"
 USE_WHEEL = """
 import sys, torch, effnet_fast
-from effnet_fast import _native, ops, reference
+from effnet_fast import ops, reference
+from effnet_fast.backends import native
 assert effnet_fast.__file__.startswith(sys.prefix), effnet_fast.__file__
 import effnet_fast.triton_kernels
-native = _native.load()
-assert compiling.isas() == sys.argv[1].split(","), compiling.isas()
-assert not compiling.cuda_built() and "EFFNET_FAST_CUDA=0" in compiling.cuda_probe()
+extension = native.load()
+assert extension.isas() == sys.argv[1].split(","), extension.isas()
+assert not extension.cuda_built() and "EFFNET_FAST_CUDA=0" in extension.cuda_probe()
 x = torch.randn(2, 20, 9, 8).contiguous(memory_format=torch.channels_last)
 bn = (torch.rand(20) + 0.5, torch.randn(20), torch.randn(20), torch.rand(20) + 0.5)
 args = (x, torch.randn(20, 1, 3, 3), *bn)
 expected = reference.dwconv_bn_silu(*args)
-for isa in compiling.isas():
-    if compiling.isa_unavailable_reason(isa) is None:
+for isa in extension.isas():
+    if extension.isa_unavailable_reason(isa) is None:
         y = ops.dwconv_bn_silu(*args, backend=f"cpu:{isa}")
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 y = effnet_fast.efficientnet_b0().eval()(torch.ones(1, 3, 64, 64))
@@ -302,9 +303,10 @@ def test_a_failing_nvcc_names_the_way_out(tools: FakeTools) -> None:
 def test_every_source_is_compiled_for_every_instruction_set(tools: FakeTools) -> None:
     assert tools.build()[0] == 0
     ninja = tools.ninja()
-    for isa in compiling.setup_module().ISAS:
-        for source in (compiling.ROOT / "csrc/cpu").glob("*.cpp"):
-            assert f"build {source.stem}.{isa}.o: cxx" in ninja
+    setup = compiling.setup_module()
+    for isa in setup.ISAS:
+        for name in setup.cpu_sources():
+            assert f"build {name}.{isa}.o: cxx" in ninja
 
 
 def test_a_second_build_compiles_nothing(tools: FakeTools) -> None:

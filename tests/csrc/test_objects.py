@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason=f"x86-64 alone, not {platform.machine()}"
 )
 SHARED = """
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 namespace effnet {
 __attribute__((noinline)) inline float shared(const float* p) { return p[0] * p[1]; }
 namespace EFFNET_ISA {

@@ -64,13 +64,13 @@ def compile_kernels(folder: Path, flags_of: Mapping[str, Sequence[str]]) -> dict
                 pool.submit(
                     compile_object,
                     source,
-                    folder / f"{source.stem}.{isa}.o",
+                    folder / f"{name.replace('/', '.')}.{isa}.o",
                     *setup.CXX_FLAGS,
                     *setup.ISAS[isa],
                     f"-DEFFNET_ISA={isa}",
                     *flags,
                 )
-                for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+                for name, source in setup.cpu_sources().items()
             ]
             for isa, flags in flags_of.items()
             if isa in setup.ISAS
@@ -83,7 +83,7 @@ def built_kernels(isas: Sequence[str]) -> dict[str, list[Path]] | None:
     folder = ROOT / "build/editable"
     sources = [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*.[ch]*"))]
     newest = max(path.stat().st_mtime for path in sources)
-    names = [path.stem for path in sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    names = setup_module().cpu_sources()
     objects = {isa: [folder / f"{name}.{isa}.o" for name in names] for isa in isas}
     for path in (path for of_isa in objects.values() for path in of_isa):
         if not path.is_file() or path.stat().st_mtime < newest:

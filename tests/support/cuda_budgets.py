@@ -43,7 +43,7 @@ SCALAR = {
     "excite_bwd_hidden_kernel": "as excite_reduce_kernel",
     "excite_bwd_reduce_kernel": "as excite_reduce_kernel",
     "fold_sum_kernel": "partials are few, of any C; neighbouring lanes share lines",
-    "fold_moments_kernel": "as fold_sum_kernel",
+    "merge_moments_kernel": "as fold_sum_kernel",
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from compiling import CXX, JOBS, ROOT, require_compiler, setup_module
 
-RUNTIME = sorted(p for p in (ROOT / "csrc/simt").glob("*.cpp") if p.stem != "bindings")
+RUNTIME = sorted(p for p in (ROOT / "csrc/simt").glob("*.cpp") if p.stem != "module")
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 SANITIZERS = ("-fsanitize=address", "-fsanitize=undefined", "-fno-sanitize-recover=all")
 # -O1: ten times faster than -O0 to run, and to compile hardly slower.

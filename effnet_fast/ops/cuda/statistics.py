@@ -100,7 +100,7 @@ def moments(backend: str, partial: Tensor) -> tuple[Tensor, Tensor]:
     parts, _, c = partial.shape
     mean = scratch(partial, c)
     var = torch.empty_like(mean)
-    launchers(backend).fold_moments(
+    launchers(backend).merge_moments(
         queue(partial), partial.data_ptr(), parts, c, mean.data_ptr(), var.data_ptr()
     )
     return mean, var

@@ -1,0 +1,261 @@
+// effnet_fast._C.Watch: whether the Python objects that a packed network was made of are still what
+// they were, asked at every call. About 3000 comparisons for B0, so by pointers and without Python
+// code; torch's tensors are seen through two members of their type. A forward pass leaves none of
+// these objects in a near cache, and one miss after the other would take 390 us: what the checks
+// are going to read is asked for ahead of them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings/bind.h"
+#include "bindings/parts.h"
+
+namespace effnet {
+namespace {
+
+// A member of a class written in C, called without the lookup by name that takes most of the time.
+class Member {
+ public:
+  Member(const py::handle& type, const char* name) : owner_(type.attr(name)), name_(name) {
+    PyObject* const member = owner_.ptr();
+    if (Py_TYPE(member) == &PyGetSetDescr_Type)
+      getset_ = reinterpret_cast<PyGetSetDescrObject*>(member)->d_getset;
+    else if (Py_TYPE(member) == &PyMethodDescr_Type &&
+             reinterpret_cast<PyMethodDescrObject*>(member)->d_method->ml_flags == METH_NOARGS)
+      method_ = reinterpret_cast<PyMethodDescrObject*>(member)->d_method;
+  }
+  // The number that a property holds or a method returns.
+  uint64_t of(PyObject* object) const {
+    PyObject* found = nullptr;
+    if (getset_)
+      found = getset_->get(object, getset_->closure);
+    else if (method_)
+      found = method_->ml_meth(object, nullptr);
+    else
+      found = PyObject_GetAttrString(object, name_);
+    if (found && PyCallable_Check(found)) {
+      PyObject* const result = PyObject_CallNoArgs(found);
+      Py_DECREF(found);
+      found = result;
+    }
+    if (!found) throw py::error_already_set();
+    const uint64_t value = PyLong_AsUnsignedLongLongMask(found);
+    Py_DECREF(found);
+    return value;
+  }
+
+ private:
+  py::object owner_;
+  const char* name_;
+  const PyGetSetDef* getset_ = nullptr;
+  const PyMethodDef* method_ = nullptr;
+};
+
+class Watch {
+ public:
+  using Item = std::tuple<py::dict, py::str, py::object>;
+  using Place = std::array<uint64_t, 3>;  // address, elements, bytes of one
+
+  // items: what stands under a key of a dict; absent: keys that a dict lacks; listings: dicts whose
+  // entries are what they are now, in this order; empty: dicts without entries; types: objects of
+  // the class they have now; versioned: tensors whose counter has not moved; tensors: those whose
+  // memory is where it was; places: memory of which a few values are compared, alive as long as
+  // `kept`; behind: addresses of torch's own objects behind the tensors, read ahead of their use.
+  Watch(const std::vector<Item>& items, const std::vector<std::pair<py::dict, py::str>>& absent,
+        const std::vector<py::dict>& listings, const std::vector<py::dict>& empty,
+        const std::vector<py::object>& types, const std::vector<py::object>& versioned,
+        const std::vector<py::object>& tensors, const std::vector<Place>& places,
+        const py::object& kept, const std::vector<uint64_t>& behind, const py::handle& tensor_type)
+      : version_(tensor_type, "_version"), address_(tensor_type, "data_ptr") {
+    for (const auto& [dict, key, value] : items) items_.push_back({dict, key, value});
+    for (const auto& [dict, key] : absent) items_.push_back({dict, key, py::object()});
+    for (const py::dict& dict : listings) {
+      Listing listing = {dict, {}};
+      for (const auto& [key, value] : dict)
+        listing.entries.push_back(
+            {py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value)});
+      listings_.push_back(std::move(listing));
+    }
+    for (const py::dict& dict : empty) empty_.push_back(dict);
+    for (const py::object& object : types)
+      types_.push_back({object, py::reinterpret_borrow<py::object>(py::type::handle_of(object))});
+    for (const py::object& tensor : versioned)
+      versioned_.push_back({tensor, version_.of(tensor.ptr())});
+    for (const py::object& tensor : tensors)
+      tensors_.push_back({tensor, address_.of(tensor.ptr())});
+    for (const auto& [address, elements, size] : places) {
+      require(size == 2 || size == 4 || size == 8, "watch: an element has 2, 4 or 8 bytes");
+      for (uint64_t part = 0; part < kSamples && elements > 0; part++)
+        samples_.push_back({address + (elements - 1) * part / (kSamples - 1) * size, size});
+    }
+    kept_ = kept;
+    digest_ = digest();
+    for (const auto& pair : tensors_) read_ahead(address_of(pair.first), kTensor);
+    for (uint64_t address : behind) {
+      // What it points to, such as the version counter, is read as well. A word that is no pointer
+      // does no harm: asking for a line ahead of time touches nothing.
+      for (uint64_t i = 0; i < kLine / sizeof(uint64_t); i++)
+        if (const uint64_t word = at<const uint64_t>(address)[i]) read_ahead(word, 1);
+      read_ahead(address, kBehind);
+    }
+    for (const Sample& sample : samples_) read_ahead(sample.address, sample.size);
+    for (const Listing& listing : listings_) read_ahead(listing.dict);
+    for (const auto& item : items_)
+      if (item.value)
+        read_ahead(item.dict);
+      else
+        read_ahead(address_of(item.dict), sizeof(PyDictObject));
+    for (const py::object& dict : empty_) read_ahead(address_of(dict), sizeof(PyDictObject));
+    for (const auto& pair : types_) read_ahead(address_of(pair.first), sizeof(PyObject));
+    std::sort(ahead_.begin(), ahead_.end());
+    ahead_.erase(std::unique(ahead_.begin(), ahead_.end()), ahead_.end());
+  }
+
+  // Whether nothing has changed; in the order of what the next test relies on.
+  bool holds() const {
+    for (uint64_t line : ahead_) __builtin_prefetch(at<const void>(line), 0, 2);
+    for (const Listing& listing : listings_)
+      if (!listing.holds()) return false;
+    for (const auto& item : items_)
+      if (PyDict_GetItemWithError(item.dict.ptr(), item.key.ptr()) != item.value.ptr())
+        return false;
+    for (const py::object& dict : empty_)
+      if (PyDict_Size(dict.ptr()) != 0) return false;
+    for (const auto& [object, type] : types_)
+      if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
+    for (const auto& [tensor, value] : versioned_)
+      if (version_.of(tensor.ptr()) != value) return false;
+    for (const auto& [tensor, value] : tensors_)
+      if (address_.of(tensor.ptr()) != value) return false;
+    return digest() == digest_;
+  }
+
+  // For the garbage collector: what is watched may lead back to the watch.
+  int traverse(visitproc visit, void* arg) const {
+    for (const auto& item : items_) {
+      Py_VISIT(item.dict.ptr());
+      Py_VISIT(item.value.ptr());
+    }
+    for (const Listing& listing : listings_) {
+      Py_VISIT(listing.dict.ptr());
+      for (const auto& entry : listing.entries) Py_VISIT(entry.second.ptr());
+    }
+    for (const py::object& dict : empty_) Py_VISIT(dict.ptr());
+    for (const auto& pair : types_) Py_VISIT(pair.first.ptr());
+    for (const auto& pair : versioned_) Py_VISIT(pair.first.ptr());
+    for (const auto& pair : tensors_) Py_VISIT(pair.first.ptr());
+    Py_VISIT(kept_.ptr());
+    return 0;
+  }
+  void clear() {
+    // Moved out first: letting go of an object may run code that comes back here.
+    auto items = std::move(items_);
+    auto listings = std::move(listings_);
+    auto empty = std::move(empty_);
+    auto types = std::move(types_);
+    auto versioned = std::move(versioned_);
+    auto tensors = std::move(tensors_);
+    samples_.clear();
+    const py::object kept = std::move(kept_);
+  }
+
+ private:
+  static constexpr uint64_t kSamples = 3;  // values of a tensor, evenly spaced
+  static constexpr uint64_t kLine = 64, kTable = 192, kTensor = 32, kBehind = 176;  // bytes
+
+  struct Entry {
+    py::object dict, key, value;  // value: null where there must be none
+  };
+  struct Listing {
+    py::object dict;
+    std::vector<std::pair<py::object, py::object>> entries;
+    bool holds() const {
+      if (PyDict_Size(dict.ptr()) != static_cast<Py_ssize_t>(entries.size())) return false;
+      Py_ssize_t place = 0;
+      PyObject *key = nullptr, *value = nullptr;
+      for (const auto& entry : entries)
+        if (!PyDict_Next(dict.ptr(), &place, &key, &value) || key != entry.first.ptr() ||
+            value != entry.second.ptr())
+          return false;
+      return true;
+    }
+  };
+  struct Sample {
+    uint64_t address, size;
+  };
+
+  static uint64_t address_of(const py::object& object) {
+    return reinterpret_cast<uint64_t>(object.ptr());
+  }
+  void read_ahead(uint64_t address, uint64_t bytes) {
+    for (uint64_t line = address / kLine * kLine; line < address + bytes; line += kLine)
+      ahead_.push_back(line);
+  }
+  // A dict, and the tables of its keys and values as far as a module's settings go.
+  void read_ahead(const py::object& dict) {
+    const auto* const object = reinterpret_cast<const PyDictObject*>(dict.ptr());
+    read_ahead(address_of(dict), sizeof(PyDictObject));
+    for (const void* table :
+         {static_cast<const void*>(object->ma_keys), static_cast<const void*>(object->ma_values)})
+      if (table) read_ahead(reinterpret_cast<uint64_t>(table), kTable);
+  }
+
+  uint64_t digest() const {
+    uint64_t sum = 0;
+    for (const Sample& sample : samples_) {
+      uint64_t bits = 0;
+      std::memcpy(&bits, at(sample.address), sample.size);
+      sum = (sum ^ bits) * 0x9e3779b97f4a7c15u;
+      sum ^= sum >> 32;
+    }
+    return sum;
+  }
+
+  Member version_, address_;
+  std::vector<Entry> items_;
+  std::vector<Listing> listings_;
+  std::vector<py::object> empty_;
+  std::vector<std::pair<py::object, py::object>> types_;
+  std::vector<std::pair<py::object, uint64_t>> versioned_, tensors_;
+  std::vector<Sample> samples_;
+  std::vector<uint64_t> ahead_;  // cache lines
+  py::object kept_;
+  uint64_t digest_ = 0;
+};
+
+}  // namespace
+
+void bind_watch(py::module_& m) {
+  // A cycle through a watch can be collected only if Python sees what it holds.
+  const auto collected = py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    PyTypeObject* const type = &heap_type->ht_type;
+    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+      Py_VISIT(Py_TYPE(self));
+      if (!py::detail::is_holder_constructed(self)) return 0;
+      return py::cast<const Watch&>(py::handle(self)).traverse(visit, arg);
+    };
+    type->tp_clear = [](PyObject* self) {
+      if (py::detail::is_holder_constructed(self)) py::cast<Watch&>(py::handle(self)).clear();
+      return 0;
+    };
+  });
+  py::class_<Watch>(m, "Watch", collected)
+      .def(py::init<const std::vector<Watch::Item>&,
+                    const std::vector<std::pair<py::dict, py::str>>&, const std::vector<py::dict>&,
+                    const std::vector<py::dict>&, const std::vector<py::object>&,
+                    const std::vector<py::object>&, const std::vector<py::object>&,
+                    const std::vector<Watch::Place>&, const py::object&,
+                    const std::vector<uint64_t>&, const py::handle&>())
+      .def("holds", &Watch::holds);
+}
+
+}  // namespace effnet

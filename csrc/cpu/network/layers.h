@@ -1,0 +1,92 @@
+// The layers of a network for inference, one function per phase: within a phase the members of a
+// team work on disjoint parts, between phases they wait for each other.
+#pragma once
+
+#include "cpu/network/parts.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+
+// Products of squeeze-and-excite, over all images, beyond which the threads share it: there waiting
+// for each other pays.
+constexpr int64_t kShareFrom = 16384;
+constexpr int64_t kOwnHidden = kShareFrom / kUnit;  // most numbers between the layers if not shared
+
+struct StemShape {
+  int64_t h, w;
+  Sides vertical, horizontal;
+  StemShape(const StemLayer& layer, int64_t h, int64_t w);
+  int64_t pixels() const { return vertical.out * horizontal.out; }
+  // Floats of one thread's copy of the input rows that an output row reads.
+  int64_t scratch(const StemLayer& layer) const;
+};
+
+// A block at one size of its input.
+struct BlockShape {
+  int64_t h, w;
+  Sides vertical, horizontal;
+  int64_t rows, steps;     // output rows of a step; the pool is summed by steps
+  int64_t slots, columns;  // of the ring of expanded rows
+  BlockShape(const BlockLayer& layer, int64_t h, int64_t w);
+  int64_t in_pixels() const { return h * w; }
+  int64_t pixels() const { return vertical.out * horizontal.out; }
+  int64_t unit_ring() const { return slots * columns * kUnit; }  // floats
+};
+
+// Memory of one block's phases. Those of images hold `images` of them.
+template <typename T>
+struct BlockMemory {
+  T* filtered;     // [images] activations of layer.channels
+  float* partial;  // [images][steps][units * 16]
+  float* hidden;   // [images][R]
+  float* weights;  // [images] gated projection weights
+  float* ring;     // of this thread: expanded rows, then the offset of each pixel in them
+  float* pooled;  // of this thread: [units * 16], as many for the gate, kOwnHidden where not shared
+  int64_t ring_floats;
+  int64_t filtered_size, weights_size;  // from one image to the next, in elements and words
+};
+
+// Images of a narrow tensor, `stride` elements apart.
+template <typename T>
+struct Images {
+  T* data;
+  int64_t stride, count;
+  T* operator[](int64_t n) const { return data + n * stride; }
+};
+
+template <typename T>
+void run_stem(const NetworkArgs& args, const StemShape& shape, int64_t first, Images<T> y,
+              float* scratch, Team team);
+template <typename T>
+class StemRows;
+// stem: where not null, image n of x is what it makes of image first + n.
+template <typename T>
+void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
+                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team,
+                const StemRows<T>* stem, int64_t first);
+template <typename T>
+void run_excite(const BlockLayer& layer, const BlockShape& shape, int64_t images,
+                const BlockMemory<T>& memory, Team team);
+template <typename T>
+void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
+                 const BlockMemory<T>& memory, int64_t l2, bool amx, Team team);
+// Convolution, SiLU and mean over the pixels: pooled [C / block][images][block].
+template <typename T>
+void run_head(const Product& head, int64_t pixels, Images<T> x, Activations<T> pooled,
+              int64_t first, bool amx, Team team);
+// y [images][out_channels] of pooled features.
+template <typename T>
+void run_classifier(const Product& classifier, Activations<T> pooled, float* y, bool amx,
+                    Team team);
+// Activations as a tensor in NHWC order, in fp32.
+template <typename T>
+void run_tap(int64_t channels, int64_t pixels, Images<T> x, float* y, Team team);
+
+// Whether the gate rides on the projection's weights rather than on its operand.
+template <typename T>
+inline bool gates_weights(const BlockLayer& layer, const BlockShape& shape) {
+  return units_of<T>(layer.out_channels) * kUnit <= shape.pixels();
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,377 @@
+// The stem: a small dense convolution of the image, its statistics or BatchNorm with SiLU, and its
+// weight gradient.
+//
+// Computes: forward   z = conv(x, weight) and (mean, M2) of z - pivot, as stored, over each task;
+//                     or y = silu(z * scale + shift)
+//           backward  dweight = sum over pixels of dz x^T with
+//                     dz = scale * grad_y * silu'(u) + (z - mean) * slope + offset
+// Layout:   x with any strides; z, y, grad_y channels-last without gaps
+// Tiling:   a task owns output rows. The input rows under one of them are laid out in fp32, pixel
+//           by pixel with their zeros around, in a ring that the next row goes on with; a tile of
+//           pixels times 2 vectors of output channels, or of taps times 2 vectors, is multiplied
+//           from there
+// Bytes:    forward x once, z once; backward grad_y, z, x once
+// FLOPs:    2 * C * Kh * Kw per element of z; about 25 more where SiLU or its slope is taken
+// Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
+// Truth:    effnet_fast/reference/stem_conv_bn_silu.py
+#include "cpu/stem_args.h"
+
+#include "cpu/kernels.h"
+#include "cpu/simd/moments.h"
+
+#include "common/stem_split.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+namespace {
+
+constexpr int kVecs = 2;  // vectors of output channels side by side
+#if defined(__AVX512F__)
+constexpr int kPixels = 14, kTaps = 12;  // 28 and 24 accumulators of 32 registers
+#else
+constexpr int kPixels = 6, kTaps = 5;
+#endif
+constexpr int64_t kChain = 128;  // products added up in one chain: longer ones lose digits
+constexpr int64_t kBlock = 8;    // pixels per visit of a channel vector
+
+EFFNET_INLINE int64_t padded(int64_t c) { return ceil_div(c, kLanes) * kLanes; }
+
+template <typename T>
+EFFNET_INLINE const T* at(const void* data, int64_t i) {
+  return static_cast<const T*>(data) + i;
+}
+
+// The input rows under a row of the output, [Kh][pixels][C] in fp32, zero where x has no pixel.
+template <typename T>
+class Rows {
+ public:
+  Rows(const StemConvShape& s, const StemImage& x, float* memory)
+      : s_(s), x_(x), memory_(memory), length_(length(s)) {
+    std::memset(memory, 0, sizeof(float) * static_cast<size_t>(floats(s)));
+    held_ = reinterpret_cast<int64_t*>(memory + (s.kh + 1) * length_);
+    forget();
+  }
+  static int64_t length(const StemConvShape& s) {
+    // The last tile may be computed beyond the row's end.
+    const int64_t reached = (ceil_div(s.ow, kPixels) * kPixels - 1) * s.stride_w + s.kw;
+    return whole_lines(max_of(s.pad_l + s.w, reached) * s.c + kLanes);
+  }
+  static int64_t floats(const StemConvShape& s) {
+    return (s.kh + 1) * length(s) + whole_lines(2 * s.kh);
+  }
+  // Makes row oy of image n the current one.
+  void move_to(int64_t n, int64_t oy) {
+    if (n != image_) forget();
+    image_ = n, first_ = oy * s_.stride_h - s_.pad_t;
+    for (int64_t iy = max_of(first_, 0); iy < min_of(first_ + s_.kh, s_.h); iy++) {
+      const int64_t slot = iy % s_.kh;
+      if (held_[slot] == iy) continue;
+      held_[slot] = iy;
+      copy(memory_ + slot * length_ + s_.pad_l * s_.c, n, iy);
+    }
+  }
+  // Row ky of the kernel over the current row, from its first output pixel's first tap.
+  const float* operator[](int64_t ky) const {
+    const int64_t iy = first_ + ky;
+    return memory_ + (iy < 0 || iy >= s_.h ? s_.kh : iy % s_.kh) * length_;
+  }
+
+ private:
+  void forget() {
+    for (int64_t i = 0; i < s_.kh; i++) held_[i] = -1;
+  }
+  void copy(float* to, int64_t n, int64_t iy) const {
+    const T* from = at<T>(x_.data, n * x_.n_stride + iy * x_.h_stride);
+    const int64_t count = s_.w * s_.c;
+    if (x_.w_stride == s_.c && (x_.c_stride == 1 || s_.c == 1)) {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t lanes = min_of(kLanes, count - i);
+        store_n(to + i, load_n(from + i, lanes), lanes);
+      }
+      return;
+    }
+    for (int64_t c = 0; c < s_.c; c++)
+      for (int64_t i = 0; i < s_.w; i++)
+        to[i * s_.c + c] = load_scalar(from + c * x_.c_stride, sizeof(T) == 2, i * x_.w_stride);
+  }
+
+  const StemConvShape& s_;
+  const StemImage& x_;
+  float* memory_;
+  int64_t* held_;  // which input row each slot has
+  int64_t length_, image_ = -1, first_ = 0;
+};
+
+// Calls f.template operator()<VECS>(first vector) for groups of the output channels' vectors.
+template <typename F>
+EFFNET_INLINE void for_groups(int64_t out, const F& f) {
+  const int64_t vecs = ceil_div(out, kLanes);
+  for (int64_t v = 0; v < vecs; v += kVecs) {
+    if (v + kVecs <= vecs)
+      f.template operator()<kVecs>(v);
+    else
+      f.template operator()<1>(v);
+  }
+}
+
+// Weight [out,C,Kh,Kw] as [group of vectors][Kh][Kw][C][VECS * kLanes]; called by every thread of a
+// team, ends in a barrier.
+void pack_weight(float* packed, const StemForwardArgs& args) {
+  const StemConvShape& s = args.shape;
+  const int64_t taps = s.kh * s.kw, depth = taps * s.c, vecs = ceil_div(s.out, kLanes);
+#pragma omp for schedule(static)
+  for (int64_t v = 0; v < vecs; v++) {
+    const int64_t first = v / kVecs * kVecs, width = min_of(kVecs, vecs - first) * kLanes;
+    float* const to = packed + first * kLanes * depth + (v - first) * kLanes;
+    for (int64_t i = 0; i < depth; i++)
+      for (int64_t l = 0; l < kLanes; l++) {
+        const int64_t o = v * kLanes + l, from = (o * s.c + i % s.c) * taps + i / s.c;
+        const bool bf16_weight = args.weight_dtype == DType::kBFloat16;
+        to[i * width + l] = o < s.out ? load_scalar(args.weight, bf16_weight, from) : 0.0f;
+      }
+  }
+}
+
+// out [kPixels][VECS * kLanes] = or += the products of `count` consecutive floats under each pixel,
+// `step` floats apart, with weight [count][VECS * kLanes].
+template <int VECS>
+EFFNET_NOINLINE void conv_tile(float* out, const float* x, int64_t step, const float* weight,
+                               int64_t count, bool add) {
+  Vec sum[kPixels][VECS];
+#pragma GCC unroll 16
+  for (int p = 0; p < kPixels; p++)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; v++) sum[p][v] = add ? load(out + (p * VECS + v) * kLanes) : Vec{};
+  for (int64_t i = 0; i < count; i++, x++, weight += VECS * kLanes) {
+    Vec w[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; v++) w[v] = in_register(load(weight + v * kLanes));
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; p++) {
+      const Vec value = in_register(broadcast(x + p * step));
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; v++) sum[p][v] += value * w[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < kPixels; p++)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; v++) store(out + (p * VECS + v) * kLanes, sum[p][v]);
+}
+
+// Stores the first `pixels` of a tile, and takes their moments where they are wanted.
+template <typename T, int VECS>
+EFFNET_INLINE void finish_tile(const float* tile, T* y, int64_t pixels, const StemForwardArgs& args,
+                               int64_t first, Moments* moments, bool fresh) {
+  const int64_t out = args.shape.out;
+  for (int64_t v = 0; v < VECS; v++) {
+    const int64_t c = (first + v) * kLanes, lanes = min_of(kLanes, out - c);
+    const float* from = tile + v * kLanes;
+    if (args.scale) {
+      const Vec scale = load_n(args.scale + c, lanes), shift = load_n(args.shift + c, lanes);
+      for (int64_t p = 0; p < pixels; p++)
+        store_n(y + p * out + c, silu(load(from + p * VECS * kLanes) * scale + shift), lanes);
+      continue;
+    }
+    if (!moments) {
+      for (int64_t p = 0; p < pixels; p++)
+        store_n(y + p * out + c, load(from + p * VECS * kLanes), lanes);
+      continue;
+    }
+    const Vec pivot = moments[first + v].begin(as_stored<T>(load(from)), fresh);
+    Vec total = {}, m2 = {};
+    for (int64_t p = 0; p < pixels; p++) {
+      const Vec stored = as_stored<T>(load(from + p * VECS * kLanes));
+      store_n(y + p * out + c, stored, lanes);
+      total += stored - pivot;
+    }
+    const Vec mean = total * (1.0f / static_cast<float>(pixels));
+    for (int64_t p = 0; p < pixels; p++) {
+      const Vec d = as_stored<T>(load(from + p * VECS * kLanes)) - pivot - mean;
+      m2 += d * d;
+    }
+    moments[first + v].take(total, m2, pixels);
+  }
+}
+
+// The current row of the output, to y.
+template <typename T>
+void forward_row(const StemForwardArgs& args, const Rows<T>& rows, const float* packed, float* tile,
+                 T* y, Moments* moments, bool fresh) {
+  const StemConvShape& s = args.shape;
+  const int64_t run = s.kw * s.c, depth = s.kh * run, step = s.stride_w * s.c;
+  for (int64_t p = 0; p < s.ow; p += kPixels)
+    for_groups(s.out, [&]<int VECS>(int64_t v) {
+      const float* weight = packed + v * kLanes * depth;
+      for (int64_t ky = 0; ky < s.kh; ky++)
+        for (int64_t i = 0; i < run; i += kChain) {
+          const int64_t count = min_of(kChain, run - i);
+          conv_tile<VECS>(tile, rows[ky] + p * step + i, step, weight, count, ky + i > 0);
+          weight += count * VECS * kLanes;
+        }
+      finish_tile<T, VECS>(tile, y + p * s.out, min_of(kPixels, s.ow - p), args, v, moments,
+                           fresh && p == 0);
+    });
+}
+
+template <typename T>
+bool forward(const StemForwardArgs& args) {
+  const StemConvShape& s = args.shape;
+  const int64_t chunks = row_chunks(s.oh), vecs = ceil_div(s.out, kLanes);
+  const int64_t weight_floats = padded(s.out) * s.kh * s.kw * s.c;
+  const int64_t moment_floats = vecs * kMomentFloats, row_floats = Rows<T>::floats(s);
+  const int64_t floats = moment_floats + row_floats + whole_lines(kPixels * kVecs * kLanes);
+  float* const packed = args.workspace(whole_lines(weight_floats) + args.threads * floats);
+  if (!packed) return false;
+#pragma omp parallel num_threads(args.threads)
+  {
+    float* const memory = packed + whole_lines(weight_floats) + omp_get_thread_num() * floats;
+    Moments* const moments = args.partial ? reinterpret_cast<Moments*>(memory) : nullptr;
+    Rows<T> rows(s, args.x, memory + moment_floats);
+    float* const tile = memory + moment_floats + row_floats;
+    pack_weight(packed, args);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < s.n * chunks; task++) {
+      const int64_t n = task / chunks;
+      const Range own = part_of(s.oh, chunks, task % chunks);
+      for (int64_t oy = own.begin; oy < own.end; oy++) {
+        rows.move_to(n, oy);
+        T* y = static_cast<T*>(args.y) + (n * s.oh + oy) * s.ow * s.out;
+        forward_row(args, rows, packed, tile, y, moments, oy == own.begin);
+      }
+      for (int64_t v = 0; moments && v < vecs; v++)
+        moments[v].write(args.partial + task * 3 * s.out + v * kLanes, s.out,
+                         min_of(kLanes, s.out - v * kLanes), own.size() * s.ow);
+    }
+  }
+  return true;
+}
+
+// dz of a row of `pixels` into groups [pixels][VECS * kLanes], zero in lanes beyond the channels.
+template <typename T>
+void form_dz(float* dz, const StemBackwardArgs& args, const T* grad_y, const T* z, int64_t pixels) {
+  const int64_t out = args.shape.out, vecs = ceil_div(out, kLanes);
+  for (int64_t begin = 0; begin < pixels; begin += kBlock) {
+    const int64_t end = min_of(pixels, begin + kBlock);
+    for (int64_t v = 0; v < vecs; v++) {
+      const int64_t c = v * kLanes, lanes = min_of(kLanes, out - c), first = v / kVecs * kVecs;
+      const int64_t width = min_of(kVecs, vecs - first) * kLanes;
+      float* const to = dz + first * kLanes * pixels + (v - first) * kLanes;
+      const Vec scale = load_n(args.grad.scale + c, lanes), shift = load_n(args.shift + c, lanes);
+      const Vec mean = load_n(args.grad.mean + c, lanes);
+      const Vec slope = load_n(args.grad.slope + c, lanes);
+      const Vec offset = load_n(args.grad.offset + c, lanes);
+      fetch<kBlock>(z + end * out + v * kLanes * kBlock);
+      fetch<kBlock>(grad_y + end * out + v * kLanes * kBlock);
+      for (int64_t p = begin; p < end; p++) {
+        const Vec value = load_n(z + p * out + c, lanes);
+        const Vec du = load_n(grad_y + p * out + c, lanes) * silu_grad(value * scale + shift);
+        store(to + p * width, du * scale + ((value - mean) * slope + offset));
+      }
+    }
+  }
+}
+
+// sum [TAPS][columns] += sum over pixels of x[p][tap] * dz[p][.].
+template <int TAPS, int VECS>
+EFFNET_NOINLINE void grad_tile(float* sum, int64_t columns, const float* x, int64_t step,
+                               const float* dz, int64_t pixels) {
+  Vec acc[TAPS][VECS] = {};
+  for (int64_t p = 0; p < pixels; p++, x += step, dz += VECS * kLanes) {
+    Vec g[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; v++) g[v] = in_register(load(dz + v * kLanes));
+#pragma GCC unroll 16
+    for (int t = 0; t < TAPS; t++) {
+      const Vec value = in_register(broadcast(x + t));
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; v++) acc[t][v] += value * g[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < TAPS; t++)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; v++) {
+      float* const to = sum + t * columns + v * kLanes;
+      store(to, load(to) + acc[t][v]);
+    }
+}
+
+using GradTile = void (*)(float*, int64_t, const float*, int64_t, const float*, int64_t);
+
+template <int VECS>
+GradTile grad_tile_of(int64_t taps) {
+#define EFFNET_TILE(n) grad_tile<n, VECS>
+  static constexpr GradTile tiles[] = {
+      EFFNET_TILE(1),  EFFNET_TILE(2), EFFNET_TILE(3), EFFNET_TILE(4), EFFNET_TILE(5),
+#if defined(__AVX512F__)
+      EFFNET_TILE(6),  EFFNET_TILE(7), EFFNET_TILE(8), EFFNET_TILE(9), EFFNET_TILE(10),
+      EFFNET_TILE(11), EFFNET_TILE(12)
+#endif
+  };
+#undef EFFNET_TILE
+  static_assert(sizeof(tiles) / sizeof(tiles[0]) == kTaps);
+  return tiles[taps - 1];
+}
+
+// Adds the current row's products to grad [Kh][Kw][C][out padded].
+template <typename T>
+void backward_row(float* grad, const StemConvShape& s, const Rows<T>& rows, const float* dz) {
+  const int64_t run = s.kw * s.c, step = s.stride_w * s.c, columns = padded(s.out);
+  const int64_t tiles = ceil_div(run, kTaps), chains = ceil_div(s.ow, kChain);
+  for_groups(s.out, [&]<int VECS>(int64_t v) {
+    for (int64_t chain = 0; chain < chains; chain++) {
+      const Range own = part_of(s.ow, chains, chain);
+      const float* const g = dz + v * kLanes * s.ow + own.begin * VECS * kLanes;
+      for (int64_t ky = 0; ky < s.kh; ky++)
+        for (int64_t i = 0; i < tiles; i++) {
+          const Range taps = part_of(run, tiles, i);
+          grad_tile_of<VECS>(taps.size())(grad + (ky * run + taps.begin) * columns + v * kLanes,
+                                          columns, rows[ky] + own.begin * step + taps.begin, step,
+                                          g, own.size());
+        }
+    }
+  });
+}
+
+template <typename T>
+bool backward(const StemBackwardArgs& args) {
+  const StemConvShape& s = args.shape;
+  const int64_t size = s.kh * s.kw * s.c * padded(s.out), row_floats = Rows<T>::floats(s);
+  const int64_t tasks = stem_weight_tasks(s.n * s.oh, size);
+  const int64_t floats = row_floats + whole_lines(s.ow * padded(s.out));
+  float* const memory = args.workspace(args.threads * floats);
+  if (!memory) return false;
+#pragma omp parallel num_threads(args.threads)
+  {
+    float* const own_memory = memory + omp_get_thread_num() * floats;
+    Rows<T> rows(s, args.x, own_memory);
+    float* const dz = own_memory + row_floats;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; task++) {
+      float* const grad = args.grad_weight + task * size;
+      std::memset(grad, 0, sizeof(float) * static_cast<size_t>(size));
+      const Range own = part_of(s.n * s.oh, tasks, task);
+      for (int64_t row = own.begin; row < own.end; row++) {
+        const int64_t first = row * s.ow * s.out;
+        form_dz(dz, args, at<T>(args.grad_y, first), at<T>(args.z, first), s.ow);
+        rows.move_to(row / s.oh, row % s.oh);
+        backward_row(grad, s, rows, dz);
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+bool stem_forward(const StemForwardArgs& args) {
+  return args.dtype == DType::kFloat32 ? forward<float>(args) : forward<bf16>(args);
+}
+
+bool stem_backward(const StemBackwardArgs& args) {
+  return args.dtype == DType::kFloat32 ? backward<float>(args) : backward<bf16>(args);
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,135 @@
+// Pointwise convolutions of MBConv in training, forward: expansion and projection.
+//
+// Computes: z = conv(a, weight), a = x, or silu(x * scale + shift), or that times the image's gate;
+//           (mean, M2) of z - pivot, as stored, over each task, with the pivot, where wanted
+// Layout:   channels-last without gaps
+// Tiling:   a task owns a part of one image's pixels and goes through chunks of a few dozen. A
+//           chunk's operand is formed once, in the order of addresses, into panels in the L2 cache;
+//           panels of 2 vectors of output channels are multiplied from there
+// Bytes:    x once, z once
+// FLOPs:    2 * C * out per pixel, about 20 per element of an activated x
+// Source:   original
+// Truth:    effnet_fast/reference/mbconv_passes.py (expand, project)
+#include "cpu/simd/moments.h"
+#include "cpu/training/kernels.h"
+#include "cpu/training/panel_product.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+namespace {
+
+// Forms the operand of a chunk of pixels that begins at x.
+template <typename T>
+void stage(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs& args,
+           const float* gate) {
+  const int64_t c = args.c;
+  if (!args.norm.scale) {
+    for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
+      store(panels + at, load_n(x + p * c + i, lanes));
+    });
+    return;
+  }
+  for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
+    const Vec u = load_n(x + p * c + i, lanes) * load_n(args.norm.scale + i, lanes) +
+                  load_n(args.norm.shift + i, lanes);
+    Vec a = silu(u);
+    if (gate) a *= load_n(gate + i, lanes);
+    store(panels + at, a);
+  });
+}
+
+// Calls f(pixel, pixel % SUMS).
+template <int SUMS, typename F>
+EFFNET_INLINE void for_pixels(int64_t pixels, const F& f) {
+  int64_t p = 0;
+  for (; p + SUMS <= pixels; p += SUMS)
+#pragma GCC unroll 8
+    for (int i = 0; i < SUMS; i++) f(p + i, i);
+  for (int i = 0; p + i < pixels; i++) f(p + i, i);
+}
+
+// Stores a panel of VECS vectors, and takes its moments where they are wanted.
+template <typename T, int VECS>
+void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t first,
+                  Moments* moments, bool fresh, bool stream) {
+  for (int64_t v = 0; v < VECS; v++) {
+    const int64_t c = (first + v) * kLanes, lanes = min_of(kLanes, out - c);
+    const float* from = panel + v * kLanes;
+    if (!moments) {
+      for (int64_t p = 0; p < pixels; p++)
+        store_n(z + p * out + c, load(from + p * VECS * kLanes), lanes, stream);
+      continue;
+    }
+    const Vec pivot = moments[first + v].begin(as_stored<T>(load(from)), fresh);
+    // Four sums each: one of all pixels would lose digits.
+    constexpr int kSums = 4;
+    Vec totals[kSums] = {}, squares[kSums] = {};
+    for_pixels<kSums>(pixels, [&](int64_t p, int sum) {
+      const Vec stored = as_stored<T>(load(from + p * VECS * kLanes));
+      store_n(z + p * out + c, stored, lanes, stream);
+      totals[sum] += stored - pivot;
+    });
+    const Vec total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
+    const Vec mean = total * (1.0f / static_cast<float>(pixels));
+    for_pixels<kSums>(pixels, [&](int64_t p, int sum) {
+      const Vec d = as_stored<T>(load(from + p * VECS * kLanes)) - pivot - mean;
+      squares[sum] += d * d;
+    });
+    const Vec m2 = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    moments[first + v].take(total, m2, pixels);
+  }
+}
+
+template <typename T>
+bool run(const PointwiseForwardArgs& args) {
+  const int64_t c = args.c, out = args.out, parts = pointwise_parts(args.hw);
+  const int64_t weight_floats = whole_lines(packed_floats(c, out));
+  const int64_t panel_floats = max_chunk_pixels() * padded(c);
+  const int64_t moment_floats = ceil_div(out, kLanes) * kMomentFloats;
+  const int64_t floats =
+      whole_lines(moment_floats + panel_floats + max_chunk_pixels() * kPanelVecs * kLanes);
+  float* const packed = args.workspace(weight_floats + args.threads * floats);
+  if (!packed) return false;
+  const bool stream = streams<T>(args.z, args.n * args.hw * out, out);
+#pragma omp parallel num_threads(args.threads)
+  {
+    float* const at = packed + weight_floats + omp_get_thread_num() * floats;
+    Moments* const moments = args.partial ? reinterpret_cast<Moments*>(at) : nullptr;
+    float *const panels = at + moment_floats, *const panel = panels + panel_floats;
+    pack_weight_panels(packed, args.weight, args.weight_dtype, c, out, true);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < args.n * parts; task++) {
+      const int64_t n = task / parts;
+      const Range own = part_of(args.hw, parts, task % parts);
+      const float* gate = args.gate ? args.gate + n * c : nullptr;
+      const int64_t size = chunk_pixels(own.size(), c);
+      for (int64_t begin = own.begin; begin < own.end; begin += size) {
+        const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
+        stage(panels, static_cast<const T*>(args.x) + first * c, pixels, args, gate);
+        const int64_t next = first + pixels, end = min_of(next + size, args.n * args.hw);
+        Ahead ahead;
+        ahead.add(static_cast<const T*>(args.x), next, end, c);
+        ahead.start(product_tiles(pixels, c, out));
+        T* z = static_cast<T*>(args.z) + first * out;
+        for_panels(packed, c, out, [&]<int VECS>(int64_t v, const float* weight) {
+          product_panel<VECS>(panel, panels, pixels, weight, c, ahead);
+          finish_panel<T, VECS>(panel, z, pixels, out, v, moments, begin == own.begin, stream);
+        });
+      }
+      for (int64_t v = 0; moments && v < ceil_div(out, kLanes); v++)
+        moments[v].write(args.partial + task * 3 * out + v * kLanes, out,
+                         min_of(kLanes, out - v * kLanes), own.size());
+    }
+    end_streams();
+  }
+  return true;
+}
+
+}  // namespace
+
+bool mbconv_pointwise_forward(const PointwiseForwardArgs& args) {
+  return args.dtype == DType::kFloat32 ? run<float>(args) : run<bf16>(args);
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet
