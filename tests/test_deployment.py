@@ -19,6 +19,7 @@ import networks
 from effnet_fast import use_backend
 from effnet_fast.backends import native
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
+from effnet_fast.modules.stochastic_depth import StochasticDepth
 from networks import TINY, pair, random_images, trio
 from tolerances import assert_no_worse_than
 
@@ -185,7 +186,7 @@ def calibrated(model: EfficientNet, side: int = 48) -> EfficientNet:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     for module in model.train().modules():
-        if isinstance(module, (nn.Dropout, effnet_fast.modules.layers.StochasticDepth)):
+        if isinstance(module, (nn.Dropout, StochasticDepth)):
             module.p = 0.0
     with torch.no_grad():
         model(random_images(8, side, model.in_chans, seed=1))

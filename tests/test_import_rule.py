@@ -32,8 +32,6 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("effnet_fast.inference.network_spec", "effnet_fast.models.efficientnet"): "to be moved",
     ("effnet_fast.inference.cpu_engine", "effnet_fast.models.backbone"): "to be moved",
     ("effnet_fast.pretrained.images", "effnet_fast.models.variants"): "to be moved",
-    ("effnet_fast.modules.structure", "effnet_fast.modules.layers"): "to be moved",
-    ("effnet_fast.modules.fused_forward", "effnet_fast.modules.layers"): "to be moved",
     ("effnet_fast.models.pooled_head", "effnet_fast.models.efficientnet"): "to be moved",
 }
 

@@ -79,7 +79,7 @@ class CpuPlan:
         with torch.inference_mode():
             cpu_packing.pack_stem(packed, network.stem)
             for block in network.blocks:
-                cpu_packing.pack_block(packed, block.layers, block.residual, block.tap)
+                cpu_packing.pack_block(packed, block.layers, block.tap)
             if network.head:
                 cpu_packing.pack_head(packed, network.head)
             if network.linear is not None:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast.modules import structure
-from effnet_fast.modules.same_padding import Conv2dSame
 
 UNIT = 16  # channels
 
@@ -122,12 +121,8 @@ def _units(rows: Tensor, channels: int) -> Tensor:
 
 
 def _padding(layer: structure.Layer) -> dict[str, Any]:
-    conv = layer.conv
-    if type(conv) is Conv2dSame:
-        return {"same": True, "padding": (0, 0, 0, 0)}
-    assert not isinstance(conv.padding, str)
-    top, left = conv.padding
-    return {"same": False, "padding": (left, left, top, top)}
+    same = layer.geometry.padding is None  # computed there, from each image's size
+    return {"same": same, "padding": (0,) * 4 if same else layer.geometry.sides(0, 0)}
 
 
 def pack_stem(packed: Packed, layer: structure.Layer) -> None:
@@ -138,22 +133,21 @@ def pack_stem(packed: Packed, layer: structure.Layer) -> None:
     packed.stem = {
         "in_channels": conv.in_channels,
         "out_channels": conv.out_channels,
-        "kernel_h": conv.kernel_size[0],
-        "kernel_w": conv.kernel_size[1],
-        "stride": conv.stride[0],
+        "kernel_h": layer.geometry.kernel[0],
+        "kernel_w": layer.geometry.kernel[1],
+        "stride": layer.geometry.stride[0],
         **_padding(layer),
         "weight": packed.keep(_units(weight.flatten(1), outputs)),
         "shift": packed.keep(_pad(shift, outputs)),
     }
 
 
-def pack_block(packed: Packed, block: structure.Block, residual: bool, tap: int) -> None:
+def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
     """Adds an MBConv.
 
     Args:
         packed: where to.
-        block: its layers.
-        residual: whether its input is added.
+        block: what it consists of.
         tap: which output shows its result, -1 for none.
     """
     depthwise, layout = block.depthwise, packed.format
@@ -174,10 +168,10 @@ def pack_block(packed: Packed, block: structure.Block, residual: bool, tap: int)
         "channels": channels,
         "out_channels": project_weight.shape[0],
         "se_channels": hidden,
-        "kernel": depthwise.conv.kernel_size[0],
-        "stride": depthwise.conv.stride[0],
+        "kernel": depthwise.geometry.kernel[0],
+        "stride": depthwise.geometry.stride[0],
         **_padding(depthwise),
-        "residual": residual,
+        "residual": block.residual,
         "filter": packed.keep(_units(weight.flatten(1), padded)),
         "filter_shift": packed.keep(_pad(shift, padded)),
         "se_reduce_weight": packed.keep(_pad(se_reduce_weight.flatten(1), hidden, padded)),

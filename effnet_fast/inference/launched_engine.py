@@ -18,7 +18,6 @@ from effnet_fast.inference import cpu_packing, cuda_graphs
 from effnet_fast.inference import packed_passes as passes
 from effnet_fast.inference.network_spec import Block, Network
 from effnet_fast.modules import structure
-from effnet_fast.modules.same_padding import Conv2dSame
 
 
 class LaunchPlan:
@@ -105,7 +104,7 @@ class LaunchPlan:
     def _convolution(self, layer: structure.Layer) -> passes.Convolution:
         backend = self._choose("pointwise_bn_act")
         weight, shift = cpu_packing.folded(layer)
-        return passes.Convolution(backend, self._rounded(weight), shift, _geometry(layer))
+        return passes.Convolution(backend, self._rounded(weight), shift, layer.geometry)
 
     def _product(self, layer: structure.Layer) -> passes.Product:
         backend = self._choose("pointwise_bn_act")
@@ -114,9 +113,9 @@ class LaunchPlan:
 
     def _block(self, block: Block) -> passes.MBConv:
         layers, dtype = block.layers, self.dtype
-        geometry = _geometry(layers.depthwise)
-        filters = self._choose("dwconv_bn_silu", kernel=geometry.kernel, stride=geometry.stride)
-        gates = self._choose("squeeze_excite", hidden=layers.excite[0].shape[0])
+        geometry = layers.depthwise.geometry
+        filters = self._choose("dwconv_bn_silu", kernel=geometry.kernel, stride=geometry.stride[0])
+        gates = self._choose("squeeze_excite", hidden=layers.excite.se_reduce_weight.shape[0])
         weight, shift = cpu_packing.folded(layers.depthwise)
         self._rounded(weight)  # for its range alone
         return passes.MBConv(
@@ -124,7 +123,7 @@ class LaunchPlan:
             passes.Depthwise(filters, weight, shift, geometry, dtype),
             passes.Excite(gates, layers.excite, dtype),
             self._product(layers.project),
-            block.residual,
+            layers.residual,
         )
 
     def run(self, x: Tensor) -> list[Tensor]:
@@ -195,13 +194,3 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
-
-
-def _geometry(layer: structure.Layer) -> passes.Geometry:
-    conv = layer.conv
-    height, width = conv.kernel_size
-    if type(conv) is Conv2dSame:
-        return passes.Geometry((height, width), conv.stride[0], None)
-    assert not isinstance(conv.padding, str)
-    top, left = conv.padding
-    return passes.Geometry((height, width), conv.stride[0], (top, left))

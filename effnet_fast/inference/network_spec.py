@@ -1,6 +1,6 @@
 """What of a whole network the inference kernels compute from packed weights, and why not.
 
-As `recognition`, one level up: the children are read anew, and what is not exactly what the kernels
+As `structure`, one level up: the children are read anew, and what is not exactly what the kernels
 know is refused with its place and the reason.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.modules import layers, same_padding, structure
+from effnet_fast.modules import layers, structure
 from effnet_fast.modules.structure import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
@@ -27,10 +27,9 @@ OWN_MODULE = "effnet_fast.models.efficientnet"  # of the classes that the kernel
 
 @dataclass(frozen=True)
 class Block:
-    """An MBConv: its layers, whether its input is added, and which output shows its result."""
+    """An MBConv, and which output shows its result."""
 
     layers: structure.Block
-    residual: bool
     tap: int
 
 
@@ -87,23 +86,15 @@ class Network:
             ValueError: a convolution has no output.
         """
         size, found = (height, width), {}
-        rows = [(self.stem.conv, self.stem.conv, self.stem_tap)]
-        rows += [(b.layers.depthwise.conv, b.layers.project.conv, b.tap) for b in self.blocks]
-        for conv, last, tap in rows:
-            size = _out_size(conv, 0, size[0]), _out_size(conv, 1, size[1])
+        rows = [(self.stem.geometry, self.stem.conv, self.stem_tap)]
+        rows += [(b.layers.depthwise.geometry, b.layers.project.conv, b.tap) for b in self.blocks]
+        for geometry, last, tap in rows:
+            size = geometry.out_size(*size)
             if min(size) < 1:
                 raise ValueError(f"images of {height}x{width} pixels are too small")
             if tap >= 0:
                 found[tap] = (last.out_channels, *size)
         return [found[tap] for tap in sorted(found)]
-
-
-def _out_size(conv: nn.Conv2d, side: int, size: int) -> int:
-    stride = conv.stride[side]
-    if type(conv) is same_padding.Conv2dSame:
-        return -(-size // stride)
-    assert not isinstance(conv.padding, str)
-    return (size + 2 * conv.padding[side] - conv.kernel_size[side]) // stride + 1
 
 
 @contextlib.contextmanager
@@ -173,8 +164,8 @@ def _convolution(module: nn.Module, kind: str) -> structure.Layer:
     layer = structure.structure_of(module)
     if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.silu:
         raise RefusedError(f" is no {kind} convolution with SiLU")
-    if layer.conv.stride[0] != layer.conv.stride[1]:
-        raise RefusedError(f" has stride {layer.conv.stride}")
+    if layer.geometry.stride[0] != layer.geometry.stride[1]:
+        raise RefusedError(f" has stride {layer.geometry.stride}")
     return layer
 
 
@@ -193,30 +184,23 @@ def _blocks(stages: list[nn.Module]) -> Iterator[tuple[str, nn.Module, int]]:
 def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> Block:
     with _at(place):
         structure.require(module, layers.MBConv)
-        assert isinstance(module, layers.MBConv)
         block = structure.structure_of(module)
         assert isinstance(block, structure.Block)
         if block.expand and not block.expand.silu:
             raise RefusedError("block.0 has no activation")
-        conv = block.depthwise.conv
-        if conv.kernel_size[0] > MAX_KERNEL:
+        geometry = block.depthwise.geometry
+        if geometry.kernel[0] > MAX_KERNEL:
             raise RefusedError(f" has a kernel above {MAX_KERNEL}")
-        if not _is_centred(conv):
-            raise RefusedError(f" has a kernel of {conv.kernel_size} with padding {conv.padding}")
-        residual = bool(module.use_res_connect)
-        if residual and module.stochastic_depth.training and module.stochastic_depth.p > 0:
+        if not geometry.is_centred:
+            raise RefusedError(
+                f" has a kernel of {geometry.kernel} with padding {geometry.padding}"
+            )
+        if block.residual and block.drop_probability > 0:
             raise RefusedError("stochastic_depth is in training mode: call eval()")
         channels = block.first.conv.in_channels, block.project.conv.out_channels
-        if residual and (conv.stride != (1, 1) or channels[0] != channels[1]):
+        if block.residual and (geometry.stride != (1, 1) or channels[0] != channels[1]):
             raise RefusedError(" adds its input to an output of another shape")
-        return Block(block, residual, taps.get(stage, -1))
-
-
-def _is_centred(conv: nn.Conv2d) -> bool:
-    if type(conv) is same_padding.Conv2dSame:
-        return True
-    assert not isinstance(conv.padding, str)
-    return all(2 * p == k - 1 for p, k in zip(conv.padding, conv.kernel_size, strict=True))
+        return Block(block, taps.get(stage, -1))
 
 
 def _head(model: Any, last: nn.Module) -> tuple[structure.Layer | None, nn.Linear | None, str]:

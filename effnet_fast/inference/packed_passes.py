@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from effnet_fast import backends
 from effnet_fast.backends import preference
-from effnet_fast.modules.same_padding import same_padding
+from effnet_fast.modules.structure import Geometry
 from effnet_fast.ops.cuda import dwconv_bn_silu as cuda_dwconv
 from effnet_fast.ops.cuda import squeeze_excite as cuda_excite
 from effnet_fast.ops.cuda import statistics as cuda_statistics
@@ -35,24 +34,6 @@ Vectors = tuple[Tensor | None, Tensor, Tensor, Tensor | None]  # weight, bias, m
 @functools.cache
 def _triton(file: str) -> ModuleType:
     return importlib.import_module(f"effnet_fast.triton_kernels.{file}")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Of a convolution: sides of its kernel, stride, and (top, left) padding or None for SAME."""
-
-    kernel: tuple[int, int]
-    stride: int
-    padding: tuple[int, int] | None
-
-    def sides(self, x: Tensor) -> tuple[int, int, int, int]:
-        """(left, right, top, bottom) padding of x [N,C,H,W]."""
-        if self.padding is not None:
-            top, left = self.padding
-            return left, left, top, top
-        top, bottom = same_padding(x.shape[2], self.kernel[0], self.stride)
-        left, right = same_padding(x.shape[3], self.kernel[1], self.stride)
-        return left, right, top, bottom
 
 
 def choose(
@@ -133,15 +114,15 @@ class Convolution(Pass):
         self._shift(shift)
 
     def __call__(self, x: Tensor) -> Tensor:
-        left, right, top, bottom = self.geometry.sides(x)
+        left, right, top, bottom = self.geometry.sides(*x.shape[2:])
+        stride = self.geometry.stride
         if self.backend == TRITON:
-            strides = (self.geometry.stride,) * 2
             return _triton("stem_conv_bn_silu").launch_stem_fwd(
-                x, self.weight, strides, (left, right, top, bottom), bn=self.vectors
+                x, self.weight, stride, (left, right, top, bottom), bn=self.vectors
             )[0]
         if (left, top) != (right, bottom):  # PyTorch pads alike on both sides
             x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
-        z = nhwc(F.conv2d(x, self.weight, None, self.geometry.stride, (top, left)))
+        z = nhwc(F.conv2d(x, self.weight, None, stride, (top, left)))
         return cuda_dwconv.bn_act(z, self.bn, self.backend, silu=True)
 
 
@@ -205,7 +186,7 @@ class Depthwise(Pass):
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y [N,C,Ho,Wo], pooled [N,C] fp32."""
-        stride, sides = self.geometry.stride, self.geometry.sides(x)
+        stride, sides = self.geometry.stride[0], self.geometry.sides(*x.shape[2:])
         if self.backend == TRITON:
             y, _, pooled = _triton("dwconv_bn_silu").launch_dwconv_fwd(
                 x, self.weight, stride, sides, bn=self.vectors, pool=True, packed=self.taps
@@ -277,10 +258,10 @@ class MBConv:
             return depthwise(x)
         if expand.backend == depthwise.backend == TRITON:
             layers = (expand.weight, *expand.vectors), (depthwise.weight, *depthwise.vectors)
-            geometry = depthwise.geometry.stride, depthwise.geometry.sides(x)
-            if _triton("mbconv").pays(x, *layers, *geometry):
+            stride, sides = depthwise.geometry.stride[0], depthwise.geometry.sides(*x.shape[2:])
+            if _triton("mbconv").pays(x, *layers, stride, sides):
                 return _triton("expand_dwconv").launch_expand_dwconv_fwd(
-                    x, *layers, *geometry, (0.0, 0.0), packed=depthwise.taps
+                    x, *layers, stride, sides, (0.0, 0.0), packed=depthwise.taps
                 )
         return depthwise(expand(x))
 

@@ -19,6 +19,7 @@ from torch.nn.modules import module as nn_module
 from effnet_fast.backends import native
 from effnet_fast.modules import layers
 from effnet_fast.modules.same_padding import Conv2dSame
+from effnet_fast.modules.stochastic_depth import StochasticDepth
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # others do nothing without a gradient
 TABLES = ("_modules", "_parameters", "_buffers")
@@ -30,7 +31,7 @@ SETTINGS: dict[type, tuple[str, ...]] = {
     nn.BatchNorm2d: ("training", "eps"),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Dropout: ("training", "p"),
-    layers.StochasticDepth: ("training", "p"),
+    StochasticDepth: ("training", "p"),
     layers.MBConv: ("use_res_connect",),
 }
 

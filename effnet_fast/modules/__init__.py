@@ -1,1 +1,6 @@
 """The modules of EfficientNet, what they consist of, and their fused forward."""
+
+from effnet_fast.modules import layers
+from effnet_fast.modules.readers import own
+
+__all__ = ["layers", "own"]

@@ -1,4 +1,4 @@
-"""The fused forward of a module, where `recognition` knows its children.
+"""The fused forward of a module, where `structure` knows its children.
 
 What is not recognised goes down the module's stock path, which is right and slower; `explain` says
 why. A backend named by the caller raises where it cannot run on this input; what keeps a module's
@@ -11,15 +11,15 @@ what they capture consists of PyTorch's own operators.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
 from effnet_fast.backends import preference
-from effnet_fast.modules import layers, structure
-from effnet_fast.modules.same_padding import Conv2dSame, same_sides
+from effnet_fast.modules import structure
+from effnet_fast.modules.stochastic_depth import stochastic_depth
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
 from effnet_fast.ops.mbconv import apply as mbconv
 from effnet_fast.ops.mbconv import eval_op as mbconv_eval
@@ -33,6 +33,12 @@ POOLED = "pointwise_bn_silu_pool"  # the op of a layer that is pooled at once
 T = TypeVar("T")
 # Of the expansion, where there is one, the depthwise convolution and the projection.
 Norms = tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
+
+
+class Module(Protocol):
+    """A module that can be run fused or, by its `forward_stock`, unfused."""
+
+    def forward_stock(self, x: Tensor) -> Tensor: ...
 
 
 def explain(module: nn.Module, op: str | None = None) -> str | None:
@@ -70,13 +76,12 @@ def _question(
 ) -> tuple[str, backends.OpArgs]:
     """The op that a module is, and the call of it on x that a backend has to run."""
     if isinstance(found, structure.Block):
-        op, conv = "mbconv", found.depthwise.conv
+        op, geometry = "mbconv", found.depthwise.geometry
     else:
-        op, conv = structure.OPS[found.kind], found.conv
+        op, geometry = structure.OPS[found.kind], found.geometry
         if found.kind != structure.DEPTHWISE:  # torch's own convolution: any kernel
             return op, backends.OpArgs(x, found.parameters, inference=inference)
-    (height, width), (stride, _) = conv.kernel_size, conv.stride
-    return op, backends.OpArgs(x, found.parameters, (height, width), stride, inference)
+    return op, backends.OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference)
 
 
 def _captured(x: Tensor) -> bool:
@@ -98,37 +103,26 @@ def _backend_for(
     return None if chosen == "reference" else chosen
 
 
-def _needs_grad(x: Tensor, *modules: nn.Module) -> bool:
+def _needs_grad(x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return x.requires_grad or any(p.requires_grad for m in modules for p in m.parameters())
+    return x.requires_grad or any(t is not None and t.requires_grad for t in parameters)
 
 
 def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def _padding(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom) of a convolution whose input is as large as x [N,C,H,W]."""
-    if type(conv) is Conv2dSame:
-        return same_sides(conv, x)
-    assert not isinstance(conv.padding, str)
-    top, left = conv.padding
-    return left, left, top, top
-
-
-def _fits(conv: nn.Conv2d, x: Tensor) -> bool:
+def _fits(layer: structure.Layer, x: Tensor) -> bool:
     """Whether PyTorch takes x: of the weight's dtype, and with padding as large as the kernel."""
-    if x.dtype is not conv.weight.dtype and not autocasts(x):
+    if x.dtype is not layer.conv.weight.dtype and not autocasts(x):
         return False
-    left, right, top, bottom = _padding(conv, x)
-    height, width = conv.kernel_size
-    return x.shape[2] + top + bottom >= height and x.shape[3] + left + right >= width
+    return min(layer.geometry.out_size(*x.shape[2:])) >= 1
 
 
 def _run_spatial(layer: structure.Layer, x: Tensor, backend: str) -> Tensor:
     """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
-    conv, bn = layer.conv, layer.bn
+    bn = layer.bn
     weight, bn_weight, bn_bias, mean, var = layer.tensors
     assert weight is not None
     momentum = _count_batch(bn)
@@ -137,61 +131,58 @@ def _run_spatial(layer: structure.Layer, x: Tensor, backend: str) -> Tensor:
         autocast(x), weight, bn_weight, bn_bias,
         mean if tracked else None, var if tracked else None,
     )  # fmt: skip
-    rest = (_padding(conv, x), _uses_batch_statistics(bn), momentum, bn.eps, backend)
+    stride, padding = layer.geometry.stride, layer.geometry.sides(*x.shape[2:])
+    rest = (padding, _uses_batch_statistics(bn), momentum, bn.eps, backend)
     if layer.kind == structure.DENSE:
-        return stem_conv_bn_silu(*tensors, conv.stride, *rest)
-    return dwconv_bn_silu(*tensors, conv.stride[0], *rest)[0]
+        return stem_conv_bn_silu(*tensors, stride, *rest)
+    return dwconv_bn_silu(*tensors, stride[0], *rest)[0]
 
 
-def _run_layer(layer: structure.Layer, x: Tensor, backend: str) -> Tensor:
+def _run_layer(module: Module, layer: structure.Layer, x: Tensor, backend: str) -> Tensor:
     if layer.kind != structure.POINTWISE:
-        if not _fits(layer.conv, x):
-            return layer.module.forward_stock(x)  # raises PyTorch's own error
+        if not _fits(layer, x):
+            return module.forward_stock(x)  # raises PyTorch's own error
         return _run_spatial(layer, x, backend)
-    if not _infers(x, layer):
-        return layer.module.forward_stock(x)
+    if _uses_batch_statistics(layer.bn) or _needs_grad(x, layer.tensors):
+        return module.forward_stock(x)
     return pointwise_bn_act_eval(
         autocast(x), *layer.tensors, None, None, layer.silu, layer.bn.eps, backend
     )
 
 
-def _infers(x: Tensor, layer: structure.Layer) -> bool:
-    return not (_uses_batch_statistics(layer.bn) or _needs_grad(x, layer.conv, layer.bn))
+def _run_block(block: structure.Block, x: Tensor, backend: str) -> Tensor:
+    expand, depthwise, project = block.expand, block.depthwise, block.project
+    norms = (layer.bn for layer in (expand, depthwise, project) if layer)
+    if any(map(_uses_batch_statistics, norms)) or _needs_grad(x, block.parameters):
+        return _train_block(block, autocast(x), backend)
+    dropped = block.residual and block.drop_probability > 0
+    y = mbconv_eval(
+        autocast(x), expand.tensors if expand else [], depthwise.tensors, block.excite,
+        project.tensors, depthwise.geometry.stride[0], depthwise.geometry.sides(*x.shape[2:]),
+        [expand.bn.eps if expand else 0.0, depthwise.bn.eps, project.bn.eps],
+        block.residual and not dropped, backend,
+    )  # fmt: skip
+    if dropped:
+        y = stochastic_depth(y, block.drop_probability, block.drop_mode)
+        y += x
+    return y
 
 
-def _run_block(module: layers.MBConv, block: structure.Block, x: Tensor, backend: str) -> Tensor:
-    expand, depthwise, squeeze, parameters, project = block
-    infers = all(_infers(x, layer) for layer in (expand, depthwise, project) if layer)
-    if infers and not _needs_grad(x, squeeze):
-        dropped = module.stochastic_depth.training and module.stochastic_depth.p > 0
-        y = mbconv_eval(
-            autocast(x), expand.tensors if expand else [], depthwise.tensors, parameters,
-            project.tensors, depthwise.conv.stride[0], _padding(depthwise.conv, x),
-            [expand.bn.eps if expand else 0.0, depthwise.bn.eps, project.bn.eps],
-            module.use_res_connect and not dropped, backend,
-        )  # fmt: skip
-        return module.add_residual(y, x) if dropped else y
-    return _train_block(module, block, autocast(x), backend)
-
-
-def _train_block(module: layers.MBConv, block: structure.Block, x: Tensor, backend: str) -> Tensor:
+def _train_block(block: structure.Block, x: Tensor, backend: str) -> Tensor:
     """The block with gradients or batch statistics, and its modules' own bookkeeping."""
-    parts = (block.expand, block.depthwise, block.project)
-    layers_of = (part.tensors if part else None for part in parts)
-    expand, depthwise, project = layers_of
-    assert depthwise is not None and project is not None
-    norms = (block.expand.bn if block.expand else None, block.depthwise.bn, block.project.bn)
-    row_scale = _drop_path(module.stochastic_depth, x) if module.use_res_connect else None
+    depthwise, project = block.depthwise, block.project
+    expand = block.expand.tensors if block.expand else None
+    norms = (block.expand.bn if block.expand else None, depthwise.bn, project.bn)
     settings = Settings(
-        block.depthwise.conv.stride[0],
-        _padding(block.depthwise.conv, x),
-        module.use_res_connect,
+        depthwise.geometry.stride[0],
+        depthwise.geometry.sides(*x.shape[2:]),
+        block.residual,
         _of_norms(norms, lambda bn: bn.eps, 0.0),
         _of_norms(norms, _uses_batch_statistics, False),
     )
     return mbconv(
-        x, row_scale, Layers(expand, depthwise, block.excite, project), settings,
-        _of_norms(norms, _count_batch, 0.0), module.memory, backend,
+        x, _drop_path(block, x), Layers(expand, depthwise.tensors, block.excite, project.tensors),
+        settings, _of_norms(norms, _count_batch, 0.0), block.memory, backend,
         _of_norms(norms, _moves, False),
     )  # fmt: skip
 
@@ -201,12 +192,12 @@ def _of_norms(norms: Norms, of: Callable[[nn.BatchNorm2d], T], absent: T) -> tup
     return (of(expand) if expand else absent, of(depthwise), of(project))
 
 
-def _drop_path(layer: layers.StochasticDepth, x: Tensor) -> Tensor | None:
-    """The factor [N] of each image's body, drawn as the layer draws it; None for 1."""
-    if not layer.training or layer.p == 0.0:
+def _drop_path(block: structure.Block, x: Tensor) -> Tensor | None:
+    """The factor [N] of each image's body, drawn as the module draws it; None for 1."""
+    if not block.residual or block.drop_probability == 0.0:
         return None
     ones = torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device)
-    return layers.stochastic_depth(ones, layer.p, layer.mode).flatten().float()
+    return stochastic_depth(ones, block.drop_probability, block.drop_mode).flatten().float()
 
 
 def _moves(bn: nn.BatchNorm2d) -> bool:
@@ -223,7 +214,7 @@ def _count_batch(bn: nn.BatchNorm2d) -> float:
     return 0.0 if bn.momentum is None else bn.momentum
 
 
-def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tensor:
+def run(module: Module, x: Tensor) -> Tensor:
     """The module's forward: fused where its found, the backend and x allow it, else stock.
 
     Args:
@@ -243,16 +234,15 @@ def run(module: layers.Conv2dNormActivation | layers.MBConv, x: Tensor) -> Tenso
     ):
         return module.forward_stock(x)
     try:
-        found = structure.structure_of(module)
+        found = structure.structure_of(module)  # type: ignore[arg-type]
     except structure.RefusedError:
         return module.forward_stock(x)
     backend = _backend_for(found, x)
     if backend is None:
         return module.forward_stock(x)
     if isinstance(found, structure.Layer):
-        return _run_layer(found, x, backend)
-    assert isinstance(module, layers.MBConv)
-    return _run_block(module, found, x, backend)
+        return _run_layer(module, found, x, backend)
+    return _run_block(found, x, backend)
 
 
 def pools(module: nn.Module) -> bool:

@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from effnet_fast.modules import checkpointing, fused_forward
 from effnet_fast.modules.same_padding import Conv2dSame
+from effnet_fast.modules.stochastic_depth import StochasticDepth
 
 PADDINGS = ("symmetric", "same")
 
@@ -151,55 +151,6 @@ class SqueezeExcitation(nn.Module):
         return self.gate(x) * x
 
 
-def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
-    """Zeroes rows of x [N,...] with probability p in training, and divides the others by 1 - p.
-
-    One Bernoulli draw per row (mode "row") or one per call (mode "batch"), in x's dtype; none
-    when p is 0 or outside training, where x itself is returned.
-
-    Raises:
-        ValueError: p outside [0, 1], or an unknown mode.
-
-    Source: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
-    """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p, the drop probability, must be between 0 and 1, got {p}")
-    if mode not in ["batch", "row"]:  # as TorchScript can read it
-        raise ValueError(f"mode must be one of 'batch', 'row', got '{mode}'")
-    if not training or p == 0.0:
-        return x
-    keep = 1.0 - p
-    rows = x.shape[0] if mode == "row" else 1
-    noise = torch.empty([rows] + [1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
-    noise = noise.bernoulli_(keep)
-    if keep > 0.0:
-        noise.div_(keep)
-    return x * noise
-
-
-torch.fx.wrap("stochastic_depth")
-
-
-class StochasticDepth(nn.Module):
-    """See `stochastic_depth`.
-
-    Args:
-        p: drop probability.
-        mode: "row" draws per sample, "batch" per call.
-    """
-
-    def __init__(self, p: float, mode: str) -> None:
-        super().__init__()
-        self.p = p
-        self.mode = mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        return stochastic_depth(x, self.p, self.mode, self.training)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(p={self.p}, mode={self.mode})"
-
-
 @dataclass(frozen=True)
 class MBConvConfig:
     """Geometry of one MBConv block.
@@ -308,10 +259,7 @@ class MBConv(nn.Module):
 
     def forward_stock(self, x: Tensor) -> Tensor:
         """Calls the children one after another and adds x; x itself is never written to."""
-        return self.add_residual(self.block(x), x)
-
-    def add_residual(self, y: Tensor, x: Tensor) -> Tensor:
-        """y, or where the block has a residual, x plus y after drop-path; overwrites y, not x."""
+        y = self.block(x)
         if not self.use_res_connect:
             return y
         y = self.stochastic_depth(y)

@@ -26,17 +26,6 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def same_sides(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom) for a convolution over x [N,C,H,W], in pixels."""
-    top, bottom = _along(x.shape[2], conv.kernel_size[0], conv.stride[0], conv.dilation[0])
-    left, right = _along(x.shape[3], conv.kernel_size[1], conv.stride[1], conv.dilation[1])
-    return left, right, top, bottom
-
-
-def _along(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    return same_padding(size, dilation * (kernel - 1) + 1, stride)
-
-
 class Conv2dSame(nn.Conv2d):
     """nn.Conv2d with SAME padding, which depends on the size of the input.
 
@@ -77,9 +66,10 @@ class Conv2dSame(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # `same_sides`, which TorchScript cannot read: it passes no module to a function.
-        top, bottom = _along(x.shape[2], self.kernel_size[0], self.stride[0], self.dilation[0])
-        left, right = _along(x.shape[3], self.kernel_size[1], self.stride[1], self.dilation[1])
+        height = self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        width = self.dilation[1] * (self.kernel_size[1] - 1) + 1
+        top, bottom = same_padding(x.shape[2], height, self.stride[0])
+        left, right = same_padding(x.shape[3], width, self.stride[1])
         return self._conv_forward(F.pad(x, (left, right, top, bottom)), self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -18,10 +18,9 @@ from effnet_fast.modules.layers import (
     MBConv,
     MBConvConfig,
     SqueezeExcitation,
-    StochasticDepth,
     round_channels,
-    stochastic_depth,
 )
+from effnet_fast.modules.stochastic_depth import StochasticDepth, stochastic_depth
 from parity import NEEDS_SIMT
 
 

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from effnet_fast.inference import packed_passes
+from effnet_fast.modules.structure import Geometry
 from effnet_fast.triton_kernels import (
     dwconv_bn_silu,
     expand_choice,
@@ -193,7 +194,7 @@ def run_deployed(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
     """A block's inference over weights packed ahead, on meta tensors."""
     c, e, out = block.channels
     k, r = block.kernel, block.squeezed
-    geometry = packed_passes.Geometry((k, k), block.stride, ((k - 1) // 2,) * 2)
+    geometry = Geometry((k, k), (block.stride,) * 2, ((k - 1) // 2,) * 2)
 
     def product(rows: int, columns: int, silu: bool) -> packed_passes.Product:
         weight = _vectors(rows, columns).to(dtype)
@@ -257,7 +258,7 @@ def run_stem(variant: str, batch: int, dtype: torch.dtype, training: bool) -> No
         tensors = (t.to(dtype) for t in (weight, *bn))
         stem_conv_bn_silu.stem_conv_bn_silu_eval(x, *tensors, *geometry, 1e-3, "triton")
         shift = _vectors(stem.out_channels)
-        packed = packed_passes.Geometry((3, 3), 2, (1, 1))
+        packed = Geometry((3, 3), (2, 2), (1, 1))
         packed_passes.Convolution("triton", weight.to(dtype), shift, packed)(x)
         return
     given = (*bn[:2], None, None)

@@ -1,0 +1,215 @@
+"""The readers of this package's own modules, `layers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from effnet_fast.modules import layers
+from effnet_fast.modules.same_padding import Conv2dSame
+from effnet_fast.modules.stochastic_depth import StochasticDepth
+from effnet_fast.modules.structure import (
+    DENSE,
+    DEPTHWISE,
+    PLAIN,
+    POINTWISE,
+    Block,
+    Excite,
+    Geometry,
+    Layer,
+    RefusedError,
+    reads,
+    refuse_hooks,
+    require,
+)
+
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+_MISSING = object()
+
+
+def _refuse_tensor(name: str) -> RefusedError:
+    return RefusedError(f".{name} is no plain tensor")
+
+
+def _conv_geometry(conv: Any) -> tuple[str, Geometry]:
+    """The kind of a convolution, and its geometry."""
+    padding = conv.padding
+    if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(padding, str):
+        raise RefusedError(" has dilation, a padding mode or a padding by name")
+    kernel, stride = conv.kernel_size, conv.stride
+    geometry = Geometry(kernel, stride, None if type(conv) is Conv2dSame else padding)
+    if conv.groups == 1:
+        is_pointwise = kernel == stride == (1, 1) and padding == (0, 0)
+        return POINTWISE if is_pointwise else DENSE, geometry
+    if conv.groups != conv.in_channels or conv.groups != conv.out_channels:
+        raise RefusedError(" is a grouped convolution")
+    if kernel[0] != kernel[1] or kernel[0] % 2 == 0 or stride not in ((1, 1), (2, 2)):
+        raise RefusedError(f" has kernel {kernel} and stride {stride}")
+    return DEPTHWISE, geometry
+
+
+# Members are read from the modules' own tables: nn.Module.__getattr__ is slow.
+def _conv_members(conv: nn.Module) -> tuple[Any, Any]:
+    """Weight and bias of a convolution."""
+    table = conv.__dict__["_parameters"]
+    weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
+    if type(weight) not in PLAIN:
+        raise _refuse_tensor("weight")
+    if bias is not None and type(bias) not in PLAIN:
+        raise _refuse_tensor("bias")
+    return weight, bias
+
+
+def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
+    """Weight, bias, mean and variance of a BatchNorm."""
+    state = bn.__dict__
+    table, buffers = state["_parameters"], state["_buffers"]
+    weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
+    mean = buffers.get("running_mean", _MISSING)
+    var = buffers.get("running_var", _MISSING)
+    if (mean is None) != (var is None):
+        raise RefusedError(" has one of its two running statistics")
+    shape = (channels,)
+    for vector in (weight, bias, mean, var):
+        if vector is None:
+            continue
+        if type(vector) not in PLAIN:
+            raise RefusedError(" holds a tensor of another type")
+        if vector.shape != shape:
+            raise RefusedError(f" does not have {channels} channels")
+    return weight, bias, mean, var
+
+
+def _layer(module: nn.Module) -> Layer:
+    """Takes a Conv2dNormActivation apart."""
+    if type(module) is not layers.Conv2dNormActivation:
+        raise RefusedError(f" is {type(module).__name__}, not Conv2dNormActivation")
+    children = module.__dict__["_modules"]
+    if tuple(children) not in (("0", "1"), ("0", "1", "2")):
+        raise RefusedError(f" has children {list(children)}")
+    conv, bn, act = children["0"], children["1"], children.get("2", _MISSING)
+    child = "0"
+    try:
+        require(conv, *CONVOLUTIONS)
+        weight, bias = _conv_members(conv)
+        if bias is not None:
+            raise RefusedError(" has a bias")
+        shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        if weight.shape != shape:
+            raise RefusedError(f".weight has shape {list(weight.shape)}, not {list(shape)}")
+        child = "1"
+        require(bn, nn.BatchNorm2d)
+        vectors = _bn_members(bn, conv.out_channels)
+        child = "2"
+        if act is not _MISSING:
+            require(act, nn.SiLU)
+        child = "0"
+        kind, geometry = _conv_geometry(conv)
+    except RefusedError as refused:
+        raise RefusedError(f".{child}{refused}") from None
+    if kind != POINTWISE and act is _MISSING:
+        raise RefusedError(" has no activation")
+    return Layer(kind, conv, bn, act is not _MISSING, geometry, (weight, *vectors))
+
+
+def _named_layer(module: nn.Module) -> Layer:
+    """As `_layer`, with the class in front of a reason."""
+    try:
+        return _layer(module)
+    except RefusedError as refused:
+        raise RefusedError(f"{type(module).__name__}{refused}") from None
+
+
+_SQUEEZE_KINDS = {
+    "avgpool": nn.AdaptiveAvgPool2d,
+    "fc1": nn.Conv2d,
+    "fc2": nn.Conv2d,
+    "activation": nn.SiLU,
+    "scale_activation": nn.Sigmoid,
+}
+_SQUEEZE_NAMES = tuple(_SQUEEZE_KINDS)
+
+
+def _excite(module: nn.Module, channels: int) -> Excite:
+    """Takes a SqueezeExcitation apart."""
+    require(module, layers.SqueezeExcitation)
+    children = module.__dict__["_modules"]
+    if tuple(children) != _SQUEEZE_NAMES:
+        raise RefusedError(f" has children {list(children)}")
+    key = ""
+    try:
+        for key, kind in _SQUEEZE_KINDS.items():
+            require(children[key], kind)
+        reduced = children["fc1"].out_channels
+        tensors: list[Any] = []
+        shapes = {"fc1": (reduced, channels, 1, 1), "fc2": (channels, reduced, 1, 1)}
+        for key, shape in shapes.items():
+            conv = children[key]
+            tensors += _conv_members(conv)
+            weight, bias = tensors[-2:]
+            if bias is not None and bias.shape != shape[:1]:
+                raise RefusedError(f".bias has shape {list(bias.shape)}, not {list(shape[:1])}")
+            if weight.shape != shape or conv.stride != (1, 1) or conv.padding != (0, 0):
+                raise RefusedError(f" is not a 1x1 convolution of {channels} channels")
+    except RefusedError as refused:
+        raise RefusedError(f".{key}{refused}") from None
+    pooled = children["avgpool"].output_size
+    if pooled not in (1, (1, 1)):
+        raise RefusedError(f".avgpool pools to {pooled}")
+    return Excite(*tensors)
+
+
+_BLOCK_CHILDREN = (("0", "1", "2"), ("0", "1", "2", "3"))
+
+
+def _block(module: layers.MBConv) -> Block:
+    """Takes an MBConv apart."""
+    own = module.__dict__["_modules"]
+    name, block = "block", own.get("block")
+    drop_path = own.get("stochastic_depth")
+    try:
+        require(block, nn.Sequential)
+        name = "stochastic_depth"
+        require(drop_path, StochasticDepth)
+        name = "block"
+        children = block.__dict__["_modules"]
+        if tuple(children) not in _BLOCK_CHILDREN:
+            raise RefusedError(f" has children {list(children)}")
+        for key, child in children.items():
+            name = key
+            refuse_hooks(child)
+        *first, second, third, last = children
+        expand = None
+        for name in first:
+            expand = _layer(children[name])
+        name = second
+        depthwise = _layer(children[name])
+        channels = depthwise.conv.out_channels
+        name = third
+        excite = _excite(children[name], channels)
+        name = last
+        project = _layer(children[name])
+    except RefusedError as refused:
+        place = name if name in ("block", "stochastic_depth") else f"block.{name}"
+        raise RefusedError(f"{place}{refused}") from None
+    if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
+        raise RefusedError("block.0 is not the pointwise layer before the depthwise one")
+    if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.silu:
+        raise RefusedError("block is not expand, depthwise, squeeze-excite, project")
+    if project.conv.in_channels != channels:
+        raise RefusedError(f"block.{last} does not take {channels} channels")
+    return Block(
+        expand,
+        depthwise,
+        excite,
+        project,
+        bool(module.use_res_connect),
+        drop_path.p if drop_path.training else 0.0,
+        drop_path.mode,
+        module.memory,
+    )
+
+
+reads(layers.Conv2dNormActivation, _named_layer)
+reads(layers.MBConv, _block)

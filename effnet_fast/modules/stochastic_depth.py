@@ -1,0 +1,57 @@
+"""Stochastic depth: in training some images skip a block's body.
+
+Source: Huang et al., "Deep Networks with Stochastic Depth" (arXiv 1603.09382).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+
+def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
+    """Zeroes rows of x [N,...] with probability p in training, and divides the others by 1 - p.
+
+    One Bernoulli draw per row (mode "row") or one per call (mode "batch"), in x's dtype; none
+    when p is 0 or outside training, where x itself is returned.
+
+    Raises:
+        ValueError: p outside [0, 1], or an unknown mode.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p, the drop probability, must be between 0 and 1, got {p}")
+    if mode not in ["batch", "row"]:  # as TorchScript can read it
+        raise ValueError(f"mode must be one of 'batch', 'row', got '{mode}'")
+    if not training or p == 0.0:
+        return x
+    keep = 1.0 - p
+    rows = x.shape[0] if mode == "row" else 1
+    noise = torch.empty([rows] + [1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
+    noise = noise.bernoulli_(keep)
+    if keep > 0.0:
+        noise.div_(keep)
+    return x * noise
+
+
+torch.fx.wrap("stochastic_depth")
+
+
+class StochasticDepth(nn.Module):
+    """See `stochastic_depth`.
+
+    Args:
+        p: drop probability.
+        mode: "row" draws per sample, "batch" per call.
+    """
+
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.p = p
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return stochastic_depth(x, self.p, self.mode, self.training)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(p={self.p}, mode={self.mode})"
