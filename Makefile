@@ -1,4 +1,5 @@
-# `make demo` and `make test` work from a fresh clone: Python 3.10+ with venv, g++ and make.
+# `make demo`, `make test` and `make test-all` work from a fresh clone: Python 3.10+ with venv, g++
+# and make.
 # Each makes .venv once and reinstalls only when a source of the build or a pin has changed.
 
 PYTHON ?= python3
@@ -18,15 +19,23 @@ NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -n
 # A photograph of a cat that is shipped inside scikit-image's wheel.
 PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
 
-.PHONY: demo test bench report gpu budgets lint clean qemu
+.PHONY: demo test test-all bench report gpu budgets lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
 	$(BIN)/effnet-fast classify --model b0 "$$($(BIN)/python -c '$(PHOTO)')"
 
+# Three tiers of tests, with two processes each: `pytest` alone takes two minutes on two cores,
+# `make test` six, `make test-all` runs what `make test` leaves out and takes half an hour.
+# tests/durations.csv has the time and the tier of every long test.
+RUN_TESTS = PATH="$(CURDIR)/$(VENV)/qemu/usr/bin:$(CURDIR)/$(BIN):$$PATH" \
+            $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/.test qemu
-	PATH="$(CURDIR)/$(VENV)/qemu/usr/bin:$(CURDIR)/$(BIN):$$PATH" \
-	    $(BIN)/python -m pytest -n 2 -m "not gpu" $(PYTEST_ARGS)
+	$(RUN_TESTS) -m "not exhaustive and not gpu" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.test qemu
+	$(RUN_TESTS) -m "exhaustive and not gpu" $(PYTEST_ARGS)
 
 # Every contest on the CPU, its peers installed; hours. BENCH_ARGS=--quick takes three minutes.
 bench: $(VENV)/.bench

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
+from benchmarks import targets
 from benchmarks.contest import OURS, Contest, UnavailableError
 
 STATEMENTS = {
@@ -33,7 +34,7 @@ def _contest() -> Contest:
         return build
 
     return Contest(
-        *("import", "process", "inference", "fp32", "cpu", 0),
+        *("import", targets.titled("import process"), "inference", "fp32", "cpu", 0),
         build={name: builder(statement) for name, statement in STATEMENTS.items()},
         check=lambda: None,
         yardsticks=frozenset(("torch",)),

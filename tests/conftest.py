@@ -5,6 +5,12 @@ from __future__ import annotations
 import io
 import os
 import random
+from collections.abc import Iterator
+
+# One thread for torch and OpenMP, here and in every process that a test starts: threads that wait
+# for a busy core take fifty times as long. Set before torch is imported; tests of threading set
+# their own number.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import numpy
 import pytest
@@ -16,11 +22,6 @@ from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import downloads
 from effnet_fast.pretrained.weights import EfficientNet_B0_Weights
 from host import CONTENT, serve
-
-# Workers side by side would spin against each other's OpenMP threads: one thread each. The tests
-# of threading set their own number.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +41,11 @@ def exact_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture
-def one_thread():
-    """What is small is slower on several threads, by far where others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Takes back the number of threads that a test has set."""
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

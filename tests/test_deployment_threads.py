@@ -29,14 +29,10 @@ def network() -> nn.Module:
 @dtypes
 def test_results_do_not_depend_on_the_number(dtype: torch.dtype) -> None:
     deployed, x = effnet_fast.deploy(network(), dtype), random_images(5, 48)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            results.append(deployed(x))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        results.append(deployed(x))
     assert all(torch.equal(y, results[0]) for y in results)
 
 
@@ -96,7 +92,7 @@ def kept_bytes(call: Callable[[], Any]) -> int:
         return pool.submit(native.load().kept_bytes).result()
 
 
-def test_memory_of_more_images(one_thread: None) -> None:
+def test_memory_of_more_images() -> None:
     """Beyond those at once an image takes what the early blocks leave of it, and its features."""
     deployed = effnet_fast.deploy(network())
     some, more = (kept_bytes(lambda n=n: deployed(random_images(n, 96))) for n in (16, 48))
@@ -104,7 +100,7 @@ def test_memory_of_more_images(one_thread: None) -> None:
     assert 32 * pooled < more - some <= 32 * (boundary + pooled) < 32 * early
 
 
-def test_large_memory_is_given_back(one_thread: None) -> None:
+def test_large_memory_is_given_back() -> None:
     deployed, x = effnet_fast.deploy(network()), random_images(1, 2048)
     assert kept_bytes(lambda: deployed(x[..., :512, :512])) > 1 << 20
     assert kept_bytes(lambda: deployed(x)) == 0
@@ -123,7 +119,7 @@ def test_calls_are_counted() -> None:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow(one_thread: None) -> None:
+def test_memory_does_not_grow() -> None:
     deployed = effnet_fast.deploy(network())
     encoder = effnet_fast.deploy(EfficientNetFeatures(TINY).eval(), torch.bfloat16)
     x = random_images(1, 32)

@@ -21,9 +21,6 @@ SMALL = Case("b0", 2, 64)
 ON_CPU = [p for p in PEERS if "cpu" in p.devices and not p.compiles]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def _installed(peer: Peer) -> bool:
     return all(importlib.util.find_spec(module) for module in peer.requires)
 

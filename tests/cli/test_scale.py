@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import subprocess
 import sys
 
@@ -22,7 +21,6 @@ from effnet_fast.scaling import latency as latency_module
 from effnet_fast.scaling.passes import PLANS as TRAFFIC_PLANS
 
 FIT_KEYS = {"phi", "width", "depth", "resolution", "params", "macs", "flops", "binding"}
-SECONDS = 2.0  # from the start of the process to the answer
 SVG, PNG = b"<?xml", b"\x89PNG"
 
 
@@ -334,19 +332,21 @@ def test_bad_input(argv, message, capsys, monkeypatch):
     assert re.search(message, error.splitlines()[-1])
 
 
-@pytest.mark.slow
-def test_fit_answers_in_two_seconds():
-    """Processor time of a fresh process, the best of three: a busy machine can only add to it."""
-    argv = ["scale", "fit", "--macs", "1G", "--params", "10M", "--memory", "8GiB", "--json"]
-    taken = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "effnet_fast.cli", *argv]
-        done = subprocess.run(command, capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert json.loads(done.stdout)["binding"] == ["macs"]
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(taken) < SECONDS
+FIT = """
+import sys
+from effnet_fast import cli
+argv = ["scale", "fit", "--macs", "1G", "--params", "10M", "--memory", "8GiB", "--json"]
+assert cli.main(argv) == 0
+print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_fit_imports_nothing_heavy():
+    """Importing torch is most of what a user waits for."""
+    done = subprocess.run([sys.executable, "-c", FIT], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["binding"] == ["macs"]
+    assert not {"PIL", "matplotlib", "ray", "torchvision", "triton"} & set(done.stderr.split())
 
 
 def test_every_option_is_explained(capsys):

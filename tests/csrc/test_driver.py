@@ -33,7 +33,7 @@ def run_driver(
     driver: Path, isa: str, *before: str, fp32: float = DRIVER_FP32
 ) -> subprocess.CompletedProcess[str]:
     command = [*before, str(driver), isa, repr(fp32), repr(DRIVER_BF16)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=3600)
 
 
 def assert_passes(done: subprocess.CompletedProcess[str], isa: str) -> None:

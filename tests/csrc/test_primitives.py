@@ -15,7 +15,7 @@ SOURCE = compiling.ROOT / "tests/csrc/primitives.cu"
 
 
 def assert_passes(program: Path) -> None:
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("0 of ")
 

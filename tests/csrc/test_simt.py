@@ -55,7 +55,7 @@ def run(program: Path, *words: object) -> tuple[int, str]:
     # The stacks of fibers that an error leaves behind are no leaks.
     env = {"ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, env=env
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3600, env=env
     )
     return done.returncode, done.stdout
 

@@ -168,7 +168,6 @@ def test_data_parallel_wrapper() -> None:
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_other_processes(method: str) -> None:
     """Sent to a fresh process, or there from before it split off."""
-    torch.set_num_threads(1)
     model = EfficientNet(TINY).eval()
     context = multiprocessing.get_context(method)
     results = context.Queue()

@@ -23,11 +23,6 @@ CLASSES = 5
 STEM = "features.0.0.weight"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread):
-    pass
-
-
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)

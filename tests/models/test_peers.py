@@ -19,15 +19,6 @@ IMAGES = 3
 QUICK = ("b0", "b1")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: on a busy machine, two that wait for each other take fifty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def save(state: dict[str, Tensor], family: str, folder: Path) -> Path:
     path = folder / "weights.pth"
     torch.save(checkpoints.convert(state, family), path)

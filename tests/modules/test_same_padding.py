@@ -21,15 +21,6 @@ B0_SAME = replace(VARIANTS["b0"], padding="same")
 SIDES = [48, 49]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: on a busy machine, two that wait for each other take fifty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_rule(kernel, stride):

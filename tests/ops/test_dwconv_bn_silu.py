@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cases import DWCONV_CASES, LARGE_DWCONV_CASES, DwconvCase, find
+from drawn import DRAWS
 from effnet_fast import ops
 from effnet_fast.ops.dwconv_bn_silu import apply
 from parity import (
@@ -294,8 +295,9 @@ def dwconv_cases(draw: st.DrawFn) -> DwconvCase:
 @ANY_BACKEND
 @ANY_DTYPE
 @MODES
-def test_drawn_shapes(training: bool, dtypes: Dtypes, backend: str) -> None:
-    @settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@DRAWS
+def test_drawn_shapes(draws: settings, training: bool, dtypes: Dtypes, backend: str) -> None:
+    @draws
     @given(dwconv_cases())
     def examine(drawn: DwconvCase) -> None:
         check(dwconv_call(drawn, dtypes, training), backend)

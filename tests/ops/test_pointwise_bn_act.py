@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases import LARGE_POINTWISE_CASES, POINTWISE_CASES, PointwiseCase, find
+from drawn import DRAWS
 from effnet_fast import ops
 from parity import (
     BACKENDS,
@@ -152,8 +153,9 @@ def test_nan_and_inf(name: str, value: float, dtypes: Dtypes, backend: str) -> N
 
 @ANY_BACKEND
 @ANY_DTYPE
-def test_drawn_shapes(dtypes: Dtypes, backend: str) -> None:
-    @settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@DRAWS
+def test_drawn_shapes(draws: settings, dtypes: Dtypes, backend: str) -> None:
+    @draws
     @given(
         sizes=st.tuples(*(st.integers(1, limit) for limit in (4, 90, 90, 12, 12))),
         act=st.sampled_from(["silu", None]),

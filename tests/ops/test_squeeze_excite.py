@@ -17,6 +17,7 @@ from cases import (
     SqueezeExciteCase,
     find,
 )
+from drawn import DRAWS
 from effnet_fast import ops
 from parity import (
     BACKENDS,
@@ -138,8 +139,9 @@ def test_nan_and_inf(value: float, dtypes: Dtypes, backend: str) -> None:
 
 @ANY_BACKEND
 @ANY_DTYPE
-def test_drawn_shapes(dtypes: Dtypes, backend: str) -> None:
-    @settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@DRAWS
+def test_drawn_shapes(draws: settings, dtypes: Dtypes, backend: str) -> None:
+    @draws
     @given(
         n=st.integers(1, 4),
         c=st.integers(16, 90),

@@ -23,9 +23,6 @@ SIZES = {  # width, height
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @functools.cache
 def photo(width, height, mode="RGB"):
     """Smooth shapes with noise, so that resampling matters."""

@@ -26,7 +26,6 @@ NETWORKS = [f"efficientnet_b{i}" for i in range(8)]
 MEMBERS = [member for enum in weights.ENUMS.values() for member in enum]
 B0 = EfficientNet_B0_Weights.IMAGENET1K_V1
 STEM = "features.0.0.weight"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def theirs(member):

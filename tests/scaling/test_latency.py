@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
-import random
 import statistics
-import time
 import types
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,11 +34,6 @@ PRICES = {
     "activation_bytes": 1.1e-10,
     "weight_bytes": 1.4e-10,
 }
-HELD_OUT = (
-    *((0.8, 1.1, 176), (1.1, 0.8, 192), (1.8, 1.3, 288), (0.5, 0.5, 136), (1.1, 1.0, 240)),
-    *((0.9, 0.9, 168), (0.6, 0.7, 120), (1.3, 0.9, 216), (0.7, 1.2, 144)),
-)
-MEDIAN_ERROR = 0.1
 EMPTY_PRICES = json.dumps(
     {
         "format": 1,
@@ -253,40 +244,6 @@ def test_contestants_take_gradients_only_in_training(training: bool) -> None:
         assert any(key.startswith("effnet_fast::") for key in steps["fused"])
     else:  # the whole network in one call, which the profiler does not see
         assert "aten::convolution" not in steps["fused"]
-
-
-def processor_time(function: Callable[[], object], seconds: float, at_least: int) -> list[float]:
-    """As the clock of `timing`, but without what others do on the processor meanwhile."""
-    taken: list[float] = []
-    while sum(taken) < seconds * 1e3 or len(taken) < at_least:
-        start = time.process_time()
-        function()
-        taken.append((time.process_time() - start) * 1e3)
-    return taken
-
-
-@pytest.mark.slow
-def test_held_out_networks_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All are measured in the same rounds: on a shared machine, minutes differ by a factor."""
-    by_processor = functools.partial(timing.measure, call_for=processor_time)
-    monkeypatch.setattr(latency, "timing", types.SimpleNamespace(measure=by_processor))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    conditions = Conditions(plan="fused")
-    sizes = [*NETWORKS, *HELD_OUT]
-    random.shuffle(sizes)  # so that a busy spell hits both kinds
-    variants = [custom_variant(depth=d, width=w, resolution=side) for d, w, side in sizes]
-    times = latency.measure(variants, conditions)
-    torch.set_num_threads(threads)
-    measured = dict(zip(sizes, times, strict=True))
-    rows = [Sample(*size, measured[size]) for size in (*NETWORKS, *HELD_OUT)]
-    for plan in ("stock", "fused"):
-        prices = fit_prices(rows[: len(NETWORKS)], conditions, plan).seconds
-        errors = [
-            abs(total(prices, row, conditions) / row.seconds[plan] - 1)
-            for row in rows[len(NETWORKS) :]
-        ]
-        assert statistics.median(errors) < MEDIAN_ERROR
 
 
 def test_published_networks_are_predicted_in_order(measured: Conditions) -> None:

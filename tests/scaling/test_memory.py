@@ -52,14 +52,6 @@ CASES = {
 EACH_CASE = [pytest.param(n, marks=[pytest.mark.slow] if n == "b0" else []) for n in CASES]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network(variant: Variant, plan: str, dtype: torch.dtype) -> nn.Module:
     memory = MEMORY.get(plan, "fast")
     model = EfficientNet(variant, backend=BACKENDS[plan], memory=memory).to(dtype)

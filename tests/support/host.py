@@ -27,7 +27,7 @@ class Answer:
 
     status: int | None = None  # an error instead of the file
     cut: int | None = None  # bytes of the body after which the connection is closed
-    stall: float = 0.0  # seconds of silence after `cut` bytes, before the connection is closed
+    stall: float = 0.0  # seconds of silence after `cut` bytes, unless another request comes
     shift: int = 0  # bytes by which a range starts later than was asked for
     delay: float = 0.0  # seconds before each 64 KiB
     then: Callable[[], object] | None = None  # called before the connection is closed
@@ -43,7 +43,9 @@ class Host:
     length: bool = True
     answers: list[Answer] = field(default_factory=list)  # of the next requests, then the default
     asked: list[str | None] = field(default_factory=list)  # the Range header of each request
+    outlasted: int = 0  # silences during which nobody asked again
     address: str = ""
+    arrival: threading.Condition = field(default_factory=threading.Condition)
 
     def url(self, name: str = "weights", sha256: str | None = None) -> str:
         """Where the content is, under a name that promises its hash."""
@@ -90,7 +92,9 @@ def _handler(host: Host) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked = self.headers.get("Range")
-            host.asked.append(asked)
+            with host.arrival:
+                host.asked.append(asked)
+                host.arrival.notify_all()
             answer = host.answers.pop(0) if host.answers else Answer()
             if answer.status is not None:
                 self.send_error(answer.status)
@@ -124,9 +128,17 @@ def _handler(host: Host) -> type[BaseHTTPRequestHandler]:
                     time.sleep(answer.delay)
                     self.wfile.write(body[at : at + (1 << 16)])
                 self.wfile.flush()
-                time.sleep(answer.stall)
+                if answer.stall:
+                    self._wait(answer.stall)
                 if answer.then is not None:
                     answer.then()
+
+        def _wait(self, seconds: float) -> None:
+            """Is silent until the next request, at most for so long."""
+            with host.arrival:
+                before = len(host.asked)
+                if not host.arrival.wait_for(lambda: len(host.asked) > before, seconds):
+                    host.outlasted += 1
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cases import DWCONV_CASES, LARGE_DWCONV_CASES, DwconvCase, find
+from drawn import DRAWS
 from effnet_fast import ops
 from effnet_fast.backends import native
 from effnet_fast.ops.cuda import dwconv_bn_silu as launcher
@@ -293,8 +294,9 @@ def dwconv_cases(draw: st.DrawFn) -> DwconvCase:
 @ANY_DTYPE
 @MODES
 @WITH_TABLE_TILES
-def test_drawn_shapes(training: bool, dtypes: Dtypes, backend: str) -> None:
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@DRAWS
+def test_drawn_shapes(draws: settings, training: bool, dtypes: Dtypes, backend: str) -> None:
+    @draws
     @given(dwconv_cases())
     def examine(drawn: DwconvCase) -> None:
         check(dwconv_call(drawn, dtypes, training), backend)

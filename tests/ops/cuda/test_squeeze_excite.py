@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import LARGE_SQUEEZE_EXCITE_CASES, SQUEEZE_EXCITE_CASES, SqueezeExciteCase, find
+from drawn import DRAWS
 from effnet_fast.ops.cuda.squeeze_excite import splits_of
 from parity import (
     BF16,
@@ -88,8 +89,9 @@ def test_nan_and_inf(value: float, dtypes: Dtypes, backend: str) -> None:
 
 @ANY_BACKEND
 @ANY_DTYPE
-def test_drawn_shapes(dtypes: Dtypes, backend: str) -> None:
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@DRAWS
+def test_drawn_shapes(draws: settings, dtypes: Dtypes, backend: str) -> None:
+    @draws
     @given(
         n=st.integers(1, 9),
         c=st.integers(16, 90),
