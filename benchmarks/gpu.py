@@ -93,10 +93,10 @@ KERNELS = "bf16 and b0_ and not torch_compile"
 OTHER_KERNELS = "bf16 and (b4_ or b7_) and not torch_compile"
 # By the CUDA kernels' own tests first; what takes long has a step of its own.
 LONG = ("compute_sanitizer", "where_large", "more_than_2_31")
-CUDA_TESTS = ("tests/csrc", "tests/ops/cuda", "-k", " and ".join(f"not {name}" for name in LONG))
-INT64_TESTS = ("tests/ops/cuda/test_device.py", "-k", "more_than_2_31")  # one takes 26 GB
-LARGE_TESTS = ("tests/ops/cuda", "-k", "where_large")
-SANITIZER_TESTS = ("tests/ops/cuda/test_device.py", "-k", "compute_sanitizer")
+CUDA_TESTS = ("tests/csrc", "tests/ops", "-k", " and ".join(f"not {name}" for name in LONG))
+INT64_TESTS = ("tests/ops/test_cuda_device.py", "-k", "more_than_2_31")  # one takes 26 GB
+LARGE_TESTS = ("tests/ops", "-k", "where_large")
+SANITIZER_TESTS = ("tests/ops/test_cuda_device.py", "-k", "compute_sanitizer")
 # A contest that is cut off records nothing, and each compilation takes a minute or more: of the
 # compiled peers only the one with CUDA graphs, and only in B0's contests.
 NETWORKS = {
@@ -105,7 +105,7 @@ NETWORKS = {
     "b7": "bf16 and b7_ and not torch_compile",
 }
 OTHER_TESTS = (
-    *("tests/ops", "tests/models", "tests/triton_kernels", "--ignore", "tests/ops/cuda"),
+    *("tests/models", "tests/triton_kernels"),
     *("tests/test_deployment_device.py", "tests/test_deployment_launched.py"),
 )
 # Name, share of the time that is left, and what: B7 compiles the longest.

@@ -68,8 +68,13 @@ def instance(
     return Instance(kernel, arch, Usage(registers, shared, stack), spills=0, vector_loads=1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", cuda_budgets.ARCHS)
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=pytest.mark.slow if arch == "90" else pytest.mark.exhaustive)
+        for arch in cuda_budgets.ARCHS
+    ],
+)
 def test_the_kernels_keep_their_budgets(arch: str) -> None:
     require_nvcc()
     instances = cuda_budgets.measure([arch])

@@ -49,6 +49,7 @@ def qemu() -> str:
     pytest.skip("qemu-x86_64 is not on PATH; `make qemu` fetches it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_here(old_cpu_driver: Path, isa: str) -> None:
     if reason := native.load().isa_unavailable_reason(isa):
@@ -56,6 +57,7 @@ def test_here(old_cpu_driver: Path, isa: str) -> None:
     assert_passes(run_driver(old_cpu_driver, isa), isa)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cpu", "isa"), [(cpu, isa) for cpu, isas in RUNS_ON.items() for isa in isas]
 )
@@ -63,12 +65,14 @@ def test_on_an_emulated_cpu(old_cpu_driver: Path, qemu: str, cpu: str, isa: str)
     assert_passes(run_driver(old_cpu_driver, isa, qemu, "-cpu", cpu), isa)
 
 
+@pytest.mark.slow
 def test_the_emulated_cpu_does_lack_instructions(old_cpu_driver: Path, qemu: str) -> None:
     done = run_driver(old_cpu_driver, "avx2", qemu, "-cpu", "Nehalem")
     assert done.returncode in (-signal.SIGILL, 128 + signal.SIGILL)
     assert "Illegal instruction" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_driver_can_fail(old_cpu_driver: Path) -> None:
     done = run_driver(old_cpu_driver, "generic", fp32=1e-9)
     assert done.returncode == 1
@@ -76,7 +80,7 @@ def test_the_driver_can_fail(old_cpu_driver: Path) -> None:
     assert run_driver(old_cpu_driver, "sse9").returncode == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_under_sanitizers(tmp_path: Path) -> None:
     """The best instruction set that runs here, every heap block of exactly its size."""
     compiling.require_compiler()

@@ -57,12 +57,14 @@ def foreign_symbols(objects: list[Path], isa: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_old_sets_define_nothing_in_common(old_cpu_objects: dict[str, list[Path]]) -> None:
     for isa, objects in old_cpu_objects.items():
         assert objects
         assert foreign_symbols(objects, isa) == []
 
 
+@pytest.mark.exhaustive
 def test_avx512_defines_nothing_in_common(tmp_path: Path) -> None:
     """Without optimisation, where every inline function stays one."""
     compiling.require_compiler()

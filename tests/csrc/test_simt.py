@@ -60,7 +60,9 @@ def run(program: Path, *words: object) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.fixture(scope="session", params=["plain", "sanitized"])
+@pytest.fixture(
+    scope="session", params=["plain", pytest.param("sanitized", marks=pytest.mark.exhaustive)]
+)
 def faults(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program of planted faults."""
     return faults_program(request.param, tmp_path_factory)
@@ -102,6 +104,7 @@ def test_planted_faults_are_caught(faults: Path, name: str) -> None:
         assert CAUGHT[name] in text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CAUGHT_BY_SANITIZERS)
 def test_planted_faults_are_caught_by_sanitizers(sanitized_faults: Path, name: str) -> None:
     status, text = run(sanitized_faults, name, "wrong", 1)
@@ -109,6 +112,7 @@ def test_planted_faults_are_caught_by_sanitizers(sanitized_faults: Path, name: s
     assert CAUGHT_BY_SANITIZERS[name] in text
 
 
+@pytest.mark.exhaustive
 def test_the_kernels_under_sanitizers(tmp_path: Path) -> None:
     simt.require()
     sources = [DRIVER, *simt.KERNELS, *simt.RUNTIME]
@@ -160,6 +164,7 @@ def bf16_objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simt.once(tmp_path_factory, "simt_bf16", make)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("file", "call", "at"), CALLS)
 def test_the_driver_notices_a_kernel_without(
     file: str, call: str, at: int, bf16_objects: Path, tmp_path: Path

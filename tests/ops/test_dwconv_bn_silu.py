@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,30 +13,49 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from cases import DWCONV_CASES, LARGE_DWCONV_CASES, DwconvCase, find
+from cases import DWCONV_CASES, LARGE_DWCONV_CASES, DwconvCase, find, find_param
 from drawn import DRAWS
 from effnet_fast import ops
+from effnet_fast.ops.cuda import tiles
 from effnet_fast.ops.dwconv_bn_silu import apply
 from parity import (
     BACKENDS,
     BF16,
-    DTYPES,
+    CUDA_BACKENDS,
+    CUDA_DTYPES,
+    CUDA_NAMES,
+    FP16,
     FP32,
     MODES,
+    NEEDS_SIMT,
     Call,
     Dtypes,
     Results,
     assert_parity,
     assert_same,
     check,
+    device_of,
     dwconv_call,
+    matrix,
+    on_device,
     run,
+    runs,
 )
 from tolerances import SILU_BIAS, assert_no_worse_than
 
 case = functools.partial(find, DWCONV_CASES)
-ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+ANY_BACKEND = pytest.mark.parametrize("backend", [*BACKENDS, *CUDA_BACKENDS])
+ANY_RUN = runs()
+# Gradients in training are those of one pass whether or not they are asked for: no third way.
+WAYS = pytest.mark.parametrize(
+    ("training", "autograd"),
+    [(False, False), (False, True), (True, True)],
+    ids=["eval-no_grad", "eval-grad", "train"],
+)
+
+
+def has_kernel(backend: str, case: DwconvCase) -> bool:
+    return backend not in CUDA_NAMES or case.k in tiles.KERNELS
 
 
 @functools.lru_cache(maxsize=2)
@@ -48,21 +68,19 @@ def expectation(
     return call, run(call, wanted=wanted), run(call, double=True, wanted=wanted)
 
 
-@ANY_BACKEND
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("autograd", [False, True], ids=["no_grad", "grad"])
-@MODES
-@pytest.mark.parametrize("case", [c for c in DWCONV_CASES if c.values[0].c > 1])
+@matrix([c for c in DWCONV_CASES if c.values[0].c > 1], takes=has_kernel)
+@WAYS
 def test_matches_reference(
-    case: DwconvCase, training: bool, autograd: bool, dtypes: Dtypes, backend: str
+    training: bool, autograd: bool, case: DwconvCase, dtypes: Dtypes, backend: str
 ) -> None:
     call, stock, exact = expectation(case, dtypes, training, autograd)
     actual = run(call, backend, wanted=None if autograd else ())
     assert_parity(actual, stock, exact, dtypes.x)
+    if training:
+        assert_same(run(call, backend, wanted=()), actual)
 
 
-@ANY_BACKEND
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@runs(CUDA_DTYPES)
 @MODES
 def test_one_channel(training: bool, dtypes: Dtypes, backend: str) -> None:
     """A vector over one channel is one number, whose error is chance: the rule takes 32 of them."""
@@ -79,37 +97,39 @@ def test_one_channel(training: bool, dtypes: Dtypes, backend: str) -> None:
     assert_parity(*stacked, dtypes.x)
 
 
-@ANY_DTYPE
+@matrix(LARGE_DWCONV_CASES, (FP32, BF16, FP16), ("cpu", *CUDA_NAMES), has_kernel)
 @pytest.mark.parametrize(
     ("training", "wanted"), [(False, ()), (True, None)], ids=["eval-no_grad", "train-grad"]
 )
-@pytest.mark.parametrize("case", LARGE_DWCONV_CASES)
 def test_matches_reference_where_large(
-    case: DwconvCase, training: bool, wanted: tuple[str, ...] | None, dtypes: Dtypes
+    training: bool, wanted: tuple[str, ...] | None, case: DwconvCase, dtypes: Dtypes, backend: str
 ) -> None:
-    check(dwconv_call(case, dtypes, training), "cpu", wanted=wanted)
+    check(dwconv_call(case, dtypes, training), backend, wanted=wanted)
 
 
-def test_parity_notices_a_wrong_tap() -> None:
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("simt", marks=NEEDS_SIMT)])
+def test_parity_notices_a_wrong_tap(backend: str) -> None:
     call = dwconv_call(case("b0_c240_28_k5_s1"))
     stock, exact = run(call), run(call, double=True)
     weight = call.tensors["weight"].clone()
     weight[3, 0, 0, 4] += 1e-3
-    actual = run(call.with_tensors(weight=weight), "cpu")
+    actual = run(call.with_tensors(weight=weight), backend)
     for name in ("y", "grad x", "grad bn_weight"):
         with pytest.raises(AssertionError, match=name):
             assert_parity(*({name: r[name]} for r in (actual, stock, exact)), torch.float32)
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
+@pytest.mark.usefixtures("table_tiles")
 @pytest.mark.parametrize("name", ["7x9", "c_gt_block_stride_2", "h_gt_chunk", "one_pixel"])
 def test_pooled_mean_of_y(name: str, dtypes: Dtypes, backend: str) -> None:
     """The mean over H and W that squeeze-and-excite takes from the eval kernel."""
     call = dwconv_call(case(name), dtypes)
     pad = (call.options["padding"] or (call.tensors["weight"].shape[-1] - 1) // 2,) * 4
     options = (call.options["stride"], pad, False, 0.1, 1e-5, backend)
-    y, pooled = apply(*call.tensors.values(), *options)
+    device = device_of(backend, call.x)
+    y, pooled = apply(*(on_device(t, device) for t in call.tensors.values()), *options)
+    y, pooled = y.cpu(), pooled.cpu()
     assert pooled.dtype == torch.float32
     exact = run(call, double=True, wanted=())["y"].mean((2, 3))
     stock = F.adaptive_avg_pool2d(run(call, wanted=())["y"], 1).flatten(1).float()
@@ -117,7 +137,7 @@ def test_pooled_mean_of_y(name: str, dtypes: Dtypes, backend: str) -> None:
     assert_no_worse_than(pooled, y.float().mean((2, 3)), y.double().mean((2, 3)))
 
 
-@ANY_BACKEND
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_silu_has_no_bias(backend: str) -> None:
     """Errors of one sign add up from layer to layer, where those of chance cancel."""
     pixels = torch.rand(8, 1, 160, 1000) * 2 + torch.arange(-8.0, 8.0, 2).view(8, 1, 1, 1)
@@ -137,8 +157,7 @@ ABSENT = {
 }
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @MODES
 @pytest.mark.parametrize("absent", ABSENT)
 def test_absent_vectors(absent: str, training: bool, dtypes: Dtypes, backend: str) -> None:
@@ -162,12 +181,21 @@ def test_frozen_subsets_change_no_number(training: bool, backend: str) -> None:
             assert_same(run(call, backend, wanted=wanted), every)
 
 
-@ANY_BACKEND
-@pytest.mark.parametrize(("dtypes", "mean"), [(FP32, 1000.0), (BF16, 8.0)], ids=str)
-@pytest.mark.parametrize("name", ["b0_c96_112_k3_s2", "batch_gt_groups", "w_gt_strip", "k1"])
-def test_statistics_far_from_zero(name: str, dtypes: Dtypes, mean: float, backend: str) -> None:
-    """z has the given mean and a standard deviation of about 1."""
-    call = dwconv_call(case(name), dtypes, training=True).with_options(padding=0, momentum=1.0)
+MEANS = {torch.float32: 1000.0, torch.bfloat16: 8.0, torch.float16: 60.0}
+
+
+@matrix(
+    [
+        find_param(DWCONV_CASES, n)
+        for n in ("b0_c96_112_k3_s2", "batch_gt_groups", "w_gt_strip", "k1")
+    ],
+    (FP32, BF16, FP16),
+    takes=has_kernel,
+)
+def test_statistics_far_from_zero(case: DwconvCase, dtypes: Dtypes, backend: str) -> None:
+    """z has a mean that is large for its dtype and a standard deviation of about 1."""
+    mean = MEANS[dtypes.x]
+    call = dwconv_call(case, dtypes, training=True).with_options(padding=0, momentum=1.0)
     taps = call.tensors["weight"].shape[-1] ** 2
     weight = torch.full_like(call.tensors["weight"], 1 / taps)
     call = call.with_tensors(x=(call.x * taps**0.5 + mean).to(dtypes.x), weight=weight)
@@ -176,8 +204,7 @@ def test_statistics_far_from_zero(name: str, dtypes: Dtypes, mean: float, backen
     assert 0.5 < actual["running_var"].mean() < 2
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 def test_several_updates_of_running_statistics(dtypes: Dtypes, backend: str) -> None:
     call = dwconv_call(case("8x10_stride_2"), dtypes, training=True).with_options(momentum=0.3)
     results = []
@@ -228,13 +255,17 @@ def spoil(tensor: Tensor, places: tuple[tuple[int, ...], ...]) -> Tensor:
     return tensor
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+def spoilt(*names: str) -> pytest.MarkDecorator:
+    return matrix(
+        [find_param(DWCONV_CASES, n) for n in names], (FP32, BF16, FP16), takes=has_kernel
+    )
+
+
+@spoilt("7x9", "7x9_stride_2", "c_odd", "k7")
 @MODES
-@pytest.mark.parametrize("name", ["7x9", "7x9_stride_2", "c_odd", "k7"])
-def test_nan_and_inf_in_x(name: str, training: bool, dtypes: Dtypes, backend: str) -> None:
+def test_nan_and_inf_in_x(training: bool, case: DwconvCase, dtypes: Dtypes, backend: str) -> None:
     """They appear where stock has them, in y and statistics, and in the gradients in eval."""
-    call = dwconv_call(case(name), dtypes, training)
+    call = dwconv_call(case, dtypes, training)
     call = call.with_tensors(x=spoil(spoil(call.x, INTERIOR), BORDER))
     actual = check(call, backend, wanted=())
     assert actual["y"].isnan().any()
@@ -243,18 +274,24 @@ def test_nan_and_inf_in_x(name: str, training: bool, dtypes: Dtypes, backend: st
         check(call, backend)
 
 
-@ANY_BACKEND
-@ANY_DTYPE
-@pytest.mark.parametrize("name", ["7x9", "c_odd", "k7"])
+def taps_that_meet(places: Tensor, call: Call) -> Tensor:
+    """Which taps of the weight meet a pixel of the image at one of these places of y, a mask."""
+    weight = torch.zeros_like(call.tensors["weight"], dtype=torch.float32, requires_grad=True)
+    padding = weight.shape[-1] // 2
+    y = F.conv2d(torch.ones(call.x.shape), weight, padding=padding, groups=len(weight))
+    return torch.autograd.grad(y, weight, places.float())[0] > 0
+
+
+@spoilt("7x9", "c_odd", "k7")
 @pytest.mark.parametrize("places", [INTERIOR, BORDER], ids=["interior", "border"])
 def test_nan_and_inf_in_grad_y(
-    places: tuple[tuple[int, ...], ...], name: str, dtypes: Dtypes, backend: str
+    places: tuple[tuple[int, ...], ...], case: DwconvCase, dtypes: Dtypes, backend: str
 ) -> None:
     """They appear where stock has them, but for taps that a border's pixels leave untouched.
 
-    There stock skips the padding or multiplies it, as its layout has it; the kernels multiply.
+    There stock skips the padding or multiplies it, as processor, dtype and layout have it.
     """
-    call = dwconv_call(case(name), dtypes)
+    call = dwconv_call(case, dtypes)
     grad_y = spoil(torch.ones_like(call.x), places)
     actual, stock, exact = (
         run(call, *args, double=double, grad_y=grad_y)
@@ -262,9 +299,9 @@ def test_nan_and_inf_in_grad_y(
     )
     assert actual["grad x"].isnan().any()
     if places is BORDER:
-        taps, of_stock, _ = (results.pop("grad weight") for results in (actual, stock, exact))
-        assert taps[of_stock.isnan()].isnan().all()
-        assert (~taps[of_stock.isinf()].isfinite()).all()
+        taps, *_ = (results.pop("grad weight") for results in (actual, stock, exact))
+        assert taps[taps_that_meet(grad_y.isnan(), call)].isnan().all()
+        assert not taps[taps_that_meet(grad_y.isinf(), call)].isfinite().any()
         assert taps[[0, 2, 3, 6]].isfinite().all()
     assert_parity(actual, stock, exact, dtypes.x)
 
@@ -279,26 +316,28 @@ def test_nan_and_inf_in_vectors(backend: str) -> None:
 
 
 @st.composite
-def dwconv_cases(draw: st.DrawFn) -> DwconvCase:
+def dwconv_cases(draw: st.DrawFn, kernels: Sequence[int]) -> DwconvCase:
     """Shapes of up to about 10,000 values whose output has at least 64, so that rms means much."""
-    k = draw(st.sampled_from([1, 3, 3, 5, 5, 7, 11]))
+    k = draw(st.sampled_from(kernels))
     stride = draw(st.sampled_from([1, 2]))
     sides = st.integers(0, k + 1)
     padding = draw(st.one_of(st.none(), sides, st.tuples(sides, sides, sides, sides)))
-    n, c = draw(st.integers(1, 4)), draw(st.integers(8, 70))
-    h, w = draw(st.integers(k, 24)), draw(st.integers(k, 24))
+    n, c = draw(st.integers(1, 6)), draw(st.integers(8, 70))
+    h, w = draw(st.integers(k, 24)), draw(st.integers(k, 40))
     drawn = DwconvCase("drawn", n, c, h, w, k, stride, padding)
     rest = -(-64 // (c * drawn.values_per_channel)) + (drawn.values_per_channel == 1)
     return DwconvCase("drawn", n * rest, c, h, w, k, stride, padding)
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @MODES
 @DRAWS
+@pytest.mark.usefixtures("table_tiles")
 def test_drawn_shapes(draws: settings, training: bool, dtypes: Dtypes, backend: str) -> None:
+    kernels = tiles.KERNELS if backend in CUDA_NAMES else (1, 3, 3, 5, 5, 7, 11)
+
     @draws
-    @given(dwconv_cases())
+    @given(dwconv_cases(kernels))
     def examine(drawn: DwconvCase) -> None:
         check(dwconv_call(drawn, dtypes, training), backend)
         if not training:
@@ -308,6 +347,7 @@ def test_drawn_shapes(draws: settings, training: bool, dtypes: Dtypes, backend: 
 
 
 def test_auto_takes_the_kernel() -> None:
+    """Never the host run of the CUDA kernels, which is for who asks for it."""
     call = dwconv_call(case("c_odd"), training=True)
     assert_same(run(call, "auto"), run(call, "cpu"))
     with pytest.raises(AssertionError):

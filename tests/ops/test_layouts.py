@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiers
 from effnet_fast import ops
 from parity import (
     BACKENDS,
@@ -22,11 +23,13 @@ from parity import (
     nchw_copy,
     random_like,
     run,
+    runs,
     sample,
     with_gradients,
 )
 
 ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+ANY_RUN = runs((FP32, BF16), tiers.INSTRUCTION_SETS)
 ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
 DIFFERENTIABLE = pytest.mark.parametrize("name", [n for n in SAMPLES if n != "pointwise_eval"])
@@ -67,8 +70,7 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @pytest.mark.parametrize("layout", TAKEN)
 @ANY_SAMPLE
 def test_input_strides_that_are_taken(name: str, layout: str, dtypes: Dtypes, backend: str) -> None:
@@ -127,8 +129,7 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @pytest.mark.parametrize("layout", GRADIENTS)
 @IMAGES
 def test_strides_of_grad_y(name: str, layout: str, dtypes: Dtypes, backend: str) -> None:
@@ -138,8 +139,7 @@ def test_strides_of_grad_y(name: str, layout: str, dtypes: Dtypes, backend: str)
     assert_same(run(call, backend, grad_y=grad_y), dense)
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @DIFFERENTIABLE
 def test_saved_tensors_that_come_back_in_another_layout(
     name: str, dtypes: Dtypes, backend: str
@@ -167,8 +167,7 @@ def test_sum_backward(name: str, backend: str) -> None:
         assert torch.equal(leaf.grad, 2 * once[f"grad {k}"])
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @ANY_SAMPLE
 def test_strides_of_parameters(name: str, dtypes: Dtypes, backend: str) -> None:
     """Weights and vectors as slices of something larger, in any order of dimensions."""

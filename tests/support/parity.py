@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiers
 import tolerances
+from allocations import poisoned
 from cases import (
     DWCONV_CASES,
     HEAD_CASES,
@@ -28,20 +31,18 @@ from effnet_fast import ops, reference
 from effnet_fast.backends import can_run, native
 
 RUNNING = ("running_mean", "running_var")
-INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 Results = dict[str, Tensor]
 assert_parity = functools.partial(tolerances.assert_parity, strides=True)
 
 
-def _param(backend: str, *marks: pytest.MarkDecorator) -> Any:
+def _marks(backend: str) -> list[pytest.MarkDecorator]:
     reason = can_run(backend, "dwconv_bn_silu")
     skips = [pytest.mark.skip(reason=reason)] if reason else []
-    return pytest.param(backend, marks=[*marks, *skips])
+    return [*skips, *([pytest.mark.gpu] if backend == "cuda" else [])]
 
 
-BACKENDS = [_param(backend) for backend in INSTRUCTION_SETS]
 # The CUDA kernels: run on the CPU, and on a GPU. Results come back to the CPU.
-CUDA_BACKENDS = [_param("simt"), _param("cuda", pytest.mark.gpu)]
+CUDA_NAMES = ("simt", "cuda")
 NEEDS_SIMT = pytest.mark.skipif(
     bool(native.simt_unavailable_reason()), reason=native.simt_unavailable_reason() or ""
 )
@@ -64,6 +65,78 @@ BF16 = Dtypes(torch.bfloat16, torch.bfloat16)
 FP16 = Dtypes(torch.float16, torch.float16)
 DTYPES = (FP32, BF16, Dtypes(torch.bfloat16, torch.float32))
 CUDA_DTYPES = (*DTYPES, FP16, Dtypes(torch.float16, torch.float32))
+BACKENDS = [
+    pytest.param(name, marks=[*_marks(name), *tiers.marks(name, FP32)])
+    for name in tiers.INSTRUCTION_SETS
+]
+CUDA_BACKENDS = [
+    pytest.param(name, marks=[*_marks(name), *tiers.marks(name, FP32)]) for name in CUDA_NAMES
+]
+
+
+def runs(
+    dtypes: Sequence[Dtypes] = (FP32, BF16, FP16),
+    names: Sequence[str] = (*tiers.INSTRUCTION_SETS, *CUDA_NAMES),
+) -> pytest.MarkDecorator:
+    """Parameters `dtypes` and `backend`: all that run here, fp16 on the CUDA kernels alone."""
+    rows = [
+        pytest.param(
+            each, name, marks=[*_marks(name), *tiers.marks(name, each)], id=f"{each}-{name}"
+        )
+        for each in dtypes
+        for name in names
+        if _takes(name, each)
+    ]
+    return pytest.mark.parametrize(("dtypes", "backend"), rows)
+
+
+def matrix(
+    cases: Iterable[Any],
+    dtypes: Sequence[Dtypes] = CUDA_DTYPES,
+    names: Sequence[str] = (*tiers.INSTRUCTION_SETS, *CUDA_NAMES),
+    takes: Callable[[str, Any], bool] = lambda name, case: True,
+) -> pytest.MarkDecorator:
+    """Parameters `case`, `dtypes` and `backend`, each in its tier.
+
+    Args:
+        cases: pytest's parameters, as the lists of cases.py.
+        takes: whether a backend has a kernel for a case.
+    """
+    rows = [
+        pytest.param(
+            case, each, name,
+            marks=[*_marks(name), *tiers.marks(name, each, case)],
+            id=f"{case.name}-{each}-{name}",
+        )
+        for case in (param.values[0] for param in cases)
+        for each in dtypes
+        for name in names
+        if _takes(name, each) and takes(name, case)
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("case", "dtypes", "backend"), rows)
+
+
+def threaded(cases: Iterable[Any], six: Sequence[str]) -> pytest.MarkDecorator:
+    """Parameters `case`, `dtypes` and `backend` of tests with other numbers of threads.
+
+    How work is split depends on the shape alone: `make test` has six shapes on the best set, and
+    `make test-all` the others and the other sets.
+    """
+    rows = []
+    for case in (param.values[0] for param in cases):
+        names = ("cpu",) if tiers.network_of(case) else ("cpu", *tiers.AVAILABLE[:-1])
+        for each, name in itertools.product((FP32, BF16), names):
+            tested = case.name in six and name == "cpu"
+            marks = [pytest.mark.slow if tested else pytest.mark.exhaustive]
+            row = pytest.param(case, each, name, marks=marks, id=f"{case.name}-{each}-{name}")
+            rows.append(row)
+    return pytest.mark.parametrize(("case", "dtypes", "backend"), rows)
+
+
+def _takes(name: str, dtypes: Dtypes) -> bool:
+    return name in CUDA_NAMES or dtypes.x is not torch.float16
+
+
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
 
@@ -107,10 +180,10 @@ def run(
     wanted: Sequence[str] | None = None,
     grad_y: Tensor | None = None,
 ) -> Results:
-    """Output, gradients and running statistics of one call.
+    """Output, gradients and running statistics of one call, under poisoned allocations.
 
     Args:
-        backend: None for the reference.
+        backend: None for the reference, whose allocations are as they are.
         double: compute in float64.
         wanted: tensors whose gradients are asked for, None for all; () runs without autograd.
         grad_y: gradient of the output; None for a fixed random one, channels_last.
@@ -130,13 +203,14 @@ def run(
             tensors[name] = None
     function = getattr(reference if backend is None else ops, call.op)
     options = call.options if backend is None else call.options | {"backend": backend}
-    with torch.set_grad_enabled(bool(wanted)):
-        y = function(**tensors, **options)
-    results = {"y": y.detach()}
-    if wanted:
-        grad_y = random_like(y) if grad_y is None else on_device(grad_y, device).to(y.dtype)
-        grads = torch.autograd.grad(y, [tensors[name] for name in wanted], grad_y)
-        results |= {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    with poisoned(backend not in (None, "cuda")):
+        with torch.set_grad_enabled(bool(wanted)):
+            y = function(**tensors, **options)
+        results = {"y": y.detach()}
+        if wanted:
+            grad_y = random_like(y) if grad_y is None else on_device(grad_y, device).to(y.dtype)
+            grads = torch.autograd.grad(y, [tensors[name] for name in wanted], grad_y)
+            results |= {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True)}
     results |= {k: v for k, v in tensors.items() if k in RUNNING and v is not None}
     return {name: on_device(tensor, call.x.device) for name, tensor in results.items()}
 

@@ -20,10 +20,12 @@ pytest.importorskip("triton")
 
 import ahead_of_time
 from ahead_of_time import (
+    BATCHES,
     PRODUCTS,
     TARGETS,
     Build,
     builds,
+    builds_of,
     compile_build,
     instructions,
     record,
@@ -40,14 +42,26 @@ ROWS = {"pointwise_bwd_weight_kernel": "BN", "stem_bwd_weight_kernel": "BN"}  # 
 
 
 def _jobs() -> Iterator[Any]:
+    """For sm_90 in bf16 B0's builds in `make test`; everything in `make test-all`."""
     for (capability, dtype), kernels in TARGETS.items():
         for kernel in sorted(BUDGETS[f"{capability}"]):
             half = dtype != torch.float32
             if (kernels is None or kernel in kernels) and (half or kernel != FUSED):
-                name = str(dtype).removeprefix("torch.")
-                yield pytest.param(capability, dtype, kernel, id=f"sm_{capability}-{name}-{kernel}")
+                name = f"sm_{capability}-{str(dtype).removeprefix('torch.')}-{kernel}"
+                if (capability, dtype) == (90, torch.bfloat16):
+                    yield pytest.param(
+                        *(capability, dtype, kernel, ("b0",)),
+                        id=f"{name}-b0",
+                        marks=pytest.mark.slow,
+                    )
+                yield pytest.param(
+                    *(capability, dtype, kernel, tuple(BATCHES)),
+                    id=name,
+                    marks=pytest.mark.exhaustive,
+                )
 
 
+@pytest.mark.slow
 def test_every_kernel_has_a_budget() -> None:
     """The launchers of B0, B4 and B7 start exactly the kernels of the table."""
     launched = {build.name for build in builds(torch.bfloat16)}
@@ -55,10 +69,12 @@ def test_every_kernel_has_a_budget() -> None:
         assert set(BUDGETS[capability]) == launched
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("capability", "dtype", "kernel"), _jobs())
-def test_within_budget(capability: int, dtype: torch.dtype, kernel: str) -> None:
-    own = {build: k for build, k in builds(dtype).items() if build.name == kernel}
+@pytest.mark.parametrize(("capability", "dtype", "kernel", "variants"), _jobs())
+def test_within_budget(
+    capability: int, dtype: torch.dtype, kernel: str, variants: tuple[str, ...]
+) -> None:
+    found = (builds_of(variant, dtype).items() for variant in variants)
+    own = {build: k for items in found for build, k in items if build.name == kernel}
     assert own
     registers, shared = BUDGETS[f"{capability}"][kernel]
     for build, function in own.items():
@@ -105,6 +121,7 @@ def single_loads(compiled: Any) -> int:
     return len(re.findall(r"\bld\.global[.\w]*\.b16\s*\{\s*%\w+\s*\}", compiled.asm["ptx"]))
 
 
+@pytest.mark.slow
 def test_single_loads_are_noticed() -> None:
     """Channel counts that 8 does not divide leave nothing known about where a pixel begins."""
     build, function = next(
@@ -114,6 +131,7 @@ def test_single_loads_are_noticed() -> None:
     assert single_loads(compile_build(function, unknown, 90)) > 0
 
 
+@pytest.mark.slow
 def test_a_spill_is_noticed() -> None:
     """Tiles far too large for the registers show as spilled bytes."""
     build, function = next(

@@ -25,15 +25,22 @@ def test_there_are_files() -> None:
     assert FILES
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "selected",
+    [
+        pytest.param("not exhaustive", id="some", marks=pytest.mark.slow),
+        pytest.param("exhaustive", id="rest", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("file", FILES)
-def test_interpreted(file: str) -> None:
-    """Every test of the file passes, and there is at least one."""
+def test_interpreted(file: str, selected: str) -> None:
+    """Every test of the file in this tier passes, and there is at least one."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     for name in list(environment):
         if name.startswith("PYTEST_"):
             del environment[name]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-m", selected]
     done = subprocess.run(
         [*command, str(FOLDER / file)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S,

@@ -67,7 +67,15 @@ FAULTS = (
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "fault"), FAULTS, ids=lambda f: getattr(f, "__name__", f)
+    ("module", "name", "fault"),
+    [
+        pytest.param(
+            *row,
+            id=f"{row[0]}-{row[1]}",
+            marks=() if row[0] == "squeeze_excite" else pytest.mark.exhaustive,
+        )
+        for row in FAULTS
+    ],
 )
 def test_a_wrong_function_is_noticed(
     module: str, name: str, fault: object, monkeypatch: pytest.MonkeyPatch
@@ -79,6 +87,7 @@ def test_a_wrong_function_is_noticed(
         check(block_call(find(MBCONV_CASES, "c_eq_vector"), FP32, dropped=True))
 
 
+@pytest.mark.exhaustive
 def test_a_lost_part_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folds that stop one part early."""
     monkeypatch.setattr(folds, "_runs", lambda parts: (max(1, parts - 1), 1))

@@ -54,6 +54,7 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (stock[0] - stock[1]).abs().max() > 1e3 * (y - stock).abs().max()
 
 
+@pytest.mark.exhaustive
 def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step in training, and one with the last norm frozen: every gradient, and the statistics.
 

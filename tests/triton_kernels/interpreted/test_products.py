@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,23 +32,27 @@ from parity import (
     run,
     squeeze_excite_call,
 )
+from tiers import some
 
 FP16 = Dtypes(torch.float16, torch.float16)
 MIXED = Dtypes(torch.float16, torch.float32)
-DTYPES = pytest.mark.parametrize("dtypes", [FP32, FP16, MIXED], ids=str)
+DTYPES = pytest.mark.parametrize("dtypes", some((FP32, FP16, MIXED), (FP16,)))
 
 
-def by_hand(params: list) -> list[str]:
-    """Names of the cases that are no network's own."""
-    return [p.id for p in params if not p.id.startswith("b0")]
+def by_hand(params: list, *kept: str) -> list[Any]:
+    """Names of the cases that are no network's own, all but those kept for `make test-all`."""
+    return some([p.id for p in params if not p.id.startswith("b0")], kept)
 
 
 @DTYPES
-@pytest.mark.parametrize("name", by_hand(POINTWISE_CASES))
+@pytest.mark.parametrize(
+    "name", by_hand(POINTWISE_CASES, "c_odd", "gate_residual_no_act", "batch_0")
+)
 def test_pointwise(name: str, dtypes: Dtypes) -> None:
     check(pointwise_call(find(POINTWISE_CASES, name), dtypes), "triton", wanted=())
 
 
+@pytest.mark.exhaustive
 def test_pointwise_of_several_tiles() -> None:
     """More rows, outputs and inputs than a tile holds, none of them a multiple."""
     case = replace(find(POINTWISE_CASES, "gate_residual_no_act"), c=100, out=150, h=11, w=13)
@@ -62,7 +67,7 @@ def test_pointwise_of_strided_input() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", by_hand(SQUEEZE_EXCITE_CASES))
+@pytest.mark.parametrize("name", by_hand(SQUEEZE_EXCITE_CASES, "c_odd", "hw_gt_chunk", "batch_0"))
 def test_squeeze_excite(name: str, dtypes: Dtypes) -> None:
     check(squeeze_excite_call(find(SQUEEZE_EXCITE_CASES, name), dtypes), "triton")
 
@@ -73,8 +78,8 @@ def test_squeeze_excite_without_biases_is_deterministic() -> None:
     assert_same(check(call, "triton"), run(call, "triton"))
 
 
-@pytest.mark.parametrize("dtypes", [FP32, FP16], ids=str)
-@pytest.mark.parametrize("name", by_hand(MBCONV_CASES))
+@DTYPES
+@pytest.mark.parametrize("name", by_hand(MBCONV_CASES, "c_odd_stride_2", "no_expansion"))
 def test_mbconv_eval(name: str, dtypes: Dtypes) -> None:
     """The inference op of a block."""
     from mbconv_blocks import EPS, block_call, params_of
@@ -92,7 +97,7 @@ def test_mbconv_eval(name: str, dtypes: Dtypes) -> None:
 
 @DTYPES
 @MODES
-@pytest.mark.parametrize("name", by_hand(HEAD_CASES))
+@pytest.mark.parametrize("name", by_hand(HEAD_CASES, "c_odd", "out_gt_tile"))
 def test_head(name: str, training: bool, dtypes: Dtypes) -> None:
     """Tiles that cross images, and images of more than one tile; with gradients and without."""
     call = head_call(find(HEAD_CASES, name), dtypes, training)
@@ -100,6 +105,7 @@ def test_head(name: str, training: bool, dtypes: Dtypes) -> None:
     check(call, "triton", wanted=())
 
 
+@pytest.mark.exhaustive
 def test_head_of_one_gradient_at_a_time() -> None:
     call = head_call(find(HEAD_CASES, "c_odd"), training=True)
     full = run(call, "triton")

@@ -265,7 +265,7 @@ def test_compute_sanitizer(tool: str) -> None:
         capture_output=True,
         text=True,
         env=environment,
-        cwd=folder.parents[2],
+        cwd=folder.parents[1],
     )
     text = done.stdout + done.stderr
     if "Device not supported" in text:

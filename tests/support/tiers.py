@@ -1,0 +1,62 @@
+"""Which tier a test of an op is in: the one rule, for every op.
+
+| shapes       | `pytest`                        | `make test` adds  | `make test-all` adds |
+|--------------|---------------------------------|-------------------|----------------------|
+| made by hand | fp32 on the best set and in the | every backend and |                      |
+|              | host run, bf16 on the best set  | dtype             |                      |
+| B0's         |                                 | fp32 and bf16 on  | all others           |
+|              |                                 | the best set      |                      |
+| B7's         |                                 |                   | all                  |
+
+The best set is the newest instruction set that this machine has; the host run is of the CUDA
+kernels ("simt").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from effnet_fast.backends import can_run
+from effnet_fast.models import VARIANTS
+
+INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
+AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
+BEST = ("cpu", *AVAILABLE[-1:])
+QUICK = {(name, dtype) for name in BEST for dtype in ("float32", "bfloat16")} | {
+    ("simt", "float32")
+}
+EXHAUSTIVE = (pytest.mark.exhaustive,)
+SLOW = (pytest.mark.slow,)
+
+
+def network_of(case: Any) -> str | None:
+    """The network whose shape a case is, "b0" for one named "b0_c32_112_k3_s1"."""
+    name = str(case.name).partition("_")[0]
+    return name if name in VARIANTS else None
+
+
+def marks(backend: str, dtypes: Any, case: Any = None) -> tuple[pytest.MarkDecorator, ...]:
+    """The marks of a test.
+
+    Args:
+        backend: "cpu" and "cpu:avx2" and so on, "simt" or "cuda".
+        dtypes: whose name is "float32", or "bfloat16_with_float32" where parameters differ.
+        case: its shapes, None where they do not matter.
+    """
+    quick = (backend, str(dtypes).removeprefix("torch.")) in QUICK
+    network = None if case is None else network_of(case)
+    if network is None:
+        return () if quick else SLOW
+    return SLOW if network == "b0" and quick and backend != "simt" else EXHAUSTIVE
+
+
+def some(values: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
+    """Values as pytest's parameters, all but those kept for `make test-all` alone."""
+    kept = list(kept)
+    return [
+        pytest.param(value, id=str(value), marks=() if value in kept else EXHAUSTIVE)
+        for value in values
+    ]
