@@ -18,7 +18,7 @@ from networks import TINY
 
 # lukemelas and timm have all sizes, torchvision none beyond B7.
 SIZES = [
-    pytest.param(family, size, marks=[] if size in ("b0", "b3", "l2") else pytest.mark.slow)
+    pytest.param(family, size, marks=[] if size in ("b0", "l2") else pytest.mark.exhaustive)
     for family in peers.BUILDERS
     for size in VARIANTS
     if family != "torchvision" or size not in ("b8", "l2")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_fast
+import tiers
 from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase
 from effnet_fast import use_backend
 from effnet_fast.backends import native
@@ -73,9 +74,19 @@ def expectation(case: MBConvCase) -> tuple[nn.Module, Tensor, Tensor, dict[torch
     return model, x, y, stock
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MBCONV_CASES)
+BLOCKS = [
+    pytest.param(
+        *(case, dtype, isa),
+        id=f"{case.name}-{dtype}-{isa}",
+        marks=tiers.marks(f"cpu:{isa}", dtype, case),
+    )
+    for case in (param.values[0] for param in MBCONV_CASES)
+    for dtype in DTYPES
+    for isa in ISAS
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "isa"), BLOCKS)
 def test_block(case: MBConvCase, dtype: torch.dtype, isa: str) -> None:
     if reason := native.load().isa_unavailable_reason(isa):
         pytest.skip(reason)
@@ -86,6 +97,7 @@ def test_block(case: MBConvCase, dtype: torch.dtype, isa: str) -> None:
     assert_no_worse_than(y.to(dtype), stock[dtype], exact)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LARGE_MBCONV_CASES)
 def test_large_block(case: MBConvCase, dtype: torch.dtype) -> None:
@@ -113,9 +125,7 @@ def test_odd_resolution(batch: int) -> None:
     assert_parity(models, torch.randn(8, 3, 193, 257, generator=generator), batch)
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(s, marks=[pytest.mark.slow] if s > "b1" else []) for s in PUBLISHED]
-)
+@pytest.mark.parametrize("size", tiers.networks(PUBLISHED))
 def test_network(size: str) -> None:
     variant = VARIANTS[size]
     side = reduced_resolution(variant)

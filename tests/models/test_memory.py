@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiers
 from allocations import peak_bytes, saved_bytes, train_step
 from effnet_fast import EfficientNet, use_backend
 from effnet_fast.models import custom_variant
@@ -66,7 +67,7 @@ def test_lean_gives_the_bits_of_fast(autocast: bool) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("size", [f"b{i}" for i in range(8)])
+@pytest.mark.parametrize("size", tiers.networks(f"b{i}" for i in range(8)))
 def test_what_is_saved(size: str) -> None:
     """By hooks, at a side so small that vectors weigh more than at the network's own."""
     with torch.device("meta"):

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import networks
+import tiers
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
 from networks import pair, random_images, rms, run_network, trio
 from tolerances import assert_parity
-
-FULL_SIZE = [pytest.param(name, marks=pytest.mark.slow) for name in networks.PUBLISHED[1:]]
 
 
 def swap_channels(weight: Tensor, dim: int = 0) -> None:
@@ -40,13 +39,14 @@ def assert_logits(variant: Variant, resolution: int) -> None:
             assert_parity({"y": swapped}, {"y": stock}, {"y": exact})
 
 
-@pytest.mark.parametrize("name", networks.PUBLISHED)
+@pytest.mark.parametrize("name", tiers.networks(networks.PUBLISHED))
 def test_logits(name: str) -> None:
     variant = VARIANTS[name]
     assert_logits(variant, networks.reduced_resolution(variant))
 
 
-@pytest.mark.parametrize("name", ["b0", *FULL_SIZE])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiers.some(networks.PUBLISHED, ["b0"]))
 def test_logits_at_full_resolution(name: str) -> None:
     assert_logits(VARIANTS[name], VARIANTS[name].resolution)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import peers
+import tiers
 from effnet_fast import EfficientNet, checkpoints, use_backend
 from networks import CALIBRATION_IMAGES, PUBLISHED, random_images, rms
 from tolerances import assert_no_worse_than
@@ -16,7 +17,6 @@ from tolerances import assert_no_worse_than
 SIDES = (64, 65)  # SAME differs from symmetric padding at even sizes alone
 DOUBLE = 1e-10  # relative error of two orders of addition in float64
 IMAGES = 3
-QUICK = ("b0", "b1")
 
 
 def save(state: dict[str, Tensor], family: str, folder: Path) -> Path:
@@ -35,12 +35,8 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).clone()
 
 
-def sizes():
-    return [pytest.param(s, marks=[] if s in QUICK else pytest.mark.slow) for s in PUBLISHED]
-
-
 @pytest.mark.parametrize("family", peers.RUNNABLE)
-@pytest.mark.parametrize("size", sizes())
+@pytest.mark.parametrize("size", tiers.some(PUBLISHED, ["b0"]))
 def test_logits(size, family, tmp_path):
     state = peers.state_of(family, size, SIDES[1])
     ours = EfficientNet.from_checkpoint(save(state, family, tmp_path), family=family).eval()

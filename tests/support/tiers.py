@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from effnet_fast.backends import can_run
+from effnet_fast.backends import can_run, native
 from effnet_fast.models import VARIANTS
 
 INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
-BEST = ("cpu", *AVAILABLE[-1:])
+BEST = ("cpu", *AVAILABLE[-1:], *(f"cpu:{native.load().best_isa()}" for _ in AVAILABLE[:1]))
 QUICK = {(name, dtype) for name in BEST for dtype in ("float32", "bfloat16")} | {
     ("simt", "float32")
 }
@@ -60,3 +60,9 @@ def some(values: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
         pytest.param(value, id=str(value), marks=() if value in kept else EXHAUSTIVE)
         for value in values
     ]
+
+
+def networks(sizes: Iterable[str]) -> list[Any]:
+    """Sizes of networks as pytest's parameters: B0 is quick, `make test` adds B4."""
+    tier = {"b0": (), "b4": SLOW}
+    return [pytest.param(size, marks=tier.get(size, EXHAUSTIVE)) for size in sizes]
