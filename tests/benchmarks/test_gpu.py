@@ -60,6 +60,7 @@ for arguments in json.load(sys.stdin):
 """
 
 
+@pytest.mark.exhaustive
 def test_benchmarks_of_a_dry_run_exist(tmp_path: Path) -> None:
     """Every pytest step selects something, with options that pytest knows."""
     steps = [step for step in gpu.STEPS if "pytest" in step.command]

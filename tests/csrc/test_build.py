@@ -317,7 +317,7 @@ def test_a_second_build_compiles_nothing(tools: FakeTools) -> None:
     assert "no work to do" in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_wheel_from_the_sdist_in_a_fresh_environment(sdist: Path, tmp_path: Path) -> None:
     """Build isolation has no torch; the new environment has the wheel, and borrows torch.
 

@@ -69,7 +69,7 @@ def without_random_layers(model: nn.Module) -> None:
             module.p = 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("training", [False, True], ids=["fullgraph", "default"])
 def test_inductor(training: bool) -> None:
     """Inference in one graph, and a training step, by generated code: a block of either kind."""

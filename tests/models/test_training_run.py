@@ -187,7 +187,7 @@ def perturbed(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("run", runs())
 def test_the_end_of_a_run_lies_where_stocks_do(run: Run) -> None:
     """Within the spread of stock's perturbed runs, and as much again on either side.
