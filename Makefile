@@ -19,7 +19,7 @@ NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -n
 # A photograph of a cat that is shipped inside scikit-image's wheel.
 PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
 
-.PHONY: demo test test-all bench report gpu budgets lint clean qemu
+.PHONY: demo test test-all bench docs report gpu budgets lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
@@ -34,12 +34,16 @@ RUN_TESTS = PATH="$(CURDIR)/$(VENV)/qemu/usr/bin:$(CURDIR)/$(BIN):$$PATH" \
 test: $(VENV)/.test qemu
 	$(RUN_TESTS) -m "not exhaustive and not gpu" $(PYTEST_ARGS)
 
-test-all: $(VENV)/.test qemu
+test-all: $(VENV)/.test qemu docs
 	$(RUN_TESTS) -m "exhaustive and not gpu" $(PYTEST_ARGS)
 
 # Every contest on the CPU, its peers installed; hours. BENCH_ARGS=--quick takes three minutes.
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --record $(BENCH_ARGS)
+
+# The documentation site with its API reference, into build/docs; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 # Tables and figures in docs/ and README.md, from benchmarks/results/*.csv.
 report: $(VENV)/.test
@@ -85,6 +89,10 @@ $(VENV)/.test: $(VENV)/.pip $(BUILD_SOURCES)
 
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) install -qq $(PINS) -e '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	EFFNET_FAST_SIMT=auto $(PIP) install -qq $(PINS) -e '.[docs]'
 	touch $@
 
 # The tests of the plain and AVX2 kernels run under an emulated older CPU. The emulator is unpacked

@@ -23,12 +23,14 @@ STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
 }
+STOCK = "torch_channels_last"
 OURS_COLOR, STOCK_COLOR, PEER_COLOR = "#c0392b", "#7f8c8d", "#bdc3c7"
 
 
 def draw(stem: str, rows: Sequence[Row]) -> dict[str, bytes]:
     """Every figure that there are rows for, by file name; `stem` begins the names."""
     figures: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
+        "speedup": speedup,
         "throughput": throughput,
         "growth": growth_figure,
         "roofline": roofline,
@@ -86,6 +88,39 @@ def _color(row: Row) -> str:
     if row.contestant.startswith(OURS):
         return OURS_COLOR
     return STOCK_COLOR if row.contestant.startswith("torch") else PEER_COLOR
+
+
+def speedup(rows: Sequence[Row]) -> Figure | None:
+    """Speed of this package and of the best peer in multiples of PyTorch's, by contest."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.what == "network":
+            network, _, side = row.case.upper().rpartition("_")
+            name = f"{network} at {side}, batch {row.batch}, {row.dtype}, {row.mode}"
+            groups.setdefault(name, []).append(row)
+    bars: list[tuple[str, float, float]] = []
+    for name, group in groups.items():
+        stock = [row.p50_ms for row in group if row.contestant == STOCK]
+        own = [row.p50_ms for row in group if row.contestant.startswith(OURS)]
+        peer = [row.p50_ms for row in group if row.contestant == row.best_peer]
+        if stock and own and peer:
+            bars.append((name, stock[0] / min(own), stock[0] / peer[0]))
+    if not bars:
+        return None
+    names, fast, best = zip(*reversed(bars), strict=True)
+    figure = Figure(figsize=(8, 0.6 + 0.42 * len(bars)), layout="constrained")
+    panel = figure.subplots()
+    for offset, values, color, label in (
+        (0.2, fast, OURS_COLOR, "effnet-fast"),
+        (-0.2, best, PEER_COLOR, "the best of the others"),
+    ):
+        panel.barh([i + offset for i in range(len(bars))], values, 0.38, color=color, label=label)
+        panel.bar_label(panel.containers[-1], fmt="%.1f", padding=2, fontsize=7)
+    panel.axvline(1.0, color=STOCK_COLOR, linewidth=1.2, label="PyTorch channels_last")
+    panel.set_yticks(range(len(bars)), names, fontsize=8)
+    panel.set_xlabel("speed in multiples of PyTorch's (higher is better)", fontsize=8)
+    panel.legend(fontsize=8, loc="lower right")
+    return figure
 
 
 def throughput(rows: Sequence[Row]) -> Figure | None:

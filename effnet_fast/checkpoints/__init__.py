@@ -1,8 +1,8 @@
 """Checkpoints of every family: read, renamed, checked, and put into a model whole or not at all.
 
 Names of parameters are torchvision's once a file is loaded; `convert` gives them any family's.
-What belongs to a family beside names (padding, BN constants, input normalisation) is in
-`families.FAMILIES`, and `EfficientNet.from_checkpoint` builds the network that goes with a file.
+`families.FAMILIES` has the rest of a family: padding, BN constants, input normalisation.
+`EfficientNet.from_checkpoint` builds the network that goes with a file.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ INCEPTION = "inception"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's weights and what they are of.
+    """A file's weights and their family.
 
     Args:
         state: named as torchvision names them, in its order, on the CPU.
         family: a key of FAMILIES.
         naming: how the file names parameters, a key of NAMINGS.
-        assumption: what was assumed for want of any sign, else "".
+        assumption: the assumption that was made where the file shows no family, else "".
         inception: whether the file's metadata or name say that images are normalised to [-1, 1].
     """
 
@@ -72,7 +72,7 @@ class Checkpoint:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What names of parameters do not say, for `save` to write into a safetensors file."""
+        """The facts that no parameter name holds, for `save` to write into a safetensors file."""
         entries = {FAMILY_ENTRY: self.family}
         return entries | ({NORMALISATION_ENTRY: INCEPTION} if self.inception else {})
 
@@ -87,25 +87,25 @@ def load(
     """Reads a state dict of any family; names and order are torchvision's, tensors on the CPU.
 
     A state dict within a training checkpoint ("state_dict", "model", ...) is found, prefixes of
-    wrappers ("module.", "_orig_mod.", ...) are taken off, counts of batches that are missing are 0.
-    Names alone are converted: a network of another padding or eps gives other numbers, see
-    `EfficientNet.from_checkpoint`.
+    wrappers ("module.", "_orig_mod.", ...) are removed, and missing counts of batches become 0.
+    Only names are converted: a network with another padding or eps gives other numbers. Use
+    `EfficientNet.from_checkpoint` to build the network of the family.
 
     Args:
-        path_or_url: a file, `.safetensors` or whatever torch.save writes; a folder as the Hugging
-            Face Hub has them, with model.safetensors or pytorch_model.bin; or the https address of
-            a file, which `downloads.fetch` keeps in torch.hub.get_dir()/checkpoints and whose
-            SHA-256 it checks at every call (digits of it in the name, or #sha256=... behind the
-            address).
-        format: "auto" (told from the names), or the naming that the file must have: "torchvision",
-            "timm", "timm_tf" (the same names), "lukemelas" or "nvidia".
+        path_or_url: a file, `.safetensors` or one that torch.save wrote; a folder in the layout of
+            the Hugging Face Hub, with model.safetensors or pytorch_model.bin; or the https address
+            of a file, which `downloads.fetch` keeps in torch.hub.get_dir()/checkpoints and whose
+            SHA-256 it checks at every call (the name holds some of its digits, or the address
+            ends in #sha256=...).
+        format: "auto" (recognised by the names), or the naming that the file must have:
+            "torchvision", "timm", "timm_tf" (the same names), "lukemelas" or "nvidia".
         ema: whether to prefer the moving average of the weights in a training checkpoint.
         progress: shows a progress bar while downloading.
 
     Raises:
-        OSError: the file cannot be opened, or not be downloaded.
+        OSError: the file cannot be opened or downloaded.
         ValueError: unknown format; the file is corrupt, needs code to be loaded, holds something
-            else than tensors, or names them in no known way or another than `format`. The message
+            other than tensors, or its names are unknown or not those of `format`. The message
             names the path.
     """
     check_family(format, FORMATS, "format")
@@ -120,17 +120,17 @@ def open_checkpoint(
     names_too: bool = False,
     progress: bool = True,
 ) -> Checkpoint:
-    """Reads a file and tells whose network it is of.
+    """Reads a file and finds the family of its network.
 
     Args:
         path_or_url: as for `load`.
-        family: a key of FAMILIES, or "auto": what the file's metadata say, else what its names say.
-            timm's plain and tf_ networks have the same names; the name of the model within the
-            file or config.json beside it, of the file or of its folders decides then
-            ("tf_efficientnet_b0..."), and where nothing does, plain is assumed and
-            `Checkpoint.assumption` says so.
+        family: a key of FAMILIES, or "auto": the family in the file's metadata, else that of its
+            parameter names. timm's plain and tf_ networks have the same names; then the model's
+            name decides ("tf_efficientnet_b0..."), as found in the file, in config.json beside
+            it, or in the name of the file or its folders. Without any of these the network is
+            assumed to be plain, and `Checkpoint.assumption` says so.
         ema, progress: as for `load`.
-        names_too: whether `family` also tells how the file must name its parameters.
+        names_too: whether the file must also name its parameters as `family` does.
 
     Raises:
         what `load` does.
@@ -179,8 +179,9 @@ def _find_family(
 def load_into(model: nn.Module, path: str | os.PathLike[str], format: str = "auto") -> None:
     """Loads a file into `model`, in place: all of it or, when anything differs, nothing.
 
-    Warns where the file's family pads or normalises otherwise than the model does: the logits are
-    not its family's then. `EfficientNet.from_checkpoint` builds the network that goes with a file.
+    Warns where the file's family has another padding or normalisation than the model, so that the
+    logits differ from the family's. `EfficientNet.from_checkpoint` builds the network that goes
+    with a file.
 
     Raises:
         what `load` and `check` raise, with the path.

@@ -1,4 +1,4 @@
-"""Whose network a checkpoint is of, and what comes with that beside the names of its parameters.
+"""The families of checkpoints, and what a family has beside the names of its parameters.
 
 Sources: torchvision/models/efficientnet.py (0.28); timm/models/efficientnet.py (1.0);
 https://github.com/lukemelas/EfficientNet-PyTorch (0.7.1); NVIDIA DeepLearningExamples,
@@ -51,7 +51,7 @@ _INCEPTION_NAME = re.compile(rf"^adv-efficientnet-b\d|{_NETWORK.pattern}[_.](?:a
 
 
 def check_family(name: str, allowed: Iterable[str] = FAMILIES, argument: str = "family") -> None:
-    """Raises ValueError for what is none of `allowed`."""
+    """Raises ValueError for a name that is not among `allowed`."""
     if name not in allowed:
         raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {name!r}")
 
@@ -59,7 +59,7 @@ def check_family(name: str, allowed: Iterable[str] = FAMILIES, argument: str = "
 def timm_family(names: Iterable[str]) -> str | None:
     """ "timm_tf" or "timm" by the first of `names` that names an EfficientNet, else None.
 
-    Parameters are named alike in both, which pad differently and have another eps.
+    Both have the same parameter names; padding and eps differ.
     """
     for name in names:
         if match := _NETWORK.search(name):

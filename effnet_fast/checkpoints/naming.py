@@ -1,4 +1,4 @@
-"""How each family names the parameters of an EfficientNet, and the way from any to any other.
+"""How each family names the parameters of an EfficientNet, and the conversion between any two.
 
 All families register their modules in the same order, so two namings are two lists of modules of
 equal length. Only the weights of NVIDIA's squeeze-and-excitation have another shape: they are
@@ -125,7 +125,7 @@ def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
     """Which blocks there are in each stage, and which of them expand.
 
     Raises:
-        ValueError: it cannot be told, as what would tell it is missing.
+        ValueError: the tensors that show it are missing.
     """
     rules = NAMINGS[naming]
     pattern = rules.block_pattern
@@ -153,11 +153,11 @@ def convert(
 ) -> dict[str, Tensor]:
     """Renames a state dict; the tensors are those given or views of them, in the same order.
 
-    Names say nothing of padding and BN constants: what a network of another family makes of the
-    weights is exact only where those agree (see `families.FAMILIES`).
+    Names do not hold padding and BN constants: another family's network computes the same numbers
+    only where these agree (see `families.FAMILIES`).
 
     Args:
-        state: an EfficientNet's, in any naming.
+        state: the state dict of an EfficientNet, in any naming.
         to: "torchvision", "timm" (or "timm_tf", which has the same names), "lukemelas" or "nvidia".
         source: the naming of `state`; None reads it from the names.
 
@@ -194,8 +194,8 @@ def convert(
 def complete(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A torchvision-named state dict in the order of the network, with every count of batches.
 
-    safetensors files are sorted otherwise; counts (num_batches_tracked), which older checkpoints
-    lack, are 0 where they are missing.
+    safetensors files have another order. Older checkpoints lack the counts (num_batches_tracked);
+    missing ones become 0.
     """
     names = list(state)
     for key in state:

@@ -1,7 +1,7 @@
-"""From a file to named tensors: both formats, and what training scripts wrap around a state dict.
+"""From a file to named tensors: both formats, and the wrappers of training scripts.
 
 Nothing that a file holds is executed: `.safetensors` files are read by safetensors, all others by
-`torch.load(weights_only=True)`, and what that refuses is not tried again without.
+`torch.load(weights_only=True)`; a file that it refuses is not tried again without.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Content:
         state: named tensors on the CPU, as the file names them but for wrappers' prefixes.
         metadata: a safetensors file's text entries, or those that this package's networks put
             into the attribute of a state dict in which PyTorch keeps versions of modules.
-        architecture: the model's name where the file, or config.json beside it, tells it, else "".
+        architecture: the model's name where the file, or config.json beside it, has it, else "".
     """
 
     state: dict[str, Tensor]
@@ -75,13 +75,12 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     """Reads a checkpoint.
 
     Args:
-        path: a local file, or a folder as the Hugging Face Hub has them.
-        ema: whether the moving average of the weights goes before the weights where there is one;
-            False never takes it.
+        path: a local file, or a folder in the layout of the Hugging Face Hub.
+        ema: whether to prefer the moving average of the weights where the file has one.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is corrupt, needs code to be loaded, or holds something else than tensors
+        ValueError: it is corrupt, needs code to be loaded, or holds something other than tensors
             under an EfficientNet's names. The message names the path.
     """
     name = _file_of(os.fspath(path))
@@ -92,7 +91,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
         content, metadata = _read_safetensors(name) if is_safetensors else (_read_pth(name), {})
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{name}: not a file of plain tensors, which is all that is loaded{_needed(error)}"
+            f"{name}: not a file of plain tensors; only plain tensors are loaded{_needed(error)}"
         ) from error
     except (OSError, ScriptError):
         raise

@@ -1,4 +1,4 @@
-"""From named tensors to a file that is either whole or not there."""
+"""From named tensors to a file that is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def save(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a state dict; whoever reads `path` sees the old file or the whole new one.
+    """Writes a state dict; a reader of `path` sees the old file or the whole new one.
 
     Args:
         state: named tensors of any device.
-        path: `.safetensors`, or `.pth`, `.pt`, `.bin` for torch.save. A file that is there is
-            replaced, also one that the tensors are mapped from.
-        metadata: text entries of a safetensors file; other files have no place for them. What a
-            network that comes from a checkpoint put into its state dict is kept in either.
+        path: `.safetensors`, or `.pth`, `.pt`, `.bin` for torch.save. An existing file is
+            replaced, even one that the tensors are mapped from.
+        metadata: text entries of a safetensors file; other files have no place for them. Both kinds
+            of file keep the family that a network from a checkpoint put into its state dict.
 
     Raises:
         ValueError: another suffix.

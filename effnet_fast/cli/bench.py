@@ -1,7 +1,7 @@
 """`effnet-fast bench`: one network, stock against fused, in the same run.
 
 Stock is this package's module tree run unfused by PyTorch in channels_last; fused is the same
-weights with backend="auto", which on a CPU goes by packed weights, as `effnet_fast.deploy` does.
+weights with backend="auto", which on a CPU uses packed weights, as `effnet_fast.deploy` does.
 Both run in evaluation mode under inference_mode.
 """
 
@@ -31,8 +31,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="time a network, stock against fused",
-        description="Times a network's inference: stock PyTorch against the fused kernels, on a "
-        "CPU the whole network in one call, as effnet_fast.deploy makes it.",
+        description="Times a network's inference: stock PyTorch against the fused kernels. On a "
+        "CPU the fused network runs in one call, as effnet_fast.deploy does.",
     )
     common.add_common(parser, default_model="b0")
     parser.add_argument("--batch", type=common.positive_int, default=1, help="images per call")

@@ -45,13 +45,13 @@ def add_parser(subparsers: Any) -> None:
         "--family",
         choices=checkpoints.FORMATS,
         default="auto",
-        help="whose network the file is of (default: as its metadata and names tell)",
+        help="the family of the file's network (default: found from its metadata and names)",
     )
     parser.add_argument(
         "--labels",
         type=Path,
-        help="text file with a class name per line (default: ImageNet's, where weights for 1000 "
-        "classes are given)",
+        help="text file with a class name per line (default: ImageNet's names, if the weights are "
+        "for 1000 classes)",
     )
     parser.add_argument("--top", type=common.positive_int, default=5, help="how many classes")
     parser.add_argument("--backend", default="auto", help="auto, reference, cpu, cpu:avx2, ...")
@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     common.set_threads(arguments)
     if arguments.weights is None:
         print(
-            "effnet-fast: no --weights: random ones are used, labels mean nothing", file=sys.stderr
+            "effnet-fast: no --weights: the weights are random, and the classes mean nothing",
+            file=sys.stderr,
         )
     with common.bad_input(OSError, ValueError, NotImplementedError):
         network = _find_network(arguments)
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Network:
-    """What classifies: the model in evaluation mode, its size, and what goes with its weights.
+    """The model in evaluation mode, its size, and the preset of its weights.
 
     Args:
         preset: how images are prepared.

@@ -15,7 +15,7 @@ from effnet_fast.cli import common
 from effnet_fast.models.loading import family_variant, published_variant
 from effnet_fast.models.variants import Variant
 
-# What of a network is no tensor, and so is lost where a file has no place for it.
+# Constants of a network, which no tensor holds.
 CONSTANTS = ("padding", "bn_eps")
 
 
@@ -24,20 +24,24 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="rename a checkpoint's parameters as another family names them",
-        description="Renames a checkpoint's parameters as another family names them. What training "
-        "scripts wrap around them is left out. OUT is written whole or not at all.",
+        description="Renames a checkpoint's parameters as another family names them. Entries of "
+        "training scripts beside the weights are left out. OUT is written whole or not at all.",
     )
     parser.add_argument("input", metavar="IN", help="checkpoint of any family: a file or an URL")
     parser.add_argument("output", metavar="OUT", type=Path, help=f"file, {_suffixes()}")
-    parser.add_argument("--to", required=True, choices=tuple(FAMILIES), help="the names to give")
+    parser.add_argument(
+        "--to", required=True, choices=tuple(FAMILIES), help="the family whose names OUT gets"
+    )
     parser.add_argument(
         "--from",
         dest="family",
         choices=FORMATS,
         default="auto",
-        help="whose network IN is of (default: as its metadata, names and file name tell)",
+        help="the family of IN's network (default: found from its metadata, names and file name)",
     )
-    parser.add_argument("--no-ema", action="store_true", help="not the moving average of weights")
+    parser.add_argument(
+        "--no-ema", action="store_true", help="take the weights, not their moving average"
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -101,7 +105,7 @@ def convert(arguments: argparse.Namespace) -> dict[str, Any]:
 def _notes(
     checkpoint: Checkpoint, arguments: argparse.Namespace, variant: Variant | None
 ) -> list[str]:
-    """What names cannot say, and the user has to."""
+    """Facts that the names cannot hold, and that the user has to supply."""
     notes = [checkpoint.assumption] if checkpoint.assumption else []
     if variant is None:
         return notes
@@ -112,7 +116,7 @@ def _notes(
         constants = ", ".join(f"{name}={getattr(own, name)}" for name in differing)
         where = "its metadata say so"
         if arguments.output.suffix != checkpoints.SAFETENSORS:
-            where = f'give family="{checkpoint.family}" with it'
+            where = f'give family="{checkpoint.family}"'
         notes.append(
             f"these weights are for a network with {constants}, which is not what "
             f"{arguments.to}'s own {variant.name} has. EfficientNet.from_checkpoint builds it: "

@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "doctor",
-        help="what can run here, and why not",
-        description="Tells what can run here; with --model, which of its blocks are fused.",
+        help="what can run here, and why the rest cannot",
+        description="Lists what can run here; with --model, which of its blocks are fused.",
     )
     common.add_common(parser, default_model=None)
     parser.set_defaults(run=run)

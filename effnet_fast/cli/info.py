@@ -16,7 +16,7 @@ ELEMENT_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 BEST = {"inference": "block_fused", "training": "fast"}  # shown without --traffic
 WORDS = (
     "MAC: multiply-adds of one image, which the literature on EfficientNet calls FLOPs; "
-    "FLOPs are twice as many.\n"
+    "here FLOPs are twice as many.\n"
     "Activations: the outputs of all convolutions. Traffic: the fewest bytes that a plan carries "
     "to and from memory."
 )
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "info",
         help="parameters, multiply-adds, memory and traffic of a network",
-        description="Prints what a network consists of and costs, by stage. Nothing is run.",
+        description="Prints a network's layers and costs, by stage. Nothing is run.",
     )
     parser.add_argument("model", choices=tuple(VARIANTS), help="which EfficientNet")
     parser.add_argument("--batch", type=common.positive_int, default=1, help="images per call")
@@ -44,8 +44,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="of every block with an expansion: whether inference on a GPU makes it and the "
-        "depthwise convolution one kernel, and the predictions that this rests on",
+        help="whether inference on a GPU joins each block's expansion and depthwise convolution "
+        "in one kernel, with the predictions behind the choice",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

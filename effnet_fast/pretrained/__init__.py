@@ -1,1 +1,1 @@
-"""Published weights: their names, their files, and the images that they want."""
+"""Published weights: their names, their files, and the images that they need."""

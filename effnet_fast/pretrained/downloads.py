@@ -71,7 +71,7 @@ def fetch(url: str, folder: str | os.PathLike[str] | None = None, *, progress: b
     digest = sha256(path)
     if not digest.startswith(prefix):
         raise ValueError(
-            f"{path}: the file's SHA-256 is {digest}, but begins with {prefix} in what is "
+            f"{path}: the file's SHA-256 is {digest}, but begins with {prefix} for the file "
             f"published at {url}: it is truncated, damaged or another file. It was there before "
             "and is left as it is; move or delete it to have it downloaded again"
         )
@@ -100,7 +100,7 @@ def _name_and_hash(url: str) -> tuple[str, str]:
     if match := HASH_IN_NAME.search(name):
         return name, match.group(1)
     raise ValueError(
-        f"{url}: a download could not be checked: allowed are URLs that tell the file's SHA-256, "
+        f"{url}: a download could not be checked: allowed are URLs with the file's SHA-256, "
         "as .../NAME-<sha256>.SUFFIX or .../NAME.SUFFIX#sha256=<sha256>"
     )
 
@@ -142,8 +142,8 @@ class _Download:
         if not digest.startswith(prefix):
             os.remove(self.file.name)
             raise ValueError(
-                f"{self.path}: what {self.url} served has the SHA-256 {digest}, but {prefix} is "
-                "what it must begin with: it is truncated, damaged or another file. It was removed"
+                f"{self.path}: the SHA-256 of the file from {self.url} is {digest}, but must begin "
+                f"with {prefix}: the file is truncated, damaged or another one. It was removed"
             )
         os.fsync(self.file.fileno())
         os.replace(self.file.name, self.path)

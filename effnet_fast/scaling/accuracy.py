@@ -6,8 +6,8 @@ with the resolution in units of 224 pixels. Each dimension alone saturates, sinc
 terms stay, as figure 3 of the paper shows. a, b and c are such that at phi = 1, among all networks
 of the same work, depth * width**2 * resolution**2, the paper's constants 1.2, 1.1 and 1.15 are
 best: its grid search is assumed, not found again. limit, scale and k are fitted to the top-1 of
-B0 to B7 in its table 2, eight numbers. So the estimate is fair between B0 and B7 near the paper's
-rule, a guess elsewhere, and says nothing about other baselines.
+B0 to B7 in its table 2, eight numbers. The estimate is therefore fair between B0 and B7 near the
+paper's rule, a guess elsewhere, and does not hold for other baselines.
 
 Source: Tan & Le (arXiv 1905.11946).
 """
@@ -49,7 +49,7 @@ class AccuracyModel:
         limit: top-1 of an infinite network, percent.
         scale: percent.
         exponent: k.
-        rms: of what the fit leaves of the eight published numbers, percent.
+        rms: error of the fit over the eight published numbers, percent.
     """
 
     limit: float
@@ -89,7 +89,7 @@ def accuracy_model() -> AccuracyModel:
 
 
 def estimate_top1(variant: Variant) -> float:
-    """Estimated ImageNet top-1 in percent; see the module for what it is worth.
+    """Estimated ImageNet top-1 in percent; the module's docstring says how far to trust it.
 
     Raises:
         ValueError: the baseline is not B0.

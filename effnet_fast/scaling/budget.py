@@ -1,4 +1,4 @@
-"""From a budget to a network: the largest phi that stays within every limit."""
+"""From a budget to a network: the largest phi within every limit."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ STEPS = 48  # halvings of the interval: 3e-13 of phi
 
 @dataclass(frozen=True)
 class Fit:
-    """The network that a budget buys.
+    """The largest network within a budget.
 
     Args:
         point: the network and its phi, the largest within the budget.
         counts: its counts, of one image.
-        memory: what it takes under the conditions, bytes for the whole batch.
+        memory: memory under the conditions, bytes for the whole batch.
         latency: predicted seconds for the whole batch; None where no latency was limited.
         binding: names of the limits that the next larger network passes.
-        shares: what the network uses of each limit, by name, at most 1.
-        conditions: what memory and latency are of.
-        latency_model: what predicted the latency, with its error.
+        shares: the network's share of each limit, by name, at most 1.
+        conditions: those of memory and latency.
+        latency_model: the model that predicted the latency, with its error.
     """
 
     point: Point
@@ -143,26 +143,26 @@ def fit(
     num_classes: int = 1000,
     in_chans: int = 3,
 ) -> Fit:
-    """The network at the largest phi that passes none of the limits, of which one must be given.
+    """The network at the largest phi within all limits; at least one limit must be given.
 
     Args:
-        target_flops: floating-point operations for one image, two per multiply-add. What the
-            literature on EfficientNet calls FLOPs is target_macs.
+        target_flops: floating-point operations for one image, two per multiply-add. The literature
+            on EfficientNet calls target_macs FLOPs.
         target_macs: multiply-adds for one image.
         target_memory: bytes for the whole batch, as `Memory.peak`.
         target_params: trained parameters.
         target_latency: seconds for the whole batch.
         batch, dtype, training, device, plan, optimizer_tensors: as for `Conditions`; the counted
             limits do not depend on them.
-        latency_model: what predicts the latency, of the same conditions; None measures this
-            machine when target_latency is given (about a minute).
+        latency_model: the model that predicts the latency under the same conditions; None measures
+            this machine when target_latency is given (about a minute).
         scaling: the rule; None means the paper's constants.
         stages, base_resolution, multiple: as for `CompoundScaling.at`.
         num_classes, in_chans: as for `count`.
 
     Raises:
-        ValueError: no limit, one that is not positive, one below what the smallest network needs
-            (the text says what that is) or beyond phi = 32, a rule that does not grow, or a
+        ValueError: no limit, a limit that is not positive, below the need of the smallest network
+            (the message has the number) or beyond phi = 32, a rule that does not grow, or a
             latency model of other conditions.
     """
     scaling = scaling or CompoundScaling()
@@ -234,12 +234,12 @@ def max_batch(
     Args:
         variant: the network, at its own resolution.
         memory: bytes.
-        conditions: whose batch is not looked at; None means inference in fp32 on the CPU.
+        conditions: its batch is ignored; None means inference in fp32 on the CPU.
         num_classes, in_chans: as for `count`.
 
     Raises:
-        ValueError: memory not positive and finite, or too little for one image (the text says what
-            that takes).
+        ValueError: memory not positive and finite, or too little for one image (the message has the
+            need of one image).
     """
     conditions = conditions or Conditions()
     if positive("memory", memory) == math.inf:

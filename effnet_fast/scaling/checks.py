@@ -1,4 +1,4 @@
-"""Numbers that users give, refused with a text that says what was given and what is allowed."""
+"""Checks of users' numbers; the messages say what was given and what is allowed."""
 
 from __future__ import annotations
 

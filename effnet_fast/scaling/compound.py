@@ -23,7 +23,7 @@ class Point:
     Args:
         phi: the compound coefficient.
         exact_resolution: side of the images before rounding, pixels.
-        variant: the network that rounding makes of it; `effnet_fast.EfficientNet` builds it.
+        variant: the network after rounding; `effnet_fast.EfficientNet` builds it.
     """
 
     phi: float

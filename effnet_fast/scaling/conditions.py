@@ -1,4 +1,4 @@
-"""Under what a network runs: what its memory and its latency depend on beside its table."""
+"""The conditions of a run: everything beside the network that memory and latency depend on."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what a network runs.
+    """The conditions under which a network runs.
 
     Args:
-        batch: images a call.
+        batch: images per call.
         dtype: torch.float32, torch.bfloat16 or torch.float16, of parameters and activations.
             A name among "fp32", "bf16" and "fp16" is taken too.
         training: a training step instead of a forward pass.
@@ -63,7 +63,7 @@ class Conditions:
             )
         elif self.plan == "fused" and not self._could_fuse():
             raise ValueError(
-                f"plan 'fused' is of the CPU's kernels in fp32 and bf16, not of {self.device} in "
+                f"plan 'fused' describes the CPU's kernels in fp32 and bf16, not {self.device} in "
                 f"{DTYPE_NAMES[self.dtype]}"
             )
 
@@ -79,7 +79,7 @@ class Conditions:
         return self._could_fuse() and backends.can_run("cpu", "dwconv_bn_silu") is None
 
     def memory(self, variant: Variant, *, num_classes: int = 1000, in_chans: int = 3) -> Memory:
-        """What a network takes under these conditions, bytes."""
+        """The memory of a network under these conditions, bytes."""
         assert self.plan is not None
         return count_memory(
             variant,

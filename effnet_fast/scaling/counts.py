@@ -17,7 +17,7 @@ from effnet_fast.scaling.checks import whole
 
 
 class ConvShape(NamedTuple):
-    """A convolution (or the classifier, as a 1x1 one) as often as the network holds it alike.
+    """Equal convolutions of a stage (the classifier counts as a 1x1 one).
 
     Args:
         stage: 0 for the stem, 1 to n for the stages of blocks, n + 1 for head and classifier.
@@ -61,7 +61,7 @@ class ConvShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """What a network takes for one image.
+    """A network's counts for one image.
 
     Args:
         parameters: trained parameters.
@@ -86,7 +86,7 @@ def convolutions(
     num_classes: int = 1000,
     in_chans: int = 3,
 ) -> Iterator[ConvShape]:
-    """All convolutions of a network in order, the alike blocks of a stage together.
+    """All convolutions of a network in order, the equal blocks of a stage together.
 
     Args:
         variant: the network.

@@ -1,6 +1,6 @@
-"""Grid search of alpha, beta and gamma at equal work, as the paper's, with a scorer of one's own.
+"""Grid search of alpha, beta and gamma at equal work, as in the paper, with the user's scorer.
 
-Trials already in the CSV file are not run again: an interrupted search goes on where it stopped.
+Trials in the CSV file are not run again: an interrupted search continues where it stopped.
 """
 
 from __future__ import annotations
@@ -96,27 +96,28 @@ def grid_search(
     """Scores the network of every rule at `phi`.
 
     Args:
-        scorer: gets a randomly initialised `EfficientNet`, whose `variant` attribute says what it
-            is (its resolution, above all), and returns its score, larger is better. None takes the
+        scorer: takes a randomly initialised `EfficientNet` and returns its score, larger is better;
+            the network's `variant` has its resolution and size. None takes the
             built-in estimate of ImageNet top-1 in percent, for which nothing is built or trained.
             With more than one worker it must be picklable: a function of a module.
-        scorer_name: under which its trials are found again in the file; None means its qualified
+        scorer_name: the name of its trials in the file; None means its qualified
             name.
-        scalings: what is tried; None means `candidates()`.
+        scalings: the rules to try; None means `candidates()`.
         phi: the compound coefficient at which the networks are compared.
         csv: file to which each trial is appended as it ends, and whose trials are not repeated.
         workers: how many trials run side by side. With engine "process", 1 or None runs them in
             this process, and more share its threads among them; with "ray", None hands Ray all.
         engine: "process", or "ray" to let Ray place them (the package must be installed).
         seed: of the random weights, the same in every trial.
-        on_trial: called after each trial, also those that the file had already.
+        on_trial: called after each trial, also for those in the file.
 
     Returns:
         all trials, the best first.
 
     Raises:
         ValueError: an argument outside what is allowed, or a file that holds something else.
-        RuntimeError: the scorer failed or gave no finite number; what had ended is in the file.
+        RuntimeError: the scorer failed or returned no finite number; the file has the finished
+            trials.
         ImportError: engine "ray" without the package.
     """
     if workers is not None:

@@ -1,7 +1,7 @@
 """The time of a call, predicted from a network's table by a model fitted to this machine.
 
-The model is a sum of costs that a machine has: something for each block, for each multiply-add by
-kind of convolution, for each byte of activations carried and of weights read. The prices are fitted
+The model is a sum of prices: for each block, for each multiply-add by kind of convolution, for each
+byte of activations moved and of weights read. The prices are fitted
 to a handful of measured networks, none below 0, by least squares of relative errors in which those
 that lie far off count less. Each network is then predicted once by a fit without it: the errors of
 those predictions are reported.
@@ -114,10 +114,10 @@ class LatencyModel:
     """Predicts the time of a call under the conditions that were measured.
 
     Args:
-        conditions: what was measured; `plan` is the one that `predict` takes unless told.
+        conditions: those of the measurement; `predict` uses their `plan` unless it gets another.
         prices: by plan.
         samples: the measurements.
-        machine, versions, threads: where they were made.
+        machine, versions, threads: where the samples were measured.
     """
 
     conditions: Conditions
@@ -166,7 +166,7 @@ class LatencyModel:
             )
 
     def foreign(self) -> str | None:
-        """How what was measured differs from here and now; None where it does not."""
+        """How the measured machine differs from this one; None where it does not."""
         here = {"machine": _machine(self.conditions.device), **_versions()}
         there = {"machine": self.machine, **self.versions}
         if self.conditions.device == "cpu":
@@ -258,16 +258,16 @@ def calibrate(
 ) -> LatencyModel:
     """Measures networks on this machine, by every plan that can run, and fits the prices.
 
-    A network's time is the median of the quickest of its bursts: what others do on the machine can
-    only add to it. Takes about half a minute for one image a call.
+    A network's time is the median of the quickest of its bursts: other processes on the machine can
+    only add to it. Calibration takes about half a minute for one image per call.
 
     Args:
-        conditions: what is measured; its plan must be one of `BACKENDS`.
+        conditions: those to measure; the plan must be one of `BACKENDS`.
         networks: depth, width and resolution of each.
         on_burst: called after each of `bursts(conditions)` bursts, for a progress bar.
 
     Raises:
-        ValueError: a plan that cannot be measured, or a device that is not there.
+        ValueError: a plan that cannot be measured, or a missing device.
     """
     check_measurable(conditions)
     networks = list(networks)

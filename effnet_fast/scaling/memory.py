@@ -1,9 +1,9 @@
 """The memory that a network takes to run and to train, from its table, without building it.
 
-The steps of `memory_plans` are followed through the network, block by block, and the most that is
-alive at one time is the peak. Counted is what PyTorch's allocator hands out; the interpreter and
-the libraries are not, nor what the C library keeps beyond that (glibc's heap: up to a fifth more,
-unless MALLOC_MMAP_THRESHOLD_ makes it map large blocks), nor cuDNN's workspaces.
+The count follows the steps of `memory_plans` through the network, block by block; the peak is the
+most that is alive at one time. It counts the bytes that PyTorch's allocator hands out. It does not
+count the interpreter and the libraries, memory that the C library keeps (glibc's heap: up to a
+fifth more, unless MALLOC_MMAP_THRESHOLD_ makes it map large blocks), and cuDNN's workspaces.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def count_memory(
 ) -> Memory:
     """The memory of one forward pass, or of one training step.
 
-    Plans of "inference": "stock" is PyTorch, "fused" this package's kernels on the CPU, block by
-    block; by packed weights a network takes those beside it, and less for its activations. Plans of
-    "training": "stock" is PyTorch, "fused" and "fused_lean" what this version's CPU kernels do with
+    Plans of "inference": "stock" is PyTorch, "fused" is this package's kernels on the CPU, block by
+    block; packed weights come on top of that, and with them activations need less. Plans of
+    "training": "stock" is PyTorch, "fused" and "fused_lean" are this version's CPU kernels with
     memory="fast" and "lean"; "fast" and "lean" are the design, whose edges are fused as well: it
     normalises on load and saves x, z1, z2, z3 and vectors (lean: z1 is computed again). The images
     are channels_last, the gradients start as None, and the optimizer's step makes no temporary
@@ -73,7 +73,7 @@ def count_memory(
         mode, plan: one of `memory_plans.PLANS`.
         batch: number of images.
         dtype: of parameters, statistics and activations alike.
-        device: "cpu" adds what PyTorch's CPU kernels take beside their results.
+        device: "cpu" adds the scratch memory of PyTorch's CPU kernels.
         optimizer_tensors: tensors that the optimizer keeps for each parameter: 0 for plain SGD,
             1 with momentum, 2 for Adam.
 

@@ -1,8 +1,8 @@
 """Ideal traffic: the bytes that each way of running a network must carry to and from memory.
 
 A plan is a list of passes. A pass reads and writes whole activations, each once, however it tiles
-them; what it re-reads at the borders of tiles is not counted, nor what a cache saves between
-passes. Weights are read once a pass over the network, whatever the batch.
+them; second reads at the borders of tiles are not counted, and neither are savings by a cache
+between passes. Weights are read once per pass over the network, whatever the batch.
 
 The plans of a block, with x its input, e the expanded tensor before the depthwise convolution, d
 the one after it, and y its output:
@@ -185,7 +185,7 @@ def plans(mode: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one kind of pass carries in one stage.
+    """The bytes that one kind of pass moves in one stage.
 
     Args:
         stage: 0 for the stem, 1 to n for the stages of blocks, n + 1 for head and classifier.
@@ -211,7 +211,7 @@ def traffic(
     num_classes: int = 1000,
     in_chans: int = 3,
 ) -> list[Traffic]:
-    """The bytes of every pass of a plan, the alike blocks of a stage together.
+    """The bytes of every pass of a plan, the equal blocks of a stage together.
 
     Args:
         variant, resolution, num_classes, in_chans: as for `convolutions`.

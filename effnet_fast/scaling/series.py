@@ -31,7 +31,7 @@ class Row:
 
     Args:
         series: one of `SERIES`.
-        target_macs: what the series were to have in common; the network is the largest below.
+        target_macs: the common target of all series; the network is the largest below it.
         point: the network, with the series' own phi.
         counts: of one image.
         memory: under the conditions of the comparison.
@@ -70,7 +70,7 @@ def compare(
         on_burst: called after each burst of calls, as for `calibrate`.
 
     Raises:
-        ValueError: as `fit`, with the series that has no such network; conditions that cannot be
+        ValueError: as `fit`, naming the series that has no such network; conditions that cannot be
             measured here.
     """
     if targets is None:

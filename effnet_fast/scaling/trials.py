@@ -21,8 +21,8 @@ class Trial:
     """A scored network.
 
     Args:
-        scaling, phi: the rule and where on it the network lies.
-        scorer: name of what scored it.
+        scaling, phi: the rule, and the network's place on it.
+        scorer: name of the scorer.
         score: larger is better.
         parameters, macs: of the network, for one image.
         resolution: side of the images, pixels.
@@ -88,10 +88,10 @@ class TrialFile:
         try:
             header, *rows = list(csv.reader(whole.decode("utf-8").splitlines())) or [[]]
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{self.path} is no file of trials: {error}") from error
+            raise ValueError(f"{self.path} is not a file of trials: {error}") from error
         if tuple(header) != COLUMNS:
             raise ValueError(
-                f"{self.path} is no file of trials: its first line is not {','.join(COLUMNS)}"
+                f"{self.path} is not a file of trials: its first line is not {','.join(COLUMNS)}"
             )
         for number, row in enumerate(rows, 2):
             try:

@@ -18,7 +18,9 @@ from effnet_fast.pretrained import images, weights
 
 TEN_CLASSES = 10
 PROBABILITY_RTOL = 1e-3  # fused against stock in fp32, through a softmax
-NO_WEIGHTS_NOTE = "effnet-fast: no --weights: random ones are used, labels mean nothing\n"
+NO_WEIGHTS_NOTE = (
+    "effnet-fast: no --weights: the weights are random, and the classes mean nothing\n"
+)
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def test_grid_with_an_own_scorer(capsys, tmp_path, monkeypatch):
     for name, message in (
         ("my_scorer", "must be MODULE:FUNCTION"),
         ("my_scorer:other", "has no attribute 'other'"),
-        ("my_scorer:number", "is no function"),
+        ("my_scorer:number", "is not a function"),
         ("no_such_module:score", "No module named 'no_such_module'"),
     ):
         assert message in refused([*argv, "--scorer", name], capsys)

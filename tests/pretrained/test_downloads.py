@@ -217,7 +217,7 @@ def test_the_hash_behind_the_name_goes_before_that_in_it(host, tmp_path):
     ],
 )
 def test_refuses_urls_without_a_hash(tmp_path, name):
-    with pytest.raises(ValueError, match=r"allowed are URLs that tell the file's SHA-256"):
+    with pytest.raises(ValueError, match=r"allowed are URLs with the file's SHA-256"):
         downloads.fetch(f"http://127.0.0.1:1/{name}", tmp_path)
 
 

@@ -196,11 +196,11 @@ def test_damaged_files(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"line 2: .*{message}"):
         grid_search(scalings=RULES, csv=path)
     path.write_text("a photograph\n")
-    with pytest.raises(ValueError, match="no file of trials"):
+    with pytest.raises(ValueError, match="not a file of trials"):
         grid_search(scalings=RULES, csv=path)
     assert path.read_text() == "a photograph\n"
     path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match="no file of trials"):
+    with pytest.raises(ValueError, match="not a file of trials"):
         grid_search(scalings=RULES, csv=path)
 
 

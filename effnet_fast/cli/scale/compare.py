@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="AMOUNT",
         help="multiply-adds of one image to scale to (default: 1, 2, 4 and 8 times B0's)",
     )
-    parser.add_argument("--no-measure", action="store_true", help="counts alone, nothing is run")
+    parser.add_argument("--no-measure", action="store_true", help="print counts, run nothing")
     options.add_rule(parser)
     options.add_conditions(parser)
     plot.add_option(parser)

@@ -43,15 +43,15 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "fit",
         help="the largest network within a budget",
-        description="Finds the largest network of the scaling rule that passes no limit. " + WORDS,
+        description="Finds the largest network of the scaling rule within every limit. " + WORDS,
     )
     for name, kind, text in LIMITS:
         parser.add_argument(f"--{name}", type=kind, metavar="AMOUNT", help=text)
     parser.add_argument(
         "--max-batch",
         action="store_true",
-        help="find the largest batch that fits --memory, of the network that --model, --phi or "
-        "the other limits give",
+        help="find the largest batch that fits --memory, for the network of --model, --phi or "
+        "the other limits",
     )
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--model", choices=tuple(VARIANTS), help="with --max-batch: this network")
@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="for --latency: read the measurements from here, or measure and write them",
+        help="for --latency: read the measurements from this file, or measure and write them",
     )
     options.add_rule(parser)
     options.add_conditions(parser)

@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--scorer",
         metavar="MODULE:FUNCTION",
-        help="gets a network, returns its score, larger is better (default: an estimate of "
+        help="takes a network, returns its score, larger is better (default: an estimate of "
         "ImageNet top-1 from published accuracies)",
     )
     parser.add_argument("--phi", type=float, default=1.0)
@@ -40,14 +40,22 @@ def add_parser(subparsers: Any) -> None:
         help=f"how far the product may lie from 2 (default: {TOLERANCE})",
     )
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="keep trials here, and do not repeat those in it"
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="keep trials in this file, and do not repeat the ones in it",
     )
     parser.add_argument(
         "--workers",
         type=common.positive_int,
-        help="trials side by side (default: 1; over Ray: as many as it takes)",
+        help="trials that run at the same time (default: 1; over Ray: as many as Ray runs)",
     )
-    parser.add_argument("--engine", choices=ENGINES, default="process", help="ray: over Ray")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="process",
+        help="process, or ray to run trials over Ray",
+    )
     parser.add_argument("--top", type=common.positive_int, default=10, help="rows of the table")
     plot.add_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -96,7 +104,7 @@ def _import_scorer(name: str) -> Scorer:
     except (ImportError, AttributeError) as error:
         raise common.CommandError(f"--scorer {name}: {error}") from error
     if not callable(scorer):
-        raise common.CommandError(f"--scorer {name} is no function")
+        raise common.CommandError(f"--scorer {name} is not a function")
     return scorer
 
 

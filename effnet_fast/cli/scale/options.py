@@ -44,7 +44,7 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=common.positive_int, default=1, help="images per call")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument(
-        "--training", action="store_true", help="a training step, not a forward pass"
+        "--training", action="store_true", help="count a training step instead of a forward pass"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(

@@ -30,11 +30,11 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "table",
         help="counts of the published networks and of the rule's",
-        description="Counts of the published networks, and of the rule's nearest to each. "
+        description="Counts of the published networks, and of the rule's network nearest to each. "
         "Nothing is run. " + WORDS,
     )
     parser.add_argument(
-        "--phi", type=float, nargs="+", help="instead: the rule's networks at these"
+        "--phi", type=float, nargs="+", help="show the rule's networks at these phi instead"
     )
     options.add_rule(parser)
     parser.add_argument("--batch", type=common.positive_int, default=1, help="images per call")
