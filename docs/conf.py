@@ -11,7 +11,6 @@ html_title = f"effnet-fast {release}"
 
 myst_heading_anchors = 3
 default_role = "code"  # docstrings write code between single backticks
-napoleon_custom_sections = [("Shapes", "params_style"), ("Source", "notes_style")]
 autodoc_member_order = "groupwise"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"show-inheritance": False}

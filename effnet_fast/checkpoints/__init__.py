@@ -125,7 +125,7 @@ def open_checkpoint(
     Args:
         path_or_url: as for `load`.
         family: a key of FAMILIES, or "auto": the family in the file's metadata, else that of its
-            parameter names. timm's plain and tf_ networks have the same names; then the model's
+            parameter names. timm's plain and `tf_` networks have the same names; then the model's
             name decides ("tf_efficientnet_b0..."), as found in the file, in config.json beside
             it, or in the name of the file or its folders. Without any of these the network is
             assumed to be plain, and `Checkpoint.assumption` says so.

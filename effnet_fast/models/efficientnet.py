@@ -130,7 +130,7 @@ class EfficientNet(Backbone):
             path_or_url: as for `checkpoints.load`. The model keeps no hold on the file.
             family: "torchvision", "timm", "timm_tf", "lukemelas", "nvidia", or "auto": as the
                 file's metadata and names tell. What cannot be told from them, timm's plain from
-                its tf_ networks, is told from the name of the file or of the model in it; where
+                its `tf_` networks, is told from the name of the file or of the model in it; where
                 that says nothing, plain is assumed with a warning.
             variant: a published size or a `Variant`; None finds the published size by the shapes.
             num_classes: 0 leaves the classifier out; None means as many as the file has.

@@ -77,7 +77,7 @@ def test_json(tmp_path, state, capsys):
     ("family", "to", "output", "note"),
     [
         ("lukemelas", "timm_tf", "b.pth", None),
-        ("lukemelas", "torchvision", "b.pth", 'give family="lukemelas" with it'),
+        ("lukemelas", "torchvision", "b.pth", 'give family="lukemelas"'),
         ("nvidia", "torchvision", "b.safetensors", "bn_eps=0.001, which is not what torchvision"),
         ("torchvision", "timm", "b.pth", None),
     ],
