@@ -102,6 +102,7 @@ def test_the_table_covers_every_architecture() -> None:
     assert 0 < len(kernels) <= cuda_budgets.MAX_INSTANCES
 
 
+@pytest.mark.slow
 def test_a_planted_spill_is_caught(tmp_path: Path) -> None:
     instances = planted(SPILLS, tmp_path)
     (at,) = instances

@@ -96,6 +96,7 @@ def instructions(library: Path) -> Iterator[tuple[str, str]]:
                 yield function, line.split("\t", 1)[1].strip()
 
 
+@pytest.mark.slow
 def test_the_extension_uses_vectors_only_where_it_may() -> None:
     """As linked: VEX-encoded code only in the namespaces of AVX2 and newer, zmm in AVX-512's."""
     library = Path(native.load().__file__)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import tiers
 from effnet_fast.ops.cuda import dwconv_bn_silu as depthwise
 from effnet_fast.ops.cuda import squeeze_excite as excitation
 from effnet_fast.ops.cuda.launching import Bn
@@ -29,7 +30,10 @@ from tolerances import assert_no_worse_than
 EPS = 1e-3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ANY_BACKEND = pytest.mark.parametrize("backend", CUDA_BACKENDS)
-ANY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ANY_DTYPE = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(dtype, id=str(dtype), marks=tiers.marks("simt", dtype)) for dtype in DTYPES],
+)
 # n, c, h, w, k, stride, padding (left, right, top, bottom), r
 SHAPES = {
     "k3": (3, 24, 9, 8, 3, 1, (1, 1, 1, 1), 5),

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+import tiers
 from cases import DWCONV_CASES, DwconvCase, find
 from effnet_fast.backends import native
 from effnet_fast.ops.cuda import tiles
@@ -35,9 +36,9 @@ WITH_TABLE_TILES = pytest.mark.usefixtures("table_tiles")
 WIDTHS = (7, 8, 11, 14, 16, 19, 24, 28, 38, 48, 56, 75, 112, 130)
 
 
-@ANY_RUN
+@runs(names=CUDA_NAMES)
 @WITH_TABLE_TILES
-@pytest.mark.parametrize("c", [24, 64])
+@pytest.mark.parametrize("c", [pytest.param(24, marks=pytest.mark.slow), *tiers.some([64], [])])
 @pytest.mark.parametrize(("k", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_tile(width: int, k: int, stride: int, c: int, dtypes: Dtypes, backend: str) -> None:

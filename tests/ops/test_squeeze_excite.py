@@ -116,24 +116,26 @@ def test_range(offset: float, scale: float, dtypes: Dtypes, backend: str) -> Non
     check(call.with_tensors(x=call.x * scale + offset), backend)
 
 
-def spoil(tensor: Tensor, value: float) -> Tensor:
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
+
+
+def spoil(tensor: Tensor) -> Tensor:
+    """A copy with a number of each kind in an image of its own; the last image stays as it is."""
     tensor = tensor.clone()
-    tensor[0, 1, 3, 4] = value
-    tensor[-1, -1, 0, 0] = value
+    for image, value in zip(tensor, NOT_FINITE, strict=False):
+        image[1, 3, 4] = image[-1, 0, 0] = value
     return tensor
 
 
 @ANY_RUN
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_nan_and_inf(value: float, dtypes: Dtypes, backend: str) -> None:
+def test_nan_and_inf(dtypes: Dtypes, backend: str) -> None:
     """In x and in grad_y: they appear in the image whose gate they reach, as with stock."""
-    call = squeeze_excite_call(case("c_odd"), dtypes)
-    actual = check(call.with_tensors(x=spoil(call.x, value)), backend)
-    assert not actual["y"][0].isfinite().all()
-    assert actual["y"][1].isfinite().all()
-    check(call, backend, grad_y=spoil(torch.ones_like(call.x), value))
+    call = squeeze_excite_call(SqueezeExciteCase("four_images", 4, 37, 7, 9, 9), dtypes)
+    actual = check(call.with_tensors(x=spoil(call.x)), backend)
+    assert [image.isfinite().all().item() for image in actual["y"]] == [False] * 3 + [True]
+    check(call, backend, grad_y=spoil(torch.ones_like(call.x)))
     bias = call.tensors["expand_bias"].clone()
-    bias[0] = value
+    bias[:3] = torch.tensor(NOT_FINITE)
     check(call.with_tensors(expand_bias=bias), backend)
 
 

@@ -11,7 +11,7 @@ _ALWAYS = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture],
 }
 FEW = settings(max_examples=8, derandomize=True, **_ALWAYS)
-MANY = settings(max_examples=300, print_blob=True, **_ALWAYS)
+MANY = settings(max_examples=200, print_blob=True, **_ALWAYS)
 # For a test that decorates a function of its own: `@draws @given(...) def examine(...)`.
 DRAWS = pytest.mark.parametrize(
     "draws",
