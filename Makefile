@@ -37,7 +37,8 @@ test: $(VENV)/.test qemu
 test-all: $(VENV)/.test qemu docs
 	$(RUN_TESTS) -m "exhaustive and not gpu" $(PYTEST_ARGS)
 
-# Every contest on the CPU, its peers installed; hours. BENCH_ARGS=--quick takes three minutes.
+# Each op, block and network once, its peers installed: about ten minutes on two cores.
+# BENCH_ARGS=--full holds every contest, which takes hours.
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --record $(BENCH_ARGS)
 

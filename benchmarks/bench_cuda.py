@@ -11,7 +11,7 @@ from benchmarks import cuda_contests as cuda
 from benchmarks import op_contests as ops
 from benchmarks import pass_contests as passes
 from benchmarks.contest import OURS
-from benchmarks.params import quick_if, require
+from benchmarks.params import full_unless, require
 from cases import DwconvCase, SqueezeExciteCase, dwconv_of, squeeze_excite_of
 
 pytestmark = pytest.mark.gpu
@@ -19,8 +19,8 @@ VARIANTS = ("b0", "b4", "b7")
 BATCH = 64
 DWCONV = [case for variant in VARIANTS for case in dwconv_of(variant, batch=BATCH)]
 EXCITE = [case for variant in VARIANTS for case in squeeze_excite_of(variant, batch=BATCH)]
-QUICK = ("b0_c240_28_k5_s1",)
-QUICK_EXCITE = ("b0_c240_28_r10",)
+SHOWN = ("b0_c240_28_k5_s1",)
+SHOWN_EXCITE = ("b0_c240_28_r10",)
 ANY_DTYPE = pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.full)])
 COMPILED = pytest.param(ops.COMPILED, marks=pytest.mark.full)
 
@@ -36,14 +36,14 @@ def device() -> str:
     "contestant", [OURS, ops.STOCK, cuda.NATIVE, COMPILED, ops.CONV, cuda.CONV_NATIVE]
 )
 @ANY_DTYPE
-@pytest.mark.parametrize("case", quick_if(QUICK, DWCONV))
+@pytest.mark.parametrize("case", full_unless(SHOWN, DWCONV))
 def test_dwconv(enter, case: DwconvCase, dtype: str, device: str, contestant: str) -> None:
     enter(contestant, cuda.dwconv, case, "inference", dtype, device)
 
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, cuda.NATIVE, COMPILED])
 @ANY_DTYPE
-@pytest.mark.parametrize("case", quick_if(QUICK, DWCONV))
+@pytest.mark.parametrize("case", full_unless(SHOWN, DWCONV))
 def test_dwconv_step(enter, case: DwconvCase, dtype: str, device: str, contestant: str) -> None:
     """Forward and backward in training."""
     enter(contestant, cuda.dwconv, case, "training", dtype, device)
@@ -51,14 +51,14 @@ def test_dwconv_step(enter, case: DwconvCase, dtype: str, device: str, contestan
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, cuda.NATIVE, COMPILED])
 @ANY_DTYPE
-@pytest.mark.parametrize("case", quick_if(QUICK, DWCONV))
+@pytest.mark.parametrize("case", full_unless(SHOWN, DWCONV))
 def test_dwconv_backward(enter, case: DwconvCase, dtype: str, device: str, contestant: str) -> None:
     enter(contestant, cuda.dwconv_backward, case, "training", dtype, device)
 
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, cuda.NATIVE, COMPILED])
 @ANY_DTYPE
-@pytest.mark.parametrize("case", quick_if(QUICK_EXCITE, EXCITE))
+@pytest.mark.parametrize("case", full_unless(SHOWN_EXCITE, EXCITE))
 def test_squeeze_excite(
     enter, case: SqueezeExciteCase, dtype: str, device: str, contestant: str
 ) -> None:
@@ -67,7 +67,7 @@ def test_squeeze_excite(
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, cuda.NATIVE, COMPILED])
 @ANY_DTYPE
-@pytest.mark.parametrize("case", quick_if(QUICK_EXCITE, EXCITE))
+@pytest.mark.parametrize("case", full_unless(SHOWN_EXCITE, EXCITE))
 def test_squeeze_excite_backward(
     enter, case: SqueezeExciteCase, dtype: str, device: str, contestant: str
 ) -> None:
@@ -77,7 +77,7 @@ def test_squeeze_excite_backward(
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK])
 @ANY_DTYPE
 @pytest.mark.parametrize("what", ["squeeze", "finish", "bn_sums"])
-@pytest.mark.parametrize("case", quick_if(QUICK_EXCITE, EXCITE))
+@pytest.mark.parametrize("case", full_unless(SHOWN_EXCITE, EXCITE))
 def test_pass(
     enter, case: SqueezeExciteCase, what: str, dtype: str, device: str, contestant: str
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import network_contests as networks
 from benchmarks.contest import OURS, Contest
-from benchmarks.params import quick_if
+from benchmarks.params import full_unless
 
 CONTESTANTS = (OURS, "torch_channels_last")
 BATCHES = [networks.Case("b0", batch) for batch in (1, 2, 4, 8, 16, 32, 64)]
@@ -24,18 +24,18 @@ def _contest(series: str, case: networks.Case, device: str) -> Contest:
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("case", quick_if([], BATCHES, key="id"))
+@pytest.mark.parametrize("case", full_unless([], BATCHES, key="id"))
 def test_batch(enter, case: networks.Case, device: str, contestant: str) -> None:
     enter(contestant, _contest, "batch", case, device)
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("case", quick_if([], SIDES, key="id"))
+@pytest.mark.parametrize("case", full_unless([], SIDES, key="id"))
 def test_resolution(enter, case: networks.Case, device: str, contestant: str) -> None:
     enter(contestant, _contest, "resolution", case, device)
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("case", quick_if([], PHIS, key="id"))
+@pytest.mark.parametrize("case", full_unless([], PHIS, key="id"))
 def test_phi(enter, case: networks.Case, device: str, contestant: str) -> None:
     enter(contestant, _contest, "phi", case, device)

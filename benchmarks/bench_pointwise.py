@@ -9,20 +9,16 @@ import pytest
 
 from benchmarks import op_contests as ops
 from benchmarks.contest import OURS
-from benchmarks.params import DTYPES, quick_if
+from benchmarks.params import DTYPES, full_unless
 from cases import PointwiseCase, pointwise_of
 
 COMPILED = pytest.param(ops.COMPILED, marks=pytest.mark.full)
 CASES = [*pointwise_of("b0", batch=1), *pointwise_of("b7", batch=1)]
-QUICK = (
-    "b0_expand_c16_96_112",
-    "b0_project_c672_112_14_residual",
-    "b0_project_c1152_192_7_residual",
-)
+SHOWN = ("b0_project_c672_112_14_residual",)
 
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, COMPILED, ops.CONV])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", quick_if(QUICK, CASES))
+@pytest.mark.parametrize("case", full_unless(SHOWN, CASES))
 def test_inference(enter, case: PointwiseCase, dtype: str, device: str, contestant: str) -> None:
     enter(contestant, ops.pointwise, case, "inference", dtype, device)

@@ -9,17 +9,17 @@ import pytest
 
 from benchmarks import op_contests as ops
 from benchmarks.contest import OURS
-from benchmarks.params import DTYPES, quick_if
+from benchmarks.params import DTYPES, full_unless
 from cases import SqueezeExciteCase, squeeze_excite_of
 
 COMPILED = pytest.param(ops.COMPILED, marks=pytest.mark.full)
 CASES = [*squeeze_excite_of("b0", batch=1), *squeeze_excite_of("b7", batch=1)]
-QUICK = ("b0_c96_56_r4", "b0_c1152_7_r48")
+SHOWN = ("b0_c96_56_r4",)
 
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, COMPILED])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", quick_if(QUICK, CASES))
+@pytest.mark.parametrize("case", full_unless(SHOWN, CASES))
 def test_inference(
     enter, case: SqueezeExciteCase, dtype: str, device: str, contestant: str
 ) -> None:
@@ -28,6 +28,6 @@ def test_inference(
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, COMPILED])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", quick_if(QUICK[:1], CASES))
+@pytest.mark.parametrize("case", full_unless(SHOWN, CASES))
 def test_training(enter, case: SqueezeExciteCase, dtype: str, device: str, contestant: str) -> None:
     enter(contestant, ops.squeeze_excite, case, "training", dtype, device)

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import op_contests as ops
 from benchmarks.contest import OURS
-from benchmarks.params import DTYPES, quick_if
+from benchmarks.params import DTYPES, full_unless
 from cases import StemCase, stem_of
 
 COMPILED = pytest.param(ops.COMPILED, marks=pytest.mark.full)
@@ -18,13 +18,13 @@ VARIANTS = ("b0", "b4", "b7")
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, COMPILED, ops.CONV])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", quick_if(("b0_stem",), [stem_of(v) for v in VARIANTS]))
+@pytest.mark.parametrize("case", full_unless(("b0_stem",), [stem_of(v) for v in VARIANTS]))
 def test_inference(enter, case: StemCase, dtype: str, device: str, contestant: str) -> None:
     enter(contestant, ops.stem, case, "inference", dtype, device)
 
 
 @pytest.mark.parametrize("contestant", [OURS, ops.STOCK, COMPILED])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", quick_if(("b0_stem",), [stem_of(v, 8) for v in VARIANTS]))
+@pytest.mark.parametrize("case", full_unless(("b0_stem",), [stem_of(v, 8) for v in VARIANTS]))
 def test_training(enter, case: StemCase, dtype: str, device: str, contestant: str) -> None:
     enter(contestant, ops.stem, case, "training", dtype, device)

@@ -1,8 +1,8 @@
 """Options and fixtures of every benchmark: which contests are held, and how.
 
-pytest benchmarks --benchmark-only            every contest on the CPU
-pytest benchmarks --benchmark-only -m gpu     every contest on the GPU
-    --quick     a few shapes, no compiled peers, short bursts: three minutes on two cores
+pytest benchmarks --benchmark-only            each op, block and network once, on the CPU
+pytest benchmarks --benchmark-only -m gpu     the same on the GPU
+    --full      every contest and the compiled peers: hours
     --record    append what is found to benchmarks/results/<machine>.csv (or under --results)
 """
 
@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import effnet_fast
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
-from benchmarks import limits, records
+from benchmarks import limits, records, table
 from benchmarks.contest import CLOCK, Contest, Outcome, Standing, hold
 from benchmarks.params import require
 
@@ -27,7 +29,7 @@ CONTESTANT = "contestant"  # the parameter of a test that is not part of its con
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("effnet-fast benchmarks")
-    group.addoption("--quick", action="store_true", help="a few shapes and short bursts")
+    group.addoption("--full", action="store_true", help="every contest, and the compiled peers")
     group.addoption("--rounds", type=int, help="bursts of each contestant")
     group.addoption("--commit", help="what to record as the commit (default: git's)")
     group.addoption("--record", action="store_true", help="append the results to a CSV file")
@@ -35,7 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Finds out before hours of timing whether the results can be written."""
+    """Finds out before hours of timing whether the results can be written.
+
+    The table of this package replaces pytest-benchmark's own, which -v shows.
+    """
+    config.option.benchmark_quiet = True
+    config.stash[HELD] = Held()
     if config.getoption("--record"):
         try:
             records.prepare(config.getoption("--results"))
@@ -43,12 +50,17 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--results: {error}") from error
 
 
+def pytest_report_header() -> str:
+    """Which copy of the package is measured: an installed one before a tree without kernels."""
+    return f"effnet-fast: {effnet_fast.__version__} in {effnet_fast.__path__[0]}"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Gives contests the clock that replays samples; --quick leaves out what is marked full."""
+    """Gives contests the clock that replays samples; what is marked full is left to --full."""
     for item in items:
         if CONTESTANT in _parameters(item):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-    if config.getoption("--quick"):
+    if not config.getoption("--full"):
         out = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
@@ -65,11 +77,31 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@dataclass
+class Held:
+    """What the contests of a run found, and who did not take part."""
+
+    rows: list[records.Row] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+HELD = pytest.StashKey[Held]()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Prints the table."""
+    held = config.stash[HELD]
+    if held.rows:
+        terminalreporter.section("effnet-fast beside its peers")
+        for line in table.lines(held.rows, held.absent, config.getoption("--full")):
+            terminalreporter.write_line(line)
+
+
 class Arena:
     """Holds each contest once, for all of its contestants' tests."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._quick = config.getoption("--quick")
+        self._held = config.stash[HELD]
         self._rounds = config.getoption("--rounds")
         self._commit = config.getoption("--commit")
         self._record = config.getoption("--record")
@@ -90,9 +122,11 @@ class Arena:
         return found
 
     def _hold(self, contest: Contest, names: list[str]) -> Outcome:
-        outcome = hold(contest, names, quick=self._quick, rounds=self._rounds)
+        outcome = hold(contest, names, self._rounds)
+        rows = records.rows_of(outcome, _limits(contest), self._commit)
+        self._held.rows += rows
+        self._held.absent |= outcome.absent
         if self._record:
-            rows = records.rows_of(outcome, _limits(contest), self._commit)
             records.append(rows, self._results)
         return outcome
 

@@ -46,6 +46,8 @@ class Contest:
         keeps_memory: contestants of which it does not, since they keep what they take.
         engines: whether contestants have threads of their own, which spin on after a call: bursts
             then discard calls for longer.
+        rounds: bursts of each contestant, where calls take seconds.
+        clock: takes the place of the CPU's clock, as `timing.measure` has it.
     """
 
     what: str
@@ -61,6 +63,8 @@ class Contest:
     measure_memory: bool = True
     keeps_memory: frozenset[str] = frozenset()
     engines: bool = False
+    rounds: int | None = None
+    clock: timing.CallFor | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -103,18 +107,10 @@ class Pace:
     burst_s: float
 
 
-# By whether the run is to be quick, and whether contestants are engines.
-PACES = {
-    (False, False): Pace(12, 0.03, 0.07),
-    (False, True): Pace(5, 0.2, 0.4),
-    (True, False): Pace(8, 0.02, 0.04),
-    (True, True): Pace(3, 0.2, 0.4),
-}
+PACES = {False: Pace(12, 0.03, 0.07), True: Pace(5, 0.2, 0.4)}  # by whether they are engines
 
 
-def hold(
-    contest: Contest, names: list[str], *, quick: bool = False, rounds: int | None = None
-) -> Outcome:
+def hold(contest: Contest, names: list[str], rounds: int | None = None) -> Outcome:
     """Checks, builds and times the contestants of these names.
 
     One that runs out of memory is absent.
@@ -122,8 +118,7 @@ def hold(
     Args:
         contest: what is held.
         names: who takes part.
-        quick: fewer bursts.
-        rounds: so many bursts of each contestant instead.
+        rounds: bursts of each contestant; None means the contest's own number.
 
     Raises:
         AssertionError: this package computes something else than it should; nothing is timed.
@@ -150,13 +145,13 @@ def hold(
             absent[name] = "out of memory"
     if not ready:
         return Outcome(contest, {}, absent)
-    pace = PACES[quick, contest.engines]
+    pace = PACES[contest.engines]
     times = timing.measure(
         ready,
-        rounds=rounds or pace.rounds,
+        rounds=rounds or contest.rounds or pace.rounds,
         discard_s=pace.discard_s,
         burst_s=pace.burst_s,
-        call_for=device_clock.call_for if contest.device == "cuda" else None,
+        call_for=device_clock.call_for if contest.device == "cuda" else contest.clock,
     )
     peers = [n for n in times if not n.startswith(OURS) and n not in contest.yardsticks]
     best = min(peers, key=lambda n: times[n].median, default=None)

@@ -60,6 +60,8 @@ def _bars(
         if row.what == "network" and value(row) is not None:
             name = f"{row.case.replace('_', ' at ')}, batch {row.batch}, {row.dtype}, {row.mode}"
             groups.setdefault(name, []).append(row)
+    # Peers alone would say nothing of this package.
+    groups = {n: g for n, g in groups.items() if any(r.contestant.startswith(OURS) for r in g)}
     if not groups:
         return None
     columns = 2

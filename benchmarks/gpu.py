@@ -81,7 +81,15 @@ def _workers() -> tuple[str, ...]:
 
 
 def _bench(part: str, name: str, share: float, select: str, file: str = "") -> Step:
-    options = ("--benchmark-only", "--record", "--results", "{out}", "--commit", "{commit}")
+    options = (
+        "--benchmark-only",
+        "--full",
+        "--record",
+        "--results",
+        "{out}",
+        "--commit",
+        "{commit}",
+    )
     file = file or ("network" if part in ("networks", COMPILED) else name)
     return _pytest(
         *(part, name, share, f"benchmarks/bench_{file}.py"),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from benchmarks import work
 from benchmarks.contest import OURS, Contest, UnavailableError
 from benchmarks.params import require
-from benchmarks.peers import PEERS, Peer, Runner, Setup, network_step
+from benchmarks.peers import PEERS, Peer
+from benchmarks.setups import Runner, Setup, network_step
 from effnet_fast.cli.bench import calibrate, random_images
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
 from effnet_fast.scaling import CompoundScaling
@@ -66,7 +67,14 @@ CASES = {
     ),
     ("training", "cuda"): (Case("b0", 256), Case("b4", 64), Case("b7", 16)),
 }
-QUICK = (Case("b0", 1), SMALL)  # in fp32
+# What is held without --full: with every peer that does not compile, and with these alone.
+SHOWN = {("inference", Case("b0", 1), "fp32")}
+SHOWN_IN_BRIEF = {
+    *(("inference", Case("b0", 1), "bf16"), ("inference", Case("b0", 8), "fp32")),
+    *(("inference", Case("b4", 1), "fp32"), ("inference", Case("b7", 1), "fp32")),
+    ("training", Case("b0", 8), "fp32"),
+}
+BRIEF = (OURS, f"{OURS}_deploy", "torch_channels_last", "torchvision", "onnxruntime", "openvino")
 DTYPES_ON = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 
 
@@ -79,13 +87,21 @@ def entries(mode: str) -> list[pytest.param]:
                 for peer in PEERS:
                     if _takes_part(peer, mode, device, dtype):
                         marks = [pytest.mark.gpu] if device == "cuda" else []
-                        if peer.compiles or dtype != "fp32" or case not in QUICK:
+                        if not _is_shown(peer, mode, case, dtype):
                             marks.append(pytest.mark.full)
                         name = f"{device}-{case.id}-{dtype}-{peer.name}"
                         found.append(
                             pytest.param(case, dtype, device, peer.name, id=name, marks=marks)
                         )
     return found
+
+
+def _is_shown(peer: Peer, mode: str, case: Case, dtype: str) -> bool:
+    """Whether the contestant takes part without --full."""
+    contest = (mode, case, dtype)
+    return not peer.compiles and (
+        contest in SHOWN or (contest in SHOWN_IN_BRIEF and peer.name in BRIEF)
+    )
 
 
 def _takes_part(peer: Peer, mode: str, device: str, dtype: str) -> bool:
@@ -121,7 +137,7 @@ def contest(
         check=lambda: check(setup),
         work=work.network(case.variant, case.resolution, case.batch, mode, dtype),
         engines=True,
-        keeps_memory=frozenset(p.name for p in peers if p.hides_memory(mode, device)),
+        keeps_memory=frozenset(p.name for p in peers if p.keeps_memory),
     )
 
 

@@ -18,11 +18,11 @@ def require(device: str) -> None:
         pytest.skip("there is no CUDA device")
 
 
-def quick_if(names: Iterable[str], cases: Iterable[Any], key: str = "name") -> list[Any]:
-    """Distinct cases as parameters, of which --quick leaves out all but those of these names.
+def full_unless(names: Iterable[str], cases: Iterable[Any], key: str = "name") -> list[Any]:
+    """Distinct cases as parameters; all but those of these names are left to --full.
 
     Args:
-        names: the names that stay.
+        names: the names that every run holds.
         cases: what the parameters are of.
         key: the attribute that is a case's name.
 

@@ -9,50 +9,22 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from benchmarks import engines
 from benchmarks.contest import OURS, UnavailableError
-from benchmarks.limits import DTYPES
+from benchmarks.setups import Runner, Setup, cast, network_step
 from effnet_fast import checkpoints, deploy, use_backend
-from effnet_fast.models import Variant
 
 INFERENCE, TRAINING = ("inference",), ("training",)
 BOTH = INFERENCE + TRAINING
 LOW = ("bf16", "fp16")
 ANY = ("fp32", *LOW)
-Runner = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a peer is given.
-
-    Args:
-        variant: the network.
-        model: effnet_fast's module tree with stock's forward (backend "reference"), fp32, in
-            channels_last, on the device and in the mode of the contest.
-        x: images [N,3,H,W], fp32, channels_last, on the device.
-        dtype, device, mode: of the contest.
-    """
-
-    variant: Variant
-    model: nn.Module
-    x: Tensor
-    dtype: str
-    device: str
-    mode: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -64,10 +36,9 @@ class Peer:
         build: makes the runner.
         dtypes, modes, devices: what it is for.
         requires: modules without which it cannot run.
-        compiles: whether building takes long, so that --quick leaves it out.
+        compiles: whether building takes long, so that it is left to --full.
         same_numbers: whether it computes what stock does; lukemelas pads otherwise.
         keeps_memory: whether PyTorch's allocator cannot tell what a call needs at its peak.
-        plans: whether that is so of its inference on a CPU, which goes by packed weights.
     """
 
     name: str
@@ -79,11 +50,10 @@ class Peer:
     compiles: bool = False
     same_numbers: bool = True
     keeps_memory: bool = False
-    plans: bool = False
 
-    def hides_memory(self, mode: str, device: str) -> bool:
-        """Whether peak memory cannot be told there."""
-        return self.keeps_memory or (self.plans and (mode, device) == ("inference", "cpu"))
+    def missing(self) -> list[str]:
+        """The modules without which it cannot run here."""
+        return [name for name in self.requires if importlib.util.find_spec(name) is None]
 
     def runner(self, setup: Setup) -> Runner:
         """The function that runs the network once and returns the logits or the loss.
@@ -91,9 +61,8 @@ class Peer:
         Raises:
             UnavailableError: it cannot, with the reason.
         """
-        for module in self.requires:
-            if importlib.util.find_spec(module) is None:
-                raise UnavailableError(f"{module} is not installed")
+        if missing := self.missing():
+            raise UnavailableError(f"{', '.join(missing)} is not installed")
         try:
             return self.build(setup)
         except UnavailableError:
@@ -103,35 +72,8 @@ class Peer:
             raise UnavailableError(f"{type(error).__name__}: {' '.join(first)[:200]}") from error
 
 
-def network_step(model: nn.Module, x: Tensor, mode: str, amp: torch.dtype | None = None) -> Runner:
-    """One inference, or one forward and backward of a cross entropy; with autocast to `amp`."""
-    labels = torch.arange(len(x), device=x.device) % 1000
-
-    def context() -> Any:
-        return torch.autocast(x.device.type, amp, enabled=amp is not None)
-
-    def infer() -> Tensor:
-        with torch.inference_mode(), context():
-            return model(x)
-
-    def train() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        with context():
-            loss = F.cross_entropy(model(x).float(), labels)
-        loss.backward()
-        return loss.detach()
-
-    return infer if mode == "inference" else train
-
-
-def _cast(setup: Setup) -> tuple[nn.Module, Tensor]:
-    """Model and input in the contest's dtype, copies."""
-    model = copy.deepcopy(setup.model).to(setup.torch_dtype)
-    return model, setup.x.to(setup.torch_dtype)
-
-
 def _eager(setup: Setup) -> Runner:
-    return network_step(*_cast(setup), setup.mode)
+    return network_step(*cast(setup), setup.mode)
 
 
 class _Contiguous(nn.Module):
@@ -158,7 +100,7 @@ def _amp(setup: Setup) -> Runner:
 
 
 def _ours(setup: Setup) -> Runner:
-    model, x = _cast(setup)
+    model, x = cast(setup)
     model.backend = "auto"
     return network_step(model, x, setup.mode)
 
@@ -178,7 +120,7 @@ def _deployed(setup: Setup) -> Runner:
 
 def _compile(**options: Any) -> Callable[[Setup], Runner]:
     def build(setup: Setup) -> Runner:
-        model, x = _cast(setup)
+        model, x = cast(setup)
         run = network_step(torch.compile(model, **options), x, setup.mode)
         run()
         return run
@@ -256,108 +198,13 @@ def _norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def export_onnx(setup: Setup, folder: Path) -> Path:
-    """Stock's network as an ONNX file for inputs of the contest's shape."""
-    path = folder / "network.onnx"
-    model = copy.deepcopy(setup.model).cpu().to(memory_format=torch.contiguous_format)
-    torch.onnx.export(model, (setup.x.cpu().contiguous(),), path, dynamo=True, verbose=False)
-    return path
-
-
-def _onnxruntime(setup: Setup) -> Runner:
-    import numpy
-    import onnxruntime
-
-    providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-    provider = providers[setup.device]
-    if provider not in onnxruntime.get_available_providers():
-        raise UnavailableError(f"this onnxruntime has no {provider}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(setup, Path(folder))
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    # Bound to where the other contestants have their images: no copies from the host.
-    binding, x = session.io_binding(), setup.x.contiguous()
-    y = torch.empty(len(x), 1000, device=setup.device)
-    for bind, node, tensor in (
-        (binding.bind_input, session.get_inputs()[0], x),
-        (binding.bind_output, session.get_outputs()[0], y),
-    ):
-        shape, address = tuple(tensor.shape), tensor.data_ptr()
-        bind(node.name, setup.device, 0, numpy.float32, shape, address)
-
-    def run(kept: Tensor = x) -> Tensor:  # the binding knows the input's address alone
-        session.run_with_iobinding(binding)
-        return y
-
-    return run
-
-
-def _openvino(setup: Setup) -> Runner:
-    import openvino
-
-    precision = {"fp32": "f32", "bf16": "bf16"}[setup.dtype]
-    core = openvino.Core()
-    options = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        model = core.read_model(export_onnx(setup, Path(folder)))
-        compiled = core.compile_model(model, "CPU", options)
-    request, x = compiled.create_infer_request(), setup.x.contiguous().numpy()
-    return lambda: torch.from_numpy(request.infer([x], share_inputs=True)[0])
-
-
-def _jax(setup: Setup) -> Runner:
-    from benchmarks.peers_jax import runner
-
-    return runner(setup.model, setup.x, setup.dtype, setup.device)
-
-
-def _torch_tensorrt(setup: Setup) -> Runner:
-    import torch_tensorrt
-
-    model, x = _cast(setup)
-    program = torch.export.export(model, (x,))
-    compiled = torch_tensorrt.dynamo.compile(program, [x], enabled_precisions={x.dtype})
-    return network_step(compiled, x, setup.mode)
-
-
-def _tensorrt(setup: Setup) -> Runner:
-    import tensorrt
-
-    logger = tensorrt.Logger(tensorrt.Logger.ERROR)
-    builder = tensorrt.Builder(logger)
-    network, config = builder.create_network(0), builder.create_builder_config()
-    flags = {"bf16": tensorrt.BuilderFlag.BF16, "fp16": tensorrt.BuilderFlag.FP16}
-    if setup.dtype in flags:
-        config.set_flag(flags[setup.dtype])
-    with tempfile.TemporaryDirectory() as folder:
-        tensorrt.OnnxParser(network, logger).parse_from_file(str(export_onnx(setup, Path(folder))))
-    plan = builder.build_serialized_network(network, config)
-    engine = tensorrt.Runtime(logger).deserialize_cuda_engine(plan)
-    context, x = engine.create_execution_context(), setup.x.contiguous()
-    y = torch.empty(len(x), 1000, device="cuda")
-    for index, tensor in enumerate((x, y)):
-        context.set_tensor_address(engine.get_tensor_name(index), tensor.data_ptr())
-
-    def run(kept: tuple[object, ...] = (x, engine)) -> Tensor:  # the context has addresses alone
-        context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
-        return y
-
-    return run
-
-
 CPU, CUDA = ("cpu",), ("cuda",)
 _autotune = _compile(mode="max-autotune")
 _compiled_graphs = _compile(mode="reduce-overhead")
 ONNX = "onnxscript"  # what torch.onnx.export needs
 PEERS = (
-    Peer(OURS, _ours, ANY, BOTH, plans=True),
-    Peer(f"{OURS}_amp", _ours_amp, LOW, BOTH, plans=True),
+    Peer(OURS, _ours, ANY, BOTH),
+    Peer(f"{OURS}_amp", _ours_amp, LOW, BOTH),
     Peer(f"{OURS}_deploy", _deployed, ANY, keeps_memory=True),
     Peer(f"{OURS}_graph", _cuda_graph(_ours), ANY, BOTH, CUDA, keeps_memory=True),
     Peer("torch_contiguous", _contiguous, modes=BOTH),
@@ -379,21 +226,21 @@ PEERS = (
         requires=("efficientnet_pytorch",),
         same_numbers=False,
     ),
-    Peer("onnxruntime", _onnxruntime, requires=("onnxruntime", ONNX), keeps_memory=True),
+    Peer("onnxruntime", engines.onnxruntime, requires=("onnxruntime", ONNX), keeps_memory=True),
     Peer(
-        *("openvino", _openvino, ("fp32", "bf16")),
+        *("openvino", engines.openvino, ("fp32", "bf16")),
         devices=CPU,
         requires=("openvino", ONNX),
         keeps_memory=True,
     ),
-    Peer("jax", _jax, ANY, requires=("jax",), compiles=True, keeps_memory=True),
+    Peer("jax", engines.jax, ANY, requires=("jax",), compiles=True, keeps_memory=True),
     Peer(
-        *("tensorrt", _tensorrt, ANY, INFERENCE, CUDA, ("tensorrt", ONNX)),
+        *("tensorrt", engines.tensorrt, ANY, INFERENCE, CUDA, ("tensorrt", ONNX)),
         compiles=True,
         keeps_memory=True,
     ),
     Peer(
-        *("torch_tensorrt", _torch_tensorrt, ANY, INFERENCE, CUDA, ("torch_tensorrt",)),
+        *("torch_tensorrt", engines.torch_tensorrt, ANY, INFERENCE, CUDA, ("torch_tensorrt",)),
         compiles=True,
         keeps_memory=True,
     ),

@@ -91,10 +91,10 @@ def summary(rows: Sequence[Row]) -> str:
                     mode,
                     str(own.batch),
                     own.dtype,
-                    _figure(own.p50_ms),
-                    _figure(stock.p50_ms) if stock else "",
+                    figure(own.p50_ms),
+                    figure(stock.p50_ms) if stock else "",
                     f"{own.p50_ms / stock.p50_ms:.2f}" if stock else "",
-                    f"{_figure(peer.p50_ms)} ({_contestant(peer)})",
+                    f"{figure(peer.p50_ms)} ({_contestant(peer)})",
                     f"{own.p50_ms / peer.p50_ms:.2f}",
                     f"{own.floor_share:.0%}",
                 ]
@@ -112,7 +112,7 @@ def _contestant(row: Row) -> str:
     return f"{row.contestant} {row.package}".strip()
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Three digits, or all before the point."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
@@ -126,7 +126,7 @@ def all_contestants(rows: Sequence[Row], mode: str) -> str:
             lines.append(
                 [
                     *(_network(row.case), str(row.batch), row.dtype, _contestant(row)),
-                    *(_figure(row.p20_ms), _figure(row.p50_ms), _figure(row.p80_ms)),
+                    *(figure(row.p20_ms), figure(row.p50_ms), figure(row.p80_ms)),
                     *(f"{row.ratio:.2f}", f"{row.floor_share:.0%}", peak),
                 ]
             )
@@ -153,7 +153,7 @@ def ops(rows: Sequence[Row], mode: str) -> str:
 
 
 def _us(row: Row) -> str:
-    return _figure(row.p50_ms * 1e3)
+    return figure(row.p50_ms * 1e3)
 
 
 def growths(rows: Sequence[Row]) -> list[growth.Growth]:

@@ -1,11 +1,15 @@
 """EfficientNet on fused kernels.
 
 Everything is imported on first use, so that ``import effnet_fast`` costs little beyond torch.
+A source tree without compiled kernels gives way to an installed copy of the package, as a whole:
+Python files and kernels always come from one installation.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -63,3 +67,23 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+def _give_way() -> None:
+    """Replaces this module by an installed copy with kernels, where its own folder has none."""
+    find = importlib.machinery.PathFinder.find_spec
+    if find(f"{__name__}._C", __path__):  # noqa: F405
+        return
+    for entry in sys.path:
+        spec = find(__name__, [entry])
+        folder = spec.submodule_search_locations if spec else None
+        # Other source trees do not count: their Triton kernels lie outside the folder.
+        if not folder or not all(find(f"{__name__}.{x}", folder) for x in ("_C", "triton_kernels")):
+            continue
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[__name__] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return
+
+
+_give_way()

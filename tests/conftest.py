@@ -16,6 +16,7 @@ import numpy
 import pytest
 import torch
 
+import effnet_fast
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from effnet_fast.cli import bench, common
 from effnet_fast.models.variants import VARIANTS
@@ -87,3 +88,8 @@ def published(quick_retries, b0_file, tmp_path, monkeypatch):
         url = host.url("efficientnet_b0_stand-in")
         monkeypatch.setattr(EfficientNet_B0_Weights.IMAGENET1K_V1.value, "url", url)
         yield host
+
+
+def pytest_report_header() -> str:
+    """Which copy of the package is tested: an installed one comes before a tree without kernels."""
+    return f"effnet-fast: {effnet_fast.__version__} in {effnet_fast.__path__[0]}"

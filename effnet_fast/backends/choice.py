@@ -15,7 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch.autograd import forward_ad
 
-from effnet_fast.backends import preference
+from effnet_fast.backends import native, preference
 from effnet_fast.backends.base import OPS, Launcher, OpArgs
 from effnet_fast.backends.cpu import CPU
 from effnet_fast.backends.cuda import CUDA, SIMT
@@ -131,6 +131,7 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
         for preferred in preference.order(args.x.device.type, op):
             if WITH_KERNELS[preferred].reason(op, args, "") is None:
                 return preferred
+            native.warn_if_missing()
         return "reference"
     if reason := can_run(backend, op, args):
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")

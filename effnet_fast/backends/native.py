@@ -6,22 +6,40 @@ It is loaded along with this module, because torch.compile can read a global but
 from __future__ import annotations
 
 import importlib
+import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
 import torch  # noqa: F401  (first: the extension shares the OpenMP runtime that torch has loaded)
 
+import effnet_fast
+
+
+def _load_own(name: str) -> ModuleType:
+    """A module of this package's own folder; an editable install offers that of another tree."""
+    if PathFinder.find_spec(name, effnet_fast.__path__) is None:
+        raise ImportError(f"No module named {name!r}", name=name)
+    return importlib.import_module(name)
+
+
+def foreign_reason(module: ModuleType) -> str | None:
+    """Why a module of triton_kernels is not of this copy of the package; None where it is."""
+    package, folder = (Path(str(m.__file__)).resolve().parent for m in (effnet_fast, module))
+    if folder.parent in (package, package.parent):  # installed, or a source tree
+        return None
+    return f"{folder} belongs to another copy of effnet_fast than {package}: pip install that one"
+
 
 def _try_load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("effnet_fast._C"), ""
+        return _load_own("effnet_fast._C"), ""
     except ImportError as error:
         root = Path(__file__).resolve().parents[2]
         if (root / "csrc").is_dir() and (root / "setup.py").is_file():
             return None, (
                 f"effnet_fast was imported from the source tree {root}, which holds no compiled "
-                f"effnet_fast._C and shadows an installed package: run 'pip install -e .' there, "
-                f"or start Python elsewhere ({error})"
+                f"effnet_fast._C: run 'pip install -e .' or 'pip install .' there ({error})"
             )
         return None, (
             f"the compiled extension effnet_fast._C cannot be loaded ({error}); "
@@ -31,13 +49,25 @@ def _try_load() -> tuple[ModuleType | None, str]:
 
 def _try_load_simt() -> ModuleType | None:
     try:
-        return importlib.import_module("effnet_fast._C_simt")
+        return _load_own("effnet_fast._C_simt")
     except ImportError:
         return None
 
 
 _MODULE, _REASON = _try_load()
 _SIMT = _try_load_simt()
+_warned = False
+
+
+def warn_if_missing() -> None:
+    """Says once in a process that "auto" has to do without the extension."""
+    global _warned
+    if _REASON and not _warned:
+        _warned = True
+        warnings.warn(f"effnet_fast runs without its kernels, slowly: {_REASON}", stacklevel=2)
+
+
+warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while tracing
 
 
 def unavailable_reason() -> str | None:

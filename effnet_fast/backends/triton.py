@@ -7,6 +7,7 @@ import importlib
 
 import torch
 
+from effnet_fast.backends import native
 from effnet_fast.backends.base import Backend, OpArgs, kernel_reason
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,10 +16,10 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @functools.cache
 def _unavailable_reason() -> str | None:
     try:
-        importlib.import_module("effnet_fast.triton_kernels.launching")
+        kernels = importlib.import_module("effnet_fast.triton_kernels.launching")
     except ImportError as error:
         return f"Triton cannot be imported ({error}): pip install 'effnet-fast[triton]'"
-    return None
+    return native.foreign_reason(kernels)
 
 
 def _interprets() -> bool:

@@ -174,10 +174,10 @@ def _run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
 
 
 def test_suite_checks_once_and_stops_at_red(pytester: pytest.Pytester) -> None:
-    result = _run(pytester, "--benchmark-only", "--quick")
+    result = _run(pytester, "--benchmark-only")
     result.assert_outcomes(passed=2, failed=4, deselected=2)
     result.stdout.fnmatch_lines(["*wrong numbers*", "*no kernel*"])
-    result.stdout.fnmatch_lines(["*benchmark 'op green inference fp32 cpu batch 1': 2 tests*"])
+    result.stdout.fnmatch_lines(["op * green * inference *torch *"])
     assert (pytester.path / "log").read_text().splitlines() == [
         f"check {case}" for case in ("green", "red", "broken")
     ]

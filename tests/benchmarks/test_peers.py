@@ -13,7 +13,8 @@ from benchmarks import network_contests as networks
 from benchmarks import op_contests, peers
 from benchmarks.contest import OURS, UnavailableError
 from benchmarks.network_contests import Case
-from benchmarks.peers import PEERS, Peer, Runner, network_step
+from benchmarks.peers import PEERS, Peer
+from benchmarks.setups import Runner, network_step
 from cases import dwconv_of, head_of, mbconv_of, pointwise_of, squeeze_excite_of, stem_of
 from effnet_fast.modules import structure
 

@@ -125,4 +125,4 @@ def test_growth_with_batch() -> None:
     ("value", "text"), [(0.01234, "0.0123"), (999.4, "999"), (999.6, "1000"), (12345.6, "12346")]
 )
 def test_figures_are_never_in_exponents(value: float, text: str) -> None:
-    assert report._figure(value) == text
+    assert report.figure(value) == text
