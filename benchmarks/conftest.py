@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from benchmarks import limits, records, table
 from benchmarks.contest import CLOCK, Contest, Outcome, Standing, hold
 from benchmarks.params import require
+from benchmarks.table import HELD, Held
 
 Key = tuple[Any, ...]  # which contest a test belongs to
 CONTESTANT = "contestant"  # the parameter of a test that is not part of its contest
@@ -77,23 +77,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@dataclass
-class Held:
-    """What the contests of a run found, and who did not take part."""
-
-    rows: list[records.Row] = field(default_factory=list)
-    absent: dict[str, str] = field(default_factory=dict)
-
-
-HELD = pytest.StashKey[Held]()
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Prints the table."""
     held = config.stash[HELD]
-    if held.rows:
+    if held.rows or held.notes:
         terminalreporter.section("effnet-fast beside its peers")
-        for line in table.lines(held.rows, held.absent, config.getoption("--full")):
+        for line in table.lines(held, config.getoption("--full")):
             terminalreporter.write_line(line)
 
 

@@ -18,7 +18,7 @@ ROWS = records.rows_of(outcome(), LIMITS, "abc")
 
 
 def test_one_line_for_each_contest_with_its_best_peer() -> None:
-    lines = table.lines(ROWS, {}, full=True)
+    lines = table.lines(table.Held(ROWS), full=True)
     own, peer = report.ours(ROWS), ROWS[0].best_peer
     assert own is not None
     [line] = [line for line in lines if line.startswith(own.what)]
@@ -31,7 +31,9 @@ def test_one_line_for_each_contest_with_its_best_peer() -> None:
 def test_a_limit_stands_where_there_is_no_peer() -> None:
     alone: Row = replace(ROWS[0], what="scale", case="fit", best_peer="", ratio=None)
     alone = replace(alone, contestant="effnet_fast")
-    [line] = [line for line in table.lines([alone], {}, full=True) if line.startswith("scale")]
+    [line] = [
+        line for line in table.lines(table.Held([alone]), full=True) if line.startswith("scale")
+    ]
     assert line.endswith("1000 ms")
 
 
@@ -42,7 +44,7 @@ def test_who_is_not_installed_is_named_and_who_fails_says_why(
     peers = (there, Peer("gone", there.build, requires=("no_such_module",)))
     monkeypatch.setattr(table, "PEERS", peers)
     absent = {"gone": "no_such_module is not installed", "there": "RuntimeError: refuses"}
-    lines = table.lines(ROWS, absent, full=False)
+    lines = table.lines(table.Held(ROWS, absent), full=False)
     [missing] = [line for line in lines if "Not installed" in line]
     assert missing == (
         "Not installed, so not among the peers: gone; pip install '.[bench]' brings those of a CPU"
