@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTANTS_ARGS ?=
 OUT ?= gpu-results
 
 VENV := .venv
@@ -19,7 +20,7 @@ NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -n
 # A photograph of a cat that is shipped inside scikit-image's wheel.
 PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
 
-.PHONY: demo test test-all bench docs report gpu budgets lint clean qemu
+.PHONY: demo test test-all bench docs report gpu budgets mutants lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
@@ -60,6 +61,10 @@ gpu:
 # What the CUDA kernels may take from now on, into csrc/cuda/budgets.json; a minute.
 budgets: $(VENV)/.test
 	$(BIN)/python tests/support/cuda_budgets.py --update
+
+# Whether the tests of `make test` notice each of a list of small faults; resumes where it stopped.
+mutants: $(VENV)/.test
+	$(BIN)/python tests/support/mutants.py $(MUTANTS_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
