@@ -33,6 +33,7 @@ def root(tmp_path: Path) -> Path:
     (root / "tests").mkdir(parents=True)
     (root / "code_under_test.py").write_text(CODE)
     (root / "tests/test_code.py").write_text(TESTS)
+    (root / "Makefile").write_text('test:\n\tpython -m pytest -m "not gpu"\n')
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     return root
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from types import ModuleType
 
 from mutant_list import Mutant
 
-# The tier of `make test`.
-SELECTED = "not exhaustive and not gpu"
+# The tests of `make test`, as the Makefile selects them.
+SELECTION = re.compile(r"^test:(?:.*\n\t)+?.*-m \"([^\"]+)\"", re.MULTILINE)
 NAMES = {"_C": "", "_C_simt": "simt"}  # extensions, and their folders of objects
 # Lightly optimised, which compiles several times faster; the second flag of AVX2 brings in FMA.
 LIGHT = ["-O1", "-fexpensive-optimizations"]
@@ -181,16 +182,19 @@ class Copy:
 
     def test(self, mutant: Mutant, limit_s: float) -> Outcome:
         """Runs the mutant's tests in the copy as it is, up to the first failure."""
+        selection = SELECTION.search((self.tree / "Makefile").read_text())
+        assert selection is not None
         environment = os.environ | dict(mutant.environment)
         environment |= {"PYTHONPATH": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
         begin = time.monotonic()
         try:
             done = subprocess.run(
-                [*command, "-m", SELECTED, *mutant.tests],
+                [*command, "-m", selection[1], *mutant.tests],
                 cwd=self.tree,
                 env=environment,
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 text=True,
                 timeout=limit_s,
             )
