@@ -75,7 +75,7 @@ class Mutant:
 def _rows(area: str, table: dict[str, Any]) -> Iterator[Mutant]:
     environment = tuple(sorted(table.get("environment", {}).items()))
     for row in table["mutant"]:
-        tests = tuple(shlex.split(row.pop("tests", table["tests"])))
+        tests = tuple(shlex.split(row.pop("tests")))
         yield Mutant(area=area, tests=tests, environment=environment, **row)
 
 
