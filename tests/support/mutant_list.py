@@ -1,10 +1,10 @@
 """The checked-in list of small faults: one file of rows for each area of the code.
 
-A file tests/mutants/AREA.toml names the tests of `make test` that see the area. Each fault has:
+A file tests/mutants/AREA.toml may name variables that its tests need. Each fault has:
   name, kind      what it is called, and of which kind it is
   file, find, put the file, a piece of its text that occurs once, and what replaces it
   breaks          what goes wrong, and for which input: the reason why it is no equivalent program
-  tests           words for pytest, where fewer of the area's tests are enough
+  tests           words for pytest: few and quick tests of the area, which see the fault
 """
 
 from __future__ import annotations
