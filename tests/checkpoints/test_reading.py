@@ -363,6 +363,10 @@ def retype(state):
     state["features.0.1.num_batches_tracked"] = torch.tensor(1.0)
 
 
+def truncate(state):
+    state["features.0.0.weight"] = state["features.0.0.weight"].long()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -370,6 +374,7 @@ def retype(state):
         (add, r"1 unexpected \(features\.0\.2\.bias\)"),
         (reshape, r"features\.0\.0\.weight \(5, 3, 3, 3\) instead of \(4, 3, 3, 3\)"),
         (retype, r"num_batches_tracked torch\.float32 instead of torch\.int64"),
+        (truncate, r"features\.0\.0\.weight torch\.int64 instead of torch\.float32"),
     ],
 )
 def test_load_into_changes_nothing_when_something_differs(tmp_path, state, spoil, message):

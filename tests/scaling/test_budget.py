@@ -199,6 +199,12 @@ def test_largest_batch(conditions: Conditions, memory: float) -> None:
     assert peak(batch) <= memory < peak(batch + 1)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 13])
+def test_largest_batch_may_fill_the_memory(batch: int) -> None:
+    memory = Conditions(batch=batch).memory(VARIANTS["b0"]).peak
+    assert max_batch(VARIANTS["b0"], memory) == batch
+
+
 @pytest.mark.parametrize("memory", [1e15, 3.3e16])
 def test_largest_batch_has_no_ceiling(memory: float) -> None:
     conditions = Conditions(plan="stock")
