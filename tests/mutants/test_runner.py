@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import mutants
 from mutant_copy import Copy
 from mutant_list import Mutant
 
-pytestmark = pytest.mark.slow  # starts pytest some ten times
+pytestmark = pytest.mark.exhaustive
 
 CODE = "def double(x):\n    return 2 * x\n\n\ndef half(x):\n    return x / 2\n"
 TESTS = """
@@ -39,11 +40,12 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def runner(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mutants.Runner:
+def runner(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mutants.Runner]:
     monkeypatch.setattr(mutants, "ROOT", root)
     copy = Copy(root, tmp_path / "copy", 1)
     copy.update_files()
-    return mutants.Runner([copy], mutants.Results(tmp_path / "results.jsonl"), fresh=False)
+    yield mutants.Runner([copy], mutants.Results(tmp_path / "results.jsonl"), fresh=False)
+    copy.close()
 
 
 def mutant(name: str, find: str, put: str, tests: str = "tests/test_code.py") -> Mutant:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -86,8 +87,9 @@ class Copy:
     """
 
     def __init__(self, root: Path, folder: Path, jobs: int) -> None:
-        self.root, self.tree, self.jobs = root, folder / "tree", jobs
+        self.root, self.folder, self.tree, self.jobs = root, folder, folder / "tree", jobs
         self.work, self.clean = folder / "objects", folder / "objects-clean"
+        self._workers: dict[tuple[tuple[str, str], ...], subprocess.Popen[str]] = {}
 
     def prepare(self) -> None:
         """Brings files and extensions up to date."""
@@ -184,23 +186,40 @@ class Copy:
         """Runs the mutant's tests in the copy as it is, up to the first failure."""
         selection = SELECTION.search((self.tree / "Makefile").read_text())
         assert selection is not None
-        environment = os.environ | dict(mutant.environment)
-        environment |= {"PYTHONPATH": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
+        words = ["-x", "-q", "-rfE", "-p", "no:cacheprovider", "-m", selection[1], *mutant.tests]
+        output = self.folder / "output.txt"
+        request = {"words": words, "output": str(output), "limit_s": limit_s}
         begin = time.monotonic()
-        try:
-            done = subprocess.run(
-                [*command, "-m", selection[1], *mutant.tests],
+        worker = self._worker(mutant.environment)
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.flush()
+        status = json.loads(worker.stdout.readline())
+        seconds = time.monotonic() - begin
+        if status is None:
+            return Outcome(None, f"no end within {limit_s:.0f} s", seconds)
+        return Outcome(status, _failed(output.read_text(errors="replace")), seconds)
+
+    def _worker(self, environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
+        """The process whose forks run the tests that need these variables."""
+        if environment not in self._workers:
+            variables = {"PYTHONPATH": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1"}
+            self._workers[environment] = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("mutant_worker.py"))],
                 cwd=self.tree,
-                env=environment,
+                env=os.environ | variables | dict(environment),
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
                 text=True,
-                timeout=limit_s,
             )
-        except subprocess.TimeoutExpired:
-            return Outcome(None, f"no end within {limit_s:.0f} s", limit_s)
-        return Outcome(done.returncode, _failed(done.stdout), time.monotonic() - begin)
+        return self._workers[environment]
+
+    def close(self) -> None:
+        """Ends the processes that run tests."""
+        for worker in self._workers.values():
+            worker.communicate()
+        self._workers.clear()
 
     def digest(self) -> str:
         """Of every file that the tests can read, the list of mutants excepted."""

@@ -178,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if pending:
             list(pool.map(Copy.prepare, copies))
         rows = list(pool.map(Runner(copies, results, options.fresh).run, mutants))
+    for copy in copies:
+        copy.close()
     if options.table:
         (FOLDER / "RESULTS.md").write_text(table(rows))
     alive = [row for row in rows if row["state"] != "killed"]
