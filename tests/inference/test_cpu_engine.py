@@ -118,6 +118,7 @@ def assert_parity(models: Any, x: Tensor, batch: int = 2) -> None:
             assert_no_worse_than(y.to(dtype), stock, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_odd_resolution(batch: int) -> None:
     models = trio(VARIANTS["b0"], 193)

@@ -21,7 +21,6 @@ from networks import TINY, random_images
 from tolerances import assert_no_worse_than
 
 __all__ = ["recorders"]  # a fixture
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 X = random_images(8, 48)
 NEEDS_SIMT = pytest.mark.skipif(bool(SIMT.reason), reason=SIMT.reason or "")
 
@@ -30,15 +29,16 @@ def network() -> nn.Module:
     return networks.pair().actual
 
 
+@pytest.mark.slow
 @TARGETS
-@dtypes
+@DTYPES
 def test_b0(target: Target, dtype: torch.dtype, recorders: list) -> None:
     model = networks.pair(VARIANTS["b0"], 65).actual
     assert_parity(target, model, random_images(4, 65), dtype)
 
 
 @TARGETS
-@dtypes
+@DTYPES
 @pytest.mark.parametrize(
     "options",
     [
@@ -56,7 +56,7 @@ def test_heads(target: Target, options: dict, dtype: torch.dtype, recorders: lis
 
 
 @TARGETS
-@dtypes
+@DTYPES
 @pytest.mark.parametrize("out_indices", [None, (0,), (1, 3)], ids=str)
 def test_encoders(
     target: Target, out_indices: tuple[int, ...] | None, dtype: torch.dtype, recorders: list
@@ -67,7 +67,7 @@ def test_encoders(
 
 
 @TARGETS
-@dtypes
+@DTYPES
 @pytest.mark.parametrize("side", [48, 51])
 def test_same_padding(target: Target, side: int, dtype: torch.dtype, recorders: list) -> None:
     model = calibrated(EfficientNet(replace(TINY, padding="same")), side)
@@ -98,7 +98,7 @@ def test_no_bias_in_the_classifier(target: Target) -> None:
 
 
 @TARGETS
-@dtypes
+@DTYPES
 def test_planted_fault_is_noticed(target: Target, dtype: torch.dtype) -> None:
     """Two channels swapped in one weight, after it was packed."""
     model, x = network().to(target.device), X.to(target.device)
@@ -131,7 +131,7 @@ CONVERSIONS = {"_to_copy", "copy_", "clone", "contiguous", "rsqrt", "mul", "add"
 
 
 @NEEDS_SIMT
-@dtypes
+@DTYPES
 def test_nothing_is_converted_at_a_call(dtype: torch.dtype) -> None:
     """But the pooled features, which become the classifier's operand."""
     model = network()
@@ -148,7 +148,7 @@ def test_nothing_is_converted_at_a_call(dtype: torch.dtype) -> None:
 
 
 @NEEDS_SIMT
-@dtypes
+@DTYPES
 def test_packed_weights(dtype: torch.dtype) -> None:
     """Weights in the dtype, vectors in fp32; their bytes are told; the source keeps its own."""
     model = network()

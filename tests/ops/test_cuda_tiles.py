@@ -45,6 +45,7 @@ def tile_of(
     return tile, (n, c, size, size, out, out, kernel, stride, pad, pad)
 
 
+@pytest.mark.slow
 @NEEDS_SIMT
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -160,6 +160,7 @@ def test_two_runs(name: str, dtypes: Dtypes, backend: str) -> None:
     assert_same(run(call, backend, wanted=wanted), run(call, backend, wanted=wanted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_callers_in_several_threads(threads: int) -> None:
     """Workspaces belong to the calling thread, and callers do not disturb each other."""
@@ -214,6 +215,7 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_memory_does_not_grow(name: str) -> None:

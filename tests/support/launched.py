@@ -17,7 +17,14 @@ from effnet_fast.inference import cuda_graphs
 from recorder import FakeRecorder
 from tolerances import assert_no_worse_than
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="float32"),
+        pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+        pytest.param(torch.float16, id="float16", marks=pytest.mark.exhaustive),
+    ],
+)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 | shapes       | `pytest`                        | `make test` adds  | `make test-all` adds |
 |--------------|---------------------------------|-------------------|----------------------|
-| made by hand | fp32 on the best set and in the | every backend and |                      |
-|              | host run, bf16 on the best set  | dtype             |                      |
+| made by hand | fp32 on the best set            | every backend and |                      |
+|              |                                 | dtype             |                      |
 | B0's         |                                 | fp32 and bf16 on  | all others           |
 |              |                                 | the best set      |                      |
 | B7's         |                                 |                   | all                  |
 
-The best set is the newest instruction set that this machine has; the host run is of the CUDA
-kernels ("simt").
+The best set is the newest instruction set that this machine has.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from effnet_fast.models import VARIANTS
 INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
 BEST = ("cpu", *AVAILABLE[-1:], *(f"cpu:{native.load().best_isa()}" for _ in AVAILABLE[:1]))
-QUICK = {(name, dtype) for name in BEST for dtype in ("float32", "bfloat16")} | {
-    ("simt", "float32")
-}
+NETWORK_DTYPES = ("float32", "bfloat16")
 EXHAUSTIVE = (pytest.mark.exhaustive,)
 SLOW = (pytest.mark.slow,)
 
@@ -46,11 +43,12 @@ def marks(backend: str, dtypes: Any, case: Any = None) -> tuple[pytest.MarkDecor
         dtypes: whose name is "float32", or "bfloat16_with_float32" where parameters differ.
         case: its shapes, None where they do not matter.
     """
-    quick = (backend, str(dtypes).removeprefix("torch.")) in QUICK
+    dtype = str(dtypes).removeprefix("torch.")
     network = None if case is None else network_of(case)
     if network is None:
-        return () if quick else SLOW
-    return SLOW if network == "b0" and quick and backend != "simt" else EXHAUSTIVE
+        return () if backend in BEST and dtype == "float32" else SLOW
+    tested = network == "b0" and backend in BEST and dtype in NETWORK_DTYPES
+    return SLOW if tested else EXHAUSTIVE
 
 
 def some(values: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
