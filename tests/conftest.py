@@ -17,12 +17,19 @@ import pytest
 import torch
 
 import effnet_fast
+import tiers
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from effnet_fast.cli import bench, common
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import downloads
 from effnet_fast.pretrained.weights import EfficientNet_B0_Weights
 from host import CONTENT, serve
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before pytest selects by marks."""
+    tiers.thin_out(items)
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 import networks
+import tiers
 from effnet_fast import backends, use_backend
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from networks import MINI, assert_alike, random_images, run_network
 
 pytestmark = [
+    pytest.mark.slow,  # seconds of tracing each
     pytest.mark.filterwarnings("ignore:`torch.jit.script"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec"),
 ]
@@ -38,7 +40,7 @@ def compiled(model: nn.Module, **options: object) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", tiers.some((False, True), (True,)))
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_network(training: bool, fullgraph: bool) -> None:
     """Random draws too: under aot_eager the operators run one by one."""
@@ -98,7 +100,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", tiers.some(CHANGES, ("trains",)))
 def test_changes_after_compilation_are_followed(name: str) -> None:
     models = pair()
     compiled(models.actual)

@@ -1,4 +1,4 @@
-"""Which tier a test of an op is in: the one rule, for every op.
+"""Which tier a test is in. The rule for every op:
 
 | shapes       | `pytest`                        | `make test` adds  | `make test-all` adds |
 |--------------|---------------------------------|-------------------|----------------------|
@@ -8,11 +8,13 @@
 |              |                                 | the best set      |                      |
 | B7's         |                                 |                   | all                  |
 
-The best set is the newest instruction set that this machine has.
+The best set is the newest instruction set that this machine has. Of a function with many quick
+cases plain `pytest` takes ten, evenly spread; `make test` takes them all.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +27,7 @@ INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
 BEST = ("cpu", *AVAILABLE[-1:], *(f"cpu:{native.load().best_isa()}" for _ in AVAILABLE[:1]))
 NETWORK_DTYPES = ("float32", "bfloat16")
+QUICK_CASES = 10  # of one function
 EXHAUSTIVE = (pytest.mark.exhaustive,)
 SLOW = (pytest.mark.slow,)
 
@@ -64,3 +67,17 @@ def networks(sizes: Iterable[str]) -> list[Any]:
     """Sizes of networks as pytest's parameters: B0 is quick, `make test` adds B4."""
     tier = {"b0": (), "b4": SLOW}
     return [pytest.param(size, marks=tier.get(size, EXHAUSTIVE)) for size in sizes]
+
+
+def thin_out(items: Iterable[pytest.Item]) -> None:
+    """Marks as slow what a function has in quick cases beyond QUICK_CASES."""
+    functions: dict[tuple[Any, str], list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in ("slow", "exhaustive", "gpu")):
+            functions[item.path, item.nodeid.partition("[")[0]].append(item)
+    for cases in functions.values():
+        step = len(cases) / QUICK_CASES
+        kept = {int(i * step) for i in range(QUICK_CASES)} if step > 1 else range(len(cases))
+        for index, item in enumerate(cases):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)
