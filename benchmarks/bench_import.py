@@ -47,7 +47,7 @@ def _contest() -> Contest:
         build={name: builder(module) for name, module in MODULES.items()},
         check=lambda: None,
         measure_memory=False,
-        rounds=4,
+        rounds=2,
         clock=_reported,
     )
 

@@ -67,7 +67,7 @@ def _contest(name: str) -> Contest:
         build={OURS: lambda: CASES[name]},
         check=lambda: None,
         measure_memory=False,
-        rounds=3,
+        rounds=2,
     )
 
 
