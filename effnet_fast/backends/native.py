@@ -5,9 +5,8 @@ It is loaded along with this module, because torch.compile can read a global but
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import warnings
-from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +17,9 @@ import effnet_fast
 
 def _load_own(name: str) -> ModuleType:
     """A module of this package's own folder; an editable install offers that of another tree."""
-    if PathFinder.find_spec(name, effnet_fast.__path__) is None:
-        raise ImportError(f"No module named {name!r}", name=name)
+    spec = importlib.util.find_spec(name)
+    if spec and spec.origin and str(Path(spec.origin).parent) not in effnet_fast.__path__:
+        raise ImportError(f"{spec.origin} belongs to another copy of effnet_fast", name=name)
     return importlib.import_module(name)
 
 
