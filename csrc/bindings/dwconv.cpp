@@ -1,6 +1,4 @@
 // The depthwise convolution with BatchNorm and SiLU, as Python calls it.
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <string>

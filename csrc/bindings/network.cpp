@@ -1,5 +1,4 @@
 // effnet_fast._C.Network: a network for inference, see cpu/network/args.h.
-#include <pybind11/stl.h>
 #include <unistd.h>
 
 #include <algorithm>

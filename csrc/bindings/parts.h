@@ -1,7 +1,7 @@
 // What every part of the bindings uses: addresses, shapes, checks, scratch memory, launches.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>

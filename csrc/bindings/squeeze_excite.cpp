@@ -1,6 +1,4 @@
 // Squeeze-and-excite by its passes, as Python calls them.
-#include <pybind11/stl.h>
-
 #include <string>
 
 #include "bindings/bind.h"

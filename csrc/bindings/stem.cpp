@@ -1,6 +1,4 @@
 // The stem's passes, as Python calls them; norm and sums as in mbconv.cpp.
-#include <pybind11/stl.h>
-
 #include <array>
 #include <string>
 #include <vector>

@@ -3,9 +3,6 @@
 // code; torch's tensors are seen through two members of their type. A forward pass leaves none of
 // these objects in a near cache, and one miss after the other would take 390 us: what the checks
 // are going to read is asked for ahead of them.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
