@@ -1,9 +1,11 @@
-// effnet_fast._C.Network: a network for inference, see cpu/network/args.h.
+// effnet_fast._C.Network: a network for inference, and its layers, see cpu/network/args.h.
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,91 +18,149 @@
 namespace effnet {
 namespace {
 
-// The packed weights of a network, one after another on cache lines.
-class Weights {
+// A layer whose pointers are still those of the caller's tensors, and the bytes of these.
+template <typename Layer>
+struct Described : Layer {
+  std::map<const void*, int64_t> bytes;
+};
+
+// The arguments by name of a layer's constructor; one that is missing, unknown or of another type
+// is a TypeError.
+class Fields {
  public:
-  Weights(int64_t bytes) : memory_(bytes), bytes_(bytes) {
-    if (!memory_.data()) throw std::bad_alloc();
+  Fields(const char* layer, const py::kwargs& given) : layer_(layer), left_(given) {}
+  void none_left() const {
+    for (const auto& [name, value] : left_)
+      throw py::type_error(layer_ + " has no " + name.cast<std::string>());
   }
-  const void* copy(Address from, int64_t bytes) {
-    require(used_ + bytes <= bytes_, "network: more weights than announced");
-    char* const to = static_cast<char*>(memory_.data()) + used_;
-    std::memcpy(to, at(from), static_cast<size_t>(bytes));
-    used_ += (bytes + 63) / 64 * 64;
-    return to;
+  bool has(const char* name) const { return left_.contains(name); }
+  template <typename T>
+  T take(const char* name) {
+    if (!has(name)) throw py::type_error(layer_ + " lacks " + name);
+    try {
+      return left_.attr("pop")(name).cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(layer_ + "'s " + name + " is of a wrong type");
+    }
+  }
+  int64_t size(const char* name) {
+    const int64_t value = take<int64_t>(name);
+    if (value < 1) throw std::invalid_argument(layer_ + "'s " + name + " is too small");
+    return value;
+  }
+  // Sides left, right, top, bottom, or None for TensorFlow's rule.
+  Padding padding() {
+    using Sides = std::array<int64_t, 4>;
+    const auto given = take<std::optional<Sides>>("padding");
+    const Sides sides = given.value_or(Sides{});
+    for (int64_t side : sides) require(side >= 0, "the padding must not be negative");
+    return {!given, sides[0], sides[1], sides[2], sides[3]};
+  }
+  // (address, bytes) of a packed tensor.
+  template <typename Layer, typename T>
+  void tensor(const char* name, Described<Layer>& layer, const T*& to) {
+    const auto [address, bytes] = take<std::pair<Address, int64_t>>(name);
+    to = at<const T>(address);
+    layer.bytes[to] = bytes;
+  }
+  template <typename Layer>
+  void product(const char* name, Described<Layer>& layer, Product& to) {
+    const auto given = take<Described<Product>>(name);
+    to = given;
+    layer.bytes.insert(given.bytes.begin(), given.bytes.end());
   }
 
  private:
+  std::string layer_;
+  py::dict left_;
+};
+
+Described<Product> product_of(Fields& fields) {
+  Described<Product> out = {};
+  out.in_channels = fields.size("in_channels");
+  out.out_channels = fields.size("out_channels");
+  fields.tensor("weight", out, out.weight);
+  fields.tensor("shift", out, out.shift);
+  return out;
+}
+
+Described<StemLayer> stem_of(Fields& fields) {
+  Described<StemLayer> out = {};
+  out.in_channels = fields.size("in_channels");
+  out.out_channels = fields.size("out_channels");
+  out.kernel_h = fields.size("kernel_h");
+  out.kernel_w = fields.size("kernel_w");
+  out.stride = fields.size("stride");
+  out.padding = fields.padding();
+  fields.tensor("weight", out, out.weight);
+  fields.tensor("shift", out, out.shift);
+  return out;
+}
+
+Described<BlockLayer> block_of(Fields& fields) {
+  Described<BlockLayer> out = {};
+  out.in_channels = fields.size("in_channels");
+  out.channels = fields.size("channels");
+  out.out_channels = fields.size("out_channels");
+  out.se_channels = fields.size("se_channels");
+  out.kernel = fields.size("kernel");
+  out.stride = fields.size("stride");
+  require(out.kernel <= kMaxKernel && out.stride <= 2, "network: kernel or stride is too large");
+  out.padding = fields.padding();
+  out.residual = fields.take<bool>("residual");
+  out.expands = fields.has("expand");
+  if (out.expands) fields.product("expand", out, out.expand);
+  require(out.expands || out.in_channels == out.channels,
+          "network: a block without expansion keeps its channels");
+  fields.tensor("filter", out, out.filter);
+  fields.tensor("filter_shift", out, out.filter_shift);
+  fields.tensor("se_reduce_weight", out, out.se_reduce_weight);
+  fields.tensor("se_reduce_bias", out, out.se_reduce_bias);
+  fields.tensor("se_expand_weight", out, out.se_expand_weight);
+  fields.tensor("se_expand_bias", out, out.se_expand_bias);
+  fields.product("project", out, out.project);
+  if (fields.has("project_master")) fields.tensor("project_master", out, out.project_master);
+  out.tap = fields.take<int64_t>("tap");
+  return out;
+}
+
+// The packed weights of a network, one after another on cache lines.
+class Weights {
+ public:
+  explicit Weights(int64_t bytes) : memory_(bytes), bytes_(bytes) {
+    if (!memory_.data()) throw std::bad_alloc();
+  }
+  // Points to copies of what the pointers pointed to.
+  template <typename Layer, typename... T>
+  void copy(const Described<Layer>& layer, const T*&... pointers) {
+    ((pointers = static_cast<const T*>(copied(pointers, layer.bytes.at(pointers)))), ...);
+  }
+
+ private:
+  const void* copied(const void* from, int64_t bytes) {
+    require(bytes >= 0 && used_ + bytes <= bytes_, "network: more weights than announced");
+    char* const to = static_cast<char*>(memory_.data()) + used_;
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+    used_ += (bytes + 63) / 64 * 64;
+    return to;
+  }
   Memory memory_;
   int64_t bytes_, used_ = 0;
 };
 
-template <typename T>
-T field(const py::dict& layer, const char* name) {
-  if (!layer.contains(name)) throw std::invalid_argument(std::string("a layer lacks ") + name);
-  return layer[name].cast<T>();
-}
-// A field that is (address, bytes) of a packed tensor.
-template <typename T>
-const T* take(Weights& weights, const py::dict& layer, const char* name) {
-  const auto [address, bytes] = field<std::pair<Address, int64_t>>(layer, name);
-  return static_cast<const T*>(weights.copy(address, bytes));
-}
-int64_t size(const py::dict& layer, const char* name, int64_t least = 1) {
-  const int64_t value = field<int64_t>(layer, name);
-  if (value < least)
-    throw std::invalid_argument(std::string("a layer's ") + name + " is too small");
-  return value;
+template <typename Layer>  // Product or StemLayer
+Layer copied(Weights& weights, Described<Layer> layer) {
+  weights.copy(layer, layer.weight, layer.shift);
+  return layer;
 }
 
-Padding padding_of(const py::dict& layer) {
-  const auto sides = field<std::array<int64_t, 4>>(layer, "padding");
-  for (int64_t side : sides) require(side >= 0, "the padding must not be negative");
-  return {field<bool>(layer, "same"), sides[0], sides[1], sides[2], sides[3]};
-}
-
-Product product_of(Weights& weights, const py::dict& layer) {
-  return {size(layer, "in_channels"), size(layer, "out_channels"),
-          take<void>(weights, layer, "weight"), take<float>(weights, layer, "shift")};
-}
-
-StemLayer stem_of(Weights& weights, const py::dict& layer) {
-  return {size(layer, "in_channels"),
-          size(layer, "out_channels"),
-          size(layer, "kernel_h"),
-          size(layer, "kernel_w"),
-          size(layer, "stride"),
-          padding_of(layer),
-          take<float>(weights, layer, "weight"),
-          take<float>(weights, layer, "shift")};
-}
-
-BlockLayer block_of(Weights& weights, const py::dict& layer) {
-  BlockLayer out = {};
-  out.in_channels = size(layer, "in_channels");
-  out.channels = size(layer, "channels");
-  out.out_channels = size(layer, "out_channels");
-  out.se_channels = size(layer, "se_channels");
-  out.kernel = size(layer, "kernel");
-  out.stride = size(layer, "stride");
-  require(out.kernel <= kMaxKernel && out.stride <= 2, "network: kernel or stride is too large");
-  out.padding = padding_of(layer);
-  out.residual = field<bool>(layer, "residual");
-  out.expands = layer.contains("expand");
-  if (out.expands) out.expand = product_of(weights, field<py::dict>(layer, "expand"));
-  require(out.expands || out.in_channels == out.channels,
-          "network: a block without expansion keeps its channels");
-  out.filter = take<float>(weights, layer, "filter");
-  out.filter_shift = take<float>(weights, layer, "filter_shift");
-  out.se_reduce_weight = take<float>(weights, layer, "se_reduce_weight");
-  out.se_reduce_bias = take<float>(weights, layer, "se_reduce_bias");
-  out.se_expand_weight = take<float>(weights, layer, "se_expand_weight");
-  out.se_expand_bias = take<float>(weights, layer, "se_expand_bias");
-  out.project = product_of(weights, field<py::dict>(layer, "project"));
-  if (layer.contains("project_master"))
-    out.project_master = take<float>(weights, layer, "project_master");
-  out.tap = field<int64_t>(layer, "tap");
-  return out;
+BlockLayer copied(Weights& weights, Described<BlockLayer> layer) {
+  if (layer.expands) weights.copy(layer, layer.expand.weight, layer.expand.shift);
+  weights.copy(layer, layer.filter, layer.filter_shift, layer.se_reduce_weight,
+               layer.se_reduce_bias, layer.se_expand_weight, layer.se_expand_bias,
+               layer.project.weight, layer.project.shift);
+  if (layer.project_master) weights.copy(layer, layer.project_master);
+  return layer;
 }
 
 // Bytes of a core's L2 cache; asked once, for before glibc 2.33 every question runs CPUID.
@@ -117,18 +177,20 @@ int64_t l2_cache() {
 class Network {
  public:
   // bytes: of all packed weights, each rounded up to a cache line.
-  Network(const std::string& isa, bool bf16, int64_t bytes, const py::dict& stem, int64_t stem_tap,
-          const std::vector<py::dict>& blocks, const py::object& head, const py::object& classifier)
+  Network(const std::string& isa, bool bf16, int64_t bytes, const Described<StemLayer>& stem,
+          int64_t stem_tap, const std::vector<Described<BlockLayer>>& blocks,
+          const std::optional<Described<Product>>& head,
+          const std::optional<Described<Product>>& classifier)
       : isa_(isa_for(isa)),
         bf16_(bf16),
         weights_(bytes),
         stem_tap_(stem_tap),
-        stem_(stem_of(weights_, stem)) {
+        stem_(copied(weights_, stem)) {
     require(!bf16 || isa_.has_bf16_products, "network: this instruction set has no bf16 products");
     std::vector<int64_t> taps;
     if (stem_tap >= 0) taps.push_back(stem_tap);
-    for (const py::dict& block : blocks) {
-      blocks_.push_back(block_of(weights_, block));
+    for (const auto& block : blocks) {
+      blocks_.push_back(copied(weights_, block));
       if (blocks_.back().tap >= 0) taps.push_back(blocks_.back().tap);
     }
     taps_ = taps.size();
@@ -136,10 +198,9 @@ class Network {
     for (size_t i = 0; i < taps_; i++)
       require(taps[i] == static_cast<int64_t>(i),
               "network: taps must be 0, 1, 2, ... in any order, each once");
-    if (!head.is_none()) head_.push_back(product_of(weights_, head.cast<py::dict>()));
-    if (!classifier.is_none())
-      classifier_.push_back(product_of(weights_, classifier.cast<py::dict>()));
-    require(classifier_.empty() || !head_.empty(), "network: a classifier needs a head before it");
+    if (head) head_ = copied(weights_, *head);
+    if (classifier) classifier_ = copied(weights_, *classifier);
+    require(!classifier_ || head_, "network: a classifier needs a head before it");
   }
 
   // y may be 0: only taps are wanted.
@@ -148,15 +209,15 @@ class Network {
            int threads) const {
     require(n > 0 && h > 0 && w > 0, "network: every size must be positive");
     require(taps.size() == taps_, "network: an output is missing");
-    require(y == 0 || !head_.empty(), "network: without a head there is no output but the taps");
+    require(y == 0 || head_, "network: without a head there is no output but the taps");
     std::vector<float*> tap_data;
     for (Address tap : taps) tap_data.push_back(at<float>(tap));
     NetworkArgs args = {};
     args.stem = &stem_;
     args.blocks = blocks_.data();
     args.block_count = static_cast<int64_t>(blocks_.size());
-    args.head = head_.empty() ? nullptr : head_.data();
-    args.classifier = classifier_.empty() ? nullptr : classifier_.data();
+    args.head = head_ ? &*head_ : nullptr;
+    args.classifier = classifier_ ? &*classifier_ : nullptr;
     args.bf16 = bf16_;
     args.amx = bf16_ && isa_.amx;
     args.l2 = l2_cache();
@@ -180,8 +241,19 @@ class Network {
   size_t taps_;
   StemLayer stem_;
   std::vector<BlockLayer> blocks_;
-  std::vector<Product> head_, classifier_;  // none or one
+  std::optional<Product> head_, classifier_;
 };
+
+// A class of Python whose constructor takes a layer's fields by name.
+template <typename Layer>
+void bind_layer(py::module_& m, const char* name, Described<Layer> (*read)(Fields&)) {
+  py::class_<Described<Layer>>(m, name).def(py::init([=](const py::kwargs& given) {
+    Fields fields(name, given);
+    const auto layer = read(fields);
+    fields.none_left();
+    return layer;
+  }));
+}
 
 }  // namespace
 
@@ -193,9 +265,14 @@ void bind_network(py::module_& m) {
   m.def(
       "network_has_bf16", [](const std::string& isa) { return isa_for(isa).has_bf16_products; },
       "Whether the instruction set multiplies pairs of bf16.");
+  bind_layer(m, "Product", product_of);
+  bind_layer(m, "StemLayer", stem_of);
+  bind_layer(m, "BlockLayer", block_of);
   py::class_<Network>(m, "Network")
-      .def(py::init<const std::string&, bool, int64_t, const py::dict&, int64_t,
-                    const std::vector<py::dict>&, const py::object&, const py::object&>())
+      .def(py::init<const std::string&, bool, int64_t, const Described<StemLayer>&, int64_t,
+                    const std::vector<Described<BlockLayer>>&,
+                    const std::optional<Described<Product>>&,
+                    const std::optional<Described<Product>>&>())
       .def("run", &Network::run);
 }
 

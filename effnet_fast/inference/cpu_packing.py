@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effnet_fast.backends import native
 from effnet_fast.modules import structure
 
 UNIT = 16  # channels
@@ -40,10 +41,10 @@ class Packed:
     """Layers for `_C.Network`, and the tensors that they point to."""
 
     format: Format
-    stem: dict[str, Any] = field(default_factory=dict)
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    head: dict[str, Any] | None = None
-    classifier: dict[str, Any] | None = None
+    stem: Any = None
+    blocks: list[Any] = field(default_factory=list)
+    head: Any = None
+    classifier: Any = None
     tensors: list[Tensor] = field(default_factory=list)
 
     def keep(self, tensor: Tensor) -> tuple[int, int]:
@@ -104,15 +105,15 @@ def _product_words(weight: Tensor, layout: Format) -> Tensor:
     return _panels(pairs.transpose(1, 2), layout.tile_units)
 
 
-def _product(packed: Packed, weight: Tensor, shift: Tensor) -> dict[str, Any]:
+def _product(packed: Packed, weight: Tensor, shift: Tensor) -> Any:
     outputs, inputs = weight.shape[:2]
     words = _product_words(weight.reshape(outputs, inputs), packed.format)
-    return {
-        "in_channels": inputs,
-        "out_channels": outputs,
-        "weight": packed.keep(words.bfloat16() if packed.format.bf16 else words),
-        "shift": packed.keep(_pad(shift, packed.format.padded(outputs))),
-    }
+    return native.load().Product(
+        in_channels=inputs,
+        out_channels=outputs,
+        weight=packed.keep(words.bfloat16() if packed.format.bf16 else words),
+        shift=packed.keep(_pad(shift, packed.format.padded(outputs))),
+    )
 
 
 def _units(rows: Tensor, channels: int) -> Tensor:
@@ -120,9 +121,9 @@ def _units(rows: Tensor, channels: int) -> Tensor:
     return _pad(rows, channels, rows.shape[1]).reshape(-1, UNIT, rows.shape[1]).transpose(1, 2)
 
 
-def _padding(layer: structure.Layer) -> dict[str, Any]:
-    same = layer.geometry.padding is None  # computed there, from each image's size
-    return {"same": same, "padding": (0,) * 4 if same else layer.geometry.sides(0, 0)}
+def _padding(layer: structure.Layer) -> tuple[int, int, int, int] | None:
+    """The sides, or None where they depend on each image's size and are computed there."""
+    return None if layer.geometry.padding is None else layer.geometry.sides(0, 0)
 
 
 def pack_stem(packed: Packed, layer: structure.Layer) -> None:
@@ -130,16 +131,16 @@ def pack_stem(packed: Packed, layer: structure.Layer) -> None:
     conv = layer.conv
     weight, shift = folded(layer)
     outputs = packed.format.padded(conv.out_channels)
-    packed.stem = {
-        "in_channels": conv.in_channels,
-        "out_channels": conv.out_channels,
-        "kernel_h": layer.geometry.kernel[0],
-        "kernel_w": layer.geometry.kernel[1],
-        "stride": layer.geometry.stride[0],
-        **_padding(layer),
-        "weight": packed.keep(_units(weight.flatten(1), outputs)),
-        "shift": packed.keep(_pad(shift, outputs)),
-    }
+    packed.stem = native.load().StemLayer(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_h=layer.geometry.kernel[0],
+        kernel_w=layer.geometry.kernel[1],
+        stride=layer.geometry.stride[0],
+        padding=_padding(layer),
+        weight=packed.keep(_units(weight.flatten(1), outputs)),
+        shift=packed.keep(_pad(shift, outputs)),
+    )
 
 
 def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
@@ -163,29 +164,31 @@ def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
     se_reduce_bias = shift.new_zeros(hidden) if se_reduce_bias is None else se_reduce_bias
     se_expand_bias = shift.new_zeros(channels) if se_expand_bias is None else se_expand_bias
     project_weight, project_shift = folded(block.project)
-    layer = {
-        "in_channels": block.first.conv.in_channels,
-        "channels": channels,
-        "out_channels": project_weight.shape[0],
-        "se_channels": hidden,
-        "kernel": depthwise.geometry.kernel[0],
-        "stride": depthwise.geometry.stride[0],
-        **_padding(depthwise),
-        "residual": block.residual,
-        "filter": packed.keep(_units(weight.flatten(1), padded)),
-        "filter_shift": packed.keep(_pad(shift, padded)),
-        "se_reduce_weight": packed.keep(_pad(se_reduce_weight.flatten(1), hidden, padded)),
-        "se_reduce_bias": packed.keep(se_reduce_bias),
-        "se_expand_weight": packed.keep(_units(se_expand_weight.flatten(1), padded)),
-        "se_expand_bias": packed.keep(_pad(se_expand_bias, padded)),
-        "project": _product(packed, project_weight, project_shift),
-        "tap": tap,
-    }
+    optional = {}
     if layout.bf16:
         words = _product_words(project_weight.flatten(1), layout)
-        layer["project_master"] = packed.keep(words)
+        optional["project_master"] = packed.keep(words)
     if block.expand:
-        layer["expand"] = _product(packed, *folded(block.expand))
+        optional["expand"] = _product(packed, *folded(block.expand))
+    layer = native.load().BlockLayer(
+        in_channels=block.first.conv.in_channels,
+        channels=channels,
+        out_channels=project_weight.shape[0],
+        se_channels=hidden,
+        kernel=depthwise.geometry.kernel[0],
+        stride=depthwise.geometry.stride[0],
+        padding=_padding(depthwise),
+        residual=block.residual,
+        filter=packed.keep(_units(weight.flatten(1), padded)),
+        filter_shift=packed.keep(_pad(shift, padded)),
+        se_reduce_weight=packed.keep(_pad(se_reduce_weight.flatten(1), hidden, padded)),
+        se_reduce_bias=packed.keep(se_reduce_bias),
+        se_expand_weight=packed.keep(_units(se_expand_weight.flatten(1), padded)),
+        se_expand_bias=packed.keep(_pad(se_expand_bias, padded)),
+        project=_product(packed, project_weight, project_shift),
+        tap=tap,
+        **optional,
+    )
     packed.blocks.append(layer)
 
 

@@ -20,13 +20,13 @@ def native_network(taps: tuple[int, int, int], head: bool = True, classifier: bo
     network = recognise(EfficientNet(TINY).eval())
     packed = cpu_packing.Packed(cpu_packing.Format(False, extension.network_tile_units("")))
     cpu_packing.pack_stem(packed, network.stem)
-    for block in network.blocks:
-        cpu_packing.pack_block(packed, block.layers, block.residual, -1)
+    shown = [taps[1], *[-1] * (len(network.blocks) - 2), taps[2]]
+    for block, tap in zip(network.blocks, shown, strict=True):
+        cpu_packing.pack_block(packed, block.layers, tap)
     assert network.head
     assert network.linear is not None
     cpu_packing.pack_head(packed, network.head)
     cpu_packing.pack_classifier(packed, network.linear.weight, network.linear.bias)
-    packed.blocks[0]["tap"], packed.blocks[-1]["tap"] = taps[1:]
     parts = packed.head if head else None, packed.classifier if classifier else None
     return extension.Network("", False, packed.nbytes, packed.stem, taps[0], packed.blocks, *parts)
 
@@ -65,3 +65,36 @@ def test_the_pooled_head_is_an_output() -> None:
     y = torch.full((1, 320), torch.nan)
     run(native_network((-1, -1, -1), classifier=False), y, [])
     assert y.isfinite().all()
+
+
+def product(**changed: Any) -> Any:
+    """A product of 16 x 16, and what is changed of it; None leaves a field out."""
+    kept = torch.zeros(256)
+    tensor = kept.data_ptr(), kept.nbytes
+    fields = {"in_channels": 16, "out_channels": 16, "weight": tensor, "shift": tensor} | changed
+    return native.load().Product(**{k: v for k, v in fields.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shift": None}, "Product lacks shift"),
+        ({"bias": 1}, "Product has no bias"),
+        ({"weight": "here"}, "Product's weight is of a wrong type"),
+        ({"in_channels": 1.5}, "Product's in_channels is of a wrong type"),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_is_named(changed: dict[str, Any], message: str) -> None:
+    product()
+    with pytest.raises(TypeError, match=message):
+        product(**changed)
+
+
+def test_sizes_and_layers_are_checked() -> None:
+    with pytest.raises(ValueError, match="Product's out_channels is too small"):
+        product(out_channels=0)
+    with pytest.raises(TypeError, match="BlockLayer lacks in_channels"):
+        native.load().BlockLayer()
+    with pytest.raises(TypeError, match="incompatible constructor arguments"):
+        native.load().Network("", False, 0, product(), -1, [], None, None)
