@@ -164,7 +164,7 @@ def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
     se_reduce_bias = shift.new_zeros(hidden) if se_reduce_bias is None else se_reduce_bias
     se_expand_bias = shift.new_zeros(channels) if se_expand_bias is None else se_expand_bias
     project_weight, project_shift = folded(block.project)
-    optional = {}
+    optional: dict[str, Any] = {}
     if layout.bf16:
         words = _product_words(project_weight.flatten(1), layout)
         optional["project_master"] = packed.keep(words)

@@ -34,7 +34,10 @@ def silu_and_slope(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_silu_and_its_slope_over_the_whole_range(backend: str) -> None:
-    """Against float64, as a share of the value; of the slope, which crosses 0, of sigmoid too."""
+    """Against float64, as a share of the value; of the slope, which crosses 0, of its terms too.
+
+    They are s and s * u * (1 - s), with an error of u / 2 eps where s rounds towards 1.
+    """
     x = torch.cat(
         [torch.linspace(*r) for r in ((-110, 110, 2**17), (-91, -86, 2**14), (86, 91, 2**14))]
     )
@@ -46,7 +49,7 @@ def test_silu_and_its_slope_over_the_whole_range(backend: str) -> None:
     share = torch.where(x < OVERFLOW, 1.0, eps)
     for actual, wanted, size in (
         (y, exact_y, exact_y.abs()),
-        (slope, exact_slope, torch.maximum(s, exact_slope.abs())),
+        (slope, exact_slope, torch.maximum(s * (1 + exact.abs() / 8), exact_slope.abs())),
     ):
         wrong = ~((actual - wanted).abs() <= share * size + exact.abs() * SMALLEST)
         assert not wrong.any(), (x[wrong][:5], actual[wrong][:5], wanted[wrong][:5])
