@@ -1,4 +1,4 @@
-"""`effnet_fast.deploy`: a network in the form that only infers, and does that fastest.
+"""`effnet_fast.deploy`: the form of a network for inference alone, the fastest there is.
 
 BatchNorm is folded into weights that are packed once. On a CPU a call runs the whole network in
 C++; on a GPU it replays a CUDA graph of the kernels, or launches them.
@@ -44,26 +44,25 @@ def deploy(
 
     Args:
         model: an EfficientNet or EfficientNetFeatures on a CPU or a CUDA device, in eval mode.
-        dtype: in which layers hand on their results, None for that of the model's parameters:
-            torch.float32 or torch.bfloat16, on a CUDA device torch.float16 too. Sums are fp32 in
-            all. Where a CPU's instruction set does not multiply bf16, the network is computed in
+        dtype: of the activations between layers, None for the dtype of the model's parameters:
+            torch.float32 or torch.bfloat16, on a CUDA device torch.float16 too. Sums are always
+            fp32. Where a CPU's instruction set does not multiply bf16, the network is computed in
             fp32, which is more exact.
         backend: on a CPU "auto", "cpu", or "cpu:<instruction set>" to force one. On a CUDA device
             "auto", which takes for each pass the preferred kernel that runs there, "triton", or
             "cuda", whose 1x1 convolutions are PyTorch's own products with a kernel after them.
-        graphs: CUDA graphs that are kept at most, one per shape of the images; 0 for none. A shape
-            is captured at its first call. Once there are so many, a new shape's kernels are
-            launched one by one, and it takes the place of the graph that has been idle for longest
-            when it has come `inference.cuda_graphs.PATIENCE` times since that was of use. Without
-            meaning on a CPU.
+        graphs: the largest number of CUDA graphs, one per shape of the images; 0 for none. The
+            first call with a shape captures its graph. Shapes beyond the limit run without a
+            graph. Such a shape replaces the least recently used graph once it has been used
+            `inference.cuda_graphs.PATIENCE` times since that graph's last use. Ignored on a CPU.
 
     Returns:
         a module that takes images [N,C,H,W] in fp32 or bf16 (on a CUDA device fp16 too), of any
-        size and strides, and gives what the model gives, in the images' dtype. It records no
-        gradient. What it returns is the caller's; any thread and any stream may call.
+        size and strides, and returns the model's output in the images' dtype. It records no
+        gradient. The output belongs to the caller; any thread and any stream may call.
 
     Raises:
-        TypeError: model is no network of this package.
+        TypeError: model is not a network of this package.
         ValueError: another dtype or backend, or a negative number of graphs.
         RuntimeError: the model cannot be deployed as it is, with the reason: it is in training
             mode, on another device, has hooks or replaced layers; no kernel can run there, or the
@@ -86,16 +85,16 @@ def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class DeployedEfficientNet(nn.Module):
-    """What `deploy` returns.
+    """The module that `deploy` returns.
 
-    The network that it was made of stays its `source` and can be changed: parameters and buffers
-    are compared at every call, by identity, version counter and address, on a CPU by a few values
-    of each too, and packed again where they differ; graphs of the old ones are dropped. After an
-    edit that moves none of these call `refresh`: one of single values through `.data`, on a CUDA
-    device any through `.data`. State dict, parameters and children are the source's.
+    The original network stays its `source` and may change. Every call compares parameters and
+    buffers by identity, version counter and address, on a CPU by a few values of each too. Where
+    they differ, the weights are packed again and graphs of the old weights are dropped. Some edits
+    change none of these; call `refresh` after them: edits of single values through `.data`, and on
+    a CUDA device all edits through `.data`. State dict, parameters and children are the source's.
 
-    While the caller captures a CUDA graph, kernels are launched into that; it keeps to the weights
-    as they were then.
+    While the caller captures a CUDA graph, the kernels become part of that graph, with the weights
+    of that moment.
 
     Attributes:
         source: the network.
@@ -186,13 +185,13 @@ class DeployedEfficientNet(nn.Module):
         """As the source's forward.
 
         Args:
-            x: images [N,C,H,W], fp32 or bf16, on a CUDA device fp16 too; where the source is.
+            x: images [N,C,H,W] on the source's device, fp32 or bf16, on a CUDA device fp16 too.
 
         Returns:
-            what the source gives, in x's dtype.
+            the source's output, in x's dtype.
 
         Raises:
-            TypeError: x is no tensor of these dtypes.
+            TypeError: x is not a tensor of these dtypes.
             ValueError, RuntimeError: x has other dimensions than the source takes, is on another
                 device or asks for a gradient; something traces or transforms the call; or the
                 source can no longer be deployed.
@@ -205,7 +204,7 @@ class DeployedEfficientNet(nn.Module):
             return complete(self.source, plan, x, x.dtype)
 
     def train(self, mode: bool = True) -> DeployedEfficientNet:
-        """Only `eval()` and `train(False)` are of any use.
+        """Accepts only `eval()` and `train(False)`.
 
         Raises:
             RuntimeError: mode is True.
@@ -335,4 +334,4 @@ def _check_size(plan: Plan, x: Tensor) -> None:
     if x.shape[1] == conv.in_channels and min(x.shape[2:]) > 0:
         return
     copy.deepcopy(conv).to(x.dtype)(x)
-    raise ValueError(f"images of shape {list(x.shape)} cannot be taken")
+    raise ValueError(f"images of shape {list(x.shape)} are not allowed")

@@ -103,16 +103,16 @@ class Report:
 
 
 def doctor(model: nn.Module | None = None) -> Report:
-    """Looks at this machine, this installation and, when given one, a model.
+    """Examines this machine, this installation and, if given, a model.
 
     Args:
-        model: for each of its blocks the report tells whether it is fused in the state (train or
-            eval, hooks, dtypes, device) that it is in now, and why not. Of one in eval mode, when
-            no gradient is wanted.
+        model: for each of its blocks the report says whether it is fused in its present state
+            (train or eval, hooks, dtypes, device), and why not. In eval mode it assumes that no
+            gradient is wanted.
 
     Returns:
-        a report to print or, through `to_dict`, to process. Nothing here raises for want of the
-        extension, a driver or Triton: the reason is reported instead.
+        a report to print or, through `to_dict`, to process. A missing extension, driver or Triton
+        raises no error: the report has the reason.
     """
     reason = native.unavailable_reason()
     extension = None if reason else native.load()

@@ -121,7 +121,7 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: the named backend cannot run the call; the text gives the reason.
+        RuntimeError: the named backend cannot run the call; the message has the reason.
     """
     if backend == "auto":
         backend = current_backend()

@@ -131,14 +131,14 @@ def _entry_point(name: str) -> EntryPoint:
     Args:
         weights: {published_set if enum in vars(published_weights) else "None: none are published"}.
         progress: shows a progress bar on stderr while weights are downloaded.
-        num_classes: of the logits; with weights, theirs, which is 1000, or 0 for no classifier.
-        in_chans: channels of the images; the stem of published weights is adapted to them, as
-            `effnet_fast.models.input_channels` tells.
+        num_classes: number of logits, or 0 for no classifier; published weights have 1000.
+        in_chans: channels of the images; the stem of published weights is adapted to them, see
+            `effnet_fast.models.input_channels`.
         dropout, stochastic_depth_prob, norm_layer, global_pool, backend, memory: as in
             `EfficientNet`; dropout is {variant.dropout} unless given.
         features_only: build an `EfficientNetFeatures`, the encoder of the feature maps;
-            num_classes, dropout and global_pool then have no meaning.
-        out_indices: which maps that gives, as in `EfficientNetFeatures`.
+            num_classes, dropout and global_pool are then ignored.
+        out_indices: which maps the encoder returns, as in `EfficientNetFeatures`.
 
     Raises:
         ValueError, IndexError: an argument outside what is allowed; a file of weights that is not
@@ -203,7 +203,7 @@ def efficientnet(
 
     Args:
         depth, width, resolution, stages, dropout: as for `custom_variant`. The network takes images
-            of any side; `resolution` is what its counts are of.
+            of any side; its counts are for `resolution`.
         features_only: build an `EfficientNetFeatures`.
         options: as for `EfficientNet`, or `EfficientNetFeatures`.
 

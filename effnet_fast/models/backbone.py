@@ -1,4 +1,4 @@
-"""What every EfficientNet consists of, whatever stands on top: stem, stages of MBConv, head.
+"""The part that every EfficientNet has, whatever follows: stem, stages of MBConv, head.
 
 Running them on channels_last activations and one backend, recomputing them in backward, freezing
 the first of them, and naming their parameters by depth.
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         grad_checkpointing: whether `set_grad_checkpointing` is on.
         plan: whether forward in eval mode without gradients may run the whole network from packed
             weights, on a CPU; they take about as much memory as the parameters, in bf16 too, where
-            projections are kept in fp32 as well. Set it to False to do without.
+            projections are kept in fp32 as well. Set it to False to turn this off.
 
     Raises:
         ValueError: an argument outside what is allowed.
@@ -173,8 +173,8 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keeps the input of each MBConv alone for backward, and computes the rest again.
 
-        The results, random draws and running statistics are those without: statistics move once
-        in a step. Costs about one more forward pass.
+        Results, random draws and running statistics stay the same: statistics are updated once in
+        a step. The cost is about one more forward pass.
         """
         self.grad_checkpointing = enable
         for module in self.features.modules():
@@ -182,18 +182,18 @@ class Backbone(nn.Module):
                 module.grad_checkpointing = enable
 
     def freeze(self, stages: int | None = None, *, bn: bool = True) -> Self:
-        """Excludes the first layers from training; takes the place of an earlier `freeze`.
+        """Excludes the first layers from training; replaces an earlier `freeze`.
 
         Args:
             stages: stages of MBConv to freeze, the stem with them; 0 freezes nothing, None the
                 whole of `features`, its last convolution included.
-            bn: also keep their BatchNorms in eval mode, whatever `train()` is told.
+            bn: also keep their BatchNorms in eval mode, even under `train()`.
 
         Returns:
             The network itself.
 
         Raises:
-            ValueError: more stages than there are, or a negative number.
+            ValueError: more stages than the network has, or a negative number.
         """
         limit = min(self._count_stages(), len(self.features) - 1)
         if stages is not None and (
@@ -220,7 +220,7 @@ class Backbone(nn.Module):
         return self
 
     def unfreeze(self) -> Self:
-        """Undoes `freeze`: what it froze is trained again, its BatchNorms in the network's mode.
+        """Undoes `freeze`: its layers are trained again, BatchNorms in the network's mode.
 
         Parameters that were frozen by other means stay so.
         """
@@ -331,13 +331,13 @@ def find_variant(variant: Variant | str) -> Variant:
 
 
 def check_count(name: str, count: int, least: int = 1) -> None:
-    """Raises ValueError for what is no int of at least `least`."""
+    """Raises ValueError for anything but an int of at least `least`."""
     if isinstance(count, bool) or not isinstance(count, int) or count < least:
         raise ValueError(f"{name} must be an int of at least {least}, got {count!r}")
 
 
 def check_probability(name: str, probability: float) -> None:
-    """Raises ValueError for what is no number between 0 and 1."""
+    """Raises ValueError for anything but a number between 0 and 1."""
     if not isinstance(probability, (int, float)) or not 0.0 <= probability <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {probability!r}")
 
@@ -349,6 +349,6 @@ def _check_backend(backend: str) -> None:
 
 
 def check_memory(memory: str) -> None:
-    """Raises ValueError for what is none of MEMORY_MODES."""
+    """Raises ValueError for anything but one of MEMORY_MODES."""
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}, got {memory!r}")

@@ -41,8 +41,8 @@ class EfficientNet(Backbone):
 
     Args:
         variant: row of `VARIANTS`, or its name.
-        num_classes: size of the logits; 0 leaves the classifier out, and pooled features
-            [N,head_hidden_size] come out.
+        num_classes: size of the logits; 0 leaves the classifier out, and the network returns
+            pooled features [N,head_hidden_size].
         dropout: drop probability before the classifier; None means the variant's.
         stochastic_depth_prob: p of the drop-path, growing linearly from 0 at the first block
             towards p after the last.
@@ -50,12 +50,12 @@ class EfficientNet(Backbone):
             variant's constants.
         in_chans: channels of the input images.
         global_pool: "avg", "max", "avgmax" (half their sum), "catavgmax" (one after the other), or
-            "" for none, which gives maps and needs num_classes=0.
-        backend: what computes the fused ops, as in `use_backend`; "auto" leaves the choice to
-            the context, "reference" is stock PyTorch. May be changed later as `model.backend`.
+            "" for none, which returns maps and needs num_classes=0.
+        backend: the kernels of the fused ops, as in `use_backend`; "auto" leaves the choice to
+            the context, "reference" is stock PyTorch. `model.backend` changes it later.
         memory: "fast", or "lean" to save one expanded tensor less per block for backward and
-            compute it again. May be changed later as `model.memory`, or for a single block as
-            `block.memory`.
+            compute it again. `model.memory` changes it later, `block.memory` for a single
+            block.
 
     Attributes:
         num_features: channels of the last feature map.
@@ -121,17 +121,17 @@ class EfficientNet(Backbone):
         progress: bool = True,
         **options: Any,
     ) -> "Self":
-        """The network that a checkpoint of any family is of, with its weights, in training mode.
+        """The network of a checkpoint of any family, with its weights, in training mode.
 
-        Padding, BN constants and preprocessing (`model.variant`) are the family's, so that logits
-        are those of the family's own package.
+        Padding, BN constants and preprocessing (`model.variant`) are the family's, so that the
+        logits equal those of the family's own package.
 
         Args:
             path_or_url: as for `checkpoints.load`. The model keeps no hold on the file.
-            family: "torchvision", "timm", "timm_tf", "lukemelas", "nvidia", or "auto": as the
-                file's metadata and names tell. What cannot be told from them, timm's plain from
-                its `tf_` networks, is told from the name of the file or of the model in it; where
-                that says nothing, plain is assumed with a warning.
+            family: "torchvision", "timm", "timm_tf", "lukemelas", "nvidia", or "auto", by
+                the file's metadata and names. timm's plain and `tf_` networks have the same names;
+                the name of the file, or of the model in it, decides between them. Without such a
+                name the network is assumed to be plain, with a warning.
             variant: a published size or a `Variant`; None finds the published size by the shapes.
             num_classes: 0 leaves the classifier out; None means as many as the file has.
             in_chans: channels of the images; a stem of another number is summed or repeated, see
@@ -177,7 +177,7 @@ class EfficientNet(Backbone):
         """Pooling, dropout and classifier.
 
         Args:
-            x: what `forward_features` gives.
+            x: the map of `forward_features`.
             pre_logits: stop before the last layer of the classifier, after dropout.
 
         Returns:
@@ -214,18 +214,18 @@ class EfficientNet(Backbone):
             indices: which of the maps that `feature_info` lists: None for all, an int for the last
                 n, or places, counted from the end if negative.
             norm: kept for timm's signature; maps end in their own normalisation.
-            stop_early: run no stage after the last map asked for; without the last stage the head
-                is left out too.
+            stop_early: run no stage after the last requested map; without the last stage the head
+                does not run either.
             output_fmt: "NCHW", the order of the dimensions.
             intermediates_only: leave the last feature map out.
             extra_blocks: count stem and every stage instead, eight in the published networks.
 
         Returns:
-            (x, maps) as `forward_features` gives x, maps in the order of the network; or maps.
+            (x, maps) with x from `forward_features` and maps in the order of the network; or maps.
 
         Raises:
             ValueError: another output_fmt, or indices that are empty or repeated.
-            IndexError, TypeError: indices outside the maps, or no ints.
+            IndexError, TypeError: indices outside the maps, or not ints.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -251,7 +251,7 @@ class EfficientNet(Backbone):
         return x, maps
 
     def get_classifier(self) -> nn.Module:
-        """The layer that gives the logits, nn.Identity where num_classes is 0."""
+        """The layer that computes the logits, nn.Identity where num_classes is 0."""
         classifier = self.classifier
         return classifier[-1] if isinstance(classifier, nn.Sequential) else classifier
 
@@ -281,13 +281,13 @@ class EfficientNetFeatures(Backbone):
     """EfficientNet as an encoder, x [N,in_chans,H,W] -> list of maps at strides 2, 4, 8, 16, 32.
 
     The child `features` has the same paths and parameters as in `EfficientNet`, without the layers
-    after the last map asked for. `load_state_dict` takes the whole network's state too, and leaves
-    out what belongs to those layers and the classifier.
+    after the last requested map. `load_state_dict` takes the whole network's state too, and ignores
+    the entries of those layers and of the classifier.
 
     Args:
-        out_indices: which of the five maps (`stages` of one's own may give fewer): places, counted
-            from the end if negative, an int for the last n, or None for all. They come out in the
-            order of the network.
+        out_indices: which of the five maps (your own `stages` may have fewer): places, counted
+            from the end if negative, an int for the last n, or None for all. They are returned in
+            the order of the network.
         variant, stochastic_depth_prob, norm_layer, in_chans, backend, memory: as in `EfficientNet`.
 
     Attributes:
@@ -295,7 +295,7 @@ class EfficientNetFeatures(Backbone):
 
     Raises:
         IndexError: a map that does not exist.
-        TypeError, ValueError: indices that are no ints, empty or repeated; other arguments as
+        TypeError, ValueError: indices that are not ints, empty or repeated; other arguments as
             `EfficientNet`.
     """
 
@@ -340,7 +340,7 @@ class EfficientNetFeatures(Backbone):
         progress: bool = True,
         **options: Any,
     ) -> "Self":
-        """The encoder of the network that a checkpoint is of, with its weights, in training mode.
+        """The encoder of a checkpoint's network, with its weights, in training mode.
 
         The file may be of the whole network or of an encoder with as many maps. Arguments and
         errors are those of `EfficientNet.from_checkpoint`; `options` those of this class.

@@ -1,4 +1,4 @@
-"""Which layers an encoder's feature maps come from, in the form that timm made customary.
+"""Which layers an encoder's feature maps come from, in timm's form.
 
 Source: FeatureInfo and feature_take_indices in timm/models/_features.py,
 https://github.com/huggingface/pytorch-image-models.
@@ -34,7 +34,7 @@ def take_indices(count: int, indices: OutIndices | None) -> list[int]:
 
     Raises:
         IndexError: a place outside the list, or more than `count`.
-        TypeError: places that are no ints.
+        TypeError: places that are not ints.
         ValueError: no place, or one place twice.
     """
     if indices is None:

@@ -13,8 +13,8 @@ from torch import Tensor
 def adapt_input_channels(weight: Tensor, in_chans: int) -> Tensor:
     """The weight of a convolution over Cin channels, for images of `in_chans` channels.
 
-    One channel takes the sum over Cin, which gives for a grey image what the old weight gives for
-    that image repeated over Cin channels. Other numbers repeat the channels in turn and scale them
+    One channel takes the sum over Cin: a grey image then has the same output as before when it was
+    repeated over Cin channels. Other numbers repeat the channels in turn and scale them
     by Cin / in_chans, so that activations keep their size. float16 and bfloat16 are computed in
     float32.
 

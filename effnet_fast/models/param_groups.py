@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 
 class Grouped(Protocol):
-    """A network that tells its parameters' depth."""
+    """A network that knows its parameters' depth."""
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]: ...
 

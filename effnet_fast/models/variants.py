@@ -59,7 +59,7 @@ class Variant:
         interpolation: how evaluation images are resized.
         baseline: the table whose widths and repeats are multiplied.
         padding: of the convolutions that stride: "symmetric", (K-1)//2 on both sides, or "same" as
-            TensorFlow means it.
+            in TensorFlow.
         mean, std: of each channel of the training images over [0, 1], red green blue.
 
     Raises:
@@ -142,7 +142,7 @@ def custom_variant(
     Args:
         depth, width: multipliers of the repeats and channels of `stages`.
         resolution: side of the images, pixels.
-        stages: the baseline's table, each stage taking the channels that the one before it gives.
+        stages: the baseline's table; each stage takes the output channels of the stage before.
         dropout: drop probability before the classifier.
 
     Raises:

@@ -270,8 +270,8 @@ def mbconv(
         config: see `effnet_fast.reference.MBConvConfig`.
         training: whether the BatchNorms normalise by the batch; a bool for all, or one for each of
             expansion, depthwise and projection.
-        row_scale: [N] or None for 1: what drop-path makes of each image's body. Its own gradient is
-            the reference's alone.
+        row_scale: [N] or None for 1: the factor of each image's body under drop-path. Only the
+            reference computes its own gradient.
         memory: "fast", or "lean" to save one expanded tensor less and compute it again.
         backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
 

@@ -359,8 +359,8 @@ def stem_conv_bn_silu(
     """y = silu(bn(conv(x, weight))) in one or two passes over memory.
 
     Args:
-        x: [N,Cin,H,W], fp32 or bf16 (fp16 too on GPUs), any strides: an image may come as a loader
-            gives it. Under autocast it is cast as a convolution's input is.
+        x: [N,Cin,H,W], fp32 or bf16 (fp16 too on GPUs), any strides: an image needs no copy after
+            the loader. Under autocast it is cast as a convolution's input is.
         weight: [Cout,Cin,K,K] in x's dtype or fp32.
         bn_weight, bn_bias: [Cout] in x's dtype or fp32, or None for 1 and 0.
         running_mean, running_var: [Cout], updated in place when training; both may be None then.

@@ -80,7 +80,7 @@ def dwconv_bn_silu(
         y [N,C,Ho,Wo] in x's dtype, Ho = (H + top + bottom - K) // stride + 1, Wo likewise.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor, or a padding of another type.
+        TypeError: an argument that is not a floating-point tensor, or a padding of another type.
         ValueError: a shape, stride or padding out of range, a kernel larger than the padded
             input, running statistics missing outside training, or one value per channel in it.
     """

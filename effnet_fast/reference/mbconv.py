@@ -174,14 +174,14 @@ def mbconv(
         params: see `MBConvParams`.
         config: see `MBConvConfig`.
         training: whether the BatchNorms normalise by the batch; a bool for all, or one for each.
-        row_scale: [N] or None for 1: what drop-path makes of each image's body.
+        row_scale: [N] or None for 1: the factor of each image's body under drop-path.
         memory: "fast" or "lean"; here both are the same.
 
     Returns:
         y [N,Cout,Ho,Wo] in x's dtype.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor, or of another type than allowed.
+        TypeError: an argument that is not a floating-point tensor, or of another type than allowed.
         ValueError: a shape, stride, padding or mode out of range.
     """
     sides = check_arguments(x, params, config, training, row_scale, memory)

@@ -85,7 +85,7 @@ def pointwise_bn_act(
         y [N,Cout,H,W] in x's dtype.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor.
+        TypeError: an argument that is not a floating-point tensor.
         ValueError: a wrong shape or act, running statistics missing outside training, or one
             value per channel in it.
     """

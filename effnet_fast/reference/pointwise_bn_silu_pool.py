@@ -59,7 +59,7 @@ def pointwise_bn_silu_pool(
         y [N,Cout] in x's dtype.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor.
+        TypeError: an argument that is not a floating-point tensor.
         ValueError: a wrong shape, no pixels, running statistics missing outside training, or one
             value per channel in it.
     """

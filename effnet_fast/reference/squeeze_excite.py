@@ -65,7 +65,7 @@ def squeeze_excite(
         y [N,C,H,W] in x's dtype.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor.
+        TypeError: an argument that is not a floating-point tensor.
         ValueError: a wrong shape, or an empty image.
     """
     check_arguments(x, reduce_weight, reduce_bias, expand_weight, expand_bias)

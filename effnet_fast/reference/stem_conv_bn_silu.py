@@ -85,7 +85,7 @@ def stem_conv_bn_silu(
         y [N,Cout,Ho,Wo] in x's dtype, Ho = (H + top + bottom - K) // stride + 1, Wo likewise.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor, or a padding of another type.
+        TypeError: an argument that is not a floating-point tensor, or a padding of another type.
         ValueError: a shape, stride or padding out of range, a kernel larger than the padded
             input, running statistics missing outside training, or one value per channel in it.
     """
