@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peers
+import tiers
 from effnet_fast import EfficientNet, checkpoints
 from effnet_fast.checkpoints import FAMILIES, NAMINGS
 from effnet_fast.models import VARIANTS, custom_variant
@@ -18,10 +19,10 @@ from networks import TINY
 
 # lukemelas and timm have all sizes, torchvision none beyond B7.
 SIZES = [
-    pytest.param(family, size, marks=[] if size in ("b0", "l2") else pytest.mark.exhaustive)
+    pytest.param(family, *param.values, marks=param.marks)
     for family in peers.BUILDERS
-    for size in VARIANTS
-    if family != "torchvision" or size not in ("b8", "l2")
+    for param in tiers.networks(VARIANTS)
+    if family != "torchvision" or param.values[0] not in ("b8", "l2")
 ]
 PAIRS = [(a, b) for a in NAMINGS for b in NAMINGS if a != b]
 

@@ -83,6 +83,7 @@ def wrapped(state, wrappers, prefix):
 PREFIXES = st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "backbone."]), max_size=3)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -102,6 +103,7 @@ def test_load_unwraps(tmp_path, wrappers, prefix, family, uncounted):
     assert_same(checkpoints.load(path), tiny)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

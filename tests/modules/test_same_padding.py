@@ -91,6 +91,7 @@ def test_eval_backward_parity():
     trio(B0_SAME, 112).assert_parity(*random_images(8, 112).split(2))
 
 
+@pytest.mark.slow
 def test_train_step_parity():
     trio(B0_SAME, 112).train().assert_parity(*random_images(12, 112).split(4))
 
@@ -138,6 +139,7 @@ def assert_follows_the_input(captured, network):
             torch.testing.assert_close(captured(x), network(x))
 
 
+@pytest.mark.slow
 def test_export_with_sizes_unknown(network):
     """All sizes of a range: none may be left out for what cannot be proved about it."""
     height, width = (torch.export.Dim(side, min=33, max=256) for side in ("height", "width"))
