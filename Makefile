@@ -20,7 +20,7 @@ NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -n
 # A photograph of a cat that is shipped inside scikit-image's wheel.
 PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
 
-.PHONY: demo test test-all bench docs report gpu budgets mutants lint clean qemu
+.PHONY: demo test test-all durations bench docs report gpu budgets mutants lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
@@ -37,6 +37,10 @@ test: $(VENV)/.test qemu
 
 test-all: $(VENV)/.test qemu docs
 	$(RUN_TESTS) -m "exhaustive and not gpu" $(PYTEST_ARGS)
+
+# What every long test costs, into tests/durations.csv, which the tiers were cut from; over an hour.
+durations: $(VENV)/.test qemu
+	$(RUN_TESTS) -n 0 -m "not gpu" -p durations --costs tests/durations.csv
 
 # Each op, block and network once, its peers installed: about ten minutes on two cores.
 # BENCH_ARGS=--full holds every contest, which takes hours.

@@ -3,7 +3,7 @@
     pytest -p durations --costs FILE ...
 
 Costs are processor seconds of the test and of the processes that it starts, so that other work on
-the machine counts little. The file has a line for each function: file, function, tests, seconds.
+the machine counts little. The file has a line for each function and tier that takes LEAST_S.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-# Under pytest-xdist every worker would write; costs are taken in one process.
+# Under pytest-xdist every worker would write: costs are taken in one process.
 _costs: dict[tuple[str, str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0])
 LEAST_S = 1.0  # of a function in the table
 
@@ -50,5 +50,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     with session.config.getoption("--costs").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("file", "function", "tier", "tests", "seconds"))
-        for key, (tests, seconds) in rows:
-            writer.writerow((*key, tests, f"{seconds:.1f}"))
+        writer.writerows(
+            (*key, int(tests), f"{seconds:.1f}")
+            for key, (tests, seconds) in rows
+            if seconds >= LEAST_S
+        )
