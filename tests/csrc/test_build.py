@@ -18,6 +18,7 @@ import pytest
 
 import compiling
 
+pytestmark = pytest.mark.slow  # a process each
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "build", "dist", "tests", "benchmarks", "*.egg-info", "__pycache__", "*.so"
 )

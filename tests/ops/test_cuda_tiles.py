@@ -60,6 +60,7 @@ def test_every_network_fits(n: int, dtype: torch.dtype, direction: str) -> None:
         assert 0 < used <= SHARED_BYTES, (shape, tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_little_of_a_launch_is_empty(direction: str) -> None:
     """Of its pixels and channels, and of the lanes of a block's last warp."""
@@ -87,6 +88,7 @@ def test_rows_are_in_order_and_say_where_they_come_from() -> None:
             assert re.fullmatch(r"heuristic|measured\(.+, [0-9a-f]{7,}\)", row.source)
 
 
+@pytest.mark.slow
 @NEEDS_SIMT
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("n", BATCHES)

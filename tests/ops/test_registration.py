@@ -133,6 +133,7 @@ def arguments(op: str, call: Call) -> tuple[Any, ...]:
     return (z, x, z, tensors["weight"], *bn, 1, PADDING, 1e-5, True, wanted, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("op", SAMPLE_OF)
 def test_opcheck(op: str, dtypes: Dtypes) -> None:
@@ -151,6 +152,7 @@ def test_opcheck_without_optional_tensors() -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [[True, False, False], [False, True, False], [False] * 3])
 def test_opcheck_of_pruned_gradients(wanted: list[bool]) -> None:
     args = list(arguments("dwconv_bn_silu_backward", sample("dwconv_train")))
@@ -166,6 +168,7 @@ def test_opcheck_of_pruned_gradients_of_the_head(wanted: list[bool]) -> None:
     torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, (*args, wanted, backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 1])
 @pytest.mark.parametrize("op", SAMPLE_OF)
 def test_opcheck_of_batches_0_and_1(op: str, batch: int) -> None:
@@ -227,6 +230,7 @@ def passes_arguments(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> dict[st
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("op", PASSES_OF_MBCONV)
 def test_opcheck_of_passes(op: str, dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +238,7 @@ def test_opcheck_of_passes(op: str, dtypes: Dtypes, monkeypatch: pytest.MonkeyPa
     torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [[True, False], [False, True], [False, False]])
 @pytest.mark.parametrize("op", [op for op in PASSES_OF_MBCONV if op.endswith("_backward")])
 def test_opcheck_of_pruned_passes(

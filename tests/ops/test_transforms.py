@@ -225,6 +225,7 @@ def test_forward_mode_goes_through_the_reference(name: str) -> None:
     assert torch.equal(*tangents)
 
 
+@pytest.mark.slow
 @ANY_SAMPLE
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled(name: str) -> None:
@@ -263,6 +264,7 @@ def operators(call: Call, function: Callable[..., Tensor], **options: bool) -> l
     return graphs
 
 
+@pytest.mark.slow
 @ANY_SAMPLE
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_calls_are_fused(name: str) -> None:
@@ -280,6 +282,7 @@ def test_compiled_calls_are_fused(name: str) -> None:
         assert not any(target.startswith("effnet_fast.") for target in graph)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_call_follows_the_surrounding_backend() -> None:
     """A choice made after compilation counts, in its own thread alone."""

@@ -210,7 +210,7 @@ _MBCONV = (
     MBConvCase("no_expansion", 2, 24, 24, 12, 7, 9, 3, 1, 6, False),
     MBConvCase("no_expansion_residual", 2, 24, 24, 24, 7, 9, 3, 1, 6, True),
     MBConvCase("one_pixel", 16, 8, 48, 8, 1, 1, 3, 1, 2, True),
-    MBConvCase("k7", 2, 8, 48, 12, 10, 9, 7, 1, 2, False),
+    MBConvCase("k7", 2, 8, 48, 12, 10, 9, 7, 1, 6, False),
     MBConvCase("c_gt_tile", 2, 72, 160, 72, 7, 7, 3, 1, 6, True),
     MBConvCase("batch_0", 0, 16, 64, 16, 7, 7, 3, 1, 4, True),
     MBConvCase("w_gt_tile_stride_2", 3, 20, 36, 24, 9, 19, 3, 2, 5, False),
