@@ -1,6 +1,6 @@
 """The passes of a staged MBConv: the registered ops `mbconv_*` on the kernels of the other files.
 
-Computes: what effnet_fast/reference/mbconv_passes.py says under the names without `mbconv_`
+Computes: what `effnet_fast.ops.mbconv_training.Passes` says under the names without `mbconv_`
 Shapes:   images [N,C,H,W], norm [5,C], sums [2,C], sums per image [..,N,C]
 Dtypes:   images fp32|fp16|bf16, vectors and sums fp32; sums2 is added up in fp64
 Layout:   channels_last; vectors without gaps
@@ -9,7 +9,7 @@ Bytes:    of the passes; the depthwise backward writes dz2 and reads it back, be
           once per tap would cost K * K evaluations of SiLU's slope
 FLOPs:    of the passes
 Source:   original
-Truth:    effnet_fast/reference/mbconv_passes.py
+Truth:    tests/support/reference_passes.py
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Bytes:    grad_x: grad, z and z2 once, grad_x once; grad_weight: grad, z and x o
           every tile but the first)
 FLOPs:    2 * N*H*W * Cin * Cout each
 Source:   original; Ioffe & Szegedy (arXiv 1502.03167), section 3, for dz
-Truth:    effnet_fast/reference/mbconv_passes.py
+Truth:    tests/support/reference_passes.py
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from effnet_fast.ops.registration import (
     channels_last,
     empty_nhwc,
     fp32,
+    is_bf16,
     isa_of,
     native_weight,
     nhwc,
@@ -49,7 +50,8 @@ def filter_shape(x: Tensor, z: Tensor, weight: Tensor, stride: int, padding: Sid
     return (*x.shape, *z.shape[2:], weight.shape[-1], stride, padding[0], padding[2])
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def pixel_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of x [N,C,H,W] over N, H and W."""
     n, _, h, w = x.stride()
     return n, h, w
 
@@ -81,15 +83,28 @@ def compute_eval(
     vectors = [fp32(v) for v in bn]
     native.load().dwconv_eval(
         isa_of(backend), filter_shape(x, y, weight, stride, padding),
-        x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
-        x.data_ptr(), _strides(x), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
+        is_bf16(x), is_bf16(weight),
+        x.data_ptr(), pixel_strides(x), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
         y.data_ptr(), pooled.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, pooled
 
 
-def _eval_cpu(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return compute_eval(*_eval_fake(x, weight, *rest), x, weight, rest[:4], *rest[4:])
+def _eval_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    stride: int,
+    padding: Sides,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    bn = (bn_weight, bn_bias, mean, var)
+    results = _eval_fake(x, weight, *bn, stride, padding)
+    return compute_eval(*results, x, weight, bn, stride, padding, eps, backend)
 
 
 def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -98,24 +113,23 @@ def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-def _train_cpu(
+def _statistics_cpu(
     x: Tensor, weight: Tensor, stride: int, padding: Sides, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z, mean, var = _train_fake(x, weight, stride, padding, backend)
+    z, mean, var = _statistics_fake(x, weight, stride, padding)
     if z.numel() == 0:
         return z, mean.zero_(), var.zero_()
     weight = native_weight(weight, x)
     native.load().dwconv_train(
-        isa_of(backend), filter_shape(x, z, weight, stride, padding),
-        x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
-        x.data_ptr(), _strides(x), weight.data_ptr(),
+        isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x), is_bf16(weight),
+        x.data_ptr(), pixel_strides(x), weight.data_ptr(),
         z.data_ptr(), mean.data_ptr(), var.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return z, mean, var
 
 
-def _train_fake(
-    x: Tensor, weight: Tensor, stride: int, padding: Sides, backend: str
+def _statistics_fake(
+    x: Tensor, weight: Tensor, stride: int, padding: Sides, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
     mean = x.new_empty(x.shape[1], dtype=torch.float32)
@@ -137,21 +151,13 @@ def _bn_silu_cpu(
     vectors, bn = _bn(bn_weight, bn_bias, mean, var)
     z = nhwc(z)
     native.load().bn_act(
-        isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype == torch.bfloat16, True,
+        isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), True,
         z.data_ptr(), bn, eps, 0, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _bn_silu_fake(
-    z: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    backend: str,
-) -> Tensor:
+def _bn_silu_fake(z: Tensor, *_: Any) -> Tensor:
     return empty_nhwc(z, z.shape)
 
 
@@ -171,10 +177,7 @@ def _backward_cpu(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _backward_fake(
-        grad_y, x, z, weight, bn_weight, bn_bias, mean, var,
-        stride, padding, eps, training, wanted, backend,
-    )  # fmt: skip
+    grads = empty_grads(grad_y, x, z, weight, wanted, backend)
     if z.numel() == 0:
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
     weight, grad_y = native_weight(weight, x), nhwc(grad_y)
@@ -183,31 +186,18 @@ def _backward_cpu(
         grad.data_ptr() if want else 0 for grad, want in zip(grads, wanted, strict=True)
     )
     native.load().dwconv_backward(
-        isa_of(backend), filter_shape(x, z, weight, stride, padding),
-        x.dtype == torch.bfloat16, weight.dtype == torch.bfloat16,
-        x.data_ptr(), _strides(x), z.data_ptr(), grad_y.data_ptr(), weight.data_ptr(),
+        isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x), is_bf16(weight),
+        x.data_ptr(), pixel_strides(x), z.data_ptr(), grad_y.data_ptr(), weight.data_ptr(),
         bn, eps, training, grad_x, grad_weight, sums, torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
 
-def _backward_fake(
-    grad_y: Tensor,
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    stride: int,
-    padding: Sides,
-    eps: float,
-    training: bool,
-    wanted: list[bool],
-    backend: str,
+def empty_grads(
+    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = x.new_empty(0)
+    """The results of `dwconv_bn_silu_backward`, unwritten: [0] for what is not wanted."""
+    none, wanted = x.new_empty(0), rest[-2]
     return (
         empty_nhwc(x, x.shape) if wanted[0] else none,
         x.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else none.clone(),
@@ -215,29 +205,10 @@ def _backward_fake(
     )
 
 
-_BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var"
-eval_op = register(
-    f"dwconv_bn_silu_eval(Tensor x, Tensor weight, {_BN}, int stride, int[4] padding, float eps, "
-    "str backend) -> (Tensor y, Tensor pooled)",
-    _eval_cpu,
-    _eval_fake,
-)
-train_op = register(
-    "dwconv_statistics(Tensor x, Tensor weight, int stride, int[4] padding, str backend)"
-    " -> (Tensor z, Tensor mean, Tensor var)",
-    _train_cpu,
-    _train_fake,
-)
-bn_silu_op = register(
-    f"bn_silu(Tensor z, {_BN}, float eps, str backend) -> Tensor", _bn_silu_cpu, _bn_silu_fake
-)
-backward_op = register(
-    f"dwconv_bn_silu_backward(Tensor grad_y, Tensor x, Tensor z, Tensor weight, {_BN}, int stride, "
-    "int[4] padding, float eps, bool training, bool[3] wanted, str backend)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor sums)",
-    _backward_cpu,
-    _backward_fake,
-)
+eval_op = register("dwconv_bn_silu_eval", _eval_cpu, _eval_fake)
+statistics_op = register("dwconv_statistics", _statistics_cpu, _statistics_fake)
+bn_silu_op = register("bn_silu", _bn_silu_cpu, _bn_silu_fake)
+backward_op = register("dwconv_bn_silu_backward", _backward_cpu, empty_grads)
 
 
 class DwconvBnSilu(torch.autograd.Function):
@@ -258,7 +229,7 @@ class DwconvBnSilu(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, mean, var = train_op(x, weight, stride, padding, backend)
+        z, mean, var = statistics_op(x, weight, stride, padding, backend)
         if not training:
             assert running_mean is not None and running_var is not None
             mean, var = running_mean.clone(), running_var.clone()
@@ -332,7 +303,7 @@ def apply(
             stride, padding, training, eps, backend,
         )  # fmt: skip
     else:
-        z, mean, var = train_op(x, weight, stride, padding, backend)
+        z, mean, var = statistics_op(x, weight, stride, padding, backend)
         y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
     if training:
         count = y.shape[0] * y.shape[2] * y.shape[3]

@@ -20,10 +20,20 @@ from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shap
 from effnet_fast.ops.dwconv_bn_silu import compute_eval as compute_depthwise
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, Settings, backward, forward
+from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.pointwise_bn_act import compute as compute_pointwise
-from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
+from effnet_fast.ops.registration import (
+    Layer,
+    autocast,
+    channels_last,
+    empty_nhwc,
+    fp32,
+    nhwc,
+    register,
+)
 from effnet_fast.ops.squeeze_excite import excite_op
 from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.reference.arguments import Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
     MBConvParams,
@@ -32,17 +42,17 @@ from effnet_fast.reference.mbconv import (
     three,
     three_modes,
 )
-from effnet_fast.reference.mbconv_passes import MEAN, VAR
 
 
+# Each layer is [weight, bn_weight, bn_bias, mean, var]; expand is empty where there is none.
 def _eval_cpu(
     x: Tensor,
-    expand: Any,
-    depthwise: Any,
-    squeeze: Any,
-    project: Any,
+    expand: Layer,
+    depthwise: Layer,
+    squeeze: Layer,
+    project: Layer,
     stride: int,
-    padding: tuple[int, int, int, int],
+    padding: Sides,
     eps: list[float],
     residual: bool,
     backend: str,
@@ -67,26 +77,19 @@ def _eval_cpu(
 
 def _eval_fake(
     x: Tensor,
-    expand: Any,
-    depthwise: Any,
-    squeeze: Any,
-    project: Any,
+    expand: Layer,
+    depthwise: Layer,
+    squeeze: Layer,
+    project: Layer,
     stride: int,
-    padding: tuple[int, int, int, int],
+    padding: Sides,
     *_: Any,
 ) -> Tensor:
     shape = output_shape(x, depthwise[0].shape[-1], stride, padding)
     return empty_nhwc(x, (shape[0], project[0].shape[0], *shape[2:]))
 
 
-# Each layer is [weight, bn_weight, bn_bias, mean, var]; expand is empty where there is none.
-eval_op = register(
-    "mbconv_eval(Tensor x, Tensor?[] expand, Tensor?[] depthwise, Tensor?[] squeeze, "
-    "Tensor?[] project, int stride, int[4] padding, float[] eps, bool residual, str backend)"
-    " -> Tensor",
-    _eval_cpu,
-    _eval_fake,
-)
+eval_op = register("mbconv_eval", _eval_cpu, _eval_fake)
 
 
 PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var

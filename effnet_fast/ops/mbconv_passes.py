@@ -1,9 +1,7 @@
-"""The passes of a staged MBConv as registered ops: their schemas and fakes.
+"""The passes of an MBConv in training, `mbconv_training.Passes`, as registered ops with fakes.
 
-What each computes, with its shapes, stands in `effnet_fast.reference.mbconv_passes` under the same
-name; `excite` is the op of `squeeze_excite`. An image has its input's dtype and is channels_last
-without gaps; vectors and sums are fp32. The CPU's passes are in `mbconv_cpu`; another backend's
-launchers bear the ops' names (`mbconv_expand`, ...) in a module of this file's name.
+The CPU's are in `cpu.mbconv`; another backend's launchers bear the ops' names (`mbconv_expand`,
+...). `excite` is the op of `squeeze_excite`.
 """
 
 from __future__ import annotations
@@ -17,9 +15,10 @@ from torch import Tensor
 
 from effnet_fast.ops.cpu import mbconv
 from effnet_fast.ops.dwconv_bn_silu import output_shape
-from effnet_fast.ops.registration import empty_nhwc, register
+from effnet_fast.ops.mbconv_training import Passes
+from effnet_fast.ops.norms import empty_norm
+from effnet_fast.ops.registration import empty_nhwc, register, schema_of
 from effnet_fast.ops.squeeze_excite import excite_op
-from effnet_fast.reference.mbconv_passes import NORM_ROWS
 
 
 def _vectors(like: Tensor, *shape: int) -> Tensor:
@@ -29,7 +28,7 @@ def _vectors(like: Tensor, *shape: int) -> Tensor:
 def _expand_fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     channels = weight.shape[0]
     z = empty_nhwc(x, (x.shape[0], channels, *x.shape[2:]))
-    return z, _vectors(x, len(NORM_ROWS), channels)
+    return z, empty_norm(x, channels)
 
 
 def _depthwise_fake(
@@ -37,10 +36,10 @@ def _depthwise_fake(
 ) -> tuple[Tensor, Tensor]:
     stride, padding = rest[4:6]
     z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
-    return z, _vectors(x, len(NORM_ROWS), x.shape[1])
+    return z, empty_norm(x, x.shape[1])
 
 
-def _squeeze_fake(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _squeeze_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _vectors(z, *z.shape[:2]), _vectors(z, 2, *z.shape[:2])
 
 
@@ -54,25 +53,12 @@ def _finish_fake(z: Tensor, *_: Any) -> Tensor:
     return empty_nhwc(z, z.shape)
 
 
-def _finish_backward_fake(
-    grad_y: Tensor, row_scale: Tensor | None, z: Tensor, norm: Tensor, backend: str
-) -> Tensor:
+def _finish_backward_fake(grad_y: Tensor, row_scale: Any, z: Tensor, *_: Any) -> Tensor:
     return _vectors(z, 2, z.shape[1])
 
 
-def _project_backward_fake(
-    grad_y: Tensor,
-    row_scale: Tensor | None,
-    z3: Tensor,
-    norm3: Tensor,
-    sums3: Tensor | None,
-    weight: Tensor,
-    z2: Tensor,
-    norm2: Tensor,
-    gate: Tensor,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _project_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight, z2, _, _, wanted = args[5:10]
     e, sums = z2.new_empty(0), _vectors(z2, 0)
     if wanted[0]:
         e, sums = empty_nhwc(z2, z2.shape), _vectors(z2, 3, *z2.shape[:2])
@@ -88,138 +74,59 @@ def _excite_backward_fake(
     return tuple(_vectors(pooled, *shape) for shape in shapes)
 
 
-def _depthwise_backward_fake(
-    e: Tensor,
-    gate: Tensor,
-    q: Tensor,
-    z2: Tensor,
-    norm2: Tensor,
-    sums2: Tensor | None,
-    x: Tensor,
-    x_norm: Tensor | None,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: int,
-    padding: list[int],
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _depthwise_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (x, x_norm, weight), wanted = args[6:9], args[12]
     f = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
     summed = wanted[0] and x_norm is not None
     sums = _vectors(x, 2, x.shape[1]) if summed else _vectors(x, 0)
     return f, mbconv.empty_weight_grad(x, weight, wanted[1]), sums
 
 
-def _expand_backward_fake(
-    f: Tensor,
-    z1: Tensor,
-    norm1: Tensor,
-    sums1: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _expand_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    (x, weight), wanted = args[4:6], args[7]
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
     return grad_x, mbconv.empty_weight_grad(x, weight, wanted[1])
 
 
-_BN = "Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var"
-_SCHEMAS: dict[str, tuple[str, str, Callable[..., Any]]] = {
-    "expand": (
-        f"Tensor x, Tensor weight, {_BN}, float eps",
-        "Tensor z, Tensor norm",
-        _expand_fake,
-    ),
-    "depthwise": (
-        f"Tensor x, Tensor? x_norm, Tensor weight, {_BN}, int stride, int[4] padding, float eps",
-        "Tensor z, Tensor norm",
-        _depthwise_fake,
-    ),
-    "squeeze": ("Tensor z, Tensor norm", "Tensor pooled, Tensor slopes", _squeeze_fake),
-    "project": (
-        f"Tensor z2, Tensor norm2, Tensor gate, Tensor weight, {_BN}, float eps",
-        "Tensor z, Tensor norm",
-        _project_fake,
-    ),
-    "finish": (
-        "Tensor z, Tensor norm, Tensor? row_scale, Tensor? residual",
-        "Tensor",
-        _finish_fake,
-    ),
-    "finish_backward": (
-        "Tensor grad_y, Tensor? row_scale, Tensor z, Tensor norm",
-        "Tensor",
-        _finish_backward_fake,
-    ),
-    "project_backward": (
-        (
-            "Tensor grad_y, Tensor? row_scale, Tensor z3, Tensor norm3, Tensor? sums3, "
-            "Tensor weight, Tensor z2, Tensor norm2, Tensor gate, bool[2] wanted"
-        ),
-        "Tensor e, Tensor sums, Tensor grad_weight",
-        _project_backward_fake,
-    ),
-    "excite_backward": (
-        (
-            "Tensor sums, Tensor slopes, Tensor pooled, Tensor hidden, Tensor gate, "
-            "Tensor reduce_weight, Tensor expand_weight, int pixels"
-        ),
-        (
-            "Tensor q, Tensor sums2, Tensor grad_reduce_weight, Tensor grad_reduce_bias, "
-            "Tensor grad_expand_weight, Tensor grad_expand_bias"
-        ),
-        _excite_backward_fake,
-    ),
-    "depthwise_backward": (
-        (
-            "Tensor e, Tensor gate, Tensor q, Tensor z2, Tensor norm2, Tensor? sums2, Tensor x, "
-            "Tensor? x_norm, Tensor weight, Tensor? residual, int stride, int[4] padding, "
-            "bool[2] wanted"
-        ),
-        "Tensor f, Tensor grad_weight, Tensor sums",
-        _depthwise_backward_fake,
-    ),
-    "expand_backward": (
-        (
-            "Tensor f, Tensor z1, Tensor norm1, Tensor? sums1, Tensor x, Tensor weight, "
-            "Tensor? residual, bool[2] wanted"
-        ),
-        "Tensor grad_x, Tensor grad_weight",
-        _expand_backward_fake,
-    ),
-}
-OPS = {"excite": excite_op} | {
-    name: register(
-        f"mbconv_{name}({arguments}, str backend) -> "
-        + (f"({results})" if "," in results else results),
-        getattr(mbconv, name),
-        fake,
-    )
-    for name, (arguments, results, fake) in _SCHEMAS.items()
-}
+def _register(
+    contract: Callable[..., Any], cpu: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers a method of `Passes` as an op, with the backend as its last argument."""
+    return register(schema_of(f"mbconv_{contract.__name__}", contract), cpu, fake)
 
 
-class Passes:
-    """The registered passes on one resolved backend, as `reference.mbconv_staged` calls them."""
+_expand = _register(Passes.expand, mbconv.expand, _expand_fake)
+_depthwise = _register(Passes.depthwise, mbconv.depthwise, _depthwise_fake)
+_squeeze = _register(Passes.squeeze, mbconv.squeeze, _squeeze_fake)
+_project = _register(Passes.project, mbconv.project, _project_fake)
+_finish = _register(Passes.finish, mbconv.finish, _finish_fake)
+_finish_backward = _register(Passes.finish_backward, mbconv.finish_backward, _finish_backward_fake)
+_project_backward = _register(
+    Passes.project_backward, mbconv.project_backward, _project_backward_fake
+)
+_excite_backward = _register(Passes.excite_backward, mbconv.excite_backward, _excite_backward_fake)
+_depthwise_backward = _register(
+    Passes.depthwise_backward, mbconv.depthwise_backward, _depthwise_backward_fake
+)
+_expand_backward = _register(Passes.expand_backward, mbconv.expand_backward, _expand_backward_fake)
 
+
+class _RegisteredPasses:
     def __init__(self, backend: str) -> None:
-        for name, op in OPS.items():
-            setattr(self, name, _bound(op, backend))
+        def bound(op: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args: op(*args, backend)
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
-
-
-def _bound(op: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        return op(*args, backend)
-
-    return run
+        self.expand, self.depthwise = bound(_expand), bound(_depthwise)
+        self.squeeze, self.excite = bound(_squeeze), bound(excite_op)
+        self.project, self.finish = bound(_project), bound(_finish)
+        self.finish_backward = bound(_finish_backward)
+        self.project_backward = bound(_project_backward)
+        self.excite_backward = bound(_excite_backward)
+        self.depthwise_backward = bound(_depthwise_backward)
+        self.expand_backward = bound(_expand_backward)
 
 
 @functools.cache
 def passes(backend: str) -> Passes:
     """The passes on a resolved backend."""
-    return Passes(backend)
+    return _RegisteredPasses(backend)

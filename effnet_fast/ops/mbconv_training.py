@@ -1,6 +1,7 @@
-"""MBConv in training as a sequence of passes: what runs in which order, and what is kept.
+"""MBConv in training as a sequence of passes: what each computes, their order, what is kept.
 
-The passes are given by the caller: those of `mbconv_passes`, or a backend's of the same names.
+BN and SiLU are never written: a producer gives its raw output z and its norm, the consumer applies
+them as it loads. The caller gives the passes: a backend's, or in tests the reference's.
 """
 
 from __future__ import annotations
@@ -9,16 +10,160 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.reference.arguments import Sides
-from effnet_fast.reference.mbconv_passes import MEAN, VAR
 
 Vectors = tuple[Tensor | None, ...]
 
 
 class Passes(Protocol):
-    """A namespace with the functions of `mbconv_passes`."""
+    """The passes on one backend.
 
-    def __getattr__(self, name: str) -> Any: ...
+    Symbols: z raw convolution output, zh = (z - mean) * rstd, u = weight * zh + bias, a = silu(u);
+    1, 2, 3 the expansion, the depthwise convolution, the projection; g the gate; E the expanded
+    channels; du, dz the gradients of u, z.
+
+    Images are [N,C,H,W] in their input's dtype, channels_last without gaps; vectors and sums are
+    fp32. norm is [5,C] as `norms` says, by the batch where mean and var are None. sums are [2,C]:
+    sum du and sum du * zh, which are also the gradients of BatchNorm's bias and weight; None where
+    it does not normalise by the batch. A result that is not wanted is [0].
+
+    Source: original; Ioffe & Szegedy (arXiv 1502.03167), section 3, for BatchNorm's gradient.
+    """
+
+    def expand(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """z1 = conv(x, weight [E,Cin,1,1]), norm1."""
+
+    def depthwise(
+        self,
+        x: Tensor,
+        x_norm: Tensor | None,
+        weight: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        stride: int,
+        padding: Sides,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """z2 = conv_dw(a, weight [E,1,K,K]), norm2; a = silu(bn(x)), or x without x_norm."""
+
+    def squeeze(self, z: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """pooled [N,E] = mean a2; slopes [2,N,E] = sum silu'(u2) and sum silu'(u2) * zh2."""
+
+    def excite(
+        self,
+        pooled: Tensor,
+        reduce_weight: Tensor,
+        reduce_bias: Tensor | None,
+        expand_weight: Tensor,
+        expand_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [N,R] = W1 pooled + b1, gate [N,E] = sigmoid(W2 silu(hidden) + b2)."""
+
+    def project(
+        self,
+        z2: Tensor,
+        norm2: Tensor,
+        gate: Tensor,
+        weight: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """z3 = conv(g * a2, weight [Cout,E,1,1]), norm3."""
+
+    def finish(
+        self, z: Tensor, norm: Tensor, row_scale: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """y = u3 * row_scale [N] + residual."""
+
+    def finish_backward(
+        self, grad_y: Tensor, row_scale: Tensor | None, z: Tensor, norm: Tensor
+    ) -> Tensor:
+        """sums3 [2,Cout]."""
+
+    def project_backward(
+        self,
+        grad_y: Tensor,
+        row_scale: Tensor | None,
+        z3: Tensor,
+        norm3: Tensor,
+        sums3: Tensor | None,
+        weight: Tensor,
+        z2: Tensor,
+        norm2: Tensor,
+        gate: Tensor,
+        wanted: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """e [N,E,H,W] = dz3 W3, sums [3,N,E], dW3; wanted: e with its sums, and dW3.
+
+        sums: sum e * a2, sum e * silu'(u2), sum e * silu'(u2) * zh2.
+        """
+
+    def excite_backward(
+        self,
+        sums: Tensor,
+        slopes: Tensor,
+        pooled: Tensor,
+        hidden: Tensor,
+        gate: Tensor,
+        reduce_weight: Tensor,
+        expand_weight: Tensor,
+        pixels: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q [N,E] = dpooled / pixels, sums2 [2,E], and the gradients of the four parameters.
+
+        sums as of `project_backward`, slopes as of `squeeze`; pixels = H * W. The weights'
+        gradients are [R,E] and [E,R].
+        """
+
+    def depthwise_backward(
+        self,
+        e: Tensor,
+        gate: Tensor,
+        q: Tensor,
+        z2: Tensor,
+        norm2: Tensor,
+        sums2: Tensor | None,
+        x: Tensor,
+        x_norm: Tensor | None,
+        weight: Tensor,
+        residual: Tensor | None,
+        stride: int,
+        padding: Sides,
+        wanted: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """f [N,E,H,W] = da1 * silu'(u1), dW2, sums1; wanted: f with its sums, and dW2.
+
+        du2 = (e * g + q) * silu'(u2). Without x_norm f is dx, the residual's gradient included,
+        and has no sums.
+        """
+
+    def expand_backward(
+        self,
+        f: Tensor,
+        z1: Tensor,
+        norm1: Tensor,
+        sums1: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        wanted: list[bool],
+    ) -> tuple[Tensor, Tensor]:
+        """dx, the residual's gradient included, and dW1."""
 
 
 class Layers(NamedTuple):

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, native, resolve
-from effnet_fast.ops.registration import address, autocast, empty_nhwc, fp32, isa_of, nhwc, register
+from effnet_fast.ops.registration import (
+    address,
+    autocast,
+    empty_nhwc,
+    fp32,
+    is_bf16,
+    isa_of,
+    nhwc,
+    register,
+)
 from effnet_fast.reference.pointwise_bn_act import check_arguments
 
 
@@ -50,7 +59,7 @@ def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend:
         scaled = empty_nhwc(x, x.shape)
         factors = gate.reshape(n, in_channels).float().contiguous()
         native.load().gate(
-            isa_of(backend), n, in_channels, h * w, x.dtype == torch.bfloat16, x.data_ptr(),
+            isa_of(backend), n, in_channels, h * w, is_bf16(x), x.data_ptr(),
             factors.data_ptr(), 0, scaled.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         _product(scaled, weight, None, y, backend)
@@ -75,28 +84,35 @@ def compute(
         residual = nhwc(residual.to(x.dtype))
     vectors = [fp32(v) for v in bn]
     native.load().bn_act(
-        isa_of(backend), y.numel() // y.shape[1], y.shape[1], y.dtype == torch.bfloat16, silu,
+        isa_of(backend), y.numel() // y.shape[1], y.shape[1], is_bf16(y), silu,
         y.data_ptr(), tuple(address(v) for v in vectors), eps, address(residual), y.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _eval_cpu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return compute(_eval_fake(x, weight, *rest), x, weight, rest[:4], *rest[4:])
+def _eval_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    silu: bool,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    bn = (bn_weight, bn_bias, mean, var)
+    return compute(_eval_fake(x, weight), x, weight, bn, gate, residual, silu, eps, backend)
 
 
-def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _eval_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return empty_nhwc(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
 
 
-eval_op = register(
-    "pointwise_bn_act_eval(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, "
-    "Tensor mean, Tensor var, Tensor? gate, Tensor? residual, bool silu, float eps, str backend)"
-    " -> Tensor",
-    _eval_cpu,
-    _eval_fake,
-)
+eval_op = register("pointwise_bn_act_eval", _eval_cpu, _eval_fake)
 
 
 def pointwise_bn_act(

@@ -18,6 +18,7 @@ from effnet_fast.backends import OpArgs, native, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.mbconv_passes import passes
+from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.pointwise_bn_act import compute
 from effnet_fast.ops.registration import (
     address,
@@ -25,14 +26,14 @@ from effnet_fast.ops.registration import (
     channels_last,
     dense,
     empty_nhwc,
+    is_bf16,
     isa_of,
     native_weight,
     nhwc,
     register,
 )
 from effnet_fast.ops.statistics import update_running_statistics
-from effnet_fast.reference.mbconv_passes import MEAN, VAR
-from effnet_fast.reference.pointwise_bn_silu_pool import backward_sums, check_arguments
+from effnet_fast.reference.pointwise_bn_silu_pool import check_arguments
 
 
 def _eval_cpu(
@@ -52,25 +53,11 @@ def _eval_cpu(
     return compute(y, x, weight, bn, None, None, True, eps, backend).mean((2, 3))
 
 
-def _eval_fake(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    backend: str,
-) -> Tensor:
+def _eval_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-eval_op = register(
-    "pointwise_bn_silu_pool_eval(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, "
-    "Tensor mean, Tensor var, float eps, str backend) -> Tensor",
-    _eval_cpu,
-    _eval_fake,
-)
+eval_op = register("pointwise_bn_silu_pool_eval", _eval_cpu, _eval_fake)
 
 
 def _backward_cpu(
@@ -83,14 +70,14 @@ def _backward_cpu(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = _backward_fake(q, z, norm, sums, x, weight, wanted, backend)
+    grad_x, grad_weight = _backward_fake(q, z, norm, sums, x, weight, wanted)
     if z.numel() == 0:
         return grad_x.zero_(), grad_weight.zero_()
     n, c, h, w = x.shape
     x, weight = nhwc(x), native_weight(weight, x)
     native.load().pointwise_bn_silu_pool_backward(
-        isa_of(backend), (n, h * w, c, z.shape[1]), x.dtype is torch.bfloat16,
-        weight.dtype is torch.bfloat16, q.data_ptr(), z.data_ptr(), norm.data_ptr(), address(sums),
+        isa_of(backend), (n, h * w, c, z.shape[1]), is_bf16(x), is_bf16(weight),
+        q.data_ptr(), z.data_ptr(), norm.data_ptr(), address(sums),
         weight.data_ptr(), x.data_ptr(), grad_x.data_ptr() if wanted[0] else 0,
         grad_weight.data_ptr() if wanted[1] else 0, torch.get_num_threads(),
     )  # fmt: skip
@@ -98,27 +85,17 @@ def _backward_cpu(
 
 
 def _backward_fake(
-    q: Tensor,
-    z: Tensor,
-    norm: Tensor,
-    sums: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    wanted: list[bool],
-    backend: str,
+    q: Tensor, z: Tensor, norm: Tensor, sums: Any, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    wanted = rest[0]
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
     shape = weight.shape if wanted[1] else (0,)
     return grad_x, x.new_empty(shape, dtype=torch.float32)
 
 
-# As `reference.pointwise_bn_silu_pool.backward`; vectors and grad_weight are fp32.
-backward_op = register(
-    "pointwise_bn_silu_pool_backward(Tensor q, Tensor z, Tensor norm, Tensor? sums, Tensor x, "
-    "Tensor weight, bool[2] wanted, str backend) -> (Tensor grad_x, Tensor grad_weight)",
-    _backward_cpu,
-    _backward_fake,
-)
+# du = q * silu'(u), and dz of it: grad_x = dz weight, grad_weight = dz^T x; see
+# `mbconv_training.Passes` for the symbols.
+backward_op = register("pointwise_bn_silu_pool_backward", _backward_cpu, _backward_fake)
 
 
 def _forward(
@@ -138,6 +115,15 @@ def _forward(
     z, norm = run.expand(x, weight, bn_weight, bn_bias, *given, eps)
     pooled, slopes = run.squeeze(z, norm)
     return pooled.to(x.dtype), z, norm, slopes
+
+
+def backward_sums(q: Tensor, slopes: Tensor) -> Tensor:
+    """sums [2,C] = sum du and sum du * zh, of du = q * silu'(u): no pass over the image.
+
+    q [N,C] is the gradient of y over H * W; slopes [2,N,C] as of `mbconv_training.Passes.squeeze`.
+    Added up in float64.
+    """
+    return (q.double() * slopes.double()).sum(1).to(q.dtype)
 
 
 class PointwiseBnSiluPool(torch.autograd.Function):

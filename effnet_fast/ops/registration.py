@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +10,46 @@ from torch import Tensor
 
 from effnet_fast import backends
 
+Ints = Sequence[int]
+Layer = Sequence[Any]  # weight, bn_weight, bn_bias, mean, var; some None
 _LIBRARY = torch.library.Library("effnet_fast", "DEF")
+
+
+# Annotations of a kernel's arguments, as schemas write them.
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "Layer": "Tensor?[]",
+    "bool": "bool",
+    "int": "int",
+    "float": "float",
+    "Ints": "int[]",
+    "Sides": "int[4]",
+    "list[bool]": "bool[]",
+    "list[float]": "float[]",
+}
+
+
+def schema_of(name: str, function: Callable[..., Any]) -> str:
+    """The schema of an op of this name with a function's annotated arguments, then the backend."""
+    kinds = {k: v for k, v in function.__annotations__.items() if k != "backend"}
+    results = kinds.pop("return").removeprefix("tuple[").removesuffix("]")
+    arguments = ", ".join(f"{_TYPES[kind]} {argument}" for argument, kind in kinds.items())
+    return f"{name}({arguments}, str backend) -> ({results})"
 
 
 def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Registers `effnet_fast::<schema>` with its CPU kernel and its fake; returns the op.
 
-    The schema's last argument is the resolved backend, which launches the op; `launchers` names
-    those of the other backends. An op without that argument has its CPU kernel alone.
+    Args:
+        schema: as torch.library takes it; a name alone stands for `schema_of` it and the kernel.
+            Its last argument is the resolved backend, which launches the op: see `launchers`. An op
+            without that argument has its CPU kernel alone.
+        cpu: the CPU's kernel.
+        fake: makes the results, unwritten.
     """
-    name = schema.split("(")[0]
+    name, *rest = schema.split("(")
+    schema = schema if rest else schema_of(name, cpu)
     backends.CPU.add_launcher(name, cpu)
 
     def run(*args: Any) -> Any:
@@ -33,6 +63,11 @@ def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> 
         _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"effnet_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.effnet_fast, name).default
+
+
+def is_bf16(tensor: Tensor) -> bool:
+    """Whether the tensor's dtype is bfloat16."""
+    return tensor.dtype is torch.bfloat16
 
 
 def isa_of(backend: str) -> str:

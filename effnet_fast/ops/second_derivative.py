@@ -16,8 +16,8 @@ from torch import Tensor
 
 from effnet_fast import reference
 from effnet_fast.ops.mbconv_training import Saved
+from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
-from effnet_fast.reference.mbconv_passes import MEAN, VAR
 from effnet_fast.reference.stem_conv_bn_silu import compose
 
 Inputs = tuple[Tensor | None, ...]

@@ -10,7 +10,6 @@ threads.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,25 +19,25 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, is_channels_last, native, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
+from effnet_fast.ops.norms import MEAN, VAR, empty_norm
 from effnet_fast.ops.registration import (
+    Ints,
     address,
     autocast,
     empty_nhwc,
     fp32,
+    is_bf16,
     isa_of,
     native_weight,
     nhwc,
     register,
 )
 from effnet_fast.ops.statistics import update_running_statistics
-from effnet_fast.reference.arguments import Padding
-from effnet_fast.reference.mbconv_passes import MEAN, NORM_ROWS, VAR
+from effnet_fast.reference.arguments import Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
 
-Ints = Sequence[int]
 
-
-def output_shape(x: Tensor, weight: Tensor, stride: Ints, padding: Ints) -> tuple[int, ...]:
+def output_shape(x: Tensor, weight: Tensor, stride: Ints, padding: Sides) -> tuple[int, ...]:
     """[N,Cout,Ho,Wo] for x [N,Cin,H,W]; padding is (left, right, top, bottom)."""
     left, right, top, bottom = padding
     return (
@@ -49,13 +48,9 @@ def output_shape(x: Tensor, weight: Tensor, stride: Ints, padding: Ints) -> tupl
     )
 
 
-def _shape(x: Tensor, weight: Tensor, z: Tensor, stride: Ints, padding: Ints) -> tuple[int, ...]:
+def _shape(x: Tensor, weight: Tensor, z: Tensor, stride: Ints, padding: Sides) -> tuple[int, ...]:
     """The sizes of a call of a kernel."""
     return (*x.shape, *z.shape[1:], *weight.shape[2:], *stride, padding[0], padding[2])
-
-
-def _is_bf16(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.bfloat16
 
 
 def _eval_cpu(
@@ -65,8 +60,8 @@ def _eval_cpu(
     bn_bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    stride: list[int],
-    padding: list[int],
+    stride: Ints,
+    padding: Sides,
     eps: float,
     backend: str,
 ) -> Tensor:
@@ -76,7 +71,7 @@ def _eval_cpu(
     weight = native_weight(weight, x)
     vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
     native.load().stem_eval(
-        isa_of(backend), _shape(x, weight, y, stride, padding), _is_bf16(x), _is_bf16(weight),
+        isa_of(backend), _shape(x, weight, y, stride, padding), is_bf16(x), is_bf16(weight),
         x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -94,19 +89,19 @@ def _conv_cpu(
     bn_bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
-    stride: list[int],
-    padding: list[int],
+    stride: Ints,
+    padding: Sides,
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     z = empty_nhwc(x, output_shape(x, weight, stride, padding))
-    norm = x.new_empty((len(NORM_ROWS), z.shape[1]), dtype=torch.float32)
+    norm = empty_norm(x, z.shape[1])
     if z.numel() == 0:
         return z, norm.zero_()
     weight = native_weight(weight, x)
     vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
     native.load().stem_conv(
-        isa_of(backend), _shape(x, weight, z, stride, padding), _is_bf16(x), _is_bf16(weight),
+        isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), is_bf16(weight),
         x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
         z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -115,7 +110,7 @@ def _conv_cpu(
 
 def _conv_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     z = empty_nhwc(x, output_shape(x, weight, *rest[4:6]))
-    return z, x.new_empty((len(NORM_ROWS), z.shape[1]), dtype=torch.float32)
+    return z, empty_norm(x, z.shape[1])
 
 
 def _silu_cpu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
@@ -123,29 +118,29 @@ def _silu_cpu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
     if y.numel():
         z = nhwc(z)
         native.load().norm_silu(
-            isa_of(backend), z.numel() // z.shape[1], z.shape[1], _is_bf16(z), z.data_ptr(),
+            isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), z.data_ptr(),
             norm.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return y
 
 
-def _silu_fake(z: Tensor, norm: Tensor, backend: str) -> Tensor:
+def _silu_fake(z: Tensor, *_: Any) -> Tensor:
     return empty_nhwc(z, z.shape)
 
 
 def _sums_cpu(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
-    sums = _sums_fake(grad_y, z, norm, backend)
+    sums = _sums_fake(grad_y, z)
     if z.numel() == 0:
         return sums.zero_()
     grad_y, z = nhwc(grad_y), nhwc(z)
     native.load().norm_silu_sums(
-        isa_of(backend), z.numel() // z.shape[1], z.shape[1], _is_bf16(z), grad_y.data_ptr(),
+        isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), grad_y.data_ptr(),
         z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return sums
 
 
-def _sums_fake(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
+def _sums_fake(grad_y: Tensor, z: Tensor, *_: Any) -> Tensor:
     return z.new_empty((2, z.shape[1]), dtype=torch.float32)
 
 
@@ -156,8 +151,8 @@ def _backward_cpu(
     sums: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
+    stride: Ints,
+    padding: Sides,
     backend: str,
 ) -> Tensor:
     grad = x.new_empty(weight.shape, dtype=torch.float32)
@@ -165,54 +160,25 @@ def _backward_cpu(
         return grad.zero_()
     grad_y, z = nhwc(grad_y), nhwc(z)
     native.load().stem_weight_backward(
-        isa_of(backend), _shape(x, weight, z, stride, padding), _is_bf16(x), grad_y.data_ptr(),
+        isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), grad_y.data_ptr(),
         z.data_ptr(), norm.data_ptr(), address(sums), x.data_ptr(), x.stride(), grad.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return grad
 
 
-def _backward_fake(
-    grad_y: Tensor,
-    z: Tensor,
-    norm: Tensor,
-    sums: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    backend: str,
-) -> Tensor:
+def _backward_fake(grad_y: Tensor, z: Tensor, *rest: Any) -> Tensor:
+    _, _, x, weight = rest[:4]
     return x.new_empty(weight.shape, dtype=torch.float32)
 
 
 # padding is (left, right, top, bottom); norm [5,Cout] has the rows NORM_ROWS; sums [2,Cout] are
 # those of du and of du * zh, None where BatchNorm does not normalise by the batch.
-_GEOMETRY = "int[2] stride, int[4] padding"
-eval_op = register(
-    "stem_conv_bn_silu_eval(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, "
-    f"Tensor mean, Tensor var, {_GEOMETRY}, float eps, str backend) -> Tensor",
-    _eval_cpu,
-    _eval_fake,
-)
-conv_op = register(
-    "stem_conv(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
-    f"Tensor? var, {_GEOMETRY}, float eps, str backend) -> (Tensor z, Tensor norm)",
-    _conv_cpu,
-    _conv_fake,
-)
-silu_op = register("norm_silu(Tensor z, Tensor norm, str backend) -> Tensor", _silu_cpu, _silu_fake)
-sums_op = register(
-    "norm_silu_sums(Tensor grad_y, Tensor z, Tensor norm, str backend) -> Tensor",
-    _sums_cpu,
-    _sums_fake,
-)
-weight_backward_op = register(
-    "stem_weight_backward(Tensor grad_y, Tensor z, Tensor norm, Tensor? sums, Tensor x, "
-    f"Tensor weight, {_GEOMETRY}, str backend) -> Tensor",
-    _backward_cpu,
-    _backward_fake,
-)
+eval_op = register("stem_conv_bn_silu_eval", _eval_cpu, _eval_fake)
+conv_op = register("stem_conv", _conv_cpu, _conv_fake)
+silu_op = register("norm_silu", _silu_cpu, _silu_fake)
+sums_op = register("norm_silu_sums", _sums_cpu, _sums_fake)
+weight_backward_op = register("stem_weight_backward", _backward_cpu, _backward_fake)
 
 
 def _exact_cudnn(x: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -230,7 +196,7 @@ def _grad_x(
     x: Tensor,
     weight: Tensor,
     stride: Ints,
-    padding: Ints,
+    padding: Sides,
 ) -> Tensor:
     """x's gradient, by PyTorch's own operators over dz written out."""
     scale, shift, mean, rstd, _ = (row.reshape(1, -1, 1, 1) for row in norm)
@@ -264,7 +230,7 @@ class StemConvBnSilu(torch.autograd.Function):
         mean: Tensor | None,
         var: Tensor | None,
         stride: Ints,
-        padding: Ints,
+        padding: Sides,
         eps: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
@@ -311,7 +277,7 @@ def apply(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     stride: Ints,
-    padding: Ints,
+    padding: Sides,
     training: bool,
     momentum: float,
     eps: float,

@@ -1,17 +1,12 @@
 """1x1 convolution, batch normalisation, SiLU and the mean over H and W, in eager PyTorch.
 
-`backward_sums` and `backward` are the pieces of a backward that keeps the convolution's output
-alone; their symbols are those of `mbconv_passes`.
-
 Source: EfficientNet's last stage, Tan & Le (arXiv 1905.11946), table 1.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from effnet_fast.reference.mbconv_passes import SCALE, SHIFT, expand_backward
 from effnet_fast.reference.pointwise_bn_act import check_arguments as check_pointwise
 from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
 
@@ -69,31 +64,3 @@ def pointwise_bn_silu_pool(
         training=training, momentum=momentum, eps=eps,
     )  # fmt: skip
     return y.mean((2, 3))
-
-
-def backward_sums(q: Tensor, slopes: Tensor) -> Tensor:
-    """sums [2,C] = sum du and sum du * zh, of du = q * silu'(u): no pass over the image.
-
-    q [N,C] is the gradient of y over H * W; slopes [2,N,C] as `mbconv_passes.squeeze` gives them.
-    Added up in float64.
-    """
-    return (q.double() * slopes.double()).sum(1).to(q.dtype)
-
-
-def backward(
-    q: Tensor,
-    z: Tensor,
-    norm: Tensor,
-    sums: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """grad_x = dz weight, grad_weight = dz^T x; an empty tensor for what is not wanted.
-
-    sums as of `backward_sums`, None where BatchNorm does not normalise by the batch.
-    """
-    u = z.to(norm.dtype) * norm[SCALE].reshape(-1, 1, 1) + norm[SHIFT].reshape(-1, 1, 1)
-    s = torch.sigmoid(u)
-    du = q.reshape(*q.shape, 1, 1) * (s * (1 + u * (1 - s)))
-    return expand_backward(du, z, norm, sums, x, weight, None, wanted)

@@ -14,7 +14,6 @@ import effnet_fast.ops
 from cases import MBCONV_CASES, find
 from effnet_fast.backends import CPU, CUDA, SIMT, TRITON, Backend
 from effnet_fast.ops import mbconv_passes
-from effnet_fast.ops.mbconv_passes import OPS as PASSES
 from mbconv_blocks import block_call
 from mbconv_blocks import run as run_block
 from parity import BF16, FP32, Call, Dtypes, sample
@@ -38,6 +37,7 @@ SAMPLE_OF = {
     "stem_conv_bn_silu_eval": "stem_eval",
     "stem_weight_backward": "stem_train",
 }
+PASSES = list(vars(mbconv_passes.passes("cpu")))
 PASSES_OF_MBCONV = [f"mbconv_{name}" for name in PASSES if name != "excite"]
 PADDING = (2, 2, 2, 2)  # of the sample's 5x5 kernel
 
@@ -215,14 +215,14 @@ def passes_arguments(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> dict[st
     """The arguments that one step of a block calls each pass with."""
     seen: dict[str, tuple[Any, ...]] = {}
     passes = mbconv_passes.passes("cpu")
-    for name, op in PASSES.items():
+    for name, op in list(vars(passes).items()):
 
         def record(*args: Any, name: str = name, op: Any = op) -> Any:
             seen[f"mbconv_{name}"] = (
                 *(a.detach().clone() if isinstance(a, Tensor) else a for a in args),
                 "cpu",
             )
-            return op(*args, "cpu")
+            return op(*args)
 
         monkeypatch.setattr(passes, name, record)
     call = block_call(find(MBCONV_CASES, "c_odd_stride_2"), dtypes, dropped=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import reference_passes
 from cases import MBCONV_CASES, MBConvCase, find
 from effnet_fast import reference
 from effnet_fast.ops import mbconv_training
-from effnet_fast.reference import mbconv_passes
 from effnet_fast.reference.mbconv import MBConvConfig, MBConvParams, three_modes
 from mbconv_blocks import EPS, BlockCall, block_call, params_of, run
 from parity import FP32, Results, random_like
@@ -23,7 +23,7 @@ ASYMMETRIC = (1, 2, 0, 3)
 
 
 def staged(
-    call: BlockCall, passes: Any = mbconv_passes, needs: Any = mbconv_training.ALL
+    call: BlockCall, passes: Any = reference_passes, needs: Any = mbconv_training.ALL
 ) -> Results:
     """y and the gradients, by the names that `run` gives them."""
     tensors = {k: None if t is None else t.double() for k, t in call.tensors.items()}
@@ -104,7 +104,7 @@ class Counting:
         self.ran: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(mbconv_passes, name)
+        function = getattr(reference_passes, name)
 
         def counted(*args: Any) -> Any:
             self.ran.append(name)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.reference import mbconv_passes, pointwise_bn_silu_pool
-from effnet_fast.reference.pointwise_bn_silu_pool import backward, backward_sums
+import reference_passes
+from effnet_fast.ops.pointwise_bn_silu_pool import backward_sums
+from effnet_fast.reference import pointwise_bn_silu_pool
+from reference_passes import pooled_backward as backward
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
@@ -67,8 +69,8 @@ def test_backward_from_what_is_kept(affine: bool, training: bool) -> None:
     exact = dict(zip(names, torch.autograd.grad(y, list(leaves.values()), grad_y), strict=True))
 
     args = args | {"running_mean": None, "running_var": None} if training else args
-    z, norm = mbconv_passes.expand(*args.values(), 1e-5)
-    pooled, slopes = mbconv_passes.squeeze(z, norm)
+    z, norm = reference_passes.expand(*args.values(), 1e-5)
+    pooled, slopes = reference_passes.squeeze(z, norm)
     q = grad_y / 12
     sums = backward_sums(q, slopes)
     given = (z, norm, sums if training else None, args["x"], args["weight"])

@@ -1,4 +1,4 @@
-"""The CPU's passes of a staged MBConv, as `mbconv_passes` registers them.
+"""The CPU's passes of an MBConv in training, as `mbconv_passes` registers them.
 
 Results that no pass but the next reads (e, f) lie in memory that the blocks of a network share,
 inside a `scratch.scope`.
@@ -14,14 +14,18 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.ops import scratch
 from effnet_fast.ops.dwconv_bn_silu import filter_shape, output_shape
-from effnet_fast.ops.registration import address, empty_nhwc, fp32, isa_of, native_weight, nhwc
+from effnet_fast.ops.norms import empty_norm
+from effnet_fast.ops.registration import (
+    address,
+    empty_nhwc,
+    fp32,
+    is_bf16,
+    isa_of,
+    native_weight,
+    nhwc,
+)
 from effnet_fast.ops.squeeze_excite import native_layers
 from effnet_fast.reference.arguments import Sides
-from effnet_fast.reference.mbconv_passes import NORM_ROWS
-
-
-def _is_bf16(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.bfloat16
 
 
 def _product_shape(x: Tensor, channels: int) -> tuple[int, int, int, int]:
@@ -46,13 +50,13 @@ def _pointwise(
 ) -> tuple[Tensor, Tensor]:
     channels = weight.shape[0]
     z = empty_nhwc(x, (x.shape[0], channels, *x.shape[2:]))
-    norm = x.new_empty((len(NORM_ROWS), channels), dtype=torch.float32)
+    norm = empty_norm(x, channels)
     if z.numel() == 0:
         return z, norm.zero_()
     x, weight = nhwc(x), native_weight(weight, x)
     kept, vectors = _vectors(*bn)
     native.load().mbconv_pointwise(
-        isa_of(backend), _product_shape(x, channels), _is_bf16(x), _is_bf16(weight), x.data_ptr(),
+        isa_of(backend), _product_shape(x, channels), is_bf16(x), is_bf16(weight), x.data_ptr(),
         address(x_norm), address(gate), weight.data_ptr(), vectors, eps, z.data_ptr(),
         norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -106,7 +110,7 @@ def project_backward(
         return e, sums.zero_(), grad_weight.zero_()
     grad_y, weight = nhwc(grad_y), native_weight(weight, z2)
     native.load().mbconv_project_backward(
-        isa_of(backend), _product_shape(z2, weight.shape[0]), _is_bf16(z2), _is_bf16(weight),
+        isa_of(backend), _product_shape(z2, weight.shape[0]), is_bf16(z2), is_bf16(weight),
         grad_y.data_ptr(), address(row_scale), z3.data_ptr(), norm3.data_ptr(), address(sums3),
         weight.data_ptr(), z2.data_ptr(), norm2.data_ptr(), gate.data_ptr(),
         _pointer(e, wanted[0]), sums.data_ptr(), _pointer(grad_weight, wanted[1]),
@@ -133,7 +137,7 @@ def expand_backward(
     x, weight = nhwc(x), native_weight(weight, x)
     residual = None if residual is None else nhwc(residual)
     native.load().mbconv_expand_backward(
-        isa_of(backend), _product_shape(x, weight.shape[0]), _is_bf16(x), _is_bf16(weight),
+        isa_of(backend), _product_shape(x, weight.shape[0]), is_bf16(x), is_bf16(weight),
         f.data_ptr(), z1.data_ptr(), norm1.data_ptr(), address(sums1), weight.data_ptr(),
         x.data_ptr(), address(residual), _pointer(grad_x, wanted[0]),
         _pointer(grad_weight, wanted[1]), torch.get_num_threads(),
@@ -146,14 +150,14 @@ def depthwise(
 ) -> tuple[Tensor, Tensor]:
     *bn, stride, padding, eps, backend = rest
     z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
-    norm = x.new_empty((len(NORM_ROWS), x.shape[1]), dtype=torch.float32)
+    norm = empty_norm(x, x.shape[1])
     if z.numel() == 0:
         return z, norm.zero_()
     x, weight = nhwc(x), native_weight(weight, x)
     kept, vectors = _vectors(*bn)
     native.load().mbconv_depthwise(
-        isa_of(backend), filter_shape(x, z, weight, stride, padding), _is_bf16(x),
-        _is_bf16(weight), x.data_ptr(), address(x_norm), weight.data_ptr(), vectors, eps,
+        isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x),
+        is_bf16(weight), x.data_ptr(), address(x_norm), weight.data_ptr(), vectors, eps,
         z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return z, norm
@@ -187,8 +191,8 @@ def depthwise_backward(
     x, weight = nhwc(x), native_weight(weight, x)
     residual = None if residual is None else nhwc(residual)
     native.load().mbconv_depthwise_backward(
-        isa_of(backend), filter_shape(x, z2, weight, stride, padding), _is_bf16(x),
-        _is_bf16(weight), e.data_ptr(), gate.data_ptr(), q.data_ptr(), z2.data_ptr(),
+        isa_of(backend), filter_shape(x, z2, weight, stride, padding), is_bf16(x),
+        is_bf16(weight), e.data_ptr(), gate.data_ptr(), q.data_ptr(), z2.data_ptr(),
         norm2.data_ptr(), address(sums2), x.data_ptr(), address(x_norm), address(residual),
         weight.data_ptr(), _pointer(f, wanted[0]), _pointer(grad_weight, wanted[1]),
         _pointer(sums, summed), torch.get_num_threads(),
@@ -206,7 +210,7 @@ def squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     slopes = z.new_empty((2, *z.shape[:2]), dtype=torch.float32)
     if z.numel():
         native.load().mbconv_squeeze(
-            isa_of(backend), _plane(z), _is_bf16(z), z.data_ptr(), norm.data_ptr(),
+            isa_of(backend), _plane(z), is_bf16(z), z.data_ptr(), norm.data_ptr(),
             pooled.data_ptr(), slopes.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return pooled, slopes
@@ -219,7 +223,7 @@ def finish(
     residual = None if residual is None else nhwc(residual)
     if z.numel():
         native.load().mbconv_finish(
-            isa_of(backend), _plane(z), _is_bf16(z), z.data_ptr(), norm.data_ptr(),
+            isa_of(backend), _plane(z), is_bf16(z), z.data_ptr(), norm.data_ptr(),
             address(row_scale), address(residual), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return y
@@ -233,7 +237,7 @@ def finish_backward(
         return sums.zero_()
     grad_y = nhwc(grad_y)
     native.load().mbconv_finish_backward(
-        isa_of(backend), _plane(z), _is_bf16(z), grad_y.data_ptr(), address(row_scale),
+        isa_of(backend), _plane(z), is_bf16(z), grad_y.data_ptr(), address(row_scale),
         z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return sums
@@ -259,7 +263,7 @@ def excite_backward(
     layers = native_layers(reduce_weight, reduce_weight, expand_weight)
     extension = native.load()
     extension.excite_backward(
-        isa_of(backend), n, c, r, _is_bf16(layers[0]), pooled.data_ptr(), hidden.data_ptr(),
+        isa_of(backend), n, c, r, is_bf16(layers[0]), pooled.data_ptr(), hidden.data_ptr(),
         gate.data_ptr(), sums.data_ptr(), *(address(p) for p in layers),
         *(grad.data_ptr() for grad in grads), q.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

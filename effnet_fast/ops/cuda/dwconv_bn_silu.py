@@ -17,7 +17,7 @@ from torch import Tensor
 from effnet_fast.ops.cuda import statistics
 from effnet_fast.ops.cuda.launching import DTYPES, Bn, launchers, queue, scratch
 from effnet_fast.ops.cuda.tiles import Tile, filling, tile_for
-from effnet_fast.ops.dwconv_bn_silu import _backward_fake, _strides, output_shape
+from effnet_fast.ops.dwconv_bn_silu import empty_grads, output_shape, pixel_strides
 from effnet_fast.ops.registration import address, empty_nhwc, native_weight, nhwc
 from effnet_fast.reference.arguments import Sides
 
@@ -91,7 +91,7 @@ def forward(
     end = after or Bn(None)
     launchers(backend).dwconv_fwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
-        x.data_ptr(), _strides(x), weight.data_ptr(), before.arguments,
+        x.data_ptr(), pixel_strides(x), weight.data_ptr(), before.arguments,
         end.arguments, y.data_ptr(), partial.data_ptr(), factor,
     )  # fmt: skip
     if after is None:
@@ -145,7 +145,7 @@ def backward(
     count = float(n * z.shape[2] * z.shape[3])
     launchers(backend).dwconv_bwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
-        x.data_ptr(), _strides(x), before.arguments,
+        x.data_ptr(), pixel_strides(x), before.arguments,
         grad_y.data_ptr(), z.data_ptr(), address(gate), address(shift),
         after.arguments, address(sums), count, weight.data_ptr(),
         address(grad_x), address(partial),
@@ -225,7 +225,7 @@ def dwconv_bn_silu_backward(
     """The registered op."""
     *vectors, stride, padding, eps, training, wanted, backend = rest
     if z.numel() == 0:
-        grads = _backward_fake(grad_y, x, z, weight, *rest)
+        grads = empty_grads(grad_y, x, z, weight, *rest)
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
     grad_y, z, bn = nhwc(grad_y), nhwc(z), Bn(vectors, eps)
     sums = None

@@ -11,9 +11,9 @@ from effnet_fast.ops.cuda import statistics
 from effnet_fast.ops.cuda.launching import DTYPES, Bn, launchers, queue, scratch
 from effnet_fast.ops.registration import address, dense, empty_nhwc, nhwc
 from effnet_fast.ops.squeeze_excite import (
-    _backward_fake,
-    _excite_fake,
-    _forward_fake,
+    empty_excite,
+    empty_grads,
+    empty_squeeze_excite,
     native_layers,
 )
 
@@ -48,9 +48,7 @@ def excite(
 ) -> tuple[Tensor, Tensor]:
     """The registered op: hidden [N,R] before SiLU and gate [N,C] of pooled [N,C], all fp32."""
     pooled = dense(pooled, torch.float32)
-    hidden, gate = _excite_fake(
-        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
-    )
+    hidden, gate = empty_excite(pooled, reduce_weight)
     if pooled.numel() == 0:
         return hidden.zero_(), gate
     n, c = pooled.shape
@@ -133,7 +131,7 @@ def squeeze_excite(
     """The registered op."""
     layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
     if x.numel() == 0:
-        y, pooled, hidden, gate = _forward_fake(x, *layers, backend)
+        y, pooled, hidden, gate = empty_squeeze_excite(x, reduce_weight)
         return y, pooled, hidden.zero_(), gate
     x, y = nhwc(x), empty_nhwc(x, x.shape)
     factor = 1.0 / (x.shape[2] * x.shape[3])
@@ -146,7 +144,7 @@ def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tens
     """The registered op."""
     reduce_weight, expand_weight, pooled, hidden, gate, backend = rest
     if x.numel() == 0:
-        grads = _backward_fake(grad_y, x, *rest)
+        grads = empty_grads(grad_y, x, *rest)
         for grad in grads:
             grad.zero_()
         return grads

@@ -1,12 +1,7 @@
-"""The passes of a staged MBConv in eager PyTorch: normalise on load, five sums.
+"""The truth of each pass of an MBConv and of the head in training, in eager PyTorch.
 
-BN and SiLU are never written: a producer gives its raw output z and the statistics, the consumer
-applies them as it loads. Vectors and sums are fp32 (float64 for a float64 x).
-
-Symbols: z raw convolution output, zh = (z - mean) * rstd, u = weight * zh + bias, a = silu(u);
-1, 2, 3 the expansion, the depthwise convolution, the projection; g the gate; M = N * H * W.
-Images are [N,C,H,W]; norm is [5,C], rows NORM_ROWS; sums are [2,C]: sum du and sum du * zh, which
-are also the gradients of BatchNorm's bias and weight.
+`effnet_fast.ops.mbconv_training.Passes` says what the passes and their symbols are. Vectors and
+sums are fp32 (float64 for a float64 x).
 
 Source: original; Ioffe & Szegedy (arXiv 1502.03167), section 3, for the gradient through BatchNorm.
 """
@@ -17,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effnet_fast.ops.norms import MEAN, RSTD, SCALE, SHIFT
 from effnet_fast.reference.arguments import Sides
-
-NORM_ROWS = ("scale", "shift", "mean", "rstd", "var")
-SCALE, SHIFT, MEAN, RSTD, VAR = range(5)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -306,3 +299,21 @@ def expand_backward(
     if wanted[1]:
         grad_weight = torch.einsum("nchw,nihw->ci", dz, _wide(x)).reshape(weight.shape)
     return grad_x, grad_weight
+
+
+def pooled_backward(
+    q: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """The head: grad_x = dz weight, grad_weight = dz^T x; an empty tensor for what is not wanted.
+
+    q [N,C] is the gradient of y over H * W; sums are None where BatchNorm does not normalise by
+    the batch.
+    """
+    du = _per_image(q) * _slope(_affine(z, norm))
+    return expand_backward(du, z, norm, sums, x, weight, None, wanted)
