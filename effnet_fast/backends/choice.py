@@ -107,6 +107,21 @@ def can_run(backend: str, op: str, args: OpArgs | None = None) -> str | None:
     return WITH_KERNELS[base].reason(op, args, isa)
 
 
+def explain(backend: str, op: str, args: OpArgs) -> str | None:
+    """Why no kernel runs this call on a backend; None where one does.
+
+    Args:
+        backend: as `can_run` takes it; "auto" gives the reason of each backend that it tries.
+    """
+    if backend != "auto":
+        return can_run(backend, op, args)
+    row = preference.preferred(args.x.device.type, op, args.x.shape[1])
+    reasons = [WITH_KERNELS[name].reason(op, args, "") for name in row.order]
+    if None in reasons:
+        return None
+    return "; ".join(dict.fromkeys(map(str, reasons))) or row.reason
+
+
 def in_transform() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: only the reference can."""
     # torch.compile follows this; with peek_interpreter_stack it believes to be in a transform.
@@ -128,7 +143,7 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
     if backend == "auto":
         if in_transform():
             return "reference"
-        for preferred in preference.order(args.x.device.type, op):
+        for preferred in preference.order(args.x.device.type, op, args.x.shape[1]):
             if WITH_KERNELS[preferred].reason(op, args, "") is None:
                 return preferred
             native.warn_if_missing()

@@ -14,17 +14,29 @@ class Preference(NamedTuple):
     Attributes:
         device: type of x's device.
         op: the op's name; "*" for every op without a row of its own.
-        order: backends, the preferred one first.
+        order: backends, the preferred one first; none to leave the call to the reference.
         source: "heuristic", or "measured(DEVICE, COMMIT)".
+        channels: of x; the row holds for these and more.
+        reason: why the reference runs the call, where `order` is empty.
     """
 
     device: str
     op: str
     order: tuple[str, ...]
     source: str
+    channels: int = 0
+    reason: str = ""
 
 
 PREFERENCES = (
+    Preference(
+        "cpu",
+        "stem_conv_bn_silu",
+        (),
+        "measured(2 x86-64 cores with AVX2, November 2026)",
+        channels=64,
+        reason="PyTorch's dense convolution is quicker for 64 input channels and more",
+    ),
     Preference("cpu", "*", ("cpu",), "measured(2 x86-64 cores, docs/benchmarks.md)"),
     Preference("cuda", "pointwise_bn_act", ("triton", "cuda"), "heuristic"),
     Preference("cuda", "stem_conv_bn_silu", ("triton",), "heuristic"),
@@ -32,9 +44,14 @@ PREFERENCES = (
 )
 
 
-def order(device: str, op: str) -> tuple[str, ...]:
-    """The backends to try for an op on tensors of a device type; none for other devices."""
+def preferred(device: str, op: str, channels: int = 0) -> Preference:
+    """The row for an op on tensors of a device type and so many channels."""
     for row in PREFERENCES:
-        if row.device == device and row.op in (op, "*"):
-            return row.order
-    return ()
+        if row.device == device and row.op in (op, "*") and channels >= row.channels:
+            return row
+    return Preference(device, op, (), "", reason=f"there are no kernels for {device}")
+
+
+def order(device: str, op: str, channels: int = 0) -> tuple[str, ...]:
+    """The backends to try; none for devices without kernels."""
+    return preferred(device, op, channels).order

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
-from effnet_fast.backends import preference
 from effnet_fast.modules import structure
 from effnet_fast.modules.stochastic_depth import stochastic_depth
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
@@ -61,14 +60,7 @@ def explain(module: nn.Module, op: str | None = None) -> str | None:
     conv, bn = found.first.conv, found.first.bn
     x = conv.weight.new_empty((1, conv.in_channels, 1, 1))
     own, args = _question(found, autocast(x), inference=not _uses_batch_statistics(bn))
-    op = op or own
-    names: tuple[str, ...] = (backend,)
-    if backend == "auto":
-        names = preference.order(x.device.type, op)
-        if not names:
-            return f"there are no kernels for {x.device.type}"
-    reasons = [backends.can_run(name, op, args) for name in names]
-    return None if None in reasons else "; ".join(dict.fromkeys(map(str, reasons)))
+    return backends.explain(backend, op or own, args)
 
 
 def _question(

@@ -206,7 +206,7 @@ def empty_grads(
 
 
 eval_op = register("dwconv_bn_silu_eval", _eval_cpu, _eval_fake)
-statistics_op = register("dwconv_statistics", _statistics_cpu, _statistics_fake)
+train_op = register("dwconv_statistics", _statistics_cpu, _statistics_fake)
 bn_silu_op = register("bn_silu", _bn_silu_cpu, _bn_silu_fake)
 backward_op = register("dwconv_bn_silu_backward", _backward_cpu, empty_grads)
 
@@ -229,7 +229,7 @@ class DwconvBnSilu(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, mean, var = statistics_op(x, weight, stride, padding, backend)
+        z, mean, var = train_op(x, weight, stride, padding, backend)
         if not training:
             assert running_mean is not None and running_var is not None
             mean, var = running_mean.clone(), running_var.clone()
@@ -303,7 +303,7 @@ def apply(
             stride, padding, training, eps, backend,
         )  # fmt: skip
     else:
-        z, mean, var = statistics_op(x, weight, stride, padding, backend)
+        z, mean, var = train_op(x, weight, stride, padding, backend)
         y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
     if training:
         count = y.shape[0] * y.shape[2] * y.shape[3]

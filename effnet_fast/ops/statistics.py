@@ -65,5 +65,8 @@ def update_running_statistics(
         ):
             move_op(running_mean, running_var, mean, var, correction, momentum)
             return
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * correction).to(running_var.dtype), momentum)
+        for running, batch in ((running_mean, mean), (running_var, var * correction)):
+            # Not lerp, which makes NaN of an infinite statistic.
+            moved = running.float().mul_(1.0 - momentum).add_(batch, alpha=momentum)
+            if moved is not running:
+                running.copy_(moved)

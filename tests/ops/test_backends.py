@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import effnet_fast
 from cases import DWCONV_CASES, DwconvCase, find
@@ -22,6 +23,7 @@ from effnet_fast.backends import (
     cpu,
     cuda,
     current_backend,
+    explain,
     is_channels_last,
     native,
     preference,
@@ -29,6 +31,8 @@ from effnet_fast.backends import (
     triton,
     use_backend,
 )
+from effnet_fast.modules import fused_forward
+from effnet_fast.modules.layers import Conv2dNormActivation
 from parity import SAMPLES, Call, assert_same, dwconv_call, run, sample, with_gradients
 
 ANY_SAMPLE = pytest.mark.parametrize("name", SAMPLES)
@@ -251,11 +255,28 @@ def test_preferences_are_backends_and_say_where_they_come_from() -> None:
     assert preference.order("xpu", "mbconv") == ()
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_auto_leaves_dense_layers_of_many_channels_to_pytorch(training: bool) -> None:
+    """From 64 input channels on; a backend named by the caller runs them."""
+    for channels, expected in ((63, "cpu"), (64, "reference")):
+        layer = Conv2dNormActivation(channels, 8, 3, activation_layer=nn.SiLU).train(training)
+        x = torch.randn(2, channels, 6, 6).contiguous(memory_format=torch.channels_last)
+        tensors = (layer[0].weight, layer[1].weight, layer[1].bias, torch.zeros(8), torch.ones(8))
+        args = OpArgs(x, tensors)
+        assert resolve("auto", "stem_conv_bn_silu", args) == expected
+        assert resolve("cpu", "stem_conv_bn_silu", args) == "cpu"
+        reason = fused_forward.explain(layer)
+        assert reason == explain("auto", "stem_conv_bn_silu", args)
+        assert reason is None if expected == "cpu" else "PyTorch's dense" in str(reason)
+        if expected == "reference":
+            assert torch.equal(layer(x), layer.forward_stock(x))
+
+
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     x = OpArgs(sample("dwconv_eval").x)
-    monkeypatch.setattr(preference, "order", lambda device, op: ("cuda", "cpu", "triton"))
+    monkeypatch.setattr(preference, "order", lambda *_: ("cuda", "cpu", "triton"))
     assert resolve("auto", "dwconv_bn_silu", x) == "cpu"
-    monkeypatch.setattr(preference, "order", lambda device, op: ("cuda",))
+    monkeypatch.setattr(preference, "order", lambda *_: ("cuda",))
     assert resolve("auto", "dwconv_bn_silu", x) == "reference"
 
 

@@ -1,0 +1,26 @@
+"""BatchNorm's running statistics, as the ops move them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from effnet_fast.ops.statistics import update_running_statistics
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.75])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_infinite_running_statistics_stay_infinite(dtype: torch.dtype, momentum: float) -> None:
+    """As stock's, whatever their dtype and layout; the others move as stock's do."""
+    z = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    given = torch.tensor([[0.5, math.inf, -1.5], [math.inf, 2.25, 0.75]]).to(dtype)
+    stock = given.clone()
+    F.batch_norm(z.to(dtype), *stock, training=True, momentum=momentum)
+    wide = z.to(dtype).float()
+    batch = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
+    for moved in (given.clone(), given.t().contiguous().t()):
+        update_running_statistics(*moved, *batch, 100, momentum)
+        torch.testing.assert_close(moved, stock)
