@@ -56,14 +56,10 @@ class Backend:
         self._launchers: dict[str, Launcher] = {}
         self._modules: dict[str, str] = {}
 
-    def add_launcher(self, op: str, launcher: Launcher) -> None:
-        """Tells the function that launches a registered op and takes its arguments."""
-        self._launchers[op] = launcher
-
     def add_launchers(self, module: str, ops: Iterable[str]) -> None:
         """Tells a module whose functions launch the registered ops that bear their names.
 
-        It is imported when one of them runs for the first time.
+        The module is imported when one of them runs for the first time.
         """
         self._modules.update(dict.fromkeys(ops, module))
 

@@ -7,24 +7,18 @@ tile, a second pass normalises; backward is one pass for the sums and one for bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import OpArgs, native, resolve
+from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.registration import (
-    address,
     autocast,
     channels_last,
     empty_nhwc,
-    fp32,
-    is_bf16,
-    isa_of,
-    native_weight,
     nhwc,
     register,
 )
@@ -45,52 +39,13 @@ def output_shape(x: Tensor, kernel: int, stride: int, padding: Sides) -> tuple[i
     )
 
 
-def filter_shape(x: Tensor, z: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
-    """The sizes of a call of a depthwise kernel, x [N,C,H,W] to z [N,C,Ho,Wo]."""
-    return (*x.shape, *z.shape[2:], weight.shape[-1], stride, padding[0], padding[2])
-
-
 def pixel_strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of x [N,C,H,W] over N, H and W."""
     n, _, h, w = x.stride()
     return n, h, w
 
 
-def _bn(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor) -> Any:
-    """The four vectors in fp32 (to be kept alive by the caller) and their addresses."""
-    vectors = (fp32(weight), fp32(bias), fp32(mean), fp32(var))
-    return vectors, tuple(address(v) for v in vectors)
-
-
-def compute_eval(
-    y: Tensor,
-    pooled: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bn: Sequence[Tensor | None],
-    stride: int,
-    padding: Sides,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Writes y [N,C,Ho,Wo], NHWC without gaps, and its means pooled [N,C]; returns both.
-
-    bn is weight, bias, mean, var.
-    """
-    if y.numel() == 0:
-        return y, pooled.zero_()
-    weight = native_weight(weight, x)
-    vectors = [fp32(v) for v in bn]
-    native.load().dwconv_eval(
-        isa_of(backend), filter_shape(x, y, weight, stride, padding),
-        is_bf16(x), is_bf16(weight),
-        x.data_ptr(), pixel_strides(x), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
-        y.data_ptr(), pooled.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return y, pooled
-
-
-def _eval_cpu(
+def empty_eval(
     x: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
@@ -102,41 +57,21 @@ def _eval_cpu(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    bn = (bn_weight, bn_bias, mean, var)
-    results = _eval_fake(x, weight, *bn, stride, padding)
-    return compute_eval(*results, x, weight, bn, stride, padding, eps, backend)
-
-
-def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    stride, padding = rest[4:6]
+    """y [N,C,Ho,Wo] and its means over the pixels [N,C], unwritten."""
     y = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
     return y, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-def _statistics_cpu(
+def empty_statistics(
     x: Tensor, weight: Tensor, stride: int, padding: Sides, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z, mean, var = _statistics_fake(x, weight, stride, padding)
-    if z.numel() == 0:
-        return z, mean.zero_(), var.zero_()
-    weight = native_weight(weight, x)
-    native.load().dwconv_train(
-        isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), pixel_strides(x), weight.data_ptr(),
-        z.data_ptr(), mean.data_ptr(), var.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return z, mean, var
-
-
-def _statistics_fake(
-    x: Tensor, weight: Tensor, stride: int, padding: Sides, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's output z [N,C,Ho,Wo], its mean and biased variance [C], unwritten."""
     z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
     mean = x.new_empty(x.shape[1], dtype=torch.float32)
     return z, mean, torch.empty_like(mean)
 
 
-def _bn_silu_cpu(
+def _empty_bn_silu(
     z: Tensor,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
@@ -145,23 +80,10 @@ def _bn_silu_cpu(
     eps: float,
     backend: str,
 ) -> Tensor:
-    y = empty_nhwc(z, z.shape)
-    if y.numel() == 0:
-        return y
-    vectors, bn = _bn(bn_weight, bn_bias, mean, var)
-    z = nhwc(z)
-    native.load().bn_act(
-        isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), True,
-        z.data_ptr(), bn, eps, 0, y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
-
-
-def _bn_silu_fake(z: Tensor, *_: Any) -> Tensor:
     return empty_nhwc(z, z.shape)
 
 
-def _backward_cpu(
+def empty_grads(
     grad_y: Tensor,
     x: Tensor,
     z: Tensor,
@@ -177,27 +99,8 @@ def _backward_cpu(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = empty_grads(grad_y, x, z, weight, wanted, backend)
-    if z.numel() == 0:
-        return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
-    weight, grad_y = native_weight(weight, x), nhwc(grad_y)
-    vectors, bn = _bn(bn_weight, bn_bias, mean, var)
-    grad_x, grad_weight, sums = (
-        grad.data_ptr() if want else 0 for grad, want in zip(grads, wanted, strict=True)
-    )
-    native.load().dwconv_backward(
-        isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), pixel_strides(x), z.data_ptr(), grad_y.data_ptr(), weight.data_ptr(),
-        bn, eps, training, grad_x, grad_weight, sums, torch.get_num_threads(),
-    )  # fmt: skip
-    return grads
-
-
-def empty_grads(
-    grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of `dwconv_bn_silu_backward`, unwritten: [0] for what is not wanted."""
-    none, wanted = x.new_empty(0), rest[-2]
+    """Gradients of x, weight, BatchNorm's bias and weight [2,C], unwritten; [0] if not wanted."""
+    none = x.new_empty(0)
     return (
         empty_nhwc(x, x.shape) if wanted[0] else none,
         x.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else none.clone(),
@@ -205,10 +108,10 @@ def empty_grads(
     )
 
 
-eval_op = register("dwconv_bn_silu_eval", _eval_cpu, _eval_fake)
-train_op = register("dwconv_statistics", _statistics_cpu, _statistics_fake)
-bn_silu_op = register("bn_silu", _bn_silu_cpu, _bn_silu_fake)
-backward_op = register("dwconv_bn_silu_backward", _backward_cpu, empty_grads)
+eval_op = register("dwconv_bn_silu_eval", empty_eval)
+train_op = register("dwconv_statistics", empty_statistics)
+bn_silu_op = register("bn_silu", _empty_bn_silu)
+backward_op = register("dwconv_bn_silu_backward", empty_grads)
 
 
 class DwconvBnSilu(torch.autograd.Function):

@@ -1,8 +1,8 @@
-"""Which module launches the registered ops on which backend; the CPU's stand beside their ops."""
+"""Which module launches the registered ops on which backend, in functions of the ops' names."""
 
 from __future__ import annotations
 
-from effnet_fast.backends import CUDA, SIMT, TRITON
+from effnet_fast.backends import CPU, CUDA, SIMT, TRITON
 
 _DWCONV = ("dwconv_bn_silu_eval", "dwconv_statistics", "bn_silu", "dwconv_bn_silu_backward")
 _SQUEEZE_EXCITE = ("excite", "squeeze_excite", "squeeze_excite_backward")
@@ -16,13 +16,20 @@ _PASSES = (
     "mbconv_depthwise_backward", "mbconv_expand_backward",
 )  # fmt: skip
 
-for backend in (CUDA, SIMT):
-    backend.add_launchers("effnet_fast.ops.cuda.dwconv_bn_silu", _DWCONV)
-    backend.add_launchers("effnet_fast.ops.cuda.squeeze_excite", _SQUEEZE_EXCITE)
-TRITON.add_launchers("effnet_fast.triton_kernels.dwconv_bn_silu", _DWCONV)
-TRITON.add_launchers("effnet_fast.triton_kernels.squeeze_excite", _SQUEEZE_EXCITE)
-TRITON.add_launchers("effnet_fast.triton_kernels.stem_conv_bn_silu", _STEM)
-TRITON.add_launchers("effnet_fast.triton_kernels.pointwise_bn_act", ("pointwise_bn_act_eval",))
-TRITON.add_launchers("effnet_fast.triton_kernels.pointwise_bn_silu_pool", _HEAD)
-TRITON.add_launchers("effnet_fast.triton_kernels.mbconv", ("mbconv_eval",))
-TRITON.add_launchers("effnet_fast.triton_kernels.mbconv_passes", _PASSES)
+_MODULES = {
+    "dwconv_bn_silu": _DWCONV,
+    "squeeze_excite": _SQUEEZE_EXCITE,
+    "stem_conv_bn_silu": _STEM,
+    "pointwise_bn_act": ("pointwise_bn_act_eval",),
+    "pointwise_bn_silu_pool": _HEAD,
+    "mbconv": ("mbconv_eval",),
+    "mbconv_passes": _PASSES,
+}
+_IN_CUDA = ("dwconv_bn_silu", "squeeze_excite")
+
+for _module, _ops in _MODULES.items():
+    CPU.add_launchers(f"effnet_fast.ops.cpu.{_module}", _ops)
+    TRITON.add_launchers(f"effnet_fast.triton_kernels.{_module}", _ops)
+    if _module in _IN_CUDA:
+        CUDA.add_launchers(f"effnet_fast.ops.cuda.{_module}", _ops)
+        SIMT.add_launchers(f"effnet_fast.ops.cuda.{_module}", _ops)

@@ -17,11 +17,9 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, current_backend, resolve
 from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
-from effnet_fast.ops.dwconv_bn_silu import compute_eval as compute_depthwise
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, Settings, backward, forward
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.ops.pointwise_bn_act import compute as compute_pointwise
 from effnet_fast.ops.registration import (
     Layer,
     autocast,
@@ -31,7 +29,6 @@ from effnet_fast.ops.registration import (
     nhwc,
     register,
 )
-from effnet_fast.ops.squeeze_excite import excite_op
 from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.arguments import Sides
 from effnet_fast.reference.mbconv import (
@@ -44,8 +41,7 @@ from effnet_fast.reference.mbconv import (
 )
 
 
-# Each layer is [weight, bn_weight, bn_bias, mean, var]; expand is empty where there is none.
-def _eval_cpu(
+def empty_eval(
     x: Tensor,
     expand: Layer,
     depthwise: Layer,
@@ -57,39 +53,12 @@ def _eval_cpu(
     residual: bool,
     backend: str,
 ) -> Tensor:
-    y = _eval_fake(x, expand, depthwise, squeeze, project, stride, padding)
-    h = x
-    if expand:
-        shape = (x.shape[0], expand[0].shape[0], *x.shape[2:])
-        h = scratch.empty_nhwc("expanded", x, shape)
-        weight, *bn = expand
-        compute_pointwise(h, x, weight, bn, None, None, True, eps[0], backend)
-    weight, *bn = depthwise
-    shape = output_shape(h, weight.shape[-1], stride, padding)
-    filtered = scratch.empty_nhwc("filtered", x, shape)
-    pooled = x.new_empty(shape[:2], dtype=torch.float32)
-    compute_depthwise(filtered, pooled, h, weight, bn, stride, padding, eps[1], backend)
-    gate = excite_op(pooled, *squeeze, backend)[1]
-    weight, *bn = project
-    added = x if residual else None
-    return compute_pointwise(y, filtered, weight, bn, gate, added, False, eps[2], backend)
-
-
-def _eval_fake(
-    x: Tensor,
-    expand: Layer,
-    depthwise: Layer,
-    squeeze: Layer,
-    project: Layer,
-    stride: int,
-    padding: Sides,
-    *_: Any,
-) -> Tensor:
+    """y [N,Cout,Ho,Wo], unwritten; expand is empty where there is none."""
     shape = output_shape(x, depthwise[0].shape[-1], stride, padding)
     return empty_nhwc(x, (shape[0], project[0].shape[0], *shape[2:]))
 
 
-eval_op = register("mbconv_eval", _eval_cpu, _eval_fake)
+eval_op = register("mbconv_eval", empty_eval)
 
 
 PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var

@@ -1,7 +1,6 @@
 """The passes of an MBConv in training, `mbconv_training.Passes`, as registered ops with fakes.
 
-The CPU's are in `cpu.mbconv_passes`; the launchers of another backend bear the names of the ops
-(`mbconv_expand`, ...). `excite` is the op of `squeeze_excite`.
+`launchers` names what launches them; `excite` is the op of `squeeze_excite`.
 """
 
 from __future__ import annotations
@@ -13,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast.ops.cpu import mbconv_passes as cpu
 from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.mbconv_training import Passes
 from effnet_fast.ops.norms import empty_norm
-from effnet_fast.ops.registration import empty_nhwc, register, schema_of
+from effnet_fast.ops.registration import empty_nhwc, register
 from effnet_fast.ops.squeeze_excite import excite_op
 
 
 def _vectors(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
+
+
+def empty_weight_grad(x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    """Memory for a weight's gradient, fp32 on x's device; [0] where it is not wanted."""
+    return _vectors(x, *(weight.shape if wanted else (0,)))
 
 
 def _expand_fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -62,7 +65,7 @@ def _project_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     e, sums = z2.new_empty(0), _vectors(z2, 0)
     if wanted[0]:
         e, sums = empty_nhwc(z2, z2.shape), _vectors(z2, 3, *z2.shape[:2])
-    return e, sums, cpu.empty_weight_grad(z2, weight, wanted[1])
+    return e, sums, empty_weight_grad(z2, weight, wanted[1])
 
 
 def _excite_backward_fake(
@@ -79,34 +82,30 @@ def _depthwise_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     f = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
     summed = wanted[0] and x_norm is not None
     sums = _vectors(x, 2, x.shape[1]) if summed else _vectors(x, 0)
-    return f, cpu.empty_weight_grad(x, weight, wanted[1]), sums
+    return f, empty_weight_grad(x, weight, wanted[1]), sums
 
 
 def _expand_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     (x, weight), wanted = args[4:6], args[7]
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
-    return grad_x, cpu.empty_weight_grad(x, weight, wanted[1])
+    return grad_x, empty_weight_grad(x, weight, wanted[1])
 
 
-def _register(
-    contract: Callable[..., Any], cpu: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def _register(contract: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Registers a method of `Passes` as an op, with the backend as its last argument."""
-    return register(schema_of(f"mbconv_{contract.__name__}", contract), cpu, fake)
+    return register(f"mbconv_{contract.__name__}", fake, contract)
 
 
-_expand = _register(Passes.expand, cpu.expand, _expand_fake)
-_depthwise = _register(Passes.depthwise, cpu.depthwise, _depthwise_fake)
-_squeeze = _register(Passes.squeeze, cpu.squeeze, _squeeze_fake)
-_project = _register(Passes.project, cpu.project, _project_fake)
-_finish = _register(Passes.finish, cpu.finish, _finish_fake)
-_finish_backward = _register(Passes.finish_backward, cpu.finish_backward, _finish_backward_fake)
-_project_backward = _register(Passes.project_backward, cpu.project_backward, _project_backward_fake)
-_excite_backward = _register(Passes.excite_backward, cpu.excite_backward, _excite_backward_fake)
-_depthwise_backward = _register(
-    Passes.depthwise_backward, cpu.depthwise_backward, _depthwise_backward_fake
-)
-_expand_backward = _register(Passes.expand_backward, cpu.expand_backward, _expand_backward_fake)
+_expand = _register(Passes.expand, _expand_fake)
+_depthwise = _register(Passes.depthwise, _depthwise_fake)
+_squeeze = _register(Passes.squeeze, _squeeze_fake)
+_project = _register(Passes.project, _project_fake)
+_finish = _register(Passes.finish, _finish_fake)
+_finish_backward = _register(Passes.finish_backward, _finish_backward_fake)
+_project_backward = _register(Passes.project_backward, _project_backward_fake)
+_excite_backward = _register(Passes.excite_backward, _excite_backward_fake)
+_depthwise_backward = _register(Passes.depthwise_backward, _depthwise_backward_fake)
+_expand_backward = _register(Passes.expand_backward, _expand_backward_fake)
 
 
 class _RegisteredPasses:

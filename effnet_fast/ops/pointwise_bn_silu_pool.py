@@ -14,21 +14,16 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import OpArgs, native, resolve
+from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.ops.pointwise_bn_act import compute
 from effnet_fast.ops.registration import (
-    address,
     autocast,
     channels_last,
     dense,
     empty_nhwc,
-    is_bf16,
-    isa_of,
-    native_weight,
     nhwc,
     register,
 )
@@ -36,7 +31,7 @@ from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.pointwise_bn_silu_pool import check_arguments
 
 
-def _eval_cpu(
+def _empty_eval(
     x: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
@@ -46,21 +41,13 @@ def _eval_cpu(
     eps: float,
     backend: str,
 ) -> Tensor:
-    y = empty_nhwc(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
-    bn = (bn_weight, bn_bias, mean, var)
-    if y.numel() == 0:
-        return x.new_zeros(y.shape[:2])
-    return compute(y, x, weight, bn, None, None, True, eps, backend).mean((2, 3))
-
-
-def _eval_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-eval_op = register("pointwise_bn_silu_pool_eval", _eval_cpu, _eval_fake)
+eval_op = register("pointwise_bn_silu_pool_eval", _empty_eval)
 
 
-def _backward_cpu(
+def empty_grads(
     q: Tensor,
     z: Tensor,
     norm: Tensor,
@@ -70,24 +57,7 @@ def _backward_cpu(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = _backward_fake(q, z, norm, sums, x, weight, wanted)
-    if z.numel() == 0:
-        return grad_x.zero_(), grad_weight.zero_()
-    n, c, h, w = x.shape
-    x, weight = nhwc(x), native_weight(weight, x)
-    native.load().pointwise_bn_silu_pool_backward(
-        isa_of(backend), (n, h * w, c, z.shape[1]), is_bf16(x), is_bf16(weight),
-        q.data_ptr(), z.data_ptr(), norm.data_ptr(), address(sums),
-        weight.data_ptr(), x.data_ptr(), grad_x.data_ptr() if wanted[0] else 0,
-        grad_weight.data_ptr() if wanted[1] else 0, torch.get_num_threads(),
-    )  # fmt: skip
-    return grad_x, grad_weight
-
-
-def _backward_fake(
-    q: Tensor, z: Tensor, norm: Tensor, sums: Any, x: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    wanted = rest[0]
+    """Gradients of x and weight, unwritten; [0] for what is not wanted."""
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else x.new_empty(0)
     shape = weight.shape if wanted[1] else (0,)
     return grad_x, x.new_empty(shape, dtype=torch.float32)
@@ -95,7 +65,7 @@ def _backward_fake(
 
 # du = q * silu'(u), and dz of it: grad_x = dz weight, grad_weight = dz^T x; see
 # `mbconv_training.Passes` for the symbols.
-backward_op = register("pointwise_bn_silu_pool_backward", _backward_cpu, _backward_fake)
+backward_op = register("pointwise_bn_silu_pool_backward", empty_grads)
 
 
 def _forward(

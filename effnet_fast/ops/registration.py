@@ -12,7 +12,7 @@ from effnet_fast import backends
 
 Ints = Sequence[int]
 Layer = Sequence[Any]  # weight, bn_weight, bn_bias, mean, var; some None
-_LIBRARY = torch.library.Library("effnet_fast", "DEF")
+LIBRARY = torch.library.Library("effnet_fast", "DEF")
 
 
 # Annotations of a kernel's arguments, as schemas write them.
@@ -38,30 +38,22 @@ def schema_of(name: str, function: Callable[..., Any]) -> str:
     return f"{name}({arguments}, str backend) -> ({results})"
 
 
-def register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers `effnet_fast::<schema>` with its CPU kernel and its fake; returns the op.
+def register(name: str, fake: Callable[..., Any], contract: Any = None) -> Callable[..., Any]:
+    """Registers `effnet_fast::<name>`, which the backend launches that it is given; returns the op.
 
     Args:
-        schema: as torch.library takes it; a name alone stands for `schema_of` it and the kernel.
-            Its last argument is the resolved backend, which launches the op: see `launchers`. An op
-            without that argument has its CPU kernel alone.
-        cpu: the CPU's kernel.
+        name: see `launchers` for what launches it.
         fake: makes the results, unwritten.
+        contract: whose arguments and results the op has, where that is not the fake.
     """
-    name, *rest = schema.split("(")
-    schema = schema if rest else schema_of(name, cpu)
-    backends.CPU.add_launcher(name, cpu)
 
     def run(*args: Any) -> Any:
         return backends.launcher_of(args[-1], name)(*args)
 
-    _LIBRARY.define(schema)
-    if "str backend)" in schema:
-        _LIBRARY.impl(name, run, "CPU")
-        _LIBRARY.impl(name, run, "CUDA")
-    else:
-        _LIBRARY.impl(name, cpu, "CPU")
-    torch.library.register_fake(f"effnet_fast::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(schema_of(name, contract or fake))
+    LIBRARY.impl(name, run, "CPU")
+    LIBRARY.impl(name, run, "CUDA")
+    torch.library.register_fake(f"effnet_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.effnet_fast, name).default
 
 

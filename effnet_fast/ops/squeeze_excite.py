@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import NATIVE_DTYPES, OpArgs, native, resolve
+from effnet_fast.backends import NATIVE_DTYPES, OpArgs, resolve
 from effnet_fast.ops import second_derivative
-from effnet_fast.ops.registration import address, dense, empty_nhwc, is_bf16, isa_of, nhwc, register
+from effnet_fast.ops.registration import dense, empty_nhwc, register
 from effnet_fast.reference.squeeze_excite import check_arguments
 
 
@@ -28,7 +28,7 @@ def native_layers(
     return [None if p is None else dense(p, dtype) for p in parameters]
 
 
-def _excite_cpu(
+def empty_excite(
     pooled: Tensor,
     reduce_weight: Tensor,
     reduce_bias: Tensor | None,
@@ -36,31 +36,12 @@ def _excite_cpu(
     expand_bias: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    hidden, gate = empty_excite(pooled, reduce_weight)
-    if pooled.numel() == 0:
-        return hidden.zero_(), gate
-    n, c = pooled.shape
-    layers = native_layers(reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias)
-    native.load().excite(
-        isa_of(backend), n, c, hidden.shape[1], is_bf16(layers[0]),
-        pooled.data_ptr(), *(address(p) for p in layers), hidden.data_ptr(), gate.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return hidden, gate
-
-
-def empty_excite(pooled: Tensor, reduce_weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """The results of `excite`, unwritten."""
+    """hidden [N,R] before SiLU and gate [N,C] of pooled [N,C], fp32, unwritten."""
     hidden = pooled.new_empty(pooled.shape[0], reduce_weight.shape[0], dtype=torch.float32)
     return hidden, torch.empty_like(pooled, dtype=torch.float32)
 
 
-def _pixels(x: Tensor) -> tuple[int, int, int]:
-    n, c, h, w = x.shape
-    return n, c, h * w
-
-
-def _forward_cpu(
+def empty_squeeze_excite(
     x: Tensor,
     reduce_weight: Tensor,
     reduce_bias: Tensor | None,
@@ -68,67 +49,10 @@ def _forward_cpu(
     expand_bias: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = empty_nhwc(x, x.shape)
-    pooled = x.new_empty(x.shape[:2], dtype=torch.float32)
-    extension, isa, sizes = native.load(), isa_of(backend), _pixels(x)
-    bf16, threads = is_bf16(x), torch.get_num_threads()
-    x = nhwc(x)
-    if x.numel():
-        extension.squeeze(
-            isa, *sizes, bf16, x.data_ptr(), 0, 1.0 / sizes[2], pooled.data_ptr(), threads
-        )
-    hidden, gate = _excite_cpu(
-        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
-    )
-    if x.numel():
-        extension.gate(isa, *sizes, bf16, x.data_ptr(), gate.data_ptr(), 0, y.data_ptr(), threads)
-    return y, pooled, hidden, gate
-
-
-def empty_squeeze_excite(
-    x: Tensor, reduce_weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The results of `squeeze_excite`, unwritten."""
+    """y [N,C,H,W], pooled [N,C], hidden [N,R], gate [N,C], unwritten."""
     pooled = x.new_empty(x.shape[:2], dtype=torch.float32)
     hidden = pooled.new_empty(x.shape[0], reduce_weight.shape[0])
     return empty_nhwc(x, x.shape), pooled, hidden, torch.empty_like(pooled)
-
-
-def _backward_cpu(
-    grad_y: Tensor,
-    x: Tensor,
-    reduce_weight: Tensor,
-    expand_weight: Tensor,
-    pooled: Tensor,
-    hidden: Tensor,
-    gate: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = empty_grads(grad_y, x, reduce_weight, expand_weight, pooled, hidden)
-    if x.numel() == 0:
-        for grad in grads:
-            grad.zero_()
-        return grads
-    extension, isa, sizes = native.load(), isa_of(backend), _pixels(x)
-    bf16, threads = is_bf16(x), torch.get_num_threads()
-    x, grad_y = nhwc(x), nhwc(grad_y)
-    grad_gate, grad_pooled = torch.empty_like(pooled), torch.empty_like(pooled)
-    extension.squeeze(
-        isa, *sizes, bf16, x.data_ptr(), grad_y.data_ptr(), 1.0, grad_gate.data_ptr(), threads
-    )
-    layers = native_layers(reduce_weight, reduce_weight, expand_weight)
-    extension.excite_backward(
-        isa, *pooled.shape, hidden.shape[1], is_bf16(layers[0]),
-        pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
-        *(address(p) for p in layers), *(grad.data_ptr() for grad in grads[1:]),
-        grad_pooled.data_ptr(), threads,
-    )  # fmt: skip
-    grad_pooled /= sizes[2]
-    extension.gate(
-        isa, *sizes, bf16, grad_y.data_ptr(), gate.data_ptr(), grad_pooled.data_ptr(),
-        grads[0].data_ptr(), threads,
-    )  # fmt: skip
-    return grads
 
 
 def empty_grads(
@@ -138,9 +62,10 @@ def empty_grads(
     expand_weight: Tensor,
     pooled: Tensor,
     hidden: Tensor,
-    *_: Any,
+    gate: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The results of `squeeze_excite_backward`, unwritten."""
+    """Gradients of x, [R,C], [R], [C,R] and [C], unwritten."""
     c, r = pooled.shape[1], hidden.shape[1]
     return (
         empty_nhwc(x, x.shape),
@@ -151,9 +76,9 @@ def empty_grads(
     )
 
 
-excite_op = register("excite", _excite_cpu, empty_excite)
-forward_op = register("squeeze_excite", _forward_cpu, empty_squeeze_excite)
-backward_op = register("squeeze_excite_backward", _backward_cpu, empty_grads)
+excite_op = register("excite", empty_excite)
+forward_op = register("squeeze_excite", empty_squeeze_excite)
+backward_op = register("squeeze_excite_backward", empty_grads)
 
 
 class SqueezeExcite(torch.autograd.Function):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from effnet_fast.backends import native
-from effnet_fast.ops.registration import register
+from effnet_fast.ops.registration import LIBRARY
 
 
-def _move_cpu(
+def _move(
     running_mean: Tensor,
     running_var: Tensor,
     mean: Tensor,
@@ -27,16 +25,14 @@ def _move_cpu(
     )  # fmt: skip
 
 
-def _move_fake(*_: Any) -> None:
-    return None
-
-
-move_op = register(
+# No backend: the CPU alone has it.
+LIBRARY.define(
     "move_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
-    "float correction, float momentum) -> ()",
-    _move_cpu,
-    _move_fake,
+    "float correction, float momentum) -> ()"
 )
+LIBRARY.impl("move_statistics", _move, "CPU")
+torch.library.register_fake("effnet_fast::move_statistics", lambda *_: None, lib=LIBRARY)
+move_op = torch.ops.effnet_fast.move_statistics.default
 
 
 def update_running_statistics(

@@ -16,19 +16,14 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import OpArgs, is_channels_last, native, resolve
+from effnet_fast.backends import OpArgs, is_channels_last, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.norms import MEAN, VAR, empty_norm
 from effnet_fast.ops.registration import (
     Ints,
-    address,
     autocast,
     empty_nhwc,
-    fp32,
-    is_bf16,
-    isa_of,
-    native_weight,
     nhwc,
     register,
 )
@@ -48,12 +43,7 @@ def output_shape(x: Tensor, weight: Tensor, stride: Ints, padding: Sides) -> tup
     )
 
 
-def _shape(x: Tensor, weight: Tensor, z: Tensor, stride: Ints, padding: Sides) -> tuple[int, ...]:
-    """The sizes of a call of a kernel."""
-    return (*x.shape, *z.shape[1:], *weight.shape[2:], *stride, padding[0], padding[2])
-
-
-def _eval_cpu(
+def empty_eval(
     x: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
@@ -65,24 +55,11 @@ def _eval_cpu(
     eps: float,
     backend: str,
 ) -> Tensor:
-    y = empty_nhwc(x, output_shape(x, weight, stride, padding))
-    if y.numel() == 0:
-        return y
-    weight = native_weight(weight, x)
-    vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
-    native.load().stem_eval(
-        isa_of(backend), _shape(x, weight, y, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
-        y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    """y [N,Cout,Ho,Wo], unwritten."""
+    return empty_nhwc(x, output_shape(x, weight, stride, padding))
 
 
-def _eval_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return empty_nhwc(x, output_shape(x, weight, *rest[4:6]))
-
-
-def _conv_cpu(
+def empty_conv(
     x: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
@@ -94,57 +71,21 @@ def _conv_cpu(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """z [N,Cout,Ho,Wo] and its norm [5,Cout], unwritten; by the batch without mean and var."""
     z = empty_nhwc(x, output_shape(x, weight, stride, padding))
-    norm = empty_norm(x, z.shape[1])
-    if z.numel() == 0:
-        return z, norm.zero_()
-    weight = native_weight(weight, x)
-    vectors = [fp32(v) for v in (bn_weight, bn_bias, mean, var)]
-    native.load().stem_conv(
-        isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
-        z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return z, norm
-
-
-def _conv_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    z = empty_nhwc(x, output_shape(x, weight, *rest[4:6]))
     return z, empty_norm(x, z.shape[1])
 
 
-def _silu_cpu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
-    y = empty_nhwc(z, z.shape)
-    if y.numel():
-        z = nhwc(z)
-        native.load().norm_silu(
-            isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), z.data_ptr(),
-            norm.data_ptr(), y.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-    return y
-
-
-def _silu_fake(z: Tensor, *_: Any) -> Tensor:
+def _empty_silu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
     return empty_nhwc(z, z.shape)
 
 
-def _sums_cpu(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
-    sums = _sums_fake(grad_y, z)
-    if z.numel() == 0:
-        return sums.zero_()
-    grad_y, z = nhwc(grad_y), nhwc(z)
-    native.load().norm_silu_sums(
-        isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), grad_y.data_ptr(),
-        z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return sums
-
-
-def _sums_fake(grad_y: Tensor, z: Tensor, *_: Any) -> Tensor:
+def empty_sums(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
+    """sums [2,Cout] of du and of du * zh, unwritten."""
     return z.new_empty((2, z.shape[1]), dtype=torch.float32)
 
 
-def _backward_cpu(
+def empty_weight_grad(
     grad_y: Tensor,
     z: Tensor,
     norm: Tensor,
@@ -155,30 +96,15 @@ def _backward_cpu(
     padding: Sides,
     backend: str,
 ) -> Tensor:
-    grad = x.new_empty(weight.shape, dtype=torch.float32)
-    if z.numel() == 0:
-        return grad.zero_()
-    grad_y, z = nhwc(grad_y), nhwc(z)
-    native.load().stem_weight_backward(
-        isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), grad_y.data_ptr(),
-        z.data_ptr(), norm.data_ptr(), address(sums), x.data_ptr(), x.stride(), grad.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return grad
-
-
-def _backward_fake(grad_y: Tensor, z: Tensor, *rest: Any) -> Tensor:
-    _, _, x, weight = rest[:4]
+    """The weight's gradient in fp32, unwritten; sums where BatchNorm normalises by the batch."""
     return x.new_empty(weight.shape, dtype=torch.float32)
 
 
-# padding is (left, right, top, bottom); norm [5,Cout] has the rows NORM_ROWS; sums [2,Cout] are
-# those of du and of du * zh, None where BatchNorm does not normalise by the batch.
-eval_op = register("stem_conv_bn_silu_eval", _eval_cpu, _eval_fake)
-conv_op = register("stem_conv", _conv_cpu, _conv_fake)
-silu_op = register("norm_silu", _silu_cpu, _silu_fake)
-sums_op = register("norm_silu_sums", _sums_cpu, _sums_fake)
-weight_backward_op = register("stem_weight_backward", _backward_cpu, _backward_fake)
+eval_op = register("stem_conv_bn_silu_eval", empty_eval)
+conv_op = register("stem_conv", empty_conv)
+silu_op = register("norm_silu", _empty_silu)
+sums_op = register("norm_silu_sums", empty_sums)
+weight_backward_op = register("stem_weight_backward", empty_weight_grad)
 
 
 def _exact_cudnn(x: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -1,1 +1,1 @@
-"""From tensors to the C++ kernels: one module per file of `effnet_fast.ops`."""
+"""From tensors to the CPU's kernels: one module per file of `effnet_fast.ops`."""

@@ -1,4 +1,4 @@
-"""The CPU's passes of an MBConv in training, as `mbconv_passes` registers them.
+"""The passes of an MBConv in training on the CPU's kernels.
 
 Results that no pass but the next reads (e, f) lie in memory that the blocks of a network share,
 inside a `scratch.scope`.
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from effnet_fast.backends import native
 from effnet_fast.ops import scratch
-from effnet_fast.ops.dwconv_bn_silu import filter_shape, output_shape
+from effnet_fast.ops.cpu.dwconv_bn_silu import filter_shape
+from effnet_fast.ops.dwconv_bn_silu import output_shape
+from effnet_fast.ops.mbconv_passes import empty_weight_grad
 from effnet_fast.ops.norms import empty_norm
 from effnet_fast.ops.registration import (
     address,
@@ -63,12 +65,12 @@ def _pointwise(
     return z, norm
 
 
-def expand(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def mbconv_expand(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *bn, eps, backend = rest
     return _pointwise(x, None, None, weight, tuple(bn), eps, backend)
 
 
-def project(
+def mbconv_project(
     z2: Tensor, norm2: Tensor, gate: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *bn, eps, backend = rest
@@ -79,16 +81,11 @@ def _none(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return like.new_empty(0, dtype=dtype)
 
 
-def empty_weight_grad(x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
-    """Memory for a weight's gradient, fp32 on x's device; [0] where it is not wanted."""
-    return x.new_empty(weight.shape, dtype=torch.float32) if wanted else _none(x)
-
-
 def _pointer(tensor: Tensor, wanted: bool) -> int:
     return tensor.data_ptr() if wanted else 0
 
 
-def project_backward(
+def mbconv_project_backward(
     grad_y: Tensor,
     row_scale: Tensor | None,
     z3: Tensor,
@@ -119,7 +116,7 @@ def project_backward(
     return e, sums, grad_weight
 
 
-def expand_backward(
+def mbconv_expand_backward(
     f: Tensor,
     z1: Tensor,
     norm1: Tensor,
@@ -145,7 +142,7 @@ def expand_backward(
     return grad_x, grad_weight
 
 
-def depthwise(
+def mbconv_depthwise(
     x: Tensor, x_norm: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *bn, stride, padding, eps, backend = rest
@@ -163,7 +160,7 @@ def depthwise(
     return z, norm
 
 
-def depthwise_backward(
+def mbconv_depthwise_backward(
     e: Tensor,
     gate: Tensor,
     q: Tensor,
@@ -205,7 +202,7 @@ def _plane(x: Tensor) -> tuple[int, int, int]:
     return n, h * w, c
 
 
-def squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def mbconv_squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     pooled = z.new_empty(z.shape[:2], dtype=torch.float32)
     slopes = z.new_empty((2, *z.shape[:2]), dtype=torch.float32)
     if z.numel():
@@ -216,7 +213,7 @@ def squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return pooled, slopes
 
 
-def finish(
+def mbconv_finish(
     z: Tensor, norm: Tensor, row_scale: Tensor | None, residual: Tensor | None, backend: str
 ) -> Tensor:
     y = empty_nhwc(z, z.shape)
@@ -229,7 +226,7 @@ def finish(
     return y
 
 
-def finish_backward(
+def mbconv_finish_backward(
     grad_y: Tensor, row_scale: Tensor | None, z: Tensor, norm: Tensor, backend: str
 ) -> Tensor:
     sums = z.new_empty((2, z.shape[1]), dtype=torch.float32)
@@ -243,7 +240,7 @@ def finish_backward(
     return sums
 
 
-def excite_backward(
+def mbconv_excite_backward(
     sums: Tensor,
     slopes: Tensor,
     pooled: Tensor,

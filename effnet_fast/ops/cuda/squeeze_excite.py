@@ -48,7 +48,9 @@ def excite(
 ) -> tuple[Tensor, Tensor]:
     """The registered op: hidden [N,R] before SiLU and gate [N,C] of pooled [N,C], all fp32."""
     pooled = dense(pooled, torch.float32)
-    hidden, gate = empty_excite(pooled, reduce_weight)
+    hidden, gate = empty_excite(
+        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
+    )
     if pooled.numel() == 0:
         return hidden.zero_(), gate
     n, c = pooled.shape
@@ -131,7 +133,7 @@ def squeeze_excite(
     """The registered op."""
     layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
     if x.numel() == 0:
-        y, pooled, hidden, gate = empty_squeeze_excite(x, reduce_weight)
+        y, pooled, hidden, gate = empty_squeeze_excite(x, *layers, backend)
         return y, pooled, hidden.zero_(), gate
     x, y = nhwc(x), empty_nhwc(x, x.shape)
     factor = 1.0 / (x.shape[2] * x.shape[3])

@@ -1,0 +1,42 @@
+"""A whole MBConv in inference on the CPU's kernels.
+
+The expanded tensors are in memory that the blocks of a network share, inside a `scratch.scope`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast.ops import scratch
+from effnet_fast.ops.cpu.dwconv_bn_silu import compute_eval as compute_depthwise
+from effnet_fast.ops.cpu.pointwise_bn_act import compute as compute_pointwise
+from effnet_fast.ops.cpu.squeeze_excite import excite
+from effnet_fast.ops.dwconv_bn_silu import output_shape
+from effnet_fast.ops.mbconv import empty_eval
+from effnet_fast.ops.registration import Layer
+
+
+def mbconv_eval(
+    x: Tensor, expand: Layer, depthwise: Layer, squeeze: Layer, project: Layer, *rest: Any
+) -> Tensor:
+    """The registered op."""
+    stride, padding, eps, residual, backend = rest
+    y = empty_eval(x, expand, depthwise, squeeze, project, *rest)
+    h = x
+    if expand:
+        shape = (x.shape[0], expand[0].shape[0], *x.shape[2:])
+        h = scratch.empty_nhwc("expanded", x, shape)
+        weight, *bn = expand
+        compute_pointwise(h, x, weight, bn, None, None, True, eps[0], backend)
+    weight, *bn = depthwise
+    shape = output_shape(h, weight.shape[-1], stride, padding)
+    filtered = scratch.empty_nhwc("filtered", x, shape)
+    pooled = x.new_empty(shape[:2], dtype=torch.float32)
+    compute_depthwise(filtered, pooled, h, weight, bn, stride, padding, eps[1], backend)
+    gate = excite(pooled, *squeeze, backend)[1]
+    weight, *bn = project
+    added = x if residual else None
+    return compute_pointwise(y, filtered, weight, bn, gate, added, False, eps[2], backend)

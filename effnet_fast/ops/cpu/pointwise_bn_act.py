@@ -1,0 +1,85 @@
+"""1x1 convolution, BatchNorm, SiLU, gate and residual on the CPU.
+
+The product is torch's own, so that its last bits may depend on the number of threads. In eval the
+gate and BN's scale ride on the weight where that is smaller than the image, and BN, SiLU and the
+residual are one in-place pass over the product. Nothing is kept between calls, so an edited weight
+cannot go stale (docs/decisions/inference.md compares it with a cached folded weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast.backends import native
+from effnet_fast.ops.pointwise_bn_act import empty_eval
+from effnet_fast.ops.registration import address, empty_nhwc, fp32, is_bf16, isa_of, nhwc
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [N,C,H,W] in NHWC order as a matrix [N,H*W,C]."""
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).reshape(n, h * w, c)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """x [N,C,H,W], NHWC without gaps, as [N * H * W, C]."""
+    n, c, h, w = x.shape
+    return x.as_strided((n * h * w, c), (c, 1))
+
+
+def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend: str) -> None:
+    """Writes conv(x * gate) to y [N,Cout,H,W]; x and y in NHWC order."""
+    n, in_channels, h, w = x.shape
+    if gate is None:
+        matrix = weight if weight.dtype is x.dtype else weight.to(x.dtype)
+        matrix = matrix.reshape(-1, in_channels)
+        torch.mm(_matrix(x), matrix.t(), out=_matrix(y))
+    elif n == 1 and weight.shape[0] <= h * w:  # the weight is smaller than the image
+        gated = (weight.reshape(-1, in_channels) * gate.reshape(1, in_channels)).to(x.dtype)
+        torch.mm(_matrix(x), gated.t(), out=_matrix(y))
+    elif weight.shape[0] <= h * w:
+        gated = weight.reshape(1, -1, in_channels) * gate.reshape(n, 1, in_channels)
+        torch.bmm(_rows(x), gated.to(x.dtype).transpose(1, 2), out=_rows(y))
+    else:
+        scaled = empty_nhwc(x, x.shape)
+        factors = gate.reshape(n, in_channels).float().contiguous()
+        native.load().gate(
+            isa_of(backend), n, in_channels, h * w, is_bf16(x), x.data_ptr(),
+            factors.data_ptr(), 0, scaled.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        _product(scaled, weight, None, y, backend)
+
+
+def compute(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bn: Sequence[Tensor | None],
+    gate: Tensor | None,
+    residual: Tensor | None,
+    silu: bool,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """Writes y [N,Cout,H,W], NHWC without gaps, and returns it; bn is weight, bias, mean, var."""
+    if y.numel() == 0:
+        return y
+    _product(nhwc(x), weight, gate, y, backend)
+    if residual is not None:
+        residual = nhwc(residual.to(x.dtype))
+    vectors = [fp32(v) for v in bn]
+    native.load().bn_act(
+        isa_of(backend), y.numel() // y.shape[1], y.shape[1], is_bf16(y), silu,
+        y.data_ptr(), tuple(address(v) for v in vectors), eps, address(residual), y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def pointwise_bn_act_eval(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """The registered op."""
+    return compute(empty_eval(x, weight, *rest), x, weight, rest[:4], *rest[4:])

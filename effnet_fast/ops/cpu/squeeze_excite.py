@@ -1,0 +1,88 @@
+"""Squeeze-and-excite on the CPU's kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast.backends import native
+from effnet_fast.ops.registration import address, empty_nhwc, is_bf16, isa_of, nhwc
+from effnet_fast.ops.squeeze_excite import empty_excite, empty_grads, native_layers
+
+
+def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The registered op."""
+    *parameters, backend = rest
+    hidden, gate = empty_excite(pooled, *rest)
+    if pooled.numel() == 0:
+        return hidden.zero_(), gate
+    n, c = pooled.shape
+    layers = native_layers(parameters[0], *parameters)
+    native.load().excite(
+        isa_of(backend), n, c, hidden.shape[1], is_bf16(layers[0]),
+        pooled.data_ptr(), *(address(p) for p in layers), hidden.data_ptr(), gate.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return hidden, gate
+
+
+def _pixels(x: Tensor) -> tuple[int, int, int]:
+    n, c, h, w = x.shape
+    return n, c, h * w
+
+
+def squeeze_excite(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The registered op."""
+    backend = rest[-1]
+    y, pooled = empty_nhwc(x, x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+    extension, isa, sizes = native.load(), isa_of(backend), _pixels(x)
+    bf16, threads = is_bf16(x), torch.get_num_threads()
+    x = nhwc(x)
+    if x.numel():
+        extension.squeeze(
+            isa, *sizes, bf16, x.data_ptr(), 0, 1.0 / sizes[2], pooled.data_ptr(), threads
+        )
+    hidden, gate = excite(pooled, *rest)
+    if x.numel():
+        extension.gate(isa, *sizes, bf16, x.data_ptr(), gate.data_ptr(), 0, y.data_ptr(), threads)
+    return y, pooled, hidden, gate
+
+
+def squeeze_excite_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    reduce_weight: Tensor,
+    expand_weight: Tensor,
+    pooled: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The registered op."""
+    grads = empty_grads(grad_y, x, reduce_weight, expand_weight, pooled, hidden, gate, backend)
+    if x.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    extension, isa, sizes = native.load(), isa_of(backend), _pixels(x)
+    bf16, threads = is_bf16(x), torch.get_num_threads()
+    x, grad_y = nhwc(x), nhwc(grad_y)
+    grad_gate, grad_pooled = torch.empty_like(pooled), torch.empty_like(pooled)
+    extension.squeeze(
+        isa, *sizes, bf16, x.data_ptr(), grad_y.data_ptr(), 1.0, grad_gate.data_ptr(), threads
+    )
+    layers = native_layers(reduce_weight, reduce_weight, expand_weight)
+    extension.excite_backward(
+        isa, *pooled.shape, hidden.shape[1], is_bf16(layers[0]),
+        pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
+        *(address(p) for p in layers), *(grad.data_ptr() for grad in grads[1:]),
+        grad_pooled.data_ptr(), threads,
+    )  # fmt: skip
+    grad_pooled /= sizes[2]
+    extension.gate(
+        isa, *sizes, bf16, grad_y.data_ptr(), gate.data_ptr(), grad_pooled.data_ptr(),
+        grads[0].data_ptr(), threads,
+    )  # fmt: skip
+    return grads

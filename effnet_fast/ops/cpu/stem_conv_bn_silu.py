@@ -1,0 +1,108 @@
+"""Dense convolution, BatchNorm and SiLU on the CPU's kernels: the stem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast.backends import native
+from effnet_fast.ops.registration import (
+    Ints,
+    address,
+    empty_nhwc,
+    fp32,
+    is_bf16,
+    isa_of,
+    native_weight,
+    nhwc,
+)
+from effnet_fast.ops.stem_conv_bn_silu import empty_conv, empty_eval, empty_sums, empty_weight_grad
+from effnet_fast.reference.arguments import Sides
+
+
+def _shape(x: Tensor, weight: Tensor, z: Tensor, stride: Ints, padding: Sides) -> tuple[int, ...]:
+    """The sizes of a call of a kernel."""
+    return (*x.shape, *z.shape[1:], *weight.shape[2:], *stride, padding[0], padding[2])
+
+
+def stem_conv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """The registered op."""
+    *bn, stride, padding, eps, backend = rest
+    y = empty_eval(x, weight, *rest)
+    if y.numel() == 0:
+        return y
+    weight = native_weight(weight, x)
+    vectors = [fp32(v) for v in bn]
+    native.load().stem_eval(
+        isa_of(backend), _shape(x, weight, y, stride, padding), is_bf16(x), is_bf16(weight),
+        x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def stem_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The registered op."""
+    *bn, stride, padding, eps, backend = rest
+    z, norm = empty_conv(x, weight, *rest)
+    if z.numel() == 0:
+        return z, norm.zero_()
+    weight = native_weight(weight, x)
+    vectors = [fp32(v) for v in bn]
+    native.load().stem_conv(
+        isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), is_bf16(weight),
+        x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
+        z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return z, norm
+
+
+def norm_silu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
+    """The registered op."""
+    y = empty_nhwc(z, z.shape)
+    if y.numel():
+        z = nhwc(z)
+        native.load().norm_silu(
+            isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), z.data_ptr(),
+            norm.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def norm_silu_sums(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
+    """The registered op."""
+    sums = empty_sums(grad_y, z, norm, backend)
+    if z.numel() == 0:
+        return sums.zero_()
+    grad_y, z = nhwc(grad_y), nhwc(z)
+    native.load().norm_silu_sums(
+        isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), grad_y.data_ptr(),
+        z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return sums
+
+
+def stem_weight_backward(
+    grad_y: Tensor,
+    z: Tensor,
+    norm: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Sides,
+    backend: str,
+) -> Tensor:
+    """The registered op."""
+    grad = empty_weight_grad(grad_y, z, norm, sums, x, weight, stride, padding, backend)
+    if z.numel() == 0:
+        return grad.zero_()
+    grad_y, z = nhwc(grad_y), nhwc(z)
+    native.load().stem_weight_backward(
+        isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), grad_y.data_ptr(),
+        z.data_ptr(), norm.data_ptr(), address(sums), x.data_ptr(), x.stride(), grad.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad
