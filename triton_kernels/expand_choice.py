@@ -176,7 +176,7 @@ def fused(shape: Shape, tile: Tile) -> Cost | None:
 
 
 @functools.cache
-def pays(shape: Shape, tile: Tile) -> bool:
+def is_joined_quicker(shape: Shape, tile: Tile) -> bool:
     """Whether the fused kernel is chosen."""
     cost = fused(shape, tile)
     return cost is not None and cost.seconds <= MARGIN * separate(shape).seconds

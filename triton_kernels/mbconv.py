@@ -27,10 +27,12 @@ from .squeeze_excite import excite
 Layer = Sequence[Tensor]  # weight, bn_weight, bn_bias, mean, var; some None
 
 
-def pays(x: Tensor, expand: Layer, depthwise: Layer, stride: int, padding: Sequence[int]) -> bool:
+def is_joined_quicker(
+    x: Tensor, expand: Layer, depthwise: Layer, stride: int, padding: Sequence[int]
+) -> bool:
     """Whether expansion and depthwise convolution are quicker as one kernel, by the model."""
     shape = shape_of(x, expand[0].shape[0], depthwise[0].shape[-1], stride, padding)
-    return expand_choice.pays(shape, expand_choice.tile_of(x, shape)[1])
+    return expand_choice.is_joined_quicker(shape, expand_choice.tile_of(x, shape)[1])
 
 
 def mbconv_eval(
@@ -53,7 +55,9 @@ def mbconv_eval(
         fused: whether expansion and depthwise convolution are one kernel; None for what
             `expand_choice` makes of the shape.
     """
-    if expand and (pays(x, expand, depthwise, stride, padding) if fused is None else fused):
+    if expand and (
+        is_joined_quicker(x, expand, depthwise, stride, padding) if fused is None else fused
+    ):
         h, pooled = launch_expand_dwconv_fwd(x, expand, depthwise, stride, padding, eps)
     else:
         h = x

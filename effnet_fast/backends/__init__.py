@@ -4,6 +4,7 @@ from effnet_fast.backends.base import OPS, Backend, OpArgs, is_channels_last
 from effnet_fast.backends.choice import (
     BACKENDS,
     TEST_BACKENDS,
+    backend_of,
     can_run,
     current_backend,
     explain,
@@ -30,6 +31,7 @@ __all__ = [
     "TRITON",
     "Backend",
     "OpArgs",
+    "backend_of",
     "can_run",
     "current_backend",
     "explain",

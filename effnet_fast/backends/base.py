@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +50,19 @@ class Backend:
         name: as `use_backend` takes it.
         dtypes: of the images that its kernels take.
         reason: see `Reason`.
+        packed_as: ops that run over packed weights wherever another op does.
     """
 
-    def __init__(self, name: str, dtypes: tuple[torch.dtype, ...], reason: Reason) -> None:
+    def __init__(
+        self,
+        name: str,
+        dtypes: tuple[torch.dtype, ...],
+        reason: Reason,
+        packed_as: Mapping[str, str] | None = None,
+    ) -> None:
         self.name, self.dtypes, self.reason = name, dtypes, reason
+        self.packed_as = packed_as or {}
+        self._packed_passes = ""
         self._launchers: dict[str, Launcher] = {}
         self._modules: dict[str, str] = {}
 
@@ -75,6 +85,14 @@ class Backend:
             module = importlib.import_module(self._modules[op])
             self._launchers[op] = getattr(module, op)
         return self._launchers[op]
+
+    def pack_passes_by(self, module: str) -> None:
+        """Tells the module that has the passes over packed weights; imported when they are used."""
+        self._packed_passes = module
+
+    def packed_passes(self) -> ModuleType:
+        """The module that `pack_passes_by` told."""
+        return importlib.import_module(self._packed_passes)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from effnet_fast.backends import native, preference
-from effnet_fast.backends.base import OPS, Launcher, OpArgs
+from effnet_fast.backends.base import OPS, Backend, Launcher, OpArgs
 from effnet_fast.backends.cpu import CPU
 from effnet_fast.backends.cuda import CUDA, SIMT
 from effnet_fast.backends.triton import TRITON
@@ -49,10 +49,15 @@ def parse(name: str) -> tuple[str, str]:
     return base, isa
 
 
+def backend_of(name: str) -> Backend:
+    """The backend that a resolved name other than "reference" stands for."""
+    return WITH_KERNELS[parse(name)[0]]
+
+
 @functools.cache
 def launcher_of(backend: str, op: str) -> Launcher:
     """The function that launches a registered op on a resolved backend other than the reference."""
-    return WITH_KERNELS[parse(backend)[0]].launcher(op)
+    return backend_of(backend).launcher(op)
 
 
 @contextlib.contextmanager

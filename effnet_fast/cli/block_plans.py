@@ -53,7 +53,7 @@ def block_plans(
                 "side": shape.height,
                 "kernel": shape.kernel,
                 "stride": shape.stride,
-                "plan": "fused" if expand_choice.pays(shape, tile) else "separate",
+                "plan": "fused" if expand_choice.is_joined_quicker(shape, tile) else "separate",
                 "source": expand_choice.SOURCE,
                 "reason": expand_choice.refusal(shape),
                 "bytes": {plan: cost.bytes for plan, cost in costs.items()},

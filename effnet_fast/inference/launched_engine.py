@@ -104,12 +104,14 @@ class LaunchPlan:
     def _convolution(self, layer: structure.Layer) -> passes.Convolution:
         backend = self._choose("pointwise_bn_act")
         weight, shift = cpu_packing.folded(layer)
-        return passes.Convolution(backend, self._rounded(weight), shift, layer.geometry)
+        return passes.on(backend).Convolution(backend, self._rounded(weight), shift, layer.geometry)
 
     def _product(self, layer: structure.Layer) -> passes.Product:
         backend = self._choose("pointwise_bn_act")
         weight, shift = cpu_packing.folded(layer)
-        return passes.Product(backend, self._rounded(weight.flatten(1)), shift, layer.silu)
+        return passes.on(backend).Product(
+            backend, self._rounded(weight.flatten(1)), shift, layer.silu
+        )
 
     def _block(self, block: Block) -> passes.MBConv:
         layers, dtype = block.layers, self.dtype
@@ -120,8 +122,8 @@ class LaunchPlan:
         self._rounded(weight)  # for its range alone
         return passes.MBConv(
             self._product(layers.expand) if layers.expand else None,
-            passes.Depthwise(filters, weight, shift, geometry, dtype),
-            passes.Excite(gates, layers.excite, dtype),
+            passes.on(filters).Depthwise(filters, weight, shift, geometry, dtype),
+            passes.on(gates).Excite(gates, layers.excite, dtype),
             self._product(layers.project),
             layers.residual,
         )
@@ -143,7 +145,7 @@ class LaunchPlan:
         results = [maps[tap] for tap in sorted(maps)]
         if self._head is None:
             return results
-        y = passes.pool(self._head(h), self._head.backend)
+        y = passes.on(self._head.backend).pool(self._head(h), self._head.backend)
         if self._linear:
             y = F.linear(y.to(self.dtype), *self._linear)
         return [y, *results]

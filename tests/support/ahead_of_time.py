@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from effnet_fast.inference import packed_passes
+from effnet_fast.inference import packed_passes, triton_passes
 from effnet_fast.modules.structure import Geometry
 from effnet_fast.triton_kernels import (
     dwconv_bn_silu,
@@ -198,13 +198,13 @@ def run_deployed(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
 
     def product(rows: int, columns: int, silu: bool) -> packed_passes.Product:
         weight = _vectors(rows, columns).to(dtype)
-        return packed_passes.Product("triton", weight, _vectors(rows), silu)
+        return triton_passes.Product("triton", weight, _vectors(rows), silu)
 
     layers = (_vectors(r, e), _vectors(r), _vectors(e, r), _vectors(e))
     packed = packed_passes.MBConv(
         product(e, c, True) if block.expands else None,
-        packed_passes.Depthwise("triton", _vectors(e, 1, k, k), _vectors(e), geometry, dtype),
-        packed_passes.Excite("triton", layers, dtype),
+        triton_passes.Depthwise("triton", _vectors(e, 1, k, k), _vectors(e), geometry, dtype),
+        triton_passes.Excite("triton", layers, dtype),
         product(out, e, False),
         block.residual,
     )
@@ -259,7 +259,7 @@ def run_stem(variant: str, batch: int, dtype: torch.dtype, training: bool) -> No
         stem_conv_bn_silu.stem_conv_bn_silu_eval(x, *tensors, *geometry, 1e-3, "triton")
         shift = _vectors(stem.out_channels)
         packed = Geometry((3, 3), (2, 2), (1, 1))
-        packed_passes.Convolution("triton", weight.to(dtype), shift, packed)(x)
+        triton_passes.Convolution("triton", weight.to(dtype), shift, packed)(x)
         return
     given = (*bn[:2], None, None)
     z, norm = stem_conv_bn_silu.stem_conv(x, weight, *given, *geometry, 1e-3, "triton")

@@ -53,7 +53,7 @@ def test_no_time_is_below_that_of_its_bytes() -> None:
 def test_the_largest_expanded_tensors_are_left_out() -> None:
     first = next(b for b in shapes_of("b0").blocks if b.expands)
     shape = shape_of(first, 64)
-    assert expand_choice.pays(shape, tile_of(BF16, shape)[1])
+    assert expand_choice.is_joined_quicker(shape, tile_of(BF16, shape)[1])
 
 
 def test_what_is_refused() -> None:
@@ -65,7 +65,7 @@ def test_what_is_refused() -> None:
     ):
         assert text in (expand_choice.refusal(shape) or "")
         tile = Tile(32, 32, 2)
-        assert not expand_choice.pays(shape, tile)
+        assert not expand_choice.is_joined_quicker(shape, tile)
         assert expand_choice.fused(shape, tile) is None
 
 
@@ -86,7 +86,7 @@ def test_strips_cover_the_output() -> None:
 def test_a_launch_follows_the_choice(way: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What mbconv_eval starts, the keyword left out."""
     original = mbconv.mbconv_eval
-    monkeypatch.setattr(expand_choice, "pays", lambda shape, tile: way)
+    monkeypatch.setattr(expand_choice, "is_joined_quicker", lambda shape, tile: way)
     monkeypatch.setattr(mbconv, "mbconv_eval", lambda *a, fused: original(*a))
     started = record(lambda: run_inference(blocks("b0")[0], 2, torch.bfloat16))
     assert (FUSED in {build.name for build in started}) == way

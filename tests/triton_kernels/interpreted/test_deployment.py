@@ -42,7 +42,7 @@ def test_expansion_and_depthwise_convolution_in_one_kernel(
         launched.append(args[0].shape)
         return fused(*args, **options)
 
-    monkeypatch.setattr(mbconv, "pays", lambda *_: True)
+    monkeypatch.setattr(mbconv, "is_joined_quicker", lambda *_: True)
     monkeypatch.setattr(expand_dwconv, "launch_expand_dwconv_fwd", launch)
     assert_parity(TRITON, networks.pair(MINI).actual, random_images(4, 32), dtype, calls=1)
     assert launched

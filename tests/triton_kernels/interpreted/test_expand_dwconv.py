@@ -100,7 +100,7 @@ def test_block_either_way(name: str, way: bool) -> None:
 def test_the_model_decides(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     original = mbconv.launch_expand_dwconv_fwd
-    monkeypatch.setattr(expand_choice, "pays", lambda shape, tile: answer)
+    monkeypatch.setattr(expand_choice, "is_joined_quicker", lambda shape, tile: answer)
     monkeypatch.setattr(
         mbconv, "launch_expand_dwconv_fwd", lambda *args: called.append(1) or original(*args)
     )
