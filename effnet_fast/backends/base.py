@@ -107,19 +107,19 @@ def kernel_reason(
     backend: str, dtypes: tuple[torch.dtype, ...], op: str, args: OpArgs
 ) -> str | None:
     """Why a backend's kernels do not take these arguments, the device of x aside."""
-    x = args.x
-    if x.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes[:-1])
+    x, device, dtype = args.x, args.x.device, args.x.dtype
+    if dtype not in dtypes:
+        names = ", ".join(str(taken).removeprefix("torch.") for taken in dtypes[:-1])
         last = str(dtypes[-1]).removeprefix("torch.")
-        return f"x is {x.dtype}, the {backend} backend takes {names} and {last}"
-    allowed = (x.dtype, torch.float32)
+        return f"x is {dtype}, the {backend} backend takes {names} and {last}"
+    allowed = (dtype, torch.float32)
     for tensor in args.others:
         if tensor is None:
             continue
-        if tensor.device != x.device:
-            return f"x is on {x.device}, but another argument is on {tensor.device}"
+        if tensor.device != device:
+            return f"x is on {device}, but another argument is on {tensor.device}"
         if tensor.dtype not in allowed:
-            return f"a parameter is {tensor.dtype}; allowed are {x.dtype} and torch.float32"
+            return f"a parameter is {tensor.dtype}; allowed are {dtype} and torch.float32"
     if args.kernel[0] != args.kernel[1] or args.kernel[0] % 2 == 0:
         return f"the kernel is {args.kernel[0]}x{args.kernel[1]}; square and odd is supported"
     if op == "pointwise_bn_act" and not args.inference:

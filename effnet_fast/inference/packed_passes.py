@@ -160,7 +160,7 @@ class Excite(Pass):
         self, backend: str, layers: tuple[Tensor | None, ...], *dtypes: torch.dtype
     ) -> None:
         super().__init__(backend)
-        self.layers = [
+        self.layers: list[Any] = [
             None if layer is None else self.keep(layer.detach().to(to, copy=True).contiguous())
             for layer, to in zip(layers, dtypes, strict=True)
         ]

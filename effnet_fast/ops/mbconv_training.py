@@ -228,8 +228,10 @@ class Grads(NamedTuple):
     project: Vectors
 
 
-def _statistics(layer: tuple[Any, ...], training: bool) -> tuple[Any, Any]:
-    return (None, None) if training else (layer[3], layer[4])
+def _normalised_by(layer: tuple[Any, ...], training: bool) -> tuple[Any, Any, Any, Any, Any]:
+    """The layer with no statistics where it normalises by the batch's."""
+    weight, bn_weight, bn_bias, mean, var = layer
+    return weight, bn_weight, bn_bias, None if training else mean, None if training else var
 
 
 def forward(
@@ -240,15 +242,14 @@ def forward(
     z1 = norm1 = None
     h = x
     if layers.expand is not None:
-        given = _statistics(layers.expand, training[0])
-        h, norm1 = passes.expand(x, *layers.expand[:3], *given, eps[0])
+        h, norm1 = passes.expand(x, *_normalised_by(layers.expand, training[0]), eps[0])
         z1 = h
-    given = _statistics(layers.depthwise, training[1])
-    z2, norm2 = passes.depthwise(h, norm1, *layers.depthwise[:3], *given, stride, padding, eps[1])
+    depthwise = _normalised_by(layers.depthwise, training[1])
+    z2, norm2 = passes.depthwise(h, norm1, *depthwise, stride, padding, eps[1])
     pooled, slopes = passes.squeeze(z2, norm2)
     hidden, gate = passes.excite(pooled, *layers.squeeze)
-    given = _statistics(layers.project, training[2])
-    z3, norm3 = passes.project(z2, norm2, gate, *layers.project[:3], *given, eps[2])
+    project = _normalised_by(layers.project, training[2])
+    z3, norm3 = passes.project(z2, norm2, gate, *project, eps[2])
     y = passes.finish(z3, norm3, row_scale, x if residual else None)
     saved = Saved(x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale)
     return y, saved
@@ -295,8 +296,8 @@ def backward(
     if layers.expand is not None:
         if z1 is None:
             assert norm1 is not None
-            statistics = norm1[MEAN], norm1[VAR]
-            z1 = passes.expand(x, *layers.expand[:3], *statistics, eps[0])[0]
+            layer = (*layers.expand[:3], norm1[MEAN], norm1[VAR])
+            z1 = passes.expand(x, *_normalised_by(layer, False), eps[0])[0]
         h = z1
     f, grad_weight, sums1 = passes.depthwise_backward(
         e, gate, q, z2, norm2, sums2 if training[1] else None, h, norm1, layers.depthwise[0],
@@ -306,6 +307,7 @@ def backward(
     depthwise = _pick(needs.depthwise, grad_weight, sums2[1], sums2[0])
     if layers.expand is None or not to_expand:
         return Grads(f if needs.x else None, expand, depthwise, squeeze, project)
+    assert z1 is not None and norm1 is not None
     grad_x, grad_weight = passes.expand_backward(
         f, z1, norm1, sums1 if training[0] else None, x, layers.expand[0], added,
         [needs.x, needs.expand[0]],
