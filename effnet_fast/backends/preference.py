@@ -33,7 +33,7 @@ PREFERENCES = (
         "cpu",
         "stem_conv_bn_silu",
         (),
-        "measured(2 x86-64 cores with AVX2, November 2026)",
+        "measured(2 x86-64 cores, docs/performance.md)",
         channels=64,
         reason="PyTorch's dense convolution is quicker for 64 input channels and more",
     ),
