@@ -77,7 +77,8 @@ class Excite(packed_passes.Excite):
         super().__init__(backend, layers, *(dtype,) * 4)
 
     def __call__(self, pooled: Tensor) -> Tensor:
-        return squeeze_excite.excite(pooled, *self.layers, backend=self.backend)[1]
+        w1, b1, w2, b2 = self.layers
+        return squeeze_excite.excite(pooled, w1, b1, w2, b2, self.backend)[1]
 
 
 def pool(x: Tensor, backend: str) -> Tensor:
