@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +17,16 @@ from torch import Tensor, nn
 
 from effnet_fast import backends
 from effnet_fast.backends import native
-from effnet_fast.inference import staleness
-from effnet_fast.inference.cpu_engine import CpuPlan, Plan, complete
 from effnet_fast.inference.cuda_graphs import LIMIT
-from effnet_fast.inference.launched_engine import LaunchPlan
-from effnet_fast.inference.network_spec import METHODS, Network, overridden, recognise
+from effnet_fast.inference.engine import Engine, run_network
+from effnet_fast.inference.network_spec import NetworkSpec
+from effnet_fast.inference.parts import changed_method
+from effnet_fast.inference.snapshot import ONE_CALL, Snapshot, SnapshotKeeper
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.modules.structure import RefusedError
 
 KINDS = (EfficientNet, EfficientNetFeatures)
-CPU = ("auto", "cpu")  # backends of the plan in C++
-# Backends of the plan that launches kernels, and the devices that they are for; Triton takes a CPU
-# in its interpreter.
+# Backends whose kernels are launched, by device; Triton takes a CPU in its interpreter.
 LAUNCHED = {"cuda": ("auto", "cuda", "triton"), "cpu": ("cuda", "triton", "simt")}
 
 
@@ -84,6 +81,47 @@ def _uncompiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class _Packed(SnapshotKeeper):
+    """The engine of a deployed network; arguments as for `deploy`."""
+
+    def __init__(self, dtype: torch.dtype, backend: str, graphs: int) -> None:
+        super().__init__()
+        self.dtype, self.backend, self.graphs = dtype, backend, graphs
+        self._captured: list[Engine] = []  # whose weights a graph of the caller's reads
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.dtype, self.backend, self.graphs)
+
+    def engine(self, model: nn.Module) -> Engine:
+        """The engine of the network as it is now."""
+        snapshot = self.current(model)
+        assert snapshot is not None
+        return snapshot.engine_for(self.dtype, self.backend)
+
+    def _renew(self, model: nn.Module) -> Snapshot:
+        _check_model(model)
+        device = _device_of(model)
+        _check_target(device, self.dtype, self.backend)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the network's weights have changed, and cannot be packed while a CUDA graph is "
+                "captured: call it once before the capture"
+            )
+        try:
+            snapshot = Snapshot(model, device, self.graphs)
+        except RefusedError as refused:
+            raise _refusal(model, refused) from None
+        try:
+            snapshot.engine_for(self.dtype, self.backend)
+        except RuntimeError as error:
+            raise RuntimeError(f"deploy cannot use backend {self.backend!r}: {error}") from error
+        for old in self.snapshot.engines.values() if self.snapshot else ():
+            old.close()
+            if old.captured:
+                self._captured.append(old)
+        return snapshot
+
+
 class DeployedEfficientNet(nn.Module):
     """The module that `deploy` returns.
 
@@ -99,8 +137,7 @@ class DeployedEfficientNet(nn.Module):
     Attributes:
         source: the network.
         dtype: of the packed weights.
-        backend: as given to `deploy`.
-        graphs: as given to `deploy`.
+        backend, graphs: as given to `deploy`.
     """
 
     source: Any
@@ -118,12 +155,8 @@ class DeployedEfficientNet(nn.Module):
         self.__dict__["source"] = model
         self.__dict__["_modules"] = model.__dict__["_modules"]
         self.training = False
-        self.dtype = dtype
-        self.backend = backend
-        self.graphs = graphs
-        self._lock = threading.Lock()
-        self._packed: tuple[Any, Plan] | None = None
-        self._captured: list[Plan] = []  # whose weights a graph of the caller's reads
+        self.dtype, self.backend, self.graphs = dtype, backend, graphs
+        self._packed = _Packed(dtype, backend, graphs)
         self.refresh()
 
     def refresh(self) -> None:
@@ -132,53 +165,7 @@ class DeployedEfficientNet(nn.Module):
         Raises:
             RuntimeError: the source can no longer be deployed, with the reason.
         """
-        with self._lock:
-            self._pack()
-
-    def _pack(self) -> Plan:
-        model = self.source
-        _check_model(model)
-        device = _device_of(model)
-        _check_target(device, self.dtype, self.backend)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the network's weights have changed, and cannot be packed while a CUDA graph is "
-                "captured: call it once before the capture"
-            )
-        try:
-            network = recognise(model, device)
-        except RefusedError as refused:
-            raise RuntimeError(
-                f"{type(model).__name__} cannot be deployed: {refused}; undo that, or call the "
-                "model itself"
-            ) from None
-        watch = staleness.watch(model, network.modules, network.tensors())
-        plan = self._plan_of(network, device)
-        old, self._packed = self._packed, (watch, plan)
-        if old is not None:
-            old[1].close()
-            if old[1].captured:
-                self._captured.append(old[1])
-        return plan
-
-    def _plan_of(self, network: Network, device: torch.device) -> Plan:
-        base, isa = backends.parse(self.backend)
-        if device.type == "cpu" and base in CPU:
-            return CpuPlan(network, self.dtype is torch.bfloat16, isa)
-        try:
-            return LaunchPlan(network, self.dtype, base, self.graphs)
-        except RuntimeError as error:
-            raise RuntimeError(f"deploy cannot use backend {self.backend!r}: {error}") from error
-
-    def _plan(self) -> Plan:
-        """The plan of the source as it is now."""
-        packed = self._packed
-        if packed is None or not _holds(self.source, packed[0]):
-            with self._lock:  # another thread may have packed by now
-                packed = self._packed
-                if packed is None or not _holds(self.source, packed[0]):
-                    return self._pack()
-        return packed[1]
+        self._packed.refresh(self.source)
 
     @_uncompiled
     def forward(self, x: Tensor) -> Any:
@@ -197,11 +184,12 @@ class DeployedEfficientNet(nn.Module):
                 source can no longer be deployed.
         """
         _refuse_tracing()
-        plan = self._plan()
-        _check_images(x, plan.device, self.backend)
+        _refuse_hooks(self.source)
+        engine = self._packed.engine(self.source)
+        _check_images(x, engine.device, self.backend)
         with torch.no_grad():
-            _check_size(plan, x)
-            return complete(self.source, plan, x, x.dtype)
+            _check_size(engine.spec, x)
+            return run_network(self.source, engine, x, x.dtype)
 
     def train(self, mode: bool = True) -> DeployedEfficientNet:
         """Accepts only `eval()` and `train(False)`.
@@ -219,21 +207,11 @@ class DeployedEfficientNet(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.source._load_from_state_dict(*args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the source, and pack anew at their first call."""
-        state = self.__dict__.copy()
-        del state["_lock"]
-        return {**state, "_packed": None, "_captured": []}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._lock = threading.Lock()
-
     def __repr__(self) -> str:
         base, isa = backends.parse(self.backend)
         device = _device_of(self.source)
         where = f"{device}, backend {base}"
-        if device.type == "cpu" and base in CPU:
+        if device.type == "cpu" and base in ONE_CALL:
             where = f"instruction set {isa or native.load().best_isa()}"
         name = f"{type(self.source).__name__} {self.source.variant.name}"
         return f"{type(self).__name__}({name}, dtype={self.dtype}, {where})"
@@ -245,7 +223,7 @@ def _device_of(model: Any) -> torch.device:
 
 
 def _dtypes(device: torch.device, backend: str) -> tuple[torch.dtype, ...]:
-    in_one_call = device.type == "cpu" and backends.parse(backend)[0] in CPU
+    in_one_call = device.type == "cpu" and backends.parse(backend)[0] in ONE_CALL
     return backends.NATIVE_DTYPES if in_one_call else backends.CUDA_DTYPES
 
 
@@ -255,13 +233,13 @@ def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _check_target(device: torch.device, dtype: torch.dtype, backend: str) -> None:
-    """Raises for a device, dtype or backend for which there is no plan."""
+    """Raises for a device, dtype or backend for which there is no engine."""
     base, isa = backends.parse(backend)
     if device.type not in LAUNCHED:
         raise RuntimeError(f"the model is on {device}; deploy takes a CPU or a CUDA device")
     if dtype not in (allowed := _dtypes(device, backend)):
         raise ValueError(f"dtype must be {_listed(allowed)}, got {dtype}")
-    if device.type == "cpu" and base in CPU:
+    if device.type == "cpu" and base in ONE_CALL:
         name = f"cpu:{isa}" if isa else "cpu"
         if reason := backends.can_run(name, backends.OPS[0]):
             raise RuntimeError(f"deploy cannot use backend {backend!r}: {reason}")
@@ -273,11 +251,6 @@ def _check_target(device: torch.device, dtype: torch.dtype, backend: str) -> Non
         )
 
 
-def _holds(model: nn.Module, watch: Any) -> bool:
-    hooked = model._forward_hooks or model._forward_pre_hooks
-    return not hooked and METHODS.isdisjoint(model.__dict__) and watch.holds()
-
-
 def _check_model(model: nn.Module) -> None:
     """Raises for what cannot be deployed, whatever its layers."""
     if not isinstance(model, KINDS):
@@ -286,15 +259,22 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__}; load other packages' weights with "
             "EfficientNet.from_checkpoint"
         )
-    if name := overridden(model):
-        raise RuntimeError(f"{type(model).__name__} cannot be deployed: it overrides {name}")
+    if changed := changed_method(model):
+        raise _refusal(model, changed)
     if model.training:
         raise RuntimeError("the model is in training mode: call model.eval() first")
+    _refuse_hooks(model)
+
+
+def _refusal(
+    model: nn.Module, reason: object, remedy: str = "undo that, or call the model itself"
+) -> RuntimeError:
+    return RuntimeError(f"{type(model).__name__} cannot be deployed: {reason}; {remedy}")
+
+
+def _refuse_hooks(model: nn.Module) -> None:
     if model._forward_hooks or model._forward_pre_hooks:
-        raise RuntimeError(
-            f"{type(model).__name__} cannot be deployed: it has a hook; remove it, or register it "
-            "on what deploy returns"
-        )
+        raise _refusal(model, "it has a hook", "remove it, or register it on what deploy returns")
 
 
 def _refuse_tracing() -> None:
@@ -328,9 +308,9 @@ def _check_images(x: Tensor, device: torch.device, backend: str) -> None:
         )
 
 
-def _check_size(plan: Plan, x: Tensor) -> None:
+def _check_size(spec: NetworkSpec, x: Tensor) -> None:
     """PyTorch's own error for images that the first convolution does not take."""
-    conv = plan.network.stem.conv
+    conv = spec.stem.conv
     if x.shape[1] == conv.in_channels and min(x.shape[2:]) > 0:
         return
     copy.deepcopy(conv).to(x.dtype)(x)

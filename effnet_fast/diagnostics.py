@@ -17,7 +17,7 @@ from torch import nn
 from effnet_fast import __version__
 from effnet_fast.backends import BACKENDS, OPS, can_run, native, use_backend
 from effnet_fast.models import EfficientNet
-from effnet_fast.models.pooled_head import pooled_layer
+from effnet_fast.models.pooled_head import pooled_module
 from effnet_fast.modules import fused_forward
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv
 
@@ -156,7 +156,7 @@ def explain_blocks(model: nn.Module) -> list[Fusion]:
     found: list[Fusion] = []
     fused: list[str] = []
     networks = (module for module in model.modules() if isinstance(module, EfficientNet))
-    pooled = [pooled_layer(network) for network in networks]
+    pooled = [pooled_module(network) for network in networks]
     with use_backend(getattr(model, "backend", "auto")):
         for name, module in model.named_modules():
             inside = any(name.startswith(f"{outer}.") for outer in fused)

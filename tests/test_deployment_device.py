@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_fast
-from launched import GPU_TARGETS, Target
+from launched import GPU_TARGETS, Target, engine_of
 from networks import pair, random_images
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,7 @@ def test_replay_is_the_launches(target: Target, dtype: torch.dtype) -> None:
     for n in (2, 3):
         for seed in range(3):
             assert torch.equal(deployed(images(n, seed)), launched(images(n, seed)))
-    assert len(deployed._packed[1]._graphs) == 2
+    assert len(engine_of(deployed)._graphs) == 2
 
 
 @GPU_TARGETS
@@ -90,7 +90,7 @@ def test_more_shapes_than_graphs(target: Target) -> None:
     for _ in range(2):
         for n in range(1, 7):
             assert torch.equal(deployed(images(n)), launched(images(n)))
-    assert len(deployed._packed[1]._graphs) == 3
+    assert len(engine_of(deployed)._graphs) == 3
 
 
 @GPU_TARGETS
@@ -100,7 +100,7 @@ def test_an_evicted_graph_and_its_successor(target: Target) -> None:
     deployed(images(1))
     for seed in range(2 * effnet_fast.inference.cuda_graphs.PATIENCE):
         assert torch.equal(deployed(images(2, seed)), launched(images(2, seed)))
-    assert [key[0] for key in deployed._packed[1]._graphs._graphs] == [2]
+    assert [key[0] for key in engine_of(deployed)._graphs._graphs] == [2]
 
 
 @GPU_TARGETS

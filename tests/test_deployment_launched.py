@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import networks
 from edits import EDITS
 from effnet_fast.inference.cuda_graphs import LIMIT
-from launched import TARGETS, Target, recorders
+from launched import TARGETS, Target, engine_of, recorders
 from networks import pair, random_images
 from recorder import FakeRecorder
 
@@ -28,7 +28,7 @@ def network(target: Target) -> nn.Module:
 
 def graphs_of(deployed: nn.Module) -> int:
     """The captured shapes."""
-    return len(deployed._packed[1]._graphs)
+    return len(engine_of(deployed)._graphs)
 
 
 @TARGETS
@@ -58,7 +58,7 @@ def test_graphs_of_old_weights_are_dropped(target: Target, recorders: list[FakeR
     for n in (1, 2):
         deployed(X[:n].to(target.device))
     assert graphs_of(deployed) == 2
-    old = deployed._packed[1]
+    old = engine_of(deployed)
     with torch.no_grad():
         model.classifier[1].bias.add_(1)
     deployed(X.to(target.device))
@@ -90,7 +90,7 @@ def test_copies_carry_no_graph(target: Target, name: str, recorders: list[FakeRe
     deployed, x = target.deploy(network(target), torch.float16, graphs=3), X.to(target.device)
     y = deployed(x)
     other = COPIES[name](deployed)
-    assert other._packed is None
+    assert other._packed.snapshot is None
     assert torch.equal(other(x), y)
     assert torch.equal(other(x), y)
     assert (graphs_of(other), other.graphs) == (1, 3)
@@ -110,7 +110,7 @@ def test_shapes_beyond_the_bound(target: Target, recorders: list[FakeRecorder]) 
         for x, y in zip(images, expected, strict=True):
             assert torch.equal(deployed(x), y)
     assert graphs_of(deployed) == 2
-    assert plain._packed[1]._graphs is None
+    assert engine_of(plain)._graphs is None
 
 
 @TARGETS
@@ -215,9 +215,9 @@ def test_while_the_caller_captures(
     recorders[-1].captures = True
     assert torch.equal(deployed(X), y)
     assert recorders[-1].log == ["record", "mark"]
-    plan = deployed._packed[1]
+    engine = engine_of(deployed)
     with torch.no_grad():
         model.classifier[1].bias.add_(1)
     assert not torch.equal(deployed(X), y)
-    assert deployed._captured == [plan]
-    assert copy.deepcopy(deployed)._captured == []
+    assert deployed._packed._captured == [engine]
+    assert copy.deepcopy(deployed)._packed._captured == []

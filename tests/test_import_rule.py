@@ -28,12 +28,7 @@ ROWS = (
 )
 RANKS = {name: rank for rank, names in enumerate(ROWS) for name in names}
 # (importer, imported): why it may look up.
-ALLOWED: dict[tuple[str, str], str] = {
-    ("effnet_fast.inference.network_spec", "effnet_fast.models.efficientnet"): "to be moved",
-    ("effnet_fast.inference.cpu_engine", "effnet_fast.models.backbone"): "to be moved",
-    ("effnet_fast.pretrained.images", "effnet_fast.models.variants"): "to be moved",
-    ("effnet_fast.models.pooled_head", "effnet_fast.models.efficientnet"): "to be moved",
-}
+ALLOWED: dict[tuple[str, str], str] = {}
 
 
 def sources() -> dict[str, tuple[Path, bool]]:

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Network:
+class Classifier:
     """The model in evaluation mode, its size, and the preset of its weights.
 
     Args:
@@ -124,7 +124,7 @@ def classify(
     ]
 
 
-def _find_network(arguments: argparse.Namespace) -> Network:
+def _find_network(arguments: argparse.Namespace) -> Classifier:
     """Takes --weights for a name where it is one, and for a file otherwise."""
     text, backend = arguments.weights, arguments.backend
     if text is not None and _is_name(text):
@@ -133,7 +133,7 @@ def _find_network(arguments: argparse.Namespace) -> Network:
         return _network_of_file(arguments)
     variant = VARIANTS[arguments.model or DEFAULT_MODEL]
     model = common.build_model(variant, backend, CLASSES)
-    return Network(model, variant.name, images.preset(variant), None)
+    return Classifier(model, variant.name, images.preset(variant), None)
 
 
 def _is_name(text: str) -> bool:
@@ -141,7 +141,7 @@ def _is_name(text: str) -> bool:
     return re.fullmatch(NAME, text) is not None and not Path(text).is_file()
 
 
-def _published_network(arguments: argparse.Namespace) -> Network:
+def _published_network(arguments: argparse.Namespace) -> Classifier:
     text, size = arguments.weights, arguments.model
     if arguments.family not in PUBLISHED_FAMILIES:
         raise ValueError(f"--weights {text} names torchvision's, not {arguments.family}'s")
@@ -155,10 +155,10 @@ def _published_network(arguments: argparse.Namespace) -> Network:
     silent = arguments.no_progress or not sys.stderr.isatty()
     build = getattr(models, f"efficientnet_{owner}")
     model = build(weights=published, progress=not silent, backend=arguments.backend).eval()
-    return Network(model, owner, published.transforms(), str(published))
+    return Classifier(model, owner, published.transforms(), str(published))
 
 
-def _network_of_file(arguments: argparse.Namespace) -> Network:
+def _network_of_file(arguments: argparse.Namespace) -> Classifier:
     silent = arguments.no_progress or not sys.stderr.isatty()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -177,10 +177,10 @@ def _network_of_file(arguments: argparse.Namespace) -> Network:
             f"are read here have {CHANNELS} channels"
         )
     variant = model.variant
-    return Network(model, variant.name, images.preset(variant), arguments.weights)
+    return Classifier(model, variant.name, images.preset(variant), arguments.weights)
 
 
-def _find_labels(network: Network, path: Path | None) -> list[str] | None:
+def _find_labels(network: Classifier, path: Path | None) -> list[str] | None:
     if path is None:
         known = network.weights is not None and network.classes == CLASSES
         return CATEGORIES if known else None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast.backends import native
+from effnet_fast.inference.fold import folded
 from effnet_fast.modules import structure
 
 UNIT = 16  # channels
@@ -65,23 +66,6 @@ def _pad(tensor: Tensor, *sizes: int) -> Tensor:
     for have, want in zip(reversed(tensor.shape), reversed(sizes), strict=True):
         widths += [0, want - have]
     return F.pad(tensor, widths)
-
-
-def folded(layer: structure.Layer) -> tuple[Tensor, Tensor]:
-    """Weight and shift in fp32 with the BatchNorm's running statistics folded in."""
-    weight, gamma, beta, mean, var = (
-        None if t is None else t.detach().double() for t in layer.tensors
-    )
-    assert weight is not None
-    assert mean is not None
-    assert var is not None
-    scale = torch.rsqrt(var + layer.bn.eps)
-    if gamma is not None:
-        scale = scale * gamma
-    shift = -mean * scale
-    if beta is not None:
-        shift = shift + beta
-    return (weight * scale.reshape(-1, 1, 1, 1)).float(), shift.float()
 
 
 def _panels(rows: Tensor, tile_units: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""A network packed for kernels that are launched one after another: the plan for GPUs.
+"""The engine of a GPU: a network packed for kernels that are launched one after another.
 
-It runs wherever its backends do, which for tests is a CPU too. See `ops.packed_passes` for what is
-packed and `graphs` for what saves the launches.
+It runs wherever its backends do, which for tests is a CPU too. See `packed_passes` for what is
+packed and `cuda_graphs` for what saves the launches.
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effnet_fast.inference import cpu_packing, cuda_graphs
+from effnet_fast.inference import cuda_graphs
 from effnet_fast.inference import packed_passes as passes
-from effnet_fast.inference.network_spec import Block, Network
+from effnet_fast.inference.fold import folded
+from effnet_fast.inference.network_spec import BlockSpec, NetworkSpec
 from effnet_fast.modules import structure
 
 
-class LaunchPlan:
+class LaunchedEngine:
     """Packed weights of a network, and the calls that run it.
 
     Args:
-        network: what is packed.
+        spec: what is packed.
         dtype: fp32, bf16 or fp16, in which the passes hand on their results.
         backend: "auto" takes, pass by pass, what `preference` names first; "cuda", "triton" or
             "simt" that alone, where 1x1 convolutions of "cuda" and "simt" are PyTorch's products.
         limit: CUDA graphs that are kept at most; 0 for none.
 
     Attributes:
-        network, device, nbytes, captured: as `Plan` has them.
+        spec, device, nbytes, captured: as `Engine` has them.
         dtype, backend: as given.
 
     Raises:
         RuntimeError: a backend cannot run a pass, or fp16 cannot hold a folded weight.
     """
 
-    def __init__(self, network: Network, dtype: torch.dtype, backend: str, limit: int) -> None:
-        weight = network.stem.tensors[0]
+    def __init__(self, spec: NetworkSpec, dtype: torch.dtype, backend: str, limit: int) -> None:
+        weight = spec.stem.tensors[0]
         assert weight is not None
-        self.network, self.dtype, self.backend = network, dtype, backend
+        self.spec, self.dtype, self.backend = spec, dtype, backend
         self.device = weight.device
         self.captured = False
         self._overflows: list[Tensor] = []
@@ -71,20 +72,20 @@ class LaunchPlan:
         return torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
 
     def _pack(self) -> None:
-        network = self.network
-        self._stem = self._convolution(network.stem)
-        self._blocks = [self._block(block) for block in network.blocks]
-        self._head = self._product(network.head) if network.head else None
+        spec = self.spec
+        self._stem = self._convolution(spec.stem)
+        self._blocks = [self._block(block) for block in spec.blocks]
+        self._head = self._product(spec.head) if spec.head else None
         self._linear: list[Tensor] = []
-        if network.linear is not None:
-            parameters = (network.linear.weight, network.linear.bias)
+        if spec.linear is not None:
+            parameters = (spec.linear.weight, spec.linear.bias)
             self._linear = [self._rounded(p.detach()) for p in parameters if p is not None]
         packed = [self._stem, *(p for block in self._blocks for p in block.passes())]
         packed += [self._head] if self._head else []
         self._tensors = [tensor for p in packed for tensor in p.tensors] + self._linear
 
     def _rounded(self, tensor: Tensor) -> Tensor:
-        """A copy in the plan's dtype."""
+        """A copy in the engine's dtype."""
         rounded = tensor.to(self.dtype, copy=True)
         if self.dtype is torch.float16:
             self._overflows.append((rounded.isinf() & tensor.isfinite()).any())
@@ -103,22 +104,22 @@ class LaunchPlan:
 
     def _convolution(self, layer: structure.Layer) -> passes.Convolution:
         backend = self._choose("pointwise_bn_act")
-        weight, shift = cpu_packing.folded(layer)
+        weight, shift = folded(layer)
         return passes.on(backend).Convolution(backend, self._rounded(weight), shift, layer.geometry)
 
     def _product(self, layer: structure.Layer) -> passes.Product:
         backend = self._choose("pointwise_bn_act")
-        weight, shift = cpu_packing.folded(layer)
+        weight, shift = folded(layer)
         return passes.on(backend).Product(
             backend, self._rounded(weight.flatten(1)), shift, layer.silu
         )
 
-    def _block(self, block: Block) -> passes.MBConv:
+    def _block(self, block: BlockSpec) -> passes.MBConv:
         layers, dtype = block.layers, self.dtype
         geometry = layers.depthwise.geometry
         filters = self._choose("dwconv_bn_silu", kernel=geometry.kernel, stride=geometry.stride[0])
         gates = self._choose("squeeze_excite", hidden=layers.excite.se_reduce_weight.shape[0])
-        weight, shift = cpu_packing.folded(layers.depthwise)
+        weight, shift = folded(layers.depthwise)
         self._rounded(weight)  # for its range alone
         return passes.MBConv(
             self._product(layers.expand) if layers.expand else None,
@@ -132,13 +133,13 @@ class LaunchPlan:
         """Logits or pooled features [N,C] where the network has them, and the maps [N,C,H,W].
 
         Args:
-            x: images [N,C,H,W] in the plan's dtype, channels_last.
+            x: images [N,C,H,W] in the engine's dtype, channels_last.
         """
-        network, maps = self.network, {}
+        spec, maps = self.spec, {}
         h = self._stem(x)
-        if network.stem_tap >= 0:
-            maps[network.stem_tap] = h
-        for block, packed in zip(network.blocks, self._blocks, strict=True):
+        if spec.stem_tap >= 0:
+            maps[spec.stem_tap] = h
+        for block, packed in zip(spec.blocks, self._blocks, strict=True):
             h = packed(h)
             if block.tap >= 0:
                 maps[block.tap] = h
@@ -173,18 +174,18 @@ class LaunchPlan:
             self._lent.add(stream)
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-        """As `Plan.__call__` says; the maps are channels_last."""
-        network = self.network
+        """As `Engine.__call__` says; the maps are channels_last."""
+        spec = self.spec
         n, _, height, width = x.shape
-        maps = network.maps(height, width)
+        maps = spec.maps(height, width)
         if n == 0:
             results = [x.new_empty((0, *size), dtype=dtype) for size in maps]
-            if network.outputs:
-                results.insert(0, x.new_empty((0, network.outputs), dtype=dtype))
+            if spec.outputs:
+                results.insert(0, x.new_empty((0, spec.outputs), dtype=dtype))
         else:
             with self._guard(), _without_autocast(x.device.type):
                 results = self._run(x, dtype)
-        return (results[0], results[1:]) if network.outputs else (None, results)
+        return (results[0], results[1:]) if spec.outputs else (None, results)
 
     def close(self) -> None:
         """Frees the graphs; calls that are under way end as they began."""

@@ -1,32 +1,31 @@
-"""What of a whole network the inference kernels compute from packed weights, and why not.
+"""A network as the inference kernels run it, or the reason why they cannot.
 
-As `structure`, one level up: the children are read anew, and what is not exactly what the kernels
-know is refused with its place and the reason.
+As `modules.structure`, one level up: the children are read anew, and what the kernels do not know
+exactly is refused with its place and the reason.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effnet_fast.inference import parts
+from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.modules import layers, structure
 from effnet_fast.modules.structure import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
-LOGITS, POOLED, MAPS = "logits", "pooled", "maps"
-# Methods through which a class or an instance could change what forward computes.
-METHODS = frozenset({"forward", "forward_features", "forward_head", "_prepared", "_maps"})
-OWN_MODULE = "effnet_fast.models.efficientnet"  # of the classes that the kernels know
+LOGITS, POOLED, LAST_MAP, TAPS = "logits", "pooled", "last_map", "taps"
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockSpec:
     """An MBConv, and which output shows its result."""
 
     layers: structure.Block
@@ -34,7 +33,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSpec:
     """The layers that the kernels run.
 
     Attributes:
@@ -43,14 +42,15 @@ class Network:
         blocks: every MBConv in order.
         head: the last convolution, after which pixels are averaged; None to end before it.
         linear: the classifier; None to end before it.
-        result: LOGITS, POOLED [N,C] or MAPS, the taps.
+        result: LOGITS, POOLED features [N,C], the LAST_MAP of the stages before a head that the
+            kernels do not know, or an encoder's TAPS.
         modules: those that these layers consist of.
         dtype: of all weights of convolutions and of the classifier.
     """
 
     stem: structure.Layer
     stem_tap: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockSpec, ...]
     head: structure.Layer | None
     linear: nn.Linear | None
     result: str
@@ -107,15 +107,7 @@ def _at(place: str) -> Iterator[None]:
         raise RefusedError(f"{place}{text if text.startswith(' ') else f': {text}'}") from None
 
 
-def overridden(model: Any, names: Iterable[str] = METHODS) -> str | None:
-    """Which of these methods a subclass of EfficientNet or EfficientNetFeatures has changed."""
-    kind = type(model)
-    own = next(base for base in kind.__mro__ if base.__module__ == OWN_MODULE)
-    changed = (n for n in names if getattr(kind, n, None) is not getattr(own, n, None))
-    return min(changed, default=None)
-
-
-def recognise(model: Any, device: torch.device = CPU) -> Network:
+def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     """The kernels' form of an EfficientNet or EfficientNetFeatures.
 
     A subclass may have a forward of its own: it is what calls the one that this stands in for.
@@ -127,36 +119,33 @@ def recognise(model: Any, device: torch.device = CPU) -> Network:
     Raises:
         RefusedError: it has none, with the reason.
     """
-    if patched := METHODS.intersection(model.__dict__):
-        raise RefusedError(f"its {min(patched)} is patched")
-    if name := overridden(model, METHODS - {"forward"}):
-        raise RefusedError(f"{type(model).__name__} overrides {name}")
+    if changed := parts.changed_step(model):
+        raise RefusedError(changed)
+    given: InferenceParts = model.inference_parts()
     with _at("features"):
-        structure.require(model.features, nn.Sequential)
-        children = list(model.features.children())
-        if len(children) < 3 - hasattr(model, "_taken"):
+        structure.require(given.features, nn.Sequential)
+        children = given.layers
+        if len(children) < (3 if given.head else 2):
             raise RefusedError(f" has {len(children)} layers")
     with _at("features.0"):
         stem = _convolution(children[0], structure.DENSE)
-    taken = getattr(model, "_taken", None)
-    if taken is None:
-        stages, (head, linear, result) = children[1:-1], _head(model, children[-1])
-    else:
-        stages, head, linear, result = children[1:], None, None, MAPS
-    last = len(stages)
-    taps = {last: 0} if taken is None and result == MAPS else {}
-    taps |= {stage: index for index, stage in enumerate(taken or ())}
+    head, linear, result = _head(given)
+    stages = children[1:-1] if given.head else children[1:]
+    taps = {len(stages): 0} if result == LAST_MAP else {}
+    taps |= {stage: index for index, stage in enumerate(given.taps)}
     blocks = [_block(*row, taps) for row in _blocks(stages)]
-    parts = [children[0], *stages, *((children[-1], model.avgpool) if head else ())]
-    if linear is not None or (result == POOLED and _last_layer(model.classifier) is not None):
-        parts.append(model.classifier)
-    modules = (model.features, *(m for part in parts for m in part.modules()))
+    watched = [given.features, *(m for part in (children[0], *stages) for m in part.modules())]
+    if given.head and head:
+        watched += [*children[-1].modules(), *given.head.pool.modules()]
+        if linear is not None or _last_layer(given.head.classifier) is not None:
+            watched += given.head.classifier.modules()
     assert stem.tensors[0] is not None
-    network = Network(
-        stem, taps.get(0, -1), tuple(blocks), head, linear, result, modules, stem.tensors[0].dtype
+    spec = NetworkSpec(
+        *(stem, taps.get(0, -1), tuple(blocks), head, linear, result, tuple(watched)),
+        stem.tensors[0].dtype,
     )
-    _check(network, device)
-    return network
+    _check(spec, device)
+    return spec
 
 
 def _convolution(module: nn.Module, kind: str) -> structure.Layer:
@@ -169,7 +158,7 @@ def _convolution(module: nn.Module, kind: str) -> structure.Layer:
     return layer
 
 
-def _blocks(stages: list[nn.Module]) -> Iterator[tuple[str, nn.Module, int]]:
+def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int]]:
     """Place and module of each MBConv, and the stage whose last it is, or -1."""
     for index, stage in enumerate(stages, start=1):
         with _at(f"features.{index}"):
@@ -181,7 +170,7 @@ def _blocks(stages: list[nn.Module]) -> Iterator[tuple[str, nn.Module, int]]:
             yield f"features.{index}.{number}", block, index if block is blocks[-1] else -1
 
 
-def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> Block:
+def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> BlockSpec:
     with _at(place):
         structure.require(module, layers.MBConv)
         block = structure.structure_of(module)
@@ -200,21 +189,18 @@ def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> B
         channels = block.first.conv.in_channels, block.project.conv.out_channels
         if block.residual and (geometry.stride != (1, 1) or channels[0] != channels[1]):
             raise RefusedError(" adds its input to an output of another shape")
-        return Block(block, taps.get(stage, -1))
+        return BlockSpec(block, taps.get(stage, -1))
 
 
-def _head(model: Any, last: nn.Module) -> tuple[structure.Layer | None, nn.Linear | None, str]:
-    """Last convolution, classifier and result, as far as the kernels know what stands there."""
-    pool = model.avgpool
-    try:
-        structure.require(pool, nn.AdaptiveAvgPool2d)
-    except RefusedError:
-        return None, None, MAPS
-    if model.global_pool == "" or pool.output_size not in (1, (1, 1)):
-        return None, None, MAPS
-    with _at(f"features.{len(model.features) - 1}"):
-        head = _convolution(last, structure.POINTWISE)
-    classifier = _last_layer(model.classifier)
+def _head(given: InferenceParts) -> tuple[structure.Layer | None, nn.Linear | None, str]:
+    """Last convolution, classifier and result, as far as the kernels know them."""
+    if given.head is None:
+        return None, None, TAPS
+    if not parts.averages_pixels(given.head):
+        return None, None, LAST_MAP
+    with _at(f"features.{len(given.layers) - 1}"):
+        head = _convolution(given.layers[-1], structure.POINTWISE)
+    classifier = _last_layer(given.head.classifier)
     if isinstance(classifier, nn.Linear):
         return head, classifier, LOGITS
     return head, None, POOLED
@@ -242,52 +228,52 @@ def _last_layer(classifier: nn.Module) -> nn.Linear | nn.Identity | None:
     return found if all(type(tensor) in known for tensor in tensors) else None
 
 
-def _check(network: Network, device: torch.device) -> None:
+def _check(spec: NetworkSpec, device: torch.device) -> None:
     """Refuses layers that do not fit together, or that do not run here as they are."""
-    channels = network.stem.conv.out_channels
-    for block in network.blocks:
+    channels = spec.stem.conv.out_channels
+    for block in spec.blocks:
         if block.layers.first.conv.in_channels != channels:
             raise RefusedError(f"an MBConv does not take {channels} channels")
         channels = block.layers.project.conv.out_channels
-    if network.head and network.head.conv.in_channels != channels:
+    if spec.head and spec.head.conv.in_channels != channels:
         raise RefusedError(f"the last convolution does not take {channels} channels")
-    linear = network.linear
-    if linear is not None and network.head:
-        features = network.head.conv.out_channels
+    linear = spec.linear
+    if linear is not None and spec.head:
+        features = spec.head.conv.out_channels
         if linear.weight.dim() != 2 or linear.weight.shape[1] != features:
             raise RefusedError(f"the classifier does not take {features} features")
         if linear.bias is not None and linear.bias.shape != linear.weight.shape[:1]:
             raise RefusedError("the classifier's bias does not fit its weight")
-    for layer in _layers(network):
+    for layer in _layers(spec):
         if layer.bn.training or layer.tensors[3] is None:
             raise RefusedError("a BatchNorm uses the batch's statistics: call eval()")
-    for tensor in network.tensors():
+    for tensor in spec.tensors():
         if tensor is None:
             continue
         if tensor.device != device:
             raise RefusedError(f"a part of it is on {tensor.device}, not on {device}")
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             raise RefusedError("a parameter is no dense tensor of floating point numbers")
-    for weight in _weights(network):
-        if weight.dtype != network.dtype:
-            raise RefusedError(f"its weights are of {network.dtype} and {weight.dtype}")
+    for weight in _weights(spec):
+        if weight.dtype != spec.dtype:
+            raise RefusedError(f"its weights are of {spec.dtype} and {weight.dtype}")
 
 
-def _layers(network: Network) -> Iterator[structure.Layer]:
-    yield network.stem
-    for block in network.blocks:
+def _layers(spec: NetworkSpec) -> Iterator[structure.Layer]:
+    yield spec.stem
+    for block in spec.blocks:
         if block.layers.expand:
             yield block.layers.expand
         yield block.layers.depthwise
         yield block.layers.project
-    if network.head:
-        yield network.head
+    if spec.head:
+        yield spec.head
 
 
-def _weights(network: Network) -> Iterator[Tensor]:
-    weights = (layer.tensors[0] for layer in _layers(network))
+def _weights(spec: NetworkSpec) -> Iterator[Tensor]:
+    weights = (layer.tensors[0] for layer in _layers(spec))
     yield from (weight for weight in weights if weight is not None)
-    for block in network.blocks:
+    for block in spec.blocks:
         yield from (tensor for tensor in block.layers.excite if tensor is not None)
-    if network.linear is not None:
-        yield network.linear.weight
+    if spec.linear is not None:
+        yield spec.linear.weight

@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol, overload
 
 from torch import nn
 
-from effnet_fast.models import pretrained
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices
+from effnet_fast.models.published import find_published, load_published
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
 from effnet_fast.pretrained import weights as published_weights
 from effnet_fast.pretrained.weights import WeightsEnum
@@ -97,7 +97,7 @@ def _entry_point(name: str) -> EntryPoint:
         backend: str = "auto",
         memory: str = "fast",
     ) -> Any:
-        published = pretrained.find(
+        published = find_published(
             f"efficientnet_{name}", weights, 0 if features_only else num_classes
         )
         shared: dict[str, Any] = {
@@ -119,7 +119,7 @@ def _entry_point(name: str) -> EntryPoint:
                 **shared,
             )
         if published is not None:
-            pretrained.put(model, published, in_chans, progress)
+            load_published(model, published, in_chans, progress)
         return model
 
     build.__name__ = build.__qualname__ = f"efficientnet_{name}"

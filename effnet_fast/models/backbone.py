@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_fast import backends
+from effnet_fast.inference.own_plan import OwnPlan
+from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -107,6 +109,7 @@ class Backbone(nn.Module):
         self._frozen_depth = 0
         self._frozen_norms = False
         self._frozen_names = frozenset[str]()
+        self._own_plan = OwnPlan()
 
         conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
         makers: list[Callable[[], nn.Module]] = [
@@ -139,18 +142,27 @@ class Backbone(nn.Module):
             if isinstance(module, MBConv):
                 module.memory = memory
 
+    def inference_parts(self) -> InferenceParts:
+        """The modules that forward runs, for what runs them from packed weights."""
+        raise NotImplementedError
+
     def _prepared(self, x: Tensor) -> Tensor:
         return to_channels_last(x)
 
     @contextlib.contextmanager
     def _execution(self) -> Iterator[None]:
         """This network's backend, and memory that its blocks share."""
+        backend = self._chosen_backend()
         with scratch.scope():
-            if self.backend == "auto":
+            if backend == backends.current_backend():
                 yield
             else:
-                with backends.use_backend(self.backend):
+                with backends.use_backend(backend):
                     yield
+
+    def _chosen_backend(self) -> str:
+        """The backend that runs this network: its own, or the caller's where that is "auto"."""
+        return backends.current_backend() if self.backend == "auto" else self.backend
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -163,8 +175,8 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As nn.Module's; BatchNorms that `freeze` holds stay in eval mode."""
         super().train(mode)
-        if mode and (plans := self.__dict__.get("_own_plans")):
-            plans.forget()
+        if mode:
+            self._own_plan.forget()
         if self._frozen_norms:
             for norm in self._norms_of_frozen():
                 norm.eval()

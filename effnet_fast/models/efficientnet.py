@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.inference.cpu_engine import run_own_plan
+from effnet_fast.inference.parts import Head, InferenceParts
 from effnet_fast.models.backbone import (
     Backbone,
     check_count,
@@ -160,9 +160,21 @@ class EfficientNet(Backbone):
         # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             return self.forward_head(self.forward_features(x))
-        y = run_own_plan(self, x)
-        y = run_pooled_head(self, x) if y is None else y
+        backend = self._chosen_backend()
+        y = self._own_plan.run(self, x, backend)
+        y = run_pooled_head(self, x, backend) if y is None else y
         return self.forward_head(self.forward_features(x)) if y is None else y
+
+    def inference_parts(self) -> InferenceParts:
+        """The modules that forward runs, for what runs them from packed weights."""
+        head = Head(self.avgpool, self.global_pool != "", self.classifier, self._run_head)
+        return InferenceParts(self.features, head, ())
+
+    def _run_head(self, x: Tensor) -> Tensor:
+        """The result of the last stage's map."""
+        with self._execution():
+            x = self.features[-1](x)
+        return self.forward_head(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
@@ -361,11 +373,15 @@ class EfficientNetFeatures(Backbone):
         # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             return self._maps(self._prepared(x))
-        maps = run_own_plan(self, x)
+        maps = self._own_plan.run(self, x, self._chosen_backend())
         if maps is None:
             with self._execution():
                 maps = self._maps(self._prepared(x))
         return maps
+
+    def inference_parts(self) -> InferenceParts:
+        """The modules that forward runs, for what runs them from packed weights."""
+        return InferenceParts(self.features, None, tuple(self._taken))
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []

@@ -25,11 +25,11 @@ from effnet_fast.models.variants import VARIANTS, Variant
 STEM, CLASSIFIER = "features.0.0.weight", "classifier.1.weight"
 PART = re.compile(r"(features\.\d+|classifier)\.")  # a network of features ends with one of them
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
-Network = TypeVar("Network", bound=Backbone)
+Built = TypeVar("Built", bound=Backbone)
 
 
 def load_network(
-    build: Callable[..., Network],
+    build: Callable[..., Built],
     path: str | os.PathLike[str],
     *,
     family: str = "auto",
@@ -40,7 +40,7 @@ def load_network(
     progress: bool = True,
     classifies: bool = True,
     **options: Any,
-) -> Network:
+) -> Built:
     """`build(variant, num_classes=, in_chans=, **options)` with a file's weights.
 
     See `EfficientNet.from_checkpoint` for the arguments and errors. A network that does not

@@ -6,67 +6,58 @@ own, and nothing that records the operators.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from effnet_fast import backends
-from effnet_fast.inference.network_spec import METHODS, overridden
+from effnet_fast.inference.parts import InferenceParts, averages_pixels, changed_step
+from effnet_fast.models.backbone import Backbone
 from effnet_fast.modules import fused_forward, structure
 
-if TYPE_CHECKING:
-    from effnet_fast.models.efficientnet import EfficientNet
+
+def pooled_module(model: Backbone) -> nn.Module | None:
+    """The last convolution's module where the network's forward pools it at once."""
+    given = _walkable_parts(model)
+    return given.layers[-1] if given is not None and _pooled_layer(given) else None
 
 
-def _stands(model: EfficientNet) -> bool:
-    """Whether features and pooling are what the class built, with no hook on either."""
-    pool = model.avgpool
-    try:
-        structure.require(model.features, nn.Sequential)
-        structure.require(pool, nn.AdaptiveAvgPool2d)
-    except structure.RefusedError:
-        return False
-    unpatched = METHODS.isdisjoint(model.__dict__) and not overridden(model, METHODS - {"forward"})
-    return (
-        unpatched
-        and len(model.features) > 1
-        and model.global_pool == "avg"
-        and pool.output_size in (1, (1, 1))
-    )
-
-
-def pooled_layer(model: EfficientNet) -> nn.Module | None:
-    """The last convolution's layer where the network's forward pools it at once."""
-    if not _stands(model):
+def _walkable_parts(model: Backbone) -> InferenceParts | None:
+    """The parts, where calling the layers of features in turn is what forward does."""
+    if changed_step(model):
         return None
-    head = model.features[-1]
-    return head if fused_forward.pools(head) else None
+    given = model.inference_parts()
+    try:
+        structure.refuse_global_hooks()
+        structure.require(given.features, nn.Sequential)
+    except structure.RefusedError:
+        return None
+    return given if len(given.layers) > 1 else None
 
 
-def run_pooled_head(model: EfficientNet, x: Tensor) -> Tensor | None:
-    """The network's forward by that op; None where its layers must do it one by one.
+def _pooled_layer(given: InferenceParts) -> structure.Layer | None:
+    pools = given.head is not None and averages_pixels(given.head)
+    return fused_forward.poolable_layer(given.layers[-1]) if pools else None
+
+
+def run_pooled_head(model: Backbone, x: Tensor, backend: str) -> Tensor | None:
+    """A classifier's forward by that op; None where features must be run as a whole.
 
     Args:
-        model: an EfficientNet whose methods are the class's own.
+        model: the classifier.
         x: images [N,in_chans,H,W].
+        backend: that runs the network.
     """
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
-    if not isinstance(x, Tensor) or tracing:
+    if backend == "reference" or tracing or not isinstance(x, Tensor):
         return None
-    name = backends.current_backend() if model.backend == "auto" else model.backend
-    head = None if name == "reference" else pooled_layer(model)
-    if head is None:
+    given = _walkable_parts(model)
+    if given is None:
         return None
-    *layers, _ = model.features
     with model._execution():
         h = model._prepared(x)
-        for layer in layers:
+        for layer in given.layers[:-1]:
             h = layer(h)
-        # A layer's hook may have changed the head.
-        pooled = fused_forward.run_pooled(head, h) if pooled_layer(model) is head else None
-    if pooled is None:
-        with model._execution():
-            h = head(h)
-        return model.forward_head(h)
-    return model.classifier(pooled)
+        given = model.inference_parts()  # a layer's hook may have changed the head
+        last = _pooled_layer(given)
+        pooled = None if last is None else fused_forward.run_pooled(last, h)
+    assert given.head is not None
+    return given.head.run(h) if pooled is None else given.head.classifier(pooled)

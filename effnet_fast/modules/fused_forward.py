@@ -237,30 +237,29 @@ def run(module: Module, x: Tensor) -> Tensor:
     return _run_block(found, x, backend)
 
 
-def pools(module: nn.Module) -> bool:
-    """Whether `run_pooled` may know the module: a 1x1 convolution with BatchNorm and SiLU."""
+def poolable_layer(module: nn.Module) -> structure.Layer | None:
+    """A module that is a 1x1 convolution with BatchNorm and SiLU, for `run_pooled`."""
     try:
         structure.refuse_hooks(module)
         found = structure.structure_of(module)
     except structure.RefusedError:
-        return False
-    return isinstance(found, structure.Layer) and found.kind == structure.POINTWISE and found.silu
+        return None
+    known = isinstance(found, structure.Layer) and found.kind == structure.POINTWISE and found.silu
+    return found if known else None
 
 
-def run_pooled(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The mean over H and W [N,Cout] of a module's forward, whose result is never written.
+def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
+    """The mean over H and W [N,Cout] of a layer's forward, whose result is never written.
 
     None where no kernel does it: the module's own forward then does.
 
     Args:
-        module: for which `pools` holds.
+        found: of `poolable_layer`.
         x: [N,Cin,H,W].
 
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    found = structure.structure_of(module)
-    assert isinstance(found, structure.Layer)
     backend = _backend_for(found, x, POOLED)
     if backend is None or 0 in x.shape[2:]:
         return None

@@ -147,7 +147,8 @@ def refuse_hooks(module: nn.Module) -> None:
         raise RefusedError(" has a patched forward")
 
 
-def _refuse_global_hooks() -> None:
+def refuse_global_hooks() -> None:
+    """Raises RefusedError where a hook sees every module."""
     if (
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -180,7 +181,7 @@ def structure_of(module: nn.Module) -> Layer | Block:
     Raises:
         RefusedError: it has none, with the reason.
     """
-    _refuse_global_hooks()
+    refuse_global_hooks()
     reader = _READERS.get(type(module))
     if reader is None:
         raise RefusedError(f"{type(module).__name__} is none of the classes that can be fused")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from effnet_fast.models.variants import Variant
 
 # Pillow is imported where it is used: presets of tensors do without, and importing it costs 20 ms.
 
@@ -192,7 +190,22 @@ class ImageClassification(nn.Module):
         return x.to(dtype).reshape(*leading, 3, *size)
 
 
-def preset(variant: Variant) -> ImageClassification:
+class Preprocessing(Protocol):
+    """The columns of `effnet_fast.models.variants.VARIANTS` that evaluation images depend on."""
+
+    @property
+    def crop(self) -> int: ...
+    @property
+    def resize(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+    @property
+    def interpolation(self) -> str: ...
+
+
+def preset(variant: Preprocessing) -> ImageClassification:
     """The preset that `variant` prescribes (a row of `effnet_fast.models.variants.VARIANTS`)."""
     return ImageClassification(
         crop_size=variant.crop,
@@ -203,7 +216,7 @@ def preset(variant: Variant) -> ImageClassification:
     )
 
 
-def preprocess(image: Image.Image, variant: Variant) -> Tensor:
+def preprocess(image: Image.Image, variant: Preprocessing) -> Tensor:
     """Prepares an image for evaluation as `variant` prescribes (resize, crop, interpolation).
 
     Args:

@@ -9,7 +9,7 @@ import torch
 
 from effnet_fast.backends import native
 from effnet_fast.inference import cpu_packing
-from effnet_fast.inference.network_spec import recognise
+from effnet_fast.inference.network_spec import spec_of
 from effnet_fast.models import EfficientNet
 from networks import TINY
 
@@ -17,7 +17,7 @@ from networks import TINY
 def native_network(taps: tuple[int, int, int], head: bool = True, classifier: bool = True) -> Any:
     """TINY with the taps of its stem, first and last block."""
     extension = native.load()
-    network = recognise(EfficientNet(TINY).eval())
+    network = spec_of(EfficientNet(TINY).eval())
     packed = cpu_packing.Packed(cpu_packing.Format(False, extension.network_tile_units("")))
     cpu_packing.pack_stem(packed, network.stem)
     shown = [taps[1], *[-1] * (len(network.blocks) - 2), taps[2]]

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import networks
 from effnet_fast import use_backend
 from effnet_fast.inference import packed_passes
-from effnet_fast.inference.launched_engine import LaunchPlan
-from effnet_fast.inference.network_spec import recognise
+from effnet_fast.inference.launched_engine import LaunchedEngine
+from effnet_fast.inference.network_spec import spec_of
 from effnet_fast.models import VARIANTS, EfficientNet, EfficientNetFeatures
 from launched import DTYPES, SIMT, TARGETS, Target, assert_parity, recorders
 from networks import TINY, random_images
@@ -135,7 +135,7 @@ CONVERSIONS = {"_to_copy", "copy_", "clone", "contiguous", "rsqrt", "mul", "add"
 def test_nothing_is_converted_at_a_call(dtype: torch.dtype) -> None:
     """But the pooled features, which become the classifier's operand."""
     model = network()
-    plan = LaunchPlan(recognise(model), dtype, "simt", 0)
+    plan = LaunchedEngine(spec_of(model), dtype, "simt", 0)
     x = X.to(dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), Operators() as operators:
         plan.run(x)
@@ -153,7 +153,7 @@ def test_packed_weights(dtype: torch.dtype) -> None:
     """Weights in the dtype, vectors in fp32; their bytes are told; the source keeps its own."""
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = LaunchPlan(recognise(model), dtype, "simt", 0)
+    plan = LaunchedEngine(spec_of(model), dtype, "simt", 0)
     matrices = [tensor for tensor in plan._tensors if tensor.dim() > 1]
     assert {tensor.dtype for tensor in matrices} == {dtype}
     assert {tensor.dtype for tensor in plan._tensors} <= {dtype, torch.float32}

@@ -19,8 +19,9 @@ import surgery
 from allocations import standing_bytes
 from effnet_fast import use_backend
 from effnet_fast.backends import native
-from effnet_fast.inference import cpu_engine as plans
-from effnet_fast.inference.network_spec import METHODS
+from effnet_fast.inference import own_plan
+from effnet_fast.inference.cpu_engine import CpuEngine
+from effnet_fast.inference.parts import METHODS
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from networks import TINY, pair, random_images, trio
 from tolerances import assert_no_worse_than
@@ -29,16 +30,16 @@ X = random_images(2, 48)
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[plans.CpuPlan]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[CpuEngine]:
     """The plan of every forward that was run by one."""
-    seen: list[plans.CpuPlan] = []
-    original = plans.CpuPlan.__call__
+    seen: list[CpuEngine] = []
+    original = CpuEngine.__call__
 
-    def call(self: plans.CpuPlan, *args: Any) -> Any:
+    def call(self: CpuEngine, *args: Any) -> Any:
         seen.append(self)
         return original(self, *args)
 
-    monkeypatch.setattr(plans.CpuPlan, "__call__", call)
+    monkeypatch.setattr(CpuEngine, "__call__", call)
     return seen
 
 
@@ -56,7 +57,7 @@ def network() -> EfficientNet:
 class TestNumbers:
     @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
     @pytest.mark.parametrize("isa", native.load().isas())
-    def test_parity(self, isa: str, autocast: bool, runs: list[plans.CpuPlan]) -> None:
+    def test_parity(self, isa: str, autocast: bool, runs: list[CpuEngine]) -> None:
         if reason := native.load().isa_unavailable_reason(isa):
             pytest.skip(reason)
         models = trio()
@@ -66,7 +67,7 @@ class TestNumbers:
         assert len(runs) == 1
         assert_no_worse_than(y, stock, exact)
 
-    def test_bf16_model(self, runs: list[plans.CpuPlan]) -> None:
+    def test_bf16_model(self, runs: list[CpuEngine]) -> None:
         models = trio()
         for model in models.models[:2]:
             model.bfloat16()
@@ -75,7 +76,7 @@ class TestNumbers:
         assert len(runs) == 1
         assert_no_worse_than(y, stock, exact)
 
-    def test_encoder(self, runs: list[plans.CpuPlan]) -> None:
+    def test_encoder(self, runs: list[CpuEngine]) -> None:
         model = EfficientNetFeatures(TINY, out_indices=(0, 2, 4)).eval()
         model.load_state_dict(networks.calibrated_state(TINY))
         maps = infer(model)
@@ -85,7 +86,7 @@ class TestNumbers:
         assert len(runs) == 1
         assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
 
-    def test_forwards_are_equal_to_the_bit(self, runs: list[plans.CpuPlan]) -> None:
+    def test_forwards_are_equal_to_the_bit(self, runs: list[CpuEngine]) -> None:
         model = network()
         first = infer(model)
         assert all(torch.equal(infer(model), first) for _ in range(3))
@@ -100,7 +101,7 @@ class TestWhen:
     }
 
     @pytest.mark.parametrize("name", CONTEXTS)
-    def test_used(self, name: str, runs: list[plans.CpuPlan]) -> None:
+    def test_used(self, name: str, runs: list[CpuEngine]) -> None:
         model = network()
         with self.CONTEXTS[name]():
             model(X)
@@ -110,7 +111,7 @@ class TestWhen:
         model(X)
         assert len(runs) == 1, "a graph could be wanted further on"
 
-    def test_not_used(self, runs: list[plans.CpuPlan]) -> None:
+    def test_not_used(self, runs: list[CpuEngine]) -> None:
         model = network()
         model(X)  # records a graph
         infer(copy.deepcopy(model).train())
@@ -127,7 +128,7 @@ class TestWhen:
         infer(model)
         assert len(runs) == 1
 
-    def test_who_records_operators_sees_them(self, runs: list[plans.CpuPlan]) -> None:
+    def test_who_records_operators_sees_them(self, runs: list[CpuEngine]) -> None:
         class Counter(TorchDispatchMode):
             calls = 0
 
@@ -143,7 +144,7 @@ class TestWhen:
         assert not runs
 
     @pytest.mark.parametrize("path", ["features", "features.2", "features.5.1.block.0.1"])
-    def test_hooks(self, path: str, runs: list[plans.CpuPlan]) -> None:
+    def test_hooks(self, path: str, runs: list[CpuEngine]) -> None:
         """Called as ever; once they are gone, the plan comes back by itself."""
         model, calls = network(), []
         infer(model)
@@ -152,12 +153,12 @@ class TestWhen:
             infer(model)
         assert (len(calls), len(runs)) == (3, 1)
         handle.remove()
-        for _ in range(plans.LONGEST_WAIT + 1):
+        for _ in range(own_plan.LONGEST_WAIT + 1):
             infer(model)
         assert len(runs) > 1
 
     @pytest.mark.parametrize("path", ["avgpool", "classifier", "classifier.1"])
-    def test_hooks_behind_the_features(self, path: str, runs: list[plans.CpuPlan]) -> None:
+    def test_hooks_behind_the_features(self, path: str, runs: list[CpuEngine]) -> None:
         """What stands there runs as it is, on what the plan gives."""
         models, calls = pair(), []
         for model in models.models:
@@ -168,7 +169,7 @@ class TestWhen:
         assert len(runs) == 1
 
     @pytest.mark.parametrize("path", ["classifier.0", "features.5.1.stochastic_depth"])
-    def test_probability_alone(self, path: str, runs: list[plans.CpuPlan]) -> None:
+    def test_probability_alone(self, path: str, runs: list[CpuEngine]) -> None:
         """Of a layer in training mode, which drops nothing as long as it is 0."""
         model = network()
         layer = model.get_submodule(path).train()
@@ -180,7 +181,7 @@ class TestWhen:
         y = [infer(model) for _ in range(4)]
         assert any(not torch.equal(y[0], other) for other in y)
 
-    def test_dropout_that_is_wanted(self, runs: list[plans.CpuPlan]) -> None:
+    def test_dropout_that_is_wanted(self, runs: list[CpuEngine]) -> None:
         model = network()
         infer(model)
         model.classifier[0].train()
@@ -210,7 +211,7 @@ class TestWhen:
         assert not torch.equal(y, before)
 
     @pytest.mark.parametrize("name", sorted(METHODS))
-    def test_methods_of_a_subclass(self, name: str, runs: list[plans.CpuPlan]) -> None:
+    def test_methods_of_a_subclass(self, name: str, runs: list[CpuEngine]) -> None:
         """They are called; a forward of a subclass still uses the plan in the one that it calls."""
         kind = EfficientNetFeatures if name == "_maps" else EfficientNet
 
@@ -231,12 +232,12 @@ class TestWhen:
         networks.assert_alike(*results)
         assert len(runs) == (name == "forward")
 
-    def test_switched_off(self, runs: list[plans.CpuPlan]) -> None:
+    def test_switched_off(self, runs: list[CpuEngine]) -> None:
         model = network()
         infer(model)
         model.plan = False
         infer(model)
-        assert "_own_plans" not in model.__dict__
+        assert model._own_plan.snapshot is None
         assert not copy.deepcopy(model).plan
         infer(copy.deepcopy(model))
         assert len(runs) == 1
@@ -256,7 +257,7 @@ class TestWhen:
 
 
 class TestPacking:
-    def test_weights_seen_twice_where_packing_was_wasted(self, runs: list[plans.CpuPlan]) -> None:
+    def test_weights_seen_twice_where_packing_was_wasted(self, runs: list[CpuEngine]) -> None:
         """One forward after each step of training does not pack each time."""
         models = pair()
 
@@ -267,19 +268,19 @@ class TestPacking:
         for _ in range(6):
             models.apply(step)
             networks.assert_alike(*({"y": infer(model)} for model in models.models))
-        assert len(runs) == plans.WASTED
+        assert len(runs) == own_plan.WASTED
         for _ in range(3):
             networks.assert_alike(*({"y": infer(model)} for model in models.models))
-        assert len(runs) == plans.WASTED + 3
+        assert len(runs) == own_plan.WASTED + 3
         models.apply(step)
         networks.assert_alike(*({"y": infer(model)} for model in models.models))
-        assert len(runs) == plans.WASTED + 4, "three calls were worth the packing"
+        assert len(runs) == own_plan.WASTED + 4, "three calls were worth the packing"
 
     def test_packed_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[bool] = []
-        original = plans.CpuPlan.__init__
+        original = CpuEngine.__init__
         monkeypatch.setattr(
-            plans.CpuPlan,
+            CpuEngine,
             "__init__",
             lambda self, n, b, i: made.append(b) or original(self, n, b, i),
         )
@@ -294,7 +295,7 @@ class TestPacking:
     def test_training_frees_what_is_packed(self) -> None:
         model = network()
         infer(model)
-        seen = weakref.ref(model.__dict__["_own_plans"]._seen)
+        seen = weakref.ref(model._own_plan.snapshot)
         assert seen() is not None
         model.train()
         assert seen() is None
@@ -307,8 +308,8 @@ class TestPacking:
         model = EfficientNet("b0").eval()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             infer(model)
-        (plan,) = model.__dict__["_own_plans"]._seen.plans.values()
-        assert share[0] < plan.nbytes / standing_bytes(model) < share[1]
+        (engine,) = model._own_plan.snapshot.engines.values()
+        assert share[0] < engine.nbytes / standing_bytes(model) < share[1]
 
     def test_does_not_travel(self) -> None:
         model = network()
@@ -316,8 +317,8 @@ class TestPacking:
         infer(model)
         assert list(model.state_dict()) == before
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
-            own = other.__dict__["_own_plans"]
-            assert own._seen is None or other.features is model.features
+            snapshot = other._own_plan.snapshot
+            assert snapshot is None or other.features is model.features
             assert torch.equal(infer(other), infer(model))
 
     def test_networks_are_freed(self) -> None:

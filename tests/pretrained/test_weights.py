@@ -15,8 +15,8 @@ import torch
 import torchvision
 
 import effnet_fast
-from effnet_fast.models import pretrained
 from effnet_fast.models.input_channels import adapt_input_channels
+from effnet_fast.models.published import load_published
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import weights
 from effnet_fast.pretrained.weights import EfficientNet_B0_Weights, EfficientNet_B1_Weights
@@ -223,7 +223,7 @@ class TestNetworks:
         model = effnet_fast.efficientnet_b0()
         del model.classifier
         del model.features[stages:]
-        pretrained.put(model, B0, in_chans=3, progress=False)
+        load_published(model, B0, in_chans=3, progress=False)
         kept = tuple(f"features.{i}." for i in range(stages))
         rest = {key: value for key, value in b0_state.items() if key.startswith(kept)}
         assert same_tensors(model.state_dict(), rest)
@@ -355,5 +355,5 @@ class TestFiles:
         model = effnet_fast.efficientnet_b0()
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match=rf"{B0!r}: weights do not fit the model: {message}"):
-            pretrained.put(model, B0, in_chans=3, progress=False)
+            load_published(model, B0, in_chans=3, progress=False)
         assert same_tensors(model.state_dict(), before)

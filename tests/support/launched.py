@@ -1,4 +1,4 @@
-"""Where the plan that launches kernels can be tested: on a GPU, and on a CPU by stand-ins."""
+"""Where the engine that launches kernels can be tested: on a GPU, and on a CPU by stand-ins."""
 
 from __future__ import annotations
 
@@ -75,6 +75,12 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecorder]:
 
     monkeypatch.setattr(cuda_graphs, "recorder_of", recorder_of)
     return made
+
+
+def engine_of(deployed: Any) -> Any:
+    """What a deployed network was last run by."""
+    (engine,) = deployed._packed.snapshot.engines.values()
+    return engine
 
 
 def stock_in(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:

@@ -22,7 +22,7 @@ from effnet_fast.scaling.conditions import DTYPES
 from effnet_fast.scaling.memory_plans import PLANS as MEMORY_PLANS
 from effnet_fast.scaling.passes import PLANS as TRAFFIC_PLANS
 
-Network = tuple[str, Point, Variant | None]  # name, the rule's network, the published one
+Row = tuple[str, Point, Variant | None]  # name, the rule's network, the published one
 
 
 def add_parser(subparsers: Any) -> None:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     with common.bad_input(ValueError, OverflowError):
         if arguments.phi:
             points = [rule.at(phi, multiple=arguments.multiple) for phi in arguments.phi]
-            networks: list[Network] = [(f"phi {p.phi:g}", p, None) for p in points]
+            networks: list[Row] = [(f"phi {p.phi:g}", p, None) for p in points]
         else:
             beside = published(rule)
             networks = [(name, point, variant) for name, (variant, point) in beside.items()]

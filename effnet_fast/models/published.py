@@ -13,7 +13,7 @@ from effnet_fast.pretrained.weights import WeightsEnum, get_model_weights
 STEM = "features.0.0.weight"  # [stem channels, in_chans, 3, 3]
 
 
-def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None:
+def find_published(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None:
     """The published weights that an argument of `entry_point` ("efficientnet_b0") asks for.
 
     Raises:
@@ -39,7 +39,7 @@ def find(entry_point: str, weights: Any, num_classes: int) -> WeightsEnum | None
     return published
 
 
-def put(model: Backbone, published: WeightsEnum, in_chans: int, progress: bool) -> None:
+def load_published(model: Backbone, published: WeightsEnum, in_chans: int, progress: bool) -> None:
     """Loads published weights into `model`: all of them or, when one does not fit, none.
 
     The stem is adapted to `in_chans` by `adapt_input_channels`. A model without the classifier,

@@ -1,0 +1,114 @@
+"""The engines that a network's own forward uses in eval mode on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_fast import backends
+from effnet_fast.inference.engine import Engine, run_network
+from effnet_fast.inference.snapshot import ONE_CALL, Snapshot, SnapshotKeeper
+from effnet_fast.modules.structure import PLAIN, RefusedError
+
+LONGEST_WAIT = 31  # forwards until a network that was refused is looked at again
+WASTED = 2  # snapshots in a row, each used once, after which weights must be seen twice
+
+
+class OwnPlan(SnapshotKeeper):
+    """The snapshot that a network's own forward uses; it belongs to the network.
+
+    A snapshot is taken at the first forward. Where two in a row were of use to a single call each,
+    as in a forward after every step of training, unchanged weights must first be seen twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._served = self._wasted = 0
+        self._wait = self._next_wait = 0
+        self._unproven: Snapshot | None = None  # whose weights have been seen once
+
+    def forget(self) -> None:
+        """Frees what is packed."""
+        if self.snapshot is not None or self._next_wait:
+            with self._lock:
+                self._let_go()
+                self._wait = self._next_wait = 0
+
+    def run(self, model: Any, x: Tensor, backend: str) -> Any:
+        """The network's forward from packed weights; None where its blocks must do it one by one.
+
+        Args:
+            model: the network that this belongs to.
+            x: images [N,C,H,W].
+            backend: that runs the network, as `use_backend` takes it.
+        """
+        if torch.is_grad_enabled() or model.training or not isinstance(x, Tensor):
+            return None
+        if not model.plan:
+            self.forget()
+            return None
+        base, isa = backends.parse(backend)
+        if base not in ONE_CALL or not _is_plain_image(x):
+            return None
+        name = f"cpu:{isa}" if isa else "cpu"
+        if backends.can_run(name, backends.OPS[0]):
+            return None
+        dtype = x.dtype
+        autocast = torch.is_autocast_enabled("cpu")
+        if autocast:
+            dtype = torch.get_autocast_dtype("cpu")
+        if dtype not in backends.NATIVE_DTYPES:
+            return None
+        engine = self._engine(model, dtype, name)
+        if engine is None or not (autocast or engine.spec.dtype is dtype):
+            return None
+        if x.shape[1] != engine.spec.in_channels or min(x.shape) == 0:
+            return None  # PyTorch's own errors, and its empty results
+        return run_network(model, engine, x, dtype)
+
+    def _engine(self, model: Any, dtype: torch.dtype, backend: str) -> Engine | None:
+        """The engine of the weights as they are; None for a forward block by block."""
+        snapshot = self.current(model)
+        if snapshot is None:
+            return None
+        if snapshot is self._unproven:
+            self._unproven = None
+            return None
+        engine = snapshot.engine_for(dtype, backend)
+        self._served += 1
+        return engine
+
+    def _renew(self, model: Any) -> Snapshot | None:
+        if self._wait > 0:
+            self._wait -= 1
+            return None
+        self._let_go()
+        try:
+            snapshot = Snapshot(model)
+        except RefusedError:
+            self._wait = self._next_wait
+            self._next_wait = min(2 * self._next_wait + 1, LONGEST_WAIT)
+            return None
+        self._wait = self._next_wait = self._served = 0
+        self._unproven = snapshot if self._wasted >= WASTED else None
+        return snapshot
+
+    def _let_go(self) -> None:
+        if self.snapshot and self.snapshot.engines:
+            self._wasted = self._wasted + 1 if self._served < 2 else 0
+        self.snapshot = self._unproven = None
+
+
+def _is_plain_image(x: Tensor) -> bool:
+    """Whether x [N,C,H,W] lies in memory, and nothing records the operators."""
+    return (
+        type(x) in PLAIN
+        and x.device.type == "cpu"
+        and x.dtype in backends.NATIVE_DTYPES
+        and x.dim() == 4
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not backends.in_transform()
+    )

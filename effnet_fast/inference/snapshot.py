@@ -1,0 +1,105 @@
+"""A network as it was at one moment, packed for inference, and whether it is still that."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from effnet_fast import backends
+from effnet_fast.inference import staleness
+from effnet_fast.inference.cpu_engine import CpuEngine
+from effnet_fast.inference.engine import Engine
+from effnet_fast.inference.network_spec import CPU, NetworkSpec, spec_of
+from effnet_fast.inference.parts import is_patched
+
+ONE_CALL = ("auto", "cpu")  # backends of a network on a CPU that are one call into C++
+
+
+class Snapshot:
+    """What was read of a network, the watch over it, and its engines.
+
+    Args:
+        model: the network, which is not kept.
+        device: where all that is packed has to be.
+        graphs: CUDA graphs that an engine keeps at most.
+
+    Attributes:
+        spec: what the engines run.
+        engines: those packed so far, by dtype and backend.
+
+    Raises:
+        RefusedError: no engine can run the network, with the reason.
+    """
+
+    def __init__(self, model: Any, device: torch.device = CPU, graphs: int = 0) -> None:
+        self.spec: NetworkSpec = spec_of(model, device)
+        self.engines: dict[tuple[torch.dtype, str], Engine] = {}
+        self._kind, self._device, self._graphs = type(model), device, graphs
+        self._watch = staleness.watch(model, self.spec.modules, self.spec.tensors())
+        self._lock = threading.Lock()
+
+    def is_fresh(self, model: Any) -> bool:
+        """Whether the network is still what was read."""
+        return type(model) is self._kind and not is_patched(model) and self._watch.holds()
+
+    def engine_for(self, dtype: torch.dtype, backend: str) -> Engine:
+        """The engine, packed at its first use.
+
+        Args:
+            dtype: in which layers hand on their results.
+            backend: "cpu" or "cpu:<instruction set>", or those of `LaunchedEngine`.
+
+        Raises:
+            RuntimeError: a backend cannot run the network.
+        """
+        engine = self.engines.get((dtype, backend))
+        if engine is None:
+            with self._lock:  # another thread may have packed by now
+                engine = self.engines.get((dtype, backend)) or self._pack(dtype, backend)
+                self.engines[dtype, backend] = engine
+        return engine
+
+    def _pack(self, dtype: torch.dtype, backend: str) -> Engine:
+        base, isa = backends.parse(backend)
+        if self._device.type == "cpu" and base in ONE_CALL:
+            return CpuEngine(self.spec, dtype is torch.bfloat16, isa)
+        # Imported here: the launchers for GPUs would be an eighth of `import effnet_fast.models`.
+        from effnet_fast.inference.launched_engine import LaunchedEngine
+
+        return LaunchedEngine(self.spec, dtype, base, self._graphs)
+
+
+class SnapshotKeeper:
+    """The latest snapshot of one network; copies and pickles of a keeper hold none.
+
+    Attributes:
+        snapshot: the latest, None for none.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.snapshot: Snapshot | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def current(self, model: Any) -> Snapshot | None:
+        """A snapshot of the network as it is; None where `_renew` gives none."""
+        snapshot = self.snapshot
+        if snapshot is None or not snapshot.is_fresh(model):
+            with self._lock:  # another thread may have renewed it by now
+                snapshot = self.snapshot
+                if snapshot is None or not snapshot.is_fresh(model):
+                    snapshot = self.snapshot = self._renew(model)
+        return snapshot
+
+    def refresh(self, model: Any) -> None:
+        """Takes a snapshot whether or not the latest is fresh."""
+        with self._lock:
+            self.snapshot = self._renew(model)
+
+    def _renew(self, model: Any) -> Snapshot | None:
+        """The snapshot in the place of the latest; the lock is held."""
+        raise NotImplementedError
