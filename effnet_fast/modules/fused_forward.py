@@ -244,8 +244,9 @@ def poolable_layer(module: nn.Module) -> structure.Layer | None:
         found = structure.structure_of(module)
     except structure.RefusedError:
         return None
-    known = isinstance(found, structure.Layer) and found.kind == structure.POINTWISE and found.silu
-    return found if known else None
+    if isinstance(found, structure.Layer) and found.kind == structure.POINTWISE and found.silu:
+        return found
+    return None
 
 
 def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
