@@ -19,7 +19,7 @@ def test_a_classifier() -> None:
     assert parts.head is not None
     assert (parts.head.pool, parts.head.classifier) == (model.avgpool, model.classifier)
     with torch.no_grad(), use_backend("reference"):
-        x = random_images(1, 48)
+        x = random_images(1, 48).to(memory_format=torch.channels_last)
         assert torch.equal(parts.head.run(model.features[:-1](x)), model(x))
     assert parts.head.flattens
     unpooled = EfficientNet(TINY, num_classes=0, global_pool="").inference_parts()
