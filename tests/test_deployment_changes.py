@@ -48,6 +48,17 @@ def test_bulk_edits_through_data() -> None:
     assert torch.equal(deployed(X), before)
 
 
+@pytest.mark.parametrize("column", [1, 5, 600])
+def test_a_single_value_edited_in_place_is_followed(column: int) -> None:
+    """Of which the version counter alone tells: few values are compared."""
+    model = network()
+    deployed = effnet_fast.deploy(model)
+    before = deployed(X)
+    with torch.no_grad():
+        model.classifier[1].weight[3, column] += 10
+    assert not torch.equal(deployed(X)[:, 3], before[:, 3])
+
+
 def test_refresh_after_a_single_value() -> None:
     model = network()
     deployed = effnet_fast.deploy(model)
