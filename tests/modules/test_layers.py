@@ -219,6 +219,18 @@ def test_emptied_block_does_not_overwrite_its_input() -> None:
     assert torch.equal(x, before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("expand_ratio", [1, 6])
+def test_each_norm_of_a_block_has_its_own_eps(expand_ratio: int) -> None:
+    block = MBConv(MBConvConfig(expand_ratio, 3, 1, 8, 8), 0.0, nn.BatchNorm2d).eval()
+    for i, bn in enumerate(m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.eps = 0.1 * 4**i
+    x = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last)
+    with backends.use_backend("reference"):
+        stock = block(x)
+    torch.testing.assert_close(block(x), stock, rtol=1e-4, atol=1e-5)
+
+
 def test_block_is_pickled_whole() -> None:
     block = MBConv(MBConvConfig(6, 5, 2, 8, 16), 0.1, nn.BatchNorm2d).eval()
     x = torch.randn(1, 8, 7, 7)
