@@ -1,6 +1,6 @@
 // The passes of MBConv in training, as Python calls them. A norm is the address of fp32 [5,C], rows
 // scale, shift, mean, rstd, var; sums [2,C] are sum du and sum du * zh; 0 stands for an absent
-// tensor. See effnet_fast/reference/mbconv_passes.py.
+// tensor. See effnet_fast/ops/mbconv_training.py.
 #include <algorithm>
 #include <array>
 #include <string>

@@ -1,5 +1,5 @@
 // Arguments of the stem's kernels: plain data, as in args.h. Symbols as in
-// effnet_fast/reference/mbconv_passes.py.
+// effnet_fast/ops/mbconv_training.py.
 #pragma once
 
 #include "cpu/training/args.h"

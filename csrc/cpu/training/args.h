@@ -1,5 +1,5 @@
 // Arguments of the passes of MBConv in training: plain data, as in args.h. Images are channels-last
-// without gaps. Symbols as in effnet_fast/reference/mbconv_passes.py.
+// without gaps. Symbols as in effnet_fast/ops/mbconv_training.py.
 #pragma once
 
 #include "cpu/args.h"

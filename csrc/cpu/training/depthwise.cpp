@@ -9,7 +9,7 @@
 // Bytes:    x once (K - 1 rows more per chunk), z once
 // FLOPs:    2 * K * K per output, about 20 per element of an activated x
 // Source:   original
-// Truth:    effnet_fast/reference/mbconv_passes.py (depthwise)
+// Truth:    tests/support/reference_passes.py (depthwise)
 #include "cpu/simd/moments.h"
 #include "cpu/training/kernels.h"
 #include "cpu/training/rings.h"

@@ -12,7 +12,7 @@
 // Bytes:    e, z2, x once, f once; x a second time from the cache, for zh1
 // FLOPs:    4 * K * K per output, about 50 per element
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
-// Truth:    effnet_fast/reference/mbconv_passes.py (depthwise_backward)
+// Truth:    tests/support/reference_passes.py (depthwise_backward)
 #include "cpu/training/kernels.h"
 #include "cpu/training/rings.h"
 

@@ -9,7 +9,7 @@
 // Bytes:    every input once, y once
 // FLOPs:    about 25 per element of z2, 4 of z3
 // Source:   original
-// Truth:    effnet_fast/reference/mbconv_passes.py
+// Truth:    tests/support/reference_passes.py
 #include "cpu/training/kernels.h"
 #include "cpu/training/panel_product.h"
 

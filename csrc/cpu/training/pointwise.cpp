@@ -9,7 +9,7 @@
 // Bytes:    x once, z once
 // FLOPs:    2 * C * out per pixel, about 20 per element of an activated x
 // Source:   original
-// Truth:    effnet_fast/reference/mbconv_passes.py (expand, project)
+// Truth:    tests/support/reference_passes.py (expand, project)
 #include "cpu/simd/moments.h"
 #include "cpu/training/kernels.h"
 #include "cpu/training/panel_product.h"

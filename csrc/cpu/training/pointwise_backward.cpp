@@ -14,8 +14,8 @@
 //           the head has no f
 // FLOPs:    4 * C * out per pixel, about 30 per element of z2
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
-// Truth:    effnet_fast/reference/mbconv_passes.py (project_backward, expand_backward),
-//           effnet_fast/reference/pointwise_bn_silu_pool.py (backward)
+// Truth:    tests/support/reference_passes.py (project_backward,
+//           expand_backward, pooled_backward)
 #include "cpu/training/kernels.h"
 #include "cpu/training/panel_product.h"
 
