@@ -1,7 +1,7 @@
 """Renders the results as Markdown tables and SVG figures: `python -m benchmarks.report`.
 
-Of every contest the latest run counts. What has no peer or no limit in its own run is left out.
-The same CSV files give the same bytes: --check fails where what is checked in differs.
+The report shows the latest run of each contest. Rows without a peer or a limit in their own run are
+left out. The same CSV files give the same bytes: --check fails where the checked-in files differ.
 """
 
 from __future__ import annotations
@@ -227,10 +227,10 @@ WORDS = (
     "\n\n"
     "Every figure has its peers and its limit beside it, from the same run. Times are medians of "
     "calls in alternating bursts. A ratio below 1 means less time than the best of the peers. The "
-    "floor is the larger of the fewest bytes over the rate of a copy of that size, and the "
-    "operations, SiLUs included, over the rate of multiply-adds: nothing is faster. Peak memory "
-    "is what a call in a thread of its own adds to what stood before it; engines that keep what "
-    "they take have none."
+    "floor is the larger of two times: the fewest bytes over the rate of a copy of that size, and "
+    "the operations, SiLUs included, over the rate of multiply-adds. Nothing is faster. Peak "
+    "memory is the memory that a call in a thread of its own adds; engines that keep their memory "
+    "between calls have no figure."
 )
 
 
