@@ -51,6 +51,7 @@ def tiny():
     return tiny_state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "size"), SIZES)
 def test_names_order_and_shapes_are_the_familys(family, size):
     with torch.device("meta"):

@@ -146,6 +146,7 @@ def test_the_options_of_training_scripts_are_plain_data(tmp_path, tiny):
         torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 def test_load_reads_wrappers_of_torch(tmp_path, tiny):
     model = EfficientNet(TINY, num_classes=CLASSES)
     model.load_state_dict(tiny)
@@ -180,6 +181,7 @@ def test_names_that_lack_the_prefix_are_given(tmp_path, tiny):
         checkpoints.load(save(content, tmp_path / "a.pth"))
 
 
+@pytest.mark.slow
 def test_one_network_is_found_under_any_name_and_several_are_refused(tmp_path, tiny):
     other = {key: value + 1 for key, value in tiny.items()}
     path = save({"net": tiny, "acc": 93.5, "optimizer": {"state": {}}}, tmp_path / "a.pth")
@@ -329,6 +331,7 @@ def test_load_into_copies_everything(tmp_path, state):
     assert_same(model.state_dict(), state)
 
 
+@pytest.mark.slow
 def test_load_into_warns_of_another_family(tmp_path):
     """The names fit, the numbers would not: SAME padding and another eps."""
     model = EfficientNet(TINY, num_classes=CLASSES)

@@ -35,6 +35,7 @@ def run(argv, capsys):
     return json.loads(captured.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_json(dtype, capsys):
     report = run(["--batch", "2", "--dtype", dtype, "--rounds", "3", "--threads", "1"], capsys)
@@ -48,6 +49,7 @@ def test_json(dtype, capsys):
     assert report["max_abs_diff"] <= RELATIVE_DIFFERENCE[dtype] * report["logits_max_abs"]
 
 
+@pytest.mark.slow
 def test_text(capsys):
     assert cli.main(["bench", "--resolution", str(SIDE), "--rounds", "1"]) == 0
     text = capsys.readouterr().out
@@ -56,6 +58,7 @@ def test_text(capsys):
         assert f"\n  {word}" in text
 
 
+@pytest.mark.slow
 def test_runs_are_reproducible(capsys):
     first, second = (run(["--rounds", "1"], capsys) for _ in range(2))
     assert first["logits_max_abs"] == second["logits_max_abs"]

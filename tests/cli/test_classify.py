@@ -57,6 +57,7 @@ def classify(argv, capsys):
     return json.loads(captured.out), captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["ten.safetensors", "ten.pth"])
 def test_agrees_with_torchvision(folder, weights, capsys):
     paths = [folder / "a.png", folder / "b.jpg"]
@@ -81,6 +82,7 @@ def test_agrees_with_torchvision(folder, weights, capsys):
     assert len(leaders) == 2  # a network that ignored its input would pass otherwise
 
 
+@pytest.mark.slow
 def test_prints_names_and_top(folder, capsys):
     argv = ["classify", folder / "a.png", "--weights", folder / "ten.pth", "--top", 3]
     assert cli.main([str(word) for word in [*argv, "--labels", folder / "labels.txt"]]) == 0
@@ -92,6 +94,7 @@ def test_prints_names_and_top(folder, capsys):
     assert "%  class " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_weights_says_that_labels_mean_nothing(folder, capsys):
     report, notes = classify([folder / "a.png"], capsys)
     assert notes == NO_WEIGHTS_NOTE
@@ -99,12 +102,14 @@ def test_without_weights_says_that_labels_mean_nothing(folder, capsys):
     assert len(report["images"][0]["top"]) == 5
 
 
+@pytest.mark.slow
 def test_top_is_at_most_the_number_of_classes(folder, capsys):
     argv = [folder / "a.png", "--weights", folder / "ten.pth", "--top", 1000]
     report, _ = classify(argv, capsys)
     assert len(report["images"][0]["top"]) == TEN_CLASSES
 
 
+@pytest.mark.slow
 def test_backend_reference_gives_the_same_classes(folder, capsys):
     argv = [folder / "a.png", "--weights", folder / "ten.pth"]
     fused, _ = classify(argv, capsys)
@@ -132,6 +137,7 @@ def test_refuses_image_bombs(folder, monkeypatch, capsys):
     assert refused(["classify", path], capsys).startswith(f"{path}: refused as a decompression bo")
 
 
+@pytest.mark.slow
 def test_refuses_absent_files(folder, tmp_path, capsys):
     absent, image = tmp_path / "absent", folder / "a.png"
     expected = f"{absent}: No such file or directory"
@@ -141,6 +147,7 @@ def test_refuses_absent_files(folder, tmp_path, capsys):
     assert refused(["classify", tmp_path], capsys) == f"{tmp_path}: Is a directory"
 
 
+@pytest.mark.slow
 def test_refuses_weights_of_another_model(folder, capsys):
     weights = folder / "ten.pth"
     argv = ["classify", folder / "a.png", "--model", "b1", "--weights", weights]
@@ -150,6 +157,7 @@ def test_refuses_weights_of_another_model(folder, capsys):
     )
 
 
+@pytest.mark.slow
 def test_refuses_weights_for_other_images(folder, tmp_path, capsys):
     model = EfficientNet.from_checkpoint(folder / "ten.pth", in_chans=1)
     path = tmp_path / "grey.pth"
@@ -176,6 +184,7 @@ def test_refuses_backends_that_cannot_run_here(folder, capsys):
 
 
 class TestPublishedWeights:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name", ["DEFAULT", "IMAGENET1K_V1", "EfficientNet_B0_Weights.IMAGENET1K_V1"]
     )
@@ -203,6 +212,7 @@ class TestPublishedWeights:
         actual = torch.tensor([entry["probability"] for entry in top])
         torch.testing.assert_close(actual, expected.values, rtol=PROBABILITY_RTOL, atol=0)
 
+    @pytest.mark.slow
     def test_prepares_images_as_the_weights_say(self, published, folder, monkeypatch, capsys):
         argv = [folder / "a.png", "--weights", "DEFAULT"]
         before, _ = classify(argv, capsys)
@@ -212,6 +222,7 @@ class TestPublishedWeights:
         after, _ = classify(argv, capsys)
         assert before["images"] != after["images"]
 
+    @pytest.mark.slow
     def test_labels_override_names(self, published, folder, tmp_path, capsys):
         labels = tmp_path / "labels.txt"
         labels.write_text("".join(f"own {i}\n" for i in range(1000)))
@@ -219,6 +230,7 @@ class TestPublishedWeights:
         report, _ = classify(argv, capsys)
         assert all(e["label"] == f"own {e['class']}" for e in report["images"][0]["top"])
 
+    @pytest.mark.slow
     def test_files_of_1000_classes_have_names(self, b0_file, folder, tmp_path, capsys):
         path = tmp_path / "b0.pth"
         path.write_bytes(b0_file)
@@ -227,6 +239,7 @@ class TestPublishedWeights:
             assert report["weights"] == str(path)
             assert all(e["label"] in weights.CATEGORIES for e in report["images"][0]["top"])
 
+    @pytest.mark.slow
     def test_the_enum_tells_the_model(self, folder, monkeypatch, capsys):
         asked = []
 
@@ -264,6 +277,7 @@ class TestPublishedWeights:
     def test_refuses_bad_names(self, folder, capsys, options, message):
         assert refused(["classify", folder / "a.png", *options], capsys).startswith(message)
 
+    @pytest.mark.slow
     def test_refuses_tampered_files(self, published, folder, tmp_path, capsys):
         argv = ["classify", folder / "a.png", "--weights", "DEFAULT"]
         assert cli.main([str(word) for word in argv]) == 0
@@ -278,6 +292,7 @@ class TestPublishedWeights:
         message = refused(["classify", folder / "a.png", "--weights", "DEFAULT"], capsys)
         assert message.startswith("http://127.0.0.1:1/b0-01234567.pth: not downloaded: ")
 
+    @pytest.mark.slow
     def test_a_file_with_the_look_of_a_name_is_a_file(self, b0_file, folder, monkeypatch, capsys):
         monkeypatch.chdir(folder)
         (folder / "DEFAULT").write_bytes(b0_file)

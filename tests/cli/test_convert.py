@@ -37,6 +37,7 @@ def assert_same(actual, expected):
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", FAMILIES)
 @pytest.mark.parametrize("suffixes", [(".pth", ".safetensors"), (".safetensors", ".pth")])
 def test_there_and_back(tmp_path, state, to, suffixes, capsys):
@@ -107,6 +108,7 @@ def test_input_normalisation_stays(tmp_path, state):
     assert (variant.mean, variant.padding) == ((0.5, 0.5, 0.5), "same")
 
 
+@pytest.mark.slow
 def test_moving_average(tmp_path, state):
     average = {key: value + 1 for key, value in state.items()}
     torch.save({"model": state, "model_ema": average}, tmp_path / "a.pth")

@@ -73,6 +73,7 @@ def test_avx512_defines_nothing_in_common(tmp_path: Path) -> None:
         assert foreign_symbols(objects, isa) == []
 
 
+@pytest.mark.slow
 def test_a_shared_function_is_found(tmp_path: Path) -> None:
     compiling.require_compiler()
     source = tmp_path / "shared.cpp"

@@ -126,6 +126,7 @@ def test_odd_resolution(batch: int) -> None:
     assert_parity(models, torch.randn(8, 3, 193, 257, generator=generator), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", tiers.networks(PUBLISHED))
 def test_network(size: str) -> None:
     variant = VARIANTS[size]

@@ -37,6 +37,7 @@ def test_b0(target: Target, dtype: torch.dtype, recorders: list) -> None:
     assert_parity(target, model, random_images(4, 65), dtype)
 
 
+@pytest.mark.slow
 @TARGETS
 @DTYPES
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def test_heads(target: Target, options: dict, dtype: torch.dtype, recorders: lis
     assert_parity(target, model, random_images(8, 48, options.get("in_chans", 3), seed=3), dtype)
 
 
+@pytest.mark.slow
 @TARGETS
 @DTYPES
 @pytest.mark.parametrize("out_indices", [None, (0,), (1, 3)], ids=str)
@@ -66,6 +68,7 @@ def test_encoders(
     assert_parity(target, model.eval(), X, dtype)
 
 
+@pytest.mark.slow
 @TARGETS
 @DTYPES
 @pytest.mark.parametrize("side", [48, 51])
@@ -90,6 +93,7 @@ def calibrated(model: EfficientNet, side: int = 48) -> EfficientNet:
     return model.eval()
 
 
+@pytest.mark.slow
 @TARGETS
 def test_no_bias_in_the_classifier(target: Target) -> None:
     model = network()
@@ -97,6 +101,7 @@ def test_no_bias_in_the_classifier(target: Target) -> None:
     assert_parity(target, model, X, torch.float32)
 
 
+@pytest.mark.slow
 @TARGETS
 @DTYPES
 def test_planted_fault_is_noticed(target: Target, dtype: torch.dtype) -> None:
@@ -130,6 +135,7 @@ class Operators(TorchDispatchMode):
 CONVERSIONS = {"_to_copy", "copy_", "clone", "contiguous", "rsqrt", "mul", "add", "sub"}
 
 
+@pytest.mark.slow
 @NEEDS_SIMT
 @DTYPES
 def test_nothing_is_converted_at_a_call(dtype: torch.dtype) -> None:
@@ -166,6 +172,7 @@ def test_packed_weights(dtype: torch.dtype) -> None:
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.slow
 @TARGETS
 def test_fp16_that_does_not_hold_a_weight(target: Target) -> None:
     model = network().to(target.device)

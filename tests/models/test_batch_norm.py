@@ -65,6 +65,7 @@ def test_switch(name: str, where: int | str, training: bool) -> None:
     models.assert_alike(random_images(4, 48))
 
 
+@pytest.mark.slow
 def test_switches_of_all_norms_over_two_steps() -> None:
     """momentum=None averages over the batches seen; the second step depends on the count."""
     for name in ("momentum_none", "momentum_1"):
@@ -76,6 +77,7 @@ def test_switches_of_all_norms_over_two_steps() -> None:
         assert results["buffer features.0.1.num_batches_tracked"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", list(itertools.product([False, True], repeat=3)))
 def test_train_and_eval_mixed_in_one_block(pattern: tuple[bool, bool, bool]) -> None:
     for rest in (False, True):
@@ -199,6 +201,7 @@ def test_frozen(name: str, training: bool) -> None:
         assert torch.equal(results[f"buffer {key}"], value) is not training, key
 
 
+@pytest.mark.slow
 def test_frozen_input_and_parameters_in_training() -> None:
     """Without any gradient to compute, and under no_grad, the statistics are still updated."""
     models = pair().train()
@@ -214,6 +217,7 @@ def test_eval_norm_passes_the_gradient_to_its_input() -> None:
     assert results["grad x"].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_pieces_of_the_step_without_input_gradient() -> None:
     """Training as it is done: images need no gradient, parameters do."""
     models = pair().train()

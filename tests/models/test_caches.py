@@ -23,6 +23,7 @@ def check(models: Pair) -> Tensor:
         return models.assert_alike(X, backward=False)["y"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_edit_is_followed(name: str) -> None:
     models = pair()
@@ -77,6 +78,7 @@ def test_pickle_does_not_grow_with_use() -> None:
     assert size(model) < 1.1 * unused
 
 
+@pytest.mark.slow
 def test_copies_go_their_own_way() -> None:
     models = pair()
     before = check(models)
@@ -113,6 +115,7 @@ def test_layout_moves_are_followed() -> None:
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_half_precision_under_autocast() -> None:
     """Judged by the exact result: stock itself errs by a tenth of the logits here."""
     models = trio()

@@ -56,6 +56,7 @@ PREPARED: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PREPARED)
 def test_same_step(name: str) -> None:
     """Drop-path and dropout draw the same, statistics and their counters move once."""
@@ -125,6 +126,7 @@ def test_blocks_run_twice_and_keep_less(monkeypatch: pytest.MonkeyPatch) -> None
     assert fewer < 0.75 * all_
 
 
+@pytest.mark.slow
 def test_inputs_of_a_wholly_frozen_part_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[type] = []
     original = fused_forward.run
@@ -201,6 +203,7 @@ def test_under_autocast() -> None:
     assert all(torch.equal(t, results[1][k]) for k, t in results[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_where_something_else_records_the_operators() -> None:
     """Tracing and torch.func run straight through: there is no backward to save memory for."""

@@ -96,6 +96,7 @@ def test_train_step_parity():
     trio(B0_SAME, 112).train().assert_parity(*random_images(12, 112).split(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 def test_inference_parity(side):
     with torch.inference_mode():

@@ -107,6 +107,7 @@ def test_matches_reference_where_large(
     check(dwconv_call(case, dtypes, training), backend, wanted=wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("simt", marks=NEEDS_SIMT)])
 def test_parity_notices_a_wrong_tap(backend: str) -> None:
     call = dwconv_call(case("b0_c240_28_k5_s1"))
@@ -329,6 +330,7 @@ def dwconv_cases(draw: st.DrawFn, kernels: Sequence[int]) -> DwconvCase:
     return DwconvCase("drawn", n * rest, c, h, w, k, stride, padding)
 
 
+@pytest.mark.slow
 @ANY_RUN
 @MODES
 @DRAWS

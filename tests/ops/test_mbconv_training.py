@@ -139,6 +139,7 @@ def test_any_number_of_threads(case: MBConvCase, dtypes: Dtypes, backend: str) -
         assert_same(run_op(call, backend), expected)
 
 
+@pytest.mark.slow
 def test_callers_in_several_threads() -> None:
     """Eight at once, which share the cores, with calls on one and on several threads."""
     calls = [sample(n, d, training=t) for n in SAMPLES for d in (FP32, BF16) for t in (True, False)]

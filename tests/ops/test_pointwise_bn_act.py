@@ -156,6 +156,7 @@ def test_nan_and_inf(name: str, dtypes: Dtypes, backend: str) -> None:
         assert actual["y"][1].isfinite().all()
 
 
+@pytest.mark.slow
 @ANY_RUN
 @DRAWS
 def test_drawn_shapes(draws: settings, dtypes: Dtypes, backend: str) -> None:

@@ -118,6 +118,7 @@ def test_editing_a_saved_tensor_is_noticed(name: str) -> None:
         y.sum().backward()
 
 
+@pytest.mark.slow
 def test_later_updates_of_running_statistics_do_not_reach_backward() -> None:
     """In eval mode backward uses the statistics that forward saw."""
     call = sample("dwconv_eval")

@@ -52,6 +52,7 @@ def grid() -> list[tuple[float, Counts]]:
     return [(phi, count(scaling.at(phi).variant)) for phi in GRID]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([{"macs"}, {"flops"}, {"params"}, {"macs", "params"}, {"flops", "params"}]),
@@ -91,6 +92,7 @@ CONDITIONS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditions", CONDITIONS, ids=lambda c: f"{c.mode}_{c.plan}_b{c.batch}")
 @settings(max_examples=6, deadline=None)
 @given(memory=st.floats(6.0, 10.5), seconds=st.floats(-3.0, 1.0), macs=st.floats(7.0, 10.5))
@@ -147,6 +149,7 @@ def test_counts_few_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(counted) <= budget.STEPS + 5
 
 
+@pytest.mark.slow
 def test_memory_takes_the_conditions() -> None:
     """More images, wider numbers and training leave room for less."""
     sizes = [
@@ -239,7 +242,7 @@ def test_names_of_dtypes_and_devices() -> None:
         ({"device": "tpu"}, "device must be 'cpu' or 'cuda'"),
         ({"plan": "lean"}, "plan must be one of stock, fused for inference"),
         ({"plan": "fused", "device": "cuda"}, "in fp32 and bf16, not of cuda in fp32"),
-        ({"plan": "fused", "dtype": torch.float16}, "in fp32 and bf16, not of cpu in fp16"),
+        ({"plan": "fused", "dtype": torch.float16}, "in fp32 and bf16, not cpu in fp16"),
         ({"optimizer_tensors": -1}, "optimizer_tensors must be an int of at least 0"),
         ({"optimizer_tensors": 1.5}, "optimizer_tensors must be an int of at least 0"),
         ({"batch": True}, "batch must be an int of at least 1"),

@@ -94,12 +94,14 @@ def test_rule_is_the_published_b0_and_nothing_else() -> None:
         assert same == (name == "b0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", points(), ids=lambda v: f"{v.resolution}")
 def test_against_the_modules(variant: Variant) -> None:
     counts = count(variant)
     assert (counts.parameters, counts.flops, counts.activations) == measured(variant)
 
 
+@pytest.mark.slow
 def test_classes_and_channels_of_the_images() -> None:
     variant = custom_variant(width=0.5, depth=0.5, resolution=64)
     counts = count(variant, num_classes=7, in_chans=5)

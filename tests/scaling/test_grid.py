@@ -42,6 +42,7 @@ def fail(network: effnet_fast.EfficientNet) -> float:
     raise ZeroDivisionError("no data")
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([0.05, 0.1, 0.25]), st.floats(0.02, 0.3))
 def test_candidates(step: float, tolerance: float) -> None:
@@ -103,6 +104,7 @@ def test_own_scorer_gets_the_network() -> None:
     assert trials[0].scorer.endswith("scorer")
 
 
+@pytest.mark.slow
 def test_seed_fixes_the_weights() -> None:
     def scores(seed: int) -> list[float]:
         return [t.score for t in grid_search(first_weight, scalings=RULES, phi=SMALL, seed=seed)]
@@ -113,6 +115,7 @@ def test_seed_fixes_the_weights() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [0, 1, 4])
 def test_interrupted_search_repeats_no_trial(stop_after: int, tmp_path: Path) -> None:
     path, scored = tmp_path / "trials.csv", []
@@ -316,6 +319,7 @@ class FakeRay(types.ModuleType):
         return reference()
 
 
+@pytest.mark.slow
 def test_ray_runs_the_trials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Against a stand-in: the package itself is not among what the tests need."""
     fake = FakeRay()
@@ -327,6 +331,7 @@ def test_ray_runs_the_trials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert fake.tasks == fake.most == 3
 
 
+@pytest.mark.slow
 def test_ray_runs_as_many_as_told_and_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", fake)

@@ -131,6 +131,7 @@ def test_file_gives_the_model_again(measured: Conditions, tmp_path: Path) -> Non
     assert LatencyModel.load(tmp_path / "calibration.json") == model
 
 
+@pytest.mark.slow
 def test_other_machines_are_named(measured: Conditions) -> None:
     model = replace(calibrate(measured), machine="a pocket calculator", versions={"torch": "1.0"})
     difference = model.foreign()
@@ -206,6 +207,7 @@ def test_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         fit_prices(samples(Conditions())[:3], Conditions(), "fused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_contestants_run_what_they_say(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every plan is timed in every round; the quickest burst counts."""
@@ -227,6 +229,7 @@ def test_contestants_run_what_they_say(training: bool, monkeypatch: pytest.Monke
     assert found == {plan: min(row[plan] for row in seen) for plan in ("stock", "fused")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_contestants_take_gradients_only_in_training(training: bool) -> None:
     variant = custom_variant(depth=0.1, width=0.2, resolution=32)

@@ -122,6 +122,7 @@ def test_saved_is_what_hooks_count(case: str, plan: str, dtype: torch.dtype) -> 
     assert counted.saved == pytest.approx(measured, rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EACH_TRAINING_PLAN
 @pytest.mark.parametrize("case", EACH_CASE)

@@ -9,7 +9,7 @@
 | B7's         |                                 |                   | all                  |
 
 The best set is the newest instruction set that this machine has. Of a function with many quick
-cases plain `pytest` takes six, evenly spread; `make test` takes them all.
+cases plain `pytest` takes three, evenly spread; `make test` takes them all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
 BEST = ("cpu", *AVAILABLE[-1:], *(f"cpu:{native.load().best_isa()}" for _ in AVAILABLE[:1]))
 NETWORK_DTYPES = ("float32", "bfloat16")
-QUICK_CASES = 6  # of one function
+QUICK_CASES = 3  # of one function
 EXHAUSTIVE = (pytest.mark.exhaustive,)
 SLOW = (pytest.mark.slow,)
 
