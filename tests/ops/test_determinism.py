@@ -217,7 +217,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", tiers.some(SAMPLES, ("dwconv_train", "stem_train")))
 def test_memory_does_not_grow(name: str) -> None:
     call = sample(name)
     wanted = with_gradients(call)

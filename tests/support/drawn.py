@@ -10,7 +10,7 @@ _ALWAYS = {
     "database": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture],
 }
-FEW = settings(max_examples=8, derandomize=True, **_ALWAYS)
+FEW = settings(max_examples=5, derandomize=True, **_ALWAYS)
 MANY = settings(max_examples=200, print_blob=True, **_ALWAYS)
 # For a test that decorates a function of its own: `@draws @given(...) def examine(...)`.
 DRAWS = pytest.mark.parametrize(

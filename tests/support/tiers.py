@@ -8,8 +8,9 @@
 |              |                                 | the best set      |                      |
 | B7's         |                                 |                   | all                  |
 
-The best set is the newest instruction set that this machine has. Of a function with many quick
-cases plain `pytest` takes three, evenly spread; `make test` takes them all.
+The best set is the newest instruction set that this machine has. Of a function with many cases
+plain `pytest` takes three, evenly spread, and `make test` 24, or all where a backend is one of the
+parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
 BEST = ("cpu", *AVAILABLE[-1:], *(f"cpu:{native.load().best_isa()}" for _ in AVAILABLE[:1]))
 NETWORK_DTYPES = ("float32", "bfloat16")
-QUICK_CASES = 3  # of one function
+QUICK_CASES, TESTED_CASES = 3, 24  # of one function
 EXHAUSTIVE = (pytest.mark.exhaustive,)
 SLOW = (pytest.mark.slow,)
 
@@ -70,14 +71,22 @@ def networks(sizes: Iterable[str]) -> list[Any]:
 
 
 def thin_out(items: Iterable[pytest.Item]) -> None:
-    """Marks as slow what a function has in quick cases beyond QUICK_CASES."""
+    """Moves what a function has in cases beyond QUICK_CASES and TESTED_CASES to the next tier."""
     functions: dict[tuple[Any, str], list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
-        if not any(item.get_closest_marker(tier) for tier in ("slow", "exhaustive", "gpu")):
+        if not any(item.get_closest_marker(tier) for tier in ("exhaustive", "gpu")):
             functions[item.path, item.nodeid.partition("[")[0]].append(item)
     for cases in functions.values():
-        step = len(cases) / QUICK_CASES
-        kept = {int(i * step) for i in range(QUICK_CASES)} if step > 1 else range(len(cases))
+        quick = [item for item in cases if not item.get_closest_marker("slow")]
+        _mark_beyond(QUICK_CASES, quick, pytest.mark.slow)
+        # Parameters named backend have come through `marks`.
+        if "backend" not in getattr(getattr(cases[0], "callspec", None), "params", {}):
+            _mark_beyond(TESTED_CASES, cases, pytest.mark.exhaustive)
+
+
+def _mark_beyond(count: int, cases: list[pytest.Item], mark: pytest.MarkDecorator) -> None:
+    if len(cases) > count:
+        kept = {int(i * len(cases) / count) for i in range(count)}
         for index, item in enumerate(cases):
             if index not in kept:
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(mark)

@@ -42,7 +42,7 @@ ROWS = {"pointwise_bwd_weight_kernel": "BN", "stem_bwd_weight_kernel": "BN"}  # 
 
 
 def _jobs() -> Iterator[Any]:
-    """For sm_90 in bf16 B0's builds in `make test`; everything in `make test-all`."""
+    """For sm_90 in bf16 a few of B0's builds in `make test`; everything in `make test-all`."""
     for (capability, dtype), kernels in TARGETS.items():
         for kernel in sorted(BUDGETS[f"{capability}"]):
             half = dtype != torch.float32
@@ -76,6 +76,8 @@ def test_within_budget(
     found = (builds_of(variant, dtype).items() for variant in variants)
     own = {build: k for items in found for build, k in items if build.name == kernel}
     assert own
+    if variants == ("b0",):  # three of them, evenly spread
+        own = dict(list(own.items())[:: -(-len(own) // 3)])
     registers, shared = BUDGETS[f"{capability}"][kernel]
     for build, function in own.items():
         compiled = compile_build(function, build, capability)
