@@ -70,6 +70,8 @@ void stage_activated(float* a, float* slope, const T* z, int64_t pixels, int64_t
   });
 }
 
+constexpr int64_t kShortChain = 8;  // pixels added up in a row: longer sums lose digits
+
 // Stores a panel of e and adds to the sums [3][C].
 template <typename T, int VECS>
 void finish_e(const float* panel, const ProjectBackwardArgs& args, int64_t first, int64_t pixels,
@@ -82,13 +84,17 @@ void finish_e(const float* panel, const ProjectBackwardArgs& args, int64_t first
     T* e = static_cast<T*>(args.e) + first * c + i;
     const float *values = a + i * pixels, *slopes = slope + i * pixels;
     Vec sum0 = {}, sum1 = {}, sum2 = {};
-    for (int64_t p = 0; p < pixels; p++) {
-      const Vec stored = as_stored<T>(load(panel + (p * VECS + v) * kLanes));
-      store_n(e + p * c, stored, lanes, stream);
-      const Vec term = stored * load(slopes + p * kLanes);
-      sum0 += stored * load(values + p * kLanes);
-      sum1 += term;
-      sum2 += term * ((load_n(z + p * c, lanes) - mean) * rstd);
+    for (int64_t begin = 0; begin < pixels; begin += kShortChain) {
+      Vec short0 = {}, short1 = {}, short2 = {};
+      for (int64_t p = begin; p < min_of(pixels, begin + kShortChain); p++) {
+        const Vec stored = as_stored<T>(load(panel + (p * VECS + v) * kLanes));
+        store_n(e + p * c, stored, lanes, stream);
+        const Vec term = stored * load(slopes + p * kLanes);
+        short0 += stored * load(values + p * kLanes);
+        short1 += term;
+        short2 += term * ((load_n(z + p * c, lanes) - mean) * rstd);
+      }
+      sum0 += short0, sum1 += short1, sum2 += short2;
     }
     store_n(sums + i, load_n(sums + i, lanes) + sum0, lanes);
     store_n(sums + c + i, load_n(sums + c + i, lanes) + sum1, lanes);
