@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -94,6 +95,8 @@ Described<StemLayer> stem_of(Fields& fields) {
   out.padding = fields.padding();
   fields.tensor("weight", out, out.weight);
   fields.tensor("shift", out, out.shift);
+  const float* const end = out.weight + out.bytes.at(out.weight) / sizeof(float);
+  out.finite = std::all_of(out.weight, end, [](float weight) { return std::isfinite(weight); });
   return out;
 }
 

@@ -249,7 +249,8 @@ inline void test_network(DType dtype, bool bf16, bool amx, int threads) {
                                 2,
                                 {false, 1, 1, 1, 1},
                                 packed.units(stem.weight, kStem),
-                                packed.rows(stem.shift, 1, packed.packing.padded(kStem))};
+                                packed.rows(stem.shift, 1, packed.packing.padded(kStem)),
+                                true};
   std::vector<BlockLayer> layers;
   for (const BlockProblem& block : blocks)
     layers.push_back(block.packed(packed, layers.size() == 1 ? 1 : -1));

@@ -14,10 +14,16 @@ from effnet_fast.models import EfficientNet
 from networks import TINY
 
 
-def native_network(taps: tuple[int, int, int], head: bool = True, classifier: bool = True) -> Any:
-    """TINY with the taps of its stem, first and last block."""
+def native_network(
+    taps: tuple[int, int, int], head: bool = True, classifier: bool = True, tap_weight: float = 0.5
+) -> Any:
+    """TINY with the taps of its stem, first and last block, and one weight of the stem."""
     extension = native.load()
-    network = spec_of(EfficientNet(TINY).eval())
+    torch.manual_seed(0)
+    model = EfficientNet(TINY).eval()
+    with torch.no_grad():
+        model.features[0][0].weight[1, 0, 0, 0] = tap_weight
+    network = spec_of(model)
     packed = cpu_packing.Packed(cpu_packing.Format(False, extension.network_tile_units("")))
     cpu_packing.pack_stem(packed, network.stem)
     shown = [taps[1], *[-1] * (len(network.blocks) - 2), taps[2]]
@@ -32,7 +38,7 @@ def native_network(taps: tuple[int, int, int], head: bool = True, classifier: bo
 
 
 def run(network: Any, y: torch.Tensor | None, taps: list[torch.Tensor]) -> None:
-    x = torch.zeros(1, 3, 32, 32)
+    x = torch.ones(1, 3, 32, 32)
     addresses = [tap.data_ptr() for tap in taps]
     address = 0 if y is None else y.data_ptr()
     network.run(1, 32, 32, x.data_ptr(), False, x.stride(), address, addresses, 1)
@@ -65,6 +71,18 @@ def test_the_pooled_head_is_an_output() -> None:
     y = torch.full((1, 320), torch.nan)
     run(native_network((-1, -1, -1), classifier=False), y, [])
     assert y.isfinite().all()
+
+
+def test_an_infinite_weight_of_the_stem_counts_inside_of_the_image_alone() -> None:
+    """Its products with the padding are nothing, not NaN."""
+    zero, infinite = torch.empty(1, 16, 16, 8), torch.empty(1, 16, 16, 8)
+    for value, stem in ((0.0, zero), (float("inf"), infinite)):
+        network = native_network((0, -1, -1), head=False, classifier=False, tap_weight=value)
+        run(network, None, [stem])
+    met = torch.zeros(16, 16, 8, dtype=torch.bool)
+    met[1:, 1:, 1] = True
+    assert not infinite[0][met].isfinite().any()
+    torch.testing.assert_close(infinite[0][~met], zero[0][~met])
 
 
 def product(**changed: Any) -> Any:

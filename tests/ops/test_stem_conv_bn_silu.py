@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import tiers
 from cases import LARGE_STEM_CASES, STEM_CASES, StemCase, find
@@ -203,6 +204,29 @@ def test_nan_and_inf(place: str, value: float, training: bool, dtypes: Dtypes) -
     check(call, "cpu", wanted=())
     if value != value:
         check(call, "cpu")
+
+
+@ANY_BACKEND
+@pytest.mark.parametrize("name", ["out_odd", "same_even", "k7_out_gt_group", "stride_3_four_sides"])
+def test_an_infinite_weight_counts_inside_of_the_image_alone(name: str, backend: str) -> None:
+    """Its products with the padding are nothing, not NaN."""
+    stem = case(name)
+    call = stem_call(stem)
+    call = call.with_tensors(x=call.x.abs() + 0.1)
+    corner = 0 if stem.padding[0] else -1  # where some outputs meet the padding
+    results = []
+    for value in (0.0, float("inf")):
+        weight = call.tensors["weight"].clone()
+        weight[1, 0, corner, corner] = value
+        results.append(run(call.with_tensors(weight=weight), backend, wanted=())["y"])
+    tap = torch.zeros(1, 1, stem.k, stem.k)
+    tap[..., corner, corner] = 1
+    image = F.pad(torch.ones(1, 1, stem.h, stem.w), stem.padding)
+    met = torch.zeros_like(results[0], dtype=torch.bool)
+    met[:, 1] = F.conv2d(image, tap, stride=stem.stride)[:, 0] > 0
+    assert 0 < met[0, 1].sum() < met[0, 1].numel()
+    assert not results[1][met].isfinite().any()
+    assert torch.equal(results[0][~met], results[1][~met])
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -33,6 +33,7 @@ struct StemLayer {
   Padding padding;
   const float* weight;  // [units][Cin * Kh * Kw][16]
   const float* shift;
+  bool finite;  // whether all weights are
 };
 
 struct BlockLayer {

@@ -97,7 +97,7 @@ struct Band {
   const BlockLayer& layer;
   const BlockShape& shape;
   const BlockMemory<T>& memory;
-  const StemRows<T>* stem;  // of which x are the rows, or null
+  StemRows<T>* stem;  // of which x are the rows, or null
   bool amx;
   int64_t units;        // of the layer, those that only fill a block left out
   Range panels, group;  // panels of the expansion, and their units
@@ -255,8 +255,8 @@ BlockShape::BlockShape(const BlockLayer& layer, int64_t h, int64_t w)
 
 template <typename T>
 void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
-                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team,
-                const StemRows<T>* stem, int64_t first) {
+                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team, StemRows<T>* stem,
+                int64_t first) {
   const int64_t units = units_of<T>(layer.channels), panels = Panel::count(units);
   // As many channels as the L2 cache has room for beside a step's rows of x. Where rows are few, a
   // team divides the channels: dividing rows computes the halo twice.
@@ -291,12 +291,10 @@ void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
 }
 
 template void run_filter(const BlockLayer&, const BlockShape&, Images<float>,
-                         const BlockMemory<float>&, int64_t, bool, Team, const StemRows<float>*,
-                         int64_t);
+                         const BlockMemory<float>&, int64_t, bool, Team, StemRows<float>*, int64_t);
 #if defined(__AVX512BF16__)
 template void run_filter(const BlockLayer&, const BlockShape&, Images<bf16>,
-                         const BlockMemory<bf16>&, int64_t, bool, Team, const StemRows<bf16>*,
-                         int64_t);
+                         const BlockMemory<bf16>&, int64_t, bool, Team, StemRows<bf16>*, int64_t);
 #endif
 
 }  // namespace EFFNET_ISA

@@ -62,8 +62,8 @@ class StemRows;
 // stem: where not null, image n of x is what it makes of image first + n.
 template <typename T>
 void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
-                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team,
-                const StemRows<T>* stem, int64_t first);
+                const BlockMemory<T>& memory, int64_t l2, bool amx, Team team, StemRows<T>* stem,
+                int64_t first);
 template <typename T>
 void run_excite(const BlockLayer& layer, const BlockShape& shape, int64_t images,
                 const BlockMemory<T>& memory, Team team);

@@ -178,7 +178,7 @@ class Network {
                   int64_t thread) const {
     const BlockMemory<T> at = memory(begin < early_blocks_ ? early_ : late_, slot, thread);
     float* const scratch = at.ring + ring_ + offsets_ + means_;
-    const StemRows<T> stem(args_, stem_, scratch);
+    StemRows<T> stem(args_, stem_, scratch);
     if (begin == 0 && !joins_stem()) {
       const Images<T> y = narrow(0, first, count, slot);
       run_stem(args_, stem_, first, y, scratch, team);

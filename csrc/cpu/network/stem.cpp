@@ -28,7 +28,7 @@ int64_t StemShape::scratch(const StemLayer& layer) const {
 template <typename T>
 void run_stem(const NetworkArgs& args, const StemShape& shape, int64_t first, Images<T> y,
               float* scratch, Team team) {
-  const StemRows<T> stem(args, shape, scratch);
+  StemRows<T> stem(args, shape, scratch);
   stem.begin();
   const int64_t channels = args.stem->out_channels, ow = shape.horizontal.out;
   const Range part = team.part(y.count * shape.vertical.out);

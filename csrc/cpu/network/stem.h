@@ -78,10 +78,11 @@ class StemRows {
   }
 
   // Takes the rows of image n that row oy of the output reads.
-  void read(int64_t n, int64_t oy) const {
+  void read(int64_t n, int64_t oy) {
+    top_ = oy * layer_.stride - shape_.vertical.before;
     const int64_t element = args_.x_dtype == DType::kFloat32 ? 4 : 2;
     for (int64_t r = 0; r < rows_; r++) {
-      const int64_t row = oy * layer_.stride - shape_.vertical.before + r % layer_.kernel_h;
+      const int64_t row = top_ + r % layer_.kernel_h;
       float* const to = scratch_ + r * length_ + shape_.horizontal.before;
       if (row < 0 || row >= shape_.h) {
         std::memset(to, 0, sizeof(float) * shape_.w);
@@ -110,6 +111,9 @@ class StemRows {
             at_once == 1 ? stem_tile<kTilePixels, 1> : stem_tile<kTilePixels, kTileUnits>;
         run(buffer, tap_, taps_, p * layer_.stride, layer_.stride,
             layer_.weight + unit * taps_ * kUnit, taps_ * kUnit, layer_.shift + unit * kUnit);
+        for (int64_t u = 0; u < at_once && !layer_.finite; u++)
+          for (int64_t i = 0; i < min_of(kTilePixels, ow - p); i++)
+            without_padding(buffer + (i * at_once + u) * kUnit, unit + u, p + i);
         for (int64_t u = 0; u < at_once; u++) {
           const float* in = buffer + u * kUnit;
           auto* to = row_of(unit + u) + p * step;
@@ -124,11 +128,23 @@ class StemRows {
   }
 
  private:
+  // A pixel from its taps inside of the image: of an infinite weight 0 * x is NaN.
+  void without_padding(float* out, int64_t unit, int64_t pixel) const {
+    const float* weight = layer_.weight + unit * taps_ * kUnit;
+    std::memcpy(out, layer_.shift + unit * kUnit, sizeof(float) * kUnit);
+    for (int64_t i = 0; i < taps_; i++, weight += kUnit) {
+      const int64_t row = top_ + i / layer_.kernel_w % layer_.kernel_h;
+      const int64_t column = pixel * layer_.stride - shape_.horizontal.before + i % layer_.kernel_w;
+      if (row < 0 || row >= shape_.h || column < 0 || column >= shape_.w) continue;
+      for (int64_t l = 0; l < kUnit; l++) out[l] += weight[l] * tap_[i][pixel * layer_.stride];
+    }
+  }
+
   const NetworkArgs& args_;
   const StemLayer& layer_;
   const StemShape& shape_;
   float* scratch_;
-  int64_t rows_, length_, taps_;
+  int64_t rows_, length_, taps_, top_ = 0;
   const float** tap_;
 };
 

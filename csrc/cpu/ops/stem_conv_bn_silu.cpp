@@ -53,7 +53,7 @@ class Rows {
   }
   static int64_t length(const StemConvShape& s) {
     // The last tile may be computed beyond the row's end.
-    const int64_t reached = (ceil_div(s.ow, kPixels) * kPixels - 1) * s.stride_w + s.kw;
+    const int64_t reached = (s.ow + kPixels - 2) * s.stride_w + s.kw;
     return whole_lines(max_of(s.pad_l + s.w, reached) * s.c + kLanes);
   }
   static int64_t floats(const StemConvShape& s) {
@@ -70,10 +70,10 @@ class Rows {
       copy(memory_ + slot * length_ + s_.pad_l * s_.c, n, iy);
     }
   }
+  bool has(int64_t ky) const { return first_ + ky >= 0 && first_ + ky < s_.h; }
   // Row ky of the kernel over the current row, from its first output pixel's first tap.
   const float* operator[](int64_t ky) const {
-    const int64_t iy = first_ + ky;
-    return memory_ + (iy < 0 || iy >= s_.h ? s_.kh : iy % s_.kh) * length_;
+    return memory_ + (has(ky) ? (first_ + ky) % s_.kh : s_.kh) * length_;
   }
 
  private:
@@ -112,6 +112,14 @@ EFFNET_INLINE void for_groups(int64_t out, const F& f) {
     else
       f.template operator()<1>(v);
   }
+}
+
+bool is_finite(const StemForwardArgs& args) {
+  const StemConvShape& s = args.shape;
+  float zero = 0.0f;
+  for (int64_t i = 0; i < s.out * s.c * s.kh * s.kw; i++)
+    zero += 0.0f * load_scalar(args.weight, args.weight_dtype == DType::kBFloat16, i);
+  return zero == 0.0f;
 }
 
 // Weight [out,C,Kh,Kw] as [group of vectors][Kh][Kw][C][VECS * kLanes]; called by every thread of a
@@ -194,24 +202,32 @@ EFFNET_INLINE void finish_tile(const float* tile, T* y, int64_t pixels, const St
   }
 }
 
-// The current row of the output, to y.
+// The current row of the output, to y. Of an infinite weight 0 * x is NaN: there the pixels go one
+// by one, each without its taps in the padding.
 template <typename T>
 void forward_row(const StemForwardArgs& args, const Rows<T>& rows, const float* packed, float* tile,
-                 T* y, Moments* moments, bool fresh) {
+                 T* y, Moments* moments, bool fresh, bool finite) {
   const StemConvShape& s = args.shape;
   const int64_t run = s.kw * s.c, depth = s.kh * run, step = s.stride_w * s.c;
-  for (int64_t p = 0; p < s.ow; p += kPixels)
+  const int64_t pixels = finite ? kPixels : 1;
+  for (int64_t p = 0; p < s.ow; p += pixels) {
+    const int64_t left = s.pad_l * s.c - p * step, right = left + s.w * s.c;
+    const Range taps = finite ? Range{0, run} : Range{max_of(0, left), min_of(run, right)};
     for_groups(s.out, [&]<int VECS>(int64_t v) {
-      const float* weight = packed + v * kLanes * depth;
+      const float* const weight = packed + v * kLanes * depth;
+      bool add = false;
       for (int64_t ky = 0; ky < s.kh; ky++)
-        for (int64_t i = 0; i < run; i += kChain) {
-          const int64_t count = min_of(kChain, run - i);
-          conv_tile<VECS>(tile, rows[ky] + p * step + i, step, weight, count, ky + i > 0);
-          weight += count * VECS * kLanes;
+        for (int64_t i = taps.begin; i < taps.end && (finite || rows.has(ky)); i += kChain) {
+          conv_tile<VECS>(tile, rows[ky] + p * step + i, step,
+                          weight + (ky * run + i) * VECS * kLanes, min_of(kChain, taps.end - i),
+                          add);
+          add = true;
         }
-      finish_tile<T, VECS>(tile, y + p * s.out, min_of(kPixels, s.ow - p), args, v, moments,
+      if (!add) std::memset(tile, 0, sizeof(float) * VECS * kLanes);
+      finish_tile<T, VECS>(tile, y + p * s.out, min_of(pixels, s.ow - p), args, v, moments,
                            fresh && p == 0);
     });
+  }
 }
 
 template <typename T>
@@ -223,6 +239,7 @@ bool forward(const StemForwardArgs& args) {
   const int64_t floats = moment_floats + row_floats + whole_lines(kPixels * kVecs * kLanes);
   float* const packed = args.workspace(whole_lines(weight_floats) + args.threads * floats);
   if (!packed) return false;
+  const bool finite = is_finite(args);
 #pragma omp parallel num_threads(args.threads)
   {
     float* const memory = packed + whole_lines(weight_floats) + omp_get_thread_num() * floats;
@@ -237,7 +254,7 @@ bool forward(const StemForwardArgs& args) {
       for (int64_t oy = own.begin; oy < own.end; oy++) {
         rows.move_to(n, oy);
         T* y = static_cast<T*>(args.y) + (n * s.oh + oy) * s.ow * s.out;
-        forward_row(args, rows, packed, tile, y, moments, oy == own.begin);
+        forward_row(args, rows, packed, tile, y, moments, oy == own.begin, finite);
       }
       for (int64_t v = 0; moments && v < vecs; v++)
         moments[v].write(args.partial + task * 3 * s.out + v * kLanes, s.out,
