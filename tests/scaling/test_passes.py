@@ -121,6 +121,13 @@ def test_batch_dtype_and_weights(plan: tuple[str, str]) -> None:
     assert total("weights", weight_size=2) == repeats * 2 * parameters
 
 
+def test_only_blocks_with_a_residual_carry_one() -> None:
+    """Stage 1 of B0 is one block of 32 -> 16 channels, stage 2 has a block of 24 -> 24."""
+    rows = traffic(VARIANTS["b0"], "training", "stock")
+    found = {row.stage for row in rows if row.name.startswith(("residual", "drop_path"))}
+    assert found == {2, 3, 4, 5, 6}
+
+
 def test_fused_plans_move_less() -> None:
     for variant in VARIANTS.values():
         for mode in passes.MODES:
