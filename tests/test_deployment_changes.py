@@ -48,7 +48,7 @@ def test_bulk_edits_through_data() -> None:
     assert torch.equal(deployed(X), before)
 
 
-@pytest.mark.parametrize("column", [1, 5, 600])
+@pytest.mark.parametrize("column", [1, 5, -2])
 def test_a_single_value_edited_in_place_is_followed(column: int) -> None:
     """Of which the version counter alone tells: few values are compared."""
     model = network()
