@@ -73,8 +73,11 @@ def test_encoders(
 @DTYPES
 @pytest.mark.parametrize("side", [48, 51])
 def test_same_padding(target: Target, side: int, dtype: torch.dtype, recorders: list) -> None:
+    """On oblong images, whose rows and columns are padded differently."""
     model = calibrated(EfficientNet(replace(TINY, padding="same")), side)
-    assert_parity(target, model, random_images(8, side, seed=4), dtype)
+    images = random_images(8, side, seed=4)[..., :-1]
+    images = images.contiguous(memory_format=torch.channels_last)
+    assert_parity(target, model, images, dtype)
 
 
 def calibrated(model: EfficientNet, side: int = 48) -> EfficientNet:
