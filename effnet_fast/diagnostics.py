@@ -18,7 +18,8 @@ from effnet_fast import __version__
 from effnet_fast.backends import BACKENDS, OPS, can_run, native, use_backend
 from effnet_fast.models import EfficientNet
 from effnet_fast.models.pooled_head import pooled_module
-from effnet_fast.modules import fused_forward
+from effnet_fast.modules.explain import explain
+from effnet_fast.modules.fused_forward import POOLED
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv
 
 FUSIBLE = (MBConv, Conv2dNormActivation)
@@ -163,7 +164,7 @@ def explain_blocks(model: nn.Module) -> list[Fusion]:
             if inside or not isinstance(module, FUSIBLE):
                 continue
             at_once = any(module is layer for layer in pooled)
-            reason = fused_forward.explain(module, fused_forward.POOLED if at_once else None)
+            reason = explain(module, POOLED if at_once else None)
             if reason is None:
                 fused.append(name)
             found.append(Fusion(name, type(module).__name__, reason))

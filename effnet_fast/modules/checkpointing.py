@@ -63,17 +63,6 @@ def _contexts(
     return contextlib.nullcontext(), _EverySecondRun(module, backend)
 
 
-def applies(x: Tensor) -> bool:
-    """Whether running again could save memory: not while something else records the operators."""
-    return (
-        torch.is_grad_enabled()
-        and isinstance(x, Tensor)
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
-        and not torch.compiler.is_exporting()
-        and not backends.in_transform()
-    )
-
-
 def run(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
     """function(x), keeping x and the random state alone for backward.
 

@@ -10,207 +10,145 @@ what they capture consists of PyTorch's own operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
-from effnet_fast.modules import structure
+from effnet_fast.modules import observed, structure
 from effnet_fast.modules.stochastic_depth import stochastic_depth
+from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
 from effnet_fast.ops.mbconv import apply as mbconv
-from effnet_fast.ops.mbconv import eval_op as mbconv_eval
-from effnet_fast.ops.mbconv_training import Layers, Settings
+from effnet_fast.ops.mbconv_training import Layers
 from effnet_fast.ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
 from effnet_fast.ops.pointwise_bn_silu_pool import apply as pointwise_bn_silu_pool
-from effnet_fast.ops.registration import autocast, autocasts
+from effnet_fast.ops.registration import as_input, autocast_dtype
 from effnet_fast.ops.stem_conv_bn_silu import apply as stem_conv_bn_silu
 
 POOLED = "pointwise_bn_silu_pool"  # the op of a layer that is pooled at once
-T = TypeVar("T")
-# Of the expansion, where there is one, the depthwise convolution and the projection.
-Norms = tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
+NO_NORM = Norm(False, 0.0, 0.0, False)
 
 
-class Module(Protocol):
-    """A module that can be run fused or, by its `forward_stock`, unfused."""
+class Input(NamedTuple):
+    """Images as an op takes them.
 
-    def forward_stock(self, x: Tensor) -> Tensor: ...
-
-
-def explain(module: nn.Module, op: str | None = None) -> str | None:
-    """Why the module would run unfused under the current backend; None where it is fused.
-
-    Asked for an input of its first weight's dtype and device; in eval mode, for a call that wants
-    no gradient.
-
-    Args:
-        module: an MBConv or a Conv2dNormActivation; others are never fused.
-        op: the op that does it, where that is not its own.
+    Attributes:
+        x: [N,Cin,H,W], cast where autocast is on.
+        backend: that runs the op.
+        autocast: its dtype, None where it is off.
     """
-    backend = backends.current_backend()
-    if backend == "reference":
-        return 'the backend is "reference"'
-    try:
-        found = structure.structure_of(module)
-    except structure.RefusedError as refused:
-        return str(refused)
-    conv, bn = found.first.conv, found.first.bn
-    x = conv.weight.new_empty((1, conv.in_channels, 1, 1))
-    own, args = _question(found, autocast(x), inference=not _uses_batch_statistics(bn))
-    return backends.explain(backend, op or own, args)
+
+    x: Tensor
+    backend: str
+    autocast: torch.dtype | None
 
 
-def _question(
+def op_args(
     found: structure.Layer | structure.Block, x: Tensor, inference: bool
-) -> tuple[str, backends.OpArgs]:
-    """The op that a module is, and the call of it on x that a backend has to run."""
-    if isinstance(found, structure.Block):
-        op, geometry = "mbconv", found.depthwise.geometry
-    else:
-        op, geometry = structure.OPS[found.kind], found.geometry
-        if found.kind != structure.DEPTHWISE:  # torch's own convolution: any kernel
-            return op, backends.OpArgs(x, found.parameters, inference=inference)
-    return op, backends.OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference)
+) -> backends.OpArgs:
+    """The call of a module's op on x that a backend has to run."""
+    if isinstance(found, structure.Layer) and found.kind != structure.DEPTHWISE:
+        # PyTorch's own convolution takes any kernel.
+        return backends.OpArgs(x, found.parameters, inference=inference)
+    geometry = found.spatial
+    return backends.OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference)
 
 
-def _captured(x: Tensor) -> bool:
-    """Whether something records the operators instead of running them on plain tensors."""
-    return type(x) not in structure.PLAIN or backends.in_transform()
-
-
-def _backend_for(
-    found: structure.Layer | structure.Block, x: Tensor, op: str | None = None
-) -> str | None:
-    """The backend that runs a module on x, by its own op or another; None for the stock path."""
-    name = backends.current_backend()
-    if name == "reference" or _captured(x) or x.dim() != 4:
+def _input(
+    found: structure.Layer | structure.Block, op: str, x: Tensor, backend: str
+) -> Input | None:
+    """What the op takes of x and the backend that runs it; None for the stock path."""
+    if observed.is_captured(x) or x.dim() != 4:
         return None
     if x.shape[1] != found.first.conv.in_channels:
         return None  # stock raises PyTorch's own error
-    own, args = _question(found, autocast(x), inference=True)
-    chosen = backends.resolve(name, op or own, args)
-    return None if chosen == "reference" else chosen
+    dtype = autocast_dtype(x)
+    cast = as_input(x, dtype)
+    chosen = backends.resolve(backend, op, op_args(found, cast, inference=True))
+    return None if chosen == "reference" else Input(cast, chosen, dtype)
 
 
-def _needs_grad(x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(t is not None and t.requires_grad for t in parameters)
-
-
-def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+    """Whether the BatchNorm normalises by the batch."""
     return bn.training or bn.running_mean is None
 
 
-def _fits(layer: structure.Layer, x: Tensor) -> bool:
-    """Whether PyTorch takes x: of the weight's dtype, and with padding as large as the kernel."""
-    if x.dtype is not layer.conv.weight.dtype and not autocasts(x):
-        return False
-    return min(layer.geometry.out_size(*x.shape[2:])) >= 1
-
-
-def _run_spatial(layer: structure.Layer, x: Tensor, backend: str) -> Tensor:
-    """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
+def _norm(layer: structure.Layer) -> Norm:
+    """How the layer's BatchNorm normalises; counts one more batch, as its own forward does."""
     bn = layer.bn
-    weight, bn_weight, bn_bias, mean, var = layer.tensors
-    assert weight is not None
-    momentum = _count_batch(bn)
-    tracked = bn.track_running_stats if bn.training else True
-    tensors = (
-        autocast(x), weight, bn_weight, bn_bias,
-        mean if tracked else None, var if tracked else None,
-    )  # fmt: skip
-    stride, padding = layer.geometry.stride, layer.geometry.sides(*x.shape[2:])
-    rest = (padding, _uses_batch_statistics(bn), momentum, bn.eps, backend)
-    if layer.kind == structure.DENSE:
-        return stem_conv_bn_silu(*tensors, stride, *rest)
-    return dwconv_bn_silu(*tensors, stride[0], *rest)[0]
+    momentum, moves = bn.momentum, bn.training and bn.track_running_stats
+    if moves and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    return Norm(uses_batch_statistics(bn), momentum or 0.0, bn.eps, moves)
 
 
-def _run_layer(module: Module, layer: structure.Layer, x: Tensor, backend: str) -> Tensor:
-    if layer.kind != structure.POINTWISE:
-        if not _fits(layer, x):
-            return module.forward_stock(x)  # raises PyTorch's own error
-        return _run_spatial(layer, x, backend)
-    if _uses_batch_statistics(layer.bn) or _needs_grad(x, layer.tensors):
-        return module.forward_stock(x)
-    return pointwise_bn_act_eval(
-        autocast(x), *layer.tensors, None, None, layer.silu, layer.bn.eps, backend
+def _call(found: structure.Layer | structure.Block, given: Input, *norms: Norm) -> Call:
+    """How the op of a module runs."""
+    geometry, shape = found.spatial, given.x.shape
+    return Call(
+        norms,
+        wants_gradient(given.x, *found.parameters),
+        given.backend,
+        geometry.stride,
+        geometry.sides(shape[2], shape[3]),
     )
 
 
-def _run_block(block: structure.Block, x: Tensor, backend: str) -> Tensor:
+def _fits(layer: structure.Layer, given: Input) -> bool:
+    """Whether PyTorch takes x: of the weight's dtype, and with padding as large as the kernel."""
+    if given.autocast is None and given.x.dtype is not layer.conv.weight.dtype:
+        return False
+    return min(layer.geometry.out_size(given.x.shape[2], given.x.shape[3])) >= 1
+
+
+def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
+    """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
+    op: Any = stem_conv_bn_silu if layer.kind == structure.DENSE else dwconv_bn_silu
+    return op(given.x, *layer.tensors, _call(layer, given, _norm(layer)))
+
+
+def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
+    """The 1x1 convolution's op; None in training and for a gradient, which it does not know."""
+    x, backend, _ = given
+    if uses_batch_statistics(layer.bn) or wants_gradient(x, *layer.tensors):
+        return None
+    return pointwise_bn_act_eval(x, *layer.tensors, None, None, layer.silu, layer.bn.eps, backend)
+
+
+def _run_block(block: structure.Block, given: Input, x: Tensor) -> Tensor:
+    """The block, with its modules' own bookkeeping; x is the input before autocast."""
     expand, depthwise, project = block.expand, block.depthwise, block.project
-    norms = (layer.bn for layer in (expand, depthwise, project) if layer)
-    if any(map(_uses_batch_statistics, norms)) or _needs_grad(x, block.parameters):
-        return _train_block(block, autocast(x), backend)
-    dropped = block.residual and block.drop_probability > 0
-    y = mbconv_eval(
-        autocast(x), expand.tensors if expand else [], depthwise.tensors, block.excite,
-        project.tensors, depthwise.geometry.stride[0], depthwise.geometry.sides(*x.shape[2:]),
-        [expand.bn.eps if expand else 0.0, depthwise.bn.eps, project.bn.eps],
-        block.residual and not dropped, backend,
-    )  # fmt: skip
-    if dropped:
+    layers = Layers(
+        expand.tensors if expand else None, depthwise.tensors, block.excite, project.tensors
+    )
+    norms = (_norm(expand) if expand else NO_NORM, _norm(depthwise), _norm(project))
+    call = _call(block, given, *norms)
+    dropped = block.residual and block.drop_probability != 0
+    if dropped and only_infers(call):
+        y = mbconv(given.x, None, layers, False, block.memory, call)
         y = stochastic_depth(y, block.drop_probability, block.drop_mode)
         y += x
-    return y
+        return y
+    row_scale = _row_scale(block, given.x) if dropped else None
+    return mbconv(given.x, row_scale, layers, block.residual, block.memory, call)
 
 
-def _train_block(block: structure.Block, x: Tensor, backend: str) -> Tensor:
-    """The block with gradients or batch statistics, and its modules' own bookkeeping."""
-    depthwise, project = block.depthwise, block.project
-    expand = block.expand.tensors if block.expand else None
-    norms = (block.expand.bn if block.expand else None, depthwise.bn, project.bn)
-    settings = Settings(
-        depthwise.geometry.stride[0],
-        depthwise.geometry.sides(*x.shape[2:]),
-        block.residual,
-        _of_norms(norms, lambda bn: bn.eps, 0.0),
-        _of_norms(norms, _uses_batch_statistics, False),
-    )
-    return mbconv(
-        x, _drop_path(block, x), Layers(expand, depthwise.tensors, block.excite, project.tensors),
-        settings, _of_norms(norms, _count_batch, 0.0), block.memory, backend,
-        _of_norms(norms, _moves, False),
-    )  # fmt: skip
-
-
-def _of_norms(norms: Norms, of: Callable[[nn.BatchNorm2d], T], absent: T) -> tuple[T, T, T]:
-    expand, depthwise, project = norms
-    return (of(expand) if expand else absent, of(depthwise), of(project))
-
-
-def _drop_path(block: structure.Block, x: Tensor) -> Tensor | None:
-    """The factor [N] of each image's body, drawn as the module draws it; None for 1."""
-    if not block.residual or block.drop_probability == 0.0:
-        return None
+def _row_scale(block: structure.Block, x: Tensor) -> Tensor:
+    """The factor [N] that drop-path gives each image's body, drawn as the module draws it."""
     ones = torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device)
     return stochastic_depth(ones, block.drop_probability, block.drop_mode).flatten().float()
 
 
-def _moves(bn: nn.BatchNorm2d) -> bool:
-    """Whether the BatchNorm's running statistics are to be moved."""
-    return bn.training and bn.track_running_stats
-
-
-def _count_batch(bn: nn.BatchNorm2d) -> float:
-    """Counts one more batch, as the module's own forward does; the momentum that it then has."""
-    if _moves(bn) and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            return 1.0 / float(bn.num_batches_tracked)
-    return 0.0 if bn.momentum is None else bn.momentum
-
-
-def run(module: Module, x: Tensor) -> Tensor:
-    """The module's forward: fused where its found, the backend and x allow it, else stock.
+def run(module: Any, x: Tensor) -> Tensor:
+    """The module's forward: fused where its structure, the backend and x allow it, else stock.
 
     Args:
-        module: whose forward this is.
+        module: whose forward this is, of a class that `structure` reads; `forward_stock` is the
+            unfused one.
         x: [N,Cin,H,W].
 
     Returns:
@@ -219,22 +157,27 @@ def run(module: Module, x: Tensor) -> Tensor:
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit exports it implicitly
-        or backends.current_backend() == "reference"
-    ):
+    if torch.compiler.is_compiling() or observed.is_traced():
         return module.forward_stock(x)
+    backend = backends.current_backend()
+    y = None if backend == "reference" else _run_fused(module, x, backend)
+    return module.forward_stock(x) if y is None else y
+
+
+def _run_fused(module: nn.Module, x: Tensor, backend: str) -> Tensor | None:
+    """The fused forward; None for the stock path, which may raise PyTorch's own error."""
     try:
-        found = structure.structure_of(module)  # type: ignore[arg-type]
+        found = structure.structure_of(module)
     except structure.RefusedError:
-        return module.forward_stock(x)
-    backend = _backend_for(found, x)
-    if backend is None:
-        return module.forward_stock(x)
-    if isinstance(found, structure.Layer):
-        return _run_layer(module, found, x, backend)
-    return _run_block(found, x, backend)
+        return None
+    given = _input(found, found.op, x, backend)
+    if given is None:
+        return None
+    if isinstance(found, structure.Block):
+        return _run_block(found, given, x)
+    if found.kind == structure.POINTWISE:
+        return _run_pointwise(found, given)
+    return _run_spatial(found, given) if _fits(found, given) else None
 
 
 def poolable_layer(module: nn.Module) -> structure.Layer | None:
@@ -261,16 +204,8 @@ def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    backend = _backend_for(found, x, POOLED)
-    if backend is None or 0 in x.shape[2:]:
+    backend = backends.current_backend()
+    given = None if backend == "reference" else _input(found, POOLED, x, backend)
+    if given is None or 0 in x.shape[2:]:
         return None
-    bn = found.bn
-    weight, bn_weight, bn_bias, mean, var = found.tensors
-    assert weight is not None
-    momentum = _count_batch(bn)
-    tracked = bn.track_running_stats if bn.training else True
-    return pointwise_bn_silu_pool(
-        autocast(x), weight, bn_weight, bn_bias,
-        mean if tracked else None, var if tracked else None,
-        _uses_batch_statistics(bn), momentum, bn.eps, backend,
-    )  # fmt: skip
+    return pointwise_bn_silu_pool(given.x, *found.tensors, _call(found, given, _norm(found)))

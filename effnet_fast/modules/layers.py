@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.modules import checkpointing, fused_forward
+from effnet_fast.modules import checkpointing, fused_forward, observed
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 
@@ -272,6 +272,6 @@ class MBConv(nn.Module):
         # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.forward_stock(x)
-        if self.grad_checkpointing and checkpointing.applies(x):
+        if self.grad_checkpointing and observed.can_run_again(x):
             return checkpointing.run(partial(fused_forward.run, self), self, x)
         return fused_forward.run(self, x)

@@ -82,9 +82,19 @@ class Layer(NamedTuple):
     tensors: tuple[Tensor | None, ...]
 
     @property
+    def op(self) -> str:
+        """The op that computes it."""
+        return OPS[self.kind]
+
+    @property
     def first(self) -> Layer:
         """The layer that sees the input."""
         return self
+
+    @property
+    def spatial(self) -> Geometry:
+        """Of the convolution that looks at neighbours."""
+        return self.geometry
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -122,9 +132,19 @@ class Block(NamedTuple):
     memory: str
 
     @property
+    def op(self) -> str:
+        """The op that computes it."""
+        return "mbconv"
+
+    @property
     def first(self) -> Layer:
         """The layer that sees the input."""
         return self.expand or self.depthwise
+
+    @property
+    def spatial(self) -> Geometry:
+        """Of the convolution that looks at neighbours."""
+        return self.depthwise.geometry
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
+from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.registration import (
     autocast,
     channels_last,
@@ -178,29 +179,18 @@ def apply(
     bn_bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    stride: int,
-    padding: Sides,
-    training: bool,
-    momentum: float,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    """The op on checked arguments and a resolved backend other than the reference.
-
-    Returns:
-        y [N,C,Ho,Wo], and its mean over H and W [N,C] in fp32 where that came for free, else None.
-    """
-    differentiable = (x, weight, bn_weight, bn_bias)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in differentiable
-    )
-    if not training and not needs_grad:
+    call: Call,
+) -> Tensor:
+    """The op on checked arguments."""
+    (norm,), stride, padding, backend = call.norms, call.stride[0], call.padding, call.backend
+    training, eps = norm.training, norm.eps
+    if only_infers(call):
         return eval_op(
             x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, eps, backend
-        )
+        )[0]
     if training:
         check_values_per_channel(output_shape(x, weight.shape[-1], stride, padding))
-    if needs_grad:
+    if call.needs_grad:
         y, mean, var = DwconvBnSilu.apply(
             x, weight, bn_weight, bn_bias, running_mean, running_var,
             stride, padding, training, eps, backend,
@@ -208,10 +198,10 @@ def apply(
     else:
         z, mean, var = train_op(x, weight, stride, padding, backend)
         y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
-    if training:
+    if training and norm.moves:
         count = y.shape[0] * y.shape[2] * y.shape[3]
-        update_running_statistics(running_mean, running_var, mean, var, count, momentum)
-    return y, None
+        update_running_statistics(running_mean, running_var, mean, var, count, norm.momentum)
+    return y
 
 
 def dwconv_bn_silu(
@@ -266,7 +256,7 @@ def dwconv_bn_silu(
             x, weight, bn_weight, bn_bias, running_mean, running_var,
             stride=stride, padding=sides, training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
-    return apply(
-        x, weight, bn_weight, bn_bias, running_mean, running_var,
-        stride, sides, training, momentum, eps, chosen,
-    )[0]  # fmt: skip
+    norms = (Norm(training, momentum, eps),)
+    needs_grad = wants_gradient(x, weight, bn_weight, bn_bias)
+    call = Call(norms, needs_grad, chosen, (stride, stride), sides)
+    return apply(x, weight, bn_weight, bn_bias, running_mean, running_var, call)

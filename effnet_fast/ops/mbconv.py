@@ -16,6 +16,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, current_backend, resolve
 from effnet_fast.ops import scratch, second_derivative
+from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, Settings, backward, forward
@@ -170,45 +171,40 @@ def apply(
     x: Tensor,
     row_scale: Tensor | None,
     layers: Layers,
-    settings: Settings,
-    momentum: tuple[float, float, float],
+    residual: bool,
     memory: str,
-    backend: str,
-    tracked: tuple[bool, bool, bool] = (True, True, True),
+    call: Call,
 ) -> Tensor:
-    """The op on checked arguments and a resolved backend other than the reference.
-
-    Args:
-        tracked: whether each BatchNorm's running statistics are to be moved in training.
-    """
-    kernel = layers.depthwise[0].shape[-1]
-    n, _, oh, ow = output_shape(x, kernel, settings.stride, settings.padding)
+    """The op on checked arguments."""
+    kernel, stride, backend = layers.depthwise[0].shape[-1], call.stride[0], call.backend
+    n, _, oh, ow = output_shape(x, kernel, stride, call.padding)
     out = (n, layers.project[0].shape[0], oh, ow)
-    if settings.residual and out != tuple(x.shape):
+    if residual and out != tuple(x.shape):
         raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
-    tensors = _flat(layers)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *tensors)
-    )
-    if not needs_grad and not any(settings.training) and row_scale is None:
+    first, second, third = call.norms
+    eps = (first.eps, second.eps, third.eps)
+    if only_infers(call) and row_scale is None:
         return eval_op(
             x, layers.expand or [], layers.depthwise, layers.squeeze, layers.project,
-            settings.stride, settings.padding, settings.eps, settings.residual, backend,
+            stride, call.padding, eps, residual, backend,
         )  # fmt: skip
+    training = (first.training, second.training, third.training)
+    settings = Settings(stride, call.padding, residual, eps, training)
     _check_values_per_channel(x, layers, settings)
-    if needs_grad:
-        y, *norms = MBConv.apply(x, row_scale, settings, memory, backend, *tensors)
+    if call.needs_grad:
+        y, *norms = MBConv.apply(x, row_scale, settings, memory, backend, *_flat(layers))
     else:
         y, saved = forward(passes(backend), x, row_scale, layers, settings)
         norms = [saved.norm1, saved.norm2, saved.norm3]
     before, after = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
     batch_norms = zip(
         (layers.expand or _NO_LAYER, layers.depthwise, layers.project), norms,
-        (before, after, after), settings.training, tracked, momentum, strict=True,
+        (before, after, after), call.norms, strict=True,
     )  # fmt: skip
-    for layer, norm, count, training, moved, share in batch_norms:
-        if training and moved and norm is not None:
-            update_running_statistics(layer[3], layer[4], norm[MEAN], norm[VAR], count, share)
+    for layer, rows, count, norm in batch_norms:
+        if norm.training and norm.moves and rows is not None:
+            mean, var = rows[MEAN], rows[VAR]
+            update_running_statistics(layer[3], layer[4], mean, var, count, norm.momentum)
     return y
 
 
@@ -267,8 +263,8 @@ def mbconv(
     if chosen == "reference":
         return reference.mbconv(x, params, config, training=training, row_scale=row_scale)
     layers = Layers(params.expand, params.depthwise, params.squeeze, params.project)
-    settings = Settings(
-        config.stride, sides, config.residual, three(config.eps), three_modes(training)
-    )
-    momentum = three(config.momentum)
-    return apply(x, fp32(row_scale), layers, settings, momentum, memory, chosen)
+    modes = zip(three_modes(training), three(config.momentum), three(config.eps), strict=True)
+    norms = tuple(Norm(*mode) for mode in modes)
+    stride = (config.stride, config.stride)
+    call = Call(norms, wants_gradient(x, *tensors), chosen, stride, sides)
+    return apply(x, fp32(row_scale), layers, config.residual, memory, call)

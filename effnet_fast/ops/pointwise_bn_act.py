@@ -5,11 +5,11 @@ Training, and eval with gradients, run the reference composition.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
+from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.registration import (
     autocast,
     empty_nhwc,
@@ -86,10 +86,7 @@ def pointwise_bn_act(
     )
     x = autocast(x)
     tensors = (weight, bn_weight, bn_bias, running_mean, running_var, gate, residual)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *tensors)
-    )
-    inference = not (training or needs_grad)
+    inference = not (training or wants_gradient(x, *tensors))
     chosen = resolve(backend, "pointwise_bn_act", OpArgs(x, tensors, inference=inference))
     if chosen == "reference":
         return reference.pointwise_bn_act(

@@ -16,6 +16,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
+from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.norms import MEAN, VAR
@@ -151,28 +152,22 @@ def apply(
     bn_bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    backend: str,
+    call: Call,
 ) -> Tensor:
-    """The op on checked arguments and a resolved backend other than the reference."""
-    differentiable = (x, weight, bn_weight, bn_bias)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in differentiable
-    )
-    tensors = (*differentiable, running_mean, running_var)
-    if not training and not needs_grad:
-        return eval_op(x, *tensors[1:], eps, backend)
+    """The op on checked arguments."""
+    (norm,) = call.norms
+    tensors = (x, weight, bn_weight, bn_bias, running_mean, running_var)
+    if only_infers(call):
+        return eval_op(*tensors, norm.eps, call.backend)
     n, _, h, w = x.shape
-    if training:
+    if norm.training:
         check_values_per_channel((n, weight.shape[0], h, w))
-    run = PointwiseBnSiluPool.apply if needs_grad else _forward
-    results = run(*tensors, training, eps, backend)
-    if training:
-        norm = results[1 if needs_grad else 2]
+    run = PointwiseBnSiluPool.apply if call.needs_grad else _forward
+    results = run(*tensors, norm.training, norm.eps, call.backend)
+    if norm.training and norm.moves:
+        rows = results[1 if call.needs_grad else 2]
         update_running_statistics(
-            running_mean, running_var, norm[MEAN], norm[VAR], n * h * w, momentum
+            running_mean, running_var, rows[MEAN], rows[VAR], n * h * w, norm.momentum
         )
     return results[0]
 
@@ -224,4 +219,5 @@ def pointwise_bn_silu_pool(
         return reference.pointwise_bn_silu_pool(
             x, *others, training=training, momentum=momentum, eps=eps
         )
-    return apply(x, *others, training, momentum, eps, chosen)
+    needs_grad = wants_gradient(x, weight, bn_weight, bn_bias)
+    return apply(x, *others, Call((Norm(training, momentum, eps),), needs_grad, chosen))

@@ -108,14 +108,21 @@ def native_weight(weight: Tensor, x: Tensor) -> Tensor:
     return weight if weight.is_contiguous() else weight.contiguous()
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes convolutions on x's device; None where it is off."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def as_input(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x as a convolution takes it where `autocast_dtype` is dtype."""
+    if dtype is None or not x.is_floating_point() or x.dtype is torch.float64:
+        return x
+    return x.to(dtype)
 
 
 def autocast(x: Tensor) -> Tensor:
     """x as a convolution under autocast would take it; x itself outside of autocast."""
-    if not autocasts(x) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    return as_input(x, autocast_dtype(x))

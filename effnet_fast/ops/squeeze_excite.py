@@ -15,6 +15,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import NATIVE_DTYPES, OpArgs, resolve
 from effnet_fast.ops import second_derivative
+from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.registration import dense, empty_nhwc, register
 from effnet_fast.reference.squeeze_excite import check_arguments
 
@@ -128,7 +129,7 @@ def apply(
 ) -> Tensor:
     """The op on checked arguments and a resolved backend other than the reference."""
     parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
+    if wants_gradient(x, *parameters):
         return SqueezeExcite.apply(x, *parameters, backend)
     return forward_op(x, *parameters, backend)[0]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, is_channels_last, resolve
 from effnet_fast.ops import second_derivative
+from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.norms import MEAN, VAR, empty_norm
 from effnet_fast.ops.registration import (
@@ -202,34 +203,27 @@ def apply(
     bn_bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    stride: Ints,
-    padding: Sides,
-    training: bool,
-    momentum: float,
-    eps: float,
-    backend: str,
+    call: Call,
 ) -> Tensor:
-    """The op on checked arguments and a resolved backend other than the reference."""
-    differentiable = (x, weight, bn_weight, bn_bias)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in differentiable
-    )
-    if not training and not needs_grad:
-        return eval_op(
-            x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, eps, backend
-        )
-    mean, var = (None, None) if training else (running_mean, running_var)
-    args = (x, weight, bn_weight, bn_bias, mean, var, stride, padding, eps, backend)
-    if training:
-        check_values_per_channel(output_shape(x, weight, stride, padding))
-    if needs_grad:
-        y, norm = StemConvBnSilu.apply(*args)
+    """The op on checked arguments."""
+    (norm,) = call.norms
+    rest = (call.stride, call.padding, norm.eps, call.backend)
+    if only_infers(call):
+        return eval_op(x, weight, bn_weight, bn_bias, running_mean, running_var, *rest)
+    mean, var = (None, None) if norm.training else (running_mean, running_var)
+    args = (x, weight, bn_weight, bn_bias, mean, var, *rest)
+    if norm.training:
+        check_values_per_channel(output_shape(x, weight, call.stride, call.padding))
+    if call.needs_grad:
+        y, rows = StemConvBnSilu.apply(*args)
     else:
-        z, norm = conv_op(*args)
-        y = silu_op(z, norm, backend)
-    if training:
+        z, rows = conv_op(*args)
+        y = silu_op(z, rows, call.backend)
+    if norm.training and norm.moves:
         count = y.shape[0] * y.shape[2] * y.shape[3]
-        update_running_statistics(running_mean, running_var, norm[MEAN], norm[VAR], count, momentum)
+        update_running_statistics(
+            running_mean, running_var, rows[MEAN], rows[VAR], count, norm.momentum
+        )
     return y
 
 
@@ -284,7 +278,7 @@ def stem_conv_bn_silu(
             x, weight, bn_weight, bn_bias, running_mean, running_var,
             stride=stride, padding=sides, training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
-    return apply(
-        x, weight, bn_weight, bn_bias, running_mean, running_var,
-        (stride, stride), sides, training, momentum, eps, chosen,
-    )  # fmt: skip
+    norms = (Norm(training, momentum, eps),)
+    needs_grad = wants_gradient(x, weight, bn_weight, bn_bias)
+    call = Call(norms, needs_grad, chosen, (stride, stride), sides)
+    return apply(x, weight, bn_weight, bn_bias, running_mean, running_var, call)

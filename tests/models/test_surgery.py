@@ -17,7 +17,7 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import networks
-from effnet_fast.modules import fused_forward
+from effnet_fast.modules.explain import explain
 from networks import Pair, pair, random_images
 from surgery import (
     Damped,
@@ -341,7 +341,7 @@ def test_parameters_of_another_shape_are_not_read(
 ) -> None:
     block = pair().actual.features[5][1]
     change(block.get_submodule(path))
-    assert re.search(reason, fused_forward.explain(block) or "fused")
+    assert re.search(reason, explain(block) or "fused")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -13,6 +13,7 @@ from torchvision.models._utils import _make_divisible
 
 from effnet_fast import backends
 from effnet_fast.modules import fused_forward
+from effnet_fast.modules.explain import explain
 from effnet_fast.modules.layers import (
     Conv2dNormActivation,
     MBConv,
@@ -87,12 +88,14 @@ def test_depthwise_layer_on_the_cuda_kernels(
 ) -> None:
     used: list[str] = []
     run = fused_forward.dwconv_bn_silu
-    monkeypatch.setattr(fused_forward, "dwconv_bn_silu", lambda *a: used.append(a[-1]) or run(*a))
+    monkeypatch.setattr(
+        fused_forward, "dwconv_bn_silu", lambda *a: used.append(a[-1].backend) or run(*a)
+    )
     layer = Conv2dNormActivation(16, 16, kernel, stride, groups=16, activation_layer=nn.SiLU)
     layer.train(training)
     x = torch.randn(2, 16, 9, 8).to(memory_format=torch.channels_last)
     with backends.use_backend("simt"):
-        assert fused_forward.explain(layer) is None
+        assert explain(layer) is None
         y = layer(x)
     assert used == ["simt"]
     torch.testing.assert_close(y, layer.forward_stock(x))
@@ -103,11 +106,11 @@ def test_depthwise_layer_that_the_cuda_kernels_lack() -> None:
     layer = Conv2dNormActivation(16, 16, 7, groups=16, activation_layer=nn.SiLU)
     x = torch.randn(2, 16, 9, 8).to(memory_format=torch.channels_last)
     with backends.use_backend("simt"):
-        assert fused_forward.explain(layer) == "the kernel is 7x7; simt has 3x3 and 5x5"
+        assert explain(layer) == "the kernel is 7x7; simt has 3x3 and 5x5"
         with pytest.raises(RuntimeError, match="the kernel is 7x7; simt has 3x3 and 5x5"):
             layer(x)
         block = MBConv(MBConvConfig(6, 3, 1, 16, 16), 0.0, nn.BatchNorm2d)
-        assert fused_forward.explain(block) == "this version has no CUDA kernel for mbconv"
+        assert explain(block) == "this version has no CUDA kernel for mbconv"
 
 
 def test_conv_norm_activation_slices_to_plain_sequential() -> None:

@@ -17,7 +17,7 @@ from cases import DWCONV_CASES, LARGE_DWCONV_CASES, DwconvCase, find, find_param
 from drawn import DRAWS
 from effnet_fast import ops
 from effnet_fast.ops.cuda import tiles
-from effnet_fast.ops.dwconv_bn_silu import apply
+from effnet_fast.ops.dwconv_bn_silu import eval_op
 from parity import (
     BACKENDS,
     BF16,
@@ -127,9 +127,9 @@ def test_pooled_mean_of_y(name: str, dtypes: Dtypes, backend: str) -> None:
     """The mean over H and W that squeeze-and-excite takes from the eval kernel."""
     call = dwconv_call(case(name), dtypes)
     pad = (call.options["padding"] or (call.tensors["weight"].shape[-1] - 1) // 2,) * 4
-    options = (call.options["stride"], pad, False, 0.1, 1e-5, backend)
+    options = (call.options["stride"], pad, 1e-5, backend)
     device = device_of(backend, call.x)
-    y, pooled = apply(*(on_device(t, device) for t in call.tensors.values()), *options)
+    y, pooled = eval_op(*(on_device(t, device) for t in call.tensors.values()), *options)
     y, pooled = y.cpu(), pooled.cpu()
     assert pooled.dtype == torch.float32
     exact = run(call, double=True, wanted=())["y"].mean((2, 3))

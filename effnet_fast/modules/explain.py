@@ -1,0 +1,33 @@
+"""Why a module runs unfused."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from effnet_fast import backends
+from effnet_fast.modules import structure
+from effnet_fast.modules.fused_forward import op_args, uses_batch_statistics
+from effnet_fast.ops.registration import autocast
+
+
+def explain(module: nn.Module, op: str | None = None) -> str | None:
+    """Why the module would run unfused under the current backend; None where it is fused.
+
+    Asked for an input of its first weight's dtype and device; in eval mode, for a call that wants
+    no gradient.
+
+    Args:
+        module: an MBConv or a Conv2dNormActivation; others are never fused.
+        op: the op that does it, where that is not its own.
+    """
+    backend = backends.current_backend()
+    if backend == "reference":
+        return 'the backend is "reference"'
+    try:
+        found = structure.structure_of(module)
+    except structure.RefusedError as refused:
+        return str(refused)
+    conv, bn = found.first.conv, found.first.bn
+    x = autocast(conv.weight.new_empty((1, conv.in_channels, 1, 1)))
+    args = op_args(found, x, inference=not uses_batch_statistics(bn))
+    return backends.explain(backend, op or found.op, args)

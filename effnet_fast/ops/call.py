@@ -1,0 +1,54 @@
+"""What is decided about a call of an op beside its tensors, once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_fast.reference.arguments import Sides
+
+
+class Norm(NamedTuple):
+    """How a BatchNorm normalises.
+
+    Attributes:
+        training: by the batch's statistics instead of the running ones.
+        momentum: share of the batch's statistics in the running ones.
+        eps: added to the variance.
+        moves: whether the running statistics, where there are any, move in training.
+    """
+
+    training: bool
+    momentum: float
+    eps: float
+    moves: bool = True
+
+
+class Call(NamedTuple):
+    """How an op runs.
+
+    Attributes:
+        norms: of the op's BatchNorms in order; of a block's absent expansion too.
+        needs_grad: whether a gradient of a tensor is wanted.
+        backend: that runs it, neither "auto" nor the reference.
+        stride: (height, width) of its spatial convolution.
+        padding: (left, right, top, bottom) of its spatial convolution.
+    """
+
+    norms: tuple[Norm, ...]
+    needs_grad: bool
+    backend: str
+    stride: tuple[int, int] = (1, 1)
+    padding: Sides = (0, 0, 0, 0)
+
+
+def only_infers(call: Call) -> bool:
+    """Whether no gradient is wanted and no BatchNorm normalises by the batch."""
+    return not call.needs_grad and not any(norm.training for norm in call.norms)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call of these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
