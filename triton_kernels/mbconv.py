@@ -39,7 +39,7 @@ def mbconv_eval(
     x: Tensor,
     expand: Layer,
     depthwise: Layer,
-    squeeze: Layer,
+    excite_layers: Layer,
     project: Layer,
     stride: int,
     padding: Sequence[int],
@@ -67,8 +67,7 @@ def mbconv_eval(
             h, depthwise[0], stride, padding, bn=depthwise[1:], eps=eps[1], pool=True
         )
     assert pooled is not None
-    reduce_weight, reduce_bias, expand_weight, expand_bias = squeeze
-    _, gate = excite(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend)
+    _, gate = excite(pooled, *excite_layers, backend)
     return launch_pointwise_fwd(
         h, project[0], gate=gate, bn=project[1:], eps=eps[2], residual=x if residual else None
     )[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from effnet_fast.modules.same_padding import same_padding
+from effnet_fast.ops.mbconv_training import Excite
 
 PLAIN = (Tensor, nn.Parameter)
 DENSE, DEPTHWISE, POINTWISE = "dense", "depthwise", "pointwise"
@@ -100,15 +101,6 @@ class Layer(NamedTuple):
     def parameters(self) -> tuple[Tensor | None, ...]:
         """All tensors that the fused op reads."""
         return self.tensors
-
-
-class Excite(NamedTuple):
-    """Squeeze-and-excitation's two layers: weights [R,C,1,1] and [C,R,1,1], biases [R] and [C]."""
-
-    se_reduce_weight: Tensor
-    se_reduce_bias: Tensor | None
-    se_expand_weight: Tensor
-    se_expand_bias: Tensor | None
 
 
 class Block(NamedTuple):

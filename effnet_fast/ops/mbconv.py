@@ -19,7 +19,15 @@ from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
 from effnet_fast.ops.mbconv_passes import passes
-from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, Settings, backward, forward
+from effnet_fast.ops.mbconv_training import (
+    Excite,
+    Layers,
+    Needs,
+    Saved,
+    Settings,
+    backward,
+    forward,
+)
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import (
     Layer,
@@ -46,7 +54,7 @@ def empty_eval(
     x: Tensor,
     expand: Layer,
     depthwise: Layer,
-    squeeze: Layer,
+    excite: Layer,
     project: Layer,
     stride: int,
     padding: Sides,
@@ -63,21 +71,21 @@ eval_op = register("mbconv_eval", empty_eval)
 
 
 PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var
-PER_SQUEEZE = 4
+PER_EXCITE = 4
 _NO_LAYER = (None,) * PER_LAYER
 
 
 def _layers(tensors: tuple[Any, ...]) -> Layers:
     """The layers from the flat list that an autograd Function takes."""
-    cuts = (0, PER_LAYER, 2 * PER_LAYER, 2 * PER_LAYER + PER_SQUEEZE, len(tensors))
-    expand, depthwise, squeeze, project = (
+    cuts = (0, PER_LAYER, 2 * PER_LAYER, 2 * PER_LAYER + PER_EXCITE, len(tensors))
+    expand, depthwise, excite, project = (
         tensors[begin:end] for begin, end in itertools.pairwise(cuts)
     )
-    return Layers(expand if expand[0] is not None else None, depthwise, squeeze, project)
+    return Layers(expand if expand[0] is not None else None, depthwise, Excite(*excite), project)
 
 
 def _flat(layers: Layers) -> tuple[Any, ...]:
-    return (*(layers.expand or _NO_LAYER), *layers.depthwise, *layers.squeeze, *layers.project)
+    return (*(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project)
 
 
 def _without_statistics(layers: Layers) -> tuple[Any, ...]:
@@ -86,7 +94,7 @@ def _without_statistics(layers: Layers) -> tuple[Any, ...]:
         (*layer[:3], None, None)
         for layer in (layers.expand or _NO_LAYER, layers.depthwise, layers.project)
     )
-    return (*expand, *depthwise, *layers.squeeze, *project)
+    return (*expand, *depthwise, *layers.excite, *project)
 
 
 def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
@@ -101,9 +109,9 @@ def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
 def _needs(flags: tuple[bool, ...]) -> Needs:
     """From the flags of x and of the flat list."""
     x, *rest = flags
-    expand, depthwise, squeeze, project = _layers((*rest,))
+    expand, depthwise, excite, project = _layers((*rest,))
     assert expand is not None  # a flag is never None
-    return Needs(x, expand[:3], depthwise[:3], squeeze, project[:3])
+    return Needs(x, expand[:3], depthwise[:3], excite, project[:3])
 
 
 def _laid_out(saved: Saved) -> Saved:
@@ -152,7 +160,7 @@ class MBConv(torch.autograd.Function):
                 passes(backend), grad_y, saved, layers, settings, _needs((flags[0], *flags[5:]))
             )
         none = (None, None)
-        flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.squeeze, *grads.project)
+        flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.excite, *grads.project)
         return grads.x, None, None, None, None, *map(_like, (*flat, *none), tensors[count:])
 
 
@@ -185,7 +193,7 @@ def apply(
     eps = (first.eps, second.eps, third.eps)
     if only_infers(call) and row_scale is None:
         return eval_op(
-            x, layers.expand or [], layers.depthwise, layers.squeeze, layers.project,
+            x, layers.expand or [], layers.depthwise, layers.excite, layers.project,
             stride, call.padding, eps, residual, backend,
         )  # fmt: skip
     training = (first.training, second.training, third.training)
@@ -262,7 +270,7 @@ def mbconv(
         chosen = _without_kernel(backend, "row_scale requires a gradient, which only it gives")
     if chosen == "reference":
         return reference.mbconv(x, params, config, training=training, row_scale=row_scale)
-    layers = Layers(params.expand, params.depthwise, params.squeeze, params.project)
+    layers = Layers(params.expand, params.depthwise, Excite(*params.squeeze), params.project)
     modes = zip(three_modes(training), three(config.momentum), three(config.eps), strict=True)
     norms = tuple(Norm(*mode) for mode in modes)
     stride = (config.stride, config.stride)

@@ -71,9 +71,9 @@ def _project_backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _excite_backward_fake(
     sums: Tensor, slopes: Tensor, pooled: Tensor, hidden: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    n, e = pooled.shape
+    n, channels = pooled.shape
     r = hidden.shape[1]
-    shapes = ((n, e), (2, e), (r, e), (r,), (e, r), (e,))
+    shapes = ((n, channels), (2, channels), (r, channels), (r,), (channels, r), (channels,))
     return tuple(_vectors(pooled, *shape) for shape in shapes)
 
 

@@ -20,7 +20,7 @@ class Passes(Protocol):
     """The passes on one backend.
 
     Symbols: z raw convolution output, zh = (z - mean) * rstd, u = weight * zh + bias, a = silu(u);
-    1, 2, 3 the expansion, the depthwise convolution, the projection; g the gate; E the expanded
+    1, 2, 3 the expansion, the depthwise convolution, the projection; g the gate; C the expanded
     channels; du, dz the gradients of u, z.
 
     Images are [N,C,H,W] in their input's dtype, channels_last without gaps; vectors and sums are
@@ -41,7 +41,7 @@ class Passes(Protocol):
         var: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        """z1 = conv(x, weight [E,Cin,1,1]), norm1."""
+        """z1 = conv(x, weight [C,Cin,1,1]), norm1."""
 
     def depthwise(
         self,
@@ -56,10 +56,10 @@ class Passes(Protocol):
         padding: Sides,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        """z2 = conv_dw(a, weight [E,1,K,K]), norm2; a = silu(bn(x)), or x without x_norm."""
+        """z2 = conv_dw(a, weight [C,1,K,K]), norm2; a = silu(bn(x)), or x without x_norm."""
 
     def squeeze(self, z: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """pooled [N,E] = mean a2; slopes [2,N,E] = sum silu'(u2) and sum silu'(u2) * zh2."""
+        """pooled [N,C] = mean a2; slopes [2,N,C] = sum silu'(u2) and sum silu'(u2) * zh2."""
 
     def excite(
         self,
@@ -69,7 +69,7 @@ class Passes(Protocol):
         expand_weight: Tensor,
         expand_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N,R] = W1 pooled + b1, gate [N,E] = sigmoid(W2 silu(hidden) + b2)."""
+        """hidden [N,R] = W1 pooled + b1, gate [N,C] = sigmoid(W2 silu(hidden) + b2)."""
 
     def project(
         self,
@@ -83,7 +83,7 @@ class Passes(Protocol):
         var: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        """z3 = conv(g * a2, weight [Cout,E,1,1]), norm3."""
+        """z3 = conv(g * a2, weight [Cout,C,1,1]), norm3."""
 
     def finish(
         self, z: Tensor, norm: Tensor, row_scale: Tensor | None, residual: Tensor | None
@@ -108,7 +108,7 @@ class Passes(Protocol):
         gate: Tensor,
         wanted: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """e [N,E,H,W] = dz3 W3, sums [3,N,E], dW3; wanted: e with its sums, and dW3.
+        """e [N,C,H,W] = dz3 W3, sums [3,N,C], dW3; wanted: e with its sums, and dW3.
 
         sums: sum e * a2, sum e * silu'(u2), sum e * silu'(u2) * zh2.
         """
@@ -124,10 +124,10 @@ class Passes(Protocol):
         expand_weight: Tensor,
         pixels: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q [N,E] = dpooled / pixels, sums2 [2,E], and the gradients of the four parameters.
+        """q [N,C] = dpooled / pixels, sums2 [2,C], and the gradients of the four parameters.
 
         sums as of `project_backward`, slopes as of `squeeze`; pixels = H * W. The weights'
-        gradients are [R,E] and [E,R].
+        gradients are [R,C] and [C,R].
         """
 
     def depthwise_backward(
@@ -146,7 +146,7 @@ class Passes(Protocol):
         padding: Sides,
         wanted: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """f [N,E,H,W] = da1 * silu'(u1), dW2, sums1; wanted: f with its sums, and dW2.
+        """f [N,C,H,W] = da1 * silu'(u1), dW2, sums1; wanted: f with its sums, and dW2.
 
         du2 = (e * g + q) * silu'(u2). Without x_norm f is dx, the residual's gradient included,
         and has no sums.
@@ -166,15 +166,21 @@ class Passes(Protocol):
         """dx, the residual's gradient included, and dW1."""
 
 
-class Layers(NamedTuple):
-    """expand, depthwise, project: weight, bn_weight, bn_bias, mean, var; expand may be None.
+class Excite(NamedTuple):
+    """Squeeze-and-excitation's layers: weights [R,C,1,1] and [C,R,1,1], biases [R], [C] or None."""
 
-    squeeze: reduce_weight, reduce_bias, expand_weight, expand_bias.
-    """
+    se_reduce_weight: Any
+    se_reduce_bias: Any
+    se_expand_weight: Any
+    se_expand_bias: Any
+
+
+class Layers(NamedTuple):
+    """expand, depthwise, project: weight, bn_weight, bn_bias, mean, var; expand may be None."""
 
     expand: tuple[Any, ...] | None
     depthwise: tuple[Any, ...]
-    squeeze: tuple[Any, ...]
+    excite: Excite
     project: tuple[Any, ...]
 
 
@@ -211,7 +217,7 @@ class Needs(NamedTuple):
     x: bool
     expand: tuple[bool, bool, bool]
     depthwise: tuple[bool, bool, bool]
-    squeeze: tuple[bool, bool, bool, bool]
+    excite: tuple[bool, bool, bool, bool]
     project: tuple[bool, bool, bool]
 
 
@@ -224,7 +230,7 @@ class Grads(NamedTuple):
     x: Tensor | None
     expand: Vectors
     depthwise: Vectors
-    squeeze: Vectors
+    excite: Vectors
     project: Vectors
 
 
@@ -247,7 +253,7 @@ def forward(
     depthwise = _normalised_by(layers.depthwise, training[1])
     z2, norm2 = passes.depthwise(h, norm1, *depthwise, stride, padding, eps[1])
     pooled, slopes = passes.squeeze(z2, norm2)
-    hidden, gate = passes.excite(pooled, *layers.squeeze)
+    hidden, gate = passes.excite(pooled, *layers.excite)
     project = _normalised_by(layers.project, training[2])
     z3, norm3 = passes.project(z2, norm2, gate, *project, eps[2])
     y = passes.finish(z3, norm3, row_scale, x if residual else None)
@@ -273,25 +279,25 @@ def backward(
     added = grad_y if residual else None
     to_expand = needs.x or any(needs.expand) if layers.expand is not None else needs.x
     to_depthwise = to_expand or any(needs.depthwise)
-    to_squeeze = to_depthwise or any(needs.squeeze)
+    to_excite = to_depthwise or any(needs.excite)
     expand: Vectors = (None,) * 3
     depthwise: Vectors = (None,) * 3
-    squeeze: Vectors = (None,) * 4
+    excite: Vectors = (None,) * 4
     sums3 = passes.finish_backward(grad_y, row_scale, z3, norm3)
     e, sums, grad_weight = passes.project_backward(
         grad_y, row_scale, z3, norm3, sums3 if training[2] else None, layers.project[0],
-        z2, norm2, gate, [to_squeeze, needs.project[0]],
+        z2, norm2, gate, [to_excite, needs.project[0]],
     )  # fmt: skip
     project = _pick(needs.project, grad_weight, sums3[1], sums3[0])
-    if not to_squeeze:
-        return Grads(None, expand, depthwise, squeeze, project)
+    if not to_excite:
+        return Grads(None, expand, depthwise, excite, project)
     q, sums2, *layer_grads = passes.excite_backward(
-        sums, slopes, pooled, hidden, gate, layers.squeeze[0], layers.squeeze[2],
-        z2.shape[2] * z2.shape[3],
+        sums, slopes, pooled, hidden, gate,
+        layers.excite.se_reduce_weight, layers.excite.se_expand_weight, z2.shape[2] * z2.shape[3],
     )  # fmt: skip
-    squeeze = _pick(needs.squeeze, *layer_grads)
+    excite = _pick(needs.excite, *layer_grads)
     if not to_depthwise:
-        return Grads(None, expand, depthwise, squeeze, project)
+        return Grads(None, expand, depthwise, excite, project)
     h = x
     if layers.expand is not None:
         if z1 is None:
@@ -306,11 +312,11 @@ def backward(
     )  # fmt: skip
     depthwise = _pick(needs.depthwise, grad_weight, sums2[1], sums2[0])
     if layers.expand is None or not to_expand:
-        return Grads(f if needs.x else None, expand, depthwise, squeeze, project)
+        return Grads(f if needs.x else None, expand, depthwise, excite, project)
     assert z1 is not None and norm1 is not None
     grad_x, grad_weight = passes.expand_backward(
         f, z1, norm1, sums1 if training[0] else None, x, layers.expand[0], added,
         [needs.x, needs.expand[0]],
     )  # fmt: skip
     expand = _pick(needs.expand, grad_weight, sums1[1], sums1[0])
-    return Grads(grad_x if needs.x else None, expand, depthwise, squeeze, project)
+    return Grads(grad_x if needs.x else None, expand, depthwise, excite, project)

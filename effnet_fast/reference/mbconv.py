@@ -41,10 +41,10 @@ class SqueezeExciteParams(NamedTuple):
     """The two layers of squeeze-and-excitation.
 
     Args:
-        reduce_weight: [R,E,1,1] or [R,E].
+        reduce_weight: [R,C,1,1] or [R,C].
         reduce_bias: [R], or None for 0.
-        expand_weight: [E,R,1,1] or [E,R].
-        expand_bias: [E], or None for 0.
+        expand_weight: [C,R,1,1] or [C,R].
+        expand_bias: [C], or None for 0.
     """
 
     reduce_weight: Tensor
@@ -58,10 +58,10 @@ class MBConvParams:
     """The tensors of a block.
 
     Args:
-        expand: weight [E,Cin,1,1]; None where the block does not expand (E = Cin).
-        depthwise: weight [E,1,K,K].
+        expand: weight [C,Cin,1,1]; None where the block does not expand (C = Cin).
+        depthwise: weight [C,1,K,K].
         squeeze: see `SqueezeExciteParams`.
-        project: weight [Cout,E,1,1].
+        project: weight [Cout,C,1,1].
     """
 
     expand: ConvParams | None

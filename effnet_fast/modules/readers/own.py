@@ -15,7 +15,6 @@ from effnet_fast.modules.structure import (
     PLAIN,
     POINTWISE,
     Block,
-    Excite,
     Geometry,
     Layer,
     RefusedError,
@@ -23,6 +22,7 @@ from effnet_fast.modules.structure import (
     refuse_hooks,
     require,
 )
+from effnet_fast.ops.mbconv_training import Excite
 
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _MISSING = object()
