@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from effnet_fast.inference.network_spec import NetworkSpec
 from effnet_fast.inference.parts import changed_method
 from effnet_fast.inference.snapshot import ONE_CALL, Snapshot, SnapshotKeeper
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
+from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError
 
 KINDS = (EfficientNet, EfficientNetFeatures)
@@ -279,12 +279,7 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 def _refuse_tracing() -> None:
     """Raises where something records the operators: it would not see what fills the result."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
-    # Where the module was never imported, nobody traces by it.
-    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    by_proxies = proxies is not None and proxies.get_proxy_mode() is not None
-    if tracing or fake or by_proxies or backends.in_transform():
+    if observed.is_recorded():
         raise RuntimeError(
             "a deployed network cannot be traced: trace or export the model it was made of"
         )

@@ -10,7 +10,8 @@ from torch import Tensor
 from effnet_fast import backends
 from effnet_fast.inference.engine import Engine, run_network
 from effnet_fast.inference.snapshot import ONE_CALL, Snapshot, SnapshotKeeper
-from effnet_fast.modules.structure import PLAIN, RefusedError
+from effnet_fast.modules import observed
+from effnet_fast.modules.structure import RefusedError
 
 LONGEST_WAIT = 31  # forwards until a network that was refused is looked at again
 WASTED = 2  # snapshots in a row, each used once, after which weights must be seen twice
@@ -104,11 +105,8 @@ class OwnPlan(SnapshotKeeper):
 def _is_plain_image(x: Tensor) -> bool:
     """Whether x [N,C,H,W] lies in memory, and nothing records the operators."""
     return (
-        type(x) in PLAIN
+        not observed.has_observer(x)
         and x.device.type == "cpu"
         and x.dtype in backends.NATIVE_DTYPES
         and x.dim() == 4
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not backends.in_transform()
     )

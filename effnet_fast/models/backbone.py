@@ -26,6 +26,7 @@ from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.modules import observed
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig
 from effnet_fast.ops import scratch
 
@@ -42,7 +43,7 @@ def to_channels_last(x: Tensor) -> Tensor:
     # torch.jit exports is_scripting implicitly, which mypy does not accept.
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return x.contiguous(memory_format=torch.channels_last)
-    if backends.in_transform():  # vmap has no channels_last
+    if observed.in_transform():  # vmap has no channels_last
         return x
     return x.contiguous(memory_format=torch.channels_last)
 

@@ -6,12 +6,11 @@ own, and nothing that records the operators.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from effnet_fast.inference.parts import InferenceParts, averages_pixels, changed_step
 from effnet_fast.models.backbone import Backbone
-from effnet_fast.modules import fused_forward, structure
+from effnet_fast.modules import fused_forward, observed, structure
 
 
 def pooled_module(model: Backbone) -> nn.Module | None:
@@ -46,8 +45,7 @@ def run_pooled_head(model: Backbone, x: Tensor, backend: str) -> Tensor | None:
         x: images [N,in_chans,H,W].
         backend: that runs the network.
     """
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
-    if backend == "reference" or tracing or not isinstance(x, Tensor):
+    if backend == "reference" or not isinstance(x, Tensor) or observed.is_traced():
         return None
     given = _walkable_parts(model)
     if given is None:

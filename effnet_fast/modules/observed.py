@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast.backends import in_transform
+from effnet_fast.backends import in_transform as in_transform
 from effnet_fast.modules.structure import PLAIN
 
 
