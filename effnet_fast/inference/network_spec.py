@@ -175,8 +175,6 @@ def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> B
         structure.require(module, layers.MBConv)
         block = structure.structure_of(module)
         assert isinstance(block, structure.Block)
-        if block.expand and not block.expand.silu:
-            raise RefusedError("block.0 has no activation")
         geometry = block.depthwise.geometry
         if geometry.kernel[0] > MAX_KERNEL:
             raise RefusedError(f" has a kernel above {MAX_KERNEL}")

@@ -102,6 +102,7 @@ BLOCK_CHANGES: dict[str, tuple[Change, bool]] = {
         lambda b: set_item(b.block[3], 0, LowRankUpdate(b.block[3][0])),
         True,
     ),
+    "expand_without_activation": (lambda b: b.block[0].__delitem__(2), True),
     "norm_identity": (lambda b: set_item(b.block[0], 1, nn.Identity()), True),
     "norm_group": (
         lambda b: set_item(b.block[1], 1, nn.GroupNorm(4, b.block[1][1].num_features)),

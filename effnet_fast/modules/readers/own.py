@@ -195,6 +195,8 @@ def _block(module: layers.MBConv) -> Block:
         raise RefusedError(f"{place}{refused}") from None
     if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
         raise RefusedError("block.0 is not the pointwise layer before the depthwise one")
+    if expand and not expand.silu:
+        raise RefusedError("block.0 has no activation")
     if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.silu:
         raise RefusedError("block is not expand, depthwise, squeeze-excite, project")
     if project.conv.in_channels != channels:
