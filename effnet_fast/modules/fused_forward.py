@@ -107,7 +107,7 @@ def _fits(layer: structure.Layer, given: Input) -> bool:
 
 def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
     """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
-    op: Any = stem_conv_bn_silu if layer.kind == structure.DENSE else dwconv_bn_silu
+    op = stem_conv_bn_silu if layer.kind == structure.DENSE else dwconv_bn_silu
     return op(given.x, *layer.tensors, _call(layer, given, _norm(layer)))
 
 

@@ -80,7 +80,7 @@ class Layer(NamedTuple):
     bn: nn.BatchNorm2d
     silu: bool
     geometry: Geometry
-    tensors: tuple[Tensor | None, ...]
+    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
     @property
     def op(self) -> str:
