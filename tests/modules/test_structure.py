@@ -63,11 +63,11 @@ def test_a_subclass_is_read_by_nobody() -> None:
 def test_autocast_is_asked_once(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     original = torch.is_autocast_enabled
-    monkeypatch.setattr(
-        torch, "is_autocast_enabled", lambda device: asked.append(device) or original(device)
-    )
     module = MBConv(MBConvConfig(6, 3, 1, 8, 8), 0.0, nn.BatchNorm2d).train(training)
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(
+            torch, "is_autocast_enabled", lambda device: asked.append(device) or original(device)
+        )
         assert module(x).dtype is torch.bfloat16
     assert asked == ["cpu"]

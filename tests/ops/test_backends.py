@@ -31,7 +31,7 @@ from effnet_fast.backends import (
     triton,
     use_backend,
 )
-from effnet_fast.modules import fused_forward
+from effnet_fast.modules.explain import explain as explain_module
 from effnet_fast.modules.layers import Conv2dNormActivation
 from parity import SAMPLES, Call, assert_same, dwconv_call, run, sample, with_gradients
 
@@ -265,7 +265,7 @@ def test_auto_leaves_dense_layers_of_many_channels_to_pytorch(training: bool) ->
         args = OpArgs(x, tensors)
         assert resolve("auto", "stem_conv_bn_silu", args) == expected
         assert resolve("cpu", "stem_conv_bn_silu", args) == "cpu"
-        reason = fused_forward.explain(layer)
+        reason = explain_module(layer)
         assert reason == explain("auto", "stem_conv_bn_silu", args)
         assert reason is None if expected == "cpu" else "PyTorch's dense" in str(reason)
         if expected == "reference":
