@@ -20,7 +20,7 @@ from effnet_fast.inference.cuda_graphs import LIMIT
 from effnet_fast.inference.engine import Engine, run_network
 from effnet_fast.inference.network_spec import NetworkSpec
 from effnet_fast.inference.parts import changed_method
-from effnet_fast.inference.snapshot import ONE_CALL, Snapshot, SnapshotKeeper
+from effnet_fast.inference.snapshot import Snapshot, SnapshotKeeper, runs_in_one_call
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError
@@ -155,9 +155,12 @@ class DeployedEfficientNet(nn.Module):
         self.__dict__["source"] = model
         self.__dict__["_modules"] = model.__dict__["_modules"]
         self.training = False
-        self.dtype, self.backend, self.graphs = dtype, backend, graphs
         self._packed = _Packed(dtype, backend, graphs)
         self.refresh()
+
+    dtype = property(lambda self: self._packed.dtype)
+    backend = property(lambda self: self._packed.backend)
+    graphs = property(lambda self: self._packed.graphs)
 
     def refresh(self) -> None:
         """Packs the source's weights again; on a CUDA device it waits for that.
@@ -211,7 +214,7 @@ class DeployedEfficientNet(nn.Module):
         base, isa = backends.parse(self.backend)
         device = _device_of(self.source)
         where = f"{device}, backend {base}"
-        if device.type == "cpu" and base in ONE_CALL:
+        if runs_in_one_call(device, self.backend):
             where = f"instruction set {isa or native.load().best_isa()}"
         name = f"{type(self.source).__name__} {self.source.variant.name}"
         return f"{type(self).__name__}({name}, dtype={self.dtype}, {where})"
@@ -223,8 +226,8 @@ def _device_of(model: Any) -> torch.device:
 
 
 def _dtypes(device: torch.device, backend: str) -> tuple[torch.dtype, ...]:
-    in_one_call = device.type == "cpu" and backends.parse(backend)[0] in ONE_CALL
-    return backends.NATIVE_DTYPES if in_one_call else backends.CUDA_DTYPES
+    one_call = runs_in_one_call(device, backend)
+    return backends.NATIVE_DTYPES if one_call else backends.CUDA_DTYPES
 
 
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -239,7 +242,7 @@ def _check_target(device: torch.device, dtype: torch.dtype, backend: str) -> Non
         raise RuntimeError(f"the model is on {device}; deploy takes a CPU or a CUDA device")
     if dtype not in (allowed := _dtypes(device, backend)):
         raise ValueError(f"dtype must be {_listed(allowed)}, got {dtype}")
-    if device.type == "cpu" and base in ONE_CALL:
+    if runs_in_one_call(device, backend):
         name = f"cpu:{isa}" if isa else "cpu"
         if reason := backends.can_run(name, backends.OPS[0]):
             raise RuntimeError(f"deploy cannot use backend {backend!r}: {reason}")

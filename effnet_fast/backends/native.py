@@ -18,7 +18,8 @@ import effnet_fast
 def _load_own(name: str) -> ModuleType:
     """A module of this package's own folder; an editable install offers that of another tree."""
     spec = importlib.util.find_spec(name)
-    if spec and spec.origin and str(Path(spec.origin).parent) not in effnet_fast.__path__:
+    folders = [Path(folder).resolve() for folder in effnet_fast.__path__]
+    if spec and spec.origin and Path(spec.origin).parent.resolve() not in folders:
         raise ImportError(f"{spec.origin} belongs to another copy of effnet_fast", name=name)
     return importlib.import_module(name)
 

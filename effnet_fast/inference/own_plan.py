@@ -9,7 +9,8 @@ from torch import Tensor
 
 from effnet_fast import backends
 from effnet_fast.inference.engine import Engine, run_network
-from effnet_fast.inference.snapshot import ONE_CALL, Snapshot, SnapshotKeeper
+from effnet_fast.inference.network_spec import CPU
+from effnet_fast.inference.snapshot import Snapshot, SnapshotKeeper, runs_in_one_call
 from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError
 
@@ -50,10 +51,9 @@ class OwnPlan(SnapshotKeeper):
         if not model.plan:
             self.forget()
             return None
-        base, isa = backends.parse(backend)
-        if base not in ONE_CALL or not _is_plain_image(x):
+        if not runs_in_one_call(CPU, backend) or not _is_plain_image(x):
             return None
-        name = f"cpu:{isa}" if isa else "cpu"
+        name = "cpu" if backend == "auto" else backend
         if backends.can_run(name, backends.OPS[0]):
             return None
         dtype = x.dtype

@@ -14,7 +14,10 @@ from effnet_fast.inference.engine import Engine
 from effnet_fast.inference.network_spec import CPU, NetworkSpec, spec_of
 from effnet_fast.inference.parts import is_patched
 
-ONE_CALL = ("auto", "cpu")  # backends of a network on a CPU that are one call into C++
+
+def runs_in_one_call(device: torch.device, backend: str) -> bool:
+    """Whether this backend runs a network on this device in one call into C++."""
+    return device.type == "cpu" and backends.parse(backend)[0] in ("auto", "cpu")
 
 
 class Snapshot:
@@ -37,12 +40,14 @@ class Snapshot:
         self.spec: NetworkSpec = spec_of(model, device)
         self.engines: dict[tuple[torch.dtype, str], Engine] = {}
         self._kind, self._device, self._graphs = type(model), device, graphs
+        self._children = model.__dict__["_modules"]  # a replica of the network has its own
         self._watch = staleness.watch(model, self.spec.modules, self.spec.tensors())
         self._lock = threading.Lock()
 
     def is_fresh(self, model: Any) -> bool:
         """Whether the network is still what was read."""
-        return type(model) is self._kind and not is_patched(model) and self._watch.holds()
+        is_own = type(model) is self._kind and model.__dict__["_modules"] is self._children
+        return is_own and not is_patched(model) and self._watch.holds()
 
     def engine_for(self, dtype: torch.dtype, backend: str) -> Engine:
         """The engine, packed at its first use.
@@ -63,7 +68,7 @@ class Snapshot:
 
     def _pack(self, dtype: torch.dtype, backend: str) -> Engine:
         base, isa = backends.parse(backend)
-        if self._device.type == "cpu" and base in ONE_CALL:
+        if runs_in_one_call(self._device, backend):
             return CpuEngine(self.spec, dtype is torch.bfloat16, isa)
         # Imported here: the launchers for GPUs would be an eighth of `import effnet_fast.models`.
         from effnet_fast.inference.launched_engine import LaunchedEngine

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 import effnet_fast
 from effnet_fast.inference.own_plan import OwnPlan
@@ -48,6 +49,24 @@ def test_a_stale_snapshot_is_replaced_and_a_fresh_one_kept() -> None:
     assert keeper.current(model) is first
     CHANGES["weight"](model)
     assert keeper.current(model) not in (None, first)
+
+
+def test_a_changed_replica_is_not_taken_for_its_original() -> None:
+    model = EfficientNet(TINY, num_classes=5).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert model(x).shape == (1, 5)
+        replica = model._replicate_for_data_parallel()
+        replica.classifier = nn.Linear(model.num_features, 3)
+        assert replica(x).shape == (1, 3)
+        assert model(x).shape == (1, 5)
+
+
+def test_what_an_engine_was_packed_for_cannot_be_set() -> None:
+    deployed = effnet_fast.deploy(EfficientNet(TINY).eval())
+    for name in ("dtype", "backend", "graphs"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(deployed, name, None)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda k: pickle.loads(pickle.dumps(k))])

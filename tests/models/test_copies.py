@@ -255,9 +255,8 @@ class TestFunctional:
     def test_functional_call_differentiates_in_plain_tensors(self) -> None:
         grads = []
         for model in pair().models:
-            parameters = {
-                k: p.detach() * 0.9 for k, p in model.named_parameters()
-            }  # growing ones would be chaotic
+            # Smaller ones: with larger ones stock itself errs by 1.5%.
+            parameters = {k: p.detach() * 0.9 for k, p in model.named_parameters()}
             leaves = {k: p.requires_grad_() for k, p in parameters.items()}
             torch.func.functional_call(model, leaves, (X,)).square().mean().backward()
             grads.append({f"grad {k}": p.grad for k, p in leaves.items()})

@@ -9,13 +9,14 @@
 | B7's         |                                 |                   | all                  |
 
 The best set is the newest instruction set that this machine has. Of a function with many cases
-plain `pytest` takes three, evenly spread, and `make test` 24, or all where a backend is one of the
-parameters.
+plain `pytest` takes three and `make test` 24, drawn by their names, or all where a backend is one
+of the parameters.
 """
 
 from __future__ import annotations
 
 import collections
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,16 +78,21 @@ def thin_out(items: Iterable[pytest.Item]) -> None:
         if not any(item.get_closest_marker(tier) for tier in ("exhaustive", "gpu")):
             functions[item.path, item.nodeid.partition("[")[0]].append(item)
     for cases in functions.values():
+        params = getattr(getattr(cases[0], "callspec", None), "params", {})
+        if params.keys().isdisjoint(("backend", "isa")):  # those have come through `marks`
+            cases = _mark_beyond(TESTED_CASES, cases, pytest.mark.exhaustive)
         quick = [item for item in cases if not item.get_closest_marker("slow")]
         _mark_beyond(QUICK_CASES, quick, pytest.mark.slow)
-        # Parameters named backend have come through `marks`.
-        if "backend" not in getattr(getattr(cases[0], "callspec", None), "params", {}):
-            _mark_beyond(TESTED_CASES, cases, pytest.mark.exhaustive)
 
 
-def _mark_beyond(count: int, cases: list[pytest.Item], mark: pytest.MarkDecorator) -> None:
-    if len(cases) > count:
-        kept = {int(i * len(cases) / count) for i in range(count)}
-        for index, item in enumerate(cases):
-            if index not in kept:
-                item.add_marker(mark)
+def _mark_beyond(
+    count: int, cases: list[pytest.Item], mark: pytest.MarkDecorator
+) -> list[pytest.Item]:
+    """Marks all cases but `count`, which it returns.
+
+    They are drawn by a hash of their names: a fixed step would meet one value of a parameter alone.
+    """
+    drawn = sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))
+    for item in drawn[count:]:
+        item.add_marker(mark)
+    return drawn[:count]
