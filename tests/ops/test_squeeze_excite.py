@@ -113,6 +113,8 @@ def test_frozen_subsets_change_no_number(backend: str) -> None:
 def test_range(offset: float, scale: float, dtypes: Dtypes, backend: str) -> None:
     """Gates at both ends of the sigmoid, a mean of many equal values, and tiny ones."""
     call = squeeze_excite_call(case("hw_gt_chunk"), dtypes)
+    if dtypes.x is torch.float16:
+        scale = min(scale, 1e3)  # stock's hidden layer overflows above
     check(call.with_tensors(x=call.x * scale + offset), backend)
 
 

@@ -29,7 +29,8 @@ def staged(
     tensors = {k: None if t is None else t.double() for k, t in call.tensors.items()}
     params, config = params_of(tensors), call.config
     padding = reference.arguments.resolve_padding(config.padding, params.depthwise.weight.shape[-1])
-    layers = mbconv_training.Layers(params.expand, params.depthwise, params.squeeze, params.project)
+    excite = mbconv_training.Excite(*params.squeeze)
+    layers = mbconv_training.Layers(params.expand, params.depthwise, excite, params.project)
     settings = mbconv_training.Settings(
         config.stride, padding, config.residual, EPS, three_modes(call.training)
     )
@@ -41,7 +42,8 @@ def staged(
     results = {"y": y, "grad x": grads.x}
     for name in ("expand", "depthwise", "squeeze", "project"):
         fields = list(type(getattr(params, name) or params.project)._fields)
-        for field, grad in zip(fields, getattr(grads, name), strict=False):
+        found = grads.excite if name == "squeeze" else getattr(grads, name)
+        for field, grad in zip(fields, found, strict=False):
             results[f"grad {name}.{field}"] = grad
     return results
 
@@ -120,7 +122,7 @@ NONE = mbconv_training.Needs(False, (False,) * 3, (False,) * 3, (False,) * 4, (F
     ("needs", "passes"),
     [
         ({"project": (True, False, False)}, 2),
-        ({"squeeze": (False, True, False, False)}, 3),
+        ({"excite": (False, True, False, False)}, 3),
         ({"depthwise": (True, False, True)}, 4),
         ({"expand": (False, True, False)}, 5),
         ({"x": True}, 5),

@@ -241,7 +241,7 @@ def test_names_of_dtypes_and_devices() -> None:
         ({"dtype": torch.float64}, "dtype must be one of torch.float32"),
         ({"device": "tpu"}, "device must be 'cpu' or 'cuda'"),
         ({"plan": "lean"}, "plan must be one of stock, fused for inference"),
-        ({"plan": "fused", "device": "cuda"}, "in fp32 and bf16, not of cuda in fp32"),
+        ({"plan": "fused", "device": "cuda"}, "in fp32 and bf16, not cuda in fp32"),
         ({"plan": "fused", "dtype": torch.float16}, "in fp32 and bf16, not cpu in fp16"),
         ({"optimizer_tensors": -1}, "optimizer_tensors must be an int of at least 0"),
         ({"optimizer_tensors": 1.5}, "optimizer_tensors must be an int of at least 0"),

@@ -127,6 +127,8 @@ def test_saved_is_what_hooks_count(case: str, plan: str, dtype: torch.dtype) -> 
 @EACH_TRAINING_PLAN
 @pytest.mark.parametrize("case", EACH_CASE)
 def test_peak_of_training(case: str, plan: str, dtype: torch.dtype) -> None:
+    if plan == "stock" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the plan of stock is that of oneDNN with AVX-512; others take more memory")
     batch, variant = CASES[case]
     model = network(variant, plan, dtype).train()
     x = images(variant, batch, dtype)
