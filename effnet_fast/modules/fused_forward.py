@@ -108,7 +108,7 @@ def _fits(layer: structure.Layer, given: Input) -> bool:
 def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
     """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
     op = stem_conv_bn_silu if layer.kind == structure.DENSE else dwconv_bn_silu
-    return op(given.x, *layer.tensors, _call(layer, given, _norm(layer)))
+    return op(given.x, layer.tensors, _call(layer, given, _norm(layer)))
 
 
 def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
@@ -208,4 +208,4 @@ def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
     given = None if backend == "reference" else _input(found, POOLED, x, backend)
     if given is None or 0 in x.shape[2:]:
         return None
-    return pointwise_bn_silu_pool(given.x, *found.tensors, _call(found, given, _norm(found)))
+    return pointwise_bn_silu_pool(given.x, found.tensors, _call(found, given, _norm(found)))

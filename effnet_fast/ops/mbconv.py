@@ -30,7 +30,6 @@ from effnet_fast.ops.mbconv_training import (
 )
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import (
-    Layer,
     autocast,
     channels_last,
     empty_nhwc,
@@ -39,7 +38,7 @@ from effnet_fast.ops.registration import (
     register,
 )
 from effnet_fast.ops.statistics import update_running_statistics
-from effnet_fast.reference.arguments import Sides
+from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
     MBConvParams,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.reference.arguments import Sides
+from effnet_fast.reference.arguments import Layer, Sides
 
 Vectors = tuple[Tensor | None, ...]
 
@@ -234,7 +234,7 @@ class Grads(NamedTuple):
     project: Vectors
 
 
-def _normalised_by(layer: tuple[Any, ...], training: bool) -> tuple[Any, Any, Any, Any, Any]:
+def normalised_by(layer: Layer, training: bool) -> tuple[Any, Any, Any, Any, Any]:
     """The layer with no statistics where it normalises by the batch's."""
     weight, bn_weight, bn_bias, mean, var = layer
     return weight, bn_weight, bn_bias, None if training else mean, None if training else var
@@ -248,13 +248,13 @@ def forward(
     z1 = norm1 = None
     h = x
     if layers.expand is not None:
-        h, norm1 = passes.expand(x, *_normalised_by(layers.expand, training[0]), eps[0])
+        h, norm1 = passes.expand(x, *normalised_by(layers.expand, training[0]), eps[0])
         z1 = h
-    depthwise = _normalised_by(layers.depthwise, training[1])
+    depthwise = normalised_by(layers.depthwise, training[1])
     z2, norm2 = passes.depthwise(h, norm1, *depthwise, stride, padding, eps[1])
     pooled, slopes = passes.squeeze(z2, norm2)
     hidden, gate = passes.excite(pooled, *layers.excite)
-    project = _normalised_by(layers.project, training[2])
+    project = normalised_by(layers.project, training[2])
     z3, norm3 = passes.project(z2, norm2, gate, *project, eps[2])
     y = passes.finish(z3, norm3, row_scale, x if residual else None)
     saved = Saved(x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale)
@@ -303,7 +303,7 @@ def backward(
         if z1 is None:
             assert norm1 is not None
             layer = (*layers.expand[:3], norm1[MEAN], norm1[VAR])
-            z1 = passes.expand(x, *_normalised_by(layer, False), eps[0])[0]
+            z1 = passes.expand(x, *normalised_by(layer, False), eps[0])[0]
         h = z1
     f, grad_weight, sums1 = passes.depthwise_backward(
         e, gate, q, z2, norm2, sums2 if training[1] else None, h, norm1, layers.depthwise[0],

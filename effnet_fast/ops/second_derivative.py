@@ -61,7 +61,8 @@ def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     mean, var = (None, None) if training else (norm[MEAN], norm[VAR])
 
     def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        return compose(x, weight, gamma, beta, mean, var, stride, padding, training, 0.0, eps)
+        layer = (weight, gamma, beta, mean, var)
+        return compose(x, layer, stride, padding, training, 0.0, eps)
 
     return (x, weight, bn_weight, bn_bias), function
 

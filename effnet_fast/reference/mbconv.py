@@ -127,9 +127,9 @@ def check_arguments(
     check_image(x)
     h = x
     if params.expand is not None:
-        check_pointwise(x, *params.expand, "silu", None, None, modes[0])
+        check_pointwise(x, params.expand, "silu", None, None, modes[0])
         h = x[:, :1].expand(-1, params.expand.weight.shape[0], -1, -1)
-    sides = check_depthwise(h, *params.depthwise, config.stride, config.padding, modes[1])
+    sides = check_depthwise(h, params.depthwise, config.stride, config.padding, modes[1])
     channels, kernel = params.depthwise.weight.shape[0], params.depthwise.weight.shape[-1]
     reduce_weight, reduce_bias, expand_weight, expand_bias = params.squeeze
     reduced = reduce_weight.shape[0]
@@ -148,7 +148,7 @@ def check_arguments(
     rows = (x.shape[2] + top + bottom - kernel) // config.stride + 1
     columns = (x.shape[3] + left + right - kernel) // config.stride + 1
     image = x[:1, :1, :1, :1].expand(x.shape[0], channels, rows, columns)
-    check_pointwise(image, *params.project, None, None, None, modes[2])
+    check_pointwise(image, params.project, None, None, None, modes[2])
     out = (x.shape[0], params.project.weight.shape[0], rows, columns)
     if config.residual and out != tuple(x.shape):
         raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
