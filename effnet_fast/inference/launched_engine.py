@@ -118,7 +118,7 @@ class LaunchedEngine:
         layers, dtype = block.layers, self.dtype
         geometry = layers.depthwise.geometry
         filters = self._choose("dwconv_bn_silu", kernel=geometry.kernel, stride=geometry.stride[0])
-        gates = self._choose("squeeze_excite", hidden=layers.excite.se_reduce_weight.shape[0])
+        gates = self._choose("squeeze_excite", hidden=layers.excite.reduce_weight.shape[0])
         weight, shift = folded(layers.depthwise)
         self._rounded(weight)  # for its range alone
         return passes.MBConv(

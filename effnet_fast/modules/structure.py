@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from effnet_fast.modules.same_padding import same_padding
-from effnet_fast.ops.mbconv_training import Excite
+from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 PLAIN = (Tensor, nn.Parameter)
 DENSE, DEPTHWISE, POINTWISE = "dense", "depthwise", "pointwise"
@@ -116,7 +116,7 @@ class Block(NamedTuple):
 
     expand: Layer | None
     depthwise: Layer
-    excite: Excite
+    excite: SqueezeExciteParams
     project: Layer
     residual: bool
     drop_probability: float

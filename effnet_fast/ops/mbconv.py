@@ -20,7 +20,6 @@ from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import (
-    Excite,
     Layers,
     Needs,
     Saved,
@@ -42,6 +41,7 @@ from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
     MBConvParams,
+    SqueezeExciteParams,
     Training,
     check_arguments,
     three,
@@ -80,7 +80,9 @@ def _layers(tensors: tuple[Any, ...]) -> Layers:
     expand, depthwise, excite, project = (
         tensors[begin:end] for begin, end in itertools.pairwise(cuts)
     )
-    return Layers(expand if expand[0] is not None else None, depthwise, Excite(*excite), project)
+    return Layers(
+        expand if expand[0] is not None else None, depthwise, SqueezeExciteParams(*excite), project
+    )
 
 
 def _flat(layers: Layers) -> tuple[Any, ...]:
@@ -108,9 +110,8 @@ def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
 def _needs(flags: tuple[bool, ...]) -> Needs:
     """From the flags of x and of the flat list."""
     x, *rest = flags
-    expand, depthwise, excite, project = _layers((*rest,))
-    assert expand is not None  # a flag is never None
-    return Needs(x, expand[:3], depthwise[:3], excite, project[:3])
+    layers: Any = _layers((*rest,))
+    return Needs(x, layers.expand[:3], layers.depthwise[:3], layers.excite, layers.project[:3])
 
 
 def _laid_out(saved: Saved) -> Saved:
@@ -269,7 +270,7 @@ def mbconv(
         chosen = _without_kernel(backend, "row_scale requires a gradient, which only it gives")
     if chosen == "reference":
         return reference.mbconv(x, params, config, training=training, row_scale=row_scale)
-    layers = Layers(params.expand, params.depthwise, Excite(*params.squeeze), params.project)
+    layers = Layers(params.expand, params.depthwise, params.squeeze, params.project)
     modes = zip(three_modes(training), three(config.momentum), three(config.eps), strict=True)
     norms = tuple(Norm(*mode) for mode in modes)
     stride = (config.stride, config.stride)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.reference.arguments import Layer, Sides
+from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 Vectors = tuple[Tensor | None, ...]
 
@@ -166,21 +167,12 @@ class Passes(Protocol):
         """dx, the residual's gradient included, and dW1."""
 
 
-class Excite(NamedTuple):
-    """Squeeze-and-excitation's layers: weights [R,C,1,1] and [C,R,1,1], biases [R], [C] or None."""
-
-    se_reduce_weight: Any
-    se_reduce_bias: Any
-    se_expand_weight: Any
-    se_expand_bias: Any
-
-
 class Layers(NamedTuple):
     """expand, depthwise, project: weight, bn_weight, bn_bias, mean, var; expand may be None."""
 
     expand: tuple[Any, ...] | None
     depthwise: tuple[Any, ...]
-    excite: Excite
+    excite: SqueezeExciteParams
     project: tuple[Any, ...]
 
 
@@ -293,7 +285,7 @@ def backward(
         return Grads(None, expand, depthwise, excite, project)
     q, sums2, *layer_grads = passes.excite_backward(
         sums, slopes, pooled, hidden, gate,
-        layers.excite.se_reduce_weight, layers.excite.se_expand_weight, z2.shape[2] * z2.shape[3],
+        layers.excite.reduce_weight, layers.excite.expand_weight, z2.shape[2] * z2.shape[3],
     )  # fmt: skip
     excite = _pick(needs.excite, *layer_grads)
     if not to_depthwise:

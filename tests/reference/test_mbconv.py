@@ -41,7 +41,8 @@ def staged(
     results = {"y": y, "grad x": grads.x}
     for name in ("expand", "depthwise", "squeeze", "project"):
         fields = list(type(getattr(params, name) or params.project)._fields)
-        for field, grad in zip(fields, getattr(grads, name), strict=False):
+        found = getattr(grads, "excite" if name == "squeeze" else name)
+        for field, grad in zip(fields, found, strict=False):
             results[f"grad {name}.{field}"] = grad
     return results
 
@@ -120,7 +121,7 @@ NONE = mbconv_training.Needs(False, (False,) * 3, (False,) * 3, (False,) * 4, (F
     ("needs", "passes"),
     [
         ({"project": (True, False, False)}, 2),
-        ({"squeeze": (False, True, False, False)}, 3),
+        ({"excite": (False, True, False, False)}, 3),
         ({"depthwise": (True, False, True)}, 4),
         ({"expand": (False, True, False)}, 5),
         ({"x": True}, 5),

@@ -22,7 +22,7 @@ from effnet_fast.modules.structure import (
     refuse_hooks,
     require,
 )
-from effnet_fast.ops.mbconv_training import Excite
+from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _MISSING = object()
@@ -131,7 +131,7 @@ _SQUEEZE_KINDS = {
 _SQUEEZE_NAMES = tuple(_SQUEEZE_KINDS)
 
 
-def _excite(module: nn.Module, channels: int) -> Excite:
+def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
     """Takes a SqueezeExcitation apart."""
     require(module, layers.SqueezeExcitation)
     children = module.__dict__["_modules"]
@@ -157,7 +157,7 @@ def _excite(module: nn.Module, channels: int) -> Excite:
     pooled = children["avgpool"].output_size
     if pooled not in (1, (1, 1)):
         raise RefusedError(f".avgpool pools to {pooled}")
-    return Excite(*tensors)
+    return SqueezeExciteParams(*tensors)
 
 
 _BLOCK_CHILDREN = (("0", "1", "2"), ("0", "1", "2", "3"))
