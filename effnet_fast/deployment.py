@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from effnet_fast import backends
 from effnet_fast.backends import native
 from effnet_fast.inference.cuda_graphs import LIMIT
-from effnet_fast.inference.engine import Engine, run_network
 from effnet_fast.inference.network_spec import NetworkSpec
 from effnet_fast.inference.parts import changed_method
-from effnet_fast.inference.snapshot import ONE_CALL, Snapshot, SnapshotKeeper
+from effnet_fast.inference.snapshot import (
+    ONE_CALL,
+    Engine,
+    Snapshot,
+    SnapshotKeeper,
+    run_network,
+)
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError

@@ -22,7 +22,7 @@ from effnet_fast.checkpoints.families import (
     is_inception_normalised,
     timm_family,
 )
-from effnet_fast.checkpoints.naming import NAMINGS, SHOWN, complete, convert, naming_of
+from effnet_fast.checkpoints.naming import NAMINGS, complete, convert, first_of, naming_of
 from effnet_fast.checkpoints.reading import read
 from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
 
@@ -238,10 +238,8 @@ def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             if state[key].is_floating_point() != own[key].is_floating_point()
         ],
     }
-    problems = [f"{len(found)} {kind} ({_first(found)})" for kind, found in kinds.items() if found]
+    problems = [
+        f"{len(found)} {kind} ({first_of(found)})" for kind, found in kinds.items() if found
+    ]
     if problems:
         raise ValueError(f"weights do not fit the model: {'; '.join(problems)}")
-
-
-def _first(items: list[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

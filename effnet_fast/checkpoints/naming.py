@@ -186,7 +186,7 @@ def convert(
         converted[f"{names[module]}.{leaf}"] = value
     if unknown:
         raise ValueError(
-            f"{len(unknown)} names that {found}'s EfficientNet lacks ({_first(unknown)})"
+            f"{len(unknown)} names that {found}'s EfficientNet lacks ({first_of(unknown)})"
         )
     return _reshape_squeeze_excite(converted, target)
 
@@ -287,5 +287,6 @@ def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, 
     return state
 
 
-def _first(items: list[str]) -> str:
+def first_of(items: list[str]) -> str:
+    """The first few of the names, for an error message."""
     return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

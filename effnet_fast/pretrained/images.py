@@ -216,7 +216,7 @@ def preset(variant: Preprocessing) -> ImageClassification:
     )
 
 
-def preprocess(image: Image.Image, variant: Preprocessing) -> Tensor:
+def preprocess(image: Image.Image, variant: Variant) -> Tensor:
     """Prepares an image for evaluation as `variant` prescribes (resize, crop, interpolation).
 
     Args:

@@ -266,14 +266,7 @@ class EfficientNet_B7_Weights(WeightsEnum):
 
 
 ENUMS: dict[str, type[WeightsEnum]] = {
-    "efficientnet_b0": EfficientNet_B0_Weights,
-    "efficientnet_b1": EfficientNet_B1_Weights,
-    "efficientnet_b2": EfficientNet_B2_Weights,
-    "efficientnet_b3": EfficientNet_B3_Weights,
-    "efficientnet_b4": EfficientNet_B4_Weights,
-    "efficientnet_b5": EfficientNet_B5_Weights,
-    "efficientnet_b6": EfficientNet_B6_Weights,
-    "efficientnet_b7": EfficientNet_B7_Weights,
+    enum.__name__.removesuffix("_Weights").lower(): enum for enum in WeightsEnum.__subclasses__()
 }
 
 

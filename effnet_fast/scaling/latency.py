@@ -16,7 +16,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -25,7 +24,7 @@ from effnet_fast import timing
 from effnet_fast.backends import can_run
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import Variant, custom_variant
-from effnet_fast.scaling.conditions import DTYPE_NAMES, DTYPES, Conditions
+from effnet_fast.scaling.conditions import DTYPES, Conditions, to_json
 from effnet_fast.scaling.counts import groups
 from effnet_fast.scaling.solver import solve_nonnegative
 
@@ -176,7 +175,7 @@ class LatencyModel:
 
     def save(self, path: str | Path) -> None:
         """Writes everything to a JSON file."""
-        content = asdict(self) | {"format": FORMAT, "conditions": _to_json(self.conditions)}
+        content = asdict(self) | {"format": FORMAT, "conditions": to_json(self.conditions)}
         Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -215,10 +214,6 @@ def _check_amounts(amounts: Iterable[object]) -> None:
         number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
         if not (number and 0 <= amount < math.inf):  # type: ignore[operator]
             raise ValueError(f"a price or an error is {amount!r}, not a number of at least 0")
-
-
-def _to_json(conditions: Conditions) -> dict[str, Any]:
-    return {**vars(conditions), "dtype": DTYPE_NAMES[conditions.dtype]}
 
 
 def fit_prices(samples: Iterable[Sample], conditions: Conditions, plan: str) -> Prices:

@@ -110,14 +110,7 @@ narrow          done            -       x
 expand          data            x       eexu
 project         residual_bwd    -       y
 """
-_LEAN = """
-expand          convolution     eu      -
-depthwise       convolution     dw      -
-expand          done            -       e
-squeeze_excite  squeeze         CCCRC   -
-project         convolution     yv      -
-project         finish          y       -
-"""
+_LEAN = _FAST.replace("squeeze_excite", "expand          done            -       e\nsqueeze_excite")
 _LEAN_BACKWARD = _FAST_BACKWARD.replace(
     "depthwise       backward",
     "expand          recompute       e       -\ndepthwise       backward",

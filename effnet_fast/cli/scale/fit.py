@@ -24,6 +24,7 @@ from effnet_fast.scaling import (
     fit,
     max_batch,
 )
+from effnet_fast.scaling.conditions import to_json
 from effnet_fast.scaling.latency import bursts
 
 # Option, its type, name of fit's argument, help.
@@ -77,10 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     conditions = options.conditions_of(arguments)
     report = batch_report(arguments, conditions) if arguments.max_batch else None
     report = report or fit_report(arguments, conditions)
-    if arguments.json:
-        common.print_json(report)
-    else:
-        _print_report(report)
+    common.print_report(arguments, report, _print_report)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -149,7 +147,7 @@ def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[st
         "limits": {name: limit for name, limit in limits.items() if limit is not None},
         "shares": result.shares,
         "memory": vars(result.memory),
-        "conditions": options.conditions_json(conditions),
+        "conditions": to_json(conditions),
         "rule": vars(rule),
     }
     if latency is not None:
@@ -212,7 +210,7 @@ def batch_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[
     report["max_batch"] = batch
     report["memory_limit"] = arguments.memory
     report["memory"] = vars(conditions.memory(variant))
-    report["conditions"] = options.conditions_json(conditions)
+    report["conditions"] = to_json(conditions)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from effnet_fast.cli import common
@@ -66,10 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if arguments.plot:
         plot.table(arguments.plot, report)
-    if arguments.json:
-        common.print_json(report)
-    else:
-        _print_report(report, rule)
+    common.print_report(arguments, report, partial(_print_report, rule=rule))
 
 
 def network_report(
