@@ -188,7 +188,10 @@ class DeployedEfficientNet(nn.Module):
                 device or asks for a gradient; something traces or transforms the call; or the
                 source can no longer be deployed.
         """
-        _refuse_tracing()
+        if observed.is_recorded():  # what records the operators would not see what fills the result
+            raise RuntimeError(
+                "a deployed network cannot be traced: trace or export the model it was made of"
+            )
         _refuse_hooks(self.source)
         engine = self._packed.engine(self.source)
         _check_images(x, engine.device, self.backend)
@@ -280,14 +283,6 @@ def _refusal(
 def _refuse_hooks(model: nn.Module) -> None:
     if model._forward_hooks or model._forward_pre_hooks:
         raise _refusal(model, "it has a hook", "remove it, or register it on what deploy returns")
-
-
-def _refuse_tracing() -> None:
-    """Raises where something records the operators: it would not see what fills the result."""
-    if observed.is_recorded():
-        raise RuntimeError(
-            "a deployed network cannot be traced: trace or export the model it was made of"
-        )
 
 
 def _check_images(x: Tensor, device: torch.device, backend: str) -> None:

@@ -15,13 +15,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from effnet_fast.checkpoints.families import (
-    FAMILIES,
-    Family,
-    check_family,
-    is_inception_normalised,
-    timm_family,
-)
+from effnet_fast.checkpoints import families
+from effnet_fast.checkpoints.families import FAMILIES, Family, check_family
 from effnet_fast.checkpoints.naming import NAMINGS, complete, convert, first_of, naming_of
 from effnet_fast.checkpoints.reading import read
 from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
@@ -154,7 +149,7 @@ def open_checkpoint(
     assumption = ""
     if family == "auto":
         family, assumption = _find_family(content.metadata, naming, hints)
-    inception = is_inception_normalised(hints) or (
+    inception = families.is_inception_normalised(hints) or (
         content.metadata.get(NORMALISATION_ENTRY) == INCEPTION
     )
     return Checkpoint(state, family, naming, assumption, inception)
@@ -168,7 +163,7 @@ def _find_family(
         return metadata[FAMILY_ENTRY], ""
     if naming != "timm":
         return naming, ""
-    if family := timm_family(hints):
+    if family := families.timm_family(hints):
         return family, ""
     return "timm", (
         "timm's plain network is assumed (symmetric padding, eps 1e-5), as nothing tells it from "

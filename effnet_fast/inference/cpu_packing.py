@@ -128,13 +128,7 @@ def pack_stem(packed: Packed, layer: structure.Layer) -> None:
 
 
 def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
-    """Adds an MBConv.
-
-    Args:
-        packed: where to.
-        block: what it consists of.
-        tap: which output shows its result, -1 for none.
-    """
+    """Adds an MBConv; tap: which output shows its result, -1 for none."""
     depthwise, layout = block.depthwise, packed.format
     weight, shift = folded(depthwise)
     channels = weight.shape[0]

@@ -108,13 +108,9 @@ def _at(place: str) -> Iterator[None]:
 
 
 def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
-    """The kernels' form of an EfficientNet or EfficientNetFeatures.
+    """The kernels' form of an EfficientNet or EfficientNetFeatures, all of it on `device`.
 
     A subclass may have a forward of its own: it is what calls the one that this stands in for.
-
-    Args:
-        model: the network.
-        device: where all that is packed has to be.
 
     Raises:
         RefusedError: it has none, with the reason.

@@ -68,9 +68,7 @@ def is_patched(model: nn.Module) -> bool:
 def changed_method(model: Any, names: Collection[str] = METHODS) -> str | None:
     """Which of the methods is not that of the class that wrote `inference_parts`, in words.
 
-    Args:
-        model: the network.
-        names: those that a subclass may not override; an instance may patch none.
+    A subclass may not override `names`; an instance may patch none of METHODS.
     """
     if is_patched(model):
         return f"its {min(METHODS.intersection(model.__dict__))} is patched"

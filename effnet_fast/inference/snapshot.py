@@ -70,17 +70,13 @@ class Snapshot:
         device: where all that is packed has to be.
         graphs: CUDA graphs that an engine keeps at most.
 
-    Attributes:
-        spec: what the engines run.
-        engines: those packed so far, by dtype and backend.
-
     Raises:
         RefusedError: no engine can run the network, with the reason.
     """
 
     def __init__(self, model: Any, device: torch.device = CPU, graphs: int = 0) -> None:
         self.spec: NetworkSpec = spec_of(model, device)
-        self.engines: dict[tuple[torch.dtype, str], Engine] = {}
+        self.engines: dict[tuple[torch.dtype, str], Engine] = {}  # by dtype and backend
         self._kind, self._device, self._graphs = type(model), device, graphs
         self._watch = staleness.watch(model, self.spec.modules, self.spec.tensors())
         self._lock = threading.Lock()
@@ -117,11 +113,7 @@ class Snapshot:
 
 
 class SnapshotKeeper:
-    """The latest snapshot of one network; copies and pickles of a keeper hold none.
-
-    Attributes:
-        snapshot: the latest, None for none.
-    """
+    """The latest snapshot of one network; copies and pickles of a keeper hold none."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -146,13 +146,8 @@ def _row_scale(block: structure.Block, x: Tensor) -> Tensor:
 def run(module: Any, x: Tensor) -> Tensor:
     """The module's forward: fused where its structure, the backend and x allow it, else stock.
 
-    Args:
-        module: whose forward this is, of a class that `structure` reads; `forward_stock` is the
-            unfused one.
-        x: [N,Cin,H,W].
-
     Returns:
-        y [N,Cout,Ho,Wo], what `module.forward_stock(x)` gives up to rounding.
+        y [N,Cout,Ho,Wo] of x [N,Cin,H,W], what `module.forward_stock(x)` gives up to rounding.
 
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
@@ -193,13 +188,9 @@ def poolable_layer(module: nn.Module) -> structure.Layer | None:
 
 
 def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
-    """The mean over H and W [N,Cout] of a layer's forward, whose result is never written.
+    """The mean over H and W [N,Cout] of a layer's forward on x [N,Cin,H,W], never written itself.
 
     None where no kernel does it: the module's own forward then does.
-
-    Args:
-        found: of `poolable_layer`.
-        x: [N,Cin,H,W].
 
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
