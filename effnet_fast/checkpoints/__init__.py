@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from effnet_fast.checkpoints import families
 from effnet_fast.checkpoints.families import FAMILIES, Family, check_family
 from effnet_fast.checkpoints.naming import NAMINGS, complete, convert, first_of, naming_of
-from effnet_fast.checkpoints.reading import read
+from effnet_fast.checkpoints.reading import naming_file, read
 from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
 
 __all__ = [
@@ -138,13 +138,11 @@ def open_checkpoint(
 
         path = os.fspath(downloads.fetch(given, progress=progress))
     content = read(path, ema=ema)
-    try:
+    with naming_file(path):
         naming = naming_of(content.state)
         if names_too and family != "auto" and FAMILIES[family].naming != naming:
             raise ValueError(f"parameters are named as {naming} names them, not as {family} does")
         state = complete(convert(content.state))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     hints = (content.architecture, *reversed(Path(given).parts))
     assumption = ""
     if family == "auto":
@@ -183,10 +181,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], format: str = "aut
     """
     check_family(format, FORMATS, "format")
     checkpoint = open_checkpoint(path, format, names_too=True)
-    try:
+    with naming_file(os.fspath(path)):
         check(model, checkpoint.state)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from error
     model.load_state_dict(checkpoint.state, strict=True)
     if difference := _difference(model, FAMILIES[checkpoint.family]):
         warnings.warn(

@@ -174,7 +174,10 @@ def convert(
     if found == target:
         return dict(state)
     if found == "nvidia":
-        state = {_modern_nvidia(key): value for key, value in state.items()}
+        state = {
+            _OLD_NVIDIA_STAGE.sub(lambda match: f"layers.{int(match[1]) - 1}.", key): value
+            for key, value in state.items()
+        }
     structure = structure_of(state, found)
     names = dict(zip(_modules(found, structure), _modules(target, structure), strict=True))
     converted, unknown = {}, []
@@ -267,10 +270,6 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
             index += 1
     yield from (name.format(head=len(structure) + 1) for name in rules.head)
     yield rules.classifier
-
-
-def _modern_nvidia(key: str) -> str:
-    return _OLD_NVIDIA_STAGE.sub(lambda match: f"layers.{int(match[1]) - 1}.", key)
 
 
 def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, Tensor]:

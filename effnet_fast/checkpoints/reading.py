@@ -7,6 +7,7 @@ Nothing that a file holds is executed: `.safetensors` files are read by safetens
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -71,6 +72,15 @@ class Content:
     architecture: str = ""
 
 
+@contextlib.contextmanager
+def naming_file(path: object) -> Iterator[None]:
+    """Puts a file's name before what is wrong with its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     """Reads a checkpoint.
 
@@ -97,10 +107,8 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
         raise
     except Exception as error:  # on garbage, either reader raises whatever it trips over
         raise ValueError(f"{name}: truncated or corrupt weights file") from error
-    try:
+    with naming_file(name):
         state, beside = _state_dict(content, ema)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     return Content(state, {**beside, **metadata}, _architecture(content) or _hub_architecture(name))
 
 

@@ -85,10 +85,6 @@ def _layers(tensors: tuple[Any, ...]) -> Layers:
     )
 
 
-def _flat(layers: Layers) -> tuple[Any, ...]:
-    return (*(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project)
-
-
 def _without_statistics(layers: Layers) -> tuple[Any, ...]:
     """The flat list without running statistics, which may move before backward: it reads norms."""
     expand, depthwise, project = (
@@ -200,7 +196,8 @@ def apply(
     settings = Settings(stride, call.padding, residual, eps, training)
     _check_values_per_channel(x, layers, settings)
     if call.needs_grad:
-        y, *norms = MBConv.apply(x, row_scale, settings, memory, backend, *_flat(layers))
+        flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project
+        y, *norms = MBConv.apply(x, row_scale, settings, memory, backend, *flat)
     else:
         y, saved = forward(passes(backend), x, row_scale, layers, settings)
         norms = [saved.norm1, saved.norm2, saved.norm3]
