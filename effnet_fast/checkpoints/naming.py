@@ -25,24 +25,15 @@ Structure = list[list[bool]]
 
 @dataclass(frozen=True)
 class Naming:
-    """Names of modules; {stage}, {after} = stage + 1, {block} and {index} count from 0.
+    """Names of modules; {stage}, {after} = stage + 1, {block} and {index} count from 0."""
 
-    Args:
-        stem, head: convolution and norm; {head} in the latter is the stage after the last, plus 1.
-        block: what the names within a block begin with; {index} counts over all stages.
-        expanded: expansion and norm, depthwise and norm, squeeze, excite, projection and norm.
-        plain: the same without expansion.
-        classifier: the linear layer.
-        linear_se: whether squeeze and excite are linear layers.
-    """
-
-    stem: tuple[str, str]
-    block: str
-    expanded: tuple[str, ...]
-    plain: tuple[str, ...]
-    head: tuple[str, str]
-    classifier: str
-    linear_se: bool = False
+    stem: tuple[str, str]  # convolution and norm
+    block: str  # what names within a block begin with; {index} counts over all stages
+    expanded: tuple[str, ...]  # expand, norm, depthwise, norm, squeeze, excite, project, norm
+    plain: tuple[str, ...]  # the same without expansion
+    head: tuple[str, str]  # convolution and norm; {head} is the stage after the last, plus 1
+    classifier: str  # the linear layer
+    linear_se: bool = False  # whether squeeze and excite are linear layers
 
     @property
     def stem_key(self) -> str:

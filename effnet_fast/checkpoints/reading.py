@@ -58,18 +58,13 @@ _NEEDED = re.compile(r"GLOBAL (\S+)")  # in the message with which torch refuses
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds.
+    """What a file holds."""
 
-    Args:
-        state: named tensors on the CPU, as the file names them but for wrappers' prefixes.
-        metadata: a safetensors file's text entries, or those that this package's networks put
-            into the attribute of a state dict in which PyTorch keeps versions of modules.
-        architecture: the model's name where the file, or config.json beside it, has it, else "".
-    """
-
-    state: dict[str, Tensor]
+    state: dict[str, Tensor]  # on the CPU, as the file names them but for wrappers' prefixes
+    # A safetensors file's text entries, or those that this package's networks put into the
+    # attribute of a state dict in which PyTorch keeps versions of modules.
     metadata: dict[str, str] = field(default_factory=dict)
-    architecture: str = ""
+    architecture: str = ""  # the model's name where the file, or config.json beside it, has it
 
 
 @contextlib.contextmanager

@@ -92,17 +92,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Classifier:
-    """The model in evaluation mode, its size, and the preset of its weights.
-
-    Args:
-        preset: how images are prepared.
-        weights: a file or the full name of published ones; None for random ones.
-    """
+    """The model in evaluation mode, its size, and the preset of its weights."""
 
     model: EfficientNet
     size: str
-    preset: images.ImageClassification
-    weights: str | None
+    preset: images.ImageClassification  # how images are prepared
+    weights: str | None  # a file or the full name of published ones; None for random ones
 
     @property
     def classes(self) -> int:

@@ -21,15 +21,10 @@ UNIT = 16  # channels
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are packed.
+    """How weights are packed."""
 
-    Attributes:
-        bf16: pairs of bf16 instead of fp32.
-        tile_units: units of 16 output channels in a panel.
-    """
-
-    bf16: bool
-    tile_units: int
+    bf16: bool  # pairs of bf16 instead of fp32
+    tile_units: int  # units of 16 output channels in a panel
 
     def padded(self, channels: int) -> int:
         """Channels with those that fill the last block of a cache line."""

@@ -32,17 +32,11 @@ NO_NORM = Norm(False, 0.0, 0.0, False)
 
 
 class Input(NamedTuple):
-    """Images as an op takes them.
+    """Images as an op takes them."""
 
-    Attributes:
-        x: [N,Cin,H,W], cast where autocast is on.
-        backend: that runs the op.
-        autocast: its dtype, None where it is off.
-    """
-
-    x: Tensor
-    backend: str
-    autocast: torch.dtype | None
+    x: Tensor  # [N,Cin,H,W], cast where autocast is on
+    backend: str  # that runs the op
+    autocast: torch.dtype | None  # its dtype, None where it is off
 
 
 def op_args(

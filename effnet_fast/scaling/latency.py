@@ -96,15 +96,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prices:
-    """What a plan pays for each of `FEATURES`.
+    """What a plan pays for each of `FEATURES`."""
 
-    Args:
-        seconds: by feature, per block, multiply-add or byte.
-        median_error, largest_error: relative, of networks predicted by a fit without them.
-    """
-
-    seconds: dict[str, float]
-    median_error: float
+    seconds: dict[str, float]  # by feature, per block, multiply-add or byte
+    median_error: float  # relative, as the largest, of networks predicted by a fit without them
     largest_error: float
 
 

@@ -131,12 +131,7 @@ _FUSED_HEAD_BACKWARD = "edge pool_bwd C cc\nedge backward x xyVCCC"
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps forward and, in training, backward, of a block, of the stem and of the head.
-
-    Args:
-        shared: whether two buffers, of the sizes of e and d, serve all blocks and outlast the
-            pass: in inference the forward pass, in training the backward pass.
-    """
+    """Steps forward and, in training, backward, of a block, of the stem and of the head."""
 
     block: Steps
     stem: Steps
@@ -144,6 +139,8 @@ class Plan:
     block_backward: Steps = ()
     stem_backward: Steps = ()
     head_backward: Steps = ()
+    # Whether two buffers, of the sizes of e and d, serve all blocks and outlast the pass: in
+    # inference the forward pass, in training the backward pass.
     shared: bool = False
 
 
