@@ -139,7 +139,7 @@ def squeeze_excite(
     Source: Hu et al. (arXiv 1709.01507), equations 2 to 4.
     """
     parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    check_arguments(x, *parameters)
+    check_arguments(x, parameters)
     chosen = resolve(backend, "squeeze_excite", OpArgs(x, parameters))
     if chosen == "reference":
         return reference.squeeze_excite(x, *parameters)

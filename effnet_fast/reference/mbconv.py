@@ -136,7 +136,7 @@ def check_arguments(
     rows = (x.shape[2] + top + bottom - kernel) // config.stride + 1
     columns = (x.shape[3] + left + right - kernel) // config.stride + 1
     image = x[:1, :1, :1, :1].expand(x.shape[0], channels, rows, columns)
-    check_squeeze_excite(image, *params.squeeze)
+    check_squeeze_excite(image, params.squeeze)
     check_pointwise(image, params.project, None, None, None, modes[2])
     out = (x.shape[0], params.project.weight.shape[0], rows, columns)
     if config.residual and out != tuple(x.shape):
