@@ -19,13 +19,7 @@ from effnet_fast.backends import native
 from effnet_fast.inference.cuda_graphs import LIMIT
 from effnet_fast.inference.network_spec import NetworkSpec
 from effnet_fast.inference.parts import changed_method
-from effnet_fast.inference.snapshot import (
-    ONE_CALL,
-    Engine,
-    Snapshot,
-    SnapshotKeeper,
-    run_network,
-)
+from effnet_fast.inference.snapshot import ONE_CALL, Engine, Snapshot, SnapshotKeeper, run_network
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import backends
-from effnet_fast.inference.snapshot import (
-    ONE_CALL,
-    Engine,
-    Snapshot,
-    SnapshotKeeper,
-    run_network,
-)
+from effnet_fast.inference.snapshot import ONE_CALL, Engine, Snapshot, SnapshotKeeper, run_network
 from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError
 

@@ -16,13 +16,7 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
-from effnet_fast.ops.registration import (
-    autocast,
-    channels_last,
-    empty_nhwc,
-    nhwc,
-    register,
-)
+from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.dwconv_bn_silu import check_arguments

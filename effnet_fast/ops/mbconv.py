@@ -19,23 +19,9 @@ from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
 from effnet_fast.ops.mbconv_passes import passes
-from effnet_fast.ops.mbconv_training import (
-    Layers,
-    Needs,
-    Saved,
-    Settings,
-    backward,
-    forward,
-)
+from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, Settings, backward, forward
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.ops.registration import (
-    autocast,
-    channels_last,
-    empty_nhwc,
-    fp32,
-    nhwc,
-    register,
-)
+from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (

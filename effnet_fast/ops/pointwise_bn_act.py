@@ -10,11 +10,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops.call import wants_gradient
-from effnet_fast.ops.registration import (
-    autocast,
-    empty_nhwc,
-    register,
-)
+from effnet_fast.ops.registration import autocast, empty_nhwc, register
 from effnet_fast.reference.pointwise_bn_act import check_arguments
 
 

@@ -21,14 +21,7 @@ from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.ops.registration import (
-    autocast,
-    channels_last,
-    dense,
-    empty_nhwc,
-    nhwc,
-    register,
-)
+from effnet_fast.ops.registration import autocast, channels_last, dense, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.arguments import Layer
 from effnet_fast.reference.pointwise_bn_silu_pool import check_arguments

@@ -22,13 +22,7 @@ from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.norms import MEAN, VAR, empty_norm
-from effnet_fast.ops.registration import (
-    Ints,
-    autocast,
-    empty_nhwc,
-    nhwc,
-    register,
-)
+from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments

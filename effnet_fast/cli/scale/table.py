@@ -10,14 +10,7 @@ from effnet_fast.cli import common
 from effnet_fast.cli.scale import options, plot, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.models.variants import Variant
-from effnet_fast.scaling import (
-    CompoundScaling,
-    Conditions,
-    count,
-    count_memory,
-    published,
-    traffic,
-)
+from effnet_fast.scaling import CompoundScaling, Conditions, count, count_memory, published, traffic
 from effnet_fast.scaling.compound import Point
 from effnet_fast.scaling.conditions import DTYPES
 from effnet_fast.scaling.memory_plans import PLANS as MEMORY_PLANS

@@ -17,14 +17,7 @@ from effnet_fast.ops.cpu.dwconv_bn_silu import addresses_of, filter_shape
 from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.mbconv_passes import empty_weight_grad
 from effnet_fast.ops.norms import empty_norm
-from effnet_fast.ops.registration import (
-    address,
-    empty_nhwc,
-    is_bf16,
-    isa_of,
-    native_weight,
-    nhwc,
-)
+from effnet_fast.ops.registration import address, empty_nhwc, is_bf16, isa_of, native_weight, nhwc
 from effnet_fast.ops.squeeze_excite import native_layers
 
 
