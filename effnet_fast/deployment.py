@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from effnet_fast import backends
 from effnet_fast.backends import native
 from effnet_fast.inference.cuda_graphs import LIMIT
-from effnet_fast.inference.engine import Engine, run_network
 from effnet_fast.inference.network_spec import NetworkSpec
 from effnet_fast.inference.parts import changed_method
-from effnet_fast.inference.snapshot import Snapshot, SnapshotKeeper, runs_in_one_call
+from effnet_fast.inference.snapshot import (
+    Engine,
+    Snapshot,
+    SnapshotKeeper,
+    run_network,
+    runs_in_one_call,
+)
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError
@@ -186,7 +191,10 @@ class DeployedEfficientNet(nn.Module):
                 device or asks for a gradient; something traces or transforms the call; or the
                 source can no longer be deployed.
         """
-        _refuse_tracing()
+        if observed.is_recorded():  # what records the operators would not see what fills the result
+            raise RuntimeError(
+                "a deployed network cannot be traced: trace or export the model it was made of"
+            )
         _refuse_hooks(self.source)
         engine = self._packed.engine(self.source)
         _check_images(x, engine.device, self.backend)
@@ -278,14 +286,6 @@ def _refusal(
 def _refuse_hooks(model: nn.Module) -> None:
     if model._forward_hooks or model._forward_pre_hooks:
         raise _refusal(model, "it has a hook", "remove it, or register it on what deploy returns")
-
-
-def _refuse_tracing() -> None:
-    """Raises where something records the operators: it would not see what fills the result."""
-    if observed.is_recorded():
-        raise RuntimeError(
-            "a deployed network cannot be traced: trace or export the model it was made of"
-        )
 
 
 def _check_images(x: Tensor, device: torch.device, backend: str) -> None:

@@ -18,17 +18,12 @@ CallFor = Callable[[Callable[[], object], float, int], list[float]]
 
 @dataclass(frozen=True)
 class Timing:
-    """What one contestant took per call, milliseconds over all rounds.
-
-    Args:
-        median, p20, p80: the 50th, 20th and 80th percentile.
-        samples: every timed call, in order.
-    """
+    """What one contestant took per call, milliseconds over all rounds."""
 
     median: float
-    p20: float
-    p80: float
-    samples: tuple[float, ...]
+    p20: float  # the 20th percentile
+    p80: float  # the 80th percentile
+    samples: tuple[float, ...]  # every timed call, in order
 
     @property
     def calls(self) -> int:

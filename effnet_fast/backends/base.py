@@ -21,21 +21,13 @@ Launcher = Callable[..., Any]
 
 
 class OpArgs(NamedTuple):
-    """What decides whether a backend can run a call.
+    """What decides whether a backend can run a call."""
 
-    Attributes:
-        x: input [N,C,H,W].
-        others: the other floating tensors of the call (None where absent).
-        kernel: spatial kernel size, 1 where there is none.
-        stride: spatial stride.
-        inference: whether BN is in eval mode and no gradient is wanted.
-    """
-
-    x: torch.Tensor
-    others: tuple[torch.Tensor | None, ...] = ()
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-    inference: bool = False
+    x: torch.Tensor  # input [N,C,H,W]
+    others: tuple[torch.Tensor | None, ...] = ()  # the other floating tensors, None where absent
+    kernel: tuple[int, int] = (1, 1)  # spatial kernel size, 1 where there is none
+    stride: int = 1  # spatial
+    inference: bool = False  # whether BN is in eval mode and no gradient is wanted
 
 
 # Why a backend cannot run (op, args, instruction set), None where it can. Without args it is asked

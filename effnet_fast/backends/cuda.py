@@ -21,33 +21,28 @@ def _cuda_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return reason
     on_cuda = args is not None and args.x.device.type == "cuda"
     device = args.x.device.index if args is not None and on_cuda else 0
-    if reason := _probe(device) or _op_reason(op):
-        return reason
-    if args is None:
-        return None
-    if not on_cuda:
-        return f"x is on {args.x.device}, the cuda backend takes CUDA tensors"
-    return kernel_reason("cuda", CUDA_DTYPES, op, args) or _size_reason("cuda", op, args)
+    return _probe(device) or _call_reason("cuda", "cuda", op, args)
 
 
 def _simt_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
-    if reason := native.simt_unavailable_reason() or _op_reason(op):
-        return reason
+    return native.simt_unavailable_reason() or _call_reason("simt", "cpu", op, args)
+
+
+def _call_reason(backend: str, device: str, op: str, args: OpArgs | None) -> str | None:
+    """Why the kernels, which take tensors of this type of device, cannot run a call."""
+    if op not in CUDA_OPS:
+        return f"this version has no CUDA kernel for {op}"
     if args is None:
         return None
-    if args.x.device.type != "cpu":
-        return f"x is on {args.x.device}, the simt backend takes CPU tensors"
-    return kernel_reason("simt", CUDA_DTYPES, op, args) or _size_reason("simt", op, args)
+    if args.x.device.type != device:
+        return f"x is on {args.x.device}, the {backend} backend takes {device.upper()} tensors"
+    return kernel_reason(backend, CUDA_DTYPES, op, args) or _size_reason(backend, op, args)
 
 
 def _probe(device: int) -> str | None:
     if device not in _probes:
         _probes[device] = native.load().cuda_probe(device)
     return _probes[device] or None
-
-
-def _op_reason(op: str) -> str | None:
-    return None if op in CUDA_OPS else f"this version has no CUDA kernel for {op}"
 
 
 def _size_reason(backend: str, op: str, args: OpArgs) -> str | None:

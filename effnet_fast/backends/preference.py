@@ -9,23 +9,14 @@ from typing import NamedTuple
 
 
 class Preference(NamedTuple):
-    """One row.
+    """One row."""
 
-    Attributes:
-        device: type of x's device.
-        op: the op's name; "*" for every op without a row of its own.
-        order: backends, the preferred one first; none to leave the call to the reference.
-        source: "heuristic", or "measured(DEVICE, COMMIT)".
-        channels: of x; the row holds for these and more.
-        reason: why the reference runs the call, where `order` is empty.
-    """
-
-    device: str
-    op: str
-    order: tuple[str, ...]
-    source: str
-    channels: int = 0
-    reason: str = ""
+    device: str  # type of x's device
+    op: str  # the op's name; "*" for every op without a row of its own
+    order: tuple[str, ...]  # the preferred backend first; none to leave the call to the reference
+    source: str  # "heuristic", or "measured(DEVICE, COMMIT)"
+    channels: int = 0  # of x; the row holds for these and more
+    reason: str = ""  # why the reference runs the call, where `order` is empty
 
 
 PREFERENCES = (

@@ -15,15 +15,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from effnet_fast.checkpoints.families import (
-    FAMILIES,
-    Family,
-    check_family,
-    is_inception_normalised,
-    timm_family,
-)
-from effnet_fast.checkpoints.naming import NAMINGS, SHOWN, complete, convert, naming_of
-from effnet_fast.checkpoints.reading import read
+from effnet_fast.checkpoints import families
+from effnet_fast.checkpoints.families import FAMILIES, Family, check_family
+from effnet_fast.checkpoints.naming import NAMINGS, complete, convert, first_of, naming_of
+from effnet_fast.checkpoints.reading import naming_file, read
 from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
 
 __all__ = [
@@ -143,18 +138,16 @@ def open_checkpoint(
 
         path = os.fspath(downloads.fetch(given, progress=progress))
     content = read(path, ema=ema)
-    try:
+    with naming_file(path):
         naming = naming_of(content.state)
         if names_too and family != "auto" and FAMILIES[family].naming != naming:
             raise ValueError(f"parameters are named as {naming} names them, not as {family} does")
         state = complete(convert(content.state))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     hints = (content.architecture, *reversed(Path(given).parts))
     assumption = ""
     if family == "auto":
         family, assumption = _find_family(content.metadata, naming, hints)
-    inception = is_inception_normalised(hints) or (
+    inception = families.is_inception_normalised(hints) or (
         content.metadata.get(NORMALISATION_ENTRY) == INCEPTION
     )
     return Checkpoint(state, family, naming, assumption, inception)
@@ -168,7 +161,7 @@ def _find_family(
         return metadata[FAMILY_ENTRY], ""
     if naming != "timm":
         return naming, ""
-    if family := timm_family(hints):
+    if family := families.timm_family(hints):
         return family, ""
     return "timm", (
         "timm's plain network is assumed (symmetric padding, eps 1e-5), as nothing tells it from "
@@ -188,10 +181,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], format: str = "aut
     """
     check_family(format, FORMATS, "format")
     checkpoint = open_checkpoint(path, format, names_too=True)
-    try:
+    with naming_file(os.fspath(path)):
         check(model, checkpoint.state)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from error
     model.load_state_dict(checkpoint.state, strict=True)
     if difference := _difference(model, FAMILIES[checkpoint.family]):
         warnings.warn(
@@ -238,10 +229,8 @@ def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             if state[key].is_floating_point() != own[key].is_floating_point()
         ],
     }
-    problems = [f"{len(found)} {kind} ({_first(found)})" for kind, found in kinds.items() if found]
+    problems = [
+        f"{len(found)} {kind} ({first_of(found)})" for kind, found in kinds.items() if found
+    ]
     if problems:
         raise ValueError(f"weights do not fit the model: {'; '.join(problems)}")
-
-
-def _first(items: list[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

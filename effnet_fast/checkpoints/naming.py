@@ -25,24 +25,15 @@ Structure = list[list[bool]]
 
 @dataclass(frozen=True)
 class Naming:
-    """Names of modules; {stage}, {after} = stage + 1, {block} and {index} count from 0.
+    """Names of modules; {stage}, {after} = stage + 1, {block} and {index} count from 0."""
 
-    Args:
-        stem, head: convolution and norm; {head} in the latter is the stage after the last, plus 1.
-        block: what the names within a block begin with; {index} counts over all stages.
-        expanded: expansion and norm, depthwise and norm, squeeze, excite, projection and norm.
-        plain: the same without expansion.
-        classifier: the linear layer.
-        linear_se: whether squeeze and excite are linear layers.
-    """
-
-    stem: tuple[str, str]
-    block: str
-    expanded: tuple[str, ...]
-    plain: tuple[str, ...]
-    head: tuple[str, str]
-    classifier: str
-    linear_se: bool = False
+    stem: tuple[str, str]  # convolution and norm
+    block: str  # what names within a block begin with; {index} counts over all stages
+    expanded: tuple[str, ...]  # expand, norm, depthwise, norm, squeeze, excite, project, norm
+    plain: tuple[str, ...]  # the same without expansion
+    head: tuple[str, str]  # convolution and norm; {head} is the stage after the last, plus 1
+    classifier: str  # the linear layer
+    linear_se: bool = False  # whether squeeze and excite are linear layers
 
     @property
     def stem_key(self) -> str:
@@ -174,7 +165,10 @@ def convert(
     if found == target:
         return dict(state)
     if found == "nvidia":
-        state = {_modern_nvidia(key): value for key, value in state.items()}
+        state = {
+            _OLD_NVIDIA_STAGE.sub(lambda match: f"layers.{int(match[1]) - 1}.", key): value
+            for key, value in state.items()
+        }
     structure = structure_of(state, found)
     names = dict(zip(_modules(found, structure), _modules(target, structure), strict=True))
     converted, unknown = {}, []
@@ -186,7 +180,7 @@ def convert(
         converted[f"{names[module]}.{leaf}"] = value
     if unknown:
         raise ValueError(
-            f"{len(unknown)} names that {found}'s EfficientNet lacks ({_first(unknown)})"
+            f"{len(unknown)} names that {found}'s EfficientNet lacks ({first_of(unknown)})"
         )
     return _reshape_squeeze_excite(converted, target)
 
@@ -269,10 +263,6 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
     yield rules.classifier
 
 
-def _modern_nvidia(key: str) -> str:
-    return _OLD_NVIDIA_STAGE.sub(lambda match: f"layers.{int(match[1]) - 1}.", key)
-
-
 def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, Tensor]:
     """The weights of squeeze-and-excitation as [R,C] for linear layers, else as [R,C,1,1]."""
     rules = NAMINGS[naming]
@@ -287,5 +277,6 @@ def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, 
     return state
 
 
-def _first(items: list[str]) -> str:
+def first_of(items: list[str]) -> str:
+    """The first few of the names, for an error message."""
     return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")

@@ -7,6 +7,7 @@ Nothing that a file holds is executed: `.safetensors` files are read by safetens
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -57,18 +58,22 @@ _NEEDED = re.compile(r"GLOBAL (\S+)")  # in the message with which torch refuses
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds.
+    """What a file holds."""
 
-    Args:
-        state: named tensors on the CPU, as the file names them but for wrappers' prefixes.
-        metadata: a safetensors file's text entries, or those that this package's networks put
-            into the attribute of a state dict in which PyTorch keeps versions of modules.
-        architecture: the model's name where the file, or config.json beside it, has it, else "".
-    """
-
-    state: dict[str, Tensor]
+    state: dict[str, Tensor]  # on the CPU, as the file names them but for wrappers' prefixes
+    # A safetensors file's text entries, or those that this package's networks put into the
+    # attribute of a state dict in which PyTorch keeps versions of modules.
     metadata: dict[str, str] = field(default_factory=dict)
-    architecture: str = ""
+    architecture: str = ""  # the model's name where the file, or config.json beside it, has it
+
+
+@contextlib.contextmanager
+def naming_file(path: object) -> Iterator[None]:
+    """Puts a file's name before what is wrong with its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
@@ -97,10 +102,8 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
         raise
     except Exception as error:  # on garbage, either reader raises whatever it trips over
         raise ValueError(f"{name}: truncated or corrupt weights file") from error
-    try:
+    with naming_file(name):
         state, beside = _state_dict(content, ema)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     return Content(state, {**beside, **metadata}, _architecture(content) or _hub_architecture(name))
 
 

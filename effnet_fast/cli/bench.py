@@ -48,11 +48,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Builds, calibrates, compares and times; prints a short table or JSON."""
     common.set_threads(arguments)
-    report = bench(arguments)
-    if arguments.json:
-        common.print_json(report)
-    else:
-        _print_report(report)
+    common.print_report(arguments, bench(arguments), _print_report)
 
 
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -113,9 +109,7 @@ def calibrate(model: EfficientNet, x: Tensor) -> None:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, MBConv):
-                last = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)][
-                    -1
-                ]
+                *_, last = (m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
                 last.weight.mul_(LAST_BN_SHRINK)
         momenta = [norm.momentum for norm in norms]
         for norm in norms:

@@ -84,22 +84,20 @@ def run(arguments: argparse.Namespace) -> None:
         common.print_json({**report, "images": results})
     else:
         for result in results:
-            _print_result(result)
+            print(result["path"])
+            for entry in result["top"]:
+                name = entry["label"] or f"class {entry['class']}"
+                print(f"  {entry['probability']:8.3%}  {name}")
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """The model in evaluation mode, its size, and the preset of its weights.
-
-    Args:
-        preset: how images are prepared.
-        weights: a file or the full name of published ones; None for random ones.
-    """
+    """The model in evaluation mode, its size, and the preset of its weights."""
 
     model: EfficientNet
     size: str
-    preset: images.ImageClassification
-    weights: str | None
+    preset: images.ImageClassification  # how images are prepared
+    weights: str | None  # a file or the full name of published ones; None for random ones
 
     @property
     def classes(self) -> int:
@@ -127,18 +125,12 @@ def classify(
 def _find_network(arguments: argparse.Namespace) -> Classifier:
     """Takes --weights for a name where it is one, and for a file otherwise."""
     text, backend = arguments.weights, arguments.backend
-    if text is not None and _is_name(text):
-        return _published_network(arguments)
     if text is not None:
-        return _network_of_file(arguments)
+        is_name = re.fullmatch(NAME, text) and not Path(text).is_file()
+        return (_published_network if is_name else _network_of_file)(arguments)
     variant = VARIANTS[arguments.model or DEFAULT_MODEL]
     model = common.build_model(variant, backend, CLASSES)
     return Classifier(model, variant.name, images.preset(variant), None)
-
-
-def _is_name(text: str) -> bool:
-    """Whether it is written like the name of published weights, and is no file."""
-    return re.fullmatch(NAME, text) is not None and not Path(text).is_file()
 
 
 def _published_network(arguments: argparse.Namespace) -> Classifier:
@@ -190,10 +182,3 @@ def _find_labels(network: Classifier, path: Path | None) -> list[str] | None:
             f"{path}: {len(labels)} lines, but the network has {network.classes} classes"
         )
     return labels
-
-
-def _print_result(result: dict[str, Any]) -> None:
-    print(result["path"])
-    for entry in result["top"]:
-        name = entry["label"] or f"class {entry['class']}"
-        print(f"  {entry['probability']:8.3%}  {name}")

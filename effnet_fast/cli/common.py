@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,13 @@ def bad_input(*errors: type[Exception]) -> Iterator[None]:
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on standard output, indented."""
     print(json.dumps(content, indent=2))
+
+
+def print_report(
+    arguments: argparse.Namespace, report: dict[str, Any], show: Callable[[dict[str, Any]], None]
+) -> None:
+    """The report as JSON where --json is given, else as `show` prints it."""
+    (print_json if arguments.json else show)(report)
 
 
 def format_table(rows: list[list[str]]) -> str:

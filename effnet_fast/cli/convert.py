@@ -27,8 +27,9 @@ def add_parser(subparsers: Any) -> None:
         description="Renames a checkpoint's parameters as another family names them. Entries of "
         "training scripts beside the weights are left out. OUT is written whole or not at all.",
     )
+    suffixes = " or ".join(checkpoints.SUFFIXES)
     parser.add_argument("input", metavar="IN", help="checkpoint of any family: a file or an URL")
-    parser.add_argument("output", metavar="OUT", type=Path, help=f"file, {_suffixes()}")
+    parser.add_argument("output", metavar="OUT", type=Path, help=f"file, {suffixes}")
     parser.add_argument(
         "--to", required=True, choices=tuple(FAMILIES), help="the family whose names OUT gets"
     )
@@ -123,7 +124,3 @@ def _notes(
             f"{where}"
         )
     return notes
-
-
-def _suffixes() -> str:
-    return " or ".join(checkpoints.SUFFIXES)

@@ -11,16 +11,12 @@ from effnet_fast.inference.network_spec import CPU, NetworkSpec
 
 
 class CpuEngine:
-    """The network in one call into C++.
+    """An `Engine` that is one call into C++.
 
     Args:
-        spec: what is packed.
         bf16: in bf16, where the instruction set multiplies it; otherwise, and where it does not,
             in fp32.
         isa: the instruction set, "" for the best.
-
-    Attributes:
-        spec, device, nbytes, captured: as `Engine` has them.
     """
 
     device = CPU

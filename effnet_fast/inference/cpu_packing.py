@@ -21,15 +21,10 @@ UNIT = 16  # channels
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are packed.
+    """How weights are packed."""
 
-    Attributes:
-        bf16: pairs of bf16 instead of fp32.
-        tile_units: units of 16 output channels in a panel.
-    """
-
-    bf16: bool
-    tile_units: int
+    bf16: bool  # pairs of bf16 instead of fp32
+    tile_units: int  # units of 16 output channels in a panel
 
     def padded(self, channels: int) -> int:
         """Channels with those that fill the last block of a cache line."""
@@ -128,13 +123,7 @@ def pack_stem(packed: Packed, layer: structure.Layer) -> None:
 
 
 def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
-    """Adds an MBConv.
-
-    Args:
-        packed: where to.
-        block: what it consists of.
-        tap: which output shows its result, -1 for none.
-    """
+    """Adds an MBConv; tap: which output shows its result, -1 for none."""
     depthwise, layout = block.depthwise, packed.format
     weight, shift = folded(depthwise)
     channels = weight.shape[0]

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,36 +28,8 @@ Key = tuple[object, ...]
 _captures = threading.Lock()  # of the process: what one clears, another may be about to use
 
 
-class Recorder(Protocol):
-    """What a device does for `Graphs`."""
-
-    def guard(self) -> AbstractContextManager[Any]:
-        """Makes the device the current one."""
-
-    def capturing(self) -> bool:
-        """Whether the caller captures a graph of its own."""
-
-    def stream(self) -> int:
-        """Which the current stream is."""
-
-    def record(self, function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], Any]:
-        """What replays the function's launches on the current stream, and its results."""
-
-    def wait(self) -> None:
-        """Lets the current stream wait for what `mark` has seen last."""
-
-    def mark(self) -> None:
-        """Marks the place that the current stream has reached."""
-
-    def finish(self) -> None:
-        """Waits until that place is passed."""
-
-    def lend(self, tensors: Sequence[Tensor]) -> None:
-        """Keeps the tensors' memory from other use until the current stream is done with it."""
-
-
 class CudaRecorder:
-    """Captures on a stream of its own, into a memory pool of its own."""
+    """Captures for `Graphs`, on a stream of its own, into a memory pool of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -66,15 +38,19 @@ class CudaRecorder:
         self._reached: Any = None
 
     def guard(self) -> AbstractContextManager[Any]:
+        """Makes the device the current one."""
         return torch.cuda.device(self.device)
 
     def capturing(self) -> bool:
+        """Whether the caller captures a graph of its own."""
         return torch.cuda.is_current_stream_capturing()
 
     def stream(self) -> int:
+        """Which the current stream is."""
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def record(self, function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], Any]:
+        """What replays the function's launches on the current stream, and its results."""
         with _captures, self.guard():
             if self._stream is None:
                 self._pool = torch.cuda.graph_pool_handle()
@@ -94,19 +70,23 @@ class CudaRecorder:
         return graph.replay, results
 
     def wait(self) -> None:
+        """Lets the current stream wait for what `mark` has seen last."""
         if self._reached is not None:
             torch.cuda.current_stream(self.device).wait_event(self._reached)
 
     def mark(self) -> None:
+        """Marks the place that the current stream has reached."""
         if self._reached is None:
             self._reached = torch.cuda.Event()
         self._reached.record(torch.cuda.current_stream(self.device))
 
     def finish(self) -> None:
+        """Waits until that place is passed."""
         if self._reached is not None:
             self._reached.synchronize()
 
     def lend(self, tensors: Sequence[Tensor]) -> None:
+        """Keeps the tensors' memory from other use until the current stream is done with it."""
         stream = torch.cuda.current_stream(self.device)
         for tensor in tensors:
             tensor.record_stream(stream)
@@ -148,7 +128,7 @@ class Graphs:
         self,
         function: Function,
         dtype: torch.dtype,
-        recorder: Recorder,
+        recorder: CudaRecorder,
         limit: int = LIMIT,
         settings: Callable[[], Key] = tuple,
     ) -> None:
@@ -236,6 +216,6 @@ class Graphs:
             self._waiting.clear()
 
 
-def recorder_of(device: torch.device) -> Recorder | None:
+def recorder_of(device: torch.device) -> CudaRecorder | None:
     """What captures on a device; None where there are no graphs."""
     return CudaRecorder(device) if device.type == "cuda" else None

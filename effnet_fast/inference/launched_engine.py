@@ -22,18 +22,13 @@ from effnet_fast.modules import structure
 
 
 class LaunchedEngine:
-    """Packed weights of a network, and the calls that run it.
+    """An `Engine` of launched kernels.
 
     Args:
-        spec: what is packed.
         dtype: fp32, bf16 or fp16, in which the passes hand on their results.
         backend: "auto" takes, pass by pass, what `preference` names first; "cuda", "triton" or
             "simt" that alone, where 1x1 convolutions of "cuda" and "simt" are PyTorch's products.
         limit: CUDA graphs that are kept at most; 0 for none.
-
-    Attributes:
-        spec, device, nbytes, captured: as `Engine` has them.
-        dtype, backend: as given.
 
     Raises:
         RuntimeError: a backend cannot run a pass, or fp16 cannot hold a folded weight.
@@ -118,7 +113,7 @@ class LaunchedEngine:
         layers, dtype = block.layers, self.dtype
         geometry = layers.depthwise.geometry
         filters = self._choose("dwconv_bn_silu", kernel=geometry.kernel, stride=geometry.stride[0])
-        gates = self._choose("squeeze_excite", hidden=layers.excite.se_reduce_weight.shape[0])
+        gates = self._choose("squeeze_excite", hidden=layers.excite.reduce_weight.shape[0])
         weight, shift = folded(layers.depthwise)
         self._rounded(weight)  # for its range alone
         return passes.MBConv(
@@ -130,11 +125,7 @@ class LaunchedEngine:
         )
 
     def run(self, x: Tensor) -> list[Tensor]:
-        """Logits or pooled features [N,C] where the network has them, and the maps [N,C,H,W].
-
-        Args:
-            x: images [N,C,H,W] in the engine's dtype, channels_last.
-        """
+        """As `Engine.__call__`, of channels_last images [N,C,H,W] in the engine's dtype."""
         spec, maps = self.spec, {}
         h = self._stem(x)
         if spec.stem_tap >= 0:
@@ -166,7 +157,7 @@ class LaunchedEngine:
         results = None if self._graphs is None else self._graphs.run(x, dtype)
         return self._launch(x, dtype) if results is None else results
 
-    def _lend(self, recorder: cuda_graphs.Recorder) -> None:
+    def _lend(self, recorder: cuda_graphs.CudaRecorder) -> None:
         """Before a stream reads the weights for the first time."""
         stream = recorder.stream()
         if stream not in self._lent:

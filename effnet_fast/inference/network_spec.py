@@ -34,28 +34,16 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """The layers that the kernels run.
-
-    Attributes:
-        stem: the first convolution.
-        stem_tap: which output shows its result, -1 for none.
-        blocks: every MBConv in order.
-        head: the last convolution, after which pixels are averaged; None to end before it.
-        linear: the classifier; None to end before it.
-        result: LOGITS, POOLED features [N,C], the LAST_MAP of the stages before a head that the
-            kernels do not know, or an encoder's TAPS.
-        modules: those that these layers consist of.
-        dtype: of all weights of convolutions and of the classifier.
-    """
+    """The layers that the kernels run."""
 
     stem: structure.Layer
-    stem_tap: int
+    stem_tap: int  # which output shows its result, -1 for none
     blocks: tuple[BlockSpec, ...]
-    head: structure.Layer | None
-    linear: nn.Linear | None
-    result: str
-    modules: tuple[nn.Module, ...]
-    dtype: torch.dtype
+    head: structure.Layer | None  # the last convolution, before the mean; None to end before it
+    linear: nn.Linear | None  # the classifier; None to end before it
+    result: str  # LOGITS, POOLED [N,C], the LAST_MAP before an unknown head, or an encoder's TAPS
+    modules: tuple[nn.Module, ...]  # those that these layers consist of
+    dtype: torch.dtype  # of all weights of convolutions and of the classifier
 
     @property
     def in_channels(self) -> int:
@@ -108,13 +96,9 @@ def _at(place: str) -> Iterator[None]:
 
 
 def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
-    """The kernels' form of an EfficientNet or EfficientNetFeatures.
+    """The kernels' form of an EfficientNet or EfficientNetFeatures, all of it on `device`.
 
     A subclass may have a forward of its own: it is what calls the one that this stands in for.
-
-    Args:
-        model: the network.
-        device: where all that is packed has to be.
 
     Raises:
         RefusedError: it has none, with the reason.

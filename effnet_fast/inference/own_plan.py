@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from effnet_fast import backends
-from effnet_fast.inference.engine import Engine, run_network
 from effnet_fast.inference.network_spec import CPU
-from effnet_fast.inference.snapshot import Snapshot, SnapshotKeeper, runs_in_one_call
+from effnet_fast.inference.snapshot import (
+    Engine,
+    Snapshot,
+    SnapshotKeeper,
+    run_network,
+    runs_in_one_call,
+)
 from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError
 
@@ -39,13 +44,7 @@ class OwnPlan(SnapshotKeeper):
                 self._wait = self._next_wait = 0
 
     def run(self, model: Any, x: Tensor, backend: str) -> Any:
-        """The network's forward from packed weights; None where its blocks must do it one by one.
-
-        Args:
-            model: the network that this belongs to.
-            x: images [N,C,H,W].
-            backend: that runs the network, as `use_backend` takes it.
-        """
+        """The network's forward from packed weights; None where its blocks must run one by one."""
         if torch.is_grad_enabled() or model.training or not isinstance(x, Tensor):
             return None
         if not model.plan:

@@ -62,11 +62,7 @@ def on(backend: str) -> Any:
 
 
 class Pass:
-    """One pass and its packed tensors.
-
-    Args:
-        backend: what `choose` gave.
-    """
+    """One pass on a backend that `choose` gave, and its packed tensors."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend

@@ -16,34 +16,21 @@ METHODS = frozenset({"forward", "forward_features", "forward_head", "_prepared",
 
 @dataclass(frozen=True)
 class Head:
-    """What follows the last stage of a classifier.
+    """What follows the last stage of a classifier."""
 
-    Attributes:
-        pool: makes pooled features [N,C,1,1] of the last convolution's map.
-        flattens: whether forward makes [N,C] of what pool gives.
-        classifier: makes the network's result of that.
-        run: from the last stage's map to the result, module by module.
-    """
-
-    pool: nn.Module
-    flattens: bool
-    classifier: nn.Module
-    run: Callable[[Tensor], Tensor]
+    pool: nn.Module  # makes pooled features [N,C,1,1] of the last convolution's map
+    flattens: bool  # whether forward makes [N,C] of what pool gives
+    classifier: nn.Module  # makes the network's result of that
+    run: Callable[[Tensor], Tensor]  # from the last stage's map to the result
 
 
 @dataclass(frozen=True)
 class InferenceParts:
-    """A network's modules in the order in which its forward runs them.
+    """A network's modules in the order in which its forward runs them."""
 
-    Attributes:
-        features: its children are the stem, the stages and, in a classifier, the last convolution.
-        head: what follows features; None in an encoder.
-        taps: the children of features whose maps an encoder gives; empty in a classifier.
-    """
-
-    features: nn.Module
-    head: Head | None
-    taps: tuple[int, ...]
+    features: nn.Module  # children: stem, stages and, in a classifier, the last convolution
+    head: Head | None  # what follows features; None in an encoder
+    taps: tuple[int, ...]  # the children of features whose maps an encoder gives
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
@@ -68,9 +55,7 @@ def is_patched(model: nn.Module) -> bool:
 def changed_method(model: Any, names: Collection[str] = METHODS) -> str | None:
     """Which of the methods is not that of the class that wrote `inference_parts`, in words.
 
-    Args:
-        model: the network.
-        names: those that a subclass may not override; an instance may patch none.
+    A subclass may not override `names`; an instance may patch none of METHODS.
     """
     if is_patched(model):
         return f"its {min(METHODS.intersection(model.__dict__))} is patched"

@@ -3,21 +3,66 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from effnet_fast import backends
 from effnet_fast.inference import staleness
 from effnet_fast.inference.cpu_engine import CpuEngine
-from effnet_fast.inference.engine import Engine
-from effnet_fast.inference.network_spec import CPU, NetworkSpec, spec_of
+from effnet_fast.inference.network_spec import CPU, LAST_MAP, LOGITS, TAPS, NetworkSpec, spec_of
 from effnet_fast.inference.parts import is_patched
 
 
 def runs_in_one_call(device: torch.device, backend: str) -> bool:
     """Whether this backend runs a network on this device in one call into C++."""
     return device.type == "cpu" and backends.parse(backend)[0] in ("auto", "cpu")
+
+
+class Engine(Protocol):
+    """Packed weights of a network, and the call that runs it.
+
+    Attributes:
+        spec: what is packed.
+        device: of the weights, and of the images.
+        nbytes: of the packed weights.
+        captured: whether a CUDA graph that a caller captures reads the weights.
+    """
+
+    spec: NetworkSpec
+    device: torch.device
+    nbytes: int
+    captured: bool
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
+        """Logits or pooled features [N,C] where the network has them, and the maps [N,C,H,W].
+
+        Args:
+            x: images [N,C,H,W] on the engine's device, with any strides.
+            dtype: of the results.
+
+        Raises:
+            ValueError: a convolution has no output.
+        """
+
+    def close(self) -> None:
+        """Frees what only later calls would use; the engine can still be called."""
+
+
+def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> Any:
+    """The result of the network's forward: the engine's, and modules on it where those are left."""
+    spec = engine.spec
+    if spec.result == LOGITS:
+        y, _ = engine(x, dtype)
+        assert y is not None
+        return y
+    if spec.result == TAPS:
+        return engine(x, dtype)[1]
+    y, maps = engine(x, spec.dtype)
+    head = model.inference_parts().head
+    y = head.run(maps[0]) if spec.result == LAST_MAP else head.classifier(y)
+    return y.to(dtype)
 
 
 class Snapshot:
@@ -28,17 +73,13 @@ class Snapshot:
         device: where all that is packed has to be.
         graphs: CUDA graphs that an engine keeps at most.
 
-    Attributes:
-        spec: what the engines run.
-        engines: those packed so far, by dtype and backend.
-
     Raises:
         RefusedError: no engine can run the network, with the reason.
     """
 
     def __init__(self, model: Any, device: torch.device = CPU, graphs: int = 0) -> None:
         self.spec: NetworkSpec = spec_of(model, device)
-        self.engines: dict[tuple[torch.dtype, str], Engine] = {}
+        self.engines: dict[tuple[torch.dtype, str], Engine] = {}  # by dtype and backend
         self._kind, self._device, self._graphs = type(model), device, graphs
         self._children = model.__dict__["_modules"]  # a replica of the network has its own
         self._watch = staleness.watch(model, self.spec.modules, self.spec.tensors())
@@ -77,11 +118,7 @@ class Snapshot:
 
 
 class SnapshotKeeper:
-    """The latest snapshot of one network; copies and pickles of a keeper hold none.
-
-    Attributes:
-        snapshot: the latest, None for none.
-    """
+    """The latest snapshot of one network; copies and pickles of a keeper hold none."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

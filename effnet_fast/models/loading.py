@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from effnet_fast import checkpoints
 from effnet_fast.checkpoints import FAMILIES, Checkpoint
 from effnet_fast.checkpoints.families import INCEPTION_MEAN, INCEPTION_STD
+from effnet_fast.checkpoints.reading import naming_file
 from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -50,7 +50,7 @@ def load_network(
     if checkpoint.assumption:
         warnings.warn(f"{os.fspath(path)}: {checkpoint.assumption}", stacklevel=3)
     state, origin = checkpoint.state, frozenset(checkpoint.metadata.items())
-    with _naming(path):
+    with naming_file(os.fspath(path)):
         found = family_variant(_find_variant(build, state, variant, classifies), checkpoint)
         if classifies:
             options["num_classes"] = _classes(state, num_classes)
@@ -59,7 +59,7 @@ def load_network(
         model = build(found, **options)
     if not classifies:
         drop_other_layers(model, state)
-    with _naming(path):
+    with naming_file(os.fspath(path)):
         checkpoints.check(model, state)
     own = model.state_dict()
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
@@ -114,15 +114,6 @@ class _Uninitialised(TorchFunctionMode):
         if func in FILLING and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts the file's name before what is wrong with its content."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 def family_variant(variant: Variant, checkpoint: Checkpoint) -> Variant:

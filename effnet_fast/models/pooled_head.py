@@ -38,13 +38,7 @@ def _pooled_layer(given: InferenceParts) -> structure.Layer | None:
 
 
 def run_pooled_head(model: Backbone, x: Tensor, backend: str) -> Tensor | None:
-    """A classifier's forward by that op; None where features must be run as a whole.
-
-    Args:
-        model: the classifier.
-        x: images [N,in_chans,H,W].
-        backend: that runs the network.
-    """
+    """A classifier's forward by that op on a backend; None where features must run as a whole."""
     if backend == "reference" or not isinstance(x, Tensor) or observed.is_traced():
         return None
     given = _walkable_parts(model)

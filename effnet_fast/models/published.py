@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from effnet_fast import checkpoints
+from effnet_fast.checkpoints.reading import naming_file
 from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.loading import drop_other_layers
@@ -53,8 +54,6 @@ def load_published(model: Backbone, published: WeightsEnum, in_chans: int, progr
     drop_other_layers(model, state)
     if STEM in state:
         state[STEM] = adapt_input_channels(state[STEM], in_chans)
-    try:
+    with naming_file(repr(published)):
         checkpoints.check(model, state)
-    except ValueError as error:
-        raise ValueError(f"{published!r}: {error}") from error
     model.load_state_dict(state, strict=True)

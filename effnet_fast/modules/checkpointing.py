@@ -64,12 +64,9 @@ def _contexts(
 
 
 def run(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
-    """function(x), keeping x and the random state alone for backward.
+    """function(x), which runs `module`, keeping x and the random state alone for backward.
 
-    Args:
-        function: what runs `module`, in backward again, with the same random draws.
-        module: whose BatchNorms are not to be updated by the second run.
-        x: [N,C,H,W].
+    The second run, in backward, has the same random draws and updates no BatchNorms.
     """
     if torch.compiler.is_compiling():  # the compiled backward repeats no update of a buffer
         return checkpoint.checkpoint(function, x, use_reentrant=False)

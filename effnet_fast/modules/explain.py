@@ -14,11 +14,7 @@ def explain(module: nn.Module, op: str | None = None) -> str | None:
     """Why the module would run unfused under the current backend; None where it is fused.
 
     Asked for an input of its first weight's dtype and device; in eval mode, for a call that wants
-    no gradient.
-
-    Args:
-        module: an MBConv or a Conv2dNormActivation; others are never fused.
-        op: the op that does it, where that is not its own.
+    no gradient. `op` is the op that does it, where that is not the module's own.
     """
     backend = backends.current_backend()
     if backend == "reference":

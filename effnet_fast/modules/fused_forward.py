@@ -32,17 +32,11 @@ NO_NORM = Norm(False, 0.0, 0.0, False)
 
 
 class Input(NamedTuple):
-    """Images as an op takes them.
+    """Images as an op takes them."""
 
-    Attributes:
-        x: [N,Cin,H,W], cast where autocast is on.
-        backend: that runs the op.
-        autocast: its dtype, None where it is off.
-    """
-
-    x: Tensor
-    backend: str
-    autocast: torch.dtype | None
+    x: Tensor  # [N,Cin,H,W], cast where autocast is on
+    backend: str  # that runs the op
+    autocast: torch.dtype | None  # its dtype, None where it is off
 
 
 def op_args(
@@ -108,7 +102,7 @@ def _fits(layer: structure.Layer, given: Input) -> bool:
 def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
     """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
     op = stem_conv_bn_silu if layer.kind == structure.DENSE else dwconv_bn_silu
-    return op(given.x, *layer.tensors, _call(layer, given, _norm(layer)))
+    return op(given.x, layer.tensors, _call(layer, given, _norm(layer)))
 
 
 def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
@@ -146,13 +140,8 @@ def _row_scale(block: structure.Block, x: Tensor) -> Tensor:
 def run(module: Any, x: Tensor) -> Tensor:
     """The module's forward: fused where its structure, the backend and x allow it, else stock.
 
-    Args:
-        module: whose forward this is, of a class that `structure` reads; `forward_stock` is the
-            unfused one.
-        x: [N,Cin,H,W].
-
     Returns:
-        y [N,Cout,Ho,Wo], what `module.forward_stock(x)` gives up to rounding.
+        y [N,Cout,Ho,Wo] of x [N,Cin,H,W], what `module.forward_stock(x)` gives up to rounding.
 
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
@@ -193,13 +182,9 @@ def poolable_layer(module: nn.Module) -> structure.Layer | None:
 
 
 def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
-    """The mean over H and W [N,Cout] of a layer's forward, whose result is never written.
+    """The mean over H and W [N,Cout] of a layer's forward on x [N,Cin,H,W], never written itself.
 
     None where no kernel does it: the module's own forward then does.
-
-    Args:
-        found: of `poolable_layer`.
-        x: [N,Cin,H,W].
 
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
@@ -208,4 +193,4 @@ def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
     given = None if backend == "reference" else _input(found, POOLED, x, backend)
     if given is None or 0 in x.shape[2:]:
         return None
-    return pointwise_bn_silu_pool(given.x, *found.tensors, _call(found, given, _norm(found)))
+    return pointwise_bn_silu_pool(given.x, found.tensors, _call(found, given, _norm(found)))

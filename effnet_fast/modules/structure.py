@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from effnet_fast.modules.same_padding import same_padding
-from effnet_fast.ops.mbconv_training import Excite
+from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 PLAIN = (Tensor, nn.Parameter)
 DENSE, DEPTHWISE, POINTWISE = "dense", "depthwise", "pointwise"
@@ -104,24 +104,16 @@ class Layer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """An MBConv.
+    """An MBConv."""
 
-    Attributes:
-        expand, depthwise, excite, project: its layers in order; expand may be absent.
-        residual: whether its input is added to what drop-path leaves of its body.
-        drop_probability: of drop-path in the mode that the block is in: 0 outside training.
-        drop_mode: "row" or "batch", see `stochastic_depth`.
-        memory: "fast", or "lean" to save one expanded tensor less for backward.
-    """
-
-    expand: Layer | None
+    expand: Layer | None  # in this order; expand may be absent
     depthwise: Layer
-    excite: Excite
+    excite: SqueezeExciteParams
     project: Layer
-    residual: bool
-    drop_probability: float
-    drop_mode: str
-    memory: str
+    residual: bool  # whether its input is added to what drop-path leaves of its body
+    drop_probability: float  # of drop-path in the mode that the block is in: 0 outside training
+    drop_mode: str  # "row" or "batch", see `stochastic_depth`
+    memory: str  # "fast", or "lean" to save one expanded tensor less for backward
 
     @property
     def op(self) -> str:

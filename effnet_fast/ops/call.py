@@ -11,37 +11,22 @@ from effnet_fast.reference.arguments import Sides
 
 
 class Norm(NamedTuple):
-    """How a BatchNorm normalises.
+    """How a BatchNorm normalises."""
 
-    Attributes:
-        training: by the batch's statistics instead of the running ones.
-        momentum: share of the batch's statistics in the running ones.
-        eps: added to the variance.
-        moves: whether the running statistics, where there are any, move in training.
-    """
-
-    training: bool
-    momentum: float
-    eps: float
-    moves: bool = True
+    training: bool  # by the batch's statistics instead of the running ones
+    momentum: float  # share of the batch's statistics in the running ones
+    eps: float  # added to the variance
+    moves: bool = True  # whether the running statistics, where there are any, move in training
 
 
 class Call(NamedTuple):
-    """How an op runs.
+    """How an op runs."""
 
-    Attributes:
-        norms: of the op's BatchNorms in order; of a block's absent expansion too.
-        needs_grad: whether a gradient of a tensor is wanted.
-        backend: that runs it, neither "auto" nor the reference.
-        stride: (height, width) of its spatial convolution.
-        padding: (left, right, top, bottom) of its spatial convolution.
-    """
-
-    norms: tuple[Norm, ...]
-    needs_grad: bool
-    backend: str
-    stride: tuple[int, int] = (1, 1)
-    padding: Sides = (0, 0, 0, 0)
+    norms: tuple[Norm, ...]  # of the op's BatchNorms in order; of a block's absent expansion too
+    needs_grad: bool  # whether a gradient of a tensor is wanted
+    backend: str  # that runs it, neither "auto" nor the reference
+    stride: tuple[int, int] = (1, 1)  # (height, width) of its spatial convolution
+    padding: Sides = (0, 0, 0, 0)  # (left, right, top, bottom) of its spatial convolution
 
 
 def only_infers(call: Call) -> bool:

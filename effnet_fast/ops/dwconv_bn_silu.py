@@ -16,15 +16,9 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
-from effnet_fast.ops.registration import (
-    autocast,
-    channels_last,
-    empty_nhwc,
-    nhwc,
-    register,
-)
+from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
-from effnet_fast.reference.arguments import Padding, Sides
+from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.dwconv_bn_silu import check_arguments
 
 
@@ -119,24 +113,11 @@ class DwconvBnSilu(torch.autograd.Function):
     """Returns (y, mean, var); the latter two are the batch's (training) or those given."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bn_weight: Tensor | None,
-        bn_bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        stride: int,
-        padding: Sides,
-        training: bool,
-        eps: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bn_weight, bn_bias, *running, stride, padding, training, eps, backend = rest
         z, mean, var = train_op(x, weight, stride, padding, backend)
         if not training:
-            assert running_mean is not None and running_var is not None
-            mean, var = running_mean.clone(), running_var.clone()
+            mean, var = (statistic.clone() for statistic in running)
         y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
         ctx.save_for_backward(x, weight, z, bn_weight, bn_bias, mean, var)
         ctx.config = (stride, padding, eps, training, backend)
@@ -172,35 +153,22 @@ def check_values_per_channel(shape: tuple[int, ...]) -> None:
         )
 
 
-def apply(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    call: Call,
-) -> Tensor:
+def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,), stride, padding, backend = call.norms, call.stride[0], call.padding, call.backend
     training, eps = norm.training, norm.eps
     if only_infers(call):
-        return eval_op(
-            x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, eps, backend
-        )[0]
+        return eval_op(x, *layer, stride, padding, eps, backend)[0]
     if training:
-        check_values_per_channel(output_shape(x, weight.shape[-1], stride, padding))
+        check_values_per_channel(output_shape(x, layer[0].shape[-1], stride, padding))
     if call.needs_grad:
-        y, mean, var = DwconvBnSilu.apply(
-            x, weight, bn_weight, bn_bias, running_mean, running_var,
-            stride, padding, training, eps, backend,
-        )  # fmt: skip
+        y, mean, var = DwconvBnSilu.apply(x, *layer, stride, padding, training, eps, backend)
     else:
-        z, mean, var = train_op(x, weight, stride, padding, backend)
-        y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
+        z, mean, var = train_op(x, layer[0], stride, padding, backend)
+        y = bn_silu_op(z, *layer[1:3], mean, var, eps, backend)
     if training and norm.moves:
         count = y.shape[0] * y.shape[2] * y.shape[3]
-        update_running_statistics(running_mean, running_var, mean, var, count, norm.momentum)
+        update_running_statistics(layer[3], layer[4], mean, var, count, norm.momentum)
     return y
 
 
@@ -244,19 +212,15 @@ def dwconv_bn_silu(
 
     Source: Tan & Le (arXiv 1905.11946), section 4; Ioffe & Szegedy (arXiv 1502.03167).
     """
-    sides = check_arguments(
-        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, training
-    )
+    layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    sides = check_arguments(x, layer, stride, padding, training)
     x = autocast(x)
     kernel = (weight.shape[2], weight.shape[3])
-    others = (weight, bn_weight, bn_bias, running_mean, running_var)
-    chosen = resolve(backend, "dwconv_bn_silu", OpArgs(x, others, kernel, stride))
+    chosen = resolve(backend, "dwconv_bn_silu", OpArgs(x, layer, kernel, stride))
     if chosen == "reference":
         return reference.dwconv_bn_silu(
-            x, weight, bn_weight, bn_bias, running_mean, running_var,
-            stride=stride, padding=sides, training=training, momentum=momentum, eps=eps,
-        )  # fmt: skip
+            x, *layer, stride=stride, padding=sides, training=training, momentum=momentum, eps=eps
+        )
     norms = (Norm(training, momentum, eps),)
-    needs_grad = wants_gradient(x, weight, bn_weight, bn_bias)
-    call = Call(norms, needs_grad, chosen, (stride, stride), sides)
-    return apply(x, weight, bn_weight, bn_bias, running_mean, running_var, call)
+    needs_grad = wants_gradient(x, *layer[:3])
+    return apply(x, layer, Call(norms, needs_grad, chosen, (stride, stride), sides))

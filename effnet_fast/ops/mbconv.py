@@ -19,30 +19,15 @@ from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
 from effnet_fast.ops.mbconv_passes import passes
-from effnet_fast.ops.mbconv_training import (
-    Excite,
-    Layers,
-    Needs,
-    Saved,
-    Settings,
-    backward,
-    forward,
-)
+from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, Settings, backward, forward
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.ops.registration import (
-    Layer,
-    autocast,
-    channels_last,
-    empty_nhwc,
-    fp32,
-    nhwc,
-    register,
-)
+from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
-from effnet_fast.reference.arguments import Sides
+from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
     MBConvParams,
+    SqueezeExciteParams,
     Training,
     check_arguments,
     three,
@@ -81,11 +66,9 @@ def _layers(tensors: tuple[Any, ...]) -> Layers:
     expand, depthwise, excite, project = (
         tensors[begin:end] for begin, end in itertools.pairwise(cuts)
     )
-    return Layers(expand if expand[0] is not None else None, depthwise, Excite(*excite), project)
-
-
-def _flat(layers: Layers) -> tuple[Any, ...]:
-    return (*(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project)
+    return Layers(
+        expand if expand[0] is not None else None, depthwise, SqueezeExciteParams(*excite), project
+    )
 
 
 def _without_statistics(layers: Layers) -> tuple[Any, ...]:
@@ -109,9 +92,8 @@ def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
 def _needs(flags: tuple[bool, ...]) -> Needs:
     """From the flags of x and of the flat list."""
     x, *rest = flags
-    expand, depthwise, excite, project = _layers((*rest,))
-    assert expand is not None  # a flag is never None
-    return Needs(x, expand[:3], depthwise[:3], excite, project[:3])
+    layers: Any = _layers((*rest,))
+    return Needs(x, layers.expand[:3], layers.depthwise[:3], layers.excite, layers.project[:3])
 
 
 def _laid_out(saved: Saved) -> Saved:
@@ -200,7 +182,8 @@ def apply(
     settings = Settings(stride, call.padding, residual, eps, training)
     _check_values_per_channel(x, layers, settings)
     if call.needs_grad:
-        y, *norms = MBConv.apply(x, row_scale, settings, memory, backend, *_flat(layers))
+        flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project
+        y, *norms = MBConv.apply(x, row_scale, settings, memory, backend, *flat)
     else:
         y, saved = forward(passes(backend), x, row_scale, layers, settings)
         norms = [saved.norm1, saved.norm2, saved.norm3]
@@ -270,7 +253,7 @@ def mbconv(
         chosen = _without_kernel(backend, "row_scale requires a gradient, which only it gives")
     if chosen == "reference":
         return reference.mbconv(x, params, config, training=training, row_scale=row_scale)
-    layers = Layers(params.expand, params.depthwise, Excite(*params.squeeze), params.project)
+    layers = Layers(params.expand, params.depthwise, params.squeeze, params.project)
     modes = zip(three_modes(training), three(config.momentum), three(config.eps), strict=True)
     norms = tuple(Norm(*mode) for mode in modes)
     stride = (config.stride, config.stride)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,39 +92,29 @@ def _expand_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return grad_x, empty_weight_grad(x, weight, wanted[1])
 
 
-def _register(contract: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers a method of `Passes` as an op, with the backend as its last argument."""
-    return register(f"mbconv_{contract.__name__}", fake, contract)
-
-
-_expand = _register(Passes.expand, _expand_fake)
-_depthwise = _register(Passes.depthwise, _depthwise_fake)
-_squeeze = _register(Passes.squeeze, _squeeze_fake)
-_project = _register(Passes.project, _project_fake)
-_finish = _register(Passes.finish, _finish_fake)
-_finish_backward = _register(Passes.finish_backward, _finish_backward_fake)
-_project_backward = _register(Passes.project_backward, _project_backward_fake)
-_excite_backward = _register(Passes.excite_backward, _excite_backward_fake)
-_depthwise_backward = _register(Passes.depthwise_backward, _depthwise_backward_fake)
-_expand_backward = _register(Passes.expand_backward, _expand_backward_fake)
-
-
-class _RegisteredPasses:
-    def __init__(self, backend: str) -> None:
-        def bound(op: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args: op(*args, backend)
-
-        self.expand, self.depthwise = bound(_expand), bound(_depthwise)
-        self.squeeze, self.excite = bound(_squeeze), bound(excite_op)
-        self.project, self.finish = bound(_project), bound(_finish)
-        self.finish_backward = bound(_finish_backward)
-        self.project_backward = bound(_project_backward)
-        self.excite_backward = bound(_excite_backward)
-        self.depthwise_backward = bound(_depthwise_backward)
-        self.expand_backward = bound(_expand_backward)
+_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
+    Passes.expand: _expand_fake,
+    Passes.depthwise: _depthwise_fake,
+    Passes.squeeze: _squeeze_fake,
+    Passes.project: _project_fake,
+    Passes.finish: _finish_fake,
+    Passes.finish_backward: _finish_backward_fake,
+    Passes.project_backward: _project_backward_fake,
+    Passes.excite_backward: _excite_backward_fake,
+    Passes.depthwise_backward: _depthwise_backward_fake,
+    Passes.expand_backward: _expand_backward_fake,
+}
+_OPS = {
+    contract.__name__: register(f"mbconv_{contract.__name__}", fake, contract)
+    for contract, fake in _FAKES.items()
+} | {"excite": excite_op}
 
 
 @functools.cache
 def passes(backend: str) -> Passes:
-    """The passes on a resolved backend."""
-    return _RegisteredPasses(backend)
+    """The passes on a resolved backend: the ops with it as their last argument."""
+
+    def bound(op: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: op(*args, backend)
+
+    return cast(Passes, SimpleNamespace(**{name: bound(op) for name, op in _OPS.items()}))

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.reference.arguments import Sides
+from effnet_fast.reference.arguments import Layer, Sides
+from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 Vectors = tuple[Tensor | None, ...]
 
@@ -166,21 +167,12 @@ class Passes(Protocol):
         """dx, the residual's gradient included, and dW1."""
 
 
-class Excite(NamedTuple):
-    """Squeeze-and-excitation's layers: weights [R,C,1,1] and [C,R,1,1], biases [R], [C] or None."""
-
-    se_reduce_weight: Any
-    se_reduce_bias: Any
-    se_expand_weight: Any
-    se_expand_bias: Any
-
-
 class Layers(NamedTuple):
     """expand, depthwise, project: weight, bn_weight, bn_bias, mean, var; expand may be None."""
 
     expand: tuple[Any, ...] | None
     depthwise: tuple[Any, ...]
-    excite: Excite
+    excite: SqueezeExciteParams
     project: tuple[Any, ...]
 
 
@@ -234,7 +226,7 @@ class Grads(NamedTuple):
     project: Vectors
 
 
-def _normalised_by(layer: tuple[Any, ...], training: bool) -> tuple[Any, Any, Any, Any, Any]:
+def normalised_by(layer: Layer, training: bool) -> tuple[Any, Any, Any, Any, Any]:
     """The layer with no statistics where it normalises by the batch's."""
     weight, bn_weight, bn_bias, mean, var = layer
     return weight, bn_weight, bn_bias, None if training else mean, None if training else var
@@ -248,13 +240,13 @@ def forward(
     z1 = norm1 = None
     h = x
     if layers.expand is not None:
-        h, norm1 = passes.expand(x, *_normalised_by(layers.expand, training[0]), eps[0])
+        h, norm1 = passes.expand(x, *normalised_by(layers.expand, training[0]), eps[0])
         z1 = h
-    depthwise = _normalised_by(layers.depthwise, training[1])
+    depthwise = normalised_by(layers.depthwise, training[1])
     z2, norm2 = passes.depthwise(h, norm1, *depthwise, stride, padding, eps[1])
     pooled, slopes = passes.squeeze(z2, norm2)
     hidden, gate = passes.excite(pooled, *layers.excite)
-    project = _normalised_by(layers.project, training[2])
+    project = normalised_by(layers.project, training[2])
     z3, norm3 = passes.project(z2, norm2, gate, *project, eps[2])
     y = passes.finish(z3, norm3, row_scale, x if residual else None)
     saved = Saved(x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale)
@@ -293,7 +285,7 @@ def backward(
         return Grads(None, expand, depthwise, excite, project)
     q, sums2, *layer_grads = passes.excite_backward(
         sums, slopes, pooled, hidden, gate,
-        layers.excite.se_reduce_weight, layers.excite.se_expand_weight, z2.shape[2] * z2.shape[3],
+        layers.excite.reduce_weight, layers.excite.expand_weight, z2.shape[2] * z2.shape[3],
     )  # fmt: skip
     excite = _pick(needs.excite, *layer_grads)
     if not to_depthwise:
@@ -303,7 +295,7 @@ def backward(
         if z1 is None:
             assert norm1 is not None
             layer = (*layers.expand[:3], norm1[MEAN], norm1[VAR])
-            z1 = passes.expand(x, *_normalised_by(layer, False), eps[0])[0]
+            z1 = passes.expand(x, *normalised_by(layer, False), eps[0])[0]
         h = z1
     f, grad_weight, sums1 = passes.depthwise_backward(
         e, gate, q, z2, norm2, sums2 if training[1] else None, h, norm1, layers.depthwise[0],

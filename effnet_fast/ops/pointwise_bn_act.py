@@ -10,11 +10,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops.call import wants_gradient
-from effnet_fast.ops.registration import (
-    autocast,
-    empty_nhwc,
-    register,
-)
+from effnet_fast.ops.registration import autocast, empty_nhwc, register
 from effnet_fast.reference.pointwise_bn_act import check_arguments
 
 
@@ -81,19 +77,15 @@ def pointwise_bn_act(
 
     Source: Tan & Le (arXiv 1905.11946), section 4.
     """
-    check_arguments(
-        x, weight, bn_weight, bn_bias, running_mean, running_var, act, gate, residual, training
-    )
+    layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_arguments(x, layer, act, gate, residual, training)
     x = autocast(x)
-    tensors = (weight, bn_weight, bn_bias, running_mean, running_var, gate, residual)
+    tensors = (*layer, gate, residual)
     inference = not (training or wants_gradient(x, *tensors))
     chosen = resolve(backend, "pointwise_bn_act", OpArgs(x, tensors, inference=inference))
     if chosen == "reference":
         return reference.pointwise_bn_act(
-            x, weight, bn_weight, bn_bias, running_mean, running_var,
-            act=act, gate=gate, residual=residual, training=training, momentum=momentum, eps=eps,
+            x, *layer, act=act, gate=gate, residual=residual,
+            training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
-    return eval_op(
-        x, weight, bn_weight, bn_bias, running_mean, running_var,
-        gate, residual, act == "silu", eps, chosen,
-    )  # fmt: skip
+    return eval_op(x, *layer, gate, residual, act == "silu", eps, chosen)

@@ -19,16 +19,11 @@ from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.mbconv_passes import passes
+from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.ops.registration import (
-    autocast,
-    channels_last,
-    dense,
-    empty_nhwc,
-    nhwc,
-    register,
-)
+from effnet_fast.ops.registration import autocast, channels_last, dense, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.reference.arguments import Layer
 from effnet_fast.reference.pointwise_bn_silu_pool import check_arguments
 
 
@@ -70,20 +65,11 @@ backward_op = register("pointwise_bn_silu_pool_backward", empty_grads)
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    eps: float,
-    backend: str,
+    x: Tensor, layer: Layer, training: bool, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [N,Cout] in x's dtype, and what backward needs: z, norm, slopes."""
     run = passes(backend)
-    given = (None, None) if training else (mean, var)
-    z, norm = run.expand(x, weight, bn_weight, bn_bias, *given, eps)
+    z, norm = run.expand(x, *normalised_by(layer, training), eps)
     pooled, slopes = run.squeeze(z, norm)
     return pooled.to(x.dtype), z, norm, slopes
 
@@ -101,23 +87,12 @@ class PointwiseBnSiluPool(torch.autograd.Function):
     """Returns (y, norm [5,Cout])."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bn_weight: Tensor | None,
-        bn_bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        training: bool,
-        eps: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        y, *saved = _forward(x, weight, bn_weight, bn_bias, mean, var, training, eps, backend)
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *layer, training, eps, backend = rest
+        y, z, norm, slopes = _forward(x, layer, training, eps, backend)
         # No running statistics, which may move before backward: it reads norm.
-        ctx.save_for_backward(x, weight, bn_weight, bn_bias, *saved)
+        ctx.save_for_backward(x, *layer[:3], z, norm, slopes)
         ctx.config = (training, eps, backend)
-        norm = saved[1]
         ctx.mark_non_differentiable(norm)
         return y, norm
 
@@ -145,31 +120,22 @@ class PointwiseBnSiluPool(torch.autograd.Function):
         )
 
 
-def apply(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    call: Call,
-) -> Tensor:
+def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,) = call.norms
-    tensors = (x, weight, bn_weight, bn_bias, running_mean, running_var)
     if only_infers(call):
-        return eval_op(*tensors, norm.eps, call.backend)
+        return eval_op(x, *layer, norm.eps, call.backend)
     n, _, h, w = x.shape
     if norm.training:
-        check_values_per_channel((n, weight.shape[0], h, w))
-    run = PointwiseBnSiluPool.apply if call.needs_grad else _forward
-    results = run(*tensors, norm.training, norm.eps, call.backend)
+        check_values_per_channel((n, layer[0].shape[0], h, w))
+    if call.needs_grad:
+        y, rows = PointwiseBnSiluPool.apply(x, *layer, norm.training, norm.eps, call.backend)
+    else:
+        y, _, rows, _ = _forward(x, layer, norm.training, norm.eps, call.backend)
     if norm.training and norm.moves:
-        rows = results[1 if call.needs_grad else 2]
-        update_running_statistics(
-            running_mean, running_var, rows[MEAN], rows[VAR], n * h * w, norm.momentum
-        )
-    return results[0]
+        mean, var = rows[MEAN], rows[VAR]
+        update_running_statistics(layer[3], layer[4], mean, var, n * h * w, norm.momentum)
+    return y
 
 
 def pointwise_bn_silu_pool(
@@ -211,13 +177,13 @@ def pointwise_bn_silu_pool(
 
     Source: Tan & Le (arXiv 1905.11946), table 1.
     """
-    others = (weight, bn_weight, bn_bias, running_mean, running_var)
-    check_arguments(x, *others, training)
+    layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_arguments(x, layer, training)
     x = autocast(x)
-    chosen = resolve(backend, "pointwise_bn_silu_pool", OpArgs(x, others))
+    chosen = resolve(backend, "pointwise_bn_silu_pool", OpArgs(x, layer))
     if chosen == "reference":
         return reference.pointwise_bn_silu_pool(
-            x, *others, training=training, momentum=momentum, eps=eps
+            x, *layer, training=training, momentum=momentum, eps=eps
         )
-    needs_grad = wants_gradient(x, weight, bn_weight, bn_bias)
-    return apply(x, *others, Call((Norm(training, momentum, eps),), needs_grad, chosen))
+    needs_grad = wants_gradient(x, *layer[:3])
+    return apply(x, layer, Call((Norm(training, momentum, eps),), needs_grad, chosen))

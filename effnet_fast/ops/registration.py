@@ -11,7 +11,6 @@ from torch import Tensor
 from effnet_fast import backends
 
 Ints = Sequence[int]
-Layer = Sequence[Any]  # weight, bn_weight, bn_bias, mean, var; some None
 LIBRARY = torch.library.Library("effnet_fast", "DEF")
 
 

@@ -29,13 +29,11 @@ def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of DwconvBnSilu."""
     x, weight, _, bn_weight, bn_bias, mean, var = ctx.saved_tensors
     stride, padding, eps, training, _ = ctx.config
-    running_mean, running_var = (None, None) if training else (mean, var)
+    running = (None, None) if training else (mean, var)
 
-    def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        return reference.dwconv_bn_silu(
-            x, weight, gamma, beta, running_mean, running_var,
-            stride=stride, padding=padding, training=training, eps=eps,
-        )  # fmt: skip
+    def function(*inputs: Any) -> Tensor:
+        geometry = {"stride": stride, "padding": padding}
+        return reference.dwconv_bn_silu(*inputs, *running, **geometry, training=training, eps=eps)
 
     return (x, weight, bn_weight, bn_bias), function
 
@@ -44,12 +42,10 @@ def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of PointwiseBnSiluPool."""
     *inputs, _, norm, _ = ctx.saved_tensors
     training, eps, _ = ctx.config
-    mean, var = (None, None) if training else (norm[MEAN], norm[VAR])
+    running = (None, None) if training else (norm[MEAN], norm[VAR])
 
-    def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        return reference.pointwise_bn_silu_pool(
-            x, weight, gamma, beta, mean, var, training=training, eps=eps
-        )
+    def function(*inputs: Any) -> Tensor:
+        return reference.pointwise_bn_silu_pool(*inputs, *running, training=training, eps=eps)
 
     return tuple(inputs), function
 
@@ -58,10 +54,10 @@ def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of StemConvBnSilu."""
     x, weight, _, norm, bn_weight, bn_bias = ctx.saved_tensors
     stride, padding, eps, training, _ = ctx.config
-    mean, var = (None, None) if training else (norm[MEAN], norm[VAR])
+    running = (None, None) if training else (norm[MEAN], norm[VAR])
 
-    def function(x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        return compose(x, weight, gamma, beta, mean, var, stride, padding, training, 0.0, eps)
+    def function(x: Tensor, *layer: Tensor | None) -> Tensor:
+        return compose(x, (*layer, *running), stride, padding, training, 0.0, eps)
 
     return (x, weight, bn_weight, bn_bias), function
 

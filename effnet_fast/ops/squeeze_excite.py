@@ -86,22 +86,10 @@ class SqueezeExcite(torch.autograd.Function):
     """y = x * gate(x), saving x and vectors over (n, c)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        reduce_weight: Tensor,
-        reduce_bias: Tensor | None,
-        expand_weight: Tensor,
-        expand_bias: Tensor | None,
-        backend: str,
-    ) -> Tensor:
-        y, pooled, hidden, gate = forward_op(
-            x, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
-        )
-        ctx.save_for_backward(
-            x, reduce_weight, reduce_bias, expand_weight, expand_bias, pooled, hidden, gate
-        )
-        ctx.backend = backend
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        y, *vectors = forward_op(*args)
+        *inputs, ctx.backend = args
+        ctx.save_for_backward(*inputs, *vectors)
         return y
 
     @staticmethod
@@ -117,21 +105,6 @@ class SqueezeExcite(torch.autograd.Function):
         ):
             out.append(grad.reshape(parameter.shape).to(parameter.dtype) if need else None)
         return (*out, None)
-
-
-def apply(
-    x: Tensor,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor | None,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """The op on checked arguments and a resolved backend other than the reference."""
-    parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    if wants_gradient(x, *parameters):
-        return SqueezeExcite.apply(x, *parameters, backend)
-    return forward_op(x, *parameters, backend)[0]
 
 
 def squeeze_excite(
@@ -166,8 +139,10 @@ def squeeze_excite(
     Source: Hu et al. (arXiv 1709.01507), equations 2 to 4.
     """
     parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    check_arguments(x, *parameters)
+    check_arguments(x, parameters)
     chosen = resolve(backend, "squeeze_excite", OpArgs(x, parameters))
     if chosen == "reference":
         return reference.squeeze_excite(x, *parameters)
-    return apply(x, *parameters, chosen)
+    if wants_gradient(x, *parameters):
+        return SqueezeExcite.apply(x, *parameters, chosen)
+    return forward_op(x, *parameters, chosen)[0]

@@ -20,16 +20,11 @@ from effnet_fast.backends import OpArgs, is_channels_last, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
+from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.norms import MEAN, VAR, empty_norm
-from effnet_fast.ops.registration import (
-    Ints,
-    autocast,
-    empty_nhwc,
-    nhwc,
-    register,
-)
+from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
-from effnet_fast.reference.arguments import Padding, Sides
+from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
 
 
@@ -148,20 +143,9 @@ class StemConvBnSilu(torch.autograd.Function):
     """Returns (y, norm); mean and var are None in training."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bn_weight: Tensor | None,
-        bn_bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        stride: Ints,
-        padding: Sides,
-        eps: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        z, norm = conv_op(x, weight, bn_weight, bn_bias, mean, var, stride, padding, eps, backend)
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        weight, bn_weight, bn_bias, mean, _, stride, padding, eps, backend = rest
+        z, norm = conv_op(x, *rest)
         ctx.save_for_backward(x, weight, z, norm, bn_weight, bn_bias)
         ctx.config = (stride, padding, eps, mean is None, backend)
         ctx.mark_non_differentiable(norm)
@@ -196,24 +180,15 @@ class StemConvBnSilu(torch.autograd.Function):
         )
 
 
-def apply(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    call: Call,
-) -> Tensor:
+def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,) = call.norms
     rest = (call.stride, call.padding, norm.eps, call.backend)
     if only_infers(call):
-        return eval_op(x, weight, bn_weight, bn_bias, running_mean, running_var, *rest)
-    mean, var = (None, None) if norm.training else (running_mean, running_var)
-    args = (x, weight, bn_weight, bn_bias, mean, var, *rest)
+        return eval_op(x, *layer, *rest)
     if norm.training:
-        check_values_per_channel(output_shape(x, weight, call.stride, call.padding))
+        check_values_per_channel(output_shape(x, layer[0], call.stride, call.padding))
+    args = (x, *normalised_by(layer, norm.training), *rest)
     if call.needs_grad:
         y, rows = StemConvBnSilu.apply(*args)
     else:
@@ -221,9 +196,7 @@ def apply(
         y = silu_op(z, rows, call.backend)
     if norm.training and norm.moves:
         count = y.shape[0] * y.shape[2] * y.shape[3]
-        update_running_statistics(
-            running_mean, running_var, rows[MEAN], rows[VAR], count, norm.momentum
-        )
+        update_running_statistics(layer[3], layer[4], rows[MEAN], rows[VAR], count, norm.momentum)
     return y
 
 
@@ -267,18 +240,14 @@ def stem_conv_bn_silu(
 
     Source: Tan & Le (arXiv 1905.11946), table 1; Ioffe & Szegedy (arXiv 1502.03167).
     """
-    sides = check_arguments(
-        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, training
-    )
+    layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    sides = check_arguments(x, layer, stride, padding, training)
     x = autocast(x)
-    others = (weight, bn_weight, bn_bias, running_mean, running_var)
-    chosen = resolve(backend, "stem_conv_bn_silu", OpArgs(x, others))
+    chosen = resolve(backend, "stem_conv_bn_silu", OpArgs(x, layer))
     if chosen == "reference":
         return reference.stem_conv_bn_silu(
-            x, weight, bn_weight, bn_bias, running_mean, running_var,
-            stride=stride, padding=sides, training=training, momentum=momentum, eps=eps,
-        )  # fmt: skip
+            x, *layer, stride=stride, padding=sides, training=training, momentum=momentum, eps=eps
+        )
     norms = (Norm(training, momentum, eps),)
-    needs_grad = wants_gradient(x, weight, bn_weight, bn_bias)
-    call = Call(norms, needs_grad, chosen, (stride, stride), sides)
-    return apply(x, weight, bn_weight, bn_bias, running_mean, running_var, call)
+    needs_grad = wants_gradient(x, *layer[:3])
+    return apply(x, layer, Call(norms, needs_grad, chosen, (stride, stride), sides))

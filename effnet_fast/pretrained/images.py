@@ -216,22 +216,6 @@ def preset(variant: Preprocessing) -> ImageClassification:
     )
 
 
-def preprocess(image: Image.Image, variant: Preprocessing) -> Tensor:
-    """Prepares an image for evaluation as `variant` prescribes (resize, crop, interpolation).
-
-    Args:
-        image: any PIL image; it is converted to RGB.
-        variant: a row of `effnet_fast.models.variants.VARIANTS`.
-
-    Returns:
-        float32 tensor [1, 3, crop, crop], channels_last.
-
-    Raises:
-        ValueError, TypeError: as `ImageClassification`.
-    """
-    return preset(variant)(image)[None].contiguous(memory_format=torch.channels_last)
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in WIDE_MODES:
         from PIL import Image

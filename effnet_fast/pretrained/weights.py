@@ -211,69 +211,54 @@ def _parts(transforms: Callable[..., Any]) -> Any:
 class EfficientNet_B0_Weights(WeightsEnum):
     """Weights of efficientnet_b0."""
 
-    IMAGENET1K_V1 = _published("b0_v1")
-    DEFAULT = IMAGENET1K_V1
+    IMAGENET1K_V1 = DEFAULT = _published("b0_v1")
 
 
 class EfficientNet_B1_Weights(WeightsEnum):
     """Weights of efficientnet_b1."""
 
     IMAGENET1K_V1 = _published("b1_v1")
-    IMAGENET1K_V2 = _published("b1_v2")
-    DEFAULT = IMAGENET1K_V2
+    IMAGENET1K_V2 = DEFAULT = _published("b1_v2")
 
 
 class EfficientNet_B2_Weights(WeightsEnum):
     """Weights of efficientnet_b2."""
 
-    IMAGENET1K_V1 = _published("b2_v1")
-    DEFAULT = IMAGENET1K_V1
+    IMAGENET1K_V1 = DEFAULT = _published("b2_v1")
 
 
 class EfficientNet_B3_Weights(WeightsEnum):
     """Weights of efficientnet_b3."""
 
-    IMAGENET1K_V1 = _published("b3_v1")
-    DEFAULT = IMAGENET1K_V1
+    IMAGENET1K_V1 = DEFAULT = _published("b3_v1")
 
 
 class EfficientNet_B4_Weights(WeightsEnum):
     """Weights of efficientnet_b4."""
 
-    IMAGENET1K_V1 = _published("b4_v1")
-    DEFAULT = IMAGENET1K_V1
+    IMAGENET1K_V1 = DEFAULT = _published("b4_v1")
 
 
 class EfficientNet_B5_Weights(WeightsEnum):
     """Weights of efficientnet_b5."""
 
-    IMAGENET1K_V1 = _published("b5_v1")
-    DEFAULT = IMAGENET1K_V1
+    IMAGENET1K_V1 = DEFAULT = _published("b5_v1")
 
 
 class EfficientNet_B6_Weights(WeightsEnum):
     """Weights of efficientnet_b6."""
 
-    IMAGENET1K_V1 = _published("b6_v1")
-    DEFAULT = IMAGENET1K_V1
+    IMAGENET1K_V1 = DEFAULT = _published("b6_v1")
 
 
 class EfficientNet_B7_Weights(WeightsEnum):
     """Weights of efficientnet_b7."""
 
-    IMAGENET1K_V1 = _published("b7_v1")
-    DEFAULT = IMAGENET1K_V1
+    IMAGENET1K_V1 = DEFAULT = _published("b7_v1")
 
 
 ENUMS: dict[str, type[WeightsEnum]] = {
-    "efficientnet_b0": EfficientNet_B0_Weights,
-    "efficientnet_b1": EfficientNet_B1_Weights,
-    "efficientnet_b2": EfficientNet_B2_Weights,
-    "efficientnet_b3": EfficientNet_B3_Weights,
-    "efficientnet_b4": EfficientNet_B4_Weights,
-    "efficientnet_b5": EfficientNet_B5_Weights,
-    "efficientnet_b6": EfficientNet_B6_Weights,
-    "efficientnet_b7": EfficientNet_B7_Weights,
+    enum.__name__.removesuffix("_Weights").lower(): enum for enum in WeightsEnum.__subclasses__()
 }
 
 

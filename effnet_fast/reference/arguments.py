@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Sides = tuple[int, int, int, int]  # left, right, top, bottom
 Padding = int | Sides | None
+Layer = Sequence[Any]  # weight, bn_weight, bn_bias, mean, var; some None
 _BN_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
@@ -36,21 +40,15 @@ def check_shape(name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
 
 
 def check_batch_norm(
-    device: torch.device,
-    channels: int,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
+    device: torch.device, channels: int, vectors: Sequence[Tensor | None], training: bool
 ) -> None:
     """Raises unless the BN vectors are None or [channels], and sufficient for the mode."""
-    vectors = (bn_weight, bn_bias, running_mean, running_var)
     for name, vector in zip(_BN_VECTORS, vectors, strict=True):
         if vector is not None:
             check_tensor(name, vector, device)
             if vector.shape != (channels,):
                 check_shape(name, vector, (channels,))
+    _, _, running_mean, running_var = vectors
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be tensors or both be None")
     if running_mean is None and not training:
@@ -81,15 +79,26 @@ def resolve_padding(padding: Padding, kernel: int) -> tuple[int, int, int, int]:
     return left, right, top, bottom
 
 
+def check_convolution(
+    layer: Layer, x: Tensor, stride: int, padding: Padding, training: bool
+) -> Sides:
+    """Raises unless the rest fits a weight [Cout,Cin,K,K]; returns the padding of each side."""
+    weight, *vectors = layer
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride must be an int of at least 1, got {stride!r}")
+    check_batch_norm(x.device, weight.shape[0], vectors, training)
+    kernel = weight.shape[-1]
+    left, right, top, bottom = resolve_padding(padding, kernel)
+    padded = (x.shape[2] + top + bottom, x.shape[3] + left + right)
+    if min(padded) < kernel:
+        raise ValueError(
+            f"the padded input {list(padded)} is smaller than the {kernel}x{kernel} kernel"
+        )
+    return left, right, top, bottom
+
+
 def batch_norm(
-    z: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
+    z: Tensor, vectors: Sequence[Tensor | None], training: bool, momentum: float, eps: float
 ) -> Tensor:
     """F.batch_norm for BN vectors whose dtype may differ from that of z.
 
@@ -100,16 +109,13 @@ def batch_norm(
     Raises:
         ValueError: training with one value per channel.
     """
-    given = [v for v in (bn_weight, bn_bias, running_mean, running_var) if v is not None]
+    given = [v for v in vectors if v is not None]
     half = z.dtype in (torch.float16, torch.bfloat16)
     dtype = torch.float32 if half and any(v.dtype != z.dtype for v in given) else z.dtype
-    weight = None if bn_weight is None else bn_weight.to(dtype)
-    bias = None if bn_bias is None else bn_bias.to(dtype)
-    mean = None if running_mean is None else running_mean.to(dtype)
-    var = None if running_var is None else running_var.to(dtype)
+    weight, bias, mean, var = (None if v is None else v.to(dtype) for v in vectors)
     y = F.batch_norm(z, mean, var, weight, bias, training, momentum, eps)
     if training and mean is not None and var is not None:
-        for stored, updated in ((running_mean, mean), (running_var, var)):
+        for stored, updated in zip(vectors[2:], (mean, var), strict=True):
             if stored is not None and stored is not updated:
                 stored.copy_(updated)
     return y

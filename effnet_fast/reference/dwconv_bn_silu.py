@@ -9,44 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast.reference.arguments import (
+    Layer,
     Padding,
+    Sides,
     batch_norm,
-    check_batch_norm,
+    check_convolution,
     check_image,
     check_tensor,
-    resolve_padding,
 )
 
 
 def check_arguments(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    stride: int,
-    padding: Padding,
-    training: bool,
-) -> tuple[int, int, int, int]:
+    x: Tensor, layer: Layer, stride: int, padding: Padding, training: bool
+) -> Sides:
     """Raises as `dwconv_bn_silu` says; returns the padding as (left, right, top, bottom)."""
     check_image(x)
+    weight = layer[0]
     check_tensor("weight", weight, x.device)
     channels, kernel = x.shape[1], weight.shape[-1] if weight.dim() == 4 else 0
     if weight.shape != (channels, 1, kernel, kernel) or kernel < 1:
         raise ValueError(
             f"weight must be [C,1,K,K] with C = {channels} as in x, got {list(weight.shape)}"
         )
-    if not isinstance(stride, int) or stride < 1:
-        raise ValueError(f"stride must be an int of at least 1, got {stride!r}")
-    check_batch_norm(x.device, channels, bn_weight, bn_bias, running_mean, running_var, training)
-    left, right, top, bottom = resolve_padding(padding, kernel)
-    padded = (x.shape[2] + top + bottom, x.shape[3] + left + right)
-    if min(padded) < kernel:
-        raise ValueError(
-            f"the padded input {list(padded)} is smaller than the {kernel}x{kernel} kernel"
-        )
-    return left, right, top, bottom
+    return check_convolution(layer, x, stride, padding, training)
 
 
 def dwconv_bn_silu(
@@ -84,13 +69,11 @@ def dwconv_bn_silu(
         ValueError: a shape, stride or padding out of range, a kernel larger than the padded
             input, running statistics missing outside training, or one value per channel in it.
     """
-    left, right, top, bottom = check_arguments(
-        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, training
-    )
+    layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    left, right, top, bottom = check_arguments(x, layer, stride, padding, training)
     if left == right and top == bottom:
         z = F.conv2d(x, weight.to(x.dtype), None, stride, (top, left), groups=x.shape[1])
     else:
         x = F.pad(x, (left, right, top, bottom))
         z = F.conv2d(x, weight.to(x.dtype), None, stride, 0, groups=x.shape[1])
-    u = batch_norm(z, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
-    return F.silu(u)
+    return F.silu(batch_norm(z, layer[1:], training, momentum, eps))

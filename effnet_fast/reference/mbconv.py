@@ -16,6 +16,7 @@ from effnet_fast.reference.dwconv_bn_silu import check_arguments as check_depthw
 from effnet_fast.reference.dwconv_bn_silu import dwconv_bn_silu
 from effnet_fast.reference.pointwise_bn_act import check_arguments as check_pointwise
 from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
+from effnet_fast.reference.squeeze_excite import check_arguments as check_squeeze_excite
 from effnet_fast.reference.squeeze_excite import squeeze_excite
 
 MEMORY = ("fast", "lean")
@@ -127,28 +128,16 @@ def check_arguments(
     check_image(x)
     h = x
     if params.expand is not None:
-        check_pointwise(x, *params.expand, "silu", None, None, modes[0])
+        check_pointwise(x, params.expand, "silu", None, None, modes[0])
         h = x[:, :1].expand(-1, params.expand.weight.shape[0], -1, -1)
-    sides = check_depthwise(h, *params.depthwise, config.stride, config.padding, modes[1])
+    sides = check_depthwise(h, params.depthwise, config.stride, config.padding, modes[1])
     channels, kernel = params.depthwise.weight.shape[0], params.depthwise.weight.shape[-1]
-    reduce_weight, reduce_bias, expand_weight, expand_bias = params.squeeze
-    reduced = reduce_weight.shape[0]
-    check_shape("reduce_weight", reduce_weight, (reduced, channels, 1, 1), (reduced, channels))
-    check_shape("expand_weight", expand_weight, (channels, reduced, 1, 1), (channels, reduced))
-    for name, bias, size in (
-        ("reduce_bias", reduce_bias, reduced),
-        ("expand_bias", expand_bias, channels),
-    ):
-        if bias is not None:
-            check_shape(name, bias, (size,))
-    for name, tensor in zip(params.squeeze._fields, params.squeeze, strict=True):
-        if tensor is not None:
-            check_tensor(name, tensor, x.device)
     left, right, top, bottom = sides
     rows = (x.shape[2] + top + bottom - kernel) // config.stride + 1
     columns = (x.shape[3] + left + right - kernel) // config.stride + 1
     image = x[:1, :1, :1, :1].expand(x.shape[0], channels, rows, columns)
-    check_pointwise(image, *params.project, None, None, None, modes[2])
+    check_squeeze_excite(image, params.squeeze)
+    check_pointwise(image, params.project, None, None, None, modes[2])
     out = (x.shape[0], params.project.weight.shape[0], rows, columns)
     if config.residual and out != tuple(x.shape):
         raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")

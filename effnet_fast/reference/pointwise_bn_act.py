@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast.reference.arguments import (
+    Layer,
     batch_norm,
     check_batch_norm,
     check_image,
@@ -21,11 +22,7 @@ ACTS = ("silu", None)
 
 def check_arguments(
     x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    layer: Layer,
     act: str | None,
     gate: Tensor | None,
     residual: Tensor | None,
@@ -34,6 +31,7 @@ def check_arguments(
     """Raises as `pointwise_bn_act` says."""
     check_image(x)
     batch, in_channels, height, width = x.shape
+    weight, *vectors = layer
     check_tensor("weight", weight, x.device)
     if weight.dim() != 4 or weight.shape[1:] != (in_channels, 1, 1):
         raise ValueError(
@@ -43,7 +41,7 @@ def check_arguments(
     if act not in ACTS:
         raise ValueError(f"act must be one of {ACTS}, got {act!r}")
     channels = weight.shape[0]
-    check_batch_norm(x.device, channels, bn_weight, bn_bias, running_mean, running_var, training)
+    check_batch_norm(x.device, channels, vectors, training)
     if gate is not None:
         check_tensor("gate", gate, x.device)
         check_shape("gate", gate, (batch, in_channels, 1, 1))
@@ -89,13 +87,12 @@ def pointwise_bn_act(
         ValueError: a wrong shape or act, running statistics missing outside training, or one
             value per channel in it.
     """
-    check_arguments(
-        x, weight, bn_weight, bn_bias, running_mean, running_var, act, gate, residual, training
-    )
+    layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_arguments(x, layer, act, gate, residual, training)
     if gate is not None:
         x = x * gate.to(x.dtype)
     z = F.conv2d(x, weight.to(x.dtype))
-    y = batch_norm(z, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    y = batch_norm(z, layer[1:], training, momentum, eps)
     if act == "silu":
         y = F.silu(y)
     return y if residual is None else y + residual.to(x.dtype)

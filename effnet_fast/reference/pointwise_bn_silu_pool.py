@@ -7,22 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from effnet_fast.reference.arguments import Layer
 from effnet_fast.reference.pointwise_bn_act import check_arguments as check_pointwise
 from effnet_fast.reference.pointwise_bn_act import pointwise_bn_act
 
 
-def check_arguments(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-) -> None:
+def check_arguments(x: Tensor, layer: Layer, training: bool) -> None:
     """Raises as `pointwise_bn_silu_pool` says."""
-    vectors = (bn_weight, bn_bias, running_mean, running_var)
-    check_pointwise(x, weight, *vectors, "silu", None, None, training)
+    check_pointwise(x, layer, "silu", None, None, training)
     if 0 in x.shape[2:]:
         raise ValueError(f"x must have H and W of at least 1, got {list(x.shape)}")
 
@@ -58,9 +50,6 @@ def pointwise_bn_silu_pool(
         ValueError: a wrong shape, no pixels, running statistics missing outside training, or one
             value per channel in it.
     """
-    check_arguments(x, weight, bn_weight, bn_bias, running_mean, running_var, training)
-    y = pointwise_bn_act(
-        x, weight, bn_weight, bn_bias, running_mean, running_var,
-        training=training, momentum=momentum, eps=eps,
-    )  # fmt: skip
-    return y.mean((2, 3))
+    layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_arguments(x, layer, training)
+    return pointwise_bn_act(x, *layer, training=training, momentum=momentum, eps=eps).mean((2, 3))

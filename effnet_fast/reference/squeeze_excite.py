@@ -10,17 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effnet_fast.reference.arguments import check_image, check_shape, check_tensor
+from effnet_fast.reference.arguments import Layer, check_image, check_shape, check_tensor
 
 
-def check_arguments(
-    x: Tensor,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor | None,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-) -> None:
-    """Raises as `squeeze_excite` says."""
+def check_arguments(x: Tensor, layers: Layer) -> None:
+    """Raises as `squeeze_excite` says of its four parameters."""
+    reduce_weight, reduce_bias, expand_weight, expand_bias = layers
     check_image(x)
     channels = x.shape[1]
     if min(x.shape[2:]) < 1:
@@ -68,9 +63,10 @@ def squeeze_excite(
         TypeError: an argument that is not a floating-point tensor.
         ValueError: a wrong shape, or an empty image.
     """
-    check_arguments(x, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    check_arguments(x, layers)
     dtype = x.dtype
-    for parameter in (reduce_weight, reduce_bias, expand_weight, expand_bias):
+    for parameter in layers:
         if parameter is not None:
             dtype = torch.promote_types(dtype, parameter.dtype)
     pooled = F.adaptive_avg_pool2d(x, 1).to(dtype)

@@ -11,47 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast.reference.arguments import (
+    Layer,
     Padding,
     Sides,
     batch_norm,
-    check_batch_norm,
+    check_convolution,
     check_image,
     check_tensor,
-    resolve_padding,
 )
 
 
 def check_arguments(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    stride: int,
-    padding: Padding,
-    training: bool,
-) -> tuple[int, int, int, int]:
+    x: Tensor, layer: Layer, stride: int, padding: Padding, training: bool
+) -> Sides:
     """Raises as `stem_conv_bn_silu` says; returns the padding as (left, right, top, bottom)."""
     check_image(x)
+    weight = layer[0]
     check_tensor("weight", weight, x.device)
     channels, kernel = x.shape[1], weight.shape[-1] if weight.dim() == 4 else 0
     if kernel < 1 or weight.shape[0] < 1 or weight.shape[1:] != (channels, kernel, kernel):
         raise ValueError(
             f"weight must be [Cout,Cin,K,K] with Cin = {channels} as in x, got {list(weight.shape)}"
         )
-    if not isinstance(stride, int) or stride < 1:
-        raise ValueError(f"stride must be an int of at least 1, got {stride!r}")
-    check_batch_norm(
-        x.device, weight.shape[0], bn_weight, bn_bias, running_mean, running_var, training
-    )
-    left, right, top, bottom = resolve_padding(padding, kernel)
-    padded = (x.shape[2] + top + bottom, x.shape[3] + left + right)
-    if min(padded) < kernel:
-        raise ValueError(
-            f"the padded input {list(padded)} is smaller than the {kernel}x{kernel} kernel"
-        )
-    return left, right, top, bottom
+    return check_convolution(layer, x, stride, padding, training)
 
 
 def stem_conv_bn_silu(
@@ -89,20 +71,14 @@ def stem_conv_bn_silu(
         ValueError: a shape, stride or padding out of range, a kernel larger than the padded
             input, running statistics missing outside training, or one value per channel in it.
     """
-    sides = check_arguments(
-        x, weight, bn_weight, bn_bias, running_mean, running_var, stride, padding, training
-    )
-    bn = (bn_weight, bn_bias, running_mean, running_var)
-    return compose(x, weight, *bn, (stride, stride), sides, training, momentum, eps)
+    layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    sides = check_arguments(x, layer, stride, padding, training)
+    return compose(x, layer, (stride, stride), sides, training, momentum, eps)
 
 
 def compose(
     x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    layer: Layer,
     stride: Sequence[int],
     padding: Sides,
     training: bool,
@@ -113,6 +89,5 @@ def compose(
     left, right, top, bottom = padding
     if (left, top) != (right, bottom):
         x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
-    z = F.conv2d(x, weight.to(x.dtype), None, tuple(stride), (top, left))
-    u = batch_norm(z, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
-    return F.silu(u)
+    z = F.conv2d(x, layer[0].to(x.dtype), None, tuple(stride), (top, left))
+    return F.silu(batch_norm(z, layer[1:], training, momentum, eps))

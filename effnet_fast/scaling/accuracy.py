@@ -43,19 +43,12 @@ EXPONENTS = numpy.arange(1, 121) / 20  # tried for k
 
 @dataclass(frozen=True)
 class AccuracyModel:
-    """The fitted constants of the formula.
+    """The fitted constants of the formula."""
 
-    Args:
-        limit: top-1 of an infinite network, percent.
-        scale: percent.
-        exponent: k.
-        rms: error of the fit over the eight published numbers, percent.
-    """
-
-    limit: float
-    scale: float
-    exponent: float
-    rms: float
+    limit: float  # top-1 of an infinite network, percent
+    scale: float  # percent
+    exponent: float  # k
+    rms: float  # error of the fit over the eight published numbers, percent
 
     def top1(self, depth: float, width: float, resolution: float) -> float:
         """Estimated top-1 in percent; resolution in pixels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -92,3 +93,8 @@ class Conditions:
             num_classes=num_classes,
             in_chans=in_chans,
         )
+
+
+def to_json(conditions: Conditions) -> dict[str, Any]:
+    """The fields, the dtype by its name."""
+    return {**vars(conditions), "dtype": DTYPE_NAMES[conditions.dtype]}

@@ -16,7 +16,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -25,7 +24,7 @@ from effnet_fast import timing
 from effnet_fast.backends import can_run
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import Variant, custom_variant
-from effnet_fast.scaling.conditions import DTYPE_NAMES, DTYPES, Conditions
+from effnet_fast.scaling.conditions import DTYPES, Conditions, to_json
 from effnet_fast.scaling.counts import groups
 from effnet_fast.scaling.solver import solve_nonnegative
 
@@ -97,15 +96,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prices:
-    """What a plan pays for each of `FEATURES`.
+    """What a plan pays for each of `FEATURES`."""
 
-    Args:
-        seconds: by feature, per block, multiply-add or byte.
-        median_error, largest_error: relative, of networks predicted by a fit without them.
-    """
-
-    seconds: dict[str, float]
-    median_error: float
+    seconds: dict[str, float]  # by feature, per block, multiply-add or byte
+    median_error: float  # relative, as the largest, of networks predicted by a fit without them
     largest_error: float
 
 
@@ -176,7 +170,7 @@ class LatencyModel:
 
     def save(self, path: str | Path) -> None:
         """Writes everything to a JSON file."""
-        content = asdict(self) | {"format": FORMAT, "conditions": _to_json(self.conditions)}
+        content = asdict(self) | {"format": FORMAT, "conditions": to_json(self.conditions)}
         Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -215,10 +209,6 @@ def _check_amounts(amounts: Iterable[object]) -> None:
         number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
         if not (number and 0 <= amount < math.inf):  # type: ignore[operator]
             raise ValueError(f"a price or an error is {amount!r}, not a number of at least 0")
-
-
-def _to_json(conditions: Conditions) -> dict[str, Any]:
-    return {**vars(conditions), "dtype": DTYPE_NAMES[conditions.dtype]}
 
 
 def fit_prices(samples: Iterable[Sample], conditions: Conditions, plan: str) -> Prices:

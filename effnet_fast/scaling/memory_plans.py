@@ -110,14 +110,7 @@ narrow          done            -       x
 expand          data            x       eexu
 project         residual_bwd    -       y
 """
-_LEAN = """
-expand          convolution     eu      -
-depthwise       convolution     dw      -
-expand          done            -       e
-squeeze_excite  squeeze         CCCRC   -
-project         convolution     yv      -
-project         finish          y       -
-"""
+_LEAN = _FAST.replace("squeeze_excite", "expand          done            -       e\nsqueeze_excite")
 _LEAN_BACKWARD = _FAST_BACKWARD.replace(
     "depthwise       backward",
     "expand          recompute       e       -\ndepthwise       backward",
@@ -138,12 +131,7 @@ _FUSED_HEAD_BACKWARD = "edge pool_bwd C cc\nedge backward x xyVCCC"
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps forward and, in training, backward, of a block, of the stem and of the head.
-
-    Args:
-        shared: whether two buffers, of the sizes of e and d, serve all blocks and outlast the
-            pass: in inference the forward pass, in training the backward pass.
-    """
+    """Steps forward and, in training, backward, of a block, of the stem and of the head."""
 
     block: Steps
     stem: Steps
@@ -151,6 +139,8 @@ class Plan:
     block_backward: Steps = ()
     stem_backward: Steps = ()
     head_backward: Steps = ()
+    # Whether two buffers, of the sizes of e and d, serve all blocks and outlast the pass: in
+    # inference the forward pass, in training the backward pass.
     shared: bool = False
 
 

@@ -27,18 +27,12 @@ from effnet_fast.scaling.counts import groups
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over activations.
+    """One pass over activations."""
 
-    Args:
-        op: what the pass is part of: "expand", "depthwise", "squeeze_excite", "project".
-        name: what it does.
-        reads, writes: a letter for each tensor that it reads or writes once: x, e, d, y.
-    """
-
-    op: str
-    name: str
-    reads: str
-    writes: str
+    op: str  # part of: "expand", "depthwise", "squeeze_excite", "project"
+    name: str  # what it does
+    reads: str  # a letter for each tensor that it reads once: x, e, d, y
+    writes: str  # the same of those that it writes
 
 
 def _passes(table: str) -> tuple[Pass, ...]:

@@ -27,26 +27,17 @@ FACTORS = (1.0, 2.0, 4.0, 8.0)  # times B0's multiply-adds
 
 @dataclass(frozen=True)
 class Row:
-    """A network of a series.
+    """A network of a series."""
 
-    Args:
-        series: one of `SERIES`.
-        target_macs: the common target of all series; the network is the largest below it.
-        point: the network, with the series' own phi.
-        counts: of one image.
-        memory: under the conditions of the comparison.
-        top1: estimated, percent; None for a baseline other than B0, and where the network is
-            shallower, narrower or of smaller images than B0: the formula knows no such network.
-        seconds: measured for a call on the batch, by plan; None where nothing was measured.
-    """
-
-    series: str
-    target_macs: float
-    point: Point
-    counts: Counts
-    memory: Memory
+    series: str  # one of `SERIES`
+    target_macs: float  # common to all series; the network is the largest below it
+    point: Point  # the network, with the series' own phi
+    counts: Counts  # of one image
+    memory: Memory  # under the conditions of the comparison
+    # Estimated, percent; None for a baseline other than B0, and where the network is shallower,
+    # narrower or of smaller images than B0: the formula knows no such network.
     top1: float | None
-    seconds: dict[str, float] | None
+    seconds: dict[str, float] | None  # measured for a call on the batch, by plan
 
 
 def compare(

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     for name, side in (("a.png", 301), ("b.jpg", 240)):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
         coarse.resize((side, 260), Image.Resampling.BICUBIC).save(path / name)
-        inputs.append(images.preprocess(images.load(path / name), VARIANTS["b0"]))
+        inputs.append(images.preset(VARIANTS["b0"])(images.load(path / name))[None])
     model = common.build_model(VARIANTS["b0"], "reference", TEN_CLASSES)
     bench.calibrate(model, torch.cat(inputs))
     save_file(model.state_dict(), path / "ten.safetensors")

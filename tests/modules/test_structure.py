@@ -43,8 +43,8 @@ def test_a_block_says_all_that_its_forward_needs() -> None:
     assert isinstance(block, structure.Block)
     assert (block.residual, block.drop_probability, block.drop_mode) == (True, 0.25, "row")
     assert block.memory == "lean"
-    assert block.excite.se_reduce_weight is module.block[2].fc1.weight
-    assert block.excite.se_expand_bias is module.block[2].fc2.bias
+    assert block.excite.reduce_weight is module.block[2].fc1.weight
+    assert block.excite.expand_bias is module.block[2].fc2.bias
     assert block.spatial is block.depthwise.geometry
     evaluated = structure.structure_of(module.eval())
     assert isinstance(evaluated, structure.Block)

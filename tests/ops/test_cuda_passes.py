@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import tiers
 from effnet_fast.ops.cuda import dwconv_bn_silu as depthwise
 from effnet_fast.ops.cuda import squeeze_excite as excitation
+from effnet_fast.ops.cuda import statistics
 from effnet_fast.ops.cuda.launching import Bn
 from effnet_fast.ops.registration import empty_nhwc
 from parity import (
@@ -238,6 +239,7 @@ def test_finish(c: int, dtype: torch.dtype, backend: str) -> None:
     y = depthwise.bn_act(
         z.to(device), bn, backend, silu=False, keep=keep.to(device), residual=x.to(device)
     )
-    sums = depthwise.finish_sums(grad_y.to(device), z.to(device), bn, backend, keep.to(device))
+    images = (z.to(device), grad_y.to(device))
+    sums = statistics.channel_sums(backend, statistics.BN, *images, bn, keep.to(device))
     actual = {"y": y.cpu(), "grad beta": sums[0].cpu(), "grad gamma": sums[1].cpu()}
     assert_parity(actual, eager(False), eager(True), dtype)

@@ -29,8 +29,7 @@ def staged(
     tensors = {k: None if t is None else t.double() for k, t in call.tensors.items()}
     params, config = params_of(tensors), call.config
     padding = reference.arguments.resolve_padding(config.padding, params.depthwise.weight.shape[-1])
-    excite = mbconv_training.Excite(*params.squeeze)
-    layers = mbconv_training.Layers(params.expand, params.depthwise, excite, params.project)
+    layers = mbconv_training.Layers(params.expand, params.depthwise, params.squeeze, params.project)
     settings = mbconv_training.Settings(
         config.stride, padding, config.residual, EPS, three_modes(call.training)
     )
@@ -42,7 +41,7 @@ def staged(
     results = {"y": y, "grad x": grads.x}
     for name in ("expand", "depthwise", "squeeze", "project"):
         fields = list(type(getattr(params, name) or params.project)._fields)
-        found = grads.excite if name == "squeeze" else getattr(grads, name)
+        found = getattr(grads, "excite" if name == "squeeze" else name)
         for field, grad in zip(fields, found, strict=False):
             results[f"grad {name}.{field}"] = grad
     return results

@@ -10,6 +10,7 @@ from effnet_fast.cli.scale import options, plot, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.scaling import compare
 from effnet_fast.scaling.accuracy import NOTE
+from effnet_fast.scaling.conditions import to_json
 from effnet_fast.scaling.latency import bursts
 from effnet_fast.scaling.series import FACTORS, SERIES, Row
 
@@ -58,16 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
         )
     report = {
         "rule": vars(rule),
-        "conditions": options.conditions_json(conditions),
+        "conditions": to_json(conditions),
         "note": NOTE,
         "networks": [_row_json(row) for row in rows],
     }
     if arguments.plot:
         plot.series(arguments.plot, report)
-    if arguments.json:
-        common.print_json(report)
-    else:
-        _print_report(report)
+    common.print_report(arguments, report, _print_report)
 
 
 def _row_json(row: Row) -> dict[str, Any]:

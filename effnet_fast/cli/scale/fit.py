@@ -10,20 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from effnet_fast import scaling
 from effnet_fast.cli import common
 from effnet_fast.cli.scale import options, plot, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.models.variants import VARIANTS, Variant
-from effnet_fast.scaling import (
-    Conditions,
-    Fit,
-    LatencyModel,
-    Point,
-    calibrate,
-    count,
-    fit,
-    max_batch,
-)
+from effnet_fast.scaling.conditions import to_json
 from effnet_fast.scaling.latency import bursts
 
 # Option, its type, name of fit's argument, help.
@@ -77,10 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     conditions = options.conditions_of(arguments)
     report = batch_report(arguments, conditions) if arguments.max_batch else None
     report = report or fit_report(arguments, conditions)
-    if arguments.json:
-        common.print_json(report)
-    else:
-        _print_report(report)
+    common.print_report(arguments, report, _print_report)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -105,12 +94,14 @@ def _check(arguments: argparse.Namespace) -> None:
         raise common.CommandError("--calibration belongs to --latency")
 
 
-def latency_model(arguments: argparse.Namespace, conditions: Conditions) -> LatencyModel:
+def latency_model(
+    arguments: argparse.Namespace, conditions: scaling.Conditions
+) -> scaling.LatencyModel:
     """From the file that --calibration names if it is there, else measured, and written there."""
     path = arguments.calibration
     with common.bad_input(OSError, ValueError):
         if path is not None and path.exists():
-            model = LatencyModel.load(path)
+            model = scaling.LatencyModel.load(path)
             model.check(conditions)
             if foreign := model.foreign():
                 print(
@@ -121,13 +112,13 @@ def latency_model(arguments: argparse.Namespace, conditions: Conditions) -> Late
         if path is not None:
             common.check_writable("--calibration", path)
         with common.progress(arguments, bursts(conditions), "measuring") as bar:
-            model = calibrate(conditions, on_burst=lambda name: bar.update())
+            model = scaling.calibrate(conditions, on_burst=lambda name: bar.update())
         if path is not None:
             model.save(path)
         return model
 
 
-def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[str, Any]:
+def fit_report(arguments: argparse.Namespace, conditions: scaling.Conditions) -> dict[str, Any]:
     """Everything that `--json` prints of the largest network within the limits."""
     rule = options.rule_of(arguments)
     limits = {name: getattr(arguments, name) for name, *_ in LIMITS}
@@ -135,7 +126,7 @@ def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[st
         limits["memory"] = None  # limits the batch, not the network
     latency = latency_model(arguments, conditions) if arguments.latency is not None else None
     with common.bad_input(ValueError):
-        result = fit(
+        result = scaling.fit(
             **{f"target_{name}": limit for name, limit in limits.items()},
             **vars(conditions),
             latency_model=latency,
@@ -149,7 +140,7 @@ def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[st
         "limits": {name: limit for name, limit in limits.items() if limit is not None},
         "shares": result.shares,
         "memory": vars(result.memory),
-        "conditions": options.conditions_json(conditions),
+        "conditions": to_json(conditions),
         "rule": vars(rule),
     }
     if latency is not None:
@@ -163,22 +154,22 @@ def fit_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[st
 
 
 # What a network uses of each limit.
-USED: dict[str, Callable[[Variant, Fit], float]] = {
-    "macs": lambda variant, result: count(variant).macs,
-    "flops": lambda variant, result: count(variant).flops,
-    "params": lambda variant, result: count(variant).parameters,
+USED: dict[str, Callable[[Variant, scaling.Fit], float]] = {
+    "macs": lambda variant, result: scaling.count(variant).macs,
+    "flops": lambda variant, result: scaling.count(variant).flops,
+    "params": lambda variant, result: scaling.count(variant).parameters,
     "memory": lambda variant, result: result.conditions.memory(variant).peak,
     "latency": lambda variant, result: _latency(variant, result),
 }
 
 
-def _latency(variant: Variant, result: Fit) -> float:
+def _latency(variant: Variant, result: scaling.Fit) -> float:
     assert result.latency_model is not None
     return result.latency_model.predict(variant, result.conditions.plan)
 
 
 def _shares_near(
-    result: Fit, limits: dict[str, float], at: Callable[[float], Point]
+    result: scaling.Fit, limits: dict[str, float], at: Callable[[float], scaling.Point]
 ) -> dict[str, list[tuple[float, float]]]:
     """By limit, phi and the share in use, from two below the network's phi to one above."""
     phis = [result.point.phi + step / PLOTTED for step in range(-2 * PLOTTED, PLOTTED + 1)]
@@ -189,30 +180,30 @@ def _shares_near(
     }
 
 
-def batch_report(arguments: argparse.Namespace, conditions: Conditions) -> dict[str, Any]:
+def batch_report(arguments: argparse.Namespace, conditions: scaling.Conditions) -> dict[str, Any]:
     """Everything that `--json` prints of the largest batch that fits the memory."""
     if arguments.model is not None:
         variant = VARIANTS[arguments.model]
-        report = {"model": variant.name, **options.network_json(variant, count(variant))}
+        report = {"model": variant.name, **options.network_json(variant, scaling.count(variant))}
     elif arguments.phi is not None:
         with common.bad_input(ValueError, OverflowError):
             point = options.rule_of(arguments).at(arguments.phi, multiple=arguments.multiple)
         variant = point.variant
         report = {
             "phi": arguments.phi,
-            **options.network_json(variant, count(variant), point.exact_resolution),
+            **options.network_json(variant, scaling.count(variant), point.exact_resolution),
         }
     else:
         report = fit_report(arguments, conditions)
         rule = options.rule_of(arguments)
         variant = rule.at(report["phi"], multiple=arguments.multiple).variant
     with common.bad_input(ValueError):
-        batch = max_batch(variant, arguments.memory, conditions)
+        batch = scaling.max_batch(variant, arguments.memory, conditions)
     conditions = replace(conditions, batch=batch)
     report["max_batch"] = batch
     report["memory_limit"] = arguments.memory
     report["memory"] = vars(conditions.memory(variant))
-    report["conditions"] = options.conditions_json(conditions)
+    report["conditions"] = to_json(conditions)
     return report
 
 

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if arguments.plot:
         plot.grid(arguments.plot, report)
-    if arguments.json:
-        common.print_json(report)
-    else:
-        _print_report(report, arguments.top)
+    common.print_report(arguments, report, partial(_print_report, top=arguments.top))
 
 
 def _import_scorer(name: str) -> Scorer:

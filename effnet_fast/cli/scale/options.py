@@ -9,7 +9,7 @@ from effnet_fast.cli import common
 from effnet_fast.models.variants import Variant
 from effnet_fast.scaling import CompoundScaling, Conditions, Counts, LatencyModel
 from effnet_fast.scaling.compound import BASE_RESOLUTION
-from effnet_fast.scaling.conditions import DTYPE_NAMES, DTYPES
+from effnet_fast.scaling.conditions import DTYPES
 from effnet_fast.scaling.counts import unrounded_macs
 from effnet_fast.scaling.memory import OPTIMIZER_TENSORS
 from effnet_fast.scaling.memory_plans import MODES, plans
@@ -110,11 +110,6 @@ def network_json(
         "unrounded_macs": unrounded,
         "activations": counts.activations,
     }
-
-
-def conditions_json(conditions: Conditions) -> dict[str, Any]:
-    """Conditions for `--json`."""
-    return {**vars(conditions), "dtype": DTYPE_NAMES[conditions.dtype]}
 
 
 def latency_json(model: LatencyModel) -> dict[str, Any]:

@@ -97,13 +97,7 @@ def table(path: Path, report: dict[str, Any]) -> None:
 
 
 def shares(path: Path, found: float, series: dict[str, list[tuple[float, float]]]) -> None:
-    """What networks near the found phi use of each limit.
-
-    Args:
-        path: the file.
-        found: phi of the network within the limits.
-        series: by limit, phi and the share in use.
-    """
+    """What networks near the found phi use: by limit, pairs of phi and the share in use."""
     figure, (ax,) = _figure(1)
     for name, points in series.items():
         phis, used = zip(*points, strict=True)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from effnet_fast.cli import common
 from effnet_fast.cli.scale import options, plot, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.models.variants import Variant
-from effnet_fast.scaling import (
-    CompoundScaling,
-    Conditions,
-    count,
-    count_memory,
-    published,
-    traffic,
-)
+from effnet_fast.scaling import CompoundScaling, Conditions, count, count_memory, published, traffic
 from effnet_fast.scaling.compound import Point
 from effnet_fast.scaling.conditions import DTYPES
 from effnet_fast.scaling.memory_plans import PLANS as MEMORY_PLANS
@@ -66,10 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if arguments.plot:
         plot.table(arguments.plot, report)
-    if arguments.json:
-        common.print_json(report)
-    else:
-        _print_report(report, rule)
+    common.print_report(arguments, report, partial(_print_report, rule=rule))
 
 
 def network_report(

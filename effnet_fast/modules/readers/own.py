@@ -6,23 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from effnet_fast.modules import layers
+from effnet_fast.modules import layers, structure
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
-from effnet_fast.modules.structure import (
-    DENSE,
-    DEPTHWISE,
-    PLAIN,
-    POINTWISE,
-    Block,
-    Geometry,
-    Layer,
-    RefusedError,
-    reads,
-    refuse_hooks,
-    require,
-)
-from effnet_fast.ops.mbconv_training import Excite
+from effnet_fast.modules.structure import DEPTHWISE, PLAIN, POINTWISE, RefusedError, require
+from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _MISSING = object()
@@ -32,16 +20,16 @@ def _refuse_tensor(name: str) -> RefusedError:
     return RefusedError(f".{name} is no plain tensor")
 
 
-def _conv_geometry(conv: Any) -> tuple[str, Geometry]:
+def _conv_geometry(conv: Any) -> tuple[str, structure.Geometry]:
     """The kind of a convolution, and its geometry."""
     padding = conv.padding
     if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(padding, str):
         raise RefusedError(" has dilation, a padding mode or a padding by name")
     kernel, stride = conv.kernel_size, conv.stride
-    geometry = Geometry(kernel, stride, None if type(conv) is Conv2dSame else padding)
+    geometry = structure.Geometry(kernel, stride, None if type(conv) is Conv2dSame else padding)
     if conv.groups == 1:
         is_pointwise = kernel == stride == (1, 1) and padding == (0, 0)
-        return POINTWISE if is_pointwise else DENSE, geometry
+        return POINTWISE if is_pointwise else structure.DENSE, geometry
     if conv.groups != conv.in_channels or conv.groups != conv.out_channels:
         raise RefusedError(" is a grouped convolution")
     if kernel[0] != kernel[1] or kernel[0] % 2 == 0 or stride not in ((1, 1), (2, 2)):
@@ -81,7 +69,7 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     return weight, bias, mean, var
 
 
-def _layer(module: nn.Module) -> Layer:
+def _layer(module: nn.Module) -> structure.Layer:
     """Takes a Conv2dNormActivation apart."""
     if type(module) is not layers.Conv2dNormActivation:
         raise RefusedError(f" is {type(module).__name__}, not Conv2dNormActivation")
@@ -110,10 +98,10 @@ def _layer(module: nn.Module) -> Layer:
         raise RefusedError(f".{child}{refused}") from None
     if kind != POINTWISE and act is _MISSING:
         raise RefusedError(" has no activation")
-    return Layer(kind, conv, bn, act is not _MISSING, geometry, (weight, *vectors))
+    return structure.Layer(kind, conv, bn, act is not _MISSING, geometry, (weight, *vectors))
 
 
-def _named_layer(module: nn.Module) -> Layer:
+def _named_layer(module: nn.Module) -> structure.Layer:
     """As `_layer`, with the class in front of a reason."""
     try:
         return _layer(module)
@@ -131,7 +119,7 @@ _SQUEEZE_KINDS = {
 _SQUEEZE_NAMES = tuple(_SQUEEZE_KINDS)
 
 
-def _excite(module: nn.Module, channels: int) -> Excite:
+def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
     """Takes a SqueezeExcitation apart."""
     require(module, layers.SqueezeExcitation)
     children = module.__dict__["_modules"]
@@ -157,13 +145,13 @@ def _excite(module: nn.Module, channels: int) -> Excite:
     pooled = children["avgpool"].output_size
     if pooled not in (1, (1, 1)):
         raise RefusedError(f".avgpool pools to {pooled}")
-    return Excite(*tensors)
+    return SqueezeExciteParams(*tensors)
 
 
 _BLOCK_CHILDREN = (("0", "1", "2"), ("0", "1", "2", "3"))
 
 
-def _block(module: layers.MBConv) -> Block:
+def _block(module: layers.MBConv) -> structure.Block:
     """Takes an MBConv apart."""
     own = module.__dict__["_modules"]
     name, block = "block", own.get("block")
@@ -178,7 +166,7 @@ def _block(module: layers.MBConv) -> Block:
             raise RefusedError(f" has children {list(children)}")
         for key, child in children.items():
             name = key
-            refuse_hooks(child)
+            structure.refuse_hooks(child)
         *first, second, third, last = children
         expand = None
         for name in first:
@@ -201,7 +189,7 @@ def _block(module: layers.MBConv) -> Block:
         raise RefusedError("block is not expand, depthwise, squeeze-excite, project")
     if project.conv.in_channels != channels:
         raise RefusedError(f"block.{last} does not take {channels} channels")
-    return Block(
+    return structure.Block(
         expand,
         depthwise,
         excite,
@@ -213,5 +201,5 @@ def _block(module: layers.MBConv) -> Block:
     )
 
 
-reads(layers.Conv2dNormActivation, _named_layer)
-reads(layers.MBConv, _block)
+structure.reads(layers.Conv2dNormActivation, _named_layer)
+structure.reads(layers.MBConv, _block)

@@ -27,8 +27,8 @@ def filter_shape(x: Tensor, z: Tensor, weight: Tensor, stride: int, padding: Sid
     return (*x.shape, *z.shape[2:], weight.shape[-1], stride, padding[0], padding[2])
 
 
-def _addresses(bn: Sequence[Tensor | None]) -> tuple[list[Any], tuple[int, ...]]:
-    """The vectors in fp32, to be kept alive by the caller, and their addresses."""
+def addresses_of(bn: Sequence[Tensor | None]) -> tuple[list[Any], tuple[int, ...]]:
+    """The vectors as the kernels read them, to be kept alive, and their addresses."""
     vectors = [fp32(v) for v in bn]
     return vectors, tuple(address(v) for v in vectors)
 
@@ -51,7 +51,7 @@ def compute_eval(
     if y.numel() == 0:
         return y, pooled.zero_()
     weight = native_weight(weight, x)
-    vectors, addresses = _addresses(bn)
+    vectors, addresses = addresses_of(bn)
     native.load().dwconv_eval(
         isa_of(backend), filter_shape(x, y, weight, stride, padding),
         is_bf16(x), is_bf16(weight),
@@ -90,7 +90,7 @@ def bn_silu(z: Tensor, *rest: Any) -> Tensor:
     y = empty_nhwc(z, z.shape)
     if y.numel() == 0:
         return y
-    vectors, addresses = _addresses(bn)
+    vectors, addresses = addresses_of(bn)
     z = nhwc(z)
     native.load().bn_act(
         isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), True,
@@ -108,7 +108,7 @@ def dwconv_bn_silu_backward(
     if z.numel() == 0:
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
     weight, grad_y = native_weight(weight, x), nhwc(grad_y)
-    vectors, addresses = _addresses(bn)
+    vectors, addresses = addresses_of(bn)
     grad_x, grad_weight, sums = (
         grad.data_ptr() if want else 0 for grad, want in zip(grads, wanted, strict=True)
     )

@@ -16,7 +16,7 @@ from effnet_fast.ops.cpu.pointwise_bn_act import compute as compute_pointwise
 from effnet_fast.ops.cpu.squeeze_excite import excite
 from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.mbconv import empty_eval
-from effnet_fast.ops.registration import Layer
+from effnet_fast.reference.arguments import Layer
 
 
 def mbconv_eval(

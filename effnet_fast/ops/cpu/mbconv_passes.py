@@ -1,7 +1,7 @@
 """The passes of an MBConv in training on the CPU's kernels.
 
 Results that no pass but the next reads (e, f) lie in memory that the blocks of a network share,
-inside a `scratch.scope`.
+inside a `scratch.scope`. `mbconv_training.Passes` describes the arguments.
 """
 
 from __future__ import annotations
@@ -13,21 +13,12 @@ from torch import Tensor
 
 from effnet_fast.backends import native
 from effnet_fast.ops import scratch
-from effnet_fast.ops.cpu.dwconv_bn_silu import filter_shape
+from effnet_fast.ops.cpu.dwconv_bn_silu import addresses_of, filter_shape
 from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.mbconv_passes import empty_weight_grad
 from effnet_fast.ops.norms import empty_norm
-from effnet_fast.ops.registration import (
-    address,
-    empty_nhwc,
-    fp32,
-    is_bf16,
-    isa_of,
-    native_weight,
-    nhwc,
-)
+from effnet_fast.ops.registration import address, empty_nhwc, is_bf16, isa_of, native_weight, nhwc
 from effnet_fast.ops.squeeze_excite import native_layers
-from effnet_fast.reference.arguments import Sides
 
 
 def _product_shape(x: Tensor, channels: int) -> tuple[int, int, int, int]:
@@ -35,28 +26,21 @@ def _product_shape(x: Tensor, channels: int) -> tuple[int, int, int, int]:
     return n, h * w, c, channels
 
 
-def _vectors(*given: Tensor | None) -> tuple[list[Tensor | None], tuple[int, ...]]:
-    """The vectors as the kernels read them, to be kept alive, and their addresses."""
-    kept = [fp32(vector) for vector in given]
-    return kept, tuple(address(vector) for vector in kept)
-
-
 def _pointwise(
     x: Tensor,
     x_norm: Tensor | None,
     gate: Tensor | None,
     weight: Tensor,
-    bn: tuple[Tensor | None, ...],
-    eps: float,
-    backend: str,
+    rest: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
+    *bn, eps, backend = rest
     channels = weight.shape[0]
     z = empty_nhwc(x, (x.shape[0], channels, *x.shape[2:]))
     norm = empty_norm(x, channels)
     if z.numel() == 0:
         return z, norm.zero_()
     x, weight = nhwc(x), native_weight(weight, x)
-    kept, vectors = _vectors(*bn)
+    kept, vectors = addresses_of(bn)
     native.load().mbconv_pointwise(
         isa_of(backend), _product_shape(x, channels), is_bf16(x), is_bf16(weight), x.data_ptr(),
         address(x_norm), address(gate), weight.data_ptr(), vectors, eps, z.data_ptr(),
@@ -66,15 +50,13 @@ def _pointwise(
 
 
 def mbconv_expand(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *bn, eps, backend = rest
-    return _pointwise(x, None, None, weight, tuple(bn), eps, backend)
+    return _pointwise(x, None, None, weight, rest)
 
 
 def mbconv_project(
     z2: Tensor, norm2: Tensor, gate: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    *bn, eps, backend = rest
-    return _pointwise(z2, norm2, gate, weight, tuple(bn), eps, backend)
+    return _pointwise(z2, norm2, gate, weight, rest)
 
 
 def _none(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,19 +67,8 @@ def _pointer(tensor: Tensor, wanted: bool) -> int:
     return tensor.data_ptr() if wanted else 0
 
 
-def mbconv_project_backward(
-    grad_y: Tensor,
-    row_scale: Tensor | None,
-    z3: Tensor,
-    norm3: Tensor,
-    sums3: Tensor | None,
-    weight: Tensor,
-    z2: Tensor,
-    norm2: Tensor,
-    gate: Tensor,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def mbconv_project_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_y, row_scale, z3, norm3, sums3, weight, z2, norm2, gate, wanted, backend = args
     e, sums = _none(z2, z2.dtype), _none(z2)
     if wanted[0]:
         e = scratch.empty_nhwc("e", z2, z2.shape)
@@ -116,17 +87,8 @@ def mbconv_project_backward(
     return e, sums, grad_weight
 
 
-def mbconv_expand_backward(
-    f: Tensor,
-    z1: Tensor,
-    norm1: Tensor,
-    sums1: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def mbconv_expand_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    f, z1, norm1, sums1, x, weight, residual, wanted, backend = args
     grad_x = empty_nhwc(x, x.shape) if wanted[0] else _none(x, x.dtype)
     grad_weight = empty_weight_grad(x, weight, wanted[1])
     if x.numel() == 0:
@@ -151,7 +113,7 @@ def mbconv_depthwise(
     if z.numel() == 0:
         return z, norm.zero_()
     x, weight = nhwc(x), native_weight(weight, x)
-    kept, vectors = _vectors(*bn)
+    kept, vectors = addresses_of(bn)
     native.load().mbconv_depthwise(
         isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x),
         is_bf16(weight), x.data_ptr(), address(x_norm), weight.data_ptr(), vectors, eps,
@@ -160,22 +122,9 @@ def mbconv_depthwise(
     return z, norm
 
 
-def mbconv_depthwise_backward(
-    e: Tensor,
-    gate: Tensor,
-    q: Tensor,
-    z2: Tensor,
-    norm2: Tensor,
-    sums2: Tensor | None,
-    x: Tensor,
-    x_norm: Tensor | None,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: int,
-    padding: Sides,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def mbconv_depthwise_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    e, gate, q, z2, norm2, sums2, x, x_norm, weight, residual, *rest = args
+    stride, padding, wanted, backend = rest
     f, sums = _none(x, x.dtype), _none(x)
     summed = wanted[0] and x_norm is not None
     if wanted[0]:  # without x_norm it is the gradient of x, and stays
@@ -240,17 +189,8 @@ def mbconv_finish_backward(
     return sums
 
 
-def mbconv_excite_backward(
-    sums: Tensor,
-    slopes: Tensor,
-    pooled: Tensor,
-    hidden: Tensor,
-    gate: Tensor,
-    reduce_weight: Tensor,
-    expand_weight: Tensor,
-    pixels: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
+def mbconv_excite_backward(*args: Any) -> tuple[Tensor, ...]:
+    sums, slopes, pooled, hidden, gate, reduce_weight, expand_weight, pixels, backend = args
     (n, c), r = pooled.shape, hidden.shape[1]
     q, sums2 = torch.empty_like(pooled), pooled.new_empty(2, c)
     shapes = ((r, c), (r,), (c, r), (c,))

@@ -22,18 +22,10 @@ def pointwise_bn_silu_pool_eval(x: Tensor, weight: Tensor, *rest: Any) -> Tensor
     return compute(y, x, weight, bn, None, None, True, eps, backend).mean((2, 3))
 
 
-def pointwise_bn_silu_pool_backward(
-    q: Tensor,
-    z: Tensor,
-    norm: Tensor,
-    sums: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def pointwise_bn_silu_pool_backward(*args: Any) -> tuple[Tensor, Tensor]:
     """The registered op."""
-    grad_x, grad_weight = empty_grads(q, z, norm, sums, x, weight, wanted, backend)
+    q, z, norm, sums, x, weight, wanted, backend = args
+    grad_x, grad_weight = empty_grads(*args)
     if z.numel() == 0:
         return grad_x.zero_(), grad_weight.zero_()
     n, c, h, w = x.shape

@@ -50,18 +50,10 @@ def squeeze_excite(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
     return y, pooled, hidden, gate
 
 
-def squeeze_excite_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    reduce_weight: Tensor,
-    expand_weight: Tensor,
-    pooled: Tensor,
-    hidden: Tensor,
-    gate: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The registered op."""
-    grads = empty_grads(grad_y, x, reduce_weight, expand_weight, pooled, hidden, gate, backend)
+    reduce_weight, expand_weight, pooled, hidden, gate, backend = rest
+    grads = empty_grads(grad_y, x, *rest)
     if x.numel() == 0:
         for grad in grads:
             grad.zero_()

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from effnet_fast.backends import native
+from effnet_fast.ops.cpu.dwconv_bn_silu import addresses_of
 from effnet_fast.ops.registration import (
     Ints,
     address,
     empty_nhwc,
-    fp32,
     is_bf16,
     isa_of,
     native_weight,
@@ -34,10 +34,10 @@ def stem_conv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     if y.numel() == 0:
         return y
     weight = native_weight(weight, x)
-    vectors = [fp32(v) for v in bn]
+    vectors, addresses = addresses_of(bn)
     native.load().stem_eval(
         isa_of(backend), _shape(x, weight, y, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
+        x.data_ptr(), x.stride(), weight.data_ptr(), addresses, eps,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -50,10 +50,10 @@ def stem_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if z.numel() == 0:
         return z, norm.zero_()
     weight = native_weight(weight, x)
-    vectors = [fp32(v) for v in bn]
+    vectors, addresses = addresses_of(bn)
     native.load().stem_conv(
         isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), x.stride(), weight.data_ptr(), tuple(address(v) for v in vectors), eps,
+        x.data_ptr(), x.stride(), weight.data_ptr(), addresses, eps,
         z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return z, norm
@@ -84,19 +84,10 @@ def norm_silu_sums(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Ten
     return sums
 
 
-def stem_weight_backward(
-    grad_y: Tensor,
-    z: Tensor,
-    norm: Tensor,
-    sums: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Sides,
-    backend: str,
-) -> Tensor:
+def stem_weight_backward(grad_y: Tensor, z: Tensor, *rest: Any) -> Tensor:
     """The registered op."""
-    grad = empty_weight_grad(grad_y, z, norm, sums, x, weight, stride, padding, backend)
+    norm, sums, x, weight, stride, padding, backend = rest
+    grad = empty_weight_grad(grad_y, z, *rest)
     if z.numel() == 0:
         return grad.zero_()
     grad_y, z = nhwc(grad_y), nhwc(z)

@@ -206,13 +206,6 @@ def bn_act(
     return y
 
 
-def finish_sums(
-    grad_y: Tensor, z: Tensor, bn: Bn, backend: str, keep: Tensor | None = None
-) -> Tensor:
-    """Gradients [2,C] of the bias and weight of the BatchNorm in an MBConv's finish, `bn_act`."""
-    return statistics.channel_sums(backend, statistics.BN, z, grad_y, bn, keep)
-
-
 def bn_silu(z: Tensor, *rest: Any) -> Tensor:
     """The registered op."""
     *bn, eps, backend = rest

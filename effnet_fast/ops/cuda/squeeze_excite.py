@@ -38,27 +38,17 @@ def splits_of(n: int, c: int, r: int) -> int:
     return min(max(-(-BLOCKS // blocks), least), most)
 
 
-def excite(
-    pooled: Tensor,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor | None,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The registered op: hidden [N,R] before SiLU and gate [N,C] of pooled [N,C], all fp32."""
+    *parameters, backend = rest
     pooled = dense(pooled, torch.float32)
-    hidden, gate = empty_excite(
-        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend
-    )
+    hidden, gate = empty_excite(pooled, *rest)
     if pooled.numel() == 0:
         return hidden.zero_(), gate
     n, c = pooled.shape
     r = hidden.shape[1]
     splits = splits_of(n, c, r)
-    layers = native_layers(
-        reduce_weight, reduce_weight, reduce_bias, expand_weight, expand_bias, dtypes=DTYPES
-    )
+    layers = native_layers(parameters[0], *parameters, dtypes=DTYPES)
     partial = scratch(pooled, splits, n, r)
     launchers(backend).excite_fwd(
         queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],
@@ -122,23 +112,16 @@ def apply_gate(x: Tensor, gate: Tensor, shift: Tensor | None, y: Tensor, backend
     return y
 
 
-def squeeze_excite(
-    x: Tensor,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor | None,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def squeeze_excite(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The registered op."""
-    layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    backend = rest[-1]
     if x.numel() == 0:
-        y, pooled, hidden, gate = empty_squeeze_excite(x, *layers, backend)
+        y, pooled, hidden, gate = empty_squeeze_excite(x, *rest)
         return y, pooled, hidden.zero_(), gate
     x, y = nhwc(x), empty_nhwc(x, x.shape)
     factor = 1.0 / (x.shape[2] * x.shape[3])
     pooled = statistics.image_sums(backend, statistics.SUM, x, factor=factor)[0]
-    hidden, gate = excite(pooled, *layers, backend)
+    hidden, gate = excite(pooled, *rest)
     return apply_gate(x, gate, None, y, backend), pooled, hidden, gate
 
 
