@@ -1,9 +1,7 @@
 """EfficientNet, the classifier, and EfficientNetFeatures, the encoder of its feature maps.
 
-Source: Tan & Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks"
-(arXiv 1905.11946); module tree, initialisation and order of random draws as torchvision 0.28;
-methods and arguments beyond torchvision's as timm/models/efficientnet.py has them,
-https://github.com/huggingface/pytorch-image-models.
+Source: Tan & Le (arXiv 1905.11946); module tree, initialisation and draws as torchvision
+0.28, more methods as timm's models/efficientnet.py, https://github.com/huggingface/pytorch-image-models.
 """
 
 # Annotations are not postponed: torch.fx writes those of forward into the code that it pickles.
