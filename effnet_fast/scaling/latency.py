@@ -26,7 +26,7 @@ from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import Variant, custom_variant
 from effnet_fast.scaling.conditions import DTYPES, Conditions, to_json
 from effnet_fast.scaling.counts import groups
-from effnet_fast.scaling.solver import solve_nonnegative
+from effnet_fast.scaling.least_squares import solve_nonnegative
 
 FORMAT = 1  # of the file
 # What runs each plan that can be measured: the backend given to the network.

@@ -7,10 +7,10 @@ import itertools
 import numpy
 import pytest
 
-from effnet_fast.scaling.solver import solve_nonnegative
+from effnet_fast.scaling.least_squares import solve_nonnegative
 
 
-def test_solver_against_every_choice_of_free_entries() -> None:
+def test_least_squares_against_every_choice_of_free_entries() -> None:
     draws = numpy.random.default_rng(1)
     for number in range(120):
         matrix, target = draws.standard_normal((8, 4)), draws.standard_normal(8)
@@ -29,6 +29,6 @@ def test_solver_against_every_choice_of_free_entries() -> None:
         assert float(rest @ rest) == pytest.approx(best, rel=1e-9)
 
 
-def test_solver_takes_columns_of_zeros() -> None:
+def test_least_squares_takes_columns_of_zeros() -> None:
     found = solve_nonnegative(numpy.array([[0.0, 2.0], [0.0, 2.0]]), numpy.ones(2))
     assert found.tolist() == pytest.approx([0.0, 0.5])
