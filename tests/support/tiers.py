@@ -57,7 +57,7 @@ def marks(backend: str, dtypes: Any, case: Any = None) -> tuple[pytest.MarkDecor
 
 
 def some(values: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
-    """Values as pytest's parameters, all but those kept for `make test-all` alone."""
+    """Values as pytest's parameters; those that are not among `kept` are for `make test-all`."""
     kept = list(kept)
     return [
         pytest.param(value, id=str(value), marks=() if value in kept else EXHAUSTIVE)
