@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -110,11 +109,16 @@ _OPS = {
 } | {"excite": excite_op}
 
 
+class _BoundPasses:  # torch.compile follows a class of one's own, not SimpleNamespace
+    def __init__(self, backend: str) -> None:
+        def bound(op: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args: op(*args, backend)
+
+        for name, op in _OPS.items():
+            setattr(self, name, bound(op))
+
+
 @functools.cache
 def passes(backend: str) -> Passes:
     """The passes on a resolved backend: the ops with it as their last argument."""
-
-    def bound(op: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: op(*args, backend)
-
-    return cast(Passes, SimpleNamespace(**{name: bound(op) for name, op in _OPS.items()}))
+    return cast(Passes, _BoundPasses(backend))

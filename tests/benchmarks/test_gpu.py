@@ -119,9 +119,13 @@ def test_an_interrupt_ends_the_step_and_the_run(tmp_path: Path) -> None:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    [result] = gpu.run(steps, tmp_path, gpu.RESERVE_S + 120)
-    thread.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of shells ignore it
+    try:
+        thread.start()
+        [result] = gpu.run(steps, tmp_path, gpu.RESERVE_S + 120)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.outcome == gpu.INTERRUPTED
     assert "\nended" not in log.read_text()
 
