@@ -66,6 +66,7 @@ def test_copy_rate_between_sizes() -> None:
     assert measured.memory_rate == 2.0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_rates_are_measured_once() -> None:
     found = limits.measure("cpu")
