@@ -127,8 +127,6 @@ def test_saved_is_what_hooks_count(case: str, plan: str, dtype: torch.dtype) -> 
 @EACH_TRAINING_PLAN
 @pytest.mark.parametrize("case", EACH_CASE)
 def test_peak_of_training(case: str, plan: str, dtype: torch.dtype) -> None:
-    if plan == "stock" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("the plan of stock is that of oneDNN with AVX-512; others take more memory")
     batch, variant = CASES[case]
     model = network(variant, plan, dtype).train()
     x = images(variant, batch, dtype)
@@ -139,6 +137,11 @@ def test_peak_of_training(case: str, plan: str, dtype: torch.dtype) -> None:
     peak = peak_bytes(lambda: train_step(model, x)) + standing_bytes(model) + x.nbytes
     assert counted.parameters == standing_bytes(model)
     assert counted.images == x.nbytes
+    if plan == "stock" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        if dtype is torch.bfloat16:  # other convolutions; seen: 0.26 to 1.15 of what is counted
+            pytest.skip("the plan of stock in bf16 is that of oneDNN with AVX-512")
+        assert peak <= counted.peak * (1 + PEAK_ERROR)  # oneDNN then takes less than is counted
+        return
     assert counted.peak == pytest.approx(peak, rel=PEAK_ERROR)
 
 
