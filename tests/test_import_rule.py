@@ -14,7 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What a module may import: its own row and those before it. The longest name that fits counts.
 ROWS = (
-    ("effnet_fast._C", "effnet_fast._C_simt", "effnet_fast.timing"),
+    (
+        "effnet_fast._C",
+        "effnet_fast._C_simt",
+        "effnet_fast.files",
+        "effnet_fast.locks",
+        "effnet_fast.timing",
+    ),
     ("effnet_fast.backends.native",),
     ("effnet_fast.backends", "effnet_fast.reference", "effnet_fast.triton_kernels"),
     ("effnet_fast.checkpoints", "effnet_fast.pretrained"),  # they know no network

@@ -7,19 +7,23 @@ Names of parameters are torchvision's once a file is loaded; `convert` gives the
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from effnet_fast.checkpoints import families
+from effnet_fast.checkpoints import families, plain
 from effnet_fast.checkpoints.families import FAMILIES, Family, check_family
 from effnet_fast.checkpoints.naming import NAMINGS, complete, convert, first_of, naming_of
-from effnet_fast.checkpoints.reading import naming_file, read
+from effnet_fast.checkpoints.reading import read
 from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
+from effnet_fast.files import naming_file
 
 __all__ = [
     "FAMILIES",
@@ -98,10 +102,11 @@ def load(
         progress: shows a progress bar while downloading.
 
     Raises:
-        OSError: the file cannot be opened or downloaded.
+        OSError: the file cannot be opened or downloaded, or memory is lacking (ENOMEM).
         ValueError: unknown format; the file is corrupt, needs code to be loaded, holds something
-            other than tensors, or its names are unknown or not those of `format`. The message
-            names the path.
+            other than plain tensors (sparse or quantized ones, say), or its names are unknown, lead
+            to one name or are not those of `format`; or it is a pipe or a device. The message names
+            the path.
     """
     check_family(format, FORMATS, "format")
     return open_checkpoint(path_or_url, format, ema=ema, names_too=True, progress=progress).state
@@ -183,7 +188,11 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], format: str = "aut
     checkpoint = open_checkpoint(path, format, names_too=True)
     with naming_file(os.fspath(path)):
         check(model, checkpoint.state)
-    model.load_state_dict(checkpoint.state, strict=True)
+        own = model.state_dict()
+        _check_writable(own, checkpoint.state)
+        # What can fail in a cast fails here, before the first tensor of the model is written.
+        state = {key: value.to(own[key].dtype) for key, value in checkpoint.state.items()}
+    model.load_state_dict(state, strict=True)
     if difference := _difference(model, FAMILIES[checkpoint.family]):
         warnings.warn(
             f"{os.fspath(path)}: networks of {checkpoint.family} have {difference}: logits will "
@@ -204,17 +213,42 @@ def _difference(model: nn.Module, family: Family) -> str:
     )
 
 
+def _check_writable(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuses a model that would take some of the tensors, or keep some of them wrong.
+
+    Raises:
+        ValueError: an entry of the model has no memory of its own, or is not plain.
+    """
+    if found := plain.problems(own):
+        raise ValueError(f"the model cannot be loaded into: {first_of(found)}")
+    owners: dict[int, str] = {}
+    for key, value in own.items():
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"the model cannot be loaded into: {key} was made in inference mode")
+        if plain.overlaps_itself(value):
+            raise ValueError(f"the model cannot be loaded into: elements of {key} share memory")
+        other = owners.setdefault(value.data_ptr(), key) if value.numel() else key
+        if other != key and not torch.equal(state[key], state[other]):
+            raise ValueError(f"{other} and {key} are one tensor in the model, and differ here")
+
+
 def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Compares names, shapes and dtypes with the model's own state dict.
 
     Floating-point tensors of any precision fit one another (they are cast when loaded); a
-    floating-point tensor and an integer one do not.
+    floating-point tensor and an integer or complex one do not. The state's tensors must be plain:
+    dense, with values in memory.
 
     Raises:
         ValueError: something differs; the first few differences of each kind are named.
     """
     own = model.state_dict()
     common = [key for key in own if key in state]
+    strange = plain.problems({key: state[key] for key in common})
+    if strange:
+        raise ValueError(f"{len(strange)} weights are no plain tensors ({first_of(strange)})")
+    if lazy := [key for key in common if is_lazy(own[key])]:
+        raise ValueError(f"the model is not initialised ({first_of(lazy)})")
     kinds = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
@@ -226,7 +260,7 @@ def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         "of another dtype": [
             f"{key} {state[key].dtype} instead of {own[key].dtype}"
             for key in common
-            if state[key].is_floating_point() != own[key].is_floating_point()
+            if not _is_cast(state[key].dtype, own[key].dtype)
         ],
     }
     problems = [
@@ -234,3 +268,16 @@ def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise ValueError(f"weights do not fit the model: {'; '.join(problems)}")
+
+
+@functools.cache
+def _is_cast(given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether numbers of one dtype are loaded as another: the same kind, and PyTorch can do it."""
+    kinds = [(dtype.is_complex, dtype.is_floating_point) for dtype in (given, wanted)]
+    if kinds[0] != kinds[1]:
+        return False
+    try:
+        torch.empty(1, dtype=given).to(wanted)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -8,6 +8,7 @@ linear layers, [R,C] for [R,C,1,1].
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from torch import Tensor
 from effnet_fast.checkpoints.families import FAMILIES, check_family
 
 SHOWN = 3  # names that an error message gives of each kind
+LONGEST = 200  # letters of such a name, which a file can make as long as it likes
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # Whether each block of each stage expands: all that the list of modules depends on.
 Structure = list[list[bool]]
@@ -131,6 +133,8 @@ def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
         return _split(state, [expands for _, expands in sorted(found.items())])
     stages: Structure = []
     for (stage, block), expands in sorted(found.items()):
+        if stage < 0:  # torchvision's features.0 is the stem
+            raise ValueError(f"no block belongs at {_prefix(rules, stage, block)}*")
         if stage > len(stages) or block > (len(stages[stage]) if stage < len(stages) else 0):
             raise ValueError(f"no tensors of the block before {_prefix(rules, stage, block)}*")
         if stage == len(stages):
@@ -165,10 +169,13 @@ def convert(
     if found == target:
         return dict(state)
     if found == "nvidia":
-        state = {
-            _OLD_NVIDIA_STAGE.sub(lambda match: f"layers.{int(match[1]) - 1}.", key): value
-            for key, value in state.items()
-        }
+        keys = [
+            _OLD_NVIDIA_STAGE.sub(lambda match: f"layers.{int(match[1]) - 1}.", key)
+            for key in state
+        ]
+        if twice := [key for key, count in Counter(keys).items() if count > 1]:
+            raise ValueError(f"{len(twice)} names are given twice ({first_of(twice)})")
+        state = dict(zip(keys, state.values(), strict=True))
     structure = structure_of(state, found)
     names = dict(zip(_modules(found, structure), _modules(target, structure), strict=True))
     converted, unknown = {}, []
@@ -279,4 +286,5 @@ def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, 
 
 def first_of(items: list[str]) -> str:
     """The first few of the names, for an error message."""
-    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")
+    shown = [item if len(item) <= LONGEST else f"{item[:LONGEST]}..." for item in items[:SHOWN]]
+    return ", ".join(shown) + (", ..." if len(items) > SHOWN else "")

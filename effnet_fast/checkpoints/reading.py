@@ -6,12 +6,9 @@ Nothing that a file holds is executed: `.safetensors` files are read by safetens
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
 import json
 import os
-import pathlib
 import pickle
 import re
 import zipfile
@@ -19,12 +16,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from effnet_fast.checkpoints.naming import SHOWN, STEM_KEYS
+from effnet_fast import files
+from effnet_fast.checkpoints import plain_data
+from effnet_fast.checkpoints.naming import SHOWN, STEM_KEYS, first_of
+from effnet_fast.checkpoints.plain import problem
 
 # Where training scripts keep the state dict and its exponential moving average, and what
 # torch.compile, data parallel wrappers and AveragedModel put in front of names or beside them.
@@ -38,21 +37,6 @@ DEPTH = 4  # wrappers within wrappers
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 HUB_CONFIG = "config.json"
 
-# Types of the options and metrics that training scripts store beside the weights. Reading them
-# sets attributes and bytes only, whatever the file says. A path of any system is read as a name.
-_NUMBERS = dict.fromkeys(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")
-_MAKE_SCALAR = np.float64(0).__reduce__()[0]
-PLAIN_DATA: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    *_NUMBERS,
-    *((_MAKE_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *(
-        (pathlib.PurePosixPath, f"{module}.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    ),
-]
 _NEEDED = re.compile(r"GLOBAL (\S+)")  # in the message with which torch refuses a type
 
 
@@ -67,15 +51,6 @@ class Content:
     architecture: str = ""  # the model's name where the file, or config.json beside it, has it
 
 
-@contextlib.contextmanager
-def naming_file(path: object) -> Iterator[None]:
-    """Puts a file's name before what is wrong with its content."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     """Reads a checkpoint.
 
@@ -84,11 +59,12 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
         ema: whether to prefer the moving average of the weights where the file has one.
 
     Raises:
-        OSError: the file cannot be opened.
-        ValueError: it is corrupt, needs code to be loaded, or holds something other than tensors
-            under an EfficientNet's names. The message names the path.
+        OSError: the file cannot be opened, or memory is lacking (ENOMEM).
+        ValueError: it is no file on a disk, is corrupt, needs code to be loaded, or holds something
+            other than plain tensors under an EfficientNet's names. The message names the path.
     """
     name = _file_of(os.fspath(path))
+    files.check_regular(name)
     with open(name, "rb") as file:  # raises OSError, before either reader words it its own way
         head = file.read(9)
     is_safetensors = name.endswith(".safetensors") or head[8:] == b"{"
@@ -101,8 +77,10 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     except (OSError, ScriptError):
         raise
     except Exception as error:  # on garbage, either reader raises whatever it trips over
+        if files.is_out_of_memory(error):
+            raise files.out_of_memory(name) from error
         raise ValueError(f"{name}: truncated or corrupt weights file") from error
-    with naming_file(name):
+    with files.naming_file(name):
         state, beside = _state_dict(content, ema)
     return Content(state, {**beside, **metadata}, _architecture(content) or _hub_architecture(name))
 
@@ -132,9 +110,8 @@ def _architecture(content: Any) -> str:
 def _hub_architecture(name: str) -> str:
     """The model's name in config.json beside a file, with the tag of its weights as timm has it."""
     try:
-        with open(os.path.join(os.path.dirname(name), HUB_CONFIG), encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError):  # none, or another program's
+        config = json.loads(files.read_text(os.path.join(os.path.dirname(name), HUB_CONFIG)))
+    except (OSError, ValueError, RecursionError):  # none, or another program's
         return ""
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         return ""
@@ -169,7 +146,7 @@ def _read_pth(name: str) -> Any:
                     f"{name}: a TorchScript archive, which holds code: save the "
                     "module's state_dict() instead"
                 )
-    with torch.serialization.safe_globals(PLAIN_DATA):
+    with plain_data.allowed():
         return torch.load(name, map_location="cpu", weights_only=True)
 
 
@@ -222,16 +199,16 @@ def _only_network(content: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
     Raises:
         ValueError: there are several.
     """
-    found = {
-        str(key): value
+    found = [
+        (str(key), value)
         for key, value in content.items()
         if isinstance(value, Mapping) and key not in EMA_WRAPPERS and _prefix(value) is not None
-    }
+    ]
     if len(found) > 1:
-        raise ValueError(
-            f"holds several networks ({', '.join(found)}): save the state dict of one of them"
-        )
-    yield from found.values()
+        names = first_of([name for name, _ in found])
+        raise ValueError(f"holds several networks ({names}): save the state dict of one of them")
+    for _, network in found:
+        yield network
 
 
 def _innermost(content: Any) -> Any:
@@ -270,17 +247,30 @@ def _strip(mapping: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
 
     What else the module that wraps the network has, such as the weights of a loss, is left out.
     """
-    state, others = {}, []
+    state: dict[str, Tensor] = {}
+    others, twice, unusable = [], [], []
     for key, value in mapping.items():
         if isinstance(key, str) and key.removeprefix(COMPILED_PREFIX) in COUNTERS:
             continue
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"entry {key!r} is of type {type(value).__name__}, not a tensor")
         plain = key.replace(COMPILED_PREFIX, "")
-        if plain.startswith(prefix):
-            state[plain.removeprefix(prefix)] = value.detach()
-        else:
+        if not plain.startswith(prefix):
             others.append(plain)
+            continue
+        name = plain.removeprefix(prefix)
+        if name in state:
+            twice.append(name)
+        # By the class's own functions: a file can give a tensor attributes of any name.
+        state[name] = Tensor.detach(value)
+        if why := problem(state[name]):
+            unusable.append(f"{name} is {why}")
+        else:  # kernels read the memory, and the bit that negates a tensor is not in it
+            state[name] = state[name].resolve_neg()
+    if twice:
+        raise ValueError(f"{len(twice)} names are given twice ({first_of(twice)})")
+    if unusable:
+        raise ValueError(f"{len(unusable)} entries are no plain tensors ({first_of(unusable)})")
     own = {name.partition(".")[0] for name in state}
     if strays := [name for name in others if name.partition(".")[0] in own]:
         raise ValueError(

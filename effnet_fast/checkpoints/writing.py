@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from effnet_fast import files
+from effnet_fast.checkpoints.plain import first_problems, memory_of
 from effnet_fast.checkpoints.reading import remembered
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (SAFETENSORS, *PICKLES)
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in what safetensors says
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:
@@ -47,36 +52,85 @@ def save(
             of file keep the family that a network from a checkpoint put into its state dict.
 
     Raises:
-        ValueError: another suffix.
-        OSError: the folder cannot be written to.
+        ValueError: another suffix; an entry that is no tensor, or one without plain memory (sparse,
+            quantized, on the meta device); or a pipe or device is at `path`.
+        OSError: the folder cannot be written to, the disk is full, or memory is lacking.
     """
     suffix = check_suffix(path)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    tensors = OrderedDict((key, _own(value)) for key, value in state.items())
-    if hasattr(state, "_metadata"):  # versions of modules, and whose the network is
-        # The attribute that nn.Module.state_dict sets on its dict; no type declares it.
-        tensors._metadata = state._metadata  # type: ignore[attr-defined]
+    name = os.fspath(path)
+    with files.naming_file(name):
+        if problems := first_problems(state):
+            raise ValueError(f"cannot be written: {problems}")
+        tensors = _own(state)
+        if hasattr(state, "_metadata"):  # versions of modules, and whose the network is
+            # The attribute that nn.Module.state_dict sets on its dict; no type declares it.
+            tensors._metadata = state._metadata  # type: ignore[attr-defined]
     metadata = {"format": "pt", **remembered(state), **(metadata or {})}
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target.parent))
-    try:
-        with open(temporary, "xb") as file:  # raises OSError, which safetensors would wrap
-            permissions = os.fstat(file.fileno()).st_mode
-            if suffix != SAFETENSORS:
-                torch.save(tensors, file)
+    with files.replacing(path) as temporary, files.naming_file(name):
         if suffix == SAFETENSORS:
-            save_file(tensors, temporary, metadata=metadata)
+            permissions = temporary.stat().st_mode
+            with _told_plainly():
+                save_file(tensors, temporary, metadata=metadata)
             os.chmod(temporary, permissions)  # safetensors makes files for their owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        else:
+            with open(temporary, "wb") as file:
+                _save_pickle(tensors, file)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor without gaps and without a larger storage behind it, which would be saved too."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _own(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """The tensors without gaps, each in memory of its own and no more of it, as it is saved whole.
+
+    safetensors refuses tensors that share memory, and torch.save keeps them tied.
+    """
+    tensors: OrderedDict[str, Tensor] = OrderedDict()
+    taken: set[int] = set()
+    for key, value in state.items():
+        tensor = value.detach().resolve_conj().resolve_neg().contiguous()
+        memory = memory_of(tensor)
+        if memory in taken or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        taken.add(memory)
+        tensors[key] = tensor
+    return tensors
+
+
+@contextlib.contextmanager
+def _told_plainly() -> Iterator[None]:
+    """The system's error within one of safetensors, which tells it in words alone.
+
+    It has no place for some dtypes, and tells that as a KeyError.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"a {SAFETENSORS} file cannot hold {error}") from error
+    except SafetensorError as error:
+        if match := OS_ERROR.search(str(error)):
+            number = int(match[1])
+            raise OSError(number, os.strerror(number)) from error
+        raise
+
+
+def _save_pickle(content: Any, file: IO[bytes]) -> None:
+    """torch.save, with the error of a write that fails instead of what torch makes of it."""
+    failures: list[OSError] = []
+
+    class Recorder:
+        """Writes to the file, and keeps the error."""
+
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failures.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(content, Recorder())  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if failures:
+            raise failures[0] from error
+        raise

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from effnet_fast import checkpoints
 from effnet_fast.checkpoints import FAMILIES, Checkpoint
 from effnet_fast.checkpoints.families import INCEPTION_MEAN, INCEPTION_STD
-from effnet_fast.checkpoints.reading import naming_file
+from effnet_fast.checkpoints.plain import memory_of
+from effnet_fast.files import naming_file
 from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -68,9 +69,8 @@ def load_network(
         model.load_state_dict(state)
         model._origin = origin
         return model
-    # Each tensor of the file is given up as soon as it is copied: one copy of them in memory.
-    tensors = {key: _parameter(state.pop(key), tensor) for key, tensor in own.items()}
-    model.load_state_dict(tensors, assign=True)
+    with naming_file(os.fspath(path)):
+        model.load_state_dict(_parameters(state, own), assign=True)
     model._origin = origin
     return model
 
@@ -88,10 +88,29 @@ def _part(key: str) -> str | None:
     return match and match.group(1)
 
 
-def _parameter(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in the dtype of `like`, on the default device, in memory that torch manages."""
+def _parameters(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state` as parameters, in the order of `own`; `state` is emptied.
+
+    Each is given up as soon as it is copied: one copy of them in memory. No two share memory, as
+    those of a file can: a step of training would change both.
+    """
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, like in own.items():
+        tensor = state.pop(key)
+        tensors[key] = _parameter(tensor, like, memory_of(tensor) not in taken)
+        taken.add(memory_of(tensor))
+    return tensors
+
+
+def _parameter(tensor: Tensor, like: Tensor, is_only: bool) -> Tensor:
+    """The tensor in the dtype of `like`, on the default device, in memory that torch manages.
+
+    is_only says whether no other parameter has that memory.
+    """
     if (
-        tensor.dtype == like.dtype
+        is_only
+        and tensor.dtype == like.dtype
         and tensor.device == torch.get_default_device()
         and tensor.is_contiguous()
         and tensor.untyped_storage().resizable()
@@ -228,6 +247,8 @@ def _channels_of_images(state: dict[str, Tensor], wanted: int | None) -> int:
     stem = state[STEM]
     if stem.dim() != 4:
         raise ValueError(f"{STEM} has shape {tuple(stem.shape)}, not four dimensions")
+    if stem.shape[1] == 0:
+        raise ValueError(f"{STEM} has shape {tuple(stem.shape)}, without channels of images")
     if wanted is None:
         return stem.shape[1]
     state[STEM] = adapt_input_channels(stem, wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from effnet_fast import checkpoints
-from effnet_fast.checkpoints.reading import naming_file
+from effnet_fast.files import naming_file
 from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.loading import drop_other_layers

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import http.client
 import os
@@ -27,6 +26,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from effnet_fast import __version__
+from effnet_fast.files import check_regular, is_at, lock
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # torch.hub's convention: NAME-<sha256>.pth
 HASH_IN_FRAGMENT = re.compile(r"sha256=([0-9a-f]{8,64})")  # pip's: URL#sha256=<sha256>
@@ -63,7 +63,9 @@ def fetch(url: str, folder: str | os.PathLike[str] | None = None, *, progress: b
     """
     name, prefix = _name_and_hash(url)
     path = (_hub_folder() if folder is None else Path(folder)) / name
-    if not path.exists():
+    if path.exists():
+        check_regular(path)
+    else:
         with _explained(path), _part(path) as file:
             if file is not None:
                 _Download(url, path, file, progress).run(prefix)
@@ -281,16 +283,16 @@ def _part(path: Path) -> Iterator[IO[bytes] | None]:
     part = path.with_name(f"{path.name}.part")
     while True:
         with open(part, "ab") as file:
-            locks = _lock(file)
+            locks = lock(file)
             try:
                 if path.exists():
                     yield None
                     return
-                if locks and _is_at(file, part):  # else whoever held the lock moved or removed it
+                if locks and is_at(file, part):  # else whoever held the lock moved or removed it
                     yield file
                     return
             finally:
-                if _is_at(file, part) and os.fstat(file.fileno()).st_size == 0:
+                if is_at(file, part) and os.fstat(file.fileno()).st_size == 0:
                     os.remove(part)
         if not locks:
             break
@@ -300,24 +302,6 @@ def _part(path: Path) -> Iterator[IO[bytes] | None]:
             yield file
     finally:
         part.unlink(missing_ok=True)
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Waits for the lock; False where the file system has none, as some of networks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        return False
-    return True
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 @contextlib.contextmanager
