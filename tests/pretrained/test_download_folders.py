@@ -88,7 +88,7 @@ def test_file_systems_without_locks(host, tmp_path, monkeypatch, error):
     def flock(file, operation):
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(downloads.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert holds(fetch(host, tmp_path))
     host.content = OTHER
     with pytest.raises(ValueError, match="SHA-256"):
