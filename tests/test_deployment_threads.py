@@ -118,7 +118,7 @@ def test_calls_are_counted() -> None:
     assert extension.running_calls() == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_does_not_grow() -> None:
     deployed = effnet_fast.deploy(network())
     encoder = effnet_fast.deploy(EfficientNetFeatures(TINY).eval(), torch.bfloat16)

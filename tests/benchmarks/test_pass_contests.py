@@ -34,7 +34,7 @@ def test_a_wrong_pass_is_called_off(monkeypatch: pytest.MonkeyPatch) -> None:
         contest.check()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("op", ["dwconv", "squeeze_excite"])
 def test_compiled_backward(op: str) -> None:
     """A compiled peer's gradients can be taken again and again, and are stock's."""

@@ -55,6 +55,7 @@ def test_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive
 def test_check_finds_a_changed_figure_and_a_changed_table(tmp_path: Path) -> None:
     _results(tmp_path / "results")
     (tmp_path / "README.md").write_text(README)

@@ -55,6 +55,7 @@ def test_who_is_not_installed_is_named_and_who_fails_says_why(
     assert any("--full" in line for line in lines)
 
 
+@pytest.mark.exhaustive
 def test_a_plain_run_holds_each_op_block_and_network_once() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q"]
     command += ["-p", "no:cacheprovider", "-k", "effnet_fast and not deploy and not amp"]

@@ -159,7 +159,7 @@ print(peak() - before, file=sys.stderr)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("suffixes", [(".pth", ".safetensors"), (".safetensors", ".pth")])
 def test_holds_one_copy(tmp_path, state, suffixes):
     """More memory than after the first conversion: one copy of the tensors and no second."""

@@ -57,7 +57,7 @@ def test_here(old_cpu_driver: Path, isa: str) -> None:
     assert_passes(run_driver(old_cpu_driver, isa), isa)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("cpu", "isa"), [(cpu, isa) for cpu, isas in RUNS_ON.items() for isa in isas]
 )
@@ -65,7 +65,7 @@ def test_on_an_emulated_cpu(old_cpu_driver: Path, qemu: str, cpu: str, isa: str)
     assert_passes(run_driver(old_cpu_driver, isa, qemu, "-cpu", cpu), isa)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_emulated_cpu_does_lack_instructions(old_cpu_driver: Path, qemu: str) -> None:
     done = run_driver(old_cpu_driver, "avx2", qemu, "-cpu", "Nehalem")
     assert done.returncode in (-signal.SIGILL, 128 + signal.SIGILL)

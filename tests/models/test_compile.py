@@ -53,6 +53,7 @@ def test_network(training: bool, fullgraph: bool) -> None:
     assert counts["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.exhaustive
 def test_dynamic_batch() -> None:
     models = pair()
     compiled(models.actual)
@@ -82,6 +83,7 @@ def test_inductor(training: bool) -> None:
         models.assert_alike(X, backward=training)
 
 
+@pytest.mark.exhaustive
 def test_compiled_notices_swapped_channels() -> None:
     models = pair()
     weight = models.actual.features[2][0].block[1][0].weight
@@ -110,6 +112,7 @@ def test_changes_after_compilation_are_followed(name: str) -> None:
     assert after.shape != before.shape or networks.rms(after - before) > 0.01
 
 
+@pytest.mark.exhaustive
 def test_named_backend_of_the_network() -> None:
     """A compiled network consists of PyTorch's own operators, whichever backend it has."""
     models = pair()
@@ -123,6 +126,7 @@ def test_named_backend_of_the_network() -> None:
     models.assert_alike(X)
 
 
+@pytest.mark.exhaustive
 def test_autocast_inside_and_around() -> None:
     models = pair()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -139,6 +143,7 @@ def test_gradient_checkpointing() -> None:
     models.assert_alike(X)
 
 
+@pytest.mark.exhaustive
 def test_encoder_and_frozen_stages() -> None:
     state = networks.calibrated_state(MINI)
     results = []
@@ -175,6 +180,7 @@ def test_second_derivative_is_refused() -> None:
         grad.square().sum().backward()
 
 
+@pytest.mark.exhaustive
 def test_compiled_module_wraps_and_saves() -> None:
     model = EfficientNet(MINI).eval()
     wrapped = torch.compile(model, backend="aot_eager")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import networks
+import tiers
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from networks import MINI, Pair, assert_alike, random_images, run_network
 
@@ -51,7 +52,7 @@ def domains(path_or_bytes: str | bytes) -> set[str]:
 
 
 class TestTorchExport:
-    @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.parametrize("strict", tiers.some((False, True), (False,)))
     def test_eval(self, strict: bool) -> None:
         models = pair()
         batch = torch.export.Dim("batch", min=1, max=64)
@@ -76,6 +77,7 @@ class TestTorchExport:
         assert_alike(*results)
         assert results[0]["buffer features.0.1.num_batches_tracked"] == 1
 
+    @pytest.mark.exhaustive
     def test_core_aten_decomposition_saved_and_loaded(self, tmp_path: Path) -> None:
         models = pair()
         program = torch.export.export(models.actual, (X,)).run_decompositions()
@@ -110,6 +112,7 @@ class TestOnnx:
             (y,) = run.run(None, {name: x.numpy()})
             assert_close(torch.from_numpy(y), models.stock(x))
 
+    @pytest.mark.exhaustive
     def test_dynamo(self, tmp_path: Path) -> None:
         models = pair()
         path = str(tmp_path / "tiny.onnx")

@@ -71,6 +71,7 @@ def test_swapped_channels_are_noticed(part: str, dim: int) -> None:
         models.assert_parity(random_images(2, 65), backward=False)
 
 
+@pytest.mark.exhaustive
 def test_eval_backward() -> None:
     trio(VARIANTS["b0"], 113).assert_parity(*random_images(8, 113).split(2))
 

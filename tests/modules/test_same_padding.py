@@ -86,7 +86,7 @@ def test_computes_what_stock_does(side, train):
     pair(TINY_SAME, side).train(train).assert_alike(random_images(4, side))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_eval_backward_parity():
     trio(B0_SAME, 112).assert_parity(*random_images(8, 112).split(2))
 

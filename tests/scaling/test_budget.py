@@ -92,7 +92,7 @@ CONDITIONS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("conditions", CONDITIONS, ids=lambda c: f"{c.mode}_{c.plan}_b{c.batch}")
 @settings(max_examples=6, deadline=None)
 @given(memory=st.floats(6.0, 10.5), seconds=st.floats(-3.0, 1.0), macs=st.floats(7.0, 10.5))

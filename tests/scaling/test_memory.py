@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import tiers
 from allocations import peak_bytes, saved_bytes, standing_bytes, train_step
 from effnet_fast import EfficientNet, use_backend
 from effnet_fast.models import VARIANTS, Stage, Variant, custom_variant
@@ -190,7 +191,7 @@ print(status("VmHWM") - before)  # getrusage would count the parent's, if that w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["stock", "fused"])
+@pytest.mark.parametrize("plan", tiers.some(("stock", "fused"), ("fused",)))
 def test_peak_of_a_process(plan: str, request: pytest.FixtureRequest) -> None:
     """What the system gives a process beyond what stood, for a training step of eight images.
 

@@ -9,7 +9,7 @@
 | B7's         |                                 |                   | all                  |
 
 The best set is the newest instruction set that this machine has. Of a function with many cases
-plain `pytest` takes three and `make test` 24, drawn by their names, or all where a backend is one
+plain `pytest` takes two and `make test` eight, drawn by their names, or all where a backend is one
 of the parameters.
 """
 
@@ -29,7 +29,7 @@ INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
 AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
 BEST = ("cpu", *AVAILABLE[-1:], *(f"cpu:{native.load().best_isa()}" for _ in AVAILABLE[:1]))
 NETWORK_DTYPES = ("float32", "bfloat16")
-QUICK_CASES, TESTED_CASES = 3, 24  # of one function
+QUICK_CASES, TESTED_CASES = 2, 8  # of one function
 EXHAUSTIVE = (pytest.mark.exhaustive,)
 SLOW = (pytest.mark.slow,)
 

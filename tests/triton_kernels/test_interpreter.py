@@ -1,4 +1,4 @@
-"""Starts the tests of `interpreted/`, each file in a process whose kernels Triton interprets.
+"""Starts the tests of `interpreted/`, some files each in a process whose kernels Triton interprets.
 
 The flag counts when a kernel is decorated, so it must be there before the first import.
 """
@@ -25,26 +25,36 @@ def test_there_are_files() -> None:
     assert FILES
 
 
-@pytest.mark.parametrize(
-    "selected",
-    [
-        pytest.param("not exhaustive", id="some", marks=pytest.mark.slow),
-        pytest.param("exhaustive", id="rest", marks=pytest.mark.exhaustive),
-    ],
-)
+PROCESSES = 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(PROCESSES))
+def test_some(first: int) -> None:
+    """In few processes: the start of one takes as long as many of these tests."""
+    run(FILES[first::PROCESSES], "not exhaustive")
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("file", FILES)
-def test_interpreted(file: str, selected: str) -> None:
-    """Every test of the file in this tier passes, and there is at least one."""
+def test_rest(file: str) -> None:
+    run([file], "exhaustive")
+
+
+def run(files: list[str], selected: str) -> None:
+    """Every test of the files in this tier passes, and each file has at least one."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     for name in list(environment):
         if name.startswith("PYTEST_"):
             del environment[name]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider"]
     command += ["-m", selected]
     done = subprocess.run(
-        [*command, str(FOLDER / file)],
+        [*command, *(str(FOLDER / file) for file in files)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE), done.stdout[-2000:]
+    assert re.search(r"^=+ \d+ passed", done.stdout, re.MULTILINE), done.stdout[-2000:]
     assert "skipped" not in done.stdout, done.stdout[-2000:]
+    for file in files:
+        assert re.search(rf"{file}::.* PASSED", done.stdout), done.stdout[-2000:]

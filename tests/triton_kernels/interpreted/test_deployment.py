@@ -28,7 +28,7 @@ def test_b0() -> None:
 
 @pytest.mark.parametrize("dtype", some(DTYPES, DTYPES[:1]))
 def test_mini_replayed(dtype: torch.dtype, recorders: list) -> None:
-    assert_parity(TRITON, networks.pair(MINI).actual, random_images(4, 32), dtype)
+    assert_parity(TRITON, networks.pair(MINI).actual, random_images(2, 17), dtype)
     assert [recorder.count("replay") for recorder in recorders] == [1]
 
 
@@ -44,7 +44,7 @@ def test_expansion_and_depthwise_convolution_in_one_kernel(
 
     monkeypatch.setattr(mbconv, "is_joined_quicker", lambda *_: True)
     monkeypatch.setattr(expand_dwconv, "launch_expand_dwconv_fwd", launch)
-    assert_parity(TRITON, networks.pair(MINI).actual, random_images(4, 32), dtype, calls=1)
+    assert_parity(TRITON, networks.pair(MINI).actual, random_images(2, 17), dtype, calls=1)
     assert launched
 
 
@@ -57,7 +57,7 @@ def test_encoder_with_same_padding(recorders: list) -> None:
 
 
 def test_edit_is_followed() -> None:
-    models, x = networks.pair(MINI), random_images(2, 32)
+    models, x = networks.pair(MINI), random_images(2, 17)
     deployed = TRITON.deploy(models.actual)
     deployed(x)
     with torch.no_grad():

@@ -55,7 +55,7 @@ def check(call: BlockCall) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", some(NAMES, ("c_odd_stride_2", "c_gt_tile", "w_gt_tile_k5")))
+@pytest.mark.parametrize("name", some(NAMES, ("c_odd_k3_stride_2", "w_gt_tile_k5")))
 def test_matches_reference(name: str, dtypes: Dtypes) -> None:
     check(block_call(find(MBCONV_CASES, name), dtypes, False))
 
@@ -104,7 +104,7 @@ def test_the_model_decides(answer: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         mbconv, "launch_expand_dwconv_fwd", lambda *args: called.append(1) or original(*args)
     )
-    call = block_call(find(MBCONV_CASES, "c_eq_vector"), FP16, False)
+    call = block_call(find(MBCONV_CASES, "c_odd_k3_stride_2"), FP16, False)
     block(call)
     assert len(called) == answer
     block(call, fused=not answer)
@@ -117,7 +117,7 @@ def test_two_runs_are_equal() -> None:
     assert torch.equal(block(call, fused=True), block(call, fused=True))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", some((float("nan"), float("inf")), (float("inf"),)))
 def test_what_is_not_finite_stays_in_its_image(value: float) -> None:
     call = block_call(find(MBCONV_CASES, "w_gt_tile_k5"), FP32, False)
     x = call.x.clone(memory_format=torch.preserve_format)

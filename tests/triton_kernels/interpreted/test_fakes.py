@@ -59,9 +59,9 @@ class Fakes(TorchDispatchMode):
 @DTYPES
 def test_ops(dtypes: Dtypes) -> None:
     with Fakes() as fakes:
-        run(dwconv_call(find(DWCONV_CASES, "c_odd"), dtypes, True), "triton")
-        run(dwconv_call(find(DWCONV_CASES, "c_odd"), dtypes), "triton", wanted=("weight",))
-        run(dwconv_call(find(DWCONV_CASES, "c_odd"), dtypes), "triton", wanted=())
+        run(dwconv_call(find(DWCONV_CASES, "c_one"), dtypes, True), "triton")
+        run(dwconv_call(find(DWCONV_CASES, "c_one"), dtypes), "triton", wanted=("weight",))
+        run(dwconv_call(find(DWCONV_CASES, "c_one"), dtypes), "triton", wanted=())
         run(squeeze_excite_call(find(SQUEEZE_EXCITE_CASES, "c_odd"), dtypes), "triton")
         run(pointwise_call(find(POINTWISE_CASES, "c_odd"), dtypes), "triton", wanted=())
         run(head_call(find(HEAD_CASES, "c_odd"), dtypes, True), "triton")
@@ -73,7 +73,7 @@ def test_ops(dtypes: Dtypes) -> None:
 @DTYPES
 @pytest.mark.parametrize(
     "name",
-    some(("c_eq_vector", "no_expansion_residual", "batch_0"), ("c_eq_vector",)),
+    some(("c_odd_k3_stride_2", "no_expansion_residual", "batch_0"), ("c_odd_k3_stride_2",)),
 )
 def test_passes(name: str, dtypes: Dtypes) -> None:
     with Fakes() as fakes:

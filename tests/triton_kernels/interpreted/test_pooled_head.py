@@ -43,7 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @torch.no_grad()
 def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
-    model, x = network(backend="triton"), torch.randn(3, 3, 24, 20)
+    model, x = network(backend="triton"), torch.randn(3, 3, 12, 10)
     y, in_layers = model(x), model.forward_head(model.forward_features(x))
     assert len(calls) == 1
     model.backend = "reference"
@@ -81,6 +81,6 @@ def test_a_hook_sees_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, seen = counted(monkeypatch), []
     model = network(backend="triton")
     model.features[-1].register_forward_hook(lambda m, args, y: seen.append(y.shape))
-    model(torch.randn(2, 3, 24, 20))
+    model(torch.randn(2, 3, 12, 10))
     assert not calls
     assert len(seen) == 1

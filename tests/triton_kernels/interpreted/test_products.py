@@ -36,7 +36,7 @@ from tiers import some
 
 FP16 = Dtypes(torch.float16, torch.float16)
 MIXED = Dtypes(torch.float16, torch.float32)
-DTYPES = pytest.mark.parametrize("dtypes", some((FP32, FP16, MIXED), (FP16,)))
+DTYPES = pytest.mark.parametrize("dtypes", some((FP32, FP16, MIXED), (FP32, FP16)))
 
 
 def by_hand(params: list, *kept: str) -> list[Any]:
@@ -67,7 +67,7 @@ def test_pointwise_of_strided_input() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", by_hand(SQUEEZE_EXCITE_CASES, "c_odd", "hw_gt_chunk", "batch_0"))
+@pytest.mark.parametrize("name", by_hand(SQUEEZE_EXCITE_CASES, "c_odd", "batch_0"))
 def test_squeeze_excite(name: str, dtypes: Dtypes) -> None:
     check(squeeze_excite_call(find(SQUEEZE_EXCITE_CASES, name), dtypes), "triton")
 
@@ -79,7 +79,7 @@ def test_squeeze_excite_without_biases_is_deterministic() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", by_hand(MBCONV_CASES, "c_odd_stride_2", "no_expansion"))
+@pytest.mark.parametrize("name", by_hand(MBCONV_CASES, "c_odd_k3_stride_2", "no_expansion"))
 def test_mbconv_eval(name: str, dtypes: Dtypes) -> None:
     """The inference op of a block."""
     from mbconv_blocks import EPS, block_call, params_of
@@ -97,7 +97,7 @@ def test_mbconv_eval(name: str, dtypes: Dtypes) -> None:
 
 @DTYPES
 @MODES
-@pytest.mark.parametrize("name", by_hand(HEAD_CASES, "c_odd", "out_gt_tile"))
+@pytest.mark.parametrize("name", by_hand(HEAD_CASES, "c_odd"))
 def test_head(name: str, training: bool, dtypes: Dtypes) -> None:
     """Tiles that cross images, and images of more than one tile; with gradients and without."""
     call = head_call(find(HEAD_CASES, name), dtypes, training)
