@@ -97,7 +97,7 @@ inline bool is_empty(const LaunchShape& s) {
 #include "cuda/intrinsics.cuh"
 #endif
 
-#include "common/silu.h"
+#include "cuda/silu.cuh"
 
 namespace effnet {
 namespace cuda {

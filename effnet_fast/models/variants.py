@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import MappingProxyType
 
-from effnet_fast.modules.layers import check_padding, round_channels
+from effnet_fast.modules.layers import check_padding
+from effnet_fast.modules.widths import round_channels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -21,17 +21,9 @@ from torch import Tensor, nn
 from effnet_fast.modules import checkpointing, fused_forward, observed
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
+from effnet_fast.modules.widths import round_channels
 
 PADDINGS = ("symmetric", "same")
-
-
-def round_channels(channels: float, divisor: int = 8) -> int:
-    """Nearest multiple of `divisor`, at least `divisor` and never below 0.9 * channels.
-
-    Source: the TensorFlow models' rule, which fixes the widths of the published networks.
-    """
-    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
 def check_padding(padding: str) -> None:

@@ -19,9 +19,9 @@ from effnet_fast.modules.layers import (
     MBConv,
     MBConvConfig,
     SqueezeExcitation,
-    round_channels,
 )
 from effnet_fast.modules.stochastic_depth import StochasticDepth, stochastic_depth
+from effnet_fast.modules.widths import round_channels
 from parity import NEEDS_SIMT
 
 

@@ -1,4 +1,4 @@
-// The passes of MBConv in training; kernels.cpp gathers them into a table.
+// The passes of MBConv in training; pass_table.cpp gathers them into a table.
 #pragma once
 
 #include <omp.h>
