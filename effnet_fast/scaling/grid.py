@@ -1,14 +1,15 @@
 """Grid search of alpha, beta and gamma at equal work, as in the paper, with the user's scorer.
 
-Trials in the CSV file are not run again: an interrupted search continues where it stopped.
+Trials in the CSV file are not run again: an interrupted search continues where it stopped, and
+searches that share a file at the same time share its trials.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from effnet_fast.scaling.accuracy import LABEL, estimate_top1
 from effnet_fast.scaling.checks import whole
 from effnet_fast.scaling.compound import CompoundScaling, Point
 from effnet_fast.scaling.counts import count
-from effnet_fast.scaling.trials import Trial, TrialFile
+from effnet_fast.scaling.trials import Key, Trial, TrialFile
 
 WORK = 2.0  # growth of the multiply-adds for each unit of phi
 STEP, TOLERANCE = 0.05, 0.1
@@ -40,6 +41,10 @@ class _Job:
     phi: float
     scorer: Scorer | None
     seed: int
+
+    @property
+    def key(self) -> Key:
+        return self.scaling, self.phi
 
     @property
     def point(self) -> Point:
@@ -105,6 +110,8 @@ def grid_search(
         scalings: the rules to try; None means `candidates()`.
         phi: the compound coefficient at which the networks are compared.
         csv: file to which each trial is appended as it ends, and whose trials are not repeated.
+            Several searches, in any processes, may share it: each trial is run by one of them,
+            and all return all trials. See `TrialFile` for systems without locks.
         workers: how many trials run side by side. With engine "process", 1 or None runs them in
             this process, and more share its threads among them; with "ray", None hands Ray all.
         engine: "process", or "ray" to let Ray place them (the package must be installed).
@@ -112,7 +119,7 @@ def grid_search(
         on_trial: called after each trial, also for those in the file.
 
     Returns:
-        all trials, the best first.
+        all trials, each once, the best first.
 
     Raises:
         ValueError: an argument outside what is allowed, or a file that holds something else.
@@ -128,24 +135,74 @@ def grid_search(
     for job in jobs:  # refuses a phi out of range before anything is run or written
         job.scaling.at(phi)
     scorer_name = scorer_name or _name(scorer)
-    file = TrialFile(csv, scorer_name)
-    known = {(trial.scaling, trial.phi): trial for trial in file.trials}
-    trials = []
-    for job in jobs:
-        if (trial := known.get((job.scaling, phi))) is not None:
-            trials.append(trial)
-            if on_trial is not None:
-                on_trial(trial)
-    waiting = [job for job in jobs if (job.scaling, phi) not in known]
-    with closing(_run(waiting, workers, engine)) as results:
-        for job, score in results:
-            trial = _trial(job, score, scorer_name)
-            file.append(trial)
-            trials.append(trial)
-            if on_trial is not None:
-                on_trial(trial)
+    todo = _Todo(jobs, TrialFile(csv, scorer_name), on_trial)
+    with closing(todo):
+        while todo.left:
+            with closing(_run(todo, workers, engine)) as results:
+                for job, score in results:
+                    todo.end(job, _trial(job, score, scorer_name))
     rule = attrgetter("alpha", "beta", "gamma")
-    return sorted(trials, key=lambda trial: (-trial.score, rule(trial.scaling)))
+    return sorted(todo.ended, key=lambda trial: (-trial.score, rule(trial.scaling)))
+
+
+class _Todo:
+    """The trials that are left, claimed one by one, and those that have ended.
+
+    Args:
+        jobs: all trials.
+        file: where they are kept.
+        on_trial: called with each that ends, or has ended.
+    """
+
+    def __init__(
+        self, jobs: Iterable[_Job], file: TrialFile, on_trial: Callable[[Trial], None] | None
+    ) -> None:
+        self.file = file
+        self.on_trial = on_trial
+        self.ended: list[Trial] = []
+        self.left: list[_Job] = []
+        self.rounds = 0
+        for job in {job.key: job for job in jobs}.values():
+            if not self._end_if_known(job):
+                self.left.append(job)
+
+    def claim(self) -> Iterator[_Job]:
+        """The trials that nobody runs. Those that another search runs stay left.
+
+        Where a round has begun before, it waits for the first of these: no claim is held then.
+        """
+        waits, self.rounds = self.rounds > 0, self.rounds + 1
+        jobs, self.left = self.left, []
+        for index, job in enumerate(jobs):
+            if not self.file.claim(job.key, wait=waits and index == 0):
+                self.left.append(job)
+                continue
+            self.file.refresh()  # another search may have ended it before the claim
+            if self._end_if_known(job):
+                self.file.release(job.key)
+            else:
+                yield job
+
+    def end(self, job: _Job, trial: Trial) -> None:
+        """Keeps a trial that has been run."""
+        self.file.append(trial)
+        self.file.release(job.key)
+        self._tell(trial)
+
+    def _end_if_known(self, job: _Job) -> bool:
+        trial = self.file.find(job.key)
+        if trial is not None:
+            self._tell(trial)
+        return trial is not None
+
+    def _tell(self, trial: Trial) -> None:
+        self.ended.append(trial)
+        if self.on_trial is not None:
+            self.on_trial(trial)
+
+    def close(self) -> None:
+        """Gives back what is claimed."""
+        self.file.close()
 
 
 def _name(scorer: Scorer | None) -> str:
@@ -182,21 +239,21 @@ Results = Generator[tuple[_Job, Callable[[], float]], None, None]
 
 
 def _run(
-    jobs: list[_Job], workers: int | None, engine: str
+    todo: _Todo, workers: int | None, engine: str
 ) -> Generator[tuple[_Job, float], None, None]:
     """Jobs and their scores in the order in which they end; a failure is raised at the end.
 
     After one, no trial begins that has not begun, but those that run are waited for.
     """
-    if not jobs:
-        return
     stop = Event()
+    most = len(todo.left)
+    jobs = todo.claim()
     if engine == "ray":
-        results = _run_on_ray(jobs, workers or len(jobs), stop)
-    elif workers in (None, 1) or len(jobs) == 1:
+        results = _run_on_ray(jobs, workers or most, stop)
+    elif workers in (None, 1) or most == 1:
         results = _run_here(jobs, stop)
     else:
-        results = _run_in_processes(jobs, min(workers or 1, len(jobs)), stop)
+        results = _run_in_processes(jobs, min(workers or 1, most), stop)
     failure: tuple[CompoundScaling, Exception] | None = None
     with closing(results):
         for job, result in results:
@@ -217,42 +274,43 @@ def _run(
         ) from cause
 
 
-def _run_here(jobs: list[_Job], stop: Event) -> Results:
-    for job in jobs:
-        if stop.is_set():
-            return
+def _run_here(jobs: Iterator[_Job], stop: Event) -> Results:
+    while not stop.is_set() and (job := next(jobs, None)) is not None:
         yield job, partial(_score, job)
 
 
-def _run_in_processes(jobs: list[_Job], workers: int, stop: Event) -> Results:
+def _run_in_processes(jobs: Iterator[_Job], workers: int, stop: Event) -> Results:
     # A forked child of a process that has used OpenMP hangs in its first parallel region.
     context = torch.multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,))
+    running: dict[Future[float], _Job] = {}
+
+    def start(count: int) -> None:
+        for job in itertools.islice(jobs, 0 if stop.is_set() else count):
+            running[pool.submit(_score, job)] = job
+
     try:
-        futures = {pool.submit(_score, job): job for job in jobs}
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            yield futures[future], future.result
-            if stop.is_set():
-                for other in futures:
-                    other.cancel()
+        start(workers)
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result
+            start(len(done))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _run_on_ray(jobs: list[_Job], workers: int, stop: Event) -> Results:
+def _run_on_ray(jobs: Iterator[_Job], workers: int, stop: Event) -> Results:
     try:
         import ray
     except ImportError as error:
         raise ImportError("engine 'ray' needs the package ray: pip install ray") from error
     remote = ray.remote(_score)
-    waiting = iter(jobs)
-    running = {remote.remote(job): job for job in itertools.islice(waiting, workers)}
+    running = {remote.remote(job): job for job in itertools.islice(jobs, workers)}
     while running:
         done, _ = ray.wait(list(running))
         for reference in done:
             yield running.pop(reference), partial(ray.get, reference)
         if not stop.is_set():
-            running |= {remote.remote(job): job for job in itertools.islice(waiting, len(done))}
+            running |= {remote.remote(job): job for job in itertools.islice(jobs, len(done))}
