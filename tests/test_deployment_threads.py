@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,3 +140,35 @@ def test_memory_does_not_grow() -> None:
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
+
+
+def test_a_child_forked_while_another_thread_packs_does_not_hang() -> None:
+    """As a data loader's worker can be; the network's own plan has such locks too."""
+    model = network()
+    deployed, x = effnet_fast.deploy(model), random_images(1, 32)
+    with torch.no_grad():
+        expected = deployed(x), model(x)
+    locks = [keeper._lock for keeper in (deployed._packed, model._own_plan)]
+    locks += [keeper.snapshot._lock for keeper in (deployed._packed, model._own_plan)]
+    held, done = threading.Event(), threading.Event()
+
+    def pack() -> None:
+        with locks[0], locks[1], locks[2], locks[3]:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=pack)
+    thread.start()
+    assert held.wait(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a child that hangs
+        deployed.refresh()
+        with torch.no_grad():
+            results = deployed(x), model(x)
+        os._exit(0 if all(map(torch.equal, results, expected)) else 1)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

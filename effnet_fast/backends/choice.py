@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -20,6 +19,7 @@ from effnet_fast.backends.base import OPS, Backend, Launcher, OpArgs
 from effnet_fast.backends.cpu import CPU
 from effnet_fast.backends.cuda import CUDA, SIMT
 from effnet_fast.backends.triton import TRITON
+from effnet_fast.locks import ForkLock
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 TEST_BACKENDS = (SIMT.name,)
@@ -30,7 +30,7 @@ _current: ContextVar[str] = ContextVar("effnet_fast_backend", default="auto")
 # no ContextVar.
 _chosen = False
 _choices = 0
-_lock = threading.Lock()
+_lock = ForkLock()
 
 
 @functools.cache

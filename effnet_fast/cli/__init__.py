@@ -1,44 +1,93 @@
-"""The command line, one file or package per subcommand: `effnet-fast classify | bench | ...`."""
+"""The command line, one file or package per subcommand: `effnet-fast classify | bench | ...`.
+
+Subcommands are imported when they are needed: importing this package costs nothing.
+"""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import importlib
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from effnet_fast import __version__
-from effnet_fast.cli import bench, classify, convert, doctor, info, scale
-from effnet_fast.cli.common import CommandError
+from effnet_fast.cli import process
+from effnet_fast.cli.process import BROKEN_PIPE, INTERRUPTED
 
-COMMANDS = (classify, bench, convert, doctor, info, scale)
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+COMMANDS = ("classify", "bench", "convert", "doctor", "info", "scale")
 BAD_INPUT = 2  # exit status, argparse's own for wrong usage
-INTERRUPTED = 130  # a shell's status for Ctrl-C
+
+
+def __getattr__(name: str) -> Any:
+    if name in COMMANDS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each module adds its own and sets `run`."""
-    parser = argparse.ArgumentParser(
-        prog="effnet-fast", description="EfficientNet on fused kernels."
-    )
+    from effnet_fast import __version__
+    from effnet_fast.cli.common import Parser
+
+    parser = Parser(prog="effnet-fast", description="EfficientNet on fused kernels.")
     parser.add_argument("--version", action="version", version=f"effnet-fast {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add_parser(subparsers)
+        __getattr__(command).add_parser(subparsers)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand.
 
+    Args:
+        argv: its arguments. None means those of the process, whose streams and Ctrl-C are then
+            made fit for it too.
+
     Returns:
-        the exit status: 0, 2 for wrong usage or bad input (one line on stderr), 130 for Ctrl-C.
+        the exit status: 0; 2 for wrong usage, bad input, lack of memory or output that cannot be
+        written (one line on stderr); 130 for Ctrl-C; 141 where nobody reads the output any more.
     """
-    arguments = build_parser().parse_args(argv)
+    own = argv is None
+    try:
+        if own:
+            process.prepare_streams()
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        process.discard_output()
+        return BROKEN_PIPE
+    except OSError as error:
+        process.discard_output()
+        process.note(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        return BAD_INPUT
+    finally:
+        if own:
+            process.leave_at_interrupts()
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    with process.leaving_at_interrupts() if argv is None else contextlib.nullcontext():
+        from effnet_fast import files
+        from effnet_fast.cli.common import CommandError
+
+        parser = build_parser()
+    arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
     except CommandError as error:
-        print(f"effnet-fast: {error}", file=sys.stderr)
+        process.note(error)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not files.is_out_of_memory(error):
+            raise
+        process.note("not enough memory: a smaller batch, resolution or network needs less")
+        return BAD_INPUT
     return 0

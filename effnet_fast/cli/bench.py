@@ -19,6 +19,7 @@ from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.modules.layers import MBConv
+from effnet_fast.scaling.memory import check_fits, count_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAST_BN_SHRINK = 0.25  # of each block, so that activations do not explode with depth
@@ -61,15 +62,19 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     variant = VARIANTS[arguments.model]
     resolution = arguments.resolution or variant.resolution
+    dtype = DTYPES[arguments.dtype]
+    memory = count_memory(variant, resolution=resolution, batch=arguments.batch, dtype=dtype)
+    with common.bad_input(ValueError):
+        check_fits(memory.peak, f"--batch {arguments.batch} of {resolution}x{resolution} pixels")
     stock = common.build_model(variant, "reference")
     generator = torch.Generator().manual_seed(common.SEED)
     side = min(resolution, CALIBRATION_SIDE)
     calibrate(stock, random_images(CALIBRATION_IMAGES, side, generator))
-    stock.to(DTYPES[arguments.dtype])
+    stock.to(dtype)
     stock.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fused = copy.deepcopy(stock)
     fused.backend = "auto"
-    x = random_images(arguments.batch, resolution, generator).to(DTYPES[arguments.dtype])
+    x = random_images(arguments.batch, resolution, generator).to(dtype)
     with (
         torch.inference_mode(),
         common.progress(arguments, 2 * arguments.rounds, "bursts") as bar,

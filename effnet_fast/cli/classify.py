@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast import checkpoints, models
-from effnet_fast.cli import common
+from effnet_fast import checkpoints, files, models
+from effnet_fast.cli import common, process
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import images
@@ -64,10 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_backend(arguments.backend)
     common.set_threads(arguments)
     if arguments.weights is None:
-        print(
-            "effnet-fast: no --weights: the weights are random, and the classes mean nothing",
-            file=sys.stderr,
-        )
+        process.note("no --weights: the weights are random, and the classes mean nothing")
     with common.bad_input(OSError, ValueError, NotImplementedError):
         network = _find_network(arguments)
         labels = _find_labels(network, arguments.labels)
@@ -162,7 +159,7 @@ def _network_of_file(arguments: argparse.Namespace) -> Classifier:
             progress=not silent,
         ).eval()
     for warning in caught:
-        print(f"effnet-fast: {warning.message}", file=sys.stderr)
+        process.note(warning.message)
     if model.in_chans != CHANNELS:
         raise ValueError(
             f"{arguments.weights}: the network takes {model.in_chans}-channel images; those that "
@@ -176,7 +173,7 @@ def _find_labels(network: Classifier, path: Path | None) -> list[str] | None:
     if path is None:
         known = network.weights is not None and network.classes == CLASSES
         return CATEGORIES if known else None
-    labels = path.read_text(encoding="utf-8").splitlines()
+    labels = files.read_text(path).splitlines()
     if len(labels) != network.classes:
         raise ValueError(
             f"{path}: {len(labels)} lines, but the network has {network.classes} classes"

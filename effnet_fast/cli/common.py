@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,23 +15,47 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from effnet_fast import models
+from effnet_fast import files, models
 from effnet_fast.backends import OPS, can_run
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS, Variant
 
 SEED = 0  # of random weights and inputs, so that two runs compute the same
+LARGEST = 2**31 - 1  # of an integer option: what PyTorch's and the kernels' counters hold
+THREADS_PER_CORE = 8  # that --threads takes; thousands end the process when they start
+LEAST_THREADS = 64  # which it takes on any machine
 
 
 class CommandError(Exception):
     """Bad input: `main` prints the message on one line and exits with status 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose help tells when it cannot be written; argparse's own keeps that to itself."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)
+
+
 def positive_int(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    value = int(text)
+    return _integer(text, LARGEST)
+
+
+def thread_count(text: str) -> int:
+    """An argparse type: a number of threads that this machine can start."""
+    return _integer(text, max(LEAST_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1)))
+
+
+def _integer(text: str, largest: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not an integer") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
+    if value > largest:
+        raise argparse.ArgumentTypeError(f"{text[:50]} is above {largest}")
     return value
 
 
@@ -39,7 +64,7 @@ def add_common(parser: argparse.ArgumentParser, default_model: str | None) -> No
     parser.add_argument(
         "--model", choices=tuple(VARIANTS), default=default_model, help="which EfficientNet"
     )
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: torch's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -80,6 +105,9 @@ def check_backend(name: str) -> None:
 def check_writable(option: str, path: Path) -> None:
     """Refuses a file that could not be written, before anything has been computed for it."""
     problem = None
+    if path.exists() and not path.is_dir():
+        with bad_input(ValueError):
+            files.check_regular(path)
     if not path.parent.is_dir():
         problem = f"there is no folder {path.parent}"
     elif path.is_dir():
@@ -103,8 +131,19 @@ def bad_input(*errors: type[Exception]) -> Iterator[None]:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """One JSON object on standard output, indented."""
-    print(json.dumps(content, indent=2))
+    """One JSON object on standard output, indented; what is no finite number becomes null."""
+    print(json.dumps(_finite(content), indent=2, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    """The same with None for NaN and Infinity, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def print_report(

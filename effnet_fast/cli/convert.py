@@ -11,7 +11,7 @@ from typing import Any
 
 from effnet_fast import checkpoints
 from effnet_fast.checkpoints import FAMILIES, FORMATS, Checkpoint
-from effnet_fast.cli import common
+from effnet_fast.cli import common, process
 from effnet_fast.models.loading import family_variant, published_variant
 from effnet_fast.models.variants import Variant
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"{report['family']}'s {report['variant'] or 'network'}, named as {report['to']} does"
     )
     for note in report["notes"]:
-        print(f"effnet-fast: {note}", file=sys.stderr)
+        process.note(note)
 
 
 def convert(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from effnet_fast.inference import staleness
 from effnet_fast.inference.cpu_engine import CpuEngine
 from effnet_fast.inference.network_spec import CPU, LAST_MAP, LOGITS, TAPS, NetworkSpec, spec_of
 from effnet_fast.inference.parts import is_patched
+from effnet_fast.locks import ForkLock
 
 
 def runs_in_one_call(device: torch.device, backend: str) -> bool:
@@ -83,7 +83,7 @@ class Snapshot:
         self._kind, self._device, self._graphs = type(model), device, graphs
         self._children = model.__dict__["_modules"]  # a replica of the network has its own
         self._watch = staleness.watch(model, self.spec.modules, self.spec.tensors())
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def is_fresh(self, model: Any) -> bool:
         """Whether the network is still what was read."""
@@ -121,7 +121,7 @@ class SnapshotKeeper:
     """The latest snapshot of one network; copies and pickles of a keeper hold none."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self.snapshot: Snapshot | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:

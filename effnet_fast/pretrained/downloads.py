@@ -12,14 +12,16 @@ import errno
 import hashlib
 import http.client
 import os
+import queue
 import re
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,10 +38,35 @@ ATTEMPTS = 4  # in a row that bring nothing new
 PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses worth another attempt
 CHUNK = 1 << 20  # bytes
+LEAST = 1 << 16  # bytes that have to arrive within STALL, over all attempts
+STALL = 120.0  # seconds
+WAITING = 8  # chunks that have arrived and are not written yet
 
 
 class _InterruptedError(Exception):
     """An attempt ended early for a reason that may pass."""
+
+
+class _StalledError(Exception):
+    """The download as a whole does not get on."""
+
+
+class _Pace:
+    """How long a download may still take to bring LEAST more bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._since = size, time.monotonic()
+
+    def seconds_left(self) -> float:
+        return STALL - (time.monotonic() - self._since)
+
+    def reached(self, size: int) -> None:
+        """Notes the size of the part."""
+        if size - self._size >= LEAST:
+            self._since = time.monotonic()
+        elif size > self._size:  # not enough to begin anew
+            return
+        self._size = size
 
 
 def fetch(url: str, folder: str | os.PathLike[str] | None = None, *, progress: bool = True) -> Path:
@@ -57,8 +84,9 @@ def fetch(url: str, folder: str | os.PathLike[str] | None = None, *, progress: b
     Raises:
         ValueError: the hash differs, or the URL has none. A file that was found is left
             as it is; what was downloaded is removed.
-        ConnectionError: the server cannot be reached or refuses; what has arrived is kept for the
-            next call where the server can continue it.
+        ConnectionError: the server cannot be reached or refuses, or sends less than LEAST bytes in
+            STALL seconds; what has arrived is kept for the next call where the server can continue
+            it.
         OSError: the folder cannot be written, or is full.
     """
     name, prefix = _name_and_hash(url)
@@ -153,9 +181,12 @@ class _Download:
     def _fill(self) -> None:
         """Attempts until the part is complete."""
         failures, most = 0, self._size()
+        self.pace = _Pace(most)
         while True:
             try:
                 return self._attempt()
+            except _StalledError:
+                self._give_up(f"less than {LEAST} bytes arrived in {STALL:g} seconds")
             except _InterruptedError as error:
                 size = self._size()
                 failures = 1 if size > most else failures + 1
@@ -166,19 +197,20 @@ class _Download:
 
     def _attempt(self) -> None:
         """One request, for what the part lacks."""
-        offset = self._size()
-        try:
-            response = urllib.request.urlopen(self._request(offset), timeout=TIMEOUT)
-        except urllib.error.HTTPError as error:
-            with error:
-                return self._refused(error, offset)
-        except (OSError, http.client.HTTPException) as error:
-            raise _InterruptedError(_words(error)) from error
-        with response:
+        size = offset = self._size()
+        with contextlib.closing(_received(self._request(offset), self.pace)) as received:
+            try:
+                response = next(received)
+            except urllib.error.HTTPError as error:
+                with error:
+                    return self._refused(error, offset)
             total = self._accept(response, offset)
-            for chunk in _chunks(response):
+            size = self._size()
+            for chunk in received:
                 self.file.write(chunk)
                 self.bar.update(len(chunk))
+                size += len(chunk)
+                self.pace.reached(size)
         size = self._size()
         if total is not None and size != total:
             raise _InterruptedError(f"the connection was closed after {size} of {total} bytes")
@@ -242,15 +274,51 @@ class _Download:
         return os.fstat(self.file.fileno()).st_size
 
 
-def _chunks(response: Any) -> Iterator[bytes]:
-    while True:
+def _received(request: urllib.request.Request, pace: _Pace) -> Generator[Any, None, None]:
+    """The response, then its chunks, until there is no more or the pace is too slow.
+
+    Another thread receives: a server that sends header lines or chunk sizes byte by byte would
+    hold this one in a single call for hours.
+    """
+    items: queue.Queue[Any] = queue.Queue(WAITING)
+    left = threading.Event()
+
+    def put(item: Any) -> None:
+        while not left.is_set():
+            with contextlib.suppress(queue.Full):
+                return items.put(item, timeout=1)
+
+    def receive() -> None:
         try:
-            chunk = response.read1(CHUNK)
-        except (OSError, http.client.HTTPException) as error:
-            raise _InterruptedError(_words(error)) from error
-        if not chunk:
-            return
-        yield chunk
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                put(response)
+                while not left.is_set() and (chunk := response.read1(CHUNK)):
+                    put(chunk)
+            put(None)
+        except BaseException as error:  # the reader's to judge
+            put(error)
+
+    threading.Thread(target=receive, daemon=True).start()
+    try:
+        while True:
+            seconds = pace.seconds_left()
+            if seconds <= 0:
+                raise _StalledError
+            try:
+                item = items.get(timeout=seconds)
+            except queue.Empty:
+                raise _StalledError from None
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        raise _InterruptedError(_words(error)) from error
+    finally:
+        left.set()
 
 
 def _content_range(response: Any) -> tuple[int | None, int | None]:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effnet_fast import files
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -36,11 +38,13 @@ def load(path: str | os.PathLike[str]) -> Image.Image:
 
     Raises:
         OSError: the file cannot be opened (absent, a folder, no permission).
-        ValueError: it is of another format, truncated, corrupt, or has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb). The message names the path.
+        ValueError: it is of another format, a pipe or a device, truncated, corrupt, or has more
+            pixels than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb). The message names the
+            path.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    files.check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

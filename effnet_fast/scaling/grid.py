@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -28,6 +29,7 @@ from effnet_fast.scaling.trials import Key, Trial, TrialFile
 
 WORK = 2.0  # growth of the multiply-adds for each unit of phi
 STEP, TOLERANCE = 0.05, 0.1
+LARGEST_GRID = 1_000_000  # points
 ENGINES = ("process", "ray")
 
 Scorer = Callable[[EfficientNet], float]
@@ -62,12 +64,15 @@ def candidates(step: float = STEP, tolerance: float = TOLERANCE) -> list[Compoun
         ValueError: step or tolerance not positive, more than a million points, or nothing on the
             grid is near enough.
     """
-    if not (step > 0 and tolerance > 0):
-        raise ValueError(f"step and tolerance must be positive, got {step!r} and {tolerance!r}")
-    alphas = _axis(step, WORK + tolerance)
-    others = _axis(step, math.sqrt(WORK + tolerance))
-    if len(alphas) * len(others) ** 2 > 1_000_000:
+    if not (0 < step < math.inf and 0 < tolerance < math.inf):
+        raise ValueError(
+            f"step and tolerance must be positive and finite, got {step!r} and {tolerance!r}"
+        )
+    largest = WORK + tolerance, math.sqrt(WORK + tolerance)
+    points = [(end - 1.0) / step + 1.0 for end in largest]  # before lists of that length are made
+    if points[0] * points[1] ** 2 > LARGEST_GRID:
         raise ValueError(f"a step of {step:g} makes more than a million points")
+    alphas, others = (_axis(step, end) for end in largest)
     found = [
         CompoundScaling(*constants)
         for constants in itertools.product(alphas, others, others)
@@ -283,12 +288,13 @@ def _run_in_processes(jobs: Iterator[_Job], workers: int, stop: Event) -> Result
     # A forked child of a process that has used OpenMP hangs in its first parallel region.
     context = torch.multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
-    pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (threads,))
     running: dict[Future[float], _Job] = {}
 
     def start(count: int) -> None:
         for job in itertools.islice(jobs, 0 if stop.is_set() else count):
-            running[pool.submit(_score, job)] = job
+            with _interrupts_held_back():  # a process that starts here inherits that
+                running[pool.submit(_score, job)] = job
 
     try:
         start(workers)
@@ -299,6 +305,27 @@ def _run_in_processes(jobs: Iterator[_Job], workers: int, stop: Event) -> Result
             start(len(done))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(threads: int) -> None:
+    """Ctrl-C, which a terminal sends to every process, ends a worker without a word."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Delivers Ctrl-C at the end of the block, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _run_on_ray(jobs: Iterator[_Job], workers: int, stop: Event) -> Results:

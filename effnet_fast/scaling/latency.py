@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy
 import torch
 
-from effnet_fast import timing
+from effnet_fast import files, timing
 from effnet_fast.backends import can_run
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import Variant, custom_variant
 from effnet_fast.scaling.conditions import DTYPES, Conditions, to_json
 from effnet_fast.scaling.counts import groups
 from effnet_fast.scaling.least_squares import solve_nonnegative
+from effnet_fast.scaling.memory import check_fits
 
 FORMAT = 1  # of the file
 # What runs each plan that can be measured: the backend given to the network.
@@ -171,7 +172,8 @@ class LatencyModel:
     def save(self, path: str | Path) -> None:
         """Writes everything to a JSON file."""
         content = asdict(self) | {"format": FORMAT, "conditions": to_json(self.conditions)}
-        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with files.replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(path: str | Path) -> LatencyModel:
@@ -181,8 +183,9 @@ class LatencyModel:
             OSError: the file cannot be read.
             ValueError: it is no calibration, or of another format.
         """
+        text = files.read_text(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r} is not {FORMAT}")
             prices = {plan: Prices(**fields) for plan, fields in content["prices"].items()}
@@ -200,7 +203,7 @@ class LatencyModel:
                 dict(content["versions"]),
                 int(content["threads"]),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no latency calibration: {error}") from error
 
 
@@ -305,6 +308,9 @@ def measure(
     on_burst: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
     """Seconds of a call by plan for each network, as `calibrate` takes them."""
+    if conditions.device == "cpu":
+        for variant in variants:
+            check_fits(conditions.memory(variant).peak, f"a batch of {conditions.batch}")
     quickest: list[dict[str, float]] = [{} for _ in variants]
     for _ in range(ROUNDS):
         for variant, best in zip(variants, quickest, strict=True):

@@ -8,6 +8,7 @@ fifth more, unless MALLOC_MMAP_THRESHOLD_ makes it map large blocks), and cuDNN'
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -98,6 +99,27 @@ def count_memory(
     peak = max(peak, saved + _backward(sized, chosen, dtype), trained)
     optimizer = optimizer_tensors * trained
     return Memory(parameters, optimizer, images, saved, standing + optimizer + peak)
+
+
+def check_fits(needed: int, what: str) -> None:
+    """Refuses what this machine cannot hold: the system may end the process instead of refusing.
+
+    Args:
+        needed: bytes.
+        what: needs them, for the message.
+
+    Raises:
+        ValueError: it is more than the machine's memory.
+    """
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # no such number on this system
+        return
+    if needed > memory:
+        raise ValueError(
+            f"{what} needs {needed / 1e9:,.1f} GB of memory, and this machine has "
+            f"{memory / 1e9:,.1f} GB"
+        )
 
 
 def _statistics(rows: Iterable[Group], dtype: torch.dtype) -> int:

@@ -1,8 +1,11 @@
 """Downloads against a host on this machine: whole, checked, or not at all."""
 
+import contextlib
 import functools
 import hashlib
 import os
+import socket
+import threading
 
 import pytest
 
@@ -186,6 +189,56 @@ def test_a_host_that_always_breaks_off(host, tmp_path, ranges):
     assert left == ([CONTENT[:1000]] if ranges else [])  # what can be continued is kept
     host.answers = []
     assert holds(fetch(host, tmp_path))
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no_ranges"])
+def test_gives_up_when_the_host_trickles(host, tmp_path, monkeypatch, ranges):
+    monkeypatch.setattr(downloads, "STALL", 0.5)
+    monkeypatch.setattr(downloads, "LEAST", 1 << 20)
+    host.ranges = ranges
+    host.answers = [Answer(delay=0.2)]
+    with pytest.raises(ConnectionError, match=r"less than 1048576 bytes arrived in 0\.5 seconds"):
+        fetch(host, tmp_path)
+    assert len(host.asked) == 1
+    assert len(list(tmp_path.iterdir())) == ranges  # what can be continued is kept
+    monkeypatch.setattr(downloads, "STALL", 30.0)
+    assert holds(fetch(host, tmp_path))
+
+
+def test_gives_up_when_every_attempt_brings_a_little(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "STALL", 0.5)
+    host.answers = [Answer(cut=1)] * 10_000
+    with pytest.raises(ConnectionError, match="less than 65536 bytes arrived"):
+        fetch(host, tmp_path)
+
+
+def test_gives_up_when_the_headers_trickle(quick_retries, tmp_path, monkeypatch):
+    """Each byte comes within TIMEOUT, and none ends a line."""
+    monkeypatch.setattr(downloads, "STALL", 0.4)
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def trickle():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                while not over.wait(0.05):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/weights-0123abcd.pth"
+        with pytest.raises(ConnectionError, match=r"arrived in 0\.4 seconds"):
+            downloads.fetch(url, tmp_path, progress=False)
+        over.set()
+        thread.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_in_the_cache_is_refused(host, tmp_path):
+    os.mkfifo(tmp_path / os.path.basename(host.url()))
+    with pytest.raises(ValueError, match="a pipe, not a file"):
+        fetch(host, tmp_path)
 
 
 @pytest.mark.parametrize("sha256", [8, 64])

@@ -74,6 +74,11 @@ def test_paper_constants_are_among_them() -> None:
         ((0.1, math.nan), "step and tolerance must be positive"),
         ((0.6, 0.01), "no alpha, beta and gamma on a grid of 0.6"),
         ((1e-3, 0.1), "more than a million points"),
+        ((1e-9, 0.1), "more than a million points"),  # at once, without a list of them
+        ((1e-320, 0.1), "more than a million points"),
+        ((0.05, 1e300), "more than a million points"),
+        ((math.inf, 0.1), "step and tolerance must be positive and finite"),
+        ((0.1, math.inf), "step and tolerance must be positive and finite"),
     ],
 )
 def test_bad_grids(arguments: tuple[float, float], message: str) -> None:

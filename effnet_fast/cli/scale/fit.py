@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from effnet_fast import scaling
-from effnet_fast.cli import common
+from effnet_fast.cli import common, process
 from effnet_fast.cli.scale import options, plot, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -104,10 +103,7 @@ def latency_model(
             model = scaling.LatencyModel.load(path)
             model.check(conditions)
             if foreign := model.foreign():
-                print(
-                    f"effnet-fast: {path} was measured under other conditions: {foreign}",
-                    file=sys.stderr,
-                )
+                process.note(f"{path} was measured under other conditions: {foreign}")
             return model
         if path is not None:
             common.check_writable("--calibration", path)

@@ -99,8 +99,8 @@ def _import_scorer(name: str) -> Scorer:
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         scorer: Scorer = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise common.CommandError(f"--scorer {name}: {error}") from error
+    except Exception as error:  # of the module's own code, too
+        raise common.CommandError(f"--scorer {name}: {type(error).__name__}: {error}") from error
     if not callable(scorer):
         raise common.CommandError(f"--scorer {name} is not a function")
     return scorer

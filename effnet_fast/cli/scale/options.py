@@ -60,7 +60,7 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tensors that the optimizer keeps for each parameter (default: 2, Adam's)",
     )
-    parser.add_argument("--threads", type=common.positive_int, help="CPU threads")
+    parser.add_argument("--threads", type=common.thread_count, help="CPU threads")
 
 
 def rule_of(arguments: argparse.Namespace) -> CompoundScaling:

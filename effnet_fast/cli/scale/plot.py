@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from effnet_fast import files
 from effnet_fast.cli import common
 
 FORMATS = (".svg", ".png")
@@ -119,5 +120,5 @@ def _figure(panels: int) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with common.bad_input(OSError):
-        figure.savefig(path)
+    with common.bad_input(OSError, ValueError), files.replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower())
