@@ -34,6 +34,7 @@ from parity import (
     assert_parity,
     assert_same,
     check,
+    check_over_draws,
     device_of,
     dwconv_call,
     matrix,
@@ -83,18 +84,7 @@ def test_matches_reference(
 @runs(CUDA_DTYPES)
 @MODES
 def test_one_channel(training: bool, dtypes: Dtypes, backend: str) -> None:
-    """A vector over one channel is one number, whose error is chance: the rule takes 32 of them."""
-    call = dwconv_call(case("c_one"), dtypes, training)
-    draws = torch.Generator().manual_seed(2)
-    rows: tuple[list[Results], ...] = ([], [], [])
-    for _ in range(32):
-        x = torch.randn(call.x.shape, generator=draws).to(call.x.dtype)
-        drawn = call.with_tensors(x=x.contiguous(memory_format=torch.channels_last))
-        rows[0].append(run(drawn, backend))
-        rows[1].append(run(drawn))
-        rows[2].append(run(drawn, double=True))
-    stacked = ({name: torch.stack([r[name] for r in row]) for name in row[0]} for row in rows)
-    assert_parity(*stacked, dtypes.x)
+    check_over_draws(dwconv_call(case("c_one"), dtypes, training), backend, 32)
 
 
 @matrix(LARGE_DWCONV_CASES, (FP32, BF16, FP16), ("cpu", *CUDA_NAMES), has_kernel)
@@ -316,6 +306,9 @@ def test_nan_and_inf_in_vectors(backend: str) -> None:
         check(call.with_tensors(**{name: vector}), backend, wanted=())
 
 
+VECTOR = 128  # numbers that a vector over channels has at least, over the draws of its values
+
+
 @st.composite
 def dwconv_cases(draw: st.DrawFn, kernels: Sequence[int]) -> DwconvCase:
     """Shapes of up to about 10,000 values whose output has at least 64, so that rms means much."""
@@ -341,9 +334,12 @@ def test_drawn_shapes(draws: settings, training: bool, dtypes: Dtypes, backend: 
     @draws
     @given(dwconv_cases(kernels))
     def examine(drawn: DwconvCase) -> None:
-        check(dwconv_call(drawn, dtypes, training), backend)
+        call = dwconv_call(drawn, dtypes, training)
+        # Of a 1x1 weight BatchNorm leaves no gradient but rounding, of which 1 in 60 vectors of 17
+        # passes three times stock's (seen in 240), and none of 80 times three of them.
+        check_over_draws(call, backend, -(-VECTOR // drawn.c) if training else 1)
         if not training:
-            check(dwconv_call(drawn, dtypes), backend, wanted=())
+            check(call, backend, wanted=())
 
     examine()
 

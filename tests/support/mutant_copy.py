@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from mutant_list import Mutant
 
 # The tests of `make test`, as the Makefile selects them.
 SELECTION = re.compile(r"^test:(?:.*\n\t)+?.*-m \"([^\"]+)\"", re.MULTILINE)
+ENVIRONMENT = threading.Lock()  # copies are prepared side by side, and setup.py reads CXX
 NAMES = {"_C": "", "_C_simt": "simt"}  # extensions, and their folders of objects
 # Lightly optimised, which compiles several times faster; the second flag of AVX2 brings in FMA.
 LIGHT = ["-O1", "-fexpensive-optimizations"]
@@ -121,6 +123,10 @@ class Copy:
             shutil.copymode(source, to)
 
     def _write_ninja(self) -> None:
+        with ENVIRONMENT:
+            self._write_ninja_alone()
+
+    def _write_ninja_alone(self) -> None:
         setup = _load(self.tree / "setup.py")
         isas = list(setup.ISAS)
         best = best_isa(isas)

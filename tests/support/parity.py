@@ -263,6 +263,24 @@ def check(
     return actual
 
 
+def check_over_draws(call: Call, backend: str, draws: int) -> None:
+    """Holds a call to the rule of parity, its results over so many random images stacked.
+
+    A vector over few channels is few numbers, and stock's largest error in them is chance.
+    """
+    generator = torch.Generator().manual_seed(2)
+    rows: tuple[list[Results], ...] = ([], [], [])
+    for _ in range(draws):
+        x = torch.randn(call.x.shape, generator=generator).to(call.x.dtype)
+        drawn = call.with_tensors(x=channels_last(x))
+        for row, results in zip(
+            rows, (run(drawn, backend), run(drawn), run(drawn, double=True)), strict=True
+        ):
+            row.append(results)
+    stacked = ({name: torch.stack([r[name] for r in row]) for name in row[0]} for row in rows)
+    assert_parity(*stacked, call.x.dtype)
+
+
 def assert_same(actual: Results, expected: Results) -> None:
     """Asserts that the results which both have are bitwise equal, NaN included."""
     names = actual.keys() & expected.keys()

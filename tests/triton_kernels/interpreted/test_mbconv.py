@@ -54,11 +54,18 @@ def test_lean_memory_is_the_same_and_runs_are_equal() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("modes", [(True, False, True), (False, True, False)], ids=str)
-def test_mixed_modes_and_asymmetric_padding(modes: tuple[bool, bool, bool], seed: int) -> None:
-    case = find(MBCONV_CASES, "c_odd_stride_2")
-    check(block_call(case, FP32, modes, padding=(1, 2, 2, 3), seed=seed))
+def test_mixed_modes_and_asymmetric_padding(modes: tuple[bool, bool, bool]) -> None:
+    """Over eight draws, stacked: the error of few numbers is chance."""
+    case = find(MBCONV_CASES, "c_odd_k3_stride_2")
+    rows: tuple[list[Results], ...] = ([], [], [])
+    for seed in range(8):
+        call = block_call(case, FP32, modes, padding=(1, 2, 2, 3), seed=seed)
+        rows[0].append(run(call, mbconv, backend="triton"))
+        rows[1].append(run(call))
+        rows[2].append(run(call, double=True))
+    stacked = ({name: torch.stack([r[name] for r in row]) for name in row[0]} for row in rows)
+    assert_parity(*stacked, torch.float32)
 
 
 @pytest.mark.exhaustive
