@@ -12,8 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import sysconfig
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
