@@ -206,3 +206,28 @@ def test_without_locks_one_search_works(tmp_path: Path, monkeypatch: pytest.Monk
     assert found == grid_search(None, **options)
     assert list(tmp_path.iterdir()) == [path]
     assert len(COLUMNS) == len(path.read_text().splitlines()[1].split(","))
+
+
+def test_nobody_reads_or_writes_beside_who_holds_the_lock(tmp_path: Path) -> None:
+    """Else the half of a row that another has written would be cut off."""
+    path = tmp_path / "trials.csv"
+    file = TrialFile(path, "s")
+    row = ",".join(trial(0).row()) + "\n"
+    threads = [
+        threading.Thread(target=file.append, args=(trial(1),)),
+        threading.Thread(target=TrialFile, args=(path, "s")),
+    ]
+    with path.open("a") as other:
+        files.lock(other)
+        other.write(row[:9])
+        other.flush()
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)  # long enough to reach the lock, which is not a condition
+        assert path.read_bytes() == FIRST_LINE + row[:9].encode()
+        other.write(row[9:])
+        other.flush()
+        files.unlock(other)
+    for thread in threads:
+        thread.join()
+    assert TrialFile(path, "s").trials == [trial(0), trial(1)]
