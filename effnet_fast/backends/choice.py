@@ -145,9 +145,26 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
     """
     if backend == "auto":
         backend = current_backend()
+    transformed = in_transform()
+    if transformed and backend == "auto":
+        return "reference"
+    chosen = choose(backend, op, args)
+    if transformed and chosen != "reference":
+        raise RuntimeError(
+            f"backend {backend!r} cannot run {op}: torch.func transforms and forward-mode "
+            "differentiation go through the reference"
+        )
+    return chosen
+
+
+def module_backend() -> str:
+    """The backend of a module's call: in a transform the reference, whatever is named."""
+    return "reference" if in_transform() else current_backend()
+
+
+def choose(backend: str, op: str, args: OpArgs) -> str:
+    """As `resolve` for a call that is known to be in no transform, on the caller's choice."""
     if backend == "auto":
-        if in_transform():
-            return "reference"
         for preferred in preference.order(args.x.device.type, op, args.x.shape[1]):
             if WITH_KERNELS[preferred].reason(op, args, "") is None:
                 return preferred
@@ -155,9 +172,4 @@ def resolve(backend: str, op: str, args: OpArgs) -> str:
         return "reference"
     if reason := can_run(backend, op, args):
         raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
-    if backend != "reference" and in_transform():
-        raise RuntimeError(
-            f"backend {backend!r} cannot run {op}: torch.func transforms and forward-mode "
-            "differentiation go through the reference"
-        )
     return backend

@@ -5,6 +5,7 @@ It is loaded along with this module, because torch.compile can read a global but
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from pathlib import Path
@@ -76,6 +77,7 @@ def unavailable_reason() -> str | None:
     return _REASON or None
 
 
+@functools.cache
 def load() -> ModuleType:
     """The extension module.
 

@@ -227,7 +227,7 @@ def _check(spec: NetworkSpec, device: torch.device) -> None:
         if linear.bias is not None and linear.bias.shape != linear.weight.shape[:1]:
             raise RefusedError("the classifier's bias does not fit its weight")
     for layer in _layers(spec):
-        if layer.bn.training or layer.tensors[3] is None:
+        if layer.by_batch:
             raise RefusedError("a BatchNorm uses the batch's statistics: call eval()")
     for tensor in spec.tensors():
         if tensor is None:

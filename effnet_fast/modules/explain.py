@@ -6,7 +6,6 @@ from torch import nn
 
 from effnet_fast import backends
 from effnet_fast.modules import structure
-from effnet_fast.modules.fused_forward import op_args, uses_batch_statistics
 from effnet_fast.ops.registration import autocast
 
 
@@ -23,7 +22,7 @@ def explain(module: nn.Module, op: str | None = None) -> str | None:
         found = structure.structure_of(module)
     except structure.RefusedError as refused:
         return str(refused)
-    conv, bn = found.first.conv, found.first.bn
-    x = autocast(conv.weight.new_empty((1, conv.in_channels, 1, 1)))
-    args = op_args(found, x, inference=not uses_batch_statistics(bn))
+    conv = found.first.conv
+    x, _ = autocast(conv.weight.new_empty((1, conv.in_channels, 1, 1)))
+    args = structure.op_args(found, x, inference=not found.first.by_batch)
     return backends.explain(backend, op or found.op, args)

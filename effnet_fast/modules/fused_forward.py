@@ -18,17 +18,16 @@ from torch import Tensor, nn
 from effnet_fast import backends
 from effnet_fast.modules import observed, structure
 from effnet_fast.modules.stochastic_depth import stochastic_depth
-from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
+from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
 from effnet_fast.ops.mbconv import apply as mbconv
 from effnet_fast.ops.mbconv_training import Layers
 from effnet_fast.ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
 from effnet_fast.ops.pointwise_bn_silu_pool import apply as pointwise_bn_silu_pool
-from effnet_fast.ops.registration import as_input, autocast_dtype
+from effnet_fast.ops.registration import autocast
 from effnet_fast.ops.stem_conv_bn_silu import apply as stem_conv_bn_silu
 
 POOLED = "pointwise_bn_silu_pool"  # the op of a layer that is pooled at once
-NO_NORM = Norm(False, 0.0, 0.0, False)
 
 
 class Input(NamedTuple):
@@ -36,65 +35,23 @@ class Input(NamedTuple):
 
     x: Tensor  # [N,Cin,H,W], cast where autocast is on
     backend: str  # that runs the op
-    autocast: torch.dtype | None  # its dtype, None where it is off
-
-
-def op_args(
-    found: structure.Layer | structure.Block, x: Tensor, inference: bool
-) -> backends.OpArgs:
-    """The call of a module's op on x that a backend has to run."""
-    if isinstance(found, structure.Layer) and found.kind != structure.DEPTHWISE:
-        # PyTorch's own convolution takes any kernel.
-        return backends.OpArgs(x, found.parameters, inference=inference)
-    geometry = found.spatial
-    return backends.OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference)
+    autocast: bool  # whether it is on
 
 
 def _input(
     found: structure.Layer | structure.Block, op: str, x: Tensor, backend: str
 ) -> Input | None:
     """What the op takes of x and the backend that runs it; None for the stock path."""
-    if observed.is_captured(x) or x.dim() != 4:
-        return None
-    if x.shape[1] != found.first.conv.in_channels:
+    if x.dim() != 4 or x.shape[1] != found.first.conv.in_channels:
         return None  # stock raises PyTorch's own error
-    dtype = autocast_dtype(x)
-    cast = as_input(x, dtype)
-    chosen = backends.resolve(backend, op, op_args(found, cast, inference=True))
-    return None if chosen == "reference" else Input(cast, chosen, dtype)
-
-
-def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
-    """Whether the BatchNorm normalises by the batch."""
-    return bn.training or bn.running_mean is None
-
-
-def _norm(layer: structure.Layer) -> Norm:
-    """How the layer's BatchNorm normalises; counts one more batch, as its own forward does."""
-    bn = layer.bn
-    momentum, moves = bn.momentum, bn.training and bn.track_running_stats
-    if moves and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    return Norm(uses_batch_statistics(bn), momentum or 0.0, bn.eps, moves)
-
-
-def _call(found: structure.Layer | structure.Block, given: Input, *norms: Norm) -> Call:
-    """How the op of a module runs."""
-    geometry, shape = found.spatial, given.x.shape
-    return Call(
-        norms,
-        wants_gradient(given.x, *found.parameters),
-        given.backend,
-        geometry.stride,
-        geometry.sides(shape[2], shape[3]),
-    )
+    cast, autocasts = autocast(x)
+    chosen = backends.choose(backend, op, structure.op_args(found, cast, inference=True))
+    return None if chosen == "reference" else Input(cast, chosen, autocasts)
 
 
 def _fits(layer: structure.Layer, given: Input) -> bool:
     """Whether PyTorch takes x: of the weight's dtype, and with padding as large as the kernel."""
-    if given.autocast is None and given.x.dtype is not layer.conv.weight.dtype:
+    if not given.autocast and given.x.dtype is not layer.conv.weight.dtype:
         return False
     return min(layer.geometry.out_size(given.x.shape[2], given.x.shape[3])) >= 1
 
@@ -102,13 +59,13 @@ def _fits(layer: structure.Layer, given: Input) -> bool:
 def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
     """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
     op = stem_conv_bn_silu if layer.kind == structure.DENSE else dwconv_bn_silu
-    return op(given.x, layer.tensors, _call(layer, given, _norm(layer)))
+    return op(given.x, layer.tensors, structure.begin_call(layer, given.x, given.backend))
 
 
 def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
     """The 1x1 convolution's op; None in training and for a gradient, which it does not know."""
     x, backend, _ = given
-    if uses_batch_statistics(layer.bn) or wants_gradient(x, *layer.tensors):
+    if layer.by_batch or wants_gradient(x, *layer.tensors):
         return None
     return pointwise_bn_act_eval(x, *layer.tensors, None, None, layer.silu, layer.bn.eps, backend)
 
@@ -119,16 +76,15 @@ def _run_block(block: structure.Block, given: Input, x: Tensor) -> Tensor:
     layers = Layers(
         expand.tensors if expand else None, depthwise.tensors, block.excite, project.tensors
     )
-    norms = (_norm(expand) if expand else NO_NORM, _norm(depthwise), _norm(project))
-    call = _call(block, given, *norms)
+    call = structure.begin_call(block, given.x, given.backend)
     dropped = block.residual and block.drop_probability != 0
-    if dropped and only_infers(call):
-        y = mbconv(given.x, None, layers, False, block.memory, call)
+    if dropped and call.infers:
+        y = mbconv(given.x, None, layers, call._replace(residual=False))
         y = stochastic_depth(y, block.drop_probability, block.drop_mode)
         y += x
         return y
     row_scale = _row_scale(block, given.x) if dropped else None
-    return mbconv(given.x, row_scale, layers, block.residual, block.memory, call)
+    return mbconv(given.x, row_scale, layers, call)
 
 
 def _row_scale(block: structure.Block, x: Tensor) -> Tensor:
@@ -146,9 +102,9 @@ def run(module: Any, x: Tensor) -> Tensor:
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    if torch.compiler.is_compiling() or observed.is_traced():
+    if torch.compiler.is_compiling() or observed.wants_operators(x):
         return module.forward_stock(x)
-    backend = backends.current_backend()
+    backend = backends.module_backend()
     y = None if backend == "reference" else _run_fused(module, x, backend)
     return module.forward_stock(x) if y is None else y
 
@@ -189,8 +145,9 @@ def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    backend = backends.current_backend()
+    backend = "reference" if observed.wants_operators(x) else backends.module_backend()
     given = None if backend == "reference" else _input(found, POOLED, x, backend)
     if given is None or 0 in x.shape[2:]:
         return None
-    return pointwise_bn_silu_pool(given.x, found.tensors, _call(found, given, _norm(found)))
+    call = structure.begin_call(found, given.x, given.backend)
+    return pointwise_bn_silu_pool(given.x, found.tensors, call)

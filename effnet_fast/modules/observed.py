@@ -21,14 +21,14 @@ def is_traced() -> bool:
     return tracing or torch.compiler.is_exporting()
 
 
-def is_captured(x: Tensor) -> bool:
-    """Whether x is no plain tensor, or torch.func or forward-mode differentiation is at work."""
-    return type(x) not in PLAIN or in_transform()
+def wants_operators(x: Any) -> bool:
+    """Whether x is no plain tensor, or a trace records the call."""
+    return type(x) not in PLAIN or is_traced()
 
 
 def has_observer(x: Tensor) -> bool:
     """Whether anything at all records or intercepts operators on x, a TorchDispatchMode too."""
-    return is_captured(x) or is_traced() or torch._C._len_torch_dispatch_stack() > 0
+    return wants_operators(x) or in_transform() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_recorded() -> bool:

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from effnet_fast.backends import OpArgs
 from effnet_fast.modules.same_padding import same_padding
+from effnet_fast.ops.call import NO_NORM, Call, Norm, call_of
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 PLAIN = (Tensor, nn.Parameter)
@@ -88,6 +90,11 @@ class Layer(NamedTuple):
         return OPS[self.kind]
 
     @property
+    def by_batch(self) -> bool:
+        """Whether its BatchNorm normalises by the batch's statistics."""
+        return self.bn.training or self.tensors[3] is None
+
+    @property
     def first(self) -> Layer:
         """The layer that sees the input."""
         return self
@@ -115,10 +122,7 @@ class Block(NamedTuple):
     drop_mode: str  # "row" or "batch", see `stochastic_depth`
     memory: str  # "fast", or "lean" to save one expanded tensor less for backward
 
-    @property
-    def op(self) -> str:
-        """The op that computes it."""
-        return "mbconv"
+    op = "mbconv"  # that computes it
 
     @property
     def first(self) -> Layer:
@@ -135,6 +139,37 @@ class Block(NamedTuple):
         """All tensors that the fused op reads."""
         expand = self.expand.tensors if self.expand else ()
         return (*expand, *self.depthwise.tensors, *self.excite, *self.project.tensors)
+
+
+def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs:
+    """The call of a module's op on x that a backend has to run."""
+    if isinstance(found, Layer) and found.kind != DEPTHWISE:
+        # PyTorch's own convolution takes any kernel.
+        return OpArgs(x, found.parameters, inference=inference)
+    geometry = found.spatial
+    return OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference)
+
+
+def _norm(layer: Layer) -> Norm:
+    """How the layer's BatchNorm normalises; counts one more batch, as its own forward does."""
+    bn = layer.bn
+    momentum, moves = bn.momentum, bn.training and bn.track_running_stats
+    if moves and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    return Norm(layer.by_batch, momentum or 0.0, bn.eps, moves)
+
+
+def begin_call(found: Layer | Block, x: Tensor, backend: str) -> Call:
+    """How the module's op runs on x, with its BatchNorms' own bookkeeping of one more batch."""
+    geometry, shape = found.spatial, x.shape
+    call = ((x, *found.parameters), backend, geometry.stride, geometry.sides(shape[2], shape[3]))
+    if isinstance(found, Layer):
+        return call_of((_norm(found),), *call)
+    expand = _norm(found.expand) if found.expand else NO_NORM
+    norms = expand, _norm(found.depthwise), _norm(found.project)
+    return call_of(norms, *call, found.residual, found.memory)
 
 
 def refuse_hooks(module: nn.Module) -> None:
@@ -168,6 +203,31 @@ def require(module: nn.Module | None, *kinds: type) -> None:
         raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
     assert module is not None
     refuse_hooks(module)
+
+
+class Part(NamedTuple):
+    """What a child has to be."""
+
+    kinds: tuple[type, ...]  # one of these classes
+    children: Children | None = None  # None for any
+
+
+# By their names, what the children of a module are.
+Children = dict[tuple[str, ...], tuple[Part, ...]]
+
+
+def require_children(children: dict[str, Any], allowed: Children) -> None:
+    """Raises RefusedError for children by name that are not allowed or have hooks, and theirs."""
+    parts = allowed.get(tuple(children))
+    if parts is None:
+        raise RefusedError(f" has children {list(children)}")
+    for (name, child), part in zip(children.items(), parts, strict=True):
+        try:
+            require(child, *part.kinds)
+            if part.children is not None:
+                require_children(child.__dict__["_modules"], part.children)
+        except RefusedError as refused:
+            raise RefusedError(f".{name}{refused}") from None
 
 
 # How a module of exactly this class is read.

@@ -19,19 +19,35 @@ class Norm(NamedTuple):
     moves: bool = True  # whether the running statistics, where there are any, move in training
 
 
+NO_NORM = Norm(False, 0.0, 0.0, False)  # of an expansion that is absent
+
+
 class Call(NamedTuple):
     """How an op runs."""
 
     norms: tuple[Norm, ...]  # of the op's BatchNorms in order; of a block's absent expansion too
     needs_grad: bool  # whether a gradient of a tensor is wanted
+    infers: bool  # whether none is, and no BatchNorm normalises by the batch
     backend: str  # that runs it, neither "auto" nor the reference
-    stride: tuple[int, int] = (1, 1)  # (height, width) of its spatial convolution
-    padding: Sides = (0, 0, 0, 0)  # (left, right, top, bottom) of its spatial convolution
+    stride: tuple[int, int]  # (height, width) of its spatial convolution
+    padding: Sides  # (left, right, top, bottom) of its spatial convolution
+    residual: bool  # whether a block adds its input
+    memory: str  # "fast", or "lean" for a block that saves one expanded tensor less
 
 
-def only_infers(call: Call) -> bool:
-    """Whether no gradient is wanted and no BatchNorm normalises by the batch."""
-    return not call.needs_grad and not any(norm.training for norm in call.norms)
+def call_of(
+    norms: tuple[Norm, ...],
+    tensors: tuple[Tensor | None, ...],
+    backend: str,
+    stride: tuple[int, int] = (1, 1),
+    padding: Sides = (0, 0, 0, 0),
+    residual: bool = False,
+    memory: str = "fast",
+) -> Call:
+    """The call of an op on tensors: its input, and what a gradient may be wanted of."""
+    needs_grad = wants_gradient(*tensors)
+    infers = not needs_grad and not any(norm.training for norm in norms)
+    return Call(norms, needs_grad, infers, backend, stride, padding, residual, memory)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
-from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
+from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.arguments import Layer, Padding, Sides
@@ -144,20 +144,21 @@ class DwconvBnSilu(torch.autograd.Function):
         )
 
 
-def check_values_per_channel(shape: tuple[int, ...]) -> None:
+def check_values_per_channel(*shapes: tuple[int, ...]) -> None:
     """Raises ValueError where training would normalise one value per channel of [N,C,Ho,Wo]."""
-    if shape[0] * shape[2] * shape[3] == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got input size "
-            f"{torch.Size(shape)}"
-        )
+    for shape in shapes:
+        if shape[0] * shape[2] * shape[3] == 1:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got input size "
+                f"{torch.Size(shape)}"
+            )
 
 
 def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,), stride, padding, backend = call.norms, call.stride[0], call.padding, call.backend
     training, eps = norm.training, norm.eps
-    if only_infers(call):
+    if call.infers:
         return eval_op(x, *layer, stride, padding, eps, backend)[0]
     if training:
         check_values_per_channel(output_shape(x, layer[0].shape[-1], stride, padding))
@@ -166,9 +167,8 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     else:
         z, mean, var = train_op(x, layer[0], stride, padding, backend)
         y = bn_silu_op(z, *layer[1:3], mean, var, eps, backend)
-    if training and norm.moves:
-        count = y.shape[0] * y.shape[2] * y.shape[3]
-        update_running_statistics(layer[3], layer[4], mean, var, count, norm.momentum)
+    if training:
+        update_running_statistics((norm, layer, mean, var, y.shape))
     return y
 
 
@@ -214,13 +214,12 @@ def dwconv_bn_silu(
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
     sides = check_arguments(x, layer, stride, padding, training)
-    x = autocast(x)
+    x, _ = autocast(x)
     kernel = (weight.shape[2], weight.shape[3])
     chosen = resolve(backend, "dwconv_bn_silu", OpArgs(x, layer, kernel, stride))
     if chosen == "reference":
         return reference.dwconv_bn_silu(
             x, *layer, stride=stride, padding=sides, training=training, momentum=momentum, eps=eps
         )
-    norms = (Norm(training, momentum, eps),)
-    needs_grad = wants_gradient(x, *layer[:3])
-    return apply(x, layer, Call(norms, needs_grad, chosen, (stride, stride), sides))
+    norm = Norm(training, momentum, eps)
+    return apply(x, layer, call_of((norm,), (x, *layer[:3]), chosen, (stride, stride), sides))

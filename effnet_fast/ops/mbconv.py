@@ -16,10 +16,10 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, current_backend, resolve
 from effnet_fast.ops import scratch, second_derivative
-from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
+from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
 from effnet_fast.ops.mbconv_passes import passes
-from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, Settings, backward, forward
+from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, backward, forward
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
@@ -114,16 +114,15 @@ class MBConv(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         row_scale: Tensor | None,
-        settings: Settings,
-        memory: str,
-        backend: str,
+        call: Call,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        y, saved = forward(passes(backend), x, row_scale, _layers(tensors), settings)
-        if memory == "lean":
+        layers = _layers(tensors)
+        y, saved = forward(passes(call.backend), x, row_scale, layers, call)
+        if call.memory == "lean":
             saved = saved._replace(z1=None)
-        ctx.save_for_backward(*saved, *_without_statistics(_layers(tensors)))
-        ctx.config = (settings, backend)
+        ctx.save_for_backward(*saved, *_without_statistics(layers))
+        ctx.call = call
         norms = (saved.norm1, saved.norm2, saved.norm3)
         ctx.mark_non_differentiable(*(norm for norm in norms if norm is not None))
         return y, *norms
@@ -131,71 +130,59 @@ class MBConv(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.mbconv)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        settings, backend = ctx.config
-        tensors = ctx.saved_tensors
+        call, tensors = ctx.call, ctx.saved_tensors
         count = len(Saved._fields)
         saved, layers = _laid_out(Saved(*tensors[:count])), _layers(tensors[count:])
         flags = ctx.needs_input_grad
         grad_y = nhwc(grad_y)
         with scratch.scope():
             grads = backward(
-                passes(backend), grad_y, saved, layers, settings, _needs((flags[0], *flags[5:]))
+                passes(call.backend), grad_y, saved, layers, call, _needs((flags[0], *flags[3:]))
             )
         none = (None, None)
         flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.excite, *grads.project)
-        return grads.x, None, None, None, None, *map(_like, (*flat, *none), tensors[count:])
+        return grads.x, None, None, *map(_like, (*flat, *none), tensors[count:])
 
 
-def _check_values_per_channel(x: Tensor, layers: Layers, settings: Settings) -> None:
-    """Raises ValueError where a BatchNorm would normalise one value per channel."""
-    kernel = layers.depthwise[0].shape[-1]
-    before = (x.shape[0], layers.depthwise[0].shape[0], *x.shape[2:])
-    after = output_shape(x, kernel, settings.stride, settings.padding)
-    expands = layers.expand is not None
-    for training, shape in zip(settings.training, (before, after, after), strict=True):
-        if training and (expands or shape is not before):
-            check_values_per_channel((shape[0], before[1], *shape[2:]))
-
-
-def apply(
-    x: Tensor,
-    row_scale: Tensor | None,
-    layers: Layers,
-    residual: bool,
-    memory: str,
-    call: Call,
-) -> Tensor:
+def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Tensor:
     """The op on checked arguments."""
-    kernel, stride, backend = layers.depthwise[0].shape[-1], call.stride[0], call.backend
-    n, _, oh, ow = output_shape(x, kernel, stride, call.padding)
-    out = (n, layers.project[0].shape[0], oh, ow)
-    if residual and out != tuple(x.shape):
+    weight = layers.depthwise[0]
+    after = output_shape(x, weight.shape[-1], call.stride[0], call.padding)
+    out = (after[0], layers.project[0].shape[0], *after[2:])
+    if call.residual and out != tuple(x.shape):
         raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
-    first, second, third = call.norms
-    eps = (first.eps, second.eps, third.eps)
-    if only_infers(call) and row_scale is None:
+    if call.infers and row_scale is None:
         return eval_op(
             x, layers.expand or [], layers.depthwise, layers.excite, layers.project,
-            stride, call.padding, eps, residual, backend,
+            call.stride[0], call.padding, [norm.eps for norm in call.norms], call.residual,
+            call.backend,
         )  # fmt: skip
-    training = (first.training, second.training, third.training)
-    settings = Settings(stride, call.padding, residual, eps, training)
-    _check_values_per_channel(x, layers, settings)
+    before = (x.shape[0], weight.shape[0], *x.shape[2:])
+    by_batch = [
+        (index, norm, layer, shape)
+        for index, (norm, layer, shape) in enumerate(
+            zip(
+                call.norms,
+                (layers.expand, layers.depthwise, layers.project),
+                (before, after, out),
+                strict=True,
+            )
+        )
+        if norm.training and layer is not None
+    ]
+    check_values_per_channel(*(shape for *_, shape in by_batch))
     if call.needs_grad:
         flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project
-        y, *norms = MBConv.apply(x, row_scale, settings, memory, backend, *flat)
+        y, *norms = MBConv.apply(x, row_scale, call, *flat)
     else:
-        y, saved = forward(passes(backend), x, row_scale, layers, settings)
+        y, saved = forward(passes(call.backend), x, row_scale, layers, call)
         norms = [saved.norm1, saved.norm2, saved.norm3]
-    before, after = x.shape[0] * x.shape[2] * x.shape[3], y.shape[0] * y.shape[2] * y.shape[3]
-    batch_norms = zip(
-        (layers.expand or _NO_LAYER, layers.depthwise, layers.project), norms,
-        (before, after, after), call.norms, strict=True,
-    )  # fmt: skip
-    for layer, rows, count, norm in batch_norms:
-        if norm.training and norm.moves and rows is not None:
-            mean, var = rows[MEAN], rows[VAR]
-            update_running_statistics(layer[3], layer[4], mean, var, count, norm.momentum)
+    update_running_statistics(
+        *(
+            (norm, layer, norms[index][MEAN], norms[index][VAR], shape)
+            for index, norm, layer, shape in by_batch
+        )
+    )
     return y
 
 
@@ -245,7 +232,7 @@ def mbconv(
     Source: Tan & Le (arXiv 1905.11946), section 4.
     """
     sides = check_arguments(x, params, config, training, row_scale, memory)
-    x = autocast(x)
+    x, _ = autocast(x)
     tensors = (*(params.expand or ()), *params.depthwise, *params.squeeze, *params.project)
     kernel = (params.depthwise.weight.shape[2], params.depthwise.weight.shape[3])
     chosen = resolve(backend, "mbconv", OpArgs(x, tensors, kernel, config.stride))
@@ -257,5 +244,5 @@ def mbconv(
     modes = zip(three_modes(training), three(config.momentum), three(config.eps), strict=True)
     norms = tuple(Norm(*mode) for mode in modes)
     stride = (config.stride, config.stride)
-    call = Call(norms, wants_gradient(x, *tensors), chosen, stride, sides)
-    return apply(x, fp32(row_scale), layers, config.residual, memory, call)
+    call = call_of(norms, (x, *tensors), chosen, stride, sides, config.residual, memory)
+    return apply(x, fp32(row_scale), layers, call)

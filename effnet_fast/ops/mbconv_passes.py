@@ -14,8 +14,7 @@ from torch import Tensor
 
 from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.mbconv_training import Passes
-from effnet_fast.ops.norms import empty_norm
-from effnet_fast.ops.registration import empty_nhwc, register
+from effnet_fast.ops.registration import empty_nhwc, empty_normed, register
 from effnet_fast.ops.squeeze_excite import excite_op
 
 
@@ -29,17 +28,14 @@ def empty_weight_grad(x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
 
 
 def _expand_fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    channels = weight.shape[0]
-    z = empty_nhwc(x, (x.shape[0], channels, *x.shape[2:]))
-    return z, empty_norm(x, channels)
+    return empty_normed(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
 
 
 def _depthwise_fake(
     x: Tensor, x_norm: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     stride, padding = rest[4:6]
-    z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
-    return z, empty_norm(x, x.shape[1])
+    return empty_normed(x, output_shape(x, weight.shape[-1], stride, padding))
 
 
 def _squeeze_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -111,11 +107,8 @@ _OPS = {
 
 class _BoundPasses:  # torch.compile follows a class of one's own, not SimpleNamespace
     def __init__(self, backend: str) -> None:
-        def bound(op: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args: op(*args, backend)
-
         for name, op in _OPS.items():
-            setattr(self, name, bound(op))
+            setattr(self, name, functools.partial(op, backend=backend))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from effnet_fast.ops.call import Call
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import SqueezeExciteParams
@@ -176,16 +177,6 @@ class Layers(NamedTuple):
     project: tuple[Any, ...]
 
 
-class Settings(NamedTuple):
-    """eps and training: of the expansion's, the depthwise and the projection's BatchNorm."""
-
-    stride: int
-    padding: Sides
-    residual: bool
-    eps: tuple[float, float, float]
-    training: tuple[bool, bool, bool]
-
-
 class Saved(NamedTuple):
     """What backward needs beside the parameters; z1 is None where it is to be computed again."""
 
@@ -233,22 +224,22 @@ def normalised_by(layer: Layer, training: bool) -> tuple[Any, Any, Any, Any, Any
 
 
 def forward(
-    passes: Passes, x: Tensor, row_scale: Tensor | None, layers: Layers, settings: Settings
+    passes: Passes, x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call
 ) -> tuple[Tensor, Saved]:
     """y [N,Cout,Ho,Wo] of x [N,Cin,H,W], and what backward needs."""
-    stride, padding, residual, eps, training = settings
+    first, second, third = call.norms
     z1 = norm1 = None
     h = x
     if layers.expand is not None:
-        h, norm1 = passes.expand(x, *normalised_by(layers.expand, training[0]), eps[0])
+        h, norm1 = passes.expand(x, *normalised_by(layers.expand, first.training), first.eps)
         z1 = h
-    depthwise = normalised_by(layers.depthwise, training[1])
-    z2, norm2 = passes.depthwise(h, norm1, *depthwise, stride, padding, eps[1])
+    depthwise = normalised_by(layers.depthwise, second.training)
+    z2, norm2 = passes.depthwise(h, norm1, *depthwise, call.stride[0], call.padding, second.eps)
     pooled, slopes = passes.squeeze(z2, norm2)
     hidden, gate = passes.excite(pooled, *layers.excite)
-    project = normalised_by(layers.project, training[2])
-    z3, norm3 = passes.project(z2, norm2, gate, *project, eps[2])
-    y = passes.finish(z3, norm3, row_scale, x if residual else None)
+    project = normalised_by(layers.project, third.training)
+    z3, norm3 = passes.project(z2, norm2, gate, *project, third.eps)
+    y = passes.finish(z3, norm3, row_scale, x if call.residual else None)
     saved = Saved(x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale)
     return y, saved
 
@@ -262,13 +253,13 @@ def backward(
     grad_y: Tensor,
     saved: Saved,
     layers: Layers,
-    settings: Settings,
+    call: Call,
     needs: Needs = ALL,
 ) -> Grads:
     """The gradients; passes that nothing wanted depends on are left out."""
-    stride, padding, residual, eps, training = settings
+    first, second, third = call.norms
     x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale = saved
-    added = grad_y if residual else None
+    added = grad_y if call.residual else None
     to_expand = needs.x or any(needs.expand) if layers.expand is not None else needs.x
     to_depthwise = to_expand or any(needs.depthwise)
     to_excite = to_depthwise or any(needs.excite)
@@ -277,7 +268,7 @@ def backward(
     excite: Vectors = (None,) * 4
     sums3 = passes.finish_backward(grad_y, row_scale, z3, norm3)
     e, sums, grad_weight = passes.project_backward(
-        grad_y, row_scale, z3, norm3, sums3 if training[2] else None, layers.project[0],
+        grad_y, row_scale, z3, norm3, sums3 if third.training else None, layers.project[0],
         z2, norm2, gate, [to_excite, needs.project[0]],
     )  # fmt: skip
     project = _pick(needs.project, grad_weight, sums3[1], sums3[0])
@@ -295,11 +286,11 @@ def backward(
         if z1 is None:
             assert norm1 is not None
             layer = (*layers.expand[:3], norm1[MEAN], norm1[VAR])
-            z1 = passes.expand(x, *normalised_by(layer, False), eps[0])[0]
+            z1 = passes.expand(x, *normalised_by(layer, False), first.eps)[0]
         h = z1
     f, grad_weight, sums1 = passes.depthwise_backward(
-        e, gate, q, z2, norm2, sums2 if training[1] else None, h, norm1, layers.depthwise[0],
-        added if layers.expand is None else None, stride, padding,
+        e, gate, q, z2, norm2, sums2 if second.training else None, h, norm1, layers.depthwise[0],
+        added if layers.expand is None else None, call.stride[0], call.padding,
         [to_expand, needs.depthwise[0]],
     )  # fmt: skip
     depthwise = _pick(needs.depthwise, grad_weight, sums2[1], sums2[0])
@@ -307,7 +298,7 @@ def backward(
         return Grads(f if needs.x else None, expand, depthwise, excite, project)
     assert z1 is not None and norm1 is not None
     grad_x, grad_weight = passes.expand_backward(
-        f, z1, norm1, sums1 if training[0] else None, x, layers.expand[0], added,
+        f, z1, norm1, sums1 if first.training else None, x, layers.expand[0], added,
         [needs.x, needs.expand[0]],
     )  # fmt: skip
     expand = _pick(needs.expand, grad_weight, sums1[1], sums1[0])

@@ -5,13 +5,5 @@ u = z * scale + shift is the normalised z; mean, rstd and var are those that it 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 NORM_ROWS = ("scale", "shift", "mean", "rstd", "var")
 SCALE, SHIFT, MEAN, RSTD, VAR = range(5)
-
-
-def empty_norm(like: Tensor, channels: int) -> Tensor:
-    """An uninitialised norm [5,C] on the device of `like`."""
-    return like.new_empty((len(NORM_ROWS), channels), dtype=torch.float32)

@@ -79,7 +79,7 @@ def pointwise_bn_act(
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
     check_arguments(x, layer, act, gate, residual, training)
-    x = autocast(x)
+    x, _ = autocast(x)
     tensors = (*layer, gate, residual)
     inference = not (training or wants_gradient(x, *tensors))
     chosen = resolve(backend, "pointwise_bn_act", OpArgs(x, tensors, inference=inference))

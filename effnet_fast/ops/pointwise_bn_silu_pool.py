@@ -16,7 +16,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
-from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
+from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import normalised_by
@@ -123,18 +123,17 @@ class PointwiseBnSiluPool(torch.autograd.Function):
 def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,) = call.norms
-    if only_infers(call):
+    if call.infers:
         return eval_op(x, *layer, norm.eps, call.backend)
-    n, _, h, w = x.shape
+    shape = (x.shape[0], layer[0].shape[0], *x.shape[2:])
     if norm.training:
-        check_values_per_channel((n, layer[0].shape[0], h, w))
+        check_values_per_channel(shape)
     if call.needs_grad:
         y, rows = PointwiseBnSiluPool.apply(x, *layer, norm.training, norm.eps, call.backend)
     else:
         y, _, rows, _ = _forward(x, layer, norm.training, norm.eps, call.backend)
-    if norm.training and norm.moves:
-        mean, var = rows[MEAN], rows[VAR]
-        update_running_statistics(layer[3], layer[4], mean, var, n * h * w, norm.momentum)
+    if norm.training:
+        update_running_statistics((norm, layer, rows[MEAN], rows[VAR], shape))
     return y
 
 
@@ -179,11 +178,11 @@ def pointwise_bn_silu_pool(
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
     check_arguments(x, layer, training)
-    x = autocast(x)
+    x, _ = autocast(x)
     chosen = resolve(backend, "pointwise_bn_silu_pool", OpArgs(x, layer))
     if chosen == "reference":
         return reference.pointwise_bn_silu_pool(
             x, *layer, training=training, momentum=momentum, eps=eps
         )
-    needs_grad = wants_gradient(x, *layer[:3])
-    return apply(x, layer, Call((Norm(training, momentum, eps),), needs_grad, chosen))
+    norm = Norm(training, momentum, eps)
+    return apply(x, layer, call_of((norm,), (x, *layer[:3]), chosen))

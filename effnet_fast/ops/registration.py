@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effnet_fast import backends
+from effnet_fast.ops.norms import NORM_ROWS
 
 Ints = Sequence[int]
 LIBRARY = torch.library.Library("effnet_fast", "DEF")
-
+BF16 = torch.bfloat16
 
 # Annotations of a kernel's arguments, as schemas write them.
 _TYPES = {
@@ -56,19 +58,14 @@ def register(name: str, fake: Callable[..., Any], contract: Any = None) -> Calla
     return getattr(torch.ops.effnet_fast, name).default
 
 
-def is_bf16(tensor: Tensor) -> bool:
-    """Whether the tensor's dtype is bfloat16."""
-    return tensor.dtype is torch.bfloat16
-
-
+@functools.cache
 def isa_of(backend: str) -> str:
     """The instruction set that a resolved backend names, "" for the best one."""
     return backends.parse(backend)[1]
 
 
-def nhwc(x: Tensor) -> Tensor:
-    """x [N,C,H,W] with its values in NHWC order and no gaps; x itself where they are."""
-    return x.contiguous(memory_format=torch.channels_last)
+# x [N,C,H,W] with its values in NHWC order and no gaps; x itself where they are.
+nhwc = functools.partial(Tensor.contiguous, memory_format=torch.channels_last)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -81,6 +78,12 @@ def empty_nhwc(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )
+
+
+def empty_normed(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A convolution's output z as by `empty_nhwc`, and its norm [5,C], see `norms`; unwritten."""
+    z = empty_nhwc(like, shape)
+    return z, z.new_empty((len(NORM_ROWS), shape[1]), dtype=torch.float32)
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,6 +103,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    """The address of each."""
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
 def native_weight(weight: Tensor, x: Tensor) -> Tensor:
     """A weight without gaps in x's dtype or fp32, whichever it has; fp32 otherwise."""
     if weight.dtype is not torch.float32 and weight.dtype is not x.dtype:
@@ -107,21 +115,38 @@ def native_weight(weight: Tensor, x: Tensor) -> Tensor:
     return weight if weight.is_contiguous() else weight.contiguous()
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast computes convolutions on x's device; None where it is off."""
+def native_vectors(bn: Sequence[Tensor | None]) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """The vectors [C] as the kernels read them, to be kept alive, and their addresses."""
+    vectors = [fp32(vector) for vector in bn]
+    return vectors, addresses(*vectors)
+
+
+def native_layer(
+    weight: Tensor, bn: Sequence[Tensor | None], x: Tensor
+) -> tuple[Tensor, list[Tensor | None], tuple[int, ...]]:
+    """`native_weight` and `native_vectors`."""
+    return native_weight(weight, x), *native_vectors(bn)
+
+
+def native_layers(
+    parameters: Sequence[Any], dtypes: Container[torch.dtype] = backends.NATIVE_DTYPES
+) -> tuple[list[Any], tuple[int, ...]]:
+    """The parameters without gaps in one dtype, to be kept alive, and their addresses.
+
+    The dtype is the first one's if all and the kernels have it, else fp32.
+    """
+    dtype = parameters[0].dtype
+    if dtype not in dtypes or any(p is not None and p.dtype is not dtype for p in parameters):
+        dtype = torch.float32
+    kept = [None if p is None else dense(p, dtype) for p in parameters]
+    return kept, addresses(*kept)
+
+
+def autocast(x: Tensor) -> tuple[Tensor, bool]:
+    """x as a convolution takes it, cast under autocast, and whether autocast is on."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def as_input(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x as a convolution takes it where `autocast_dtype` is dtype."""
-    if dtype is None or not x.is_floating_point() or x.dtype is torch.float64:
-        return x
-    return x.to(dtype)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x as a convolution under autocast would take it; x itself outside of autocast."""
-    return as_input(x, autocast_dtype(x))
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, False
+    if not x.is_floating_point() or x.dtype is torch.float64:
+        return x, True
+    return x.to(torch.get_autocast_dtype(device)), True

@@ -72,8 +72,9 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     count = len(Saved._fields)
     unpacked = ctx.saved_tensors  # once: checkpoints refuse a second time
     saved, tensors = Saved(*unpacked[:count]), unpacked[count:]
-    settings, _ = ctx.config
-    config = MBConvConfig(settings.stride, settings.padding, settings.residual, settings.eps)
+    call = ctx.call
+    modes, eps = zip(*((norm.training, norm.eps) for norm in call.norms), strict=True)
+    config = MBConvConfig(call.stride[0], call.padding, call.residual, eps)
 
     def layer(tensors: tuple[Any, ...], norm: Tensor | None, training: bool) -> ConvParams:
         # In training the second run must not move the running statistics.
@@ -81,8 +82,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
         return ConvParams(*tensors[:3], *statistics)
 
     def function(x: Tensor, *others: Any) -> Tensor:
-        tensors = others[4:]
-        modes = settings.training
+        tensors = others[2:]
         params = MBConvParams(
             None if tensors[0] is None else layer(tensors[:5], saved.norm1, modes[0]),
             layer(tensors[5:10], saved.norm2, modes[1]),
@@ -91,7 +91,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
         )
         return reference.mbconv(x, params, config, training=modes, row_scale=saved.row_scale)
 
-    return (saved.x, None, None, None, None, *tensors), function
+    return (saved.x, None, None, *tensors), function
 
 
 def differentiable(again: Again) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

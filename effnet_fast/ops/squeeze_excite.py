@@ -6,27 +6,17 @@ the gate's gradient and one for grad_x.
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import NATIVE_DTYPES, OpArgs, resolve
+from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import wants_gradient
-from effnet_fast.ops.registration import dense, empty_nhwc, register
+from effnet_fast.ops.registration import empty_nhwc, register
 from effnet_fast.reference.squeeze_excite import check_arguments
-
-
-def native_layers(
-    x: Tensor, *parameters: Tensor | None, dtypes: Container[torch.dtype] = NATIVE_DTYPES
-) -> list[Any]:
-    """The parameters without gaps in one dtype: x's if all and the kernels have it, else fp32."""
-    alike = all(p is None or p.dtype is x.dtype for p in parameters)
-    dtype = x.dtype if alike and x.dtype in dtypes else torch.float32
-    return [None if p is None else dense(p, dtype) for p in parameters]
 
 
 def empty_excite(

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from effnet_fast.backends import native
+from effnet_fast.ops.call import Norm
 from effnet_fast.ops.registration import LIBRARY
+from effnet_fast.reference.arguments import Layer
 
 
 def _move(
@@ -36,23 +38,29 @@ move_op = torch.ops.effnet_fast.move_statistics.default
 
 
 def update_running_statistics(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    *batches: tuple[Norm, Layer, Tensor, Tensor, tuple[int, ...]],
+) -> None:
+    """Moves the running statistics [C] of BatchNorms that normalise by the batch, as they do.
+
+    Args:
+        batches: of each, how it normalises, its layer, the batch's mean and biased variance in
+            fp32, and the shape [N,C,H,W] of what it normalises; nothing moves where that is empty.
+    """
+    for norm, layer, mean, var, shape in batches:
+        count = shape[0] * shape[2] * shape[3]
+        if norm.moves and layer[3] is not None and count > 0:
+            _update(layer[3], layer[4], mean, var, count, norm.momentum)
+
+
+def _update(
+    running_mean: Tensor,
+    running_var: Tensor,
     mean: Tensor,
     var: Tensor,
     count: int,
     momentum: float,
 ) -> None:
-    """Moves the running statistics [C] as BatchNorm does, in place, the variance unbiased.
-
-    Args:
-        running_mean, running_var: both None to do nothing.
-        mean, var: the batch's, the variance biased, fp32.
-        count: values per channel in the batch; nothing moves where there are none.
-        momentum: share of the batch's statistics.
-    """
-    if running_mean is None or running_var is None or count == 0:
-        return
+    """In place, the variance unbiased; momentum is the share of the batch's statistics."""
     correction = count / (count - 1) if count > 1 else 1.0
     with torch.no_grad():
         if mean.device.type == "cpu" and all(

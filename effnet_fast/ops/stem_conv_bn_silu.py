@@ -18,11 +18,11 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, is_channels_last, resolve
 from effnet_fast.ops import second_derivative
-from effnet_fast.ops.call import Call, Norm, only_infers, wants_gradient
+from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.mbconv_training import normalised_by
-from effnet_fast.ops.norms import MEAN, VAR, empty_norm
-from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, nhwc, register
+from effnet_fast.ops.norms import MEAN, VAR
+from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, empty_normed, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
@@ -68,8 +68,7 @@ def empty_conv(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """z [N,Cout,Ho,Wo] and its norm [5,Cout], unwritten; by the batch without mean and var."""
-    z = empty_nhwc(x, output_shape(x, weight, stride, padding))
-    return z, empty_norm(x, z.shape[1])
+    return empty_normed(x, output_shape(x, weight, stride, padding))
 
 
 def _empty_silu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
@@ -184,7 +183,7 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,) = call.norms
     rest = (call.stride, call.padding, norm.eps, call.backend)
-    if only_infers(call):
+    if call.infers:
         return eval_op(x, *layer, *rest)
     if norm.training:
         check_values_per_channel(output_shape(x, layer[0], call.stride, call.padding))
@@ -194,9 +193,8 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     else:
         z, rows = conv_op(*args)
         y = silu_op(z, rows, call.backend)
-    if norm.training and norm.moves:
-        count = y.shape[0] * y.shape[2] * y.shape[3]
-        update_running_statistics(layer[3], layer[4], rows[MEAN], rows[VAR], count, norm.momentum)
+    if norm.training:
+        update_running_statistics((norm, layer, rows[MEAN], rows[VAR], y.shape))
     return y
 
 
@@ -242,12 +240,11 @@ def stem_conv_bn_silu(
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
     sides = check_arguments(x, layer, stride, padding, training)
-    x = autocast(x)
+    x, _ = autocast(x)
     chosen = resolve(backend, "stem_conv_bn_silu", OpArgs(x, layer))
     if chosen == "reference":
         return reference.stem_conv_bn_silu(
             x, *layer, stride=stride, padding=sides, training=training, momentum=momentum, eps=eps
         )
-    norms = (Norm(training, momentum, eps),)
-    needs_grad = wants_gradient(x, *layer[:3])
-    return apply(x, layer, Call(norms, needs_grad, chosen, (stride, stride), sides))
+    norm = Norm(training, momentum, eps)
+    return apply(x, layer, call_of((norm,), (x, *layer[:3]), chosen, (stride, stride), sides))

@@ -18,7 +18,7 @@ from effnet_fast.models.variants import Variant
 from effnet_fast.ops.scratch import KEPT_BYTES
 from effnet_fast.scaling.checks import whole
 from effnet_fast.scaling.counts import Group, groups
-from effnet_fast.scaling.memory_plans import PLANS, Plan, Step, Steps, plans
+from effnet_fast.scaling.memory_plans import PLANS, MemoryPlan, Step, Steps, plans
 
 OPTIMIZER_TENSORS = 2  # Adam's moments, or RMSprop's with momentum
 PADDED = 16  # channels that oneDNN gives to each group of a depthwise convolution
@@ -207,7 +207,7 @@ def _shared(sized: Sized) -> int:
     return expanded + max((sizes["d"] for _, sizes in blocks), default=0)
 
 
-def _forward(sized: Sized, plan: Plan) -> tuple[int, int]:
+def _forward(sized: Sized, plan: MemoryPlan) -> tuple[int, int]:
     """Bytes alive after the forward pass, and the most during it."""
     live = peak = _shared(sized) if plan.shared and not plan.block_backward else 0
     owed = 0
@@ -224,7 +224,7 @@ def _forward(sized: Sized, plan: Plan) -> tuple[int, int]:
     return live, peak
 
 
-def _backward(sized: Sized, plan: Plan, dtype: torch.dtype) -> int:
+def _backward(sized: Sized, plan: MemoryPlan, dtype: torch.dtype) -> int:
     """The most during the backward pass, above what stands at its start."""
     live = peak = expanded = filtered = 0
     for group, sizes in reversed(sized):

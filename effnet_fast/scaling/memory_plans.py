@@ -130,7 +130,7 @@ _FUSED_HEAD_BACKWARD = "edge pool_bwd C cc\nedge backward x xyVCCC"
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Steps forward and, in training, backward, of a block, of the stem and of the head."""
 
     block: Steps
@@ -144,8 +144,8 @@ class Plan:
     shared: bool = False
 
 
-def _training(block: str, backward: str, edge: str, edge_backward: str) -> Plan:
-    return Plan(
+def _training(block: str, backward: str, edge: str, edge_backward: str) -> MemoryPlan:
+    return MemoryPlan(
         _steps(block),
         _steps(edge),
         _steps(f"{edge}\n{_POOL}"),
@@ -155,7 +155,7 @@ def _training(block: str, backward: str, edge: str, edge_backward: str) -> Plan:
     )
 
 
-def _fused_training(block: str, backward: str) -> Plan:
+def _fused_training(block: str, backward: str) -> MemoryPlan:
     return replace(
         _training(block, backward, _STOCK_EDGE, _STOCK_EDGE_BACKWARD),
         stem=_steps(_FUSED_STEM),
@@ -193,12 +193,12 @@ PLANS = {
     ("training", "fused_lean"): _fused_training(_FUSED_LEAN, _FUSED_LEAN_BACKWARD),
     ("training", "fast"): _training(_FAST, _FAST_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
     ("training", "lean"): _training(_LEAN, _LEAN_BACKWARD, _FAST_EDGE, _FAST_EDGE_BACKWARD),
-    ("inference", "stock"): Plan(
+    ("inference", "stock"): MemoryPlan(
         _steps(_STOCK_INFERENCE),
         _steps(_EDGE_INFERENCE),
         _steps(f"{_EDGE_INFERENCE}\n{_EDGE_DONE}"),
     ),
-    ("inference", "fused"): Plan(
+    ("inference", "fused"): MemoryPlan(
         _steps(_FUSED_INFERENCE),
         _steps("edge fused y -"),
         _steps(f"edge fused y -\n{_EDGE_DONE}"),

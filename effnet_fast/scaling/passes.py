@@ -139,7 +139,7 @@ _HEAD_DATA = "edge data y x"  # the stem's input needs no gradient
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrafficPlan:
     """Passes of a block, of the stem and of the head, and over the weights."""
 
     block: tuple[Pass, ...]
@@ -148,10 +148,10 @@ class Plan:
     weight_passes: int
 
 
-def _plan(block: str, edge: str, pool: str, weight_passes: int, extra: str = "") -> Plan:
+def _plan(block: str, edge: str, pool: str, weight_passes: int, extra: str = "") -> TrafficPlan:
     stem = _passes(edge)
     head = _passes(f"{edge}\n{pool}\n{extra}")
-    return Plan(_passes(block), stem, head, weight_passes)
+    return TrafficPlan(_passes(block), stem, head, weight_passes)
 
 
 # Weights: read forward; in training read again for the data gradient, and their gradients written.
@@ -244,7 +244,7 @@ def moved_elements(
     """Elements that the passes of one block read and write.
 
     Args:
-        rows: passes of a `Plan`.
+        rows: passes of a `TrafficPlan`.
         sizes: elements of x, e, d and y.
         expands, residual: whether the block has an expansion, and a residual.
     """

@@ -13,6 +13,7 @@ import reference_passes
 from cases import MBCONV_CASES, MBConvCase, find
 from effnet_fast import reference
 from effnet_fast.ops import mbconv_training
+from effnet_fast.ops.call import Norm, call_of
 from effnet_fast.reference.mbconv import MBConvConfig, MBConvParams, three_modes
 from mbconv_blocks import EPS, BlockCall, block_call, params_of, run
 from parity import FP32, Results, random_like
@@ -30,14 +31,15 @@ def staged(
     params, config = params_of(tensors), call.config
     padding = reference.arguments.resolve_padding(config.padding, params.depthwise.weight.shape[-1])
     layers = mbconv_training.Layers(params.expand, params.depthwise, params.squeeze, params.project)
-    settings = mbconv_training.Settings(
-        config.stride, padding, config.residual, EPS, three_modes(call.training)
+    norms = tuple(
+        Norm(mode, 0.0, eps) for mode, eps in zip(three_modes(call.training), EPS, strict=True)
     )
+    how = call_of(norms, (), "", (config.stride,) * 2, padding, config.residual)
     x, row_scale = tensors["x"], tensors["row_scale"]
-    y, saved = mbconv_training.forward(passes, x, row_scale, layers, settings)
+    y, saved = mbconv_training.forward(passes, x, row_scale, layers, how)
     if call.memory == "lean":
         saved = saved._replace(z1=None)
-    grads = mbconv_training.backward(passes, random_like(y), saved, layers, settings, needs)
+    grads = mbconv_training.backward(passes, random_like(y), saved, layers, how, needs)
     results = {"y": y, "grad x": grads.x}
     for name in ("expand", "depthwise", "squeeze", "project"):
         fields = list(type(getattr(params, name) or params.project)._fields)

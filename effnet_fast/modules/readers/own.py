@@ -9,11 +9,24 @@ from torch import nn
 from effnet_fast.modules import layers, structure
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
-from effnet_fast.modules.structure import DEPTHWISE, PLAIN, POINTWISE, RefusedError, require
+from effnet_fast.modules.structure import DEPTHWISE, PLAIN, POINTWISE, Part, RefusedError
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
-CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _MISSING = object()
+_CONV_BN = Part((nn.Conv2d, Conv2dSame)), Part((nn.BatchNorm2d,))
+_LAYER = {("0", "1"): _CONV_BN, ("0", "1", "2"): (*_CONV_BN, Part((nn.SiLU,)))}
+_SQUEEZE = {
+    "avgpool": nn.AdaptiveAvgPool2d,
+    "fc1": nn.Conv2d,
+    "fc2": nn.Conv2d,
+    "activation": nn.SiLU,
+    "scale_activation": nn.Sigmoid,
+}
+_EXCITE = {tuple(_SQUEEZE): tuple(Part((kind,)) for kind in _SQUEEZE.values())}
+_CONVOLUTION = Part((layers.Conv2dNormActivation,), _LAYER)
+_AFTER_EXPAND = _CONVOLUTION, Part((layers.SqueezeExcitation,), _EXCITE), _CONVOLUTION
+_BODY = {("0", "1", "2"): _AFTER_EXPAND, ("0", "1", "2", "3"): (_CONVOLUTION, *_AFTER_EXPAND)}
+_BLOCK = {("block", "stochastic_depth"): (Part((nn.Sequential,), _BODY), Part((StochasticDepth,)))}
 
 
 def _refuse_tensor(name: str) -> RefusedError:
@@ -70,16 +83,11 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
 
 
 def _layer(module: nn.Module) -> structure.Layer:
-    """Takes a Conv2dNormActivation apart."""
-    if type(module) is not layers.Conv2dNormActivation:
-        raise RefusedError(f" is {type(module).__name__}, not Conv2dNormActivation")
+    """Takes a Conv2dNormActivation apart, whose children are what is allowed."""
     children = module.__dict__["_modules"]
-    if tuple(children) not in (("0", "1"), ("0", "1", "2")):
-        raise RefusedError(f" has children {list(children)}")
-    conv, bn, act = children["0"], children["1"], children.get("2", _MISSING)
+    conv, bn, silu = children["0"], children["1"], "2" in children
     child = "0"
     try:
-        require(conv, *CONVOLUTIONS)
         weight, bias = _conv_members(conv)
         if bias is not None:
             raise RefusedError(" has a bias")
@@ -87,51 +95,33 @@ def _layer(module: nn.Module) -> structure.Layer:
         if weight.shape != shape:
             raise RefusedError(f".weight has shape {list(weight.shape)}, not {list(shape)}")
         child = "1"
-        require(bn, nn.BatchNorm2d)
         vectors = _bn_members(bn, conv.out_channels)
-        child = "2"
-        if act is not _MISSING:
-            require(act, nn.SiLU)
         child = "0"
         kind, geometry = _conv_geometry(conv)
     except RefusedError as refused:
         raise RefusedError(f".{child}{refused}") from None
-    if kind != POINTWISE and act is _MISSING:
+    if kind != POINTWISE and not silu:
         raise RefusedError(" has no activation")
-    return structure.Layer(kind, conv, bn, act is not _MISSING, geometry, (weight, *vectors))
+    return structure.Layer(kind, conv, bn, silu, geometry, (weight, *vectors))
 
 
 def _named_layer(module: nn.Module) -> structure.Layer:
-    """As `_layer`, with the class in front of a reason."""
+    """A layer that is no part of a block, with the class in front of a reason."""
     try:
+        structure.require_children(module.__dict__["_modules"], _LAYER)
         return _layer(module)
     except RefusedError as refused:
         raise RefusedError(f"{type(module).__name__}{refused}") from None
 
 
-_SQUEEZE_KINDS = {
-    "avgpool": nn.AdaptiveAvgPool2d,
-    "fc1": nn.Conv2d,
-    "fc2": nn.Conv2d,
-    "activation": nn.SiLU,
-    "scale_activation": nn.Sigmoid,
-}
-_SQUEEZE_NAMES = tuple(_SQUEEZE_KINDS)
-
-
 def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
-    """Takes a SqueezeExcitation apart."""
-    require(module, layers.SqueezeExcitation)
+    """Takes a SqueezeExcitation apart, whose children are what is allowed."""
     children = module.__dict__["_modules"]
-    if tuple(children) != _SQUEEZE_NAMES:
-        raise RefusedError(f" has children {list(children)}")
+    reduced = children["fc1"].out_channels
+    tensors: list[Any] = []
+    shapes = {"fc1": (reduced, channels, 1, 1), "fc2": (channels, reduced, 1, 1)}
     key = ""
     try:
-        for key, kind in _SQUEEZE_KINDS.items():
-            require(children[key], kind)
-        reduced = children["fc1"].out_channels
-        tensors: list[Any] = []
-        shapes = {"fc1": (reduced, channels, 1, 1), "fc2": (channels, reduced, 1, 1)}
         for key, shape in shapes.items():
             conv = children[key]
             tensors += _conv_members(conv)
@@ -148,25 +138,14 @@ def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
     return SqueezeExciteParams(*tensors)
 
 
-_BLOCK_CHILDREN = (("0", "1", "2"), ("0", "1", "2", "3"))
-
-
 def _block(module: layers.MBConv) -> structure.Block:
     """Takes an MBConv apart."""
-    own = module.__dict__["_modules"]
-    name, block = "block", own.get("block")
-    drop_path = own.get("stochastic_depth")
+    table = module.__dict__["_modules"]
+    own = {name: table.get(name) for name in ("block", "stochastic_depth")}
+    name = ""
     try:
-        require(block, nn.Sequential)
-        name = "stochastic_depth"
-        require(drop_path, StochasticDepth)
-        name = "block"
-        children = block.__dict__["_modules"]
-        if tuple(children) not in _BLOCK_CHILDREN:
-            raise RefusedError(f" has children {list(children)}")
-        for key, child in children.items():
-            name = key
-            structure.refuse_hooks(child)
+        structure.require_children(own, _BLOCK)
+        drop_path, children = own["stochastic_depth"], own["block"].__dict__["_modules"]
         *first, second, third, last = children
         expand = None
         for name in first:
@@ -179,8 +158,8 @@ def _block(module: layers.MBConv) -> structure.Block:
         name = last
         project = _layer(children[name])
     except RefusedError as refused:
-        place = name if name in ("block", "stochastic_depth") else f"block.{name}"
-        raise RefusedError(f"{place}{refused}") from None
+        place = f"block.{name}{refused}" if name else str(refused)[1:]
+        raise RefusedError(place) from None
     if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
         raise RefusedError("block.0 is not the pointwise layer before the depthwise one")
     if expand and not expand.silu:

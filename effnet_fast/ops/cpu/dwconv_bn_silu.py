@@ -11,11 +11,11 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.ops.dwconv_bn_silu import empty_eval, empty_grads, empty_statistics, pixel_strides
 from effnet_fast.ops.registration import (
-    address,
+    BF16,
     empty_nhwc,
-    fp32,
-    is_bf16,
     isa_of,
+    native_layer,
+    native_vectors,
     native_weight,
     nhwc,
 )
@@ -25,12 +25,6 @@ from effnet_fast.reference.arguments import Sides
 def filter_shape(x: Tensor, z: Tensor, weight: Tensor, stride: int, padding: Sides) -> Any:
     """The sizes of a call of a depthwise kernel, x [N,C,H,W] to z [N,C,Ho,Wo]."""
     return (*x.shape, *z.shape[2:], weight.shape[-1], stride, padding[0], padding[2])
-
-
-def addresses_of(bn: Sequence[Tensor | None]) -> tuple[list[Any], tuple[int, ...]]:
-    """The vectors as the kernels read them, to be kept alive, and their addresses."""
-    vectors = [fp32(v) for v in bn]
-    return vectors, tuple(address(v) for v in vectors)
 
 
 def compute_eval(
@@ -50,12 +44,11 @@ def compute_eval(
     """
     if y.numel() == 0:
         return y, pooled.zero_()
-    weight = native_weight(weight, x)
-    vectors, addresses = addresses_of(bn)
+    weight, _kept, vectors = native_layer(weight, bn, x)
     native.load().dwconv_eval(
         isa_of(backend), filter_shape(x, y, weight, stride, padding),
-        is_bf16(x), is_bf16(weight),
-        x.data_ptr(), pixel_strides(x), weight.data_ptr(), addresses, eps,
+        x.dtype is BF16, weight.dtype is BF16,
+        x.data_ptr(), pixel_strides(x), weight.data_ptr(), vectors, eps,
         y.data_ptr(), pooled.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, pooled
@@ -77,8 +70,8 @@ def dwconv_statistics(
         return z, mean.zero_(), var.zero_()
     weight = native_weight(weight, x)
     native.load().dwconv_train(
-        isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), pixel_strides(x), weight.data_ptr(),
+        isa_of(backend), filter_shape(x, z, weight, stride, padding),
+        x.dtype is BF16, weight.dtype is BF16, x.data_ptr(), pixel_strides(x), weight.data_ptr(),
         z.data_ptr(), mean.data_ptr(), var.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return z, mean, var
@@ -90,11 +83,11 @@ def bn_silu(z: Tensor, *rest: Any) -> Tensor:
     y = empty_nhwc(z, z.shape)
     if y.numel() == 0:
         return y
-    vectors, addresses = addresses_of(bn)
+    _kept, vectors = native_vectors(bn)
     z = nhwc(z)
     native.load().bn_act(
-        isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), True,
-        z.data_ptr(), addresses, eps, 0, y.data_ptr(), torch.get_num_threads(),
+        isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype is BF16, True,
+        z.data_ptr(), vectors, eps, 0, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -107,14 +100,14 @@ def dwconv_bn_silu_backward(
     grads = empty_grads(grad_y, x, z, weight, *rest)
     if z.numel() == 0:
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
-    weight, grad_y = native_weight(weight, x), nhwc(grad_y)
-    vectors, addresses = addresses_of(bn)
+    grad_y, (weight, _kept, vectors) = nhwc(grad_y), native_layer(weight, bn, x)
     grad_x, grad_weight, sums = (
         grad.data_ptr() if want else 0 for grad, want in zip(grads, wanted, strict=True)
     )
     native.load().dwconv_backward(
-        isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), pixel_strides(x), z.data_ptr(), grad_y.data_ptr(), weight.data_ptr(),
-        addresses, eps, training, grad_x, grad_weight, sums, torch.get_num_threads(),
+        isa_of(backend), filter_shape(x, z, weight, stride, padding),
+        x.dtype is BF16, weight.dtype is BF16, x.data_ptr(), pixel_strides(x), z.data_ptr(),
+        grad_y.data_ptr(), weight.data_ptr(), vectors, eps, training, grad_x, grad_weight,
+        sums, torch.get_num_threads(),
     )  # fmt: skip
     return grads

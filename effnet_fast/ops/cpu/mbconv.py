@@ -15,7 +15,7 @@ from effnet_fast.ops.cpu.dwconv_bn_silu import compute_eval as compute_depthwise
 from effnet_fast.ops.cpu.pointwise_bn_act import compute as compute_pointwise
 from effnet_fast.ops.cpu.squeeze_excite import excite
 from effnet_fast.ops.dwconv_bn_silu import output_shape
-from effnet_fast.ops.mbconv import empty_eval
+from effnet_fast.ops.registration import empty_nhwc
 from effnet_fast.reference.arguments import Layer
 
 
@@ -24,7 +24,6 @@ def mbconv_eval(
 ) -> Tensor:
     """The registered op."""
     stride, padding, eps, residual, backend = rest
-    y = empty_eval(x, expand, depthwise, squeeze, project, *rest)
     h = x
     if expand:
         shape = (x.shape[0], expand[0].shape[0], *x.shape[2:])
@@ -38,5 +37,6 @@ def mbconv_eval(
     compute_depthwise(filtered, pooled, h, weight, bn, stride, padding, eps[1], backend)
     gate = excite(pooled, *squeeze, backend)[1]
     weight, *bn = project
+    y = empty_nhwc(x, (shape[0], weight.shape[0], *shape[2:]))
     added = x if residual else None
     return compute_pointwise(y, filtered, weight, bn, gate, added, False, eps[2], backend)

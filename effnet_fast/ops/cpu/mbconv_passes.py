@@ -13,12 +13,20 @@ from torch import Tensor
 
 from effnet_fast.backends import native
 from effnet_fast.ops import scratch
-from effnet_fast.ops.cpu.dwconv_bn_silu import addresses_of, filter_shape
+from effnet_fast.ops.cpu.dwconv_bn_silu import filter_shape
 from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.mbconv_passes import empty_weight_grad
-from effnet_fast.ops.norms import empty_norm
-from effnet_fast.ops.registration import address, empty_nhwc, is_bf16, isa_of, native_weight, nhwc
-from effnet_fast.ops.squeeze_excite import native_layers
+from effnet_fast.ops.registration import (
+    BF16,
+    addresses,
+    empty_nhwc,
+    empty_normed,
+    isa_of,
+    native_layer,
+    native_layers,
+    native_weight,
+    nhwc,
+)
 
 
 def _product_shape(x: Tensor, channels: int) -> tuple[int, int, int, int]:
@@ -35,16 +43,14 @@ def _pointwise(
 ) -> tuple[Tensor, Tensor]:
     *bn, eps, backend = rest
     channels = weight.shape[0]
-    z = empty_nhwc(x, (x.shape[0], channels, *x.shape[2:]))
-    norm = empty_norm(x, channels)
+    z, norm = empty_normed(x, (x.shape[0], channels, *x.shape[2:]))
     if z.numel() == 0:
         return z, norm.zero_()
-    x, weight = nhwc(x), native_weight(weight, x)
-    kept, vectors = addresses_of(bn)
+    x, (weight, _kept, vectors) = nhwc(x), native_layer(weight, bn, x)
     native.load().mbconv_pointwise(
-        isa_of(backend), _product_shape(x, channels), is_bf16(x), is_bf16(weight), x.data_ptr(),
-        address(x_norm), address(gate), weight.data_ptr(), vectors, eps, z.data_ptr(),
-        norm.data_ptr(), torch.get_num_threads(),
+        isa_of(backend), _product_shape(x, channels), x.dtype is BF16, weight.dtype is BF16,
+        *addresses(x, x_norm, gate, weight), vectors, eps, z.data_ptr(), norm.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return z, norm
 
@@ -78,9 +84,9 @@ def mbconv_project_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return e, sums.zero_(), grad_weight.zero_()
     grad_y, weight = nhwc(grad_y), native_weight(weight, z2)
     native.load().mbconv_project_backward(
-        isa_of(backend), _product_shape(z2, weight.shape[0]), is_bf16(z2), is_bf16(weight),
-        grad_y.data_ptr(), address(row_scale), z3.data_ptr(), norm3.data_ptr(), address(sums3),
-        weight.data_ptr(), z2.data_ptr(), norm2.data_ptr(), gate.data_ptr(),
+        isa_of(backend), _product_shape(z2, weight.shape[0]), z2.dtype is BF16,
+        weight.dtype is BF16,
+        *addresses(grad_y, row_scale, z3, norm3, sums3, weight, z2, norm2, gate),
         _pointer(e, wanted[0]), sums.data_ptr(), _pointer(grad_weight, wanted[1]),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -96,9 +102,8 @@ def mbconv_expand_backward(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight = nhwc(x), native_weight(weight, x)
     residual = None if residual is None else nhwc(residual)
     native.load().mbconv_expand_backward(
-        isa_of(backend), _product_shape(x, weight.shape[0]), is_bf16(x), is_bf16(weight),
-        f.data_ptr(), z1.data_ptr(), norm1.data_ptr(), address(sums1), weight.data_ptr(),
-        x.data_ptr(), address(residual), _pointer(grad_x, wanted[0]),
+        isa_of(backend), _product_shape(x, weight.shape[0]), x.dtype is BF16, weight.dtype is BF16,
+        *addresses(f, z1, norm1, sums1, weight, x, residual), _pointer(grad_x, wanted[0]),
         _pointer(grad_weight, wanted[1]), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_weight
@@ -108,16 +113,14 @@ def mbconv_depthwise(
     x: Tensor, x_norm: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *bn, stride, padding, eps, backend = rest
-    z = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
-    norm = empty_norm(x, x.shape[1])
+    z, norm = empty_normed(x, output_shape(x, weight.shape[-1], stride, padding))
     if z.numel() == 0:
         return z, norm.zero_()
-    x, weight = nhwc(x), native_weight(weight, x)
-    kept, vectors = addresses_of(bn)
+    x, (weight, _kept, vectors) = nhwc(x), native_layer(weight, bn, x)
     native.load().mbconv_depthwise(
-        isa_of(backend), filter_shape(x, z, weight, stride, padding), is_bf16(x),
-        is_bf16(weight), x.data_ptr(), address(x_norm), weight.data_ptr(), vectors, eps,
-        z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
+        isa_of(backend), filter_shape(x, z, weight, stride, padding), x.dtype is BF16,
+        weight.dtype is BF16, *addresses(x, x_norm, weight), vectors, eps, z.data_ptr(),
+        norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return z, norm
 
@@ -137,11 +140,11 @@ def mbconv_depthwise_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = nhwc(x), native_weight(weight, x)
     residual = None if residual is None else nhwc(residual)
     native.load().mbconv_depthwise_backward(
-        isa_of(backend), filter_shape(x, z2, weight, stride, padding), is_bf16(x),
-        is_bf16(weight), e.data_ptr(), gate.data_ptr(), q.data_ptr(), z2.data_ptr(),
-        norm2.data_ptr(), address(sums2), x.data_ptr(), address(x_norm), address(residual),
-        weight.data_ptr(), _pointer(f, wanted[0]), _pointer(grad_weight, wanted[1]),
-        _pointer(sums, summed), torch.get_num_threads(),
+        isa_of(backend), filter_shape(x, z2, weight, stride, padding), x.dtype is BF16,
+        weight.dtype is BF16,
+        *addresses(e, gate, q, z2, norm2, sums2, x, x_norm, residual, weight),
+        _pointer(f, wanted[0]), _pointer(grad_weight, wanted[1]), _pointer(sums, summed),
+        torch.get_num_threads(),
     )  # fmt: skip
     return f, grad_weight, sums
 
@@ -156,7 +159,7 @@ def mbconv_squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tenso
     slopes = z.new_empty((2, *z.shape[:2]), dtype=torch.float32)
     if z.numel():
         native.load().mbconv_squeeze(
-            isa_of(backend), _plane(z), is_bf16(z), z.data_ptr(), norm.data_ptr(),
+            isa_of(backend), _plane(z), z.dtype is BF16, z.data_ptr(), norm.data_ptr(),
             pooled.data_ptr(), slopes.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return pooled, slopes
@@ -169,8 +172,8 @@ def mbconv_finish(
     residual = None if residual is None else nhwc(residual)
     if z.numel():
         native.load().mbconv_finish(
-            isa_of(backend), _plane(z), is_bf16(z), z.data_ptr(), norm.data_ptr(),
-            address(row_scale), address(residual), y.data_ptr(), torch.get_num_threads(),
+            isa_of(backend), _plane(z), z.dtype is BF16,
+            *addresses(z, norm, row_scale, residual, y), torch.get_num_threads(),
         )  # fmt: skip
     return y
 
@@ -183,8 +186,8 @@ def mbconv_finish_backward(
         return sums.zero_()
     grad_y = nhwc(grad_y)
     native.load().mbconv_finish_backward(
-        isa_of(backend), _plane(z), is_bf16(z), grad_y.data_ptr(), address(row_scale),
-        z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+        isa_of(backend), _plane(z), z.dtype is BF16, *addresses(grad_y, row_scale, z, norm, sums),
+        torch.get_num_threads(),
     )  # fmt: skip
     return sums
 
@@ -197,11 +200,11 @@ def mbconv_excite_backward(*args: Any) -> tuple[Tensor, ...]:
     grads = tuple(pooled.new_empty(shape) for shape in shapes)
     if n * pixels == 0:
         return (q, sums2.zero_(), *(grad.zero_() for grad in grads))
-    layers = native_layers(reduce_weight, reduce_weight, expand_weight)
+    layers, at = native_layers((reduce_weight, expand_weight))
     extension = native.load()
     extension.excite_backward(
-        isa_of(backend), n, c, r, is_bf16(layers[0]), pooled.data_ptr(), hidden.data_ptr(),
-        gate.data_ptr(), sums.data_ptr(), *(address(p) for p in layers),
+        isa_of(backend), n, c, r, layers[0].dtype is BF16,
+        pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), sums.data_ptr(), *at,
         *(grad.data_ptr() for grad in grads), q.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     extension.mbconv_excite_sums(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effnet_fast.backends import native
 from effnet_fast.ops.pointwise_bn_act import empty_eval
-from effnet_fast.ops.registration import address, empty_nhwc, fp32, is_bf16, isa_of, nhwc
+from effnet_fast.ops.registration import BF16, empty_nhwc, isa_of, native_vectors, nhwc
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend:
         scaled = empty_nhwc(x, x.shape)
         factors = gate.reshape(n, in_channels).float().contiguous()
         native.load().gate(
-            isa_of(backend), n, in_channels, h * w, is_bf16(x), x.data_ptr(),
+            isa_of(backend), n, in_channels, h * w, x.dtype is BF16, x.data_ptr(),
             factors.data_ptr(), 0, scaled.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         _product(scaled, weight, None, y, backend)
@@ -69,12 +69,11 @@ def compute(
     if y.numel() == 0:
         return y
     _product(nhwc(x), weight, gate, y, backend)
-    if residual is not None:
-        residual = nhwc(residual.to(x.dtype))
-    vectors = [fp32(v) for v in bn]
+    added = None if residual is None else nhwc(residual.to(x.dtype))
+    _kept, vectors = native_vectors(bn)
     native.load().bn_act(
-        isa_of(backend), y.numel() // y.shape[1], y.shape[1], is_bf16(y), silu,
-        y.data_ptr(), tuple(address(v) for v in vectors), eps, address(residual), y.data_ptr(),
+        isa_of(backend), y.numel() // y.shape[1], y.shape[1], y.dtype is BF16, silu,
+        y.data_ptr(), vectors, eps, 0 if added is None else added.data_ptr(), y.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -10,7 +10,7 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.ops.cpu.pointwise_bn_act import compute
 from effnet_fast.ops.pointwise_bn_silu_pool import empty_grads
-from effnet_fast.ops.registration import address, empty_nhwc, is_bf16, isa_of, native_weight, nhwc
+from effnet_fast.ops.registration import BF16, address, empty_nhwc, isa_of, native_weight, nhwc
 
 
 def pointwise_bn_silu_pool_eval(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -31,7 +31,7 @@ def pointwise_bn_silu_pool_backward(*args: Any) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     x, weight = nhwc(x), native_weight(weight, x)
     native.load().pointwise_bn_silu_pool_backward(
-        isa_of(backend), (n, h * w, c, z.shape[1]), is_bf16(x), is_bf16(weight),
+        isa_of(backend), (n, h * w, c, z.shape[1]), x.dtype is BF16, weight.dtype is BF16,
         q.data_ptr(), z.data_ptr(), norm.data_ptr(), address(sums),
         weight.data_ptr(), x.data_ptr(), grad_x.data_ptr() if wanted[0] else 0,
         grad_weight.data_ptr() if wanted[1] else 0, torch.get_num_threads(),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from effnet_fast.backends import native
-from effnet_fast.ops.registration import address, empty_nhwc, is_bf16, isa_of, nhwc
-from effnet_fast.ops.squeeze_excite import empty_excite, empty_grads, native_layers
+from effnet_fast.ops.registration import BF16, addresses, empty_nhwc, isa_of, native_layers, nhwc
+from effnet_fast.ops.squeeze_excite import empty_excite, empty_grads
 
 
 def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -19,11 +19,10 @@ def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if pooled.numel() == 0:
         return hidden.zero_(), gate
     n, c = pooled.shape
-    layers = native_layers(parameters[0], *parameters)
+    layers, at = native_layers(parameters)
     native.load().excite(
-        isa_of(backend), n, c, hidden.shape[1], is_bf16(layers[0]),
-        pooled.data_ptr(), *(address(p) for p in layers), hidden.data_ptr(), gate.data_ptr(),
-        torch.get_num_threads(),
+        isa_of(backend), n, c, hidden.shape[1], layers[0].dtype is BF16,
+        pooled.data_ptr(), *at, hidden.data_ptr(), gate.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return hidden, gate
 
@@ -38,7 +37,7 @@ def squeeze_excite(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
     backend = rest[-1]
     y, pooled = empty_nhwc(x, x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
     extension, isa, sizes = native.load(), isa_of(backend), _pixels(x)
-    bf16, threads = is_bf16(x), torch.get_num_threads()
+    bf16, threads = x.dtype is BF16, torch.get_num_threads()
     x = nhwc(x)
     if x.numel():
         extension.squeeze(
@@ -59,18 +58,17 @@ def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tens
             grad.zero_()
         return grads
     extension, isa, sizes = native.load(), isa_of(backend), _pixels(x)
-    bf16, threads = is_bf16(x), torch.get_num_threads()
+    bf16, threads = x.dtype is BF16, torch.get_num_threads()
     x, grad_y = nhwc(x), nhwc(grad_y)
     grad_gate, grad_pooled = torch.empty_like(pooled), torch.empty_like(pooled)
     extension.squeeze(
         isa, *sizes, bf16, x.data_ptr(), grad_y.data_ptr(), 1.0, grad_gate.data_ptr(), threads
     )
-    layers = native_layers(reduce_weight, reduce_weight, expand_weight)
+    layers, at = native_layers((reduce_weight, expand_weight))
     extension.excite_backward(
-        isa, *pooled.shape, hidden.shape[1], is_bf16(layers[0]),
-        pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
-        *(address(p) for p in layers), *(grad.data_ptr() for grad in grads[1:]),
-        grad_pooled.data_ptr(), threads,
+        isa, *pooled.shape, hidden.shape[1], layers[0].dtype is BF16,
+        *addresses(pooled, hidden, gate, grad_gate), *at, *addresses(*grads[1:], grad_pooled),
+        threads,
     )  # fmt: skip
     grad_pooled /= sizes[2]
     extension.gate(

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from effnet_fast.backends import native
-from effnet_fast.ops.cpu.dwconv_bn_silu import addresses_of
 from effnet_fast.ops.registration import (
+    BF16,
     Ints,
     address,
     empty_nhwc,
-    is_bf16,
     isa_of,
-    native_weight,
+    native_layer,
     nhwc,
 )
 from effnet_fast.ops.stem_conv_bn_silu import empty_conv, empty_eval, empty_sums, empty_weight_grad
@@ -33,11 +32,10 @@ def stem_conv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     y = empty_eval(x, weight, *rest)
     if y.numel() == 0:
         return y
-    weight = native_weight(weight, x)
-    vectors, addresses = addresses_of(bn)
+    weight, _kept, vectors = native_layer(weight, bn, x)
     native.load().stem_eval(
-        isa_of(backend), _shape(x, weight, y, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), x.stride(), weight.data_ptr(), addresses, eps,
+        isa_of(backend), _shape(x, weight, y, stride, padding), x.dtype is BF16,
+        weight.dtype is BF16, x.data_ptr(), x.stride(), weight.data_ptr(), vectors, eps,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -49,11 +47,10 @@ def stem_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     z, norm = empty_conv(x, weight, *rest)
     if z.numel() == 0:
         return z, norm.zero_()
-    weight = native_weight(weight, x)
-    vectors, addresses = addresses_of(bn)
+    weight, _kept, vectors = native_layer(weight, bn, x)
     native.load().stem_conv(
-        isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), is_bf16(weight),
-        x.data_ptr(), x.stride(), weight.data_ptr(), addresses, eps,
+        isa_of(backend), _shape(x, weight, z, stride, padding), x.dtype is BF16,
+        weight.dtype is BF16, x.data_ptr(), x.stride(), weight.data_ptr(), vectors, eps,
         z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return z, norm
@@ -65,7 +62,7 @@ def norm_silu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
     if y.numel():
         z = nhwc(z)
         native.load().norm_silu(
-            isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), z.data_ptr(),
+            isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype is BF16, z.data_ptr(),
             norm.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return y
@@ -78,7 +75,7 @@ def norm_silu_sums(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Ten
         return sums.zero_()
     grad_y, z = nhwc(grad_y), nhwc(z)
     native.load().norm_silu_sums(
-        isa_of(backend), z.numel() // z.shape[1], z.shape[1], is_bf16(z), grad_y.data_ptr(),
+        isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype is BF16, grad_y.data_ptr(),
         z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return sums
@@ -92,7 +89,7 @@ def stem_weight_backward(grad_y: Tensor, z: Tensor, *rest: Any) -> Tensor:
         return grad.zero_()
     grad_y, z = nhwc(grad_y), nhwc(z)
     native.load().stem_weight_backward(
-        isa_of(backend), _shape(x, weight, z, stride, padding), is_bf16(x), grad_y.data_ptr(),
+        isa_of(backend), _shape(x, weight, z, stride, padding), x.dtype is BF16, grad_y.data_ptr(),
         z.data_ptr(), norm.data_ptr(), address(sums), x.data_ptr(), x.stride(), grad.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from effnet_fast.ops.registration import address, empty_nhwc, native_weight, nhw
 from effnet_fast.reference.arguments import Sides
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """A launch's sizes: (n, c, h, w, oh, ow, k, stride, left, top), its tile, its partials."""
 
     shape: tuple[int, ...]
@@ -34,14 +34,14 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _plan(
     backend: str, direction: str, shape: tuple[int, ...], dtype: torch.dtype, tile: Tile | None
-) -> Plan:
+) -> TilePlan:
     n, c, h, w, oh, ow, kernel, stride, left, top = shape
     backward = direction == "backward"
     if tile is None:
         tile = tile_for(direction, kernel, stride, dtype, c, w if backward else ow)
         sides = (h + top % stride, w + left % stride) if backward else (oh, ow)
         tile = filling(tile, n, c, *sides)
-    return Plan(shape, tile, *launchers(backend).dwconv_parts(shape, tile, backward))
+    return TilePlan(shape, tile, *launchers(backend).dwconv_parts(shape, tile, backward))
 
 
 def plan(
@@ -52,7 +52,7 @@ def plan(
     stride: int,
     padding: Sides,
     tile: Tile | None = None,
-) -> Plan:
+) -> TilePlan:
     """How a "forward" or "backward" pass over x [N,C,H,W] is cut up; tile: None for the table's."""
     oh, ow = output_shape(x, kernel, stride, padding)[2:]
     shape = (*x.shape, oh, ow, kernel, stride, padding[0], padding[2])

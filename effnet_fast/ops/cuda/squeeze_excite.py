@@ -9,13 +9,8 @@ from torch import Tensor
 
 from effnet_fast.ops.cuda import statistics
 from effnet_fast.ops.cuda.launching import DTYPES, Bn, launchers, queue, scratch
-from effnet_fast.ops.registration import address, dense, empty_nhwc, nhwc
-from effnet_fast.ops.squeeze_excite import (
-    empty_excite,
-    empty_grads,
-    empty_squeeze_excite,
-    native_layers,
-)
+from effnet_fast.ops.registration import address, dense, empty_nhwc, native_layers, nhwc
+from effnet_fast.ops.squeeze_excite import empty_excite, empty_grads, empty_squeeze_excite
 
 # Channels of a part of the first layer: one block's, which its threads go through in steps of 256.
 LEAST_CHANNELS, MOST_CHANNELS = 256, 1024
@@ -48,11 +43,11 @@ def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     n, c = pooled.shape
     r = hidden.shape[1]
     splits = splits_of(n, c, r)
-    layers = native_layers(parameters[0], *parameters, dtypes=DTYPES)
+    layers, at = native_layers(parameters, DTYPES)
     partial = scratch(pooled, splits, n, r)
     launchers(backend).excite_fwd(
         queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],
-        pooled.data_ptr(), *(address(p) for p in layers),
+        pooled.data_ptr(), *at,
         partial.data_ptr(), hidden.data_ptr(), gate.data_ptr(),
     )  # fmt: skip
     return hidden, gate
@@ -85,7 +80,7 @@ def excite_backward(
     """
     n, c = pooled.shape
     r = hidden.shape[1]
-    layers = native_layers(reduce_weight, reduce_weight, expand_weight, dtypes=DTYPES)
+    layers, at = native_layers((reduce_weight, expand_weight), DTYPES)
     partial = scratch(pooled, -(-c // SIDE), n, r)
     grad_hidden, grad_pooled = torch.empty_like(hidden), torch.empty_like(pooled)
     grads = (
@@ -95,7 +90,7 @@ def excite_backward(
     launchers(backend).excite_bwd(
         queue(pooled), (n, c, r), DTYPES[layers[0].dtype],
         pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), grad_gate.data_ptr(),
-        *(address(p) for p in layers), partial.data_ptr(), grad_hidden.data_ptr(),
+        *at, partial.data_ptr(), grad_hidden.data_ptr(),
         tuple(grad.data_ptr() for grad in grads), grad_pooled.data_ptr(), factor,
         address(grad_sums), address(squeeze_sums), address(grad_bn),
     )  # fmt: skip
