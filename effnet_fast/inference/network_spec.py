@@ -133,7 +133,7 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
 
 
 def _convolution(module: nn.Module, kind: str) -> structure.Layer:
-    structure.refuse_hooks(module)
+    structure.require(module)
     layer = structure.structure_of(module)
     if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.silu:
         raise RefusedError(f" is no {kind} convolution with SiLU")
@@ -194,7 +194,7 @@ def _last_layer(classifier: nn.Module) -> nn.Linear | nn.Identity | None:
     try:
         children = [classifier]
         if type(classifier) is nn.Sequential:
-            structure.refuse_hooks(classifier)
+            structure.require(classifier)
             children = list(classifier.children())
         for child in children:
             structure.require(child, nn.Linear, nn.Identity, nn.Dropout)

@@ -128,7 +128,7 @@ def _run_fused(module: nn.Module, x: Tensor, backend: str) -> Tensor | None:
 def poolable_layer(module: nn.Module) -> structure.Layer | None:
     """A module that is a 1x1 convolution with BatchNorm and SiLU, for `run_pooled`."""
     try:
-        structure.refuse_hooks(module)
+        structure.require(module)
         found = structure.structure_of(module)
     except structure.RefusedError:
         return None

@@ -7,7 +7,8 @@ that `readers` fills.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -122,7 +123,10 @@ class Block(NamedTuple):
     drop_mode: str  # "row" or "batch", see `stochastic_depth`
     memory: str  # "fast", or "lean" to save one expanded tensor less for backward
 
-    op = "mbconv"  # that computes it
+    @property
+    def op(self) -> str:
+        """The op that computes it."""
+        return "mbconv"
 
     @property
     def first(self) -> Layer:
@@ -172,20 +176,6 @@ def begin_call(found: Layer | Block, x: Tensor, backend: str) -> Call:
     return call_of(norms, *call, found.residual, found.memory)
 
 
-def refuse_hooks(module: nn.Module) -> None:
-    """Raises RefusedError for a module with hooks or a forward of its instance's own."""
-    state = module.__dict__
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
-        raise RefusedError(" has a hook")
-    if "forward" in state:
-        raise RefusedError(" has a patched forward")
-
-
 def refuse_global_hooks() -> None:
     """Raises RefusedError where a hook sees every module."""
     if (
@@ -197,17 +187,29 @@ def refuse_global_hooks() -> None:
         raise RefusedError("a global module hook is registered")
 
 
-def require(module: nn.Module | None, *kinds: type) -> None:
-    """Raises RefusedError for a module of none of these classes, or with hooks."""
-    if type(module) not in kinds:
+_hooks = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+
+
+def require(module: Any, *kinds: type) -> None:
+    """Raises RefusedError for a module of none of these classes, where there are any.
+
+    So it does for one with hooks or a forward of its instance's own.
+    """
+    if kinds and type(module) not in kinds:
         raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
-    assert module is not None
-    refuse_hooks(module)
+    state = module.__dict__
+    if any(_hooks(state)):
+        raise RefusedError(" has a hook")
+    if "forward" in state:
+        raise RefusedError(" has a patched forward")
 
 
 class Part(NamedTuple):
     """What a child has to be."""
 
+    name: str
     kinds: tuple[type, ...]  # one of these classes
     children: Children | None = None  # None for any
 
@@ -216,16 +218,24 @@ class Part(NamedTuple):
 Children = dict[tuple[str, ...], tuple[Part, ...]]
 
 
+def children_of(*allowed: Iterable[Part]) -> Children:
+    """Children that may be any of these rows."""
+    return {tuple(part.name for part in row): tuple(row) for row in map(tuple, allowed)}
+
+
 def require_children(children: dict[str, Any], allowed: Children) -> None:
     """Raises RefusedError for children by name that are not allowed or have hooks, and theirs."""
     parts = allowed.get(tuple(children))
     if parts is None:
         raise RefusedError(f" has children {list(children)}")
-    for (name, child), part in zip(children.items(), parts, strict=True):
+    for name, kinds, below in parts:
+        child = children[name]
         try:
-            require(child, *part.kinds)
-            if part.children is not None:
-                require_children(child.__dict__["_modules"], part.children)
+            # What `require` refuses, in line: a block has 19 children.
+            if type(child) not in kinds or any(_hooks(s := child.__dict__)) or "forward" in s:
+                require(child, *kinds)
+            elif below is not None:
+                require_children(s["_modules"], below)
         except RefusedError as refused:
             raise RefusedError(f".{name}{refused}") from None
 

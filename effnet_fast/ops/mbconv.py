@@ -111,11 +111,7 @@ class MBConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        row_scale: Tensor | None,
-        call: Call,
-        *tensors: Tensor | None,
+        ctx: Any, x: Tensor, row_scale: Tensor | None, call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         layers = _layers(tensors)
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
@@ -147,8 +143,8 @@ class MBConv(torch.autograd.Function):
 def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Tensor:
     """The op on checked arguments."""
     weight = layers.depthwise[0]
-    after = output_shape(x, weight.shape[-1], call.stride[0], call.padding)
-    out = (after[0], layers.project[0].shape[0], *after[2:])
+    n, _, *size = output_shape(x, weight.shape[-1], call.stride[0], call.padding)
+    out = (n, layers.project[0].shape[0], *size)
     if call.residual and out != tuple(x.shape):
         raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
     if call.infers and row_scale is None:
@@ -157,19 +153,12 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
             call.stride[0], call.padding, [norm.eps for norm in call.norms], call.residual,
             call.backend,
         )  # fmt: skip
-    before = (x.shape[0], weight.shape[0], *x.shape[2:])
-    by_batch = [
-        (index, norm, layer, shape)
-        for index, (norm, layer, shape) in enumerate(
-            zip(
-                call.norms,
-                (layers.expand, layers.depthwise, layers.project),
-                (before, after, out),
-                strict=True,
-            )
-        )
-        if norm.training and layer is not None
-    ]
+    before, after = (n, weight.shape[0], *x.shape[2:]), (n, weight.shape[0], *size)
+    given: Any = zip(
+        call.norms, (layers.expand, layers.depthwise, layers.project), (before, after, out),
+        strict=True,
+    )  # fmt: skip
+    by_batch = [(i, *row) for i, row in enumerate(given) if row[0].training and row[1] is not None]
     check_values_per_channel(*(shape for *_, shape in by_batch))
     if call.needs_grad:
         flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project
@@ -178,10 +167,7 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
         norms = [saved.norm1, saved.norm2, saved.norm3]
     update_running_statistics(
-        *(
-            (norm, layer, norms[index][MEAN], norms[index][VAR], shape)
-            for index, norm, layer, shape in by_batch
-        )
+        *((norm, layer, norms[i][MEAN], norms[i][VAR], shape) for i, norm, layer, shape in by_batch)
     )
     return y
 

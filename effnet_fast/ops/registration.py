@@ -103,9 +103,9 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+def addresses(*tensors: Tensor | None) -> list[int]:
     """The address of each."""
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def native_weight(weight: Tensor, x: Tensor) -> Tensor:
@@ -115,22 +115,22 @@ def native_weight(weight: Tensor, x: Tensor) -> Tensor:
     return weight if weight.is_contiguous() else weight.contiguous()
 
 
-def native_vectors(bn: Sequence[Tensor | None]) -> tuple[list[Tensor | None], tuple[int, ...]]:
+def native_vectors(bn: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
     """The vectors [C] as the kernels read them, to be kept alive, and their addresses."""
-    vectors = [fp32(vector) for vector in bn]
+    vectors = [None if vector is None else dense(vector, torch.float32) for vector in bn]
     return vectors, addresses(*vectors)
 
 
 def native_layer(
     weight: Tensor, bn: Sequence[Tensor | None], x: Tensor
-) -> tuple[Tensor, list[Tensor | None], tuple[int, ...]]:
+) -> tuple[Tensor, list[Tensor | None], list[int]]:
     """`native_weight` and `native_vectors`."""
     return native_weight(weight, x), *native_vectors(bn)
 
 
 def native_layers(
     parameters: Sequence[Any], dtypes: Container[torch.dtype] = backends.NATIVE_DTYPES
-) -> tuple[list[Any], tuple[int, ...]]:
+) -> tuple[list[Any], list[int]]:
     """The parameters without gaps in one dtype, to be kept alive, and their addresses.
 
     The dtype is the first one's if all and the kernels have it, else fp32.

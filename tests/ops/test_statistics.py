@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from effnet_fast.ops.call import Norm
 from effnet_fast.ops.statistics import update_running_statistics
 
 
@@ -22,5 +23,6 @@ def test_infinite_running_statistics_stay_infinite(dtype: torch.dtype, momentum:
     wide = z.to(dtype).float()
     batch = wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)
     for moved in (given.clone(), given.t().contiguous().t()):
-        update_running_statistics(*moved, *batch, 100, momentum)
+        layer, norm = (z, None, None, *moved), Norm(True, momentum, 1e-5)
+        update_running_statistics((norm, layer, *batch, (4, 3, 5, 5)))
         torch.testing.assert_close(moved, stock)

@@ -13,20 +13,25 @@ from effnet_fast.modules.structure import DEPTHWISE, PLAIN, POINTWISE, Part, Ref
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 _MISSING = object()
-_CONV_BN = Part((nn.Conv2d, Conv2dSame)), Part((nn.BatchNorm2d,))
-_LAYER = {("0", "1"): _CONV_BN, ("0", "1", "2"): (*_CONV_BN, Part((nn.SiLU,)))}
-_SQUEEZE = {
-    "avgpool": nn.AdaptiveAvgPool2d,
-    "fc1": nn.Conv2d,
-    "fc2": nn.Conv2d,
-    "activation": nn.SiLU,
-    "scale_activation": nn.Sigmoid,
-}
-_EXCITE = {tuple(_SQUEEZE): tuple(Part((kind,)) for kind in _SQUEEZE.values())}
-_CONVOLUTION = Part((layers.Conv2dNormActivation,), _LAYER)
-_AFTER_EXPAND = _CONVOLUTION, Part((layers.SqueezeExcitation,), _EXCITE), _CONVOLUTION
-_BODY = {("0", "1", "2"): _AFTER_EXPAND, ("0", "1", "2", "3"): (_CONVOLUTION, *_AFTER_EXPAND)}
-_BLOCK = {("block", "stochastic_depth"): (Part((nn.Sequential,), _BODY), Part((StochasticDepth,)))}
+_CONV_BN = Part("0", (nn.Conv2d, Conv2dSame)), Part("1", (nn.BatchNorm2d,))
+_LAYER = structure.children_of(_CONV_BN, (*_CONV_BN, Part("2", (nn.SiLU,))))
+_EXCITE = structure.children_of((
+    Part("avgpool", (nn.AdaptiveAvgPool2d,)), Part("fc1", (nn.Conv2d,)), Part("fc2", (nn.Conv2d,)),
+    Part("activation", (nn.SiLU,)), Part("scale_activation", (nn.Sigmoid,)),
+))  # fmt: skip
+
+
+def _body(*kinds: type) -> list[Part]:
+    """Layers in a row, and squeeze-excites."""
+    below = {layers.Conv2dNormActivation: _LAYER, layers.SqueezeExcitation: _EXCITE}
+    return [Part(str(index), (kind,), below[kind]) for index, kind in enumerate(kinds)]
+
+
+_CONV, _SE = layers.Conv2dNormActivation, layers.SqueezeExcitation
+_BODIES = structure.children_of(_body(_CONV, _SE, _CONV), _body(_CONV, _CONV, _SE, _CONV))
+_BLOCK = structure.children_of(
+    (Part("block", (nn.Sequential,), _BODIES), Part("stochastic_depth", (StochasticDepth,)))
+)
 
 
 def _refuse_tensor(name: str) -> RefusedError:
@@ -141,7 +146,7 @@ def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
 def _block(module: layers.MBConv) -> structure.Block:
     """Takes an MBConv apart."""
     table = module.__dict__["_modules"]
-    own = {name: table.get(name) for name in ("block", "stochastic_depth")}
+    own = {"block": table.get("block"), "stochastic_depth": table.get("stochastic_depth")}
     name = ""
     try:
         structure.require_children(own, _BLOCK)
