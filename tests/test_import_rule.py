@@ -22,7 +22,8 @@ ROWS = (
         "effnet_fast.timing",
     ),
     ("effnet_fast.backends.native",),
-    ("effnet_fast.backends", "effnet_fast.reference", "effnet_fast.triton_kernels"),
+    ("effnet_fast.reference",),
+    ("effnet_fast.backends", "effnet_fast.triton_kernels"),
     ("effnet_fast.checkpoints", "effnet_fast.pretrained"),  # they know no network
     ("effnet_fast.ops",),
     ("effnet_fast.modules",),

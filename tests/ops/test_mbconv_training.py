@@ -16,6 +16,7 @@ from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase, find
 from effnet_fast import ops, reference, use_backend
 from effnet_fast.backends import native
 from effnet_fast.ops import mbconv_passes
+from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.reference.mbconv import Training
 from mbconv_blocks import BlockCall, block_call, params_of, run
 from parity import (
@@ -263,6 +264,22 @@ def test_gradients_of_gradients() -> None:
             assert a is None
         else:
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * float(b.abs().max()))
+
+
+@ANY_RUN
+@pytest.mark.parametrize("name", ["expand", "depthwise"])
+def test_statistics_are_those_of_stored_values(name: str, dtypes: Dtypes, backend: str) -> None:
+    """Rounded, as the pass after it reads them."""
+    x = torch.randn(2, 24, 9, 8).add(3).to(dtypes.x).contiguous(memory_format=torch.channels_last)
+    passes, vectors = mbconv_passes.passes(backend), (None, None, None, None)
+    if name == "expand":
+        z, norm = passes.expand(x, (torch.randn(40, 24, 1, 1) / 5).to(dtypes.x), *vectors, 1e-5)
+    else:
+        weight = torch.rand(24, 1, 3, 3).to(dtypes.x)
+        z, norm = passes.depthwise(x, None, weight, *vectors, 1, (1, 1, 1, 1), 1e-5)
+    var, mean = torch.var_mean(z.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(norm[MEAN].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norm[VAR].double(), var, rtol=1e-5, atol=0)
 
 
 PASSES = [name for name in vars(mbconv_passes.passes("cpu")) if name != "finish"]
