@@ -6,38 +6,16 @@ Subcommands are imported when they are needed: importing this package costs noth
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from effnet_fast.cli import process
 from effnet_fast.cli.process import BROKEN_PIPE, INTERRUPTED
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
-COMMANDS = ("classify", "bench", "convert", "doctor", "info", "scale")
 BAD_INPUT = 2  # exit status, argparse's own for wrong usage
-
-
-def __getattr__(name: str) -> Any:
-    if name in COMMANDS:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each module adds its own and sets `run`."""
-    from effnet_fast import __version__
-    from effnet_fast.cli.common import Parser
-
-    parser = Parser(prog="effnet-fast", description="EfficientNet on fused kernels.")
-    parser.add_argument("--version", action="version", version=f"effnet-fast {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        __getattr__(command).add_parser(subparsers)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +55,7 @@ def _run(argv: Sequence[str] | None) -> int:
     with process.leaving_at_interrupts() if argv is None else contextlib.nullcontext():
         from effnet_fast import files
         from effnet_fast.cli.common import CommandError
+        from effnet_fast.cli.subcommands import build_parser
 
         parser = build_parser()
     arguments = parser.parse_args(argv)

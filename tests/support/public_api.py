@@ -42,7 +42,7 @@ def api() -> list[str]:
             value, full = getattr(module, public), f"{name}.{public}"
             known = first.setdefault(id(value), full) if callable(value) else full
             found += _described(full, value) if known == full else [f"{full}: {known}"]
-    from effnet_fast.cli import build_parser
+    from effnet_fast.cli.subcommands import build_parser
 
     return found + list(_commands(build_parser()))
 
