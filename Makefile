@@ -26,8 +26,8 @@ demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
 	$(BIN)/effnet-fast classify --model b0 "$$($(BIN)/python -c '$(PHOTO)')"
 
-# Three tiers of tests: `pytest` alone is quick, `make test` adds what users run (its tests took
-# twelve minutes on two busy cores), and `make test-all` runs what `make test` leaves out.
+# Three tiers of tests: `pytest` alone is quick, `make test` adds what users run,
+# and `make test-all` runs what `make test` leaves out.
 # tests/durations.csv has the time and the tier of every long test.
 RUN_TESTS = PATH="$(CURDIR)/$(VENV)/qemu/usr/bin:$(CURDIR)/$(BIN):$$PATH" \
             $(BIN)/python -m pytest -n 2 --dist worksteal

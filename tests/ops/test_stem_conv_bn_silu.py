@@ -33,6 +33,7 @@ from parity import (
     stem_call,
     threaded,
 )
+from stems import check_oblong_stride
 
 case = functools.partial(find, STEM_CASES)
 ANY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -174,6 +175,11 @@ def test_any_number_of_threads(case: StemCase, dtypes: Dtypes, backend: str) -> 
         torch.set_num_threads(threads)
         assert_same(run(call, backend, wanted=wanted), expected)
         assert_same(run(call.with_options(training=False), backend, wanted=()), inferred)
+
+
+@MODES
+def test_another_stride_over_columns(training: bool) -> None:
+    check_oblong_stride("cpu", training)
 
 
 @ANY_BACKEND

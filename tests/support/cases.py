@@ -125,6 +125,7 @@ _SQUEEZE_EXCITE = (
 _POINTWISE = (
     PointwiseCase("c_eq_vector", 2, 16, 32, 6, 6),
     PointwiseCase("c_odd", 3, 37, 21, 7, 9),
+    PointwiseCase("out_odd", 2, 16, 20, 5, 4),
     PointwiseCase("c_one", 3, 1, 19, 5, 7),
     PointwiseCase("out_one", 3, 19, 1, 5, 7),
     PointwiseCase("no_act", 2, 24, 40, 7, 7, act=None),
@@ -208,6 +209,7 @@ _MBCONV = (
     MBConvCase("c_eq_vector", 2, 16, 64, 16, 7, 7, 3, 1, 4, True),
     MBConvCase("c_odd_stride_2", 3, 11, 37, 21, 9, 8, 5, 2, 3, False),
     MBConvCase("c_odd_k3_stride_2", 2, 5, 13, 7, 5, 4, 3, 2, 3, False),
+    MBConvCase("c_odd_k3_residual", 2, 5, 13, 5, 5, 4, 3, 1, 3, True),
     MBConvCase("no_expansion", 2, 24, 24, 12, 7, 9, 3, 1, 6, False),
     MBConvCase("no_expansion_residual", 2, 24, 24, 24, 7, 9, 3, 1, 6, True),
     MBConvCase("one_pixel", 16, 8, 48, 8, 1, 1, 3, 1, 2, True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import sys
 
 import torch
 
@@ -13,13 +13,16 @@ def define_missing_ops() -> torch.library.Library | None:
 
     torchvision's wheel on PyPI is linked to CUDA; beside a CPU torch its extension does not load
     and `import torchvision` then fails for want of these schemas. The networks need neither.
+    Only that import can tell: its releases load libraries of different names, and what is loaded
+    twice ends the process.
     """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
+    if importlib.util.find_spec("torchvision") is None:
         return None
     try:
-        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
-    except OSError:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

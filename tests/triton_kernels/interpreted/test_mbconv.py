@@ -26,7 +26,9 @@ def check(call: BlockCall, wanted: tuple[str, ...] | None = None) -> Results:
 
 
 @MODES
-@pytest.mark.parametrize("name", some(NAMES, ("c_odd_k3_stride_2", "no_expansion_residual")))
+@pytest.mark.parametrize(
+    "name", some(NAMES, ("c_odd_k3_stride_2", "c_odd_k3_residual", "no_expansion_residual"))
+)
 def test_matches_reference(name: str, training: bool) -> None:
     check(block_call(find(MBCONV_CASES, name), FP32, training))
 

@@ -46,7 +46,7 @@ def by_hand(params: list, *kept: str) -> list[Any]:
 
 @DTYPES
 @pytest.mark.parametrize(
-    "name", by_hand(POINTWISE_CASES, "c_odd", "gate_residual_no_act", "batch_0")
+    "name", by_hand(POINTWISE_CASES, "c_odd", "out_odd", "gate_residual_no_act", "batch_0")
 )
 def test_pointwise(name: str, dtypes: Dtypes) -> None:
     check(pointwise_call(find(POINTWISE_CASES, name), dtypes), "triton", wanted=())

@@ -23,6 +23,7 @@ from parity import (
     run,
     stem_call,
 )
+from stems import check_oblong_stride
 from tiers import some
 
 case = functools.partial(find, STEM_CASES)
@@ -84,6 +85,11 @@ def test_what_is_wanted_changes_no_bits() -> None:
     full = run(call, "triton")
     for wanted in call.differentiable:
         assert_same(run(call, "triton", wanted=[wanted]), full)
+
+
+@MODES
+def test_another_stride_over_columns(training: bool) -> None:
+    check_oblong_stride("triton", training)
 
 
 def test_auto_takes_other_backends_here() -> None:
