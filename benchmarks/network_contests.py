@@ -74,7 +74,10 @@ SHOWN_IN_BRIEF = {
     *(("inference", Case("b4", 1), "fp32"), ("inference", Case("b7", 1), "fp32")),
     ("training", Case("b0", 8), "fp32"),
 }
-BRIEF = (OURS, f"{OURS}_deploy", "torch_channels_last", "torchvision", "onnxruntime", "openvino")
+BRIEF = {
+    "inference": (OURS, f"{OURS}_deploy", "torch_channels_last", "onnxruntime", "openvino"),
+    "training": (OURS, "torch_channels_last", "torchvision"),
+}
 DTYPES_ON = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 
 
@@ -100,7 +103,7 @@ def _is_shown(peer: Peer, mode: str, case: Case, dtype: str) -> bool:
     """Whether the contestant takes part without --full."""
     contest = (mode, case, dtype)
     return not peer.compiles and (
-        contest in SHOWN or (contest in SHOWN_IN_BRIEF and peer.name in BRIEF)
+        contest in SHOWN or (contest in SHOWN_IN_BRIEF and peer.name in BRIEF[mode])
     )
 
 
