@@ -208,8 +208,8 @@ class MBConvCase:
 _MBCONV = (
     MBConvCase("c_eq_vector", 2, 16, 64, 16, 7, 7, 3, 1, 4, True),
     MBConvCase("c_odd_stride_2", 3, 11, 37, 21, 9, 8, 5, 2, 3, False),
-    MBConvCase("c_odd_k3_stride_2", 2, 5, 13, 7, 5, 4, 3, 2, 3, False),
-    MBConvCase("c_odd_k3_residual", 2, 5, 13, 5, 5, 4, 3, 1, 3, True),
+    MBConvCase("c_odd_k3_stride_2", 2, 13, 37, 21, 5, 4, 3, 2, 19, False),
+    MBConvCase("c_odd_k3_residual", 2, 13, 37, 13, 5, 4, 3, 1, 19, True),
     MBConvCase("no_expansion", 2, 24, 24, 12, 7, 9, 3, 1, 6, False),
     MBConvCase("no_expansion_residual", 2, 24, 24, 24, 7, 9, 3, 1, 6, True),
     MBConvCase("one_pixel", 16, 8, 48, 8, 1, 1, 3, 1, 2, True),
