@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 # One thread for torch and OpenMP, here and in every process that a test starts: threads that wait
@@ -24,6 +25,9 @@ from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import downloads
 from effnet_fast.pretrained.weights import EfficientNet_B0_Weights
 from host import CONTENT, serve
+
+# A shell lets what runs behind it ignore Ctrl-C, and every process that a test starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

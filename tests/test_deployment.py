@@ -78,6 +78,7 @@ class TestNumbers:
         low, full = (effnet_fast.deploy(model, d, backend="cpu:generic") for d in DTYPES[::-1])
         assert torch.equal(low(X), full(X))
 
+    @pytest.mark.slow
     @dtypes
     @pytest.mark.parametrize(
         "options",
@@ -97,6 +98,7 @@ class TestNumbers:
         x = random_images(8, 48, options.get("in_chans", 3), seed=3)
         assert_parity(model, x, dtype)
 
+    @pytest.mark.slow
     @dtypes
     @pytest.mark.parametrize("change", ["linear", "deeper", "hooked", "identity"])
     def test_other_classifiers(self, change: str, dtype: torch.dtype) -> None:
@@ -115,6 +117,7 @@ class TestNumbers:
         assert_parity(model, X, dtype)
         assert len(calls) == 3 * (change == "hooked")
 
+    @pytest.mark.slow
     @dtypes
     @pytest.mark.parametrize("out_indices", [None, (0,), (1, 3), (4,)], ids=str)
     def test_encoders(self, out_indices: tuple[int, ...] | None, dtype: torch.dtype) -> None:
@@ -122,6 +125,7 @@ class TestNumbers:
         model.load_state_dict(networks.calibrated_state(TINY))
         assert_parity(model.eval(), X, dtype)
 
+    @pytest.mark.slow
     @dtypes
     @pytest.mark.parametrize("side", [48, 49, 51])
     def test_same_padding(self, side: int, dtype: torch.dtype) -> None:
@@ -129,6 +133,7 @@ class TestNumbers:
         model = calibrated(EfficientNet(variant), side)
         assert_parity(model, random_images(8, side, seed=4), dtype)
 
+    @pytest.mark.slow
     @dtypes
     @pytest.mark.parametrize("squeezed", [1024, 1025, 20000])
     def test_wide_excitation(self, squeezed: int, dtype: torch.dtype) -> None:
@@ -233,6 +238,7 @@ class TestInputs:
         y = deployed(X[:1].expand(3, -1, -1, -1))
         assert torch.equal(y, deployed(X[:1]).expand(3, -1))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", [(0, 3, 48, 48), (2, 3, 1, 1), (1, 3, 2, 65)], ids=str)
     def test_odd_sizes(self, shape: tuple[int, ...]) -> None:
         model = network()
@@ -284,6 +290,7 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match="Doubled cannot be deployed: it overrides forward"):
             effnet_fast.deploy(Doubled(TINY).eval())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8], ids=str)
     def test_dtypes(self, dtype: torch.dtype) -> None:
         with pytest.raises(ValueError, match=r"dtype must be torch\.float32 or torch\.bfloat16"):
@@ -325,6 +332,7 @@ class TestTracing:
             self.TRACERS[name](deployed)
         assert torch.equal(deployed(X), y)
 
+    @pytest.mark.slow
     def test_compiled_code_calls_it(self) -> None:
         deployed = effnet_fast.deploy(network())
         called: list[str] = []
@@ -346,6 +354,7 @@ class TestModule:
         "torch_save": lambda m: saved_and_loaded(m),
     }
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", COPIES)
     def test_copies(self, name: str) -> None:
         deployed = effnet_fast.deploy(network(), torch.bfloat16)

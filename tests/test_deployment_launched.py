@@ -31,6 +31,7 @@ def graphs_of(deployed: nn.Module) -> int:
     return len(engine_of(deployed)._graphs)
 
 
+@pytest.mark.slow
 @TARGETS
 @pytest.mark.parametrize("name", EDITS)
 def test_edit_is_followed(target: Target, name: str, recorders: list[FakeRecorder]) -> None:
@@ -51,6 +52,7 @@ def test_edit_is_followed(target: Target, name: str, recorders: list[FakeRecorde
         before = after
 
 
+@pytest.mark.slow
 @TARGETS
 def test_graphs_of_old_weights_are_dropped(target: Target, recorders: list[FakeRecorder]) -> None:
     model = network(target)
@@ -67,6 +69,7 @@ def test_graphs_of_old_weights_are_dropped(target: Target, recorders: list[FakeR
     assert graphs_of(deployed) == 0
 
 
+@pytest.mark.slow
 @TARGETS
 def test_refresh_after_an_edit_through_data(target: Target, recorders: list[FakeRecorder]) -> None:
     model, x = network(target), X.to(target.device)
@@ -84,6 +87,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @TARGETS
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_carry_no_graph(target: Target, name: str, recorders: list[FakeRecorder]) -> None:
@@ -100,6 +104,7 @@ def test_copies_carry_no_graph(target: Target, name: str, recorders: list[FakeRe
     assert not torch.equal(other(x), y)
 
 
+@pytest.mark.slow
 @TARGETS
 def test_shapes_beyond_the_bound(target: Target, recorders: list[FakeRecorder]) -> None:
     deployed = target.deploy(network(target), graphs=2)
@@ -113,6 +118,7 @@ def test_shapes_beyond_the_bound(target: Target, recorders: list[FakeRecorder]) 
     assert engine_of(plain)._graphs is None
 
 
+@pytest.mark.slow
 @TARGETS
 def test_changed_images_and_results_of_the_callers_own(
     target: Target, recorders: list[FakeRecorder]
@@ -127,6 +133,7 @@ def test_changed_images_and_results_of_the_callers_own(
     assert graphs_of(deployed) == 1
 
 
+@pytest.mark.slow
 @TARGETS
 def test_concurrent_callers(target: Target, recorders: list[FakeRecorder]) -> None:
     """Eight threads, more shapes than graphs, while the weights are refreshed."""
@@ -142,6 +149,7 @@ def test_concurrent_callers(target: Target, recorders: list[FakeRecorder]) -> No
     assert all(recorder.overlaps == 0 for recorder in recorders)
 
 
+@pytest.mark.slow
 @TARGETS
 def test_contexts(target: Target, recorders: list[FakeRecorder]) -> None:
     """Neither autocast nor inference_mode nor a default device changes the result."""
@@ -155,6 +163,7 @@ def test_contexts(target: Target, recorders: list[FakeRecorder]) -> None:
         deployed.refresh()
 
 
+@pytest.mark.slow
 @TARGETS
 def test_results_in_the_images_dtype(target: Target, recorders: list[FakeRecorder]) -> None:
     deployed, x = target.deploy(network(target), torch.float16), X.to(target.device)
@@ -185,6 +194,7 @@ def test_errors(target: Target, x: Tensor, error: type[Exception], words: str) -
         deployed(torch.zeros(1, 3, 48, 48, device="meta"))
 
 
+@pytest.mark.slow
 @TARGETS
 @pytest.mark.parametrize("graphs", [-1, 1.5, True, "8"])
 def test_number_of_graphs(target: Target, graphs: object) -> None:
@@ -201,6 +211,7 @@ def test_repr(target: Target) -> None:
     assert text.endswith(f"backend {target.backend})")
 
 
+@pytest.mark.slow
 @TARGETS
 def test_while_the_caller_captures(
     target: Target, recorders: list[FakeRecorder], monkeypatch: pytest.MonkeyPatch

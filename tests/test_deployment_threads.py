@@ -62,6 +62,7 @@ def test_concurrent_callers() -> None:
         refresher.join()
 
 
+@pytest.mark.slow
 def test_other_threads_run_meanwhile() -> None:
     """Within an interval in which Python takes the lock from nobody who holds it."""
     deployed, x = effnet_fast.deploy(EfficientNet(VARIANTS["b0"]).eval()), random_images(2, 224)
@@ -103,6 +104,7 @@ def test_memory_of_more_images() -> None:
     assert 32 * pooled < more - some <= 32 * (boundary + pooled) < 32 * early
 
 
+@pytest.mark.slow
 def test_large_memory_is_given_back() -> None:
     deployed, x = effnet_fast.deploy(network()), random_images(1, 2048)
     assert kept_bytes(lambda: deployed(x[..., :512, :512])) > 1 << 20

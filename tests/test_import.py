@@ -33,10 +33,12 @@ def added_by(module):
     return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_the_package_brings_in_itself_alone():
     assert added_by("effnet_fast") == ["effnet_fast"]
 
 
+@pytest.mark.slow
 def test_a_network_brings_in_nothing_heavy():
     added = added_by("effnet_fast.models")
     assert "effnet_fast.pretrained.weights" in added

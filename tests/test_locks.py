@@ -6,6 +6,8 @@ import os
 import threading
 import warnings
 
+import pytest
+
 from effnet_fast.locks import ForkLock
 
 
@@ -20,6 +22,7 @@ def exit_status_of_child(lock: ForkLock) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_child_finds_the_lock_of_another_thread_free() -> None:
     lock = ForkLock()
     held, done = threading.Event(), threading.Event()

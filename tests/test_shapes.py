@@ -24,6 +24,7 @@ def _of_dense(kind: str, shape: DenseShape) -> tuple[str, int, int, int, int, in
     return (kind, shape.channels, shape.out_channels, shape.kernel, shape.stride, shape.out_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shapes_are_those_of_the_counts(name: str) -> None:
     shapes = shapes_of(name)

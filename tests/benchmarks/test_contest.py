@@ -95,6 +95,7 @@ def test_who_runs_out_of_memory_is_absent() -> None:
     assert list(outcome.standings) == ["effnet_fast"]
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_fresh_thread_and_not_of_who_keeps_it() -> None:
     """What belongs to the main thread, like a workspace that the check has made, must count."""
     threads: list[threading.Thread] = []
@@ -173,6 +174,7 @@ def _run(pytester: pytest.Pytester, *options: str) -> pytest.RunResult:
     return pytester.runpytest_inprocess("-p", "no:xdist", "-p", "no:cacheprovider", *options)
 
 
+@pytest.mark.slow
 def test_suite_checks_once_and_stops_at_red(pytester: pytest.Pytester) -> None:
     result = _run(pytester, "--benchmark-only")
     result.assert_outcomes(passed=2, failed=4, deselected=2)
@@ -189,6 +191,7 @@ def test_disabled_benchmarks_still_check(pytester: pytest.Pytester) -> None:
     assert (pytester.path / "log").read_text().splitlines() == ["check green"] * 2
 
 
+@pytest.mark.slow
 def test_records_only_when_told(pytester: pytest.Pytester) -> None:
     results = pytester.path / "results"
     options = ("--benchmark-only", "-k", "green", "--results", str(results))

@@ -26,6 +26,7 @@ def _python(part: str, name: str, code: str, share: float = 0.5, needs: str | No
     return Step(part, name, (sys.executable, "-c", code), share, needs)
 
 
+@pytest.mark.slow
 def test_dry_run_lists_every_part() -> None:
     command = ["make", "--no-print-directory", "-s", "gpu", "DRY_RUN=1", f"PYTHON={sys.executable}"]
     done = subprocess.run(
@@ -138,6 +139,7 @@ def test_summary_names_a_file_that_it_cannot_read(tmp_path: Path) -> None:
     assert "0.50 of torch" in text
 
 
+@pytest.mark.slow
 def test_a_failing_step_does_not_stop_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_without_a_compiler_the_reason_is_told(
         limits._library()
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_call() -> None:
     size = 64 * 2**20
     for _ in range(2):  # what the first call freed must count again

@@ -26,6 +26,7 @@ def _installed(peer: Peer) -> bool:
     return all(importlib.util.find_spec(module) for module in peer.requires)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("peer", ON_CPU, ids=lambda peer: peer.name)
 def test_takes_part(peer: Peer, mode: str) -> None:
@@ -37,6 +38,7 @@ def test_takes_part(peer: Peer, mode: str) -> None:
     assert result.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch_contiguous", "torch_channels_last", "torch_amp"])
 def test_stock_never_takes_a_fused_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers made of this package's modules run PyTorch's operators and look for nothing else."""
@@ -55,6 +57,7 @@ def test_jax_computes_what_stock_does() -> None:
     networks.contest(SMALL, "inference", "fp32", "cpu", names=["jax"]).build["jax"]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_check_passes_and_finds_a_fault(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = networks._setup(SMALL, mode, "fp32", "cpu")
@@ -64,6 +67,7 @@ def test_check_passes_and_finds_a_fault(mode: str, monkeypatch: pytest.MonkeyPat
         networks.check(setup)
 
 
+@pytest.mark.slow
 def test_check_finds_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = networks._setup(SMALL, "training", "fp32", "cpu")
     step = networks.network_step
@@ -78,6 +82,7 @@ def test_check_finds_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         networks.check(setup)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_who_computes_something_else_does_not_take_part(mode: str) -> None:
     setup = networks._setup(SMALL, mode, "fp32", "cpu")
@@ -108,6 +113,7 @@ def _break_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "network_step", wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision", "timm", "lukemelas"])
 def test_networks_of_others_drop_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drops are work that the other contestants are spared, and make training steps differ."""
@@ -125,6 +131,7 @@ def test_networks_of_others_drop_nothing(name: str, monkeypatch: pytest.MonkeyPa
         assert built[0]._global_params.drop_connect_rate == 0.0
 
 
+@pytest.mark.slow
 def test_compiled_peers_are_different_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal options would share one entry in the compiler's cache: the first's code for all."""
     asked, frozen = [], []

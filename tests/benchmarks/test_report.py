@@ -42,6 +42,7 @@ def _main(folder: Path, *options: str) -> int:
     return report.main(["--results", str(folder / "results"), "--output", str(folder), *options])
 
 
+@pytest.mark.exhaustive
 def test_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     _results(tmp_path / "results")
     (tmp_path / "README.md").write_text(README)
@@ -68,10 +69,12 @@ def test_check_finds_a_changed_figure_and_a_changed_table(tmp_path: Path) -> Non
     assert _main(tmp_path, "--check") == 0
 
 
+@pytest.mark.slow
 def test_what_is_checked_in_is_what_the_results_give() -> None:
     assert report.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_readme_keeps_the_rest(tmp_path: Path) -> None:
     _results(tmp_path / "results")
     (tmp_path / "README.md").write_text(README)

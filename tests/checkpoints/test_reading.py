@@ -125,6 +125,7 @@ def test_missing_names_are_given_and_nothing_is_half_loaded(tmp_path, data):
     assert any(key in told for key in (*missing, *dropped)) or "not an EfficientNet's" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", EMA_WRAPPERS)
 def test_the_moving_average_goes_first(tmp_path, tiny, wrapper):
     average = {key: value + 1 for key, value in tiny.items()}

@@ -200,6 +200,7 @@ class TestPublishedWeights:
         categories = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
         assert [entry["label"] for entry in top] == [categories[entry["class"]] for entry in top]
 
+    @pytest.mark.slow
     def test_agrees_with_torchvision(self, published, b0_state, folder, capsys):
         report, _ = classify([folder / "a.png", "--weights", "DEFAULT", "--top", 3], capsys)
         stock = torchvision.models.efficientnet_b0().eval()

@@ -51,6 +51,7 @@ def test_there_and_back(tmp_path, state, to, suffixes, capsys):
     assert f"{there}: 360 tensors, 4,011,391 parameters of " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_json(tmp_path, state, capsys):
     source, output = tmp_path / "a.pth", tmp_path / "b.safetensors"
     torch.save({"state_dict": checkpoints.convert(state, "lukemelas"), "epoch": 3}, source)
@@ -74,6 +75,7 @@ def test_json(tmp_path, state, capsys):
     assert EfficientNet.from_checkpoint(output).variant.padding == "same"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "to", "output", "note"),
     [
@@ -130,6 +132,7 @@ def test_replaces_only_when_told_to(tmp_path, state, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.slow
 def test_bad_input_leaves_nothing(tmp_path, state, capsys):
     source, output = tmp_path / "a.pth", tmp_path / "b.pth"
     absent = tmp_path / "absent.pth"

@@ -49,6 +49,7 @@ def test_wrong_usage_exits_with_2(argv, capsys):
     assert "usage: effnet-fast" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_as_a_process(tmp_path):
     absent = str(tmp_path / "absent.png")
     command = [sys.executable, "-m", "effnet_fast.cli", "classify", absent]

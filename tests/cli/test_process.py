@@ -233,6 +233,7 @@ def test_weights_that_are_no_numbers_give_null(monkeypatch, tmp_path: Path, caps
     assert report["images"][0]["top"][0]["probability"] is None
 
 
+@pytest.mark.slow
 def test_errors_name_the_file(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")

@@ -104,6 +104,7 @@ def test_fit_takes_conditions_and_rule(capsys):
     assert report["rule"] == {"alpha": 1.0, "beta": 1.0, "gamma": 1.3}
 
 
+@pytest.mark.slow
 def test_fit_latency(quick, capsys, tmp_path):
     path = tmp_path / "calibration.json"
     argv = ["fit", "--latency", "400s", "--plan", "fused", "--calibration", str(path)]
@@ -194,6 +195,7 @@ def test_grid(capsys, tmp_path):
     assert len(text.splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_grid_with_an_own_scorer(capsys, tmp_path, monkeypatch):
     (tmp_path / "my_scorer.py").write_text("def score(network):\n    return 1.0\nnumber = 3\n")
     monkeypatch.chdir(tmp_path)
@@ -230,6 +232,7 @@ def test_compare_without_measuring(quick, capsys):
     assert {n["latency_s"] for n in report["networks"]} == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "magic"), [("svg", SVG), ("png", PNG)])
 @pytest.mark.parametrize(
     "argv",
@@ -254,6 +257,7 @@ def test_figures(argv, suffix, magic, quick, capsys, tmp_path):
         ) in content
 
 
+@pytest.mark.slow
 def test_small_networks_have_no_estimate(quick, capsys, tmp_path):
     """Below B0 the formula would give what no network has: less than nothing."""
     argv = ["compare", "--macs", "200M", "--plot", str(tmp_path / "figure.svg")]
@@ -342,6 +346,7 @@ assert "torch._dynamo" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_fit_imports_nothing_heavy():
     """Importing torch is most of what a user waits for."""
     done = subprocess.run([sys.executable, "-c", FIT], capture_output=True, text=True, check=True)

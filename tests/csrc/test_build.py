@@ -206,6 +206,7 @@ def test_without_cuda(tools: FakeTools, setting: str) -> None:
     assert "-DEFFNET_CUDA_ARCHS" not in tools.ninja()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("archs", "smi", "expected"),
     [

@@ -102,7 +102,7 @@ def test_the_table_covers_every_architecture() -> None:
     assert 0 < len(kernels) <= cuda_budgets.MAX_INSTANCES
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_planted_spill_is_caught(tmp_path: Path) -> None:
     instances = planted(SPILLS, tmp_path)
     (at,) = instances
@@ -111,6 +111,7 @@ def test_a_planted_spill_is_caught(tmp_path: Path) -> None:
     assert f"spill_kernel spills {at.spills} bytes on sm_90" in cuda_budgets.faults(instances)
 
 
+@pytest.mark.slow
 def test_a_planted_scalar_load_is_caught(tmp_path: Path) -> None:
     require_nvdisasm()
     instances = planted(SCALAR, tmp_path)

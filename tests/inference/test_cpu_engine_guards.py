@@ -55,6 +55,7 @@ def test_every_tap_has_an_output() -> None:
         run(native_network((0, -1, -1)), torch.zeros(1, 1000), [])
 
 
+@pytest.mark.slow
 def test_the_last_output_needs_a_head() -> None:
     with pytest.raises(ValueError, match="a classifier needs a head"):
         native_network((0, -1, -1), head=False)

@@ -224,6 +224,7 @@ def test_backends_that_a_device_has_not() -> None:
             Target("cpu", backend).deploy(network())
 
 
+@pytest.mark.slow
 @NEEDS_SIMT
 @pytest.mark.parametrize("shape", [(0, 3, 48, 48), (2, 3, 1, 1), (1, 3, 2, 65)], ids=str)
 def test_odd_sizes(shape: tuple[int, ...]) -> None:

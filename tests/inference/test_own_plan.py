@@ -321,6 +321,7 @@ class TestPacking:
             assert snapshot is None or other.features is model.features
             assert torch.equal(infer(other), infer(model))
 
+    @pytest.mark.slow
     def test_networks_are_freed(self) -> None:
         """At once; and by the garbage collector where a child leads back to its network."""
         model = network()

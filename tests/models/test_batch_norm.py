@@ -140,6 +140,7 @@ def test_statistics_of_data_far_from_zero() -> None:
     torch.testing.assert_close(bn.running_var.double(), exact.var(1), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["network", "block"])
 def test_one_value_per_channel_raises_as_stock(part: str) -> None:
     models = pair().train()

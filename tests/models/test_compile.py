@@ -102,6 +102,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", tiers.some(CHANGES, ("trains",)))
 def test_changes_after_compilation_are_followed(name: str) -> None:
     models = pair()
@@ -136,6 +137,7 @@ def test_autocast_inside_and_around() -> None:
     assert networks.rms(y - expected) < 0.1 * networks.rms(expected)
 
 
+@pytest.mark.exhaustive
 def test_gradient_checkpointing() -> None:
     models = pair().train()
     models.actual.set_grad_checkpointing()

@@ -106,11 +106,13 @@ def check(case: Case, training: bool) -> None:
             raise AssertionError(f"{name}: {error}") from error
 
 
+@pytest.mark.slow
 @CASES
 def test_inference(case: Case) -> None:
     check(case, training=False)
 
 
+@pytest.mark.slow
 @CASES
 def test_training_step(case: Case) -> None:
     check(case, training=True)

@@ -73,6 +73,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @MODES
 @pytest.mark.parametrize("name", COPIES)
 def test_copy(name: str, training: bool) -> None:
@@ -129,6 +130,7 @@ def replicate(model: nn.Module) -> nn.Module:
     return copies[id(model)]
 
 
+@pytest.mark.slow
 @MODES
 def test_data_parallel_replicas(training: bool) -> None:
     """Two replicas, a part of the batch each: torchvision's results, gradients in the original."""
@@ -181,6 +183,7 @@ def test_other_processes(method: str) -> None:
 
 
 class TestMeta:
+    @pytest.mark.slow
     def test_shapes_without_memory(self) -> None:
         with torch.device("meta"):
             model = EfficientNet("b7")
@@ -188,12 +191,14 @@ class TestMeta:
         assert model.eval()(x).shape == (2, 1000)
         assert model.train()(x).is_meta
 
+    @pytest.mark.slow
     def test_encoder(self) -> None:
         with torch.device("meta"):
             model = EfficientNetFeatures("b7", out_indices=(1, 4)).eval()
             maps = model(torch.empty(1, 3, 640, 640))
         assert [m.shape[1:] for m in maps] == [(48, 160, 160), (640, 20, 20)]
 
+    @pytest.mark.slow
     def test_fake_tensors(self) -> None:
         from torch._subclasses import FakeTensorMode
 
@@ -215,6 +220,7 @@ class TestStrictLoading:
             model.load_state_dict({**state, key: tensor[:-1]})
 
 
+@pytest.mark.slow
 @MODES
 def test_parametrized_and_pruned(training: bool) -> None:
     def change(model: nn.Module) -> None:

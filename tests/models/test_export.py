@@ -52,6 +52,7 @@ def domains(path_or_bytes: str | bytes) -> set[str]:
 
 
 class TestTorchExport:
+    @pytest.mark.slow
     @pytest.mark.parametrize("strict", tiers.some((False, True), (False,)))
     def test_eval(self, strict: bool) -> None:
         models = pair()
@@ -64,6 +65,7 @@ class TestTorchExport:
         for x in (X, OTHERS):
             assert_close(program.module()(x), models.stock(x))
 
+    @pytest.mark.slow
     def test_train(self) -> None:
         """The program carries the statistics' updates and gives stock's gradients."""
         models = pair()
@@ -88,12 +90,14 @@ class TestTorchExport:
         loaded = torch.export.load(tmp_path / "tiny.pt2")
         assert_close(loaded.module()(X), models.stock(X))
 
+    @pytest.mark.slow
     def test_encoder_with_a_named_backend(self) -> None:
         model = EfficientNetFeatures(MINI, out_indices=(1, 2), backend="cpu").eval()
         program = torch.export.export(model, (X,))
         for actual, expected in zip(program.module()(X), model(X), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.slow
     def test_checkpointing_leaves_no_trace(self) -> None:
         models = pair()
         models.actual.set_grad_checkpointing()
@@ -123,6 +127,7 @@ class TestOnnx:
         program.save(path)
         self.run(models, path, X, OTHERS)
 
+    @pytest.mark.slow
     def test_torchscript_exporter(self) -> None:
         models = pair()
         buffer = io.BytesIO()
@@ -181,6 +186,7 @@ class TestFx:
 
 
 class TestTorchScript:
+    @pytest.mark.slow
     @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
     def test_trace(self, training: bool) -> None:
         models = pair().train(training)
@@ -191,6 +197,7 @@ class TestTorchScript:
         if not training:
             assert_close(traced(OTHERS), models.stock(OTHERS))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
     def test_script(self, training: bool, tmp_path: Path) -> None:
         models = pair()
@@ -201,6 +208,7 @@ class TestTorchScript:
             networks.assert_alike(run_network(module.train(training), X), run_network(stock, X))
             module.load_state_dict(networks.calibrated_state(MINI))
 
+    @pytest.mark.slow
     def test_script_of_same_padding(self) -> None:
         """At both sizes, since the padding depends on them."""
         model = EfficientNet(replace(MINI, padding="same")).eval()
@@ -209,6 +217,7 @@ class TestTorchScript:
         for x in (X, random_images(2, 33)):
             assert_close(scripted(x), model(x))
 
+    @pytest.mark.slow
     def test_script_of_an_encoder_and_of_unpooled_maps(self) -> None:
         model = EfficientNetFeatures(MINI, out_indices=(0, 2)).eval()
         for actual, expected in zip(torch.jit.script(model)(X), model(X), strict=True):

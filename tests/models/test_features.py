@@ -55,6 +55,7 @@ class Segmenter(nn.Module):
 
 
 class TestAgainstTimm:
+    @pytest.mark.slow
     @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3, 4), (1, 2, 3), (4,), (2, -1)], ids=str)
     def test_maps(self, out_indices: tuple[int, ...]) -> None:
         x = random_images(2, timm_networks.RESOLUTION)
@@ -67,6 +68,7 @@ class TestAgainstTimm:
         assert ours.feature_info.channels() == theirs.feature_info.channels()
         assert ours.feature_info.reduction() == theirs.feature_info.reduction()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("extra_blocks", [False, True])
     @pytest.mark.parametrize("indices", [None, 2, [0, 3], [-2], [1, -1]], ids=str)
     def test_intermediates(self, indices: object, extra_blocks: bool) -> None:
@@ -177,6 +179,7 @@ class TestStateDict:
         assert torch.equal(model.classifier.weight, other.classifier.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_segmentation(training: bool) -> None:
     """Forward and backward through a decoder, against torchvision's stages under the same one."""

@@ -22,6 +22,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 class TestAgainstTimm:
+    @pytest.mark.slow
     @pytest.mark.parametrize("global_pool", POOLINGS)
     def test_no_classifier(self, global_pool: str) -> None:
         options = {"num_classes": 0, "global_pool": global_pool}
@@ -36,6 +37,7 @@ class TestAgainstTimm:
         assert ours.num_features == theirs.num_features
         assert type(ours.get_classifier()) is type(theirs.get_classifier()) is nn.Identity
 
+    @pytest.mark.slow
     def test_pieces(self) -> None:
         ours, theirs = timm_networks.ours(), timm_networks.theirs()
         with torch.no_grad():
@@ -49,6 +51,7 @@ class TestAgainstTimm:
             ours.plan = False  # block by block, as the pieces
             assert torch.equal(ours.forward_head(map_), ours(X))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("global_pool", [None, "max", "catavgmax"])
     def test_reset(self, global_pool: str | None) -> None:
         ours, theirs = timm_networks.ours(), timm_networks.theirs()

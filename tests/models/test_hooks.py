@@ -165,6 +165,7 @@ def test_backward_hook_where_nothing_is_in_place(path: str, kind: str) -> None:
     assert len(assert_same_with_hooks(models, install_on(path, kind))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_global_hook(kind: str, training: bool) -> None:

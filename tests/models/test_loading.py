@@ -49,6 +49,7 @@ def norms(model):
     return {(m.eps, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_size_is_read_from_the_shapes(family, size):
@@ -80,6 +81,7 @@ def test_what_a_family_brings(family, size, padding, eps, momentum, resize):
     assert other.mean == other.std == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_builds_the_familys_network(tmp_path, b0, family, suffix):
@@ -177,6 +179,7 @@ def test_num_classes(tmp_path, tiny):
         assert_same(model.state_dict(), encoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["", "dp", "c"])
 def test_what_is_trained_on_stays_of_its_family(tmp_path, tiny, family, wrap):
@@ -193,6 +196,7 @@ def test_what_is_trained_on_stays_of_its_family(tmp_path, tiny, family, wrap):
         assert_same(loaded.state_dict(), tiny)
 
 
+@pytest.mark.slow
 def test_encoder(tmp_path, b0):
     path = write(checkpoints.convert(b0, "timm"), tmp_path / "tf_efficientnet_b0.pth")
     whole = EfficientNet.from_checkpoint(path).eval()
@@ -211,6 +215,7 @@ def test_encoder(tmp_path, b0):
     assert grey.features[0][0].in_channels == 1
 
 
+@pytest.mark.slow
 def test_encoder_of_no_published_size(tmp_path, tiny):
     path = write(tiny, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a\.pth: no published size .*Give variant=") as caught:
@@ -220,6 +225,7 @@ def test_encoder_of_no_published_size(tmp_path, tiny):
     assert_same(encoder.state_dict(), {k: v for k, v in tiny.items() if k in encoder.state_dict()})
 
 
+@pytest.mark.slow
 def test_names_what_differs_from_the_variant(tmp_path, tiny, b0):
     path = write(b0, tmp_path / "a.pth")
     message = (

@@ -67,6 +67,7 @@ def test_lean_gives_the_bits_of_fast(autocast: bool) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", tiers.networks(f"b{i}" for i in range(8)))
 def test_what_is_saved(size: str) -> None:
     """By hooks, at a side so small that vectors weigh more than at the network's own."""
@@ -98,6 +99,7 @@ def step_peak(model: EfficientNet, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "amp"),
     [

@@ -21,6 +21,7 @@ def described(groups: list[dict], names: dict[int, str]) -> dict[str, tuple[floa
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer_decay", "min_scale"), [(0.75, 0.0), (0.5, 0.1), (1.0, 0.0)])
 def test_scales_and_decays_are_timms(layer_decay: float, min_scale: float) -> None:
     """Parameters are registered in the same order, so that they can be told by their place."""

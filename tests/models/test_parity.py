@@ -76,6 +76,7 @@ def test_eval_backward() -> None:
     trio(VARIANTS["b0"], 113).assert_parity(*random_images(8, 113).split(2))
 
 
+@pytest.mark.slow
 def test_train_step() -> None:
     """Forward, backward and running statistics, with dropout and drop-path drawing alike."""
     models = trio(VARIANTS["b0"], 113).train()
@@ -174,6 +175,7 @@ def test_double_precision() -> None:
         torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_reference_backend_is_stock() -> None:
     """With backend="reference" the results are torchvision's to the bit, in either mode."""
     models = pair()

@@ -35,6 +35,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", peers.RUNNABLE)
 @pytest.mark.parametrize("size", tiers.some(PUBLISHED, ["b0"]))
 def test_logits(size, family, tmp_path):
@@ -57,6 +58,7 @@ def test_logits(size, family, tmp_path):
     assert rms(exact[0] - exact[1]) > 100 * rms(worse - exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["timm", "nvidia", "torchvision"])
 def test_another_family_gives_other_logits(wrong, tmp_path):
     path = save(peers.state_of("timm_tf", "b0", SIDES[1]), "timm", tmp_path)
@@ -71,6 +73,7 @@ def test_another_family_gives_other_logits(wrong, tmp_path):
         assert (rms(actual - expected) < 1e-5 * rms(expected)) == alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["timm_tf", "lukemelas"])
 def test_oblong_images_and_the_reference(family, tmp_path):
     state = peers.state_of(family, "b0", SIDES[1])

@@ -52,6 +52,7 @@ def test_the_plan_comes_first(taken: list[tuple[bool, str]]) -> None:
     assert not taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "cpu:generic", "reference"])
 def test_follows_the_backend(backend: str, taken: list[tuple[bool, str]]) -> None:
     models = pair().train()
@@ -107,6 +108,7 @@ STATES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", STATES)
 def test_taken_in_every_state(state: str, taken: list[tuple[bool, str]]) -> None:
     """Two steps, so that what the first leaves behind counts, too."""
@@ -219,6 +221,7 @@ def test_dtype_of_pooled_features(autocast: bool, taken: list[tuple[bool, str]])
     assert dtypes[0] == dtypes[1] == (torch.bfloat16 if autocast else torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_gradient_checkpointing(autocast: bool, taken: list[tuple[bool, str]]) -> None:
     model, x = pair().actual.train(), random_images(IMAGES, 48)
@@ -246,6 +249,7 @@ def test_second_derivative(taken: list[tuple[bool, str]]) -> None:
     assert error < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_transforms_see_the_layers(taken: list[tuple[bool, str]]) -> None:
     model, x = pair().actual, random_images(IMAGES, 48)

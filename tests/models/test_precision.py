@@ -62,6 +62,7 @@ def assert_errors(
             raise AssertionError(f"{kind}: {error}") from error
 
 
+@pytest.mark.slow
 @HALVES
 @MODES
 def test_autocast(dtype: torch.dtype, training: bool) -> None:
@@ -75,6 +76,7 @@ def test_autocast(dtype: torch.dtype, training: bool) -> None:
     assert_errors(run, models, MORE)
 
 
+@pytest.mark.slow
 @HALVES
 def test_autocast_without_gradients(dtype: torch.dtype) -> None:
     """The whole-block kernels."""
@@ -87,6 +89,7 @@ def test_autocast_without_gradients(dtype: torch.dtype) -> None:
     assert_errors(run, models)
 
 
+@pytest.mark.slow
 @HALVES
 @MODES
 def test_half_precision_networks(dtype: torch.dtype, training: bool) -> None:
@@ -97,6 +100,7 @@ def test_half_precision_networks(dtype: torch.dtype, training: bool) -> None:
     assert_errors(lambda model: run_network(model, X.to(dtype)), models)
 
 
+@pytest.mark.slow
 @MODES
 def test_double(training: bool) -> None:
     models = pair().train(training)
@@ -105,6 +109,7 @@ def test_double(training: bool) -> None:
         torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @MODES
 def test_norms_in_fp32_of_a_bf16_network(training: bool) -> None:
     """Mixed dtypes in one block; stock's convolution and batch_norm take them too."""
@@ -155,6 +160,7 @@ def test_autocast_disabled_inside() -> None:
     networks.assert_alike({"y": outputs[0]}, {"y": outputs[1]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 def test_moves_there_and_back(dtype: torch.dtype) -> None:
     """Whatever a pass in one dtype keeps does not outlive the move to another."""

@@ -24,6 +24,7 @@ def gradient_penalty(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": penalty.detach(), "grad x": x.grad} | grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradient_penalty(training: bool) -> None:
     models = trio().train(training)
@@ -40,6 +41,7 @@ def test_gradient_penalty(training: bool) -> None:
     ) + 1e-5 * networks.rms(exact["grad x"])
 
 
+@pytest.mark.slow
 def test_hessian_vector_product() -> None:
     products = []
     for model in pair().models:
@@ -65,6 +67,7 @@ def test_frozen_stages() -> None:
     networks.assert_alike(*(gradient_penalty(m, X) for m in models.models))
 
 
+@pytest.mark.slow
 def test_third_derivative() -> None:
     thirds = []
     for model in pair().models:

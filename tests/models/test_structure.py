@@ -62,6 +62,7 @@ def closed_formula(width: float, depth: float, classes: int = 1000) -> int:
 
 @pytest.mark.parametrize("name", networks.PUBLISHED)
 class TestAgainstTorchvision:
+    @pytest.mark.slow
     def test_prints_the_same(self, name: str) -> None:
         ours, theirs = on_meta(name)
         assert str(ours) == str(theirs)
@@ -129,6 +130,7 @@ def test_preprocessing_is_that_of_torchvisions_weights(name: str) -> None:
     assert weights.meta["num_params"] == PARAMETERS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", networks.PUBLISHED)
 def test_draws_torchvisions_random_weights(name: str) -> None:
     torch.manual_seed(7)
@@ -169,6 +171,7 @@ class TestArguments:
         assert model.classifier[1].weight.shape == (7, 1280)
         assert model.features[0][0].weight.shape == (32, 1, 3, 3)
 
+    @pytest.mark.slow
     def test_dropout_and_drop_path(self) -> None:
         with torch.device("meta"):
             ours = build("b1", dropout=0.5, stochastic_depth_prob=0.4)
@@ -226,6 +229,7 @@ class TestArguments:
             EfficientNet("b9")
 
 
+@pytest.mark.slow
 def test_package_does_not_need_torchvision() -> None:
     import ast
     from pathlib import Path

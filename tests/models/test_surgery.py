@@ -167,6 +167,7 @@ def output(models: Pair) -> Tensor:
     return networks.run_network(models.actual, random_images(4, 48), backward=False)["y"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", BLOCK_CHANGES)
 def test_changed_block(name: str, training: bool, unchanged: Tensor) -> None:

@@ -153,6 +153,7 @@ def hold(run: Run, three: networks.Trio, state: dict[str, Tensor]) -> None:
             raise AssertionError(f"{name}: {error}") from error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", runs())
 def test_single_steps_along_a_run(run: Run) -> None:
     three = trio(run)
@@ -165,6 +166,7 @@ def test_single_steps_along_a_run(run: Run) -> None:
     assert losses[-1] < 0.9 * losses[0]  # it does train
 
 
+@pytest.mark.slow
 def test_single_steps_notice_a_fault() -> None:
     run = runs()[0].values[0]
     three = trio(run)

@@ -80,6 +80,7 @@ def test_refuses_unknown_padding():
         replace(VARIANTS["b0"], padding="valid")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_computes_what_stock_does(side, train):

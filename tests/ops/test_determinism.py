@@ -215,7 +215,7 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("name", tiers.some(SAMPLES, ("dwconv_train", "stem_train")))
 def test_memory_does_not_grow(name: str) -> None:

@@ -190,6 +190,7 @@ def test_autocast_leaves_float64_alone(name: str) -> None:
     assert y.dtype == torch.float64
 
 
+@pytest.mark.slow
 @ANY_SAMPLE
 def test_torch_func_goes_through_the_reference(name: str) -> None:
     call = sample(name)

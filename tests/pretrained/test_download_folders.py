@@ -29,6 +29,7 @@ class TestProcesses:
         command = [sys.executable, "-c", FETCH, host.url(), str(folder)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
+    @pytest.mark.slow
     def test_several_at_once_share_one_download(self, host, tmp_path):
         host.answers = [Answer(delay=0.3)]
         processes = [self.start(host, tmp_path) for _ in range(3)]
@@ -38,6 +39,7 @@ class TestProcesses:
         assert holds(path)
         assert len(host.asked) == 1
 
+    @pytest.mark.slow
     def test_the_next_takes_over_from_one_that_fails(self, host, tmp_path):
         host.answers = [Answer(cut=200_000, stall=300.0)]
         first = self.start(host, tmp_path)
@@ -56,6 +58,7 @@ class TestProcesses:
         assert int(host.asked[1].removeprefix("bytes=").rstrip("-")) > 100_000
 
 
+@pytest.mark.slow
 def test_threads_at_once_share_one_download(host, tmp_path):
     host.answers = [Answer(delay=0.1)]
     paths = []

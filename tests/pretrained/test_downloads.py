@@ -56,6 +56,7 @@ def test_goes_on_as_long_as_something_arrives(host, tmp_path):
     assert len(host.asked) == 11 > 2 * downloads.ATTEMPTS
 
 
+@pytest.mark.slow
 def test_continues_after_silence(host, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "TIMEOUT", 1.0)
     host.answers = [Answer(cut=100_000, stall=300.0)]
@@ -191,6 +192,7 @@ def test_a_host_that_always_breaks_off(host, tmp_path, ranges):
     assert holds(fetch(host, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no_ranges"])
 def test_gives_up_when_the_host_trickles(host, tmp_path, monkeypatch, ranges):
     monkeypatch.setattr(downloads, "STALL", 0.5)
@@ -205,6 +207,7 @@ def test_gives_up_when_the_host_trickles(host, tmp_path, monkeypatch, ranges):
     assert holds(fetch(host, tmp_path))
 
 
+@pytest.mark.slow
 def test_gives_up_when_every_attempt_brings_a_little(host, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "STALL", 0.5)
     host.answers = [Answer(cut=1)] * 10_000

@@ -96,6 +96,7 @@ class TestEnums:
         values = [member.value for member in MEMBERS]
         assert all((a == b) == (a is b) for a in values for b in values)
 
+    @pytest.mark.slow
     def test_pickle_is_read_by_another_process(self):
         script = "import pickle, sys; print(pickle.load(sys.stdin.buffer))"
         output = subprocess.run(
@@ -173,12 +174,14 @@ class TestLookup:
 
 
 class TestNetworks:
+    @pytest.mark.slow
     @pytest.mark.parametrize("given", [B0, "DEFAULT", "EfficientNet_B0_Weights.IMAGENET1K_V1"])
     def test_loads_everything(self, published, b0_state, given):
         model = effnet_fast.efficientnet_b0(weights=given, progress=False)
         assert same_tensors(model.state_dict(), b0_state)
         assert model.training
 
+    @pytest.mark.slow
     def test_gives_torchvisions_logits(self, published, monkeypatch):
         url = B0.url
         monkeypatch.setattr(theirs(B0).value, "url", url)
@@ -191,6 +194,7 @@ class TestNetworks:
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
         assert (expected[0] - expected[1]).abs().max() > 1e-3
 
+    @pytest.mark.slow
     def test_torchvision_reads_our_cache(self, published, b0_state, monkeypatch):
         effnet_fast.efficientnet_b0(weights=B0, progress=False)
         monkeypatch.setattr(theirs(B0).value, "url", B0.url)
@@ -198,6 +202,7 @@ class TestNetworks:
         assert published.asked == [None]
         assert same_tensors(model.state_dict(), b0_state)
 
+    @pytest.mark.slow
     def test_draws_as_without_weights(self, published):
         states = []
         for given in (None, B0):
@@ -206,11 +211,13 @@ class TestNetworks:
             states.append(torch.get_rng_state())
         assert torch.equal(*states)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("progress", [True, False])
     def test_progress(self, published, capsys, progress):
         effnet_fast.efficientnet_b0(weights=B0, progress=progress)
         assert ("efficientnet_b0_stand-in" in capsys.readouterr().err) == progress
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("in_chans", [1, 2, 4, 6])
     def test_adapts_the_stem(self, published, b0_state, in_chans):
         model = effnet_fast.efficientnet_b0(weights=B0, in_chans=in_chans, progress=False)
@@ -218,6 +225,7 @@ class TestNetworks:
         assert stem.shape[1] == in_chans
         assert same_tensors(model.state_dict(), {**b0_state, STEM: stem})
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stages", [9, 8, 4])
     def test_a_network_that_ends_early_does_without_the_rest(self, published, b0_state, stages):
         model = effnet_fast.efficientnet_b0()
@@ -228,6 +236,7 @@ class TestNetworks:
         rest = {key: value for key, value in b0_state.items() if key.startswith(kept)}
         assert same_tensors(model.state_dict(), rest)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3, 4), (1, 2)], ids=str)
     def test_encoders_take_what_they_have(self, published, b0_state, out_indices):
         model = effnet_fast.efficientnet_b0(
@@ -282,6 +291,7 @@ class TestNetworks:
 
 
 class TestFiles:
+    @pytest.mark.slow
     def test_checks_the_cached_file_every_time(self, published, b0_file):
         for _ in range(2):
             B0.get_state_dict(progress=False)
@@ -331,6 +341,7 @@ class TestFiles:
             effnet_fast.efficientnet_b0(weights=B0, progress=False)
         assert not marker.exists()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("spoil", "message"),
         [

@@ -91,6 +91,7 @@ class TestGeometries:
         assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradgradcheck(training: bool) -> None:
     args = arguments(shape=(2, 2, 3, 3))

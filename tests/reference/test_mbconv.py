@@ -164,6 +164,7 @@ def test_a_wrong_sum_is_noticed(row: int) -> None:
         assert_equal(staged(call, Wrong()), run(call, double=True))
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     case = MBConvCase("tiny", 2, 3, 6, 3, 3, 3, 3, 1, 2, True)
     call = block_call(case, FP32, dropped=True)

@@ -51,6 +51,7 @@ def test_two_dimensional_weights_and_absent_biases() -> None:
         torch.testing.assert_close(squeeze_excite(**args | {name: None}), zero)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [False, True])
 def test_gradcheck(flat: bool) -> None:
     args = arguments(shape=(2, 3, 2, 3))

@@ -51,6 +51,7 @@ def test_agrees_with_modules(name: str, training: bool) -> None:
     torch.testing.assert_close(args["running_var"], norm.running_var)
 
 
+@pytest.mark.slow
 @MODES
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_gradcheck(name: str, training: bool) -> None:

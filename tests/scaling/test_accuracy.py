@@ -21,6 +21,7 @@ def test_error_is_stated() -> None:
     assert rms < 0.3
 
 
+@pytest.mark.slow
 def test_paper_constants_are_best_at_equal_work() -> None:
     model, paper = accuracy_model(), CompoundScaling()
     best = model.top1(paper.alpha, paper.beta, 224 * paper.gamma)

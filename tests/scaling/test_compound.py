@@ -38,6 +38,7 @@ def test_one_unit_of_phi() -> None:
     assert point.variant.stem_channels == 48
 
 
+@pytest.mark.slow
 @given(st.floats(-2, 8), st.floats(0, 3))
 def test_grows_with_phi(phi: float, step: float) -> None:
     scaling = CompoundScaling()

@@ -251,7 +251,7 @@ def test_scorers_without_a_name_are_given_one(tmp_path: Path) -> None:
     assert trials == TrialFile(path, "own").trials
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scorer travels by its name, so it stands in a module of its own."""
     (tmp_path / "own_scorer.py").write_text(
@@ -280,7 +280,7 @@ def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(path.read_text().splitlines()) == 1 + len(RULES)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_trials_beside_a_failed_one_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_design_saves_a_third_and_a_fifth(plan: str, name: str) -> None:
     assert saved / stock == pytest.approx(SHARES[plan], abs=0.017)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EACH_TRAINING_PLAN
 @pytest.mark.parametrize("case", EACH_CASE)
@@ -146,6 +147,7 @@ def test_peak_of_training(case: str, plan: str, dtype: torch.dtype) -> None:
     assert counted.peak == pytest.approx(peak, rel=PEAK_ERROR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", ["stock", "fused"])
 @pytest.mark.parametrize("case", EACH_CASE)
@@ -190,7 +192,7 @@ print(status("VmHWM") - before)  # getrusage would count the parent's, if that w
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("plan", tiers.some(("stock", "fused"), ("fused",)))
 def test_peak_of_a_process(plan: str, request: pytest.FixtureRequest) -> None:
     """What the system gives a process beyond what stood, for a training step of eight images.

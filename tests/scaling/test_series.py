@@ -12,6 +12,7 @@ from effnet_fast.scaling.series import FACTORS, SERIES
 MACS = count(VARIANTS["b0"]).macs
 
 
+@pytest.mark.slow
 def test_series_scale_what_they_say() -> None:
     rows = compare(measured=False)
     assert [row.series for row in rows] == list(SERIES) * len(FACTORS)

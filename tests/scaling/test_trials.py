@@ -23,6 +23,7 @@ def trial(index: int, scorer: str = "s") -> Trial:
     return Trial(CompoundScaling(1 + index / 1e6, 1.1, 1.0), 1.0, scorer, 1.0, 1, 1, 1)
 
 
+@pytest.mark.slow
 def test_writers_in_several_processes_lose_no_row(tmp_path: Path) -> None:
     path, children = tmp_path / "trials.csv", []
     for child in range(4):
@@ -44,6 +45,7 @@ def test_writers_in_several_processes_lose_no_row(tmp_path: Path) -> None:
     assert len(TrialFile(path, "s").trials) == 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True])
 def test_searches_that_share_a_file_share_the_trials(tmp_path: Path, resumed: bool) -> None:
     path, ran, results = tmp_path / "trials.csv", Counter(), []

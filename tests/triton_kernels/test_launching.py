@@ -72,6 +72,7 @@ def test_amd_computes_in_ieee(
     assert launching.dot_precision(torch.float32) == "ieee"
 
 
+@pytest.mark.slow
 def test_tf32_compiles_to_tensor_cores(allow: Callable[[str], None]) -> None:
     allow("tf32")
     builds = record(partial(run_training, shapes_of("b0").blocks[1], 8, torch.float32))

@@ -26,6 +26,7 @@ def test_b0() -> None:
     assert_parity(TRITON, model, random_images(1, 48), torch.float16, calls=1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", some(DTYPES, DTYPES[:1]))
 def test_mini_replayed(dtype: torch.dtype, recorders: list) -> None:
     assert_parity(TRITON, networks.pair(MINI).actual, random_images(2, 17), dtype)

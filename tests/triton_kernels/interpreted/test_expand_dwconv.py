@@ -67,6 +67,7 @@ def test_padding(name: str, padding: tuple[int, int, int, int]) -> None:
     check(block_call(find(MBCONV_CASES, name), FP16, False, padding=padding))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("run", some((2, 3), (2,)))
 @pytest.mark.parametrize("name", some(("w_gt_tile_stride_2", "w_gt_tile_k5"), ("w_gt_tile_k5",)))
 def test_strips(name: str, run: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
