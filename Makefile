@@ -40,7 +40,7 @@ test-all: $(VENV)/.test qemu docs
 
 # What every long test costs, into tests/durations.csv, which the tiers were cut from; over an hour.
 durations: $(VENV)/.test qemu
-	$(RUN_TESTS) -n 0 -m "not gpu" -p durations --costs tests/durations.csv
+	$(RUN_TESTS) -m "not gpu" -p durations --costs tests/durations.csv
 
 # Each op, block and network once, its peers installed: about ten minutes on two cores.
 # BENCH_ARGS=--full holds every contest, which takes hours.

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import os
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows: `lock` then says that there is no lock
-    fcntl = None  # type: ignore[assignment]
-
+# Windows has none: `lock` then says that there is no lock.
+fcntl: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems over a network
 KINDS = {
     stat.S_IFIFO: "a pipe",

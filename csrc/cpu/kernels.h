@@ -1,4 +1,4 @@
-// What each instruction set offers; kernel_table.cpp gathers it into the table that the bindings read.
+// What each instruction set offers; kernel_table.cpp gathers it for the bindings.
 // A kernel returns false where it could not get its scratch memory.
 #pragma once
 

@@ -72,7 +72,6 @@ def warn_if_missing() -> None:
 warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while tracing
 
 
-@functools.cache
 def unavailable_reason() -> str | None:
     """Why the extension cannot be used, or None where it can."""
     return _REASON or None

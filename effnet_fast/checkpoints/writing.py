@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -62,9 +62,9 @@ def save(
         if problems := first_problems(state):
             raise ValueError(f"cannot be written: {problems}")
         tensors = _own(state)
-        if hasattr(state, "_metadata"):  # versions of modules, and whose the network is
-            # The attribute that nn.Module.state_dict sets on its dict; no type declares it.
-            tensors._metadata = state._metadata  # type: ignore[attr-defined]
+        # nn.Module.state_dict sets this attribute: versions of modules, and whose the network is.
+        if (versions := getattr(state, "_metadata", None)) is not None:
+            vars(tensors)["_metadata"] = versions
     metadata = {"format": "pt", **remembered(state), **(metadata or {})}
     with files.replacing(path) as temporary, files.naming_file(name):
         if suffix == SAFETENSORS:
@@ -129,7 +129,7 @@ def _save_pickle(content: Any, file: IO[bytes]) -> None:
             file.flush()
 
     try:
-        torch.save(content, Recorder())  # type: ignore[arg-type]
+        torch.save(content, cast(IO[bytes], Recorder()))  # of a file it calls these two alone
     except RuntimeError as error:
         if failures:
             raise failures[0] from error

@@ -1,6 +1,6 @@
 """The command line, one file or package per subcommand: `effnet-fast classify | bench | ...`.
 
-Subcommands are imported when they are needed: importing this package costs nothing.
+`main` imports the subcommands: importing this package costs nothing.
 """
 
 from __future__ import annotations

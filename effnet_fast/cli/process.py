@@ -55,7 +55,8 @@ def prepare_streams() -> None:
     """Makes every print work: on closed streams, and of letters that the terminal lacks."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            # Not from open(), which wants to be closed: the stream lasts as long as the process.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 

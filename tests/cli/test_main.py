@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 
 import effnet_fast
-from effnet_fast import cli
+from effnet_fast import cli, diagnostics
 
 
 def test_version(capsys):
@@ -64,6 +64,6 @@ def test_interrupt_is_quiet(monkeypatch, capsys):
     def interrupt(model):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.doctor.diagnostics, "doctor", interrupt)
+    monkeypatch.setattr(diagnostics, "doctor", interrupt)
     assert cli.main(["doctor"]) == cli.INTERRUPTED
     assert capsys.readouterr().err == ""

@@ -335,8 +335,8 @@ def test_drawn_shapes(draws: settings, training: bool, dtypes: Dtypes, backend: 
     @given(dwconv_cases(kernels))
     def examine(drawn: DwconvCase) -> None:
         call = dwconv_call(drawn, dtypes, training)
-        # Of a 1x1 weight BatchNorm leaves no gradient but rounding, of which 1 in 60 vectors of 17
-        # passes three times stock's (seen in 240), and none of 80 times three of them.
+        # BatchNorm leaves the gradient of a 1x1 weight nothing but rounding. Of 240 such vectors
+        # of 17 numbers, 4 broke the rule by chance; of 80 times three of them, none.
         check_over_draws(call, backend, -(-VECTOR // drawn.c) if training else 1)
         if not training:
             check(call, backend, wanted=())

@@ -285,6 +285,14 @@ def test_compiled_calls_are_fused(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_compiling_an_op_warns_of_nothing() -> None:
+    """A functools.cache on what is asked while tracing would."""
+    call = sample("dwconv_eval")
+    assert operators(call, ops.dwconv_bn_silu, fullgraph=True)
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_call_follows_the_surrounding_backend() -> None:
     """A choice made after compilation counts, in its own thread alone."""

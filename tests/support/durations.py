@@ -13,10 +13,10 @@ import csv
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# Under pytest-xdist every worker would write: costs are taken in one process.
 _costs: dict[tuple[str, str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0])
 LEAST_S = 1.0  # of a function in the table
 
@@ -45,7 +45,19 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     return result
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Of pytest-xdist: takes over what a worker has counted."""
+    for key, (tests, seconds) in node.workeroutput.get("costs", {}).items():
+        row = _costs[tuple(key.split("|"))]
+        row[0] += tests
+        row[1] += seconds
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["costs"] = {"|".join(k): row for k, row in _costs.items()}
+        return
     rows = sorted(_costs.items(), key=lambda row: -row[1][1])
     with session.config.getoption("--costs").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -99,7 +99,7 @@ def _import_scorer(name: str) -> Scorer:
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         scorer: Scorer = getattr(importlib.import_module(module), function)
-    except Exception as error:  # of the module's own code, too
+    except Exception as error:  # an import runs the module's code, which may raise anything
         raise common.CommandError(f"--scorer {name}: {type(error).__name__}: {error}") from error
     if not callable(scorer):
         raise common.CommandError(f"--scorer {name} is not a function")
