@@ -7,7 +7,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/norms.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/isa_dispatch.h"
 
 namespace effnet {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/parts.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/isa_dispatch.h"
 
 PYBIND11_MODULE(_C, m) {
   using namespace effnet;

@@ -13,7 +13,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/parts.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/isa_dispatch.h"
 #include "cpu/network/args.h"
 
 namespace effnet {

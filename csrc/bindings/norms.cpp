@@ -6,7 +6,7 @@
 #include <string>
 
 #include "bindings/bind.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/isa_dispatch.h"
 
 namespace effnet {
 

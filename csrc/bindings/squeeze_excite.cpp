@@ -3,7 +3,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/parts.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/isa_dispatch.h"
 
 namespace effnet {
 namespace {

@@ -6,7 +6,7 @@
 #include "bindings/bind.h"
 #include "bindings/norms.h"
 #include "common/stem_split.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/isa_dispatch.h"
 #include "cpu/stem_args.h"
 
 namespace effnet {

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from effnet_fast.checkpoints import families, plain
 from effnet_fast.checkpoints.families import FAMILIES, Family, check_family
-from effnet_fast.checkpoints.naming import NAMINGS, complete, convert, first_of, naming_of
+from effnet_fast.checkpoints.parameter_names import NAMINGS, complete, convert, first_of, naming_of
 from effnet_fast.checkpoints.reading import read
 from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
 from effnet_fast.files import naming_file

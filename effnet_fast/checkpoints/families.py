@@ -20,7 +20,7 @@ class Family:
     """How a family's networks compute.
 
     Args:
-        naming: how it names parameters, a key of `naming.NAMINGS`.
+        naming: how it names parameters, a key of `parameter_names.NAMINGS`.
         padding: of the convolutions that stride, "symmetric" or "same".
         bn_eps, bn_momentum: BatchNorm2d's constants; None means those of torchvision, which depend
             on the size.

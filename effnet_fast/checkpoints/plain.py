@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from effnet_fast.checkpoints.naming import first_of
+from effnet_fast.checkpoints.parameter_names import first_of
 
 
 def problem(value: Any) -> str | None:

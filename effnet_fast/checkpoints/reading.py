@@ -22,7 +22,7 @@ from torch import Tensor
 
 from effnet_fast import files
 from effnet_fast.checkpoints import plain_data
-from effnet_fast.checkpoints.naming import SHOWN, STEM_KEYS, first_of
+from effnet_fast.checkpoints.parameter_names import SHOWN, STEM_KEYS, first_of
 from effnet_fast.checkpoints.plain import problem
 
 # Where training scripts keep the state dict and its exponential moving average, and what

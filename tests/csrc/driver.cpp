@@ -18,7 +18,7 @@
 #define EFFNET_NAMESPACE host
 #include "common/geometry.h"
 #include "cpu/args.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/isa_dispatch.h"
 #include "mbconv.h"
 #include "mbconv_depthwise.h"
 #include "network_problem.h"

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast.backends import native
 from effnet_fast.ops.pointwise_bn_act import empty_eval
 from effnet_fast.ops.registration import BF16, empty_nhwc, isa_of, native_vectors, nhwc
+
+TILE_CHANNELS = 32  # bf16 values in a row of a tile
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -31,10 +34,34 @@ def _matrix(x: Tensor) -> Tensor:
     return x.as_strided((n * h * w, c), (c, 1))
 
 
+def _gated(x: Tensor, gate: Tensor, backend: str) -> Tensor:
+    """x * gate in NHWC order, x [N,C,H,W] and gate [N,C,1,1]."""
+    n, channels, h, w = x.shape
+    scaled = empty_nhwc(x, x.shape)
+    factors = gate.reshape(n, channels).float().contiguous()
+    native.load().gate(
+        isa_of(backend), n, channels, h * w, x.dtype is BF16, x.data_ptr(),
+        factors.data_ptr(), 0, scaled.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return scaled
+
+
+def _spreads(x: Tensor) -> bool:
+    """Whether torch's product would carry a NaN or Inf of x [N,C,H,W] into the pixel before it.
+
+    On the tile unit, oneDNN reads a pixel's bf16 channels in steps of TILE_CHANNELS: what follows
+    the last step's channels is the next pixel, times zero.
+    """
+    tail = x.shape[1] % TILE_CHANNELS
+    return x.dtype is BF16 and tail != 0 and not bool(x.sum().isfinite())
+
+
 def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend: str) -> None:
     """Writes conv(x * gate) to y [N,Cout,H,W]; x and y in NHWC order."""
     n, in_channels, h, w = x.shape
-    if gate is None:
+    if _spreads(x):
+        y.copy_(F.conv2d(x if gate is None else _gated(x, gate, backend), weight.to(x.dtype)))
+    elif gate is None:
         matrix = weight if weight.dtype is x.dtype else weight.to(x.dtype)
         matrix = matrix.reshape(-1, in_channels)
         torch.mm(_matrix(x), matrix.t(), out=_matrix(y))
@@ -45,13 +72,7 @@ def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend:
         gated = weight.reshape(1, -1, in_channels) * gate.reshape(n, 1, in_channels)
         torch.bmm(_rows(x), gated.to(x.dtype).transpose(1, 2), out=_rows(y))
     else:
-        scaled = empty_nhwc(x, x.shape)
-        factors = gate.reshape(n, in_channels).float().contiguous()
-        native.load().gate(
-            isa_of(backend), n, in_channels, h * w, x.dtype is BF16, x.data_ptr(),
-            factors.data_ptr(), 0, scaled.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        _product(scaled, weight, None, y, backend)
+        _product(_gated(x, gate, backend), weight, None, y, backend)
 
 
 def compute(
