@@ -33,6 +33,7 @@ AREAS = {
         "effnet_fast/scaling/",
         "effnet_fast/cli/",
         "effnet_fast/pretrained/",
+        "effnet_fast/files.py",
     ),
 }
 

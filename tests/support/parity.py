@@ -263,11 +263,19 @@ def check(
     return actual
 
 
-def check_over_draws(call: Call, backend: str, draws: int) -> None:
-    """Holds a call to the rule of parity, its results over so many random images stacked.
+VECTOR = 128  # see `check_over_draws`
 
-    A vector over few channels is few numbers, and stock's largest error in them is chance.
+
+def check_over_draws(call: Call, backend: str, numbers: int) -> None:
+    """Holds a call to the rule of parity, its results over several random images stacked.
+
+    A vector of few numbers is held to chance: stock's largest error in them may be far below its
+    usual one. So many images are drawn that there are at least VECTOR.
+
+    Args:
+        numbers: how many independent ones the smallest vector of a single image has.
     """
+    draws = -(-VECTOR // numbers)
     generator = torch.Generator().manual_seed(2)
     rows: tuple[list[Results], ...] = ([], [], [])
     for _ in range(draws):
