@@ -242,11 +242,17 @@ EFFNET_INLINE Vec logistic(Vec x) {
 
 EFFNET_INLINE Vec sigmoid(Vec x) { return x == x ? logistic(x) : x; }
 EFFNET_INLINE Vec silu(Vec x) { return x * logistic(x); }
-// d silu(u) / du = s * (1 + u * (1 - s)), s = sigmoid(u)
-EFFNET_INLINE Vec silu_grad(Vec u) {
-  Vec s = logistic(u);
-  return s * (1.0f + u * (1.0f - s));
+
+// a = silu(u) and d a / d u = s + a * (1 - s), s = sigmoid(u); of -inf both are NaN, of +inf the
+// slope is, as in PyTorch.
+struct SiluAndSlope {
+  Vec value, slope;
+};
+EFFNET_INLINE SiluAndSlope silu_and_slope(Vec u) {
+  const Vec s = logistic(u), a = u * s;
+  return {a, s + a * (1.0f - s)};
 }
+EFFNET_INLINE Vec silu_grad(Vec u) { return silu_and_slope(u).slope; }
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

@@ -123,9 +123,9 @@ void stage_a(const Task& task, int64_t h) {
     const float* vectors = task.vectors + v * kVectors * kLanes;
     const Vec u = load_n(x + j * s.c + v * kLanes, lanes) * load(vectors + kScale1 * kLanes) +
                   load(vectors + kShift1 * kLanes);
-    const Vec gate = logistic(u), value = u * gate;
-    store(a + v * pitch + j * kLanes, value);
-    store(slope + v * pitch + j * kLanes, gate + value * (1.0f - gate));
+    const SiluAndSlope activated = silu_and_slope(u);
+    store(a + v * pitch + j * kLanes, activated.value);
+    store(slope + v * pitch + j * kLanes, activated.slope);
   });
 }
 

@@ -48,10 +48,10 @@ bool squeeze(const MBConvSqueezeArgs& args) {
       Vec sum0 = {}, sum1 = {}, sum2 = {};
       for (int64_t p = begin; p < end; p++) {
         const Vec zv = load_n(z + p * c + i, lanes), u = zv * scale + shift;
-        const Vec s = logistic(u), a = u * s, slope = s + a * (1.0f - s);
-        sum0 += a;
-        sum1 += slope;
-        sum2 += slope * ((zv - mean) * rstd);
+        const SiluAndSlope activated = silu_and_slope(u);
+        sum0 += activated.value;
+        sum1 += activated.slope;
+        sum2 += activated.slope * ((zv - mean) * rstd);
       }
       add_n(sums + i, sum0, lanes);
       add_n(sums + c + i, sum1, lanes);

@@ -52,8 +52,8 @@ void stage_dz_pooled(float* panels, const float* q, const float* shift, const T*
                      int64_t c, const GradVectors& vectors) {
   stage_dz_of(panels, z, pixels, c, vectors, 1.0f,
               [&](Vec value, Vec scale, int64_t i, int64_t, int64_t lanes) {
-                const Vec u = value * scale + load_n(shift + i, lanes), s = logistic(u);
-                return load_n(q + i, lanes) * (s + u * s * (1.0f - s));
+                const Vec u = value * scale + load_n(shift + i, lanes);
+                return load_n(q + i, lanes) * silu_grad(u);
               });
 }
 
@@ -64,9 +64,9 @@ void stage_activated(float* a, float* slope, const T* z, int64_t pixels, int64_t
   for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
     const Vec u = load_n(z + p * c + i, lanes) * load_n(norm.scale + i, lanes) +
                   load_n(norm.shift + i, lanes);
-    const Vec s = logistic(u), value = u * s;
-    store(a + at, value);
-    if (slope) store(slope + at, s + value * (1.0f - s));
+    const SiluAndSlope activated = silu_and_slope(u);
+    store(a + at, activated.value);
+    if (slope) store(slope + at, activated.slope);
   });
 }
 
