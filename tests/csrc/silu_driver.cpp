@@ -21,11 +21,11 @@ using effnet::kBlockFloats;
 using effnet::SiluForm;
 using effnet::SiluForms;
 
-#define ISA(name)                     \
-  namespace effnet {                  \
-  namespace name {                    \
-  extern const SiluForms silu_forms;  \
-  }                                   \
+#define ISA(name)                    \
+  namespace effnet {                 \
+  namespace name {                   \
+  extern const SiluForms silu_forms; \
+  }                                  \
   }
 DRIVER_ISAS
 #undef ISA
@@ -135,23 +135,28 @@ alignas(64) float x[kBlockFloats], y[kBlockFloats];
 alignas(64) double errors[kBlockFloats];
 Reference reference;
 
+const double* exact_of(int form) {
+  return form == kSigmoid ? reference.sigmoid : form == kSlope ? reference.slope : reference.silu;
+}
+
+// The block's largest error in y, as errors_of says.
+uint64_t judge(int form) {
+  return form == kSlope ? errors_of<false>(x, y, exact_of(form), reference.slope_terms, errors)
+                        : errors_of<true>(x, y, exact_of(form), exact_of(form), errors);
+}
+
+Worst worst_of(int form) {
+  const uint64_t bits = judge(form);
+  int64_t i = 0;
+  while ((std::bit_cast<uint64_t>(errors[i]) & ~(1ull << 63)) != bits) i++;
+  return {bits, x[i], y[i], exact_of(form)[i]};
+}
+
 // What the set before has made of the block: two sets often give the same bits, judged once.
 struct Judged {
   alignas(64) float y[kBlockFloats];
-  Worst worst;
+  uint64_t bits;
 } judged[kForms];
-
-Worst worst_of(int form) {
-  const double* const exact = form == kSigmoid ? reference.sigmoid
-                              : form == kSlope ? reference.slope
-                                               : reference.silu;
-  const uint64_t bits = form == kSlope
-                            ? errors_of<false>(x, y, exact, reference.slope_terms, errors)
-                            : errors_of<true>(x, y, exact, exact, errors);
-  int64_t i = 0;
-  while ((std::bit_cast<uint64_t>(errors[i]) & ~(1ull << 63)) != bits) i++;
-  return {bits, x[i], y[i], exact[i]};
-}
 
 void check_block() {
   reference.compute(x);
@@ -161,11 +166,11 @@ void check_block() {
       if (!set.form(f)) continue;
       set.form(f)(x, y);
       if (!has_judged[f] || std::memcmp(y, judged[f].y, sizeof(y)) != 0) {
-        judged[f].worst = worst_of(f);
+        judged[f].bits = judge(f);
         std::memcpy(judged[f].y, y, sizeof(y));
         has_judged[f] = true;
       }
-      if (judged[f].worst.bits > set.worst[f].bits) set.worst[f] = judged[f].worst;
+      if (judged[f].bits > set.worst[f].bits) set.worst[f] = worst_of(f);
     }
   }
 }

@@ -1,4 +1,5 @@
-// SiLU, its slope and the sigmoid as an instruction set's kernels compute them, on blocks of floats.
+// SiLU, its slope and the sigmoid as an instruction set's kernels compute them, on blocks of
+// floats.
 #pragma once
 
 #include <cstdint>
