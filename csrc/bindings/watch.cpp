@@ -1,8 +1,8 @@
 // effnet_fast._C.Watch: whether the Python objects that a packed network was made of are still what
-// they were, asked at every call. About 3000 comparisons for B0, so by pointers and without Python
-// code; torch's tensors are seen through two members of their type. A forward pass leaves none of
-// these objects in a near cache, and one miss after the other would take 390 us: what the checks
-// are going to read is asked for ahead of them.
+// they were, asked at every call. About 4000 comparisons for B0, so by pointers and without Python
+// code; torch's tensors are seen through two members of their type and the bytes behind them. A
+// forward pass leaves none of these objects in a near cache, and one miss after the other would
+// take 390 us: what the checks are going to read is asked for ahead of them.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/bind.h"
+#include "bindings/checksums.h"
 #include "bindings/parts.h"
 
 namespace effnet {
@@ -62,16 +63,18 @@ class Watch {
   using Place = std::array<uint64_t, 3>;  // address, elements, bytes of one
 
   // items: what stands under a key of a dict; absent: keys that a dict lacks; listings: dicts whose
-  // entries are what they are now, in this order; empty: dicts without entries; types: objects of
-  // the class they have now; versioned: tensors whose counter has not moved; tensors: those whose
-  // memory is where it was; places: memory of which a few values are compared, alive as long as
-  // `kept`; behind: addresses of torch's own objects behind the tensors, read ahead of their use.
+  // entries are what they are now, in this order; empty: dicts without entries; owners: objects of
+  // the class and with the __dict__ that they have now; versioned: tensors whose counter has not
+  // moved; tensors: those whose memory and layout are what they were, the latter as `layout` of a
+  // tensor tells; places: memory of which a few values are compared; spans: memory of which every
+  // byte counts. Memory is read as long as tensors are where it is, and lives as long as `kept`.
   Watch(const std::vector<Item>& items, const std::vector<std::pair<py::dict, py::str>>& absent,
         const std::vector<py::dict>& listings, const std::vector<py::dict>& empty,
-        const std::vector<py::object>& types, const std::vector<py::object>& versioned,
-        const std::vector<py::object>& tensors, const std::vector<Place>& places,
-        const py::object& kept, const std::vector<uint64_t>& behind, const py::handle& tensor_type)
-      : version_(tensor_type, "_version"), address_(tensor_type, "data_ptr") {
+        const std::vector<py::object>& owners, const std::vector<py::object>& versioned,
+        const std::vector<py::object>& tensors, const py::object& layout,
+        const std::vector<Place>& places, const std::vector<Checksums::Span>& spans,
+        const py::object& kept, const py::handle& tensor_type, int threads)
+      : version_(tensor_type, "_version"), address_(tensor_type, "data_ptr"), checksums_(spans) {
     for (const auto& [dict, key, value] : items) items_.push_back({dict, key, value});
     for (const auto& [dict, key] : absent) items_.push_back({dict, key, py::object()});
     for (const py::dict& dict : listings) {
@@ -82,42 +85,27 @@ class Watch {
       listings_.push_back(std::move(listing));
     }
     for (const py::dict& dict : empty) empty_.push_back(dict);
-    for (const py::object& object : types)
-      types_.push_back({object, py::reinterpret_borrow<py::object>(py::type::handle_of(object))});
+    for (const py::object& object : owners)
+      owners_.push_back({object, py::reinterpret_borrow<py::object>(py::type::handle_of(object)),
+                         dict_of(object)});
     for (const py::object& tensor : versioned)
       versioned_.push_back({tensor, version_.of(tensor.ptr())});
     for (const py::object& tensor : tensors)
-      tensors_.push_back({tensor, address_.of(tensor.ptr())});
+      tensors_.push_back({tensor, address_.of(tensor.ptr()), layout(tensor), Behind(tensor)});
     for (const auto& [address, elements, size] : places) {
       require(size == 2 || size == 4 || size == 8, "watch: an element has 2, 4 or 8 bytes");
       for (uint64_t part = 0; part < kSamples && elements > 0; part++)
         samples_.push_back({address + (elements - 1) * part / (kSamples - 1) * size, size});
     }
+    layout_ = layout;
     kept_ = kept;
     digest_ = digest();
-    for (const auto& pair : tensors_) read_ahead(address_of(pair.first), kTensor);
-    for (uint64_t address : behind) {
-      // What it points to, such as the version counter, is read as well. A word that is no pointer
-      // does no harm: asking for a line ahead of time touches nothing.
-      for (uint64_t i = 0; i < kLine / sizeof(uint64_t); i++)
-        if (const uint64_t word = at<const uint64_t>(address)[i]) read_ahead(word, 1);
-      read_ahead(address, kBehind);
-    }
-    for (const Sample& sample : samples_) read_ahead(sample.address, sample.size);
-    for (const Listing& listing : listings_) read_ahead(listing.dict);
-    for (const auto& item : items_)
-      if (item.value)
-        read_ahead(item.dict);
-      else
-        read_ahead(address_of(item.dict), sizeof(PyDictObject));
-    for (const py::object& dict : empty_) read_ahead(address_of(dict), sizeof(PyDictObject));
-    for (const auto& pair : types_) read_ahead(address_of(pair.first), sizeof(PyObject));
-    std::sort(ahead_.begin(), ahead_.end());
-    ahead_.erase(std::unique(ahead_.begin(), ahead_.end()), ahead_.end());
+    sums_ = checksums_.of_memory(best_isa(), threads);
+    read_all_ahead();
   }
 
   // Whether nothing has changed; in the order of what the next test relies on.
-  bool holds() const {
+  bool holds(int threads) {
     for (uint64_t line : ahead_) __builtin_prefetch(at<const void>(line), 0, 2);
     for (const Listing& listing : listings_)
       if (!listing.holds()) return false;
@@ -126,13 +114,17 @@ class Watch {
         return false;
     for (const py::object& dict : empty_)
       if (PyDict_Size(dict.ptr()) != 0) return false;
-    for (const auto& [object, type] : types_)
-      if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
+    for (const Owner& owner : owners_)
+      if (py::type::handle_of(owner.object).ptr() != owner.type.ptr() ||
+          dict_of(owner.object).ptr() != owner.dict.ptr())
+        return false;
     for (const auto& [tensor, value] : versioned_)
       if (version_.of(tensor.ptr()) != value) return false;
-    for (const auto& [tensor, value] : tensors_)
-      if (address_.of(tensor.ptr()) != value) return false;
-    return digest() == digest_;
+    for (const Whereabouts& place : tensors_)
+      if (address_.of(place.tensor.ptr()) != place.address) return false;
+    for (Whereabouts& place : tensors_)
+      if (!place.behind.is_unchanged() && !is_laid_out_alike(place)) return false;
+    return digest() == digest_ && checksums_.of_memory(best_isa(), threads) == sums_;
   }
 
   // For the garbage collector: what is watched may lead back to the watch.
@@ -146,9 +138,12 @@ class Watch {
       for (const auto& entry : listing.entries) Py_VISIT(entry.second.ptr());
     }
     for (const py::object& dict : empty_) Py_VISIT(dict.ptr());
-    for (const auto& pair : types_) Py_VISIT(pair.first.ptr());
+    for (const Owner& owner : owners_) {
+      Py_VISIT(owner.object.ptr());
+      Py_VISIT(owner.dict.ptr());
+    }
     for (const auto& pair : versioned_) Py_VISIT(pair.first.ptr());
-    for (const auto& pair : tensors_) Py_VISIT(pair.first.ptr());
+    for (const Whereabouts& place : tensors_) Py_VISIT(place.tensor.ptr());
     Py_VISIT(kept_.ptr());
     return 0;
   }
@@ -157,16 +152,17 @@ class Watch {
     auto items = std::move(items_);
     auto listings = std::move(listings_);
     auto empty = std::move(empty_);
-    auto types = std::move(types_);
+    auto owners = std::move(owners_);
     auto versioned = std::move(versioned_);
     auto tensors = std::move(tensors_);
     samples_.clear();
+    checksums_ = Checksums({});
     const py::object kept = std::move(kept_);
   }
 
  private:
   static constexpr uint64_t kSamples = 3;  // values of a tensor, evenly spaced
-  static constexpr uint64_t kLine = 64, kTable = 192, kTensor = 32, kBehind = 176;  // bytes
+  static constexpr uint64_t kLine = 64, kTable = 192, kTensor = 32;  // bytes
 
   struct Entry {
     py::object dict, key, value;  // value: null where there must be none
@@ -185,9 +181,56 @@ class Watch {
       return true;
     }
   };
+  struct Owner {
+    py::object object, type, dict;
+  };
   struct Sample {
     uint64_t address, size;
   };
+
+  // Torch's own object behind a tensor, which holds its sizes, strides, dtype and bits.
+  struct Behind {
+    static constexpr uint64_t kBytes = 176, kCounts = 16;  // it is 208 bytes large; of references
+
+    explicit Behind(const py::object& tensor) {
+      if (!py::hasattr(tensor, "_cdata")) return;
+      address = tensor.attr("_cdata").cast<uint64_t>();
+      std::memcpy(bytes.data(), at(address), kBytes);
+      // The word of the Python object that leads there, so that no call has to ask for it.
+      const auto* const words = reinterpret_cast<const uint64_t*>(tensor.ptr());
+      const uint64_t count = static_cast<uint64_t>(Py_TYPE(tensor.ptr())->tp_basicsize) / 8;
+      for (uint64_t i = sizeof(PyObject) / 8; i < count && !word; i++)
+        if (words[i] == address) word = words + i;
+    }
+    // Whether it is the same to the byte; it may change in ways that mean nothing.
+    bool is_unchanged() const {
+      return word && *word == address &&
+             std::memcmp(bytes.data() + kCounts, at<const char>(address) + kCounts,
+                         kBytes - kCounts) == 0;
+    }
+
+    uint64_t address = 0;
+    const uint64_t* word = nullptr;
+    std::array<char, kBytes> bytes = {};
+  };
+  struct Whereabouts {
+    py::object tensor;
+    uint64_t address;
+    py::object layout;
+    Behind behind;
+  };
+
+  bool is_laid_out_alike(Whereabouts& place) const {
+    if (!layout_(place.tensor).equal(place.layout)) return false;
+    place.behind = Behind(place.tensor);
+    return true;
+  }
+
+  static py::object dict_of(const py::object& object) {
+    PyObject* const dict = PyObject_GenericGetDict(object.ptr(), nullptr);
+    if (!dict) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(dict);
+  }
 
   static uint64_t address_of(const py::object& object) {
     return reinterpret_cast<uint64_t>(object.ptr());
@@ -195,6 +238,29 @@ class Watch {
   void read_ahead(uint64_t address, uint64_t bytes) {
     for (uint64_t line = address / kLine * kLine; line < address + bytes; line += kLine)
       ahead_.push_back(line);
+  }
+  void read_all_ahead() {
+    for (const Whereabouts& place : tensors_) {
+      read_ahead(address_of(place.tensor), kTensor);
+      if (!place.behind.address) continue;
+      // What it points to, such as the version counter, is read as well. A word that is no pointer
+      // does no harm: asking for a line ahead of time touches nothing.
+      for (uint64_t i = 0; i < kLine / sizeof(uint64_t); i++)
+        if (const uint64_t word = at<const uint64_t>(place.behind.address)[i]) read_ahead(word, 1);
+      read_ahead(place.behind.address, Behind::kBytes);
+    }
+    for (const Sample& sample : samples_) read_ahead(sample.address, sample.size);
+    for (const Listing& listing : listings_) read_ahead(listing.dict);
+    for (const auto& item : items_)
+      if (item.value)
+        read_ahead(item.dict);
+      else
+        read_ahead(address_of(item.dict), sizeof(PyDictObject));
+    for (const py::object& dict : empty_) read_ahead(address_of(dict), sizeof(PyDictObject));
+    // The pointer to an object's dict stands before it.
+    for (const Owner& owner : owners_) read_ahead(address_of(owner.object) - 32, kLine);
+    std::sort(ahead_.begin(), ahead_.end());
+    ahead_.erase(std::unique(ahead_.begin(), ahead_.end()), ahead_.end());
   }
   // A dict, and the tables of its keys and values as far as a module's settings go.
   void read_ahead(const py::object& dict) {
@@ -220,12 +286,15 @@ class Watch {
   std::vector<Entry> items_;
   std::vector<Listing> listings_;
   std::vector<py::object> empty_;
-  std::vector<std::pair<py::object, py::object>> types_;
-  std::vector<std::pair<py::object, uint64_t>> versioned_, tensors_;
+  std::vector<Owner> owners_;
+  std::vector<std::pair<py::object, uint64_t>> versioned_;
+  std::vector<Whereabouts> tensors_;
   std::vector<Sample> samples_;
+  Checksums checksums_;
   std::vector<uint64_t> ahead_;  // cache lines
-  py::object kept_;
+  py::object layout_, kept_;
   uint64_t digest_ = 0;
+  std::vector<uint64_t> sums_;
 };
 
 }  // namespace
@@ -246,13 +315,23 @@ void bind_watch(py::module_& m) {
     };
   });
   py::class_<Watch>(m, "Watch", collected)
-      .def(py::init<const std::vector<Watch::Item>&,
-                    const std::vector<std::pair<py::dict, py::str>>&, const std::vector<py::dict>&,
-                    const std::vector<py::dict>&, const std::vector<py::object>&,
-                    const std::vector<py::object>&, const std::vector<py::object>&,
-                    const std::vector<Watch::Place>&, const py::object&,
-                    const std::vector<uint64_t>&, const py::handle&>())
+      .def(py::init<
+               const std::vector<Watch::Item>&, const std::vector<std::pair<py::dict, py::str>>&,
+               const std::vector<py::dict>&, const std::vector<py::dict>&,
+               const std::vector<py::object>&, const std::vector<py::object>&,
+               const std::vector<py::object>&, const py::object&, const std::vector<Watch::Place>&,
+               const std::vector<Checksums::Span>&, const py::object&, const py::handle&, int>(),
+           py::kw_only(), py::arg("items"), py::arg("absent"), py::arg("listings"),
+           py::arg("empty"), py::arg("owners"), py::arg("versioned"), py::arg("tensors"),
+           py::arg("layout"), py::arg("places"), py::arg("spans"), py::arg("kept"),
+           py::arg("tensor_type"), py::arg("threads"))
       .def("holds", &Watch::holds);
+  m.def(
+      "checksums",
+      [](const std::string& isa, const std::vector<Checksums::Span>& spans, int threads) {
+        return Checksums(spans).of_memory(isa_for(isa), threads);
+      },
+      "Checksums of the chunks of memory that spans (address, bytes) make one after another.");
 }
 
 }  // namespace effnet

@@ -143,6 +143,19 @@ struct MergeMomentsArgs {  // (mean, M2) of the parts, merged in order into mean
   int threads;
 };
 
+struct Piece {  // of memory, at any address
+  const void* data;
+  int64_t bytes;
+};
+
+struct ChecksumArgs {  // sums[i]: of the bytes of pieces [chunks[i], chunks[i + 1]), in order
+  const Piece* pieces;
+  const int64_t* chunks;
+  int64_t count;
+  uint64_t* sums;
+  int threads;
+};
+
 struct NetworkArgs;      // in network/args.h
 struct MBConvKernels;    // in training/args.h
 struct StemForwardArgs;  // in stem_args.h
@@ -160,6 +173,7 @@ struct Kernels {
   bool (*gate)(const GateArgs&);
   bool (*fold_sum)(const FoldArgs&);
   bool (*merge_moments)(const MergeMomentsArgs&);
+  bool (*checksum)(const ChecksumArgs&);
   bool (*network)(const NetworkArgs&);
   bool (*stem_forward)(const StemForwardArgs&);
   bool (*stem_backward)(const StemBackwardArgs&);

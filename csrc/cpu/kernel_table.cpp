@@ -17,6 +17,7 @@ const Kernels kernels = {
     .gate = gate,
     .fold_sum = fold_sum,
     .merge_moments = merge_moments,
+    .checksum = checksum,
     .network = network,
     .stem_forward = stem_forward,
     .stem_backward = stem_backward,

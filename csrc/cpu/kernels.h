@@ -22,6 +22,7 @@ bool excite_backward(const ExciteBackwardArgs& args);
 bool gate(const GateArgs& args);
 bool fold_sum(const FoldArgs& args);
 bool merge_moments(const MergeMomentsArgs& args);
+bool checksum(const ChecksumArgs& args);
 bool network(const NetworkArgs& args);
 bool stem_forward(const StemForwardArgs& args);
 bool stem_backward(const StemBackwardArgs& args);

@@ -111,6 +111,8 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
         children = given.layers
         if len(children) < (3 if given.head else 2):
             raise RefusedError(f" has {len(children)} layers")
+        if None in children:
+            raise RefusedError(" has a layer that is None")
     with _at("features.0"):
         stem = _convolution(children[0], structure.DENSE)
     head, linear, result = _head(given)
@@ -124,8 +126,9 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
         if linear is not None or _last_layer(given.head.classifier) is not None:
             watched += given.head.classifier.modules()
     assert stem.tensors[0] is not None
+    modules = tuple(dict.fromkeys(watched))
     spec = NetworkSpec(
-        *(stem, taps.get(0, -1), tuple(blocks), head, linear, result, tuple(watched)),
+        *(stem, taps.get(0, -1), tuple(blocks), head, linear, result, modules),
         stem.tensors[0].dtype,
     )
     _check(spec, device)
@@ -147,11 +150,12 @@ def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int
     for index, stage in enumerate(stages, start=1):
         with _at(f"features.{index}"):
             structure.require(stage, nn.Sequential)
-            blocks = list(stage.children())
+            blocks = parts.in_order(stage)
             if not blocks:
                 raise RefusedError(" is empty")
         for number, block in enumerate(blocks):
-            yield f"features.{index}.{number}", block, index if block is blocks[-1] else -1
+            is_last = number == len(blocks) - 1
+            yield f"features.{index}.{number}", block, index if is_last else -1
 
 
 def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> BlockSpec:
@@ -195,7 +199,7 @@ def _last_layer(classifier: nn.Module) -> nn.Linear | nn.Identity | None:
         children = [classifier]
         if type(classifier) is nn.Sequential:
             structure.require(classifier)
-            children = list(classifier.children())
+            children = list(parts.in_order(classifier))
         for child in children:
             structure.require(child, nn.Linear, nn.Identity, nn.Dropout)
             drops = isinstance(child, nn.Dropout) and child.training and child.p > 0

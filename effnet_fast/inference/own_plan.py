@@ -86,7 +86,7 @@ class OwnPlan(SnapshotKeeper):
             return None
         self._let_go()
         try:
-            snapshot = Snapshot(model)
+            snapshot = Snapshot(model, every_byte=True)
         except RefusedError:
             self._wait = self._next_wait
             self._next_wait = min(2 * self._next_wait + 1, LONGEST_WAIT)

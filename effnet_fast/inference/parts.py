@@ -14,6 +14,15 @@ from effnet_fast.modules import structure
 METHODS = frozenset({"forward", "forward_features", "forward_head", "_prepared", "_maps"})
 
 
+def in_order(module: nn.Module) -> tuple[Any, ...]:
+    """The children as nn.Sequential runs them.
+
+    A child in two places comes twice, and None stands where one was set to None; `children()`
+    leaves both out.
+    """
+    return tuple(module._modules.values())
+
+
 @dataclass(frozen=True)
 class Head:
     """What follows the last stage of a classifier."""
@@ -33,9 +42,16 @@ class InferenceParts:
     taps: tuple[int, ...]  # the children of features whose maps an encoder gives
 
     @property
-    def layers(self) -> tuple[nn.Module, ...]:
+    def layers(self) -> tuple[Any, ...]:
         """Stem, stages and last convolution."""
-        return tuple(self.features.children())
+        return in_order(self.features)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What differs where forward runs other modules; without a reference to the network."""
+        head = self.head
+        rest = () if head is None else (head.pool, head.flattens, head.classifier)
+        return (self.features, self.taps, *rest)
 
 
 def averages_pixels(head: Head) -> bool:

@@ -72,23 +72,36 @@ class Snapshot:
         model: the network, which is not kept.
         device: where all that is packed has to be.
         graphs: CUDA graphs that an engine keeps at most.
+        every_byte: whether `is_fresh` compares every byte of the weights, which on a CPU alone can
+            be done, instead of a few values.
 
     Raises:
         RefusedError: no engine can run the network, with the reason.
     """
 
-    def __init__(self, model: Any, device: torch.device = CPU, graphs: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device = CPU,
+        graphs: int = 0,
+        *,
+        every_byte: bool = False,
+    ) -> None:
         self.spec: NetworkSpec = spec_of(model, device)
         self.engines: dict[tuple[torch.dtype, str], Engine] = {}  # by dtype and backend
         self._kind, self._device, self._graphs = type(model), device, graphs
-        self._children = model.__dict__["_modules"]  # a replica of the network has its own
-        self._watch = staleness.watch(model, self.spec.modules, self.spec.tensors())
+        self._parts = model.inference_parts().identity
+        # Before anything is packed: a write in between is then seen at the next call.
+        self._watch = staleness.watch(self.spec.modules, self.spec.tensors(), every_byte)
         self._lock = ForkLock()
 
     def is_fresh(self, model: Any) -> bool:
         """Whether the network is still what was read."""
-        is_own = type(model) is self._kind and model.__dict__["_modules"] is self._children
-        return is_own and not is_patched(model) and self._watch.holds()
+        if type(model) is not self._kind or is_patched(model):
+            return False
+        if model.inference_parts().identity != self._parts:
+            return False
+        return self._watch.holds(torch.get_num_threads())
 
     def engine_for(self, dtype: torch.dtype, backend: str) -> Engine:
         """The engine, packed at its first use.
@@ -132,8 +145,8 @@ class SnapshotKeeper:
         snapshot = self.snapshot
         if snapshot is None or not snapshot.is_fresh(model):
             with self._lock:  # another thread may have renewed it by now
-                snapshot = self.snapshot
-                if snapshot is None or not snapshot.is_fresh(model):
+                stale, snapshot = snapshot, self.snapshot
+                if snapshot is stale or snapshot is None or not snapshot.is_fresh(model):
                     snapshot = self.snapshot = self._renew(model)
         return snapshot
 

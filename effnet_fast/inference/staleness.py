@@ -1,14 +1,15 @@
 """Whether a network is still what its packed weights were made of: a check for every call.
 
-What decides about a result is compared by identity, object by object: the modules' children,
-parameters, buffers and settings, that nothing hooks into them; of the tensors the version counter
-and the address, and of those on a CPU a few values each, since edits through `.data` move neither.
-Values on a GPU are never read, for that would wait for it. All this takes about 50 us for B0 from a
-near cache and 160 us between forward passes, in one call into C++ (csrc/bindings/watch.cpp).
+What decides about a result is compared by identity, object by object: the modules' tables and
+settings and what stands in them, that nothing hooks into them. Of the tensors come the version
+counter, address, sizes and strides, and their memory on a CPU: every byte by checksums, or a few
+values each, which edits of others through `.data` escape. Values on a GPU are never read, for that
+would wait for it. It is one call into C++ (csrc/bindings/watch.cpp).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,8 +21,10 @@ from effnet_fast.backends import native
 from effnet_fast.modules import layers
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
+from effnet_fast.modules.structure import RefusedError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # others do nothing without a gradient
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 TABLES = ("_modules", "_parameters", "_buffers")
 _CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 # What of a module's attributes its output depends on, beside the tables.
@@ -36,35 +39,88 @@ SETTINGS: dict[type, tuple[str, ...]] = {
 }
 
 
-def watch(root: nn.Module, modules: Iterable[nn.Module], tensors: Iterable[Tensor | None]) -> Any:
-    """A `_C.Watch`: its `holds()` tells whether nothing has changed since.
+def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_byte: bool) -> Any:
+    """A `_C.Watch`: its `holds(threads)` tells whether nothing has changed since.
 
     Args:
-        root: the network; of itself only its children are watched, and no reference is kept.
-        modules: those that are watched, without their children.
-        tensors: those that are watched; of CPU tensors values too.
+        modules: those that are watched, without their children; none may be the network, of which
+            no reference is kept.
+        tensors: those that are watched.
+        every_byte: whether CPU tensors are compared by checksums of all their bytes, instead of by
+            a few values each.
+
+    Raises:
+        RefusedError: a module's settings or names are such that a change could not be seen.
     """
-    global_hooks = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
+    everywhere = nn_module.__dict__
     items: list[tuple[dict[str, Any], str, object]] = []
-    absent, listings = [], [root.__dict__["_modules"]]
-    empty: list[Any] = list(global_hooks)
-    types = []
-    for module in modules:
+    items += ((everywhere, name, everywhere[name]) for name in GLOBAL_HOOKS)
+    absent: list[tuple[dict[str, Any], str]] = []
+    listings, owners = [], list(modules)
+    empty: list[Any] = [everywhere[name] for name in GLOBAL_HOOKS]
+    for module in owners:
         state = module.__dict__
-        types.append(module)
-        absent.append((state, "forward"))
+        tables = [state[name] for name in TABLES]
+        names = ["forward", *(name for table in tables for name in table)]
+        _require_constants(module)
+        _require_one_of_each([*state, *names])
+        absent += ((state, name) for name in names)
         empty += (state[name] for name in HOOKS)
-        listings += (state[name] for name in TABLES if state[name])
-        items += ((state, name, state[name]) for name in SETTINGS.get(type(module), ()))
-    watched = [t for t in tensors if t is not None]
-    versioned = [t for t in watched if not t.is_inference()]  # others keep no counter
+        listings += filter(None, tables)
+        watched_names = (*HOOKS, *TABLES, *SETTINGS.get(type(module), ()))
+        items += ((state, name, state[name]) for name in watched_names)
+    watched = list({id(t): t for t in tensors if t is not None}.values())
     kept = [t.detach() for t in watched]  # the memory that is read, until the watch is gone
+    on_cpu = [t for t in kept if t.device.type == "cpu" and t.numel()]
+    for tensor in on_cpu:
+        _require_memory(tensor)
     return native.load().Watch(
-        *(items, absent, listings, empty, types, versioned, watched),
-        [_place(t) for t in kept if t.device.type == "cpu"],
-        kept,
-        [t._cdata for t in watched if hasattr(t, "_cdata")],
-        torch.Tensor,
+        items=items,
+        absent=absent,
+        listings=listings,
+        empty=empty,
+        owners=owners,
+        versioned=[t for t in watched if not t.is_inference()],  # others keep no counter
+        tensors=watched,
+        layout=_layout,
+        places=[] if every_byte else [_place(t) for t in on_cpu],
+        spans=list(dict.fromkeys(_span(t) for t in on_cpu)) if every_byte else [],
+        kept=kept,
+        tensor_type=torch.Tensor,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _require_constants(module: nn.Module) -> None:
+    """Raises RefusedError for a setting that could change and stay the same object."""
+    for name in SETTINGS.get(type(module), ()):
+        value = module.__dict__[name]
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
+            raise RefusedError(
+                f"the {name} of a {type(module).__name__} is {type(value).__name__}, no constant"
+            )
+
+
+def _require_one_of_each(names: list[str]) -> None:
+    """Raises RefusedError where an attribute hides an entry of a module's tables."""
+    if len(set(names)) != len(names):
+        name = next(name for name, count in Counter(names).items() if count > 1)
+        raise RefusedError(f"a module has {name!r} in more than one place")
+
+
+def _require_memory(tensor: Tensor) -> None:
+    """Raises RefusedError for a tensor whose memory was freed, in whole or in part."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    if tensor.data_ptr() == 0 or tensor.untyped_storage().nbytes() < offset + _span(tensor)[1]:
+        raise RefusedError("a parameter or buffer has no memory")
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    """What tells how to read the memory at a tensor's address."""
+    return (
+        *(tensor.shape, tensor.stride(), tensor.dtype, tensor.layout, tensor.device),
+        *(tensor.is_neg(), tensor.is_conj()),
     )
 
 
@@ -73,5 +129,10 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     dense = tensor.is_contiguous() or (
         tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     )
-    count = tensor.numel() if dense else min(tensor.numel(), 1)
-    return tensor.data_ptr(), count, tensor.element_size()
+    return tensor.data_ptr(), tensor.numel() if dense else 1, tensor.element_size()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes from a tensor's first element to its last, gaps included."""
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), (reach + 1) * tensor.element_size()

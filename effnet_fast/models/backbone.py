@@ -252,7 +252,7 @@ class Backbone(nn.Module):
         return len(self.feature_info.stages) - 1
 
     def _norms_of_frozen(self) -> Iterator[nn.Module]:
-        for child in list(self.features.children())[: self._frozen_depth]:
+        for child in list(self.features)[: self._frozen_depth]:
             yield from (m for m in child.modules() if isinstance(m, _BatchNorm))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class EfficientNet(Backbone):
         return maps if intermediates_only else (x, maps)
 
     def _walk(self, x: Tensor, taken: list[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
-        children = list(self.features.children())
+        children = list(self.features)
         ends = len(self.feature_info.stages)  # the head comes after these
         stages = taken[-1] + 1 if stop_early else ends
         maps = []

@@ -29,7 +29,7 @@ def _walkable_parts(model: Backbone) -> InferenceParts | None:
         structure.require(given.features, nn.Sequential)
     except structure.RefusedError:
         return None
-    return given if len(given.layers) > 1 else None
+    return given if len(given.layers) > 1 and None not in given.layers else None
 
 
 def _pooled_layer(given: InferenceParts) -> structure.Layer | None:

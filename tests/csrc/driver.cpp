@@ -16,6 +16,7 @@
 #include <vector>
 
 #define EFFNET_NAMESPACE host
+#include "checksum.h"
 #include "common/geometry.h"
 #include "cpu/args.h"
 #include "cpu/isa_dispatch.h"
@@ -370,6 +371,7 @@ int main(int argc, char** argv) {
       }
     }
   test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
+  for (int threads : kThreads) test_checksum(threads);
   if (isa == "avx512") {
     test_streams(2);
     test_depthwise_streams(2);
