@@ -56,7 +56,8 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
     items: list[tuple[dict[str, Any], str, object]] = []
     items += ((everywhere, name, everywhere[name]) for name in GLOBAL_HOOKS)
     absent: list[tuple[dict[str, Any], str]] = []
-    listings, owners = [], list(modules)
+    listings: list[dict[str, Any]] = []
+    owners = list(modules)
     empty: list[Any] = [everywhere[name] for name in GLOBAL_HOOKS]
     for module in owners:
         state = module.__dict__

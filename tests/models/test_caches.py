@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import networks
-from edits import EDITS, one_training_step
+from edits import BYTES, EDITS, from_another_process, one_training_step
+from effnet_fast.inference.snapshot import Snapshot
 from effnet_fast.models import EfficientNet
+from effnet_fast.modules.structure import RefusedError
 from networks import TINY, Pair, pair, random_images, trio
 from tolerances import assert_no_worse_than
 
@@ -32,6 +37,76 @@ def test_edit_is_followed(name: str) -> None:
         after = check(models.apply(EDITS[name]))
         assert networks.rms(after - before) > 3 * networks.ALIKE * networks.rms(before)
         before = after
+
+
+@pytest.mark.parametrize(
+    "made_by", [torch.no_grad, torch.inference_mode], ids=["usual", "inference"]
+)
+def test_edited_bytes_are_followed(made_by: Callable[[], AbstractContextManager[Any]]) -> None:
+    """The next forward is of the weights as they are in memory, whatever wrote them."""
+    with made_by():
+        models = pair()
+        before = check(models)
+        for name, edit in BYTES.items():
+            after = check(models.apply(edit))
+            changed = networks.rms(after - before) > 3 * networks.ALIKE * networks.rms(before)
+            assert changed, f"{name} changes too little to be seen"
+            before = after
+
+
+def test_edits_by_another_process_are_followed() -> None:
+    models = pair()
+    for model in models.models:
+        model.share_memory()
+    before = check(models)
+    assert not torch.equal(check(models.apply(from_another_process)), before)
+
+
+def test_tied_and_overlapping_weights() -> None:
+    """The stem's bias-free norm shares memory with another's; a weight is a view with gaps."""
+    models = pair()
+    for model in models.models:
+        one, other = (model.features[4][i].block[3][1] for i in (0, 1))
+        other.weight = one.weight
+        memory = torch.zeros(2, 2 * one.bias.numel())
+        for row, bn in zip(memory, (one, other), strict=True):
+            bn.bias = nn.Parameter(row[::2])
+        model.memory_of_biases = [memory]
+    before = check(models)
+    for edit in (
+        lambda m: m.features[4][1].block[3][1].weight.data[3:5].mul_(4.0),
+        lambda m: m.memory_of_biases[0][1, 8:12].fill_(2.0),
+    ):
+        after = check(models.apply(edit))
+        assert not torch.allclose(before, after, rtol=1e-3, atol=1e-3)
+        before = after
+
+
+def test_numeric_gradient() -> None:
+    """By single entries of a weight, each written twice between two forwards."""
+    model = pair().actual
+    weight = model.classifier[1].weight
+    (exact,) = torch.autograd.grad(model(X)[:, 3].sum(), weight)
+    with torch.no_grad():
+        for column in (5, 77):
+            sums = []
+            for step in (0.5, -1.0):
+                weight.data[3, column] += step
+                sums.append(model(X)[:, 3].sum())
+            weight.data[3, column] += 0.5
+            numeric = float(sums[0] - sums[1])
+            assert abs(numeric - float(exact[3, column])) < 1e-2 * abs(numeric)
+
+
+def test_freed_memory_is_not_read() -> None:
+    model = pair().actual
+    with torch.no_grad():
+        model(X)
+        model.classifier[1].weight.untyped_storage().resize_(0)
+        snapshot = model._own_plan.snapshot
+        assert not snapshot.is_fresh(model)
+        with pytest.raises(RefusedError, match="no memory"):
+            Snapshot(model, every_byte=True)
 
 
 def test_edit_in_inference_mode_is_followed() -> None:

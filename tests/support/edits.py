@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -109,4 +110,57 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
     "training_step": one_training_step,
     "training_forward": training_forward_alone,
     "ema": ema_update,
+}
+
+
+def _classifier(model: nn.Module) -> nn.Linear:
+    return model.classifier[1]
+
+
+def _set_entries(tensor: Tensor, value: float) -> None:
+    """Of the middle of a tensor, neither its first nor its last values."""
+    flat = tensor.view(-1)
+    flat[len(flat) // 3 : len(flat) // 3 + 4] = value
+
+
+def from_another_process(model: nn.Module) -> None:
+    """As in Hogwild training: only the memory is shared."""
+    context = torch.multiprocessing.get_context("fork")
+    weight = _classifier(model).weight.detach()
+    child = context.Process(target=lambda: weight[10:20].fill_(3.0))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def transpose_filters(model: nn.Module) -> None:
+    """The same memory, read in another order."""
+    conv = model.get_submodule(f"{BLOCK}1.0")
+    conv.weight.data = conv.weight.data.transpose(2, 3)
+
+
+def swap_rows(model: nn.Module) -> None:
+    weight = _classifier(model).weight.data
+    weight[[3, 40]] = weight[[40, 3]]
+
+
+def write_raw(model: nn.Module) -> None:
+    bias = _classifier(model).bias
+    ctypes.c_float.from_address(bias.data_ptr() + 17 * bias.element_size()).value = 9.0
+
+
+# What moves neither a version counter nor an address, and only few values.
+BYTES: dict[str, Callable[[nn.Module], object]] = {
+    "data_entry": lambda m: _classifier(m).bias.data[17].add_(10.0),
+    "data_rows": lambda m: _classifier(m).weight.data[100:300].zero_(),
+    "data_statistics": lambda m: _set_entries(m.features[8][1].running_mean.data, 5.0),
+    "data_depthwise": lambda m: _set_entries(m.get_submodule(f"{BLOCK}1.0").weight.data, 2.0),
+    "data_excite": lambda m: _set_entries(m.get_submodule(f"{BLOCK}2.fc1").bias.data, -9.0),
+    "data_mask": lambda m: _classifier(m).weight.data.mul_(_classifier(m).weight.data.abs() > 0.03),
+    "data_signs": lambda m: m.features[8][0].weight.data[7:9].neg_(),
+    "data_swapped_rows": swap_rows,
+    "data_transposed": transpose_filters,
+    "numpy": lambda m: _classifier(m).weight.detach().numpy().__setitem__(slice(400, 700), 0),
+    "dlpack": lambda m: torch.from_dlpack(_classifier(m).bias.detach())[30:40].fill_(7.0),
+    "address": write_raw,
 }
