@@ -59,35 +59,38 @@ class Member {
 
 class Watch {
  public:
-  using Item = std::tuple<py::dict, py::str, py::object>;
+  // An object, what stands under keys of its __dict__, and keys that it lacks.
+  using Attributes = std::tuple<py::object, py::dict, std::vector<py::str>>;
   using Place = std::array<uint64_t, 3>;  // address, elements, bytes of one
 
-  // items: what stands under a key of a dict; absent: keys that a dict lacks; listings: dicts whose
-  // entries are what they are now, in this order; empty: dicts without entries; owners: objects of
-  // the class and with the __dict__ that they have now; versioned: tensors whose counter has not
-  // moved; tensors: those whose memory and layout are what they were, the latter as `layout` of a
-  // tensor tells; places: memory of which a few values are compared; spans: memory of which every
-  // byte counts. Memory is read as long as tensors are where it is, and lives as long as `kept`.
-  Watch(const std::vector<Item>& items, const std::vector<std::pair<py::dict, py::str>>& absent,
-        const std::vector<py::dict>& listings, const std::vector<py::dict>& empty,
-        const std::vector<py::object>& owners, const std::vector<py::object>& versioned,
+  // owners: objects of the class, with the __dict__ and with the attributes that they have now;
+  // listings: dicts whose entries are what they are now, in this order; empty: dicts without
+  // entries; versioned: tensors whose counter has not moved; tensors: those whose memory and
+  // layout are what they were, the latter as `layout` of a tensor tells; places: memory of which a
+  // few values are compared; spans: memory of which every byte counts. Memory is read as long as
+  // tensors are where it is, and lives as long as `kept`.
+  Watch(const std::vector<Attributes>& owners, const std::vector<py::dict>& listings,
+        const std::vector<py::dict>& empty, const std::vector<py::object>& versioned,
         const std::vector<py::object>& tensors, const py::object& layout,
         const std::vector<Place>& places, const std::vector<Checksums::Span>& spans,
         const py::object& kept, const py::handle& tensor_type, int threads)
       : version_(tensor_type, "_version"), address_(tensor_type, "data_ptr"), checksums_(spans) {
-    for (const auto& [dict, key, value] : items) items_.push_back({dict, key, value});
-    for (const auto& [dict, key] : absent) items_.push_back({dict, key, py::object()});
-    for (const py::dict& dict : listings) {
-      Listing listing = {dict, {}};
-      for (const auto& [key, value] : dict)
-        listing.entries.push_back(
+    for (const auto& [object, present, absent] : owners) {
+      Owner owner = {object,
+                     py::reinterpret_borrow<py::object>(py::type::handle_of(object)),
+                     dict_of(object),
+                     {},
+                     {},
+                     0};
+      for (const auto& [key, value] : present)
+        owner.items.push_back(
             {py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value)});
-      listings_.push_back(std::move(listing));
+      for (const py::str& key : absent) owner.items.push_back({key, py::object()});
+      owner.look();
+      owners_.push_back(std::move(owner));
     }
+    for (const py::dict& dict : listings) listings_.push_back(Listing(dict));
     for (const py::dict& dict : empty) empty_.push_back(dict);
-    for (const py::object& object : owners)
-      owners_.push_back({object, py::reinterpret_borrow<py::object>(py::type::handle_of(object)),
-                         dict_of(object)});
     for (const py::object& tensor : versioned)
       versioned_.push_back({tensor, version_.of(tensor.ptr())});
     for (const py::object& tensor : tensors)
@@ -107,17 +110,12 @@ class Watch {
   // Whether nothing has changed; in the order of what the next test relies on.
   bool holds(int threads) {
     for (uint64_t line : ahead_) __builtin_prefetch(at<const void>(line), 0, 2);
-    for (const Listing& listing : listings_)
+    for (Listing& listing : listings_)
       if (!listing.holds()) return false;
-    for (const auto& item : items_)
-      if (PyDict_GetItemWithError(item.dict.ptr(), item.key.ptr()) != item.value.ptr())
-        return false;
     for (const py::object& dict : empty_)
       if (PyDict_Size(dict.ptr()) != 0) return false;
-    for (const Owner& owner : owners_)
-      if (py::type::handle_of(owner.object).ptr() != owner.type.ptr() ||
-          dict_of(owner.object).ptr() != owner.dict.ptr())
-        return false;
+    for (Owner& owner : owners_)
+      if (!owner.holds()) return false;
     for (const auto& [tensor, value] : versioned_)
       if (version_.of(tensor.ptr()) != value) return false;
     for (const Whereabouts& place : tensors_)
@@ -129,18 +127,15 @@ class Watch {
 
   // For the garbage collector: what is watched may lead back to the watch.
   int traverse(visitproc visit, void* arg) const {
-    for (const auto& item : items_) {
-      Py_VISIT(item.dict.ptr());
-      Py_VISIT(item.value.ptr());
-    }
     for (const Listing& listing : listings_) {
       Py_VISIT(listing.dict.ptr());
-      for (const auto& entry : listing.entries) Py_VISIT(entry.second.ptr());
+      for (const py::object& value : listing.values) Py_VISIT(value.ptr());
     }
     for (const py::object& dict : empty_) Py_VISIT(dict.ptr());
     for (const Owner& owner : owners_) {
       Py_VISIT(owner.object.ptr());
       Py_VISIT(owner.dict.ptr());
+      for (const auto& item : owner.items) Py_VISIT(item.second.ptr());
     }
     for (const auto& pair : versioned_) Py_VISIT(pair.first.ptr());
     for (const Whereabouts& place : tensors_) Py_VISIT(place.tensor.ptr());
@@ -149,7 +144,6 @@ class Watch {
   }
   void clear() {
     // Moved out first: letting go of an object may run code that comes back here.
-    auto items = std::move(items_);
     auto listings = std::move(listings_);
     auto empty = std::move(empty_);
     auto owners = std::move(owners_);
@@ -161,28 +155,86 @@ class Watch {
   }
 
  private:
-  static constexpr uint64_t kSamples = 3;  // values of a tensor, evenly spaced
-  static constexpr uint64_t kLine = 64, kTable = 192, kTensor = 32;  // bytes
+  static constexpr uint64_t kSamples = 3;              // values of a tensor, evenly spaced
+  static constexpr uint64_t kLine = 64, kTensor = 32;  // bytes
 
-  struct Entry {
-    py::object dict, key, value;  // value: null where there must be none
-  };
+  // A number that is another one after every change of a dict; 0 where this Python keeps none.
+  static uint64_t version_of(const py::object& dict) {
+#if PY_VERSION_HEX < 0x030c0000
+    return reinterpret_cast<const PyDictObject*>(dict.ptr())->ma_version_tag;
+#else
+    (void)dict;
+    return 0;
+#endif
+  }
+  // Every key and value of a dict whose order is its own, without references.
+  static std::vector<std::pair<PyObject*, PyObject*>> entries_of(const py::object& dict) {
+    std::vector<std::pair<PyObject*, PyObject*>> entries;
+    Py_ssize_t place = 0;
+    PyObject *key = nullptr, *value = nullptr;
+    while (PyDict_Next(dict.ptr(), &place, &key, &value)) entries.push_back({key, value});
+    return entries;
+  }
+  static bool has_entries(const py::object& dict,
+                          const std::vector<std::pair<PyObject*, PyObject*>>& entries) {
+    if (PyDict_Size(dict.ptr()) != static_cast<Py_ssize_t>(entries.size())) return false;
+    Py_ssize_t place = 0;
+    PyObject *key = nullptr, *value = nullptr;
+    for (const auto& entry : entries)
+      if (!PyDict_Next(dict.ptr(), &place, &key, &value) || key != entry.first ||
+          value != entry.second)
+        return false;
+    return true;
+  }
+
   struct Listing {
-    py::object dict;
-    std::vector<std::pair<py::object, py::object>> entries;
-    bool holds() const {
-      if (PyDict_Size(dict.ptr()) != static_cast<Py_ssize_t>(entries.size())) return false;
-      Py_ssize_t place = 0;
-      PyObject *key = nullptr, *value = nullptr;
+    explicit Listing(const py::dict& given)
+        : dict(given), keys(given), entries(entries_of(given)), version(version_of(given)) {
       for (const auto& entry : entries)
-        if (!PyDict_Next(dict.ptr(), &place, &key, &value) || key != entry.first.ptr() ||
-            value != entry.second.ptr())
-          return false;
+        values.push_back(py::reinterpret_borrow<py::object>(entry.second));
+    }
+    bool holds() {
+      // An OrderedDict has an order of its own, which may change by itself.
+      if (!PyDict_CheckExact(dict.ptr()) && !py::list(dict).equal(keys)) return false;
+      if (version && version == version_of(dict)) return true;
+      if (!has_entries(dict, entries)) return false;
+      version = version_of(dict);
       return true;
     }
+
+    py::object dict;
+    py::list keys;                                         // in order
+    std::vector<std::pair<PyObject*, PyObject*>> entries;  // alive by keys and values
+    std::vector<py::object> values;
+    uint64_t version;
   };
+  static py::object dict_of(const py::object& object) {
+    PyObject* const dict = PyObject_GenericGetDict(object.ptr(), nullptr);
+    if (!dict) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(dict);
+  }
   struct Owner {
     py::object object, type, dict;
+    std::vector<std::pair<py::object, py::object>> items;  // value: null where there must be none
+    // All that stood in the dict when the items were last compared. To see that it is the same is
+    // quicker than to look them up; it may change in ways that mean nothing.
+    std::vector<std::pair<PyObject*, PyObject*>> seen;
+    uint64_t version = 0;
+
+    void look() {
+      version = version_of(dict);
+      seen = entries_of(dict);
+    }
+    bool holds() {
+      if (py::type::handle_of(object).ptr() != type.ptr() || dict_of(object).ptr() != dict.ptr())
+        return false;
+      if (version && version == version_of(dict)) return true;
+      if (!version && has_entries(dict, seen)) return true;
+      for (const auto& [key, value] : items)
+        if (PyDict_GetItemWithError(dict.ptr(), key.ptr()) != value.ptr()) return false;
+      look();
+      return true;
+    }
   };
   struct Sample {
     uint64_t address, size;
@@ -226,12 +278,6 @@ class Watch {
     return true;
   }
 
-  static py::object dict_of(const py::object& object) {
-    PyObject* const dict = PyObject_GenericGetDict(object.ptr(), nullptr);
-    if (!dict) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(dict);
-  }
-
   static uint64_t address_of(const py::object& object) {
     return reinterpret_cast<uint64_t>(object.ptr());
   }
@@ -251,24 +297,22 @@ class Watch {
     }
     for (const Sample& sample : samples_) read_ahead(sample.address, sample.size);
     for (const Listing& listing : listings_) read_ahead(listing.dict);
-    for (const auto& item : items_)
-      if (item.value)
-        read_ahead(item.dict);
-      else
-        read_ahead(address_of(item.dict), sizeof(PyDictObject));
     for (const py::object& dict : empty_) read_ahead(address_of(dict), sizeof(PyDictObject));
-    // The pointer to an object's dict stands before it.
-    for (const Owner& owner : owners_) read_ahead(address_of(owner.object) - 32, kLine);
+    for (const Owner& owner : owners_) {
+      read_ahead(address_of(owner.object) - 32, kLine);  // the pointer to a dict stands before it
+      read_ahead(owner.dict);
+    }
     std::sort(ahead_.begin(), ahead_.end());
     ahead_.erase(std::unique(ahead_.begin(), ahead_.end()), ahead_.end());
   }
-  // A dict, and the tables of its keys and values as far as a module's settings go.
+  // A dict, and the tables of its keys and values.
   void read_ahead(const py::object& dict) {
     const auto* const object = reinterpret_cast<const PyDictObject*>(dict.ptr());
     read_ahead(address_of(dict), sizeof(PyDictObject));
+    const uint64_t bytes = 96 + 16 * static_cast<uint64_t>(object->ma_used);
     for (const void* table :
          {static_cast<const void*>(object->ma_keys), static_cast<const void*>(object->ma_values)})
-      if (table) read_ahead(reinterpret_cast<uint64_t>(table), kTable);
+      if (table) read_ahead(reinterpret_cast<uint64_t>(table), bytes);
   }
 
   uint64_t digest() const {
@@ -283,7 +327,6 @@ class Watch {
   }
 
   Member version_, address_;
-  std::vector<Entry> items_;
   std::vector<Listing> listings_;
   std::vector<py::object> empty_;
   std::vector<Owner> owners_;
@@ -315,16 +358,14 @@ void bind_watch(py::module_& m) {
     };
   });
   py::class_<Watch>(m, "Watch", collected)
-      .def(py::init<
-               const std::vector<Watch::Item>&, const std::vector<std::pair<py::dict, py::str>>&,
-               const std::vector<py::dict>&, const std::vector<py::dict>&,
-               const std::vector<py::object>&, const std::vector<py::object>&,
-               const std::vector<py::object>&, const py::object&, const std::vector<Watch::Place>&,
-               const std::vector<Checksums::Span>&, const py::object&, const py::handle&, int>(),
-           py::kw_only(), py::arg("items"), py::arg("absent"), py::arg("listings"),
-           py::arg("empty"), py::arg("owners"), py::arg("versioned"), py::arg("tensors"),
-           py::arg("layout"), py::arg("places"), py::arg("spans"), py::arg("kept"),
-           py::arg("tensor_type"), py::arg("threads"))
+      .def(py::init<const std::vector<Watch::Attributes>&, const std::vector<py::dict>&,
+                    const std::vector<py::dict>&, const std::vector<py::object>&,
+                    const std::vector<py::object>&, const py::object&,
+                    const std::vector<Watch::Place>&, const std::vector<Checksums::Span>&,
+                    const py::object&, const py::handle&, int>(),
+           py::kw_only(), py::arg("owners"), py::arg("listings"), py::arg("empty"),
+           py::arg("versioned"), py::arg("tensors"), py::arg("layout"), py::arg("places"),
+           py::arg("spans"), py::arg("kept"), py::arg("tensor_type"), py::arg("threads"))
       .def("holds", &Watch::holds);
   m.def(
       "checksums",

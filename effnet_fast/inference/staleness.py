@@ -9,7 +9,7 @@ would wait for it. It is one call into C++ (csrc/bindings/watch.cpp).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,35 +52,31 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
     Raises:
         RefusedError: a module's settings or names are such that a change could not be seen.
     """
-    everywhere = nn_module.__dict__
-    items: list[tuple[dict[str, Any], str, object]] = []
-    items += ((everywhere, name, everywhere[name]) for name in GLOBAL_HOOKS)
-    absent: list[tuple[dict[str, Any], str]] = []
+    everywhere = {name: nn_module.__dict__[name] for name in GLOBAL_HOOKS}
+    owners: list[tuple[object, dict[str, object], list[str]]] = [(nn_module, everywhere, [])]
+    empty: list[Any] = list(everywhere.values())
     listings: list[dict[str, Any]] = []
-    owners = list(modules)
-    empty: list[Any] = [everywhere[name] for name in GLOBAL_HOOKS]
-    for module in owners:
+    for module in modules:
         state = module.__dict__
         tables = [state[name] for name in TABLES]
-        names = ["forward", *(name for table in tables for name in table)]
+        absent = ["forward", *(name for table in tables for name in table)]
         _require_constants(module)
-        _require_one_of_each([*state, *names])
-        absent += ((state, name) for name in names)
+        if any(type(table) not in (dict, OrderedDict) for table in tables):
+            raise RefusedError("a module's table is no dict of Python's own")
+        _require_one_of_each([*state, *absent])
+        present = (*HOOKS, *TABLES, *SETTINGS.get(type(module), ()))
+        owners.append((module, {name: state[name] for name in present}, absent))
         empty += (state[name] for name in HOOKS)
         listings += filter(None, tables)
-        watched_names = (*HOOKS, *TABLES, *SETTINGS.get(type(module), ()))
-        items += ((state, name, state[name]) for name in watched_names)
     watched = list({id(t): t for t in tensors if t is not None}.values())
     kept = [t.detach() for t in watched]  # the memory that is read, until the watch is gone
     on_cpu = [t for t in kept if t.device.type == "cpu" and t.numel()]
     for tensor in on_cpu:
         _require_memory(tensor)
     return native.load().Watch(
-        items=items,
-        absent=absent,
+        owners=owners,
         listings=listings,
         empty=empty,
-        owners=owners,
         versioned=[t for t in watched if not t.is_inference()],  # others keep no counter
         tensors=watched,
         layout=_layout,

@@ -121,6 +121,35 @@ def test_replaced_tables_of_global_hooks(name: str, hooks: None, built: Efficien
     assert not snapshot.is_fresh(built)
 
 
+def test_the_order_of_an_ordered_dict() -> None:
+    """Which is its own: the dict below keeps its order."""
+    model = EfficientNet(TINY).eval()
+    stage = model.features[5]
+    stage._modules = OrderedDict(stage._modules)
+    snapshot = Snapshot(model)
+    assert snapshot.is_fresh(model)
+    stage._modules.move_to_end("0")
+    assert not snapshot.is_fresh(model)
+
+
+def test_attributes_set_by_code_that_has_run_often(built: EfficientNet) -> None:
+    """Python then stores them by other, quicker instructions."""
+
+    def assign(module: Any, value: float) -> None:
+        module.eps = value
+
+    other, norm = EfficientNet(TINY).features[8][1], built.features[8][1]
+    for i in range(200):
+        assign(other, 1.0 + i)
+    snapshot = Snapshot(built)
+    for i in range(3):
+        assert snapshot.is_fresh(built)
+        kept = norm.eps
+        assign(norm, 0.5 + i)
+        assert not snapshot.is_fresh(built)
+        assign(norm, kept)
+
+
 def test_an_encoders_maps() -> None:
     model = EfficientNetFeatures(TINY).eval()
     snapshot = Snapshot(model)
@@ -157,16 +186,24 @@ def test_every_byte_counts(built: EfficientNet) -> None:
     assert missed > 200
 
 
+class Table(dict):
+    """May give other values than it has."""
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (shadow(f"{BLOCK}2.fc1", "weight", torch.zeros(1)), "'weight' in more than one place"),
         (lambda m: setattr(m.features[0][0], "stride", [2, 2]), "stride of a Conv2d is list"),
         (lambda m: setattr(m.features[8][1], "eps", torch.tensor(1e-5)), "eps of a BatchNorm2d"),
+        (
+            lambda m: setattr(m.features[5], "_modules", Table(m.features[5]._modules)),
+            "table is no",
+        ),
         (lambda m: m.features[2][0].block[0][1].bias.untyped_storage().resize_(0), "no memory"),
         (lambda m: m.features[8][0].weight.untyped_storage().resize_(64), "no memory"),
     ],
-    ids=["hidden", "list", "tensor", "freed", "shrunk"],
+    ids=["hidden", "list", "tensor", "table", "freed", "shrunk"],
 )
 def test_what_cannot_be_watched_is_refused(change: Callable[[Any], object], words: str) -> None:
     model = EfficientNet(TINY).eval()
