@@ -131,10 +131,12 @@ class DeployedEfficientNet(nn.Module):
     """The module that `deploy` returns.
 
     The original network stays its `source` and may change. Every call compares parameters and
-    buffers by identity, version counter and address, on a CPU by a few values of each too. Where
-    they differ, the weights are packed again and graphs of the old weights are dropped. Some edits
-    change none of these; call `refresh` after them: edits of single values through `.data`, and on
-    a CUDA device all edits through `.data`. State dict, parameters and children are the source's.
+    buffers by identity, version counter, address and layout, on a CPU by a few values of each too.
+    Where they differ, the weights are packed again and graphs of the old weights are dropped. Some
+    edits change none of these; call `refresh` after them: edits of single values through `.data`,
+    NumPy or another process, and of tensors made in inference mode, which keep no counter; on a
+    CUDA device all such edits. (The source itself, called in eval mode on a CPU, compares every
+    byte.) State dict, parameters and children are the source's.
 
     While the caller captures a CUDA graph, the kernels become part of that graph, with the weights
     of that moment.

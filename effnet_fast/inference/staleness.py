@@ -69,6 +69,9 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
         empty += (state[name] for name in HOOKS)
         listings += filter(None, tables)
     watched = list({id(t): t for t in tensors if t is not None}.values())
+    held = {id(t) for listing in listings for t in listing.values()}
+    if not all(id(t) in held for t in watched):
+        raise RefusedError("another thread changes it at this moment")
     kept = [t.detach() for t in watched]  # the memory that is read, until the watch is gone
     on_cpu = [t for t in kept if t.device.type == "cpu" and t.numel()]
     for tensor in on_cpu:

@@ -66,7 +66,8 @@ class Backbone(nn.Module):
         grad_checkpointing: whether `set_grad_checkpointing` is on.
         plan: whether forward in eval mode without gradients may run the whole network from packed
             weights, on a CPU; they take about as much memory as the parameters, in bf16 too, where
-            projections are kept in fp32 as well. Set it to False to turn this off.
+            projections are kept in fp32 as well. Every call compares each byte of the parameters
+            and buffers with what was packed. Set it to False to turn this off.
 
     Raises:
         ValueError: an argument outside what is allowed.

@@ -186,6 +186,19 @@ def test_every_byte_counts(built: EfficientNet) -> None:
     assert missed > 200
 
 
+def test_the_last_element_counts() -> None:
+    """Of a view with gaps between its elements too."""
+    model = EfficientNet(TINY).eval()
+    memory = torch.zeros(2 * model.num_features)
+    model.features[8][1].bias = nn.Parameter(memory[1::2])
+    snapshot = Snapshot(model, every_byte=True)
+    for tensor in (memory, *model.features[8].parameters()):
+        assert snapshot.is_fresh(model)
+        tensor.data[-1] += 1
+        assert not snapshot.is_fresh(model)
+        snapshot = Snapshot(model, every_byte=True)
+
+
 class Table(dict):
     """May give other values than it has."""
 
