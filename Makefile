@@ -20,7 +20,7 @@ NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -n
 # A photograph of a cat that is shipped inside scikit-image's wheel.
 PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
 
-.PHONY: demo test test-all durations bench docs report gpu budgets mutants lint clean qemu
+.PHONY: demo test test-all durations reliability bench docs report gpu budgets mutants lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
@@ -41,6 +41,10 @@ test-all: $(VENV)/.test qemu docs
 # What every long test costs, into tests/durations.csv, which the tiers were cut from; over an hour.
 durations: $(VENV)/.test qemu
 	$(RUN_TESTS) -m "not gpu" -p durations --costs tests/durations.csv
+
+# What is recorded in docs/reliability.md.
+reliability: $(VENV)/.test
+	$(BIN)/python tests/support/drawn_edits.py --edits 2000
 
 # Each op, block and network once, its peers installed: about ten minutes on two cores.
 # BENCH_ARGS=--full holds every contest, which takes hours.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from effnet_fast import backends
 from effnet_fast.backends import native
 from effnet_fast.inference.cuda_graphs import LIMIT
-from effnet_fast.inference.network_spec import NetworkSpec
+from effnet_fast.inference.network_spec import NetworkSpec, spec_of
 from effnet_fast.inference.parts import changed_method
 from effnet_fast.inference.snapshot import (
     Engine,
@@ -27,7 +27,7 @@ from effnet_fast.inference.snapshot import (
     runs_in_one_call,
 )
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
-from effnet_fast.modules import observed
+from effnet_fast.modules import observed, stock
 from effnet_fast.modules.structure import RefusedError
 
 KINDS = (EfficientNet, EfficientNetFeatures)
@@ -190,14 +190,15 @@ class DeployedEfficientNet(nn.Module):
         Raises:
             TypeError: x is not a tensor of these dtypes.
             ValueError, RuntimeError: x has other dimensions than the source takes, is on another
-                device or asks for a gradient; something traces or transforms the call; or the
-                source can no longer be deployed.
+                device or asks for a gradient; something traces, transforms or intercepts the call;
+                or the source can no longer be deployed.
         """
-        if observed.is_recorded():  # what records the operators would not see what fills the result
+        if who := observed.recorder():  # it would not see what fills the result
             raise RuntimeError(
-                "a deployed network cannot be traced: trace or export the model it was made of"
+                f"a deployed network cannot be traced or intercepted, and {who}: trace, export or "
+                "call the model it was made of"
             )
-        _refuse_hooks(self.source)
+        _refuse_changes(self.source)
         engine = self._packed.engine(self.source)
         _check_images(x, engine.device, self.backend)
         with torch.no_grad():
@@ -272,11 +273,21 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__}; load other packages' weights with "
             "EfficientNet.from_checkpoint"
         )
-    if changed := changed_method(model):
-        raise _refusal(model, changed)
+    _refuse_changes(model)
     if model.training:
         raise RuntimeError("the model is in training mode: call model.eval() first")
-    _refuse_hooks(model)
+
+
+def obstacle(model: Any) -> str | None:
+    """Why `deploy` refuses the model as it is, None where it takes it; nothing is packed."""
+    try:
+        _check_model(model)
+        device = _device_of(model)
+        _check_target(device, next(model.parameters()).dtype, "auto")
+        spec_of(model, device)
+    except (TypeError, ValueError, RuntimeError, RefusedError) as error:
+        return str(error)
+    return observed.recorder()
 
 
 def _refusal(
@@ -285,7 +296,10 @@ def _refusal(
     return RuntimeError(f"{type(model).__name__} cannot be deployed: {reason}; {remedy}")
 
 
-def _refuse_hooks(model: nn.Module) -> None:
+def _refuse_changes(model: nn.Module) -> None:
+    """Raises where a call of the network does more than its layers, or they are no longer stock."""
+    if changed := changed_method(model) or stock.NETWORK.replaced():
+        raise _refusal(model, changed)
     if model._forward_hooks or model._forward_pre_hooks:
         raise _refusal(model, "it has a hook", "remove it, or register it on what deploy returns")
 

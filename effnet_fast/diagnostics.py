@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -15,33 +14,12 @@ import torch
 from torch import nn
 
 from effnet_fast import __version__
-from effnet_fast.backends import BACKENDS, OPS, can_run, native, use_backend
-from effnet_fast.models import EfficientNet
-from effnet_fast.models.pooled_head import pooled_module
-from effnet_fast.modules.explain import explain
-from effnet_fast.modules.fused_forward import POOLED
-from effnet_fast.modules.layers import Conv2dNormActivation, MBConv
+from effnet_fast.backends import BACKENDS, OPS, can_run, native
+from effnet_fast.model_report import Course, Fusion, explain_blocks, explain_networks, lines
 
-FUSIBLE = (MBConv, Conv2dNormActivation)
 OPENMP_RUNTIME = re.compile(r"/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
 CPU_FLAGS = re.compile(r"sse4_2|f16c|fma|avx\w*|amx_\w+|asimd\w*|sve\w*|bf16")
 CUDA_13_DRIVER = 580  # the oldest driver branch that a CUDA 13 runtime works with
-SHOWN = 3  # module names per reason in the printed report
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """Whether one block of a model is fused.
-
-    Args:
-        name: where the block stands in the model, as in `named_modules()`.
-        kind: its class.
-        reason: why it runs unfused; None when it is fused.
-    """
-
-    name: str
-    kind: str
-    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +39,7 @@ class Report:
         openmp: paths of the OpenMP runtimes loaded into this process.
         cuda: whether kernels were built and for what, the driver, and the reason they cannot run.
         blocks: for a model, each block that could be fused; None without a model.
+        networks: for a model, what eval and training run of each network in it; None without.
     """
 
     versions: dict[str, str | None]
@@ -74,6 +53,7 @@ class Report:
     openmp: list[str]
     cuda: dict[str, Any]
     blocks: list[Fusion] | None = field(default=None)
+    networks: list[Course] | None = field(default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts, lists, strings and numbers, ready for JSON."""
@@ -81,26 +61,26 @@ class Report:
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {value or 'absent'}" for name, value in self.versions.items())
-        lines = [f"versions    {versions}"]
-        lines.append(f"extension   {self.extension_reason or 'loaded'}")
-        lines += _aligned("backends", [f"{n}: {_verdict(r)}" for n, r in self.backends.items()])
+        text = [f"versions    {versions}"]
+        text.append(f"extension   {self.extension_reason or 'loaded'}")
+        text += _aligned("backends", [f"{n}: {_verdict(r)}" for n, r in self.backends.items()])
         isas = [
             f"{name}: {reason or 'ok'}{' (best)' if name == self.best_isa else ''}"
             for name, reason in self.isas.items()
         ]
-        lines += _aligned("isas", isas)
+        text += _aligned("isas", isas)
         products = "bfloat16" if self.deploy["bf16_products"] else "bfloat16 computed in float32"
-        lines.append(f"deploy      {self.deploy['reason'] or f'float32, {products}'}")
-        lines.append(f"cpu         {self.cpu['model']}: {' '.join(self.cpu['flags'])}")
+        text.append(f"deploy      {self.deploy['reason'] or f'float32, {products}'}")
+        text.append(f"cpu         {self.cpu['model']}: {' '.join(self.cpu['flags'])}")
         threads = self.threads
-        lines.append(f"threads     {threads['torch']} (torch), {threads['cpus']} CPUs usable")
-        lines += _aligned("openmp", self.openmp)
+        text.append(f"threads     {threads['torch']} (torch), {threads['cpus']} CPUs usable")
+        text += _aligned("openmp", self.openmp)
         if len(self.openmp) > 1:
-            lines.append("            more than one runtime: their thread pools compete")
-        lines += _aligned("cuda", _cuda_lines(self.cuda))
+            text.append("            more than one runtime: their thread pools compete")
+        text += _aligned("cuda", _cuda_lines(self.cuda))
         if self.blocks is not None:
-            lines += _aligned("model", _block_lines(self.blocks))
-        return "\n".join(lines)
+            text += _aligned("model", lines(self.blocks, self.networks or []))
+        return "\n".join(text)
 
 
 def doctor(model: nn.Module | None = None) -> Report:
@@ -108,8 +88,10 @@ def doctor(model: nn.Module | None = None) -> Report:
 
     Args:
         model: for each of its blocks the report says whether it is fused in its present state
-            (train or eval, hooks, dtypes, device), and why not. In eval mode it assumes that no
-            gradient is wanted.
+            (train or eval, hooks, dtypes, device), and why not; for each network in it, what eval
+            without gradients and what training run (the whole network in one call, block by block,
+            or stock), whether deploy takes it, and what keeps it from more. Nobody else may run the
+            model meanwhile.
 
     Returns:
         a report to print or, through `to_dict`, to process. A missing extension, driver or Triton
@@ -134,6 +116,7 @@ def doctor(model: nn.Module | None = None) -> Report:
         openmp=_openmp_runtimes(),
         cuda=_cuda(extension),
         blocks=None if model is None else explain_blocks(model),
+        networks=None if model is None else explain_networks(model),
     )
 
 
@@ -147,28 +130,6 @@ def versions() -> dict[str, str | None]:
         "triton": _installed("triton"),
         "compiler": None if extension is None else extension.compiler(),
     }
-
-
-def explain_blocks(model: nn.Module) -> list[Fusion]:
-    """Which blocks of a model are fused in its present state, and why the others are not.
-
-    A layer inside a fused block is part of it and not listed again.
-    """
-    found: list[Fusion] = []
-    fused: list[str] = []
-    networks = (module for module in model.modules() if isinstance(module, EfficientNet))
-    pooled = [pooled_module(network) for network in networks]
-    with use_backend(getattr(model, "backend", "auto")):
-        for name, module in model.named_modules():
-            inside = any(name.startswith(f"{outer}.") for outer in fused)
-            if inside or not isinstance(module, FUSIBLE):
-                continue
-            at_once = any(module is layer for layer in pooled)
-            reason = explain(module, POOLED if at_once else None)
-            if reason is None:
-                fused.append(name)
-            found.append(Fusion(name, type(module).__name__, reason))
-    return found
 
 
 def _installed(distribution: str) -> str | None:
@@ -253,14 +214,4 @@ def _cuda_lines(cuda: dict[str, Any]) -> list[str]:
             f"kernels built with CUDA 13 want driver {CUDA_13_DRIVER} or newer, "
             "even where torch's own CUDA works"
         )
-    return lines
-
-
-def _block_lines(blocks: list[Fusion]) -> list[str]:
-    fused = sum(block.reason is None for block in blocks)
-    lines = [f"{fused} of {len(blocks)} blocks fused"]
-    for reason, count in Counter(b.reason for b in blocks if b.reason).most_common():
-        names = [block.name for block in blocks if block.reason == reason]
-        more = ", ..." if count > SHOWN else ""
-        lines.append(f"not fused: {', '.join(names[:SHOWN])}{more} ({count}): {reason}")
     return lines

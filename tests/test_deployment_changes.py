@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 
 import pytest
@@ -107,6 +108,18 @@ def test_structure_is_refused(name: str) -> None:
     for call in (lambda: deployed(X), lambda: effnet_fast.deploy(model)):
         with pytest.raises(RuntimeError, match=words):
             call()
+
+
+def test_a_forward_that_is_the_classs_own_is_taken() -> None:
+    """As Accelerate's `unwrap_model` leaves it on the instance."""
+    model = network()
+    y = effnet_fast.deploy(model)(X)
+    model.forward = types.MethodType(type(model).forward, model)
+    deployed = effnet_fast.deploy(model)
+    assert torch.equal(deployed(X), y)
+    model.forward = types.MethodType(network().forward.__func__, network())
+    with pytest.raises(RuntimeError, match="its forward is patched"):
+        deployed(X)
 
 
 def test_layers_that_fit_are_taken_over() -> None:

@@ -29,7 +29,12 @@ ROWS = (
     ("effnet_fast.modules",),
     ("effnet_fast.inference",),
     ("effnet_fast.models",),
-    ("effnet_fast.deployment", "effnet_fast.diagnostics", "effnet_fast.scaling"),
+    (
+        "effnet_fast.deployment",
+        "effnet_fast.diagnostics",
+        "effnet_fast.model_report",
+        "effnet_fast.scaling",
+    ),
     ("effnet_fast.training",),
     ("effnet_fast.cli",),
 )

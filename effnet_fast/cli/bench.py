@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast import diagnostics, timing
+from effnet_fast import diagnostics, model_report, timing
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS
@@ -85,7 +85,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             rounds=arguments.rounds,
             on_burst=lambda name: bar.update(),
         )
-    blocks = diagnostics.explain_blocks(fused)
+    blocks = model_report.explain_blocks(fused)
     return {
         "model": variant.name,
         "batch": arguments.batch,

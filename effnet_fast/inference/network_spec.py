@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from effnet_fast.inference import parts
 from effnet_fast.inference.parts import InferenceParts
-from effnet_fast.modules import layers, structure
+from effnet_fast.modules import layers, stock, structure
 from effnet_fast.modules.structure import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
@@ -105,6 +105,7 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     """
     if changed := parts.changed_step(model):
         raise RefusedError(changed)
+    stock.NETWORK.require()
     given: InferenceParts = model.inference_parts()
     with _at("features"):
         structure.require(given.features, nn.Sequential)

@@ -16,7 +16,7 @@ from effnet_fast.inference.snapshot import (
     run_network,
     runs_in_one_call,
 )
-from effnet_fast.modules import observed
+from effnet_fast.modules import observed, stock
 from effnet_fast.modules.structure import RefusedError
 
 LONGEST_WAIT = 31  # forwards until a network that was refused is looked at again
@@ -45,24 +45,13 @@ class OwnPlan(SnapshotKeeper):
 
     def run(self, model: Any, x: Tensor, backend: str) -> Any:
         """The network's forward from packed weights; None where its blocks must run one by one."""
-        if torch.is_grad_enabled() or model.training or not isinstance(x, Tensor):
-            return None
         if not model.plan:
             self.forget()
+        if obstacle(model, x, backend) is not None:
             return None
-        if not runs_in_one_call(CPU, backend) or not _is_plain_image(x):
-            return None
-        name = "cpu" if backend == "auto" else backend
-        if backends.can_run(name, backends.OPS[0]):
-            return None
-        dtype = x.dtype
-        autocast = torch.is_autocast_enabled("cpu")
-        if autocast:
-            dtype = torch.get_autocast_dtype("cpu")
-        if dtype not in backends.NATIVE_DTYPES:
-            return None
-        engine = self._engine(model, dtype, name)
-        if engine is None or not (autocast or engine.spec.dtype is dtype):
+        dtype = _dtype_of(x)
+        engine = self._engine(model, dtype, _name_of(backend))
+        if engine is None or not (is_autocast() or engine.spec.dtype is dtype):
             return None
         if x.shape[1] != engine.spec.in_channels or min(x.shape) == 0:
             return None  # PyTorch's own errors, and its empty results
@@ -101,11 +90,47 @@ class OwnPlan(SnapshotKeeper):
         self.snapshot = self._unproven = None
 
 
-def _is_plain_image(x: Tensor) -> bool:
-    """Whether x [N,C,H,W] lies in memory, and nothing records the operators."""
+def is_autocast() -> bool:
+    """Whether autocast is on for CPUs."""
+    return torch.is_autocast_enabled("cpu")
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """In which layers hand on their results."""
+    return torch.get_autocast_dtype("cpu") if is_autocast() else x.dtype
+
+
+def _name_of(backend: str) -> str:
+    return "cpu" if backend == "auto" else backend
+
+
+def obstacle(model: Any, x: Any, backend: str) -> str | None:
+    """Why a forward on x may not run from packed weights, whatever the layers are; None if it may.
+
+    Code that was replaced is asked for here: the snapshot stays, for when the replacement is gone.
+    """
+    if torch.is_grad_enabled():
+        return "a gradient may be wanted: call it under torch.no_grad() or inference_mode()"
+    if model.training:
+        return "it is in training mode"
+    if not model.plan:
+        return "its `plan` is False"
+    if not runs_in_one_call(CPU, backend):
+        return f"the backend is {backend!r}"
     return (
-        not observed.has_observer(x)
-        and x.device.type == "cpu"
-        and x.dtype in backends.NATIVE_DTYPES
-        and x.dim() == 4
+        _image_obstacle(x)
+        or backends.can_run(_name_of(backend), backends.OPS[0])
+        or (stock.NETWORK.replaced())
     )
+
+
+def _image_obstacle(x: Any) -> str | None:
+    """Why images do not lie in memory as the engine reads them, or somebody watches; else None."""
+    if not isinstance(x, Tensor) or observed.has_observer(x):
+        return observed.recorder() or f"the images are {type(x).__name__}, no plain tensor"
+    if x.device.type != "cpu":
+        return f"the images are on {x.device}: deploy() is for that"
+    for dtype in (x.dtype, _dtype_of(x)):
+        if dtype not in backends.NATIVE_DTYPES:
+            return f"no kernel takes {dtype}"
+    return None if x.dim() == 4 else f"the images have {x.dim()} dimensions"

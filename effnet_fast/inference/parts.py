@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from effnet_fast.modules import structure
 
-# Methods through which a class or an instance could change what forward computes.
-METHODS = frozenset({"forward", "forward_features", "forward_head", "_prepared", "_maps"})
+# Methods that forward calls, through which a class or an instance could change what it computes.
+STEPS = frozenset({"forward_features", "forward_head", "_prepared", "_maps"})
+METHODS = STEPS | {"forward"}
 
 
 def in_order(module: nn.Module) -> tuple[Any, ...]:
@@ -63,25 +65,44 @@ def averages_pixels(head: Head) -> bool:
     return head.flattens and head.pool.output_size in (1, (1, 1))
 
 
-def is_patched(model: nn.Module) -> bool:
-    """Whether the instance has one of METHODS of its own."""
-    return not METHODS.isdisjoint(model.__dict__)
+def remember_methods(kind: type) -> None:
+    """Keeps METHODS as a class has them that writes `inference_parts`, for `changed_method`."""
+    if "inference_parts" in kind.__dict__:
+        found = {name: getattr(kind, name) for name in METHODS if hasattr(kind, name)}
+        kind._stock_methods = found  # type: ignore[attr-defined]  # its subclasses inherit it
+
+
+def is_own(model: Any, name: str) -> bool:
+    """Whether what the instance has under the name of a method is its class's, bound to it."""
+    method = model.__dict__[name]
+    is_bound = isinstance(method, MethodType) and method.__self__ is model
+    return is_bound and method.__func__ is getattr(type(model), name)
 
 
 def changed_method(model: Any, names: Collection[str] = METHODS) -> str | None:
     """Which of the methods is not that of the class that wrote `inference_parts`, in words.
 
-    A subclass may not override `names`; an instance may patch none of METHODS.
+    Neither a subclass nor an instance may have another, nor may that class itself by now. A
+    `forward` in the instance may be its class's, to which Accelerate's `unwrap_model` sets it.
     """
-    if is_patched(model):
-        return f"its {min(METHODS.intersection(model.__dict__))} is patched"
-    kind = type(model)
+    state, kind = model.__dict__, type(model)
+    if not state.keys().isdisjoint(names):
+        for name in sorted(names & state.keys()):
+            if name != "forward" or not is_own(model, name):
+                return f"its {name} is patched"
+    stock = kind._stock_methods
+    changed = (n for n in names if getattr(kind, n, None) is not stock.get(n))
+    name = min(changed, default="")
+    if not name:
+        return None
     own = next(base for base in kind.__mro__ if "inference_parts" in base.__dict__)
-    changed = (n for n in names if getattr(kind, n, None) is not getattr(own, n, None))
-    name = min(changed, default=None)
-    return name and f"it overrides {name}"
+    is_replaced = getattr(own, name, None) is not stock.get(name)
+    return f"{own.__name__}.{name} is replaced" if is_replaced else f"it overrides {name}"
 
 
 def changed_step(model: Any) -> str | None:
-    """As `changed_method` for what forward calls; a subclass's forward may call the class's own."""
-    return changed_method(model, METHODS - {"forward"})
+    """As `changed_method` for what forward calls.
+
+    A subclass's forward may call the class's own, and so may one that is set on the instance.
+    """
+    return changed_method(model, STEPS)

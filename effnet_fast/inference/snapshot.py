@@ -11,7 +11,7 @@ from effnet_fast import backends
 from effnet_fast.inference import staleness
 from effnet_fast.inference.cpu_engine import CpuEngine
 from effnet_fast.inference.network_spec import CPU, LAST_MAP, LOGITS, TAPS, NetworkSpec, spec_of
-from effnet_fast.inference.parts import is_patched
+from effnet_fast.inference.parts import changed_step
 from effnet_fast.locks import ForkLock
 
 
@@ -97,7 +97,7 @@ class Snapshot:
 
     def is_fresh(self, model: Any) -> bool:
         """Whether the network is still what was read."""
-        if type(model) is not self._kind or is_patched(model):
+        if type(model) is not self._kind or changed_step(model):
             return False
         if model.inference_parts().identity != self._parts:
             return False

@@ -21,7 +21,7 @@ from effnet_fast.backends import native
 from effnet_fast.modules import layers
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
-from effnet_fast.modules.structure import RefusedError
+from effnet_fast.modules.structure import METHODS, RefusedError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # others do nothing without a gradient
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -59,12 +59,16 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
     for module in modules:
         state = module.__dict__
         tables = [state[name] for name in TABLES]
-        absent = ["forward", *(name for table in tables for name in table)]
+        methods = [name for name in METHODS if hasattr(type(module), name)]
+        absent = [name for name in methods if name not in state]
+        absent += (name for table in tables for name in table)
         _require_constants(module)
         if any(type(table) not in (dict, OrderedDict) for table in tables):
             raise RefusedError("a module's table is no dict of Python's own")
         _require_one_of_each([*state, *absent])
-        present = (*HOOKS, *TABLES, *SETTINGS.get(type(module), ()))
+        # An instance's own method is a None, see `structure.patched_method`.
+        own = (name for name in methods if name in state)
+        present = (*HOOKS, *TABLES, *SETTINGS.get(type(module), ()), *own)
         owners.append((module, {name: state[name] for name in present}, absent))
         empty += (state[name] for name in HOOKS)
         listings += filter(None, tables)

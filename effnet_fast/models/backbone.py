@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_fast import backends
 from effnet_fast.inference.own_plan import OwnPlan
-from effnet_fast.inference.parts import InferenceParts
+from effnet_fast.inference.parts import InferenceParts, remember_methods
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -143,6 +143,10 @@ class Backbone(nn.Module):
         for module in self.features.modules():
             if isinstance(module, MBConv):
                 module.memory = memory
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        remember_methods(cls)
 
     def inference_parts(self) -> InferenceParts:
         """The modules that forward runs, for what runs them from packed weights."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from effnet_fast.inference.parts import InferenceParts, averages_pixels, changed_step
 from effnet_fast.models.backbone import Backbone
-from effnet_fast.modules import fused_forward, observed, structure
+from effnet_fast.modules import fused_forward, observed, stock, structure
 
 
 def pooled_module(model: Backbone) -> nn.Module | None:
@@ -25,6 +25,7 @@ def _walkable_parts(model: Backbone) -> InferenceParts | None:
         return None
     given = model.inference_parts()
     try:
+        stock.HEAD.require()
         structure.refuse_global_hooks()
         structure.require(given.features, nn.Sequential)
     except structure.RefusedError:
@@ -39,7 +40,7 @@ def _pooled_layer(given: InferenceParts) -> structure.Layer | None:
 
 def run_pooled_head(model: Backbone, x: Tensor, backend: str) -> Tensor | None:
     """A classifier's forward by that op on a backend; None where features must run as a whole."""
-    if backend == "reference" or not isinstance(x, Tensor) or observed.is_traced():
+    if backend == "reference" or not isinstance(x, Tensor) or observed.wants_operators(x):
         return None
     given = _walkable_parts(model)
     if given is None:

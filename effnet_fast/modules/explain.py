@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from effnet_fast import backends
-from effnet_fast.modules import structure
+from effnet_fast.modules import observed, structure
 from effnet_fast.ops.registration import autocast
 
 
@@ -18,6 +18,8 @@ def explain(module: nn.Module, op: str | None = None) -> str | None:
     backend = backends.current_backend()
     if backend == "reference":
         return 'the backend is "reference"'
+    if reason := observed.recorder():
+        return reason
     try:
         found = structure.structure_of(module)
     except structure.RefusedError as refused:

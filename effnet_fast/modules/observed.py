@@ -1,15 +1,15 @@
-"""Whether somebody records or watches the operators: each question in one place.
+"""Whether somebody records, watches or replaces the operators: each question in one place.
 
 Kernels write through addresses, which nobody who records operators sees.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from effnet_fast.backends import in_transform as in_transform
 from effnet_fast.modules.structure import PLAIN
@@ -21,26 +21,51 @@ def is_traced() -> bool:
     return tracing or torch.compiler.is_exporting()
 
 
+def is_intercepted() -> bool:
+    """Whether a TorchFunctionMode or a TorchDispatchMode is active.
+
+    Such a mode may give operators another meaning, and one that only counts them would count none.
+    `torch.set_default_device` and `with torch.device` work by a mode too; it concerns no operator
+    that has an input, and is always the first.
+    """
+    functions = torch._C._len_torch_function_stack()
+    if functions > 1 or (functions == 1 and type(_function_mode(0)) is not DeviceContext):
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _function_mode(place: int) -> Any:
+    return torch._C._get_function_stack_at(place)
+
+
+def interceptor() -> str | None:
+    """The class of the mode for which `is_intercepted` says so, in words; None for none."""
+    if not is_intercepted():
+        return None
+    for place in reversed(range(torch._C._len_torch_function_stack())):
+        if type(mode := _function_mode(place)) is not DeviceContext:
+            return f"{type(mode).__name__}, a TorchFunctionMode, is active"
+    mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+    return f"{type(mode).__name__}, a TorchDispatchMode, is active"
+
+
 def wants_operators(x: Any) -> bool:
-    """Whether x is no plain tensor, or a trace records the call."""
-    return type(x) not in PLAIN or is_traced()
+    """Whether x is no plain tensor, a trace records the call, or a mode intercepts it."""
+    return type(x) not in PLAIN or is_traced() or is_intercepted()
 
 
 def has_observer(x: Tensor) -> bool:
-    """Whether anything at all records or intercepts operators on x, a TorchDispatchMode too."""
-    return wants_operators(x) or in_transform() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether anything at all records or intercepts operators on x."""
+    return wants_operators(x) or in_transform()
 
 
-def is_recorded() -> bool:
-    """Whether a trace, a transform, fake tensors or proxies record the call.
-
-    Other dispatch modes, such as those that count operators, only look on.
-    """
-    # Where the module was never imported, nobody traces by it.
-    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    by_proxies = proxies is not None and proxies.get_proxy_mode() is not None
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    return is_traced() or fake or by_proxies or in_transform()
+def recorder() -> str | None:
+    """What records or intercepts operators, whatever they are called with, in words."""
+    if is_traced():
+        return "torch.jit.trace or torch.export is at work"
+    if in_transform():
+        return "a torch.func transform or forward-mode differentiation is at work"
+    return interceptor()
 
 
 def can_run_again(x: Tensor) -> bool:

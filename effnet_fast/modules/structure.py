@@ -187,6 +187,11 @@ def refuse_global_hooks() -> None:
         raise RefusedError("a global module hook is registered")
 
 
+# Methods of modules that a call looks up on the instance, which may have one of its own.
+METHODS = frozenset({
+    "_call_impl", "_check_input_dim", "_compiled_call_impl", "_conv_forward", "forward",
+    "forward_stock", "gate",
+})  # fmt: skip
 _hooks = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
@@ -195,15 +200,23 @@ _hooks = itemgetter(
 def require(module: Any, *kinds: type) -> None:
     """Raises RefusedError for a module of none of these classes, where there are any.
 
-    So it does for one with hooks or a forward of its instance's own.
+    So it does for one with hooks or with one of METHODS of its instance's own.
     """
     if kinds and type(module) not in kinds:
         raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
     state = module.__dict__
     if any(_hooks(state)):
         raise RefusedError(" has a hook")
-    if "forward" in state:
-        raise RefusedError(" has a patched forward")
+    if name := patched_method(state):
+        raise RefusedError(f" has a patched {name}")
+
+
+def patched_method(state: dict[str, Any]) -> str | None:
+    """Which of METHODS an instance has of its own, by its `__dict__`."""
+    names = METHODS & state.keys()
+    if state.get("_compiled_call_impl") is None:  # as `Module.compile` is undone
+        names -= {"_compiled_call_impl"}
+    return min(names, default=None)
 
 
 class Part(NamedTuple):
@@ -232,7 +245,11 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
         child = children[name]
         try:
             # What `require` refuses, in line: a block has 19 children.
-            if type(child) not in kinds or any(_hooks(s := child.__dict__)) or "forward" in s:
+            if (
+                type(child) not in kinds
+                or any(_hooks(s := child.__dict__))
+                or not s.keys().isdisjoint(METHODS)
+            ):
                 require(child, *kinds)
             elif below is not None:
                 require_children(s["_modules"], below)
@@ -240,13 +257,19 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
             raise RefusedError(f".{name}{refused}") from None
 
 
-# How a module of exactly this class is read.
-_READERS: dict[type, Callable[[Any], Layer | Block]] = {}
+# How a module of exactly this class is read, and what requires the code below it to be stock's.
+_READERS: dict[type, tuple[Callable[[Any], Layer | Block], Callable[[], None]]] = {}
 
 
-def reads(kind: type, reader: Callable[[Any], Layer | Block]) -> None:
-    """Enters the reader of a class; it raises RefusedError for what it does not know."""
-    _READERS[kind] = reader
+def reads(
+    kind: type, reader: Callable[[Any], Layer | Block], require_stock: Callable[[], None]
+) -> None:
+    """Enters the reader of a class, and what is called before it.
+
+    Both raise RefusedError: for what the reader does not know, and where code that the module's
+    stock forward would run has been replaced.
+    """
+    _READERS[kind] = reader, require_stock
 
 
 def structure_of(module: nn.Module) -> Layer | Block:
@@ -256,7 +279,9 @@ def structure_of(module: nn.Module) -> Layer | Block:
         RefusedError: it has none, with the reason.
     """
     refuse_global_hooks()
-    reader = _READERS.get(type(module))
-    if reader is None:
+    found = _READERS.get(type(module))
+    if found is None:
         raise RefusedError(f"{type(module).__name__} is none of the classes that can be fused")
+    reader, require_stock = found
+    require_stock()
     return reader(module)

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+import effnet_fast
+from edit_kinds import Scaling
 from effnet_fast import cli, diagnostics
 from effnet_fast.backends import BACKENDS, OPS, native
 from effnet_fast.cli import common
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.modules import fused_forward, structure
+from networks import MINI
 
 B0_UNITS = 1 + 16 + 1  # stem, blocks, head
 
@@ -144,6 +147,79 @@ def test_reference_backend_fuses_nothing(b0):
     report = diagnostics.doctor(b0)
     b0.backend = "auto"
     assert all(block.reason is not None for block in report.blocks)
+
+
+def course(model):
+    (found,) = diagnostics.doctor(model).networks
+    return found
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
+def test_what_eval_and_training_run(b0):
+    for training in (False, True):
+        found = course(b0.train(training))
+        assert all(module.training is training for module in b0.modules())
+        assert (found.name, found.kind) == ("", "EfficientNet")
+        assert (found.eval, found.training) == ("one call", "block by block")
+        assert found.eval_reason is found.training_reason is found.deploy_reason is None
+        assert not found.wrapped
+    text = str(diagnostics.doctor(b0.eval()))
+    assert "EfficientNet" in text
+    assert "eval: one call" in text
+
+
+LOSSES = {
+    "plan": (lambda m: setattr(m, "plan", False), "its `plan` is False", None),
+    "hook": (
+        lambda m: m.features[1][0].register_forward_hook(lambda *_: None),
+        "features.1.0 has a hook",
+        "features.1.0 has a hook",
+    ),
+    "method": (
+        lambda m: setattr(m, "forward_head", m.forward_head),
+        "its forward_head is patched",
+        "its forward_head is patched",
+    ),
+    "forward": (lambda m: setattr(m, "forward", m.forward_head), None, "its forward is patched"),
+    "dtype": (lambda m: m.double(), "no kernel takes torch.float64", "dtype must be"),
+    "device": (lambda m: m.to("meta"), "the images are on meta", "the model is on meta"),
+    "backend": (lambda m: setattr(m, "backend", "reference"), "the backend is 'reference'", None),
+}
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_was_lost_and_why(name):
+    change, eval_reason, deploy_reason = LOSSES[name]
+    model = effnet_fast.EfficientNet(MINI).eval()
+    change(model)
+    found = course(model)
+    assert (eval_reason or "None") in str(found.eval_reason)
+    assert (deploy_reason or "None") in str(found.deploy_reason)
+    assert found.wrapped is (name == "forward")
+    stock = name in ("dtype", "device", "backend")
+    assert found.eval == (
+        "stock" if stock else "one call" if eval_reason is None else "block by block"
+    )
+    text = str(diagnostics.doctor(model))
+    assert str(found.eval_reason or "one call") in text
+    assert ("set on the instance" in text) is found.wrapped
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason="needs the extension")
+def test_replaced_code_and_modes_are_named(monkeypatch):
+    model = effnet_fast.EfficientNet(MINI).eval()
+    with Scaling():
+        found = course(model)
+    reason = "Scaling, a TorchFunctionMode, is active"
+    assert found.eval_reason == found.training_reason == found.deploy_reason == reason
+    assert found.eval == found.training == "stock"
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: x)
+    found = course(nn.ModuleDict({"net": model}))
+    assert found.name == "net"
+    reasons = (found.eval_reason, found.training_reason, found.deploy_reason)
+    assert all("Conv2d.forward is replaced" in reason for reason in reasons)
+    assert found.training == "stock"
 
 
 def test_openmp_runtimes(monkeypatch):

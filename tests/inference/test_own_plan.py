@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -231,6 +233,23 @@ class TestWhen:
             results.append({str(i): m for i, m in enumerate(y if isinstance(y, list) else [y])})
         networks.assert_alike(*results)
         assert len(runs) == (name == "forward")
+
+    def test_a_forward_around_it(self, runs: list[CpuEngine]) -> None:
+        """As Accelerate's prepare sets one on the instance for bf16, and unwrap_model leaves it."""
+        model = network()
+
+        @functools.wraps(EfficientNet.forward)
+        def forward(self: EfficientNet, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return 2 * EfficientNet.forward(self, x)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = infer(model)
+        model.forward = types.MethodType(forward, model)
+        assert torch.equal(infer(model), 2 * plain)
+        model.forward = types.MethodType(EfficientNet.forward, model)
+        infer(model)
+        assert len(runs) == 3
 
     def test_switched_off(self, runs: list[CpuEngine]) -> None:
         model = network()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import pytest
 import torch
 
@@ -42,7 +45,33 @@ def test_a_changed_method_is_named(name: str) -> None:
     assert changed_method(own) == f"it overrides {name}"
     assert changed_step(own) == (None if name == "forward" else f"it overrides {name}")
     setattr(model, name, print)
-    assert changed_method(model) == changed_step(model) == f"its {name} is patched"
+    assert changed_method(model) == f"its {name} is patched"
+    assert changed_step(model) == (None if name == "forward" else f"its {name} is patched")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS - {"_maps"}))
+def test_a_method_replaced_on_its_class_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, own = EfficientNet(TINY), type("Own", (EfficientNet,), {})(TINY)
+    monkeypatch.setattr(EfficientNet, name, lambda self, x: x)
+    assert changed_method(model) == changed_method(own) == f"EfficientNet.{name} is replaced"
+    monkeypatch.undo()
+    assert changed_method(model) is changed_method(own) is None
+
+
+def test_a_forward_that_is_the_classs_own_is_none_of_the_instances() -> None:
+    """Bound to this very instance; another's, or another function, is one."""
+    model, other = EfficientNet(TINY), EfficientNet(TINY)
+    model.forward = types.MethodType(EfficientNet.forward, model)
+    assert changed_method(model) is None
+    model.forward_head = model.forward_head
+    assert changed_method(model) == "its forward_head is patched"
+    del model.forward_head
+    for forward in (other.forward, model.forward_features, functools.partial(model.forward)):
+        model.forward = forward
+        assert changed_method(model) == "its forward is patched"
+        assert changed_step(model) is None
 
 
 def test_a_class_with_parts_of_its_own_answers_for_its_forward() -> None:

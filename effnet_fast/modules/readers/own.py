@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from effnet_fast.modules import layers, structure
+from effnet_fast.modules import layers, stock, structure
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 from effnet_fast.modules.structure import DEPTHWISE, PLAIN, POINTWISE, Part, RefusedError
@@ -185,5 +185,5 @@ def _block(module: layers.MBConv) -> structure.Block:
     )
 
 
-structure.reads(layers.Conv2dNormActivation, _named_layer)
-structure.reads(layers.MBConv, _block)
+structure.reads(layers.Conv2dNormActivation, _named_layer, stock.LAYER.require)
+structure.reads(layers.MBConv, _block, stock.BLOCK.require)

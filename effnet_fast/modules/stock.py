@@ -1,0 +1,162 @@
+"""The code that a module's stock forward runs, and whether it is still the code that it was.
+
+The fused ops stand in for that code: for `forward` of torch's classes and of ours, for the methods
+and functions that those call. Who replaces one of them, on its class or in its module, means what
+runs below it: profilers that patch `torch.nn.functional`, instrumented layers, fake quantisation.
+A module whose stock forward would meet the replacement is refused; a replaced `forward` of its own
+class has been met by then, and is none of its concern.
+
+This is the one table. It holds what other code may replace and forward reads at each call. Names
+that begin with an underscore in `torch.nn.functional`, and what the operators are made of, are left
+out: they are private to one version of PyTorch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MethodDescriptorType,
+    ModuleType,
+    WrapperDescriptorType,
+)
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effnet_fast.modules import layers, same_padding, stochastic_depth, structure
+from effnet_fast.modules.structure import RefusedError
+
+_BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
+_PATCHED = object()  # stands for the original of what had been replaced before this import
+
+Owner = type | ModuleType
+Row = tuple[Owner, str]  # who has the attributes, and their names with blanks in between
+
+
+def _is_original(owner: Owner, name: str, value: object) -> bool:
+    """Whether the attribute is what the module that makes its owner put there.
+
+    `functools.wraps` copies the name and the module of what it wraps, but not its globals.
+    """
+    if isinstance(owner, type):
+        owner = next(base for base in owner.__mro__ if name in base.__dict__)
+        home = owner.__module__
+    else:
+        home = owner.__name__
+    if isinstance(value, FunctionType):
+        return value.__globals__ is vars(sys.modules[home])
+    return isinstance(value, _BUILT_IN)
+
+
+def _name(owner: Owner) -> str:
+    return owner.__qualname__ if isinstance(owner, type) else owner.__name__
+
+
+def _comparison(originals: dict[tuple[Owner, str], object]) -> Callable[[], bool]:
+    """A function that compares all of them; AttributeError where one is gone.
+
+    Written out and compiled: a loop or `operator.attrgetter` takes twice the time, and from Python
+    3.12 on five times. It is asked for each block of a forward.
+    """
+    tests: list[str] = []
+    scope: dict[str, object] = {}
+    for index, ((owner, name), original) in enumerate(originals.items()):
+        tests.append(f"owner{index}.{name} is original{index}")
+        scope |= {f"owner{index}": owner, f"original{index}": original}
+    return eval(f"lambda: {' and '.join(tests)}", scope)
+
+
+class Stock:
+    """Attributes of classes and modules, as they were when this package was imported.
+
+    Args:
+        rows: see `Row`.
+        below: tables that belong to this one.
+    """
+
+    def __init__(self, *rows: Row, below: Iterable[Stock] = ()) -> None:
+        self.originals: dict[tuple[Owner, str], object] = {}
+        for table in below:
+            self.originals |= table.originals
+        for owner, names in rows:
+            for name in names.split():
+                value = getattr(owner, name)
+                original = value if _is_original(owner, name, value) else _PATCHED
+                self.originals[owner, name] = original
+        self._holds = _comparison(self.originals)
+
+    def replaced(self) -> str | None:
+        """The first that is no longer what it was, in words; None where all are. About 1 us."""
+        try:
+            if self._holds():
+                return None
+        except AttributeError:
+            pass  # deleted; the loop names it
+        for (owner, name), original in self.originals.items():
+            if getattr(owner, name, _PATCHED) is not original or original is _PATCHED:
+                return f"{_name(owner)}.{name} is replaced"
+        return None
+
+    def require(self) -> None:
+        """Raises RefusedError where one is no longer what it was."""
+        if (reason := self.replaced()) is not None:
+            raise RefusedError(reason)
+
+
+_CALL = "__call__ _call_impl"  # on the way from a call of a module to its forward
+_FORWARD = f"{_CALL} forward"
+
+# Below a layer's own forward: convolution, norm and activation.
+LAYER = Stock(
+    (nn.Conv2d, f"{_FORWARD} _conv_forward"),
+    (same_padding.Conv2dSame, f"{_FORWARD} _conv_forward"),
+    (nn.BatchNorm2d, f"{_FORWARD} _check_input_dim"),
+    (nn.SiLU, _FORWARD),
+    (nn.Module, "__getattr__"),
+    (layers.Conv2dNormActivation, "forward_stock __iter__"),
+    (F, "conv2d pad batch_norm silu"),
+    (torch, "batch_norm"),
+    (torch._C._nn, "silu silu_"),
+    (same_padding, "same_padding"),
+)
+_CALLED_LAYER = Stock(
+    (layers.Conv2dNormActivation, _FORWARD), (nn.Sequential, f"{_FORWARD} __iter__")
+)
+_POOL = Stock(
+    (nn.AdaptiveAvgPool2d, _FORWARD),
+    (F, "adaptive_avg_pool2d"),
+    (torch._C._nn, "adaptive_avg_pool2d"),
+)
+# Below a block's own forward.
+BLOCK = Stock(
+    (layers.MBConv, "forward_stock"),
+    (layers.SqueezeExcitation, f"{_FORWARD} gate"),
+    (nn.Sigmoid, _FORWARD),
+    (stochastic_depth.StochasticDepth, _FORWARD),
+    (stochastic_depth, "stochastic_depth"),
+    (torch, "sigmoid"),
+    (torch.Tensor, "__mul__ __iadd__"),
+    below=(LAYER, _CALLED_LAYER, _POOL),
+)
+# Below the forward of a network that pools its last layer's result at once.
+HEAD = Stock((torch, "flatten"), below=(LAYER, _CALLED_LAYER, _POOL))
+# Below the forward of a network that runs in one call.
+NETWORK = Stock(
+    (layers.MBConv, _FORWARD),
+    (nn.Dropout, _FORWARD),
+    (nn.Linear, _FORWARD),
+    (nn.Identity, _FORWARD),
+    (F, "dropout linear"),
+    below=(BLOCK, HEAD),
+)
+
+# Which of these names an instance must not have in its place: those that are looked up on it.
+assert {
+    name
+    for owner, name in NETWORK.originals
+    if isinstance(owner, type) and issubclass(owner, nn.Module) and not name.startswith("__")
+} <= structure.METHODS
