@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -14,6 +14,7 @@ from effnet_fast.modules import structure
 # Methods that forward calls, through which a class or an instance could change what it computes.
 STEPS = frozenset({"forward_features", "forward_head", "_prepared", "_maps"})
 METHODS = STEPS | {"forward"}
+ENTRIES = frozenset({"__call__", "_call_impl"})  # on the way from a call to forward
 
 
 def in_order(module: nn.Module) -> tuple[Any, ...]:
@@ -66,9 +67,10 @@ def averages_pixels(head: Head) -> bool:
 
 
 def remember_methods(kind: type) -> None:
-    """Keeps METHODS as a class has them that writes `inference_parts`, for `changed_method`."""
+    """Keeps the methods as a class has them that writes `inference_parts`, for `changed_method`."""
     if "inference_parts" in kind.__dict__:
-        found = {name: getattr(kind, name) for name in METHODS if hasattr(kind, name)}
+        names = METHODS | ENTRIES
+        found = {name: getattr(kind, name) for name in names if hasattr(kind, name)}
         kind._stock_methods = found  # type: ignore[attr-defined]  # its subclasses inherit it
 
 
@@ -79,7 +81,7 @@ def is_own(model: Any, name: str) -> bool:
     return is_bound and method.__func__ is getattr(type(model), name)
 
 
-def changed_method(model: Any, names: Collection[str] = METHODS) -> str | None:
+def changed_method(model: Any, names: frozenset[str] = METHODS | ENTRIES) -> str | None:
     """Which of the methods is not that of the class that wrote `inference_parts`, in words.
 
     Neither a subclass nor an instance may have another, nor may that class itself by now. A
@@ -91,10 +93,10 @@ def changed_method(model: Any, names: Collection[str] = METHODS) -> str | None:
             if name != "forward" or not is_own(model, name):
                 return f"its {name} is patched"
     stock = kind._stock_methods
-    changed = (n for n in names if getattr(kind, n, None) is not stock.get(n))
-    name = min(changed, default="")
-    if not name:
+    changed = [name for name in names if getattr(kind, name, None) is not stock.get(name)]
+    if not changed:
         return None
+    name = min(changed)
     own = next(base for base in kind.__mro__ if "inference_parts" in base.__dict__)
     is_replaced = getattr(own, name, None) is not stock.get(name)
     return f"{own.__name__}.{name} is replaced" if is_replaced else f"it overrides {name}"

@@ -282,6 +282,8 @@ def structure_of(module: nn.Module) -> Layer | Block:
     found = _READERS.get(type(module))
     if found is None:
         raise RefusedError(f"{type(module).__name__} is none of the classes that can be fused")
+    if "forward_stock" in module.__dict__:  # its other methods have been passed by now
+        raise RefusedError(f"{type(module).__name__} has a patched forward_stock")
     reader, require_stock = found
     require_stock()
     return reader(module)

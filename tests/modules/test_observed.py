@@ -103,7 +103,9 @@ def test_counted_operations_are_stocks(training: bool) -> None:
 
 def test_selective_checkpointing_gives_stocks_numbers() -> None:
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        keeps = op is torch.ops.aten.convolution.default
+        keeps = (
+            op is torch.ops.aten.sigmoid.default
+        )  # others are overwritten in place, as stock's are
         return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
     class Checkpointed(nn.Module):
@@ -117,7 +119,6 @@ def test_selective_checkpointing_gives_stocks_numbers() -> None:
 
             return checkpoint(self.model, x, use_reentrant=False, context_fn=contexts)
 
-    results = [run_network(Checkpointed(network()), X), run_network(Checkpointed(network()), X)]
+    ours = run_network(Checkpointed(network()), X)
     with use_backend("reference"):
-        results[1] = run_network(Checkpointed(network()), X)
-    assert_alike(*results)
+        assert_alike(ours, run_network(Checkpointed(network()), X))

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import torchvision_cpu  # noqa: F401  (before any import of torchvision)
+
+# isort: split
 import effnet_fast
 import networks
-import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from edit_kinds import KINDS, Session
 from effnet_fast import use_backend
 from effnet_fast.inference.cpu_engine import CpuEngine
@@ -85,7 +87,8 @@ def images(model: Any, seed: int) -> Tensor:
     return x.to(weight.dtype) if len(dtypes) == 1 else x
 
 
-def outcome(function: Callable[[], Results]) -> Results | Exception:
+def outcome(function: Callable[[], Any]) -> Any:
+    """What it returns, or the error that it raises."""
     try:
         return function()
     except Exception as error:
@@ -121,7 +124,8 @@ def restore(model: Any, buffers: Results) -> None:
     """Puts statistics back that a call in training mode has moved; others are not touched."""
     for name, buffer in model.named_buffers():
         kept = buffers.get(name)
-        if kept is not None and not buffer.is_meta and not torch.equal(buffer, kept):
+        moved = kept is not None and kept.shape == buffer.shape and not buffer.is_meta
+        if moved and not torch.equal(buffer, kept):
             buffer.data.copy_(kept)
 
 
@@ -183,7 +187,7 @@ def _beyond(actual: Results, stock: Results, noisy: Results | None) -> str | Non
 def _perturbed(x: Tensor, low: bool) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(x.shape, generator=generator).to(x.dtype)
-    return x * (1 + (2.0**-9 if low else 2.0**-22) * noise)
+    return torch.addcmul(x, x, noise, value=2.0**-9 if low else 2.0**-22)  # no patched `*`
 
 
 class Run:
@@ -258,13 +262,19 @@ class Run:
     ) -> None:
         """What came from packed weights equals to the bit what weights packed now give."""
         dtype = torch.bfloat16 if autocast else x.dtype
+
+        def fresh() -> Any:
+            return run_network(model, Snapshot(model).engine_for(dtype, "cpu"), x, dtype)
+
+        found = []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            torch.manual_seed(0)
-            y = model(x)
-            torch.manual_seed(0)
-            fresh = run_network(model, Snapshot(model).engine_for(dtype, "cpu"), x, dtype)
-        pairs = zip(*(v if isinstance(v, list) else [v] for v in (y, fresh)), strict=True)
-        if not all(torch.equal(a, b) or a.isnan().any() for a, b in pairs):
+            for function in (lambda: model(x), fresh):
+                torch.manual_seed(0)
+                y = outcome(function)
+                found.append(y if isinstance(y, list) else [y])
+        if isinstance(found[1][0], Exception):
+            self._note(f"packed weights where {_shown(found[1][0])}", seed, names, "infer")
+        elif not all(torch.equal(a, b) or a.isnan().any() for a, b in zip(*found, strict=True)):
             self._note("packed weights are stale", seed, names, "infer")
 
     def _check_deployed(self, deployed: Any, seed: int, names: list[str]) -> None:
