@@ -1,14 +1,18 @@
-"""EfficientNet-B0 to B8 and L2 under torchvision's names and keyword-only signature."""
+"""EfficientNet-B0 to B8 and L2 under torchvision's names and signature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol, overload
 
+import torch
 from torch import nn
 
 from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices
+from effnet_fast.models.old_forms import takes_old_forms
+from effnet_fast.models.placement import Placement
 from effnet_fast.models.published import find_published, load_published
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
 from effnet_fast.pretrained import weights as published_weights
@@ -57,6 +61,8 @@ class EntryPoint(Protocol):
         out_indices: OutIndices | None = None,
         backend: str = "auto",
         memory: str = "fast",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> EfficientNet: ...
 
     @overload
@@ -75,6 +81,8 @@ class EntryPoint(Protocol):
         out_indices: OutIndices | None = None,
         backend: str = "auto",
         memory: str = "fast",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> EfficientNetFeatures: ...
 
 
@@ -96,6 +104,8 @@ def _entry_point(name: str) -> EntryPoint:
         out_indices: OutIndices | None = None,
         backend: str = "auto",
         memory: str = "fast",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Any:
         published = find_published(
             f"efficientnet_{name}", weights, 0 if features_only else num_classes
@@ -107,20 +117,23 @@ def _entry_point(name: str) -> EntryPoint:
             "backend": backend,
             "memory": memory,
         }
-        model: nn.Module
+        placement = Placement.of(device, dtype)
+        make: Callable[[], Any]
         if features_only:
-            model = EfficientNetFeatures(variant, out_indices=out_indices, **shared)
+            make = partial(EfficientNetFeatures, variant, out_indices=out_indices, **shared)
         else:
-            model = EfficientNet(
+            make = partial(
+                EfficientNet,
                 variant,
                 num_classes=num_classes,
                 dropout=dropout,
                 global_pool=global_pool,
                 **shared,
             )
-        if published is not None:
-            load_published(model, published, in_chans, progress)
-        return model
+        if published is None:
+            return placement.build(make)
+        load = partial(load_published, published=published, in_chans=in_chans, progress=progress)
+        return placement.build(make, load)
 
     build.__name__ = build.__qualname__ = f"efficientnet_{name}"
     enum = f"EfficientNet_{name.upper()}_Weights"
@@ -139,16 +152,24 @@ def _entry_point(name: str) -> EntryPoint:
         features_only: build an `EfficientNetFeatures`, the encoder of the feature maps;
             num_classes, dropout and global_pool are then ignored.
         out_indices: which maps the encoder returns, as in `EfficientNetFeatures`.
+        device: where the network is built, None for PyTorch's default; on "meta" without memory,
+            which takes no published weights.
+        dtype: of its parameters and buffers, None for PyTorch's default; random weights are drawn
+            in that default and rounded.
+
+    torchvision's old forms are taken too, with a warning: `pretrained=True` or False, and weights
+    and progress by position.
 
     Raises:
         ValueError, IndexError: an argument outside what is allowed; a file of weights that is not
             the published one.
         TypeError: weights of another network, or an argument of another type.
+        RuntimeError: the device is not there.
         OSError: the weights cannot be downloaded or read.
 
     Source: Tan & Le, https://arxiv.org/abs/1905.11946.
     """
-    return build
+    return takes_old_forms(build)
 
 
 efficientnet_b0 = _entry_point("b0")
@@ -172,6 +193,8 @@ def efficientnet(
     stages: tuple[Stage, ...] = B0_STAGES,
     dropout: float = 0.2,
     features_only: Literal[False] = False,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> EfficientNet: ...
 
@@ -185,6 +208,8 @@ def efficientnet(
     resolution: int = 224,
     stages: tuple[Stage, ...] = B0_STAGES,
     dropout: float = 0.2,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> EfficientNetFeatures: ...
 
@@ -197,6 +222,8 @@ def efficientnet(
     stages: tuple[Stage, ...] = B0_STAGES,
     dropout: float = 0.2,
     features_only: bool = False,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> EfficientNet | EfficientNetFeatures:
     """An EfficientNet of any size, between, beyond or beside the published ones.
@@ -205,13 +232,15 @@ def efficientnet(
         depth, width, resolution, stages, dropout: as for `custom_variant`. The network takes images
             of any side; its counts are for `resolution`.
         features_only: build an `EfficientNetFeatures`.
+        device, dtype: as for `efficientnet_b0`.
         options: as for `EfficientNet`, or `EfficientNetFeatures`.
 
     Raises:
-        ValueError, TypeError: as `custom_variant` and `EfficientNet`.
+        ValueError, TypeError: as `custom_variant` and `EfficientNet`; another dtype or device.
+        RuntimeError: the device is not there.
     """
     variant = custom_variant(
         depth=depth, width=width, resolution=resolution, stages=stages, dropout=dropout
     )
     kind = EfficientNetFeatures if features_only else EfficientNet
-    return kind(variant, **options)
+    return Placement.of(device, dtype).build(partial(kind, variant, **options))
