@@ -7,6 +7,7 @@ exactly is refused with its place and the reason.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from effnet_fast.inference import parts
 from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.modules import layers, stock, structure
 from effnet_fast.modules.structure import RefusedError
+from effnet_fast.ops.layout import is_nhwc, to_nchw
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
@@ -84,6 +86,17 @@ class NetworkSpec:
                 found[tap] = (last.out_channels, *size)
         return [found[tap] for tap in sorted(found)]
 
+    @functools.cached_property
+    def _has_nhwc_weight(self) -> bool:
+        """Whether stock's maps are channels_last whatever the images."""
+        weights = (layer.tensors[0] for layer in _layers(self))
+        return any(weight is not None and is_nhwc(weight) for weight in weights)
+
+    def as_stock(self, maps: list[Tensor], x: Tensor) -> list[Tensor]:
+        """Maps [N,C,H,W] in the layout that stock gives them for images x."""
+        is_last = is_nhwc(x) or self._has_nhwc_weight
+        return maps if is_last else [to_nchw(y) for y in maps]
+
 
 @contextlib.contextmanager
 def _at(place: str) -> Iterator[None]:
@@ -108,7 +121,7 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     stock.NETWORK.require()
     given: InferenceParts = model.inference_parts()
     with _at("features"):
-        structure.require(given.features, nn.Sequential)
+        structure.require(given.features, *layers.SEQUENTIALS)
         children = given.layers
         if len(children) < (3 if given.head else 2):
             raise RefusedError(f" has {len(children)} layers")
@@ -150,7 +163,7 @@ def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int
     """Place and module of each MBConv, and the stage whose last it is, or -1."""
     for index, stage in enumerate(stages, start=1):
         with _at(f"features.{index}"):
-            structure.require(stage, nn.Sequential)
+            structure.require(stage, *layers.SEQUENTIALS)
             blocks = parts.in_order(stage)
             if not blocks:
                 raise RefusedError(" is empty")

@@ -58,10 +58,10 @@ def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> An
         assert y is not None
         return y
     if spec.result == TAPS:
-        return engine(x, dtype)[1]
+        return spec.as_stock(engine(x, dtype)[1], x)
     y, maps = engine(x, spec.dtype)
     head = model.inference_parts().head
-    y = head.run(maps[0]) if spec.result == LAST_MAP else head.classifier(y)
+    y = head.run(*spec.as_stock(maps, x)) if spec.result == LAST_MAP else head.classifier(y)
     return y.to(dtype)
 
 

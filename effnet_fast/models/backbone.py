@@ -27,7 +27,7 @@ from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.variants import VARIANTS, Variant
 from effnet_fast.modules import observed
-from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig
+from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig, Sequential
 from effnet_fast.ops import scratch
 
 if TYPE_CHECKING:
@@ -48,7 +48,26 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-torch.fx.wrap("to_channels_last")  # for calls from this file
+def _is_captured(x: Tensor) -> bool:
+    """Whether torch.compile, torch.export, FX, or TorchScript records what becomes of x."""
+    # torch.jit exports is_scripting implicitly, which mypy does not accept.
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        return True
+    return observed.is_traced() or not isinstance(x, Tensor)
+
+
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """A map y without gaps if `to_channels_last` converts the images x; else as it is."""
+    if x.dim() != 4 or not x.is_contiguous():
+        return y
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return y
+    return y.contiguous()
+
+
+# For calls from this file.
+torch.fx.wrap("to_channels_last")
+torch.fx.wrap("laid_out_as")
 
 
 class Backbone(nn.Module):
@@ -128,7 +147,7 @@ class Backbone(nn.Module):
         ]
         if out_indices is not None:
             del makers[self.feature_info.get("stage")[-1] + 1 :]
-        self.features = nn.Sequential(*(make() for make in makers))
+        self.features = Sequential(*(make() for make in makers))
         self.memory = memory
 
     @property
@@ -153,7 +172,15 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _prepared(self, x: Tensor) -> Tensor:
-        return to_channels_last(x)
+        """Images as the first layer takes them: who captures the operators sees a conversion.
+
+        Elsewhere `in_turn` decides about layouts.
+        """
+        return to_channels_last(x) if _is_captured(x) else x
+
+    def _finished(self, y: Tensor, x: Tensor) -> Tensor:
+        """A map y as a user sees it, in the layout that stock gives it for the images x."""
+        return laid_out_as(y, x) if _is_captured(x) else y
 
     @contextlib.contextmanager
     def _execution(self) -> Iterator[None]:
@@ -319,8 +346,8 @@ def _stages(
         yield partial(_sequence, blocks)
 
 
-def _sequence(makers: list[Callable[[], nn.Module]]) -> nn.Sequential:
-    return nn.Sequential(*(make() for make in makers))
+def _sequence(makers: list[Callable[[], nn.Module]]) -> Sequential:
+    return Sequential(*(make() for make in makers))
 
 
 def init_parameters(module: nn.Module) -> None:

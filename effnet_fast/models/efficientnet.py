@@ -26,6 +26,7 @@ from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.loading import load_network
 from effnet_fast.models.pooled_head import run_pooled_head
 from effnet_fast.models.variants import Variant
+from effnet_fast.modules import in_turn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 class EfficientNet(Backbone):
     """EfficientNet, x [N,in_chans,H,W] -> logits [N,num_classes].
 
-    Children: `features` (stem, seven stages of MBConv, head), `avgpool`, `classifier`. A
-    contiguous NCHW input is converted to channels_last once, before the stem.
+    Children: `features` (stem, seven stages of MBConv, head), `avgpool`, `classifier`.
+    Activations are channels_last inside; what a user sees has the layout of stock PyTorch.
 
     Args:
         variant: row of `VARIANTS`, or its name.
@@ -176,12 +177,11 @@ class EfficientNet(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
-        x = self._prepared(x)
         # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            return self.features(x)
+            return self._finished(self.features(self._prepared(x)), x)
         with self._execution():
-            return self.features(x)
+            return self._finished(self.features(self._prepared(x)), x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling, dropout and classifier.
@@ -241,7 +241,6 @@ class EfficientNet(Backbone):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         info = self.feature_info.stages if extra_blocks else self.feature_info.info
         taken = [info[i]["stage"] for i in take_indices(len(info), indices)]
-        x = self._prepared(x)
         if torch.compiler.is_compiling():
             x, maps = self._walk(x, taken, stop_early)
         else:
@@ -251,14 +250,12 @@ class EfficientNet(Backbone):
 
     def _walk(self, x: Tensor, taken: list[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
         children = list(self.features)
-        ends = len(self.feature_info.stages)  # the head comes after these
-        stages = taken[-1] + 1 if stop_early else ends
-        maps = []
-        for index, child in enumerate(children if stages == ends else children[:stages]):
-            x = child(x)
-            if index in taken:
-                maps.append(x)
-        return x, maps
+        last = taken[-1] + 1
+        # The head comes after the stages.
+        if stop_early and last < len(self.feature_info.stages):
+            children = children[:last]
+        y, maps = in_turn.run(children, self._prepared(x), taken)
+        return self._finished(y, x), [self._finished(m, x) for m in maps]
 
     def get_classifier(self) -> nn.Module:
         """The layer that computes the logits, nn.Identity where num_classes is 0."""
@@ -370,11 +367,11 @@ class EfficientNetFeatures(Backbone):
     def forward(self, x: Tensor) -> list[Tensor]:
         # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            return self._maps(self._prepared(x))
+            return self._maps(x)
         maps = self._own_plan.run(self, x, self._chosen_backend())
         if maps is None:
             with self._execution():
-                maps = self._maps(self._prepared(x))
+                maps = self._maps(x)
         return maps
 
     def inference_parts(self) -> InferenceParts:
@@ -382,12 +379,18 @@ class EfficientNetFeatures(Backbone):
         return InferenceParts(self.features, None, tuple(self._taken))
 
     def _maps(self, x: Tensor) -> list[Tensor]:
+        """The maps of images x, in the layout that stock gives them."""
         maps: list[Tensor] = []
-        for index, stage in enumerate(self.features):
-            x = stage(x)
-            if index in self._taken:
-                maps.append(x)
-        return maps
+        y = self._prepared(x)
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for index, stage in enumerate(self.features):
+                y = stage(y)
+                if index in self._taken:
+                    maps.append(y)
+        else:
+            maps = in_turn.run(self.features, y, self._taken)[1]
+        return [self._finished(m, x) for m in maps]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from effnet_fast.inference.parts import InferenceParts, averages_pixels, changed_step
 from effnet_fast.models.backbone import Backbone
-from effnet_fast.modules import fused_forward, observed, stock, structure
+from effnet_fast.modules import fused_forward, in_turn, observed, stock, structure
+from effnet_fast.modules.layers import SEQUENTIALS
 
 
 def pooled_module(model: Backbone) -> nn.Module | None:
@@ -27,7 +28,7 @@ def _walkable_parts(model: Backbone) -> InferenceParts | None:
     try:
         stock.HEAD.require()
         structure.refuse_global_hooks()
-        structure.require(given.features, nn.Sequential)
+        structure.require(given.features, *SEQUENTIALS)
     except structure.RefusedError:
         return None
     return given if len(given.layers) > 1 and None not in given.layers else None
@@ -46,11 +47,11 @@ def run_pooled_head(model: Backbone, x: Tensor, backend: str) -> Tensor | None:
     if given is None:
         return None
     with model._execution():
-        h = model._prepared(x)
+        walk = in_turn.Walk(model._prepared(x))
         for layer in given.layers[:-1]:
-            h = layer(h)
+            walk.call(layer)
         given = model.inference_parts()  # a layer's hook may have changed the head
         last = _pooled_layer(given)
-        pooled = None if last is None else fused_forward.run_pooled(last, h)
+        pooled = None if last is None else fused_forward.run_pooled(last, walk.last)
     assert given.head is not None
-    return given.head.run(h) if pooled is None else given.head.classifier(pooled)
+    return given.head.run(walk.result()) if pooled is None else given.head.classifier(pooled)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
-from effnet_fast.modules import observed, structure
+from effnet_fast.modules import in_turn, observed, structure
 from effnet_fast.modules.stochastic_depth import stochastic_depth
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
+from effnet_fast.ops.layout import is_nhwc, to_nchw, to_nhwc
 from effnet_fast.ops.mbconv import apply as mbconv
 from effnet_fast.ops.mbconv_training import Layers
 from effnet_fast.ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
@@ -28,14 +29,16 @@ from effnet_fast.ops.registration import autocast
 from effnet_fast.ops.stem_conv_bn_silu import apply as stem_conv_bn_silu
 
 POOLED = "pointwise_bn_silu_pool"  # the op of a layer that is pooled at once
+ANY_LAYOUT = frozenset({structure.OPS[structure.DENSE]})  # ops whose kernels take images in any
 
 
 class Input(NamedTuple):
     """Images as an op takes them."""
 
-    x: Tensor  # [N,Cin,H,W], cast where autocast is on
+    x: Tensor  # [N,Cin,H,W], cast where autocast is on, in a layout that the op takes
     backend: str  # that runs the op
     autocast: bool  # whether it is on
+    is_nhwc: bool  # whether PyTorch takes what was given for channels_last
 
 
 def _input(
@@ -45,8 +48,13 @@ def _input(
     if x.dim() != 4 or x.shape[1] != found.first.conv.in_channels:
         return None  # stock raises PyTorch's own error
     cast, autocasts = autocast(x)
-    chosen = backends.choose(backend, op, structure.op_args(found, cast, inference=True))
-    return None if chosen == "reference" else Input(cast, chosen, autocasts)
+    is_last = is_nhwc(x)
+    converts = op not in ANY_LAYOUT and not is_last
+    asked = cast[:0] if converts else cast  # no images: of any layout
+    chosen = backends.choose(backend, op, structure.op_args(found, asked, inference=True))
+    if chosen == "reference":
+        return None
+    return Input(to_nhwc(cast) if converts else cast, chosen, autocasts, is_last)
 
 
 def _fits(layer: structure.Layer, given: Input) -> bool:
@@ -64,7 +72,7 @@ def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
 
 def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
     """The 1x1 convolution's op; None in training and for a gradient, which it does not know."""
-    x, backend, _ = given
+    x, backend = given.x, given.backend
     if layer.by_batch or wants_gradient(x, *layer.tensors):
         return None
     return pointwise_bn_act_eval(x, *layer.tensors, None, None, layer.silu, layer.bn.eps, backend)
@@ -97,7 +105,8 @@ def run(module: Any, x: Tensor) -> Tensor:
     """The module's forward: fused where its structure, the backend and x allow it, else stock.
 
     Returns:
-        y [N,Cout,Ho,Wo] of x [N,Cin,H,W], what `module.forward_stock(x)` gives up to rounding.
+        y [N,Cout,Ho,Wo] of x [N,Cin,H,W], what `module.forward_stock(x)` gives up to rounding, in
+        its layout too unless `in_turn` hides y.
 
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
@@ -118,11 +127,24 @@ def _run_fused(module: nn.Module, x: Tensor, backend: str) -> Tensor | None:
     given = _input(found, found.op, x, backend)
     if given is None:
         return None
+    y: Tensor | None = None
     if isinstance(found, structure.Block):
-        return _run_block(found, given, x)
-    if found.kind == structure.POINTWISE:
-        return _run_pointwise(found, given)
-    return _run_spatial(found, given) if _fits(found, given) else None
+        y = _run_block(found, given, x)
+    elif found.kind == structure.POINTWISE:
+        y = _run_pointwise(found, given)
+    elif _fits(found, given):
+        y = _run_spatial(found, given)
+    if y is None or given.is_nhwc or in_turn.is_hidden() or _has_nhwc_weight(found):
+        return y
+    return to_nchw(y)
+
+
+def _has_nhwc_weight(found: structure.Layer | structure.Block) -> bool:
+    """Whether a convolution's weight makes the result of stock channels_last."""
+    if isinstance(found, structure.Layer):
+        return is_nhwc(found.tensors[0])
+    layers = (found.expand, found.depthwise, found.project)
+    return any(layer is not None and is_nhwc(layer.tensors[0]) for layer in layers)
 
 
 def poolable_layer(module: nn.Module) -> structure.Layer | None:

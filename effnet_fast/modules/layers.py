@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.modules import checkpointing, fused_forward, observed
+from effnet_fast.modules import checkpointing, fused_forward, in_turn, observed
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 from effnet_fast.modules.widths import round_channels
@@ -30,6 +30,25 @@ def check_padding(padding: str) -> None:
     """Raises ValueError for what is none of PADDINGS."""
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+
+
+class Sequential(nn.Sequential):
+    """nn.Sequential whose modules hand on channels_last activations where nobody can see them.
+
+    Its result has the layout that nn.Sequential's has in stock PyTorch: contiguous for contiguous
+    images and weights, channels_last where either is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch.jit exports is_scripting implicitly, which mypy does not accept.
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            for module in self:
+                x = module(x)
+            return x
+        return in_turn.run(self, x)[0]
+
+
+SEQUENTIALS = (Sequential, nn.Sequential)
 
 
 class Conv2dNormActivation(nn.Sequential):

@@ -124,7 +124,9 @@ LAYER = Stock(
     (same_padding, "same_padding"),
 )
 _CALLED_LAYER = Stock(
-    (layers.Conv2dNormActivation, _FORWARD), (nn.Sequential, f"{_FORWARD} __iter__")
+    (layers.Conv2dNormActivation, _FORWARD),
+    (nn.Sequential, f"{_FORWARD} __iter__"),
+    (layers.Sequential, f"{_FORWARD} __iter__"),
 )
 _POOL = Stock(
     (nn.AdaptiveAvgPool2d, _FORWARD),

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import OpArgs, is_channels_last, resolve
+from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
+from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, empty_normed, nhwc, register
@@ -135,7 +136,8 @@ def _grad_x(
             (du * scale).to(x.dtype), like, weight.to(x.dtype), None, stride, (0, 0), (1, 1),
             False, (0, 0), 1, (True, False, False),
         )[0]  # fmt: skip
-    return nhwc(grad[:, :, top : top + h, left : left + w])
+    grad = grad[:, :, top : top + h, left : left + w]
+    return nhwc(grad) if is_nhwc(x) or is_nhwc(weight) else grad.contiguous()  # as PyTorch's
 
 
 class StemConvBnSilu(torch.autograd.Function):
@@ -168,7 +170,7 @@ class StemConvBnSilu(torch.autograd.Function):
                 grad_y, z, norm, inner, x, weight, stride, padding, backend
             ).to(weight.dtype)
             # PyTorch's layout of it
-            if x.numel() and (is_channels_last(x) or is_channels_last(weight)):
+            if x.numel() and (is_nhwc(x) or is_nhwc(weight)):
                 grad_weight = nhwc(grad_weight)
         return (
             grad_x,

@@ -136,14 +136,6 @@ def test_input_layouts(layout: object) -> None:
     assert torch.equal(x, before)
 
 
-def test_contiguous_input_reaches_the_stem_in_channels_last() -> None:
-    model = pair().actual
-    seen = []
-    model.features.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(random_images(2, 48))
-    assert seen[0].is_contiguous(memory_format=torch.channels_last)
-
-
 def test_grey_images() -> None:
     """in_chans=1 against torchvision's network with its stem replaced."""
     theirs = networks.torchvision_network(networks.TINY)

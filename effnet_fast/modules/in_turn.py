@@ -1,0 +1,137 @@
+"""Modules called one after another, in channels_last where nobody can see it.
+
+A user sees activations in the layout that stock PyTorch gives them: contiguous for contiguous
+images and weights. The kernels give channels_last. A module that is called by itself therefore
+converts its result; modules that are called in turn convert only where somebody looks: at what
+comes out, and around a module with a hook or with code that is not PyTorch's or this package's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_fast.modules import observed, structure
+from effnet_fast.ops.layout import is_nhwc, to_nchw, to_nhwc
+
+# Modules of these packages compute the same in every layout, and show it to nobody.
+_BLIND = ("torch.nn.modules.", "effnet_fast.modules.")
+_blind_kinds: set[type] = set()  # classes that have been found there
+
+
+class _Thread(threading.local):
+    hidden = False
+
+
+_thread = _Thread()
+
+
+def is_hidden() -> bool:
+    """Whether nobody sees the result of the module that runs: it may have any layout."""
+    return _thread.hidden
+
+
+def _is_blind(kind: type) -> bool:
+    if kind.__module__.startswith(_BLIND):
+        _blind_kinds.add(kind)
+        return True
+    return False
+
+
+def _look(module: nn.Module) -> tuple[bool, bool]:
+    """Whether something in the module sees activations, and whether it has channels_last weights.
+
+    The first weight of a convolution stands for all. A network is looked through at each forward:
+    0.3 us for each of B0's 329 modules.
+    """
+    last: bool | None = None
+    below: list[Any] = [module]
+    for part in below:  # which grows
+        if part is None:
+            continue
+        state, kind = part.__dict__, type(part)
+        if kind not in _blind_kinds and not _is_blind(kind):
+            return True, bool(last)
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
+            return True, bool(last)
+        if state["_modules"]:
+            below += state["_modules"].values()
+        elif last is None:
+            weight = state["_parameters"].get("weight")
+            if weight is not None and weight.dim() == 4:
+                last = is_nhwc(weight)
+    return False, bool(last)
+
+
+def _is_free(x: Tensor) -> bool:
+    """Whether the layout of what follows x is a choice: x is not channels_last or recorded."""
+    if torch.compiler.is_compiling() or observed.wants_operators(x) or observed.in_transform():
+        return False
+    if x.dim() != 4 or is_nhwc(x):
+        return False
+    try:
+        structure.refuse_global_hooks()
+    except structure.RefusedError:
+        return False
+    return True
+
+
+class Walk:
+    """Calls modules in turn, each on the result of the last.
+
+    Attributes:
+        last: what the last module gave, in any layout.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.last = x
+        self._free = _is_free(x)
+
+    def call(self, module: nn.Module) -> None:
+        """Calls the next module."""
+        x = self.last
+        if not self._free:
+            self.last = module(x)
+            return
+        sees, last = _look(module)
+        if sees:
+            self.last = module(to_nchw(x))
+            self._free = _is_free(self.last)  # the module decided as stock does
+            return
+        before, _thread.hidden = _thread.hidden, True
+        try:
+            # Fused modules take what they get: the stem's kernel takes images in any layout.
+            self.last = module(x if hasattr(module, "forward_stock") else to_nhwc(x))
+        finally:
+            _thread.hidden = before
+        self._free = not last and isinstance(self.last, Tensor) and self.last.dim() == 4
+
+    def result(self) -> Tensor:
+        """What the last module gave, in stock's layout."""
+        return to_nchw(self.last) if self._free else self.last
+
+
+def run(
+    modules: Iterable[nn.Module], x: Tensor, taken: Collection[int] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """Calls modules in turn.
+
+    Returns:
+        the last one's result, and those of the modules at the places `taken`, in their order.
+    """
+    walk, maps = Walk(x), []
+    for index, module in enumerate(modules):
+        walk.call(module)
+        if index in taken:
+            maps.append(walk.result())
+    return walk.result(), maps
