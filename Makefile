@@ -6,6 +6,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
+CALLS ?= 100000
 OUT ?= gpu-results
 
 VENV := .venv
@@ -42,10 +43,6 @@ test-all: $(VENV)/.test qemu docs
 durations: $(VENV)/.test qemu
 	$(RUN_TESTS) -m "not gpu" -p durations --costs tests/durations.csv
 
-# What is recorded in docs/reliability.md.
-reliability: $(VENV)/.test
-	$(BIN)/python tests/support/drawn_edits.py --edits 2000
-
 # Each op, block and network once, its peers installed: about ten minutes on two cores.
 # BENCH_ARGS=--full holds every contest, which takes hours.
 bench: $(VENV)/.bench
@@ -65,6 +62,12 @@ report: $(VENV)/.test
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" $(if $(PART),--part $(PART)) \
 	    $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY_RUN),--dry-run)
+
+# What docs/reliability.md records: drawn edits of models, and calls of the registered ops with
+# drawn arguments under AddressSanitizer.
+reliability: $(VENV)/.test
+	$(BIN)/python tests/support/drawn_edits.py --edits 2000
+	$(BIN)/python tests/support/drawn_calls.py --count $(CALLS) --sanitize build/sanitized
 
 # What the CUDA kernels may take from now on, into csrc/cuda/budgets.json; a minute.
 budgets: $(VENV)/.test

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from effnet_fast import backends
 from effnet_fast.backends import native
+from effnet_fast.inference import images
 from effnet_fast.inference.cuda_graphs import LIMIT
-from effnet_fast.inference.network_spec import NetworkSpec, spec_of
+from effnet_fast.inference.network_spec import spec_of
 from effnet_fast.inference.parts import changed_method
 from effnet_fast.inference.snapshot import (
     Engine,
@@ -188,10 +189,10 @@ class DeployedEfficientNet(nn.Module):
             the source's output, in x's dtype.
 
         Raises:
-            TypeError: x is not a tensor of these dtypes.
+            TypeError: x is not a tensor of these dtypes, or is of a subclass of torch.Tensor.
             ValueError, RuntimeError: x has other dimensions than the source takes, is on another
-                device or asks for a gradient; something traces, transforms or intercepts the call;
-                or the source can no longer be deployed.
+                device, has no memory or asks for a gradient; something traces, transforms or
+                intercepts the call; or the source can no longer be deployed.
         """
         if who := observed.recorder():  # it would not see what fills the result
             raise RuntimeError(
@@ -200,9 +201,9 @@ class DeployedEfficientNet(nn.Module):
             )
         _refuse_changes(self.source)
         engine = self._packed.engine(self.source)
-        _check_images(x, engine.device, self.backend)
+        x = _checked_images(x, engine.device, self.backend)
         with torch.no_grad():
-            _check_size(engine.spec, x)
+            _check_size(engine, x)
             return run_network(self.source, engine, x, x.dtype)
 
     def train(self, mode: bool = True) -> DeployedEfficientNet:
@@ -304,7 +305,8 @@ def _refuse_changes(model: nn.Module) -> None:
         raise _refusal(model, "it has a hook", "remove it, or register it on what deploy returns")
 
 
-def _check_images(x: Tensor, device: torch.device, backend: str) -> None:
+def _checked_images(x: Tensor, device: torch.device, backend: str) -> Tensor:
+    """The images as an engine may read them."""
     allowed = _dtypes(device, backend)
     if not isinstance(x, Tensor) or x.dtype not in allowed:
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -320,12 +322,12 @@ def _check_images(x: Tensor, device: torch.device, backend: str) -> None:
             "a deployed network records no gradient and x requires one: call it under "
             "torch.no_grad() or with x.detach(), or use the model that it was made of"
         )
+    return images.checked(x, device.type, allowed)
 
 
-def _check_size(spec: NetworkSpec, x: Tensor) -> None:
+def _check_size(engine: Engine, x: Tensor) -> None:
     """PyTorch's own error for images that the first convolution does not take."""
-    conv = spec.stem.conv
-    if x.shape[1] == conv.in_channels and min(x.shape[2:]) > 0:
+    if x.shape[1] == engine.sizes.in_channels and min(x.shape[2:]) > 0:
         return
-    copy.deepcopy(conv).to(x.dtype)(x)
+    copy.deepcopy(engine.spec.stem.conv).to(x.dtype)(x)
     raise ValueError(f"images of shape {list(x.shape)} are not allowed")

@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_norms(m);
   bind_dwconv(m);
+  bind_gate(m);
   bind_squeeze_excite(m);
   bind_mbconv(m);
   bind_network(m);

@@ -5,13 +5,13 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <map>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings/bind.h"
+#include "bindings/network_checks.h"
 #include "bindings/parts.h"
 #include "cpu/isa_dispatch.h"
 #include "cpu/network/args.h"
@@ -22,7 +22,7 @@ namespace {
 // A layer whose pointers are still those of the caller's tensors, and the bytes of these.
 template <typename Layer>
 struct Described : Layer {
-  std::map<const void*, int64_t> bytes;
+  Sizes bytes;
 };
 
 // The arguments by name of a layer's constructor; one that is missing, unknown or of another type
@@ -190,6 +190,7 @@ class Network {
         stem_tap_(stem_tap),
         stem_(copied(weights_, stem)) {
     require(!bf16 || isa_.has_bf16_products, "network: this instruction set has no bf16 products");
+    check(stem, blocks, head, classifier);
     std::vector<int64_t> taps;
     if (stem_tap >= 0) taps.push_back(stem_tap);
     for (const auto& block : blocks) {
@@ -206,15 +207,29 @@ class Network {
     require(!classifier_ || head_, "network: a classifier needs a head before it");
   }
 
-  // y may be 0: only taps are wanted.
-  void run(int64_t n, int64_t h, int64_t w, Address x, bool x_bf16,
-           const std::array<int64_t, 4>& x_strides, Address y, const std::vector<Address>& taps,
-           int threads) const {
-    require(n > 0 && h > 0 && w > 0, "network: every size must be positive");
+  // y and taps: address and bytes; y may be 0: only taps are wanted.
+  void run(const std::array<int64_t, 4>& shape, Address x, bool x_bf16,
+           const std::array<int64_t, 4>& x_strides, const std::pair<Address, int64_t>& y,
+           const std::vector<std::pair<Address, int64_t>>& taps, int threads) const {
+    const auto [n, channels, h, w] = shape;
+    require_possible(n, h, w);
+    require(x != 0 && channels == stem_.in_channels, "network: the images have other channels");
     require(taps.size() == taps_, "network: an output is missing");
-    require(y == 0 || head_, "network: without a head there is no output but the taps");
-    std::vector<float*> tap_data;
-    for (Address tap : taps) tap_data.push_back(at<float>(tap));
+    require(y.first == 0 || head_, "network: without a head there is no output but the taps");
+    std::vector<float*> tap_data(taps_);
+    MapSize size = {h, w};
+    const auto tap = [&](int64_t index, int64_t depth) {
+      if (index < 0) return;
+      const auto [address, bytes] = taps[static_cast<size_t>(index)];
+      tap_data[static_cast<size_t>(index)] =
+          Result{address, bytes}.data(n, depth * size.h * size.w);
+    };
+    size.pass(stem_.kernel_h, stem_.kernel_w, stem_.stride, stem_.padding);
+    tap(stem_tap_, stem_.out_channels);
+    for (const BlockLayer& block : blocks_) {
+      size.pass(block.kernel, block.kernel, block.stride, block.padding);
+      tap(block.tap, block.out_channels);
+    }
     NetworkArgs args = {};
     args.stem = &stem_;
     args.blocks = blocks_.data();
@@ -228,7 +243,8 @@ class Network {
     args.x = at(x);
     args.x_dtype = dtype_of(x_bf16);
     std::copy(x_strides.begin(), x_strides.end(), args.x_strides);
-    args.y = at<float>(y);
+    if (y.first)
+      args.y = Result{y.first, y.second}.data(n, (classifier_ ? classifier_ : head_)->out_channels);
     args.taps = tap_data.data();
     args.stem_tap = stem_tap_;
     args.workspace = workspace;
@@ -237,6 +253,25 @@ class Network {
   }
 
  private:
+  // Before anything is copied from the caller's memory.
+  void check(const Described<StemLayer>& stem, const std::vector<Described<BlockLayer>>& blocks,
+             const std::optional<Described<Product>>& head,
+             const std::optional<Described<Product>>& classifier) const {
+    const NetworkChecks checks(bf16_);
+    checks.stem(stem, stem.bytes);
+    int64_t channels = stem.out_channels;
+    for (const auto& block : blocks) {
+      checks.block(block, block.bytes);
+      require(block.in_channels == channels, "network: a block does not fit what is before it");
+      channels = block.out_channels;
+    }
+    if (head) checks.product(*head, head->bytes), checks.follows(*head, channels, 0);
+    if (head && classifier) {
+      checks.product(*classifier, classifier->bytes);
+      checks.follows(*classifier, head->out_channels, 0);
+    }
+  }
+
   const Isa& isa_;
   bool bf16_;
   Weights weights_;

@@ -18,6 +18,7 @@ OPS = (
     "stem_conv_bn_silu",
 )
 Launcher = Callable[..., Any]
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # whose memory kernels read
 
 
 class OpArgs(NamedTuple):
@@ -41,6 +42,7 @@ class Backend:
     Attributes:
         name: as `use_backend` takes it.
         dtypes: of the images that its kernels take.
+        devices: types of the devices whose memory they read.
         reason: see `Reason`.
         packed_as: ops that run over packed weights wherever another op does.
     """
@@ -49,10 +51,11 @@ class Backend:
         self,
         name: str,
         dtypes: tuple[torch.dtype, ...],
+        devices: tuple[str, ...],
         reason: Reason,
         packed_as: Mapping[str, str] | None = None,
     ) -> None:
-        self.name, self.dtypes, self.reason = name, dtypes, reason
+        self.name, self.dtypes, self.devices, self.reason = name, dtypes, devices, reason
         self.packed_as = packed_as or {}
         self._packed_passes = ""
         self._launchers: dict[str, Launcher] = {}
@@ -95,11 +98,20 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return x.stride(1) == 1 and (h * w == 1 or min(x.stride(2), x.stride(3)) >= 1)
 
 
+def _reaches_kernels(kind: type) -> bool:
+    """Whether a kernel would take a tensor of this class, or the class sees to it by itself."""
+    own: Any = kind
+    return kind in PLAIN or own.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def kernel_reason(
     backend: str, dtypes: tuple[torch.dtype, ...], op: str, args: OpArgs
 ) -> str | None:
     """Why a backend's kernels do not take these arguments, the device of x aside."""
     x, device, dtype = args.x, args.x.device, args.x.dtype
+    for tensor in (x, *args.others):
+        if tensor is not None and not _reaches_kernels(type(tensor)):
+            return f"a tensor is a {type(tensor).__name__}, kernels take torch.Tensor alone"
     if dtype not in dtypes:
         names = ", ".join(str(taken).removeprefix("torch.") for taken in dtypes[:-1])
         last = str(dtypes[-1]).removeprefix("torch.")

@@ -50,8 +50,15 @@ def parse(name: str) -> tuple[str, str]:
 
 
 def backend_of(name: str) -> Backend:
-    """The backend that a resolved name other than "reference" stands for."""
-    return WITH_KERNELS[parse(name)[0]]
+    """The backend that a resolved name other than "reference" stands for.
+
+    Raises:
+        ValueError: the name is of no backend with kernels.
+    """
+    base, _ = parse(name)
+    if base not in WITH_KERNELS:
+        raise ValueError(f"{name!r} has no kernels; allowed are {', '.join(WITH_KERNELS)}")
+    return WITH_KERNELS[base]
 
 
 @functools.cache

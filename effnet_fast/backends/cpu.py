@@ -22,4 +22,4 @@ def _reason(op: str, args: OpArgs | None, isa: str) -> str | None:
     return kernel_reason("cpu", NATIVE_DTYPES, op, args)
 
 
-CPU = Backend("cpu", NATIVE_DTYPES, _reason)
+CPU = Backend("cpu", NATIVE_DTYPES, ("cpu",), _reason)

@@ -62,5 +62,5 @@ def _size_reason(backend: str, op: str, args: OpArgs) -> str | None:
 
 # Over packed weights a 1x1 convolution is PyTorch's product, and a kernel of every build after it.
 _PACKED_AS = {"pointwise_bn_act": "squeeze_excite"}
-CUDA = Backend("cuda", CUDA_DTYPES, _cuda_reason, _PACKED_AS)
-SIMT = Backend("simt", CUDA_DTYPES, _simt_reason, _PACKED_AS)
+CUDA = Backend("cuda", CUDA_DTYPES, ("cuda",), _cuda_reason, _PACKED_AS)
+SIMT = Backend("simt", CUDA_DTYPES, ("cpu",), _simt_reason, _PACKED_AS)

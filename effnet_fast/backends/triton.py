@@ -15,6 +15,8 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def _unavailable_reason() -> str | None:
+    if reason := native.unavailable_reason():  # it has the check of what goes to a kernel
+        return reason
     try:
         kernels = importlib.import_module("effnet_fast.triton_kernels.launching")
     except ImportError as error:
@@ -56,4 +58,5 @@ def _reason(op: str, args: OpArgs | None, isa: str) -> str | None:
     return kernel_reason("triton", TRITON_DTYPES, op, args)
 
 
-TRITON = Backend("triton", TRITON_DTYPES, _reason)
+# On a CPU in the interpreter.
+TRITON = Backend("triton", TRITON_DTYPES, ("cuda", "cpu"), _reason)

@@ -8,6 +8,7 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.inference import cpu_packing
 from effnet_fast.inference.network_spec import CPU, NetworkSpec
+from effnet_fast.inference.sizes import sizes_of
 
 
 class CpuEngine:
@@ -24,7 +25,7 @@ class CpuEngine:
 
     def __init__(self, spec: NetworkSpec, bf16: bool, isa: str) -> None:
         extension = native.load()
-        self.spec = spec
+        self.spec, self.sizes = spec, sizes_of(spec)
         bf16 = bf16 and extension.network_has_bf16(isa)
         packed = cpu_packing.Packed(cpu_packing.Format(bf16, extension.network_tile_units(isa)))
         with torch.inference_mode():
@@ -43,21 +44,26 @@ class CpuEngine:
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
         """As `Engine.__call__` says; x is fp32 or bf16, the results are computed in fp32."""
-        n, _, height, width = x.shape
+        n, channels, height, width = x.shape
         maps = [
             torch.empty((n, h, w, c), dtype=torch.float32, device="cpu")
-            for c, h, w in self.spec.maps(height, width)
+            for c, h, w in self.sizes.maps(height, width)
         ]
         y = None
-        if self.spec.outputs:
-            y = torch.empty((n, self.spec.outputs), dtype=torch.float32, device="cpu")
+        if self.sizes.outputs:
+            y = torch.empty((n, self.sizes.outputs), dtype=torch.float32, device="cpu")
         if n:
             self._native.run(
-                *(n, height, width, x.data_ptr(), x.dtype is torch.bfloat16, x.stride()),
-                *(0 if y is None else y.data_ptr(), [m.data_ptr() for m in maps]),
+                *((n, channels, height, width), x.data_ptr(), x.dtype is torch.bfloat16),
+                *(x.stride(), (0, 0) if y is None else _place(y), [_place(m) for m in maps]),
                 torch.get_num_threads(),
             )
         return None if y is None else y.to(dtype), [m.permute(0, 3, 1, 2).to(dtype) for m in maps]
 
     def close(self) -> None:
         """Does nothing: there is nothing beside the weights."""
+
+
+def _place(result: Tensor) -> tuple[int, int]:
+    """Address and bytes, which C++ compares with what it writes."""
+    return result.data_ptr(), result.nbytes

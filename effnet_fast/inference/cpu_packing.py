@@ -107,14 +107,14 @@ def _padding(layer: structure.Layer) -> tuple[int, int, int, int] | None:
 
 def pack_stem(packed: Packed, layer: structure.Layer) -> None:
     """Adds the first convolution."""
-    conv = layer.conv
     weight, shift = folded(layer)
-    outputs = packed.format.padded(conv.out_channels)
+    out_channels, in_channels, *kernel = weight.shape
+    outputs = packed.format.padded(out_channels)
     packed.stem = native.load().StemLayer(
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel_h=layer.geometry.kernel[0],
-        kernel_w=layer.geometry.kernel[1],
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel_h=kernel[0],
+        kernel_w=kernel[1],
         stride=layer.geometry.stride[0],
         padding=_padding(layer),
         weight=packed.keep(_units(weight.flatten(1), outputs)),
@@ -137,18 +137,20 @@ def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
     se_reduce_bias = shift.new_zeros(hidden) if se_reduce_bias is None else se_reduce_bias
     se_expand_bias = shift.new_zeros(channels) if se_expand_bias is None else se_expand_bias
     project_weight, project_shift = folded(block.project)
-    optional: dict[str, Any] = {}
+    in_channels, optional = channels, dict[str, Any]()
     if layout.bf16:
         words = _product_words(project_weight.flatten(1), layout)
         optional["project_master"] = packed.keep(words)
     if block.expand:
-        optional["expand"] = _product(packed, *folded(block.expand))
+        expand_weight, expand_shift = folded(block.expand)
+        in_channels = expand_weight.shape[1]
+        optional["expand"] = _product(packed, expand_weight, expand_shift)
     layer = native.load().BlockLayer(
-        in_channels=block.first.conv.in_channels,
+        in_channels=in_channels,
         channels=channels,
         out_channels=project_weight.shape[0],
         se_channels=hidden,
-        kernel=depthwise.geometry.kernel[0],
+        kernel=weight.shape[-1],
         stride=depthwise.geometry.stride[0],
         padding=_padding(depthwise),
         residual=block.residual,

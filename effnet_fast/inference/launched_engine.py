@@ -18,6 +18,7 @@ from effnet_fast.inference import cuda_graphs
 from effnet_fast.inference import packed_passes as passes
 from effnet_fast.inference.fold import folded
 from effnet_fast.inference.network_spec import BlockSpec, NetworkSpec
+from effnet_fast.inference.sizes import sizes_of
 from effnet_fast.modules import structure
 
 
@@ -37,7 +38,8 @@ class LaunchedEngine:
     def __init__(self, spec: NetworkSpec, dtype: torch.dtype, backend: str, limit: int) -> None:
         weight = spec.stem.tensors[0]
         assert weight is not None
-        self.spec, self.dtype, self.backend = spec, dtype, backend
+        self.spec, self.sizes = spec, sizes_of(spec)
+        self.dtype, self.backend = dtype, backend
         self.device = weight.device
         self.captured = False
         self._overflows: list[Tensor] = []
@@ -166,17 +168,17 @@ class LaunchedEngine:
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
         """As `Engine.__call__` says; the maps are channels_last."""
-        spec = self.spec
+        outputs = self.sizes.outputs
         n, _, height, width = x.shape
-        maps = spec.maps(height, width)
+        maps = self.sizes.maps(height, width)
         if n == 0:
             results = [x.new_empty((0, *size), dtype=dtype) for size in maps]
-            if spec.outputs:
-                results.insert(0, x.new_empty((0, spec.outputs), dtype=dtype))
+            if outputs:
+                results.insert(0, x.new_empty((0, outputs), dtype=dtype))
         else:
             with self._guard(), _without_autocast(x.device.type):
                 results = self._run(x, dtype)
-        return (results[0], results[1:]) if spec.outputs else (None, results)
+        return (results[0], results[1:]) if outputs else (None, results)
 
     def close(self) -> None:
         """Frees the graphs; calls that are under way end as they began."""

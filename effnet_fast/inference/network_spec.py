@@ -7,10 +7,9 @@ exactly is refused with its place and the reason.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from effnet_fast.inference import parts
 from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.modules import layers, stock, structure
 from effnet_fast.modules.structure import RefusedError
-from effnet_fast.ops.layout import is_nhwc, to_nchw
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
@@ -34,6 +32,13 @@ class BlockSpec:
     tap: int
 
 
+class Linear(NamedTuple):
+    """The classifier's tensors; the module may be given others at any time."""
+
+    weight: Tensor  # [classes, features]
+    bias: Tensor | None  # [classes]
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """The layers that the kernels run."""
@@ -42,22 +47,10 @@ class NetworkSpec:
     stem_tap: int  # which output shows its result, -1 for none
     blocks: tuple[BlockSpec, ...]
     head: structure.Layer | None  # the last convolution, before the mean; None to end before it
-    linear: nn.Linear | None  # the classifier; None to end before it
+    linear: Linear | None  # the classifier; None to end before it
     result: str  # LOGITS, POOLED [N,C], the LAST_MAP before an unknown head, or an encoder's TAPS
     modules: tuple[nn.Module, ...]  # those that these layers consist of
     dtype: torch.dtype  # of all weights of convolutions and of the classifier
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the images."""
-        return self.stem.conv.in_channels
-
-    @property
-    def outputs(self) -> int:
-        """Channels of what comes out beside the taps, 0 for nothing."""
-        if self.linear is not None:
-            return self.linear.weight.shape[0]
-        return self.head.conv.out_channels if self.head else 0
 
     def tensors(self) -> Iterator[Tensor | None]:
         """Everything that is packed."""
@@ -67,35 +60,7 @@ class NetworkSpec:
         if self.head:
             yield from self.head.tensors
         if self.linear is not None:
-            yield from (self.linear.weight, self.linear.bias)
-
-    def maps(self, height: int, width: int) -> list[tuple[int, int, int]]:
-        """(C, H, W) of every tap for images of this size.
-
-        Raises:
-            ValueError: a convolution has no output.
-        """
-        size, found = (height, width), {}
-        rows = [(self.stem.geometry, self.stem.conv, self.stem_tap)]
-        rows += [(b.layers.depthwise.geometry, b.layers.project.conv, b.tap) for b in self.blocks]
-        for geometry, last, tap in rows:
-            size = geometry.out_size(*size)
-            if min(size) < 1:
-                raise ValueError(f"images of {height}x{width} pixels are too small")
-            if tap >= 0:
-                found[tap] = (last.out_channels, *size)
-        return [found[tap] for tap in sorted(found)]
-
-    @functools.cached_property
-    def _has_nhwc_weight(self) -> bool:
-        """Whether stock's maps are channels_last whatever the images."""
-        weights = (layer.tensors[0] for layer in _layers(self))
-        return any(weight is not None and is_nhwc(weight) for weight in weights)
-
-    def as_stock(self, maps: list[Tensor], x: Tensor) -> list[Tensor]:
-        """Maps [N,C,H,W] in the layout that stock gives them for images x."""
-        is_last = is_nhwc(x) or self._has_nhwc_weight
-        return maps if is_last else [to_nchw(y) for y in maps]
+            yield from self.linear
 
 
 @contextlib.contextmanager
@@ -192,7 +157,7 @@ def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> B
         return BlockSpec(block, taps.get(stage, -1))
 
 
-def _head(given: InferenceParts) -> tuple[structure.Layer | None, nn.Linear | None, str]:
+def _head(given: InferenceParts) -> tuple[structure.Layer | None, Linear | None, str]:
     """Last convolution, classifier and result, as far as the kernels know them."""
     if given.head is None:
         return None, None, TAPS
@@ -202,7 +167,7 @@ def _head(given: InferenceParts) -> tuple[structure.Layer | None, nn.Linear | No
         head = _convolution(given.layers[-1], structure.POINTWISE)
     classifier = _last_layer(given.head.classifier)
     if isinstance(classifier, nn.Linear):
-        return head, classifier, LOGITS
+        return head, Linear(classifier.weight, classifier.bias), LOGITS
     return head, None, POOLED
 
 
@@ -244,7 +209,7 @@ def _check(spec: NetworkSpec, device: torch.device) -> None:
             raise RefusedError(f"the classifier does not take {features} features")
         if linear.bias is not None and linear.bias.shape != linear.weight.shape[:1]:
             raise RefusedError("the classifier's bias does not fit its weight")
-    for layer in _layers(spec):
+    for layer in layers_of(spec):
         if layer.by_batch:
             raise RefusedError("a BatchNorm uses the batch's statistics: call eval()")
     for tensor in spec.tensors():
@@ -259,7 +224,8 @@ def _check(spec: NetworkSpec, device: torch.device) -> None:
             raise RefusedError(f"its weights are of {spec.dtype} and {weight.dtype}")
 
 
-def _layers(spec: NetworkSpec) -> Iterator[structure.Layer]:
+def layers_of(spec: NetworkSpec) -> Iterator[structure.Layer]:
+    """Every convolution with its BatchNorm."""
     yield spec.stem
     for block in spec.blocks:
         if block.layers.expand:
@@ -271,7 +237,7 @@ def _layers(spec: NetworkSpec) -> Iterator[structure.Layer]:
 
 
 def _weights(spec: NetworkSpec) -> Iterator[Tensor]:
-    weights = (layer.tensors[0] for layer in _layers(spec))
+    weights = (layer.tensors[0] for layer in layers_of(spec))
     yield from (weight for weight in weights if weight is not None)
     for block in spec.blocks:
         yield from (tensor for tensor in block.layers.excite if tensor is not None)

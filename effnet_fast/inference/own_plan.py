@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import backends
+from effnet_fast.inference import images
 from effnet_fast.inference.network_spec import CPU
 from effnet_fast.inference.snapshot import (
     Engine,
@@ -49,11 +50,12 @@ class OwnPlan(SnapshotKeeper):
             self.forget()
         if obstacle(model, x, backend) is not None:
             return None
+        x = x.resolve_neg()
         dtype = _dtype_of(x)
         engine = self._engine(model, dtype, _name_of(backend))
         if engine is None or not (is_autocast() or engine.spec.dtype is dtype):
             return None
-        if x.shape[1] != engine.spec.in_channels or min(x.shape) == 0:
+        if x.shape[1] != engine.sizes.in_channels or min(x.shape) == 0:
             return None  # PyTorch's own errors, and its empty results
         return run_network(model, engine, x, dtype)
 
@@ -130,7 +132,9 @@ def _image_obstacle(x: Any) -> str | None:
         return observed.recorder() or f"the images are {type(x).__name__}, no plain tensor"
     if x.device.type != "cpu":
         return f"the images are on {x.device}: deploy() is for that"
-    for dtype in (x.dtype, _dtype_of(x)):
-        if dtype not in backends.NATIVE_DTYPES:
-            return f"no kernel takes {dtype}"
-    return None if x.dim() == 4 else f"the images have {x.dim()} dimensions"
+    try:
+        images.checked(x, "cpu", backends.NATIVE_DTYPES)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
+    dtype = _dtype_of(x)
+    return None if dtype in backends.NATIVE_DTYPES else f"no kernel takes {dtype}"

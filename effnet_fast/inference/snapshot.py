@@ -12,6 +12,7 @@ from effnet_fast.inference import staleness
 from effnet_fast.inference.cpu_engine import CpuEngine
 from effnet_fast.inference.network_spec import CPU, LAST_MAP, LOGITS, TAPS, NetworkSpec, spec_of
 from effnet_fast.inference.parts import changed_step
+from effnet_fast.inference.sizes import Sizes
 from effnet_fast.locks import ForkLock
 
 
@@ -24,13 +25,15 @@ class Engine(Protocol):
     """Packed weights of a network, and the call that runs it.
 
     Attributes:
-        spec: what is packed.
+        spec: what is packed; its modules may have changed since.
+        sizes: of what is packed.
         device: of the weights, and of the images.
         nbytes: of the packed weights.
         captured: whether a CUDA graph that a caller captures reads the weights.
     """
 
     spec: NetworkSpec
+    sizes: Sizes
     device: torch.device
     nbytes: int
     captured: bool
@@ -58,10 +61,10 @@ def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> An
         assert y is not None
         return y
     if spec.result == TAPS:
-        return spec.as_stock(engine(x, dtype)[1], x)
+        return engine.sizes.as_stock(engine(x, dtype)[1], x)
     y, maps = engine(x, spec.dtype)
     head = model.inference_parts().head
-    y = head.run(*spec.as_stock(maps, x)) if spec.result == LAST_MAP else head.classifier(y)
+    y = head.run(*engine.sizes.as_stock(maps, x)) if spec.result == LAST_MAP else head.classifier(y)
     return y.to(dtype)
 
 

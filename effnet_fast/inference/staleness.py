@@ -26,7 +26,10 @@ from effnet_fast.modules.structure import METHODS, RefusedError
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # others do nothing without a gradient
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 TABLES = ("_modules", "_parameters", "_buffers")
-_CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_CONVOLUTION = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    "padding_mode",
+)
 # What of a module's attributes its output depends on, beside the tables.
 SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: _CONVOLUTION,

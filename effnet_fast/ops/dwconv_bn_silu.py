@@ -16,6 +16,7 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
+from effnet_fast.ops.gate import DEPTHWISE, batch_norm
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import update_running_statistics
 from effnet_fast.reference.arguments import Layer, Padding, Sides
@@ -103,10 +104,21 @@ def empty_grads(
     )
 
 
-eval_op = register("dwconv_bn_silu_eval", empty_eval)
-train_op = register("dwconv_statistics", empty_statistics)
-bn_silu_op = register("bn_silu", _empty_bn_silu)
-backward_op = register("dwconv_bn_silu_backward", empty_grads)
+_FILTER = {"x": "image NCHW inner", "weight": "floats C1KK", **DEPTHWISE}
+eval_op = register("dwconv_bn_silu_eval", empty_eval, {**_FILTER, **batch_norm("C")})
+train_op = register("dwconv_statistics", empty_statistics, _FILTER)
+bn_silu_op = register("bn_silu", _empty_bn_silu, {"z": "image NCHW", **batch_norm("C")})
+backward_op = register(
+    "dwconv_bn_silu_backward",
+    empty_grads,
+    {
+        **_FILTER,
+        **batch_norm("C"),
+        "grad_y": "image NCPQ",
+        "z": "image NCPQ nhwc",
+        "wanted": "flags 3",
+    },
+)
 
 
 class DwconvBnSilu(torch.autograd.Function):

@@ -18,6 +18,7 @@ from effnet_fast.backends import OpArgs, current_backend, resolve
 from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
+from effnet_fast.ops.gate import DEPTHWISE, layer
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, backward, forward
 from effnet_fast.ops.norms import MEAN, VAR
@@ -52,7 +53,20 @@ def empty_eval(
     return empty_nhwc(x, (shape[0], project[0].shape[0], *shape[2:]))
 
 
-eval_op = register("mbconv_eval", empty_eval)
+eval_op = register(
+    "mbconv_eval",
+    empty_eval,
+    {
+        "x": "image NCHW inner",
+        "expand": layer("EC11", "?EC"),
+        "depthwise": layer("E1KK"),
+        "excite": ["floats RE*", "floats? R", "floats ER*", "floats? E"],
+        "project": layer("OE11"),
+        **DEPTHWISE,
+        "eps": "flags 3",
+        "residual": "residual",
+    },
+)
 
 
 PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var

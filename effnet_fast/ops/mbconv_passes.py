@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.ops.dwconv_bn_silu import output_shape
+from effnet_fast.ops.gate import DEPTHWISE, Rules, batch_norm
 from effnet_fast.ops.mbconv_training import Passes
 from effnet_fast.ops.registration import empty_nhwc, empty_normed, register
 from effnet_fast.ops.squeeze_excite import excite_op
@@ -87,21 +88,57 @@ def _expand_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return grad_x, empty_weight_grad(x, weight, wanted[1])
 
 
-_FAKES: dict[Callable[..., Any], Callable[..., Any]] = {
-    Passes.expand: _expand_fake,
-    Passes.depthwise: _depthwise_fake,
-    Passes.squeeze: _squeeze_fake,
-    Passes.project: _project_fake,
-    Passes.finish: _finish_fake,
-    Passes.finish_backward: _finish_backward_fake,
-    Passes.project_backward: _project_backward_fake,
-    Passes.excite_backward: _excite_backward_fake,
-    Passes.depthwise_backward: _depthwise_backward_fake,
-    Passes.expand_backward: _expand_backward_fake,
-}
+_PRODUCT = {"x": "image NCHW", "weight": "floats OC11"}
+_FILTER = {"x": "image NCHW inner", "x_norm": "fp32? 5C", "weight": "floats C1KK", **DEPTHWISE}
+_Z2 = {"z2": "image NCHW nhwc", "norm2": "fp32 5C", "gate": "fp32 NC"}
+_ROWS = {"row_scale": "fp32? N"}
+_NORMED = {"z": "image NCHW nhwc", "norm": "fp32 5C"}
+_WANTED = {"residual": "image? NCHW", "wanted": "flags 2"}
+
+# Of each pass its fake, and what its arguments must be.
+_PASSES: dict[Callable[..., Any], tuple[Callable[..., Any], Rules]] = {
+    Passes.expand: (_expand_fake, {**_PRODUCT, **batch_norm("O", by_batch=True)}),
+    Passes.depthwise: (_depthwise_fake, {**_FILTER, **batch_norm("C", by_batch=True)}),
+    Passes.squeeze: (_squeeze_fake, _NORMED),
+    Passes.project: (
+        _project_fake,
+        {**_Z2, "weight": "floats OC11", **batch_norm("O", by_batch=True)},
+    ),
+    Passes.finish: (_finish_fake, {**_NORMED, **_ROWS, "residual": "image? NCHW"}),
+    Passes.finish_backward: (_finish_backward_fake, {"grad_y": "image NCHW", **_ROWS, **_NORMED}),
+    Passes.project_backward: (
+        _project_backward_fake,
+        {
+            "grad_y": "image NOHW", **_ROWS, "z3": "image NOHW nhwc", "norm3": "fp32 5O",
+            "sums3": "fp32? 2O", "weight": "floats OC11", **_Z2, "wanted": "flags 2",
+        },
+    ),
+    Passes.excite_backward: (
+        _excite_backward_fake,
+        {
+            "sums": "fp32 3NC", "slopes": "fp32 2NC", "pooled": "fp32 NC", "hidden": "fp32 NR",
+            "gate": "fp32 NC", "reduce_weight": "floats RC*", "expand_weight": "floats CR*",
+            "pixels": "count",
+        },
+    ),
+    Passes.depthwise_backward: (
+        _depthwise_backward_fake,
+        {
+            "e": "image NCPQ nhwc", "gate": "fp32 NC", "q": "fp32 NC", "z2": "image NCPQ nhwc",
+            "norm2": "fp32 5C", "sums2": "fp32? 2C", **_FILTER, **_WANTED,
+        },
+    ),
+    Passes.expand_backward: (
+        _expand_backward_fake,
+        {
+            "f": "image NOHW nhwc", "z1": "image NOHW nhwc", "norm1": "fp32 5O",
+            "sums1": "fp32? 2O", **_PRODUCT, **_WANTED,
+        },
+    ),
+}  # fmt: skip
 _OPS = {
-    contract.__name__: register(f"mbconv_{contract.__name__}", fake, contract)
-    for contract, fake in _FAKES.items()
+    contract.__name__: register(f"mbconv_{contract.__name__}", fake, rules, contract)
+    for contract, (fake, rules) in _PASSES.items()
 } | {"excite": excite_op}
 
 

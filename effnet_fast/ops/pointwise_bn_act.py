@@ -10,6 +10,7 @@ from torch import Tensor
 from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops.call import wants_gradient
+from effnet_fast.ops.gate import batch_norm
 from effnet_fast.ops.registration import autocast, empty_nhwc, register
 from effnet_fast.reference.pointwise_bn_act import check_arguments
 
@@ -31,7 +32,17 @@ def empty_eval(
     return empty_nhwc(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
 
 
-eval_op = register("pointwise_bn_act_eval", empty_eval)
+eval_op = register(
+    "pointwise_bn_act_eval",
+    empty_eval,
+    {
+        "x": "image NCHW",
+        "weight": "floats OC11",
+        **batch_norm("O"),
+        "gate": "floats? NC*",
+        "residual": "floats? NOHW",
+    },
+)
 
 
 def pointwise_bn_act(

@@ -18,6 +18,7 @@ from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
+from effnet_fast.ops.gate import batch_norm
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.norms import MEAN, VAR
@@ -40,7 +41,8 @@ def _empty_eval(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-eval_op = register("pointwise_bn_silu_pool_eval", _empty_eval)
+_PRODUCT = {"x": "image NCHW", "weight": "floats OC11"}
+eval_op = register("pointwise_bn_silu_pool_eval", _empty_eval, {**_PRODUCT, **batch_norm("O")})
 
 
 def empty_grads(
@@ -61,7 +63,18 @@ def empty_grads(
 
 # du = q * silu'(u), and dz of it: grad_x = dz weight, grad_weight = dz^T x; see
 # `mbconv_training.Passes` for the symbols.
-backward_op = register("pointwise_bn_silu_pool_backward", empty_grads)
+backward_op = register(
+    "pointwise_bn_silu_pool_backward",
+    empty_grads,
+    {
+        **_PRODUCT,
+        "q": "fp32 NO",
+        "z": "image NOHW nhwc",
+        "norm": "fp32 5O",
+        "sums": "fp32? 2O",
+        "wanted": "flags 2",
+    },
+)
 
 
 def _forward(

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from effnet_fast import backends
+from effnet_fast.ops.gate import Rule, Rules, gate
 from effnet_fast.ops.norms import NORM_ROWS
 
 Ints = Sequence[int]
 LIBRARY = torch.library.Library("effnet_fast", "DEF")
 BF16 = torch.bfloat16
+RULES: dict[str, dict[str, Rule]] = {}  # what each op's arguments must be, in order, by its name
 
 # Annotations of a kernel's arguments, as schemas write them.
 _TYPES = {
@@ -31,25 +33,42 @@ _TYPES = {
 }
 
 
+def _arguments(function: Callable[..., Any]) -> dict[str, str]:
+    """The kinds of a function's arguments by name, without the backend."""
+    return {k: v for k, v in function.__annotations__.items() if k not in ("return", "backend")}
+
+
 def schema_of(name: str, function: Callable[..., Any]) -> str:
     """The schema of an op of this name with a function's annotated arguments, then the backend."""
-    kinds = {k: v for k, v in function.__annotations__.items() if k != "backend"}
-    results = kinds.pop("return").removeprefix("tuple[").removesuffix("]")
-    arguments = ", ".join(f"{_TYPES[kind]} {argument}" for argument, kind in kinds.items())
+    results = function.__annotations__["return"].removeprefix("tuple[").removesuffix("]")
+    kinds = _arguments(function).items()
+    arguments = ", ".join(f"{_TYPES[kind]} {argument}" for argument, kind in kinds)
     return f"{name}({arguments}, str backend) -> ({results})"
 
 
-def register(name: str, fake: Callable[..., Any], contract: Any = None) -> Callable[..., Any]:
+def register(
+    name: str, fake: Callable[..., Any], rules: Rules, contract: Any = None
+) -> Callable[..., Any]:
     """Registers `effnet_fast::<name>`, which the backend launches that it is given; returns the op.
 
     Args:
         name: see `launchers` for what launches it.
         fake: makes the results, unwritten.
+        rules: what the arguments must be, see `gate`; every tensor has one.
         contract: whose arguments and results the op has, where that is not the fake.
     """
+    arguments = [*_arguments(contract or fake), "backend"]
+    RULES[name] = {argument: rules.get(argument, "any") for argument in arguments}
+
+    @functools.cache
+    def steps(backend: str) -> tuple[Callable[..., None], Callable[..., Any]]:
+        launch, owner = backends.launcher_of(backend, name), backends.backend_of(backend)
+        return gate(name, RULES[name], owner.devices, owner.dtypes), launch
 
     def run(*args: Any) -> Any:
-        return backends.launcher_of(args[-1], name)(*args)
+        check, launch = steps(args[-1])
+        check(*args)
+        return launch(*args)
 
     LIBRARY.define(schema_of(name, contract or fake))
     LIBRARY.impl(name, run, "CPU")

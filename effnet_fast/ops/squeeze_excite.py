@@ -67,9 +67,16 @@ def empty_grads(
     )
 
 
-excite_op = register("excite", empty_excite)
-forward_op = register("squeeze_excite", empty_squeeze_excite)
-backward_op = register("squeeze_excite_backward", empty_grads)
+_WEIGHTS = {"reduce_weight": "floats RC*", "expand_weight": "floats CR*"}
+_LAYERS = {**_WEIGHTS, "reduce_bias": "floats? R", "expand_bias": "floats? C"}
+_VECTORS = {"pooled": "fp32 NC", "hidden": "fp32 NR", "gate": "fp32 NC"}
+excite_op = register("excite", empty_excite, {"pooled": "fp32 NC", **_LAYERS})
+forward_op = register("squeeze_excite", empty_squeeze_excite, {"x": "image NCHW", **_LAYERS})
+backward_op = register(
+    "squeeze_excite_backward",
+    empty_grads,
+    {"grad_y": "image NCHW", "x": "image NCHW", **_WEIGHTS, **_VECTORS},
+)
 
 
 class SqueezeExcite(torch.autograd.Function):

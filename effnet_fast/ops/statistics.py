@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from effnet_fast.backends import native
 from effnet_fast.ops.call import Norm
-from effnet_fast.ops.registration import LIBRARY
+from effnet_fast.ops.gate import gate
+from effnet_fast.ops.registration import LIBRARY, RULES
 from effnet_fast.reference.arguments import Layer
+
+_NAME = "move_statistics"
+RULES[_NAME] = {
+    **dict.fromkeys(("running_mean", "running_var", "mean", "var"), "fp32 C"),
+    "correction": "any",
+    "momentum": "any",
+}
+
+
+@functools.cache
+def _gate() -> Callable[..., None]:
+    return gate(_NAME, RULES[_NAME], ("cpu",), ())
 
 
 def _move(
@@ -19,6 +35,7 @@ def _move(
     correction: float,
     momentum: float,
 ) -> None:
+    _gate()(running_mean, running_var, mean, var, correction, momentum)
     moved = [t for t in (running_mean, running_var) if not t.is_inference()]
     torch.autograd.graph.increment_version(moved)
     native.load().move_statistics(
@@ -29,11 +46,11 @@ def _move(
 
 # No backend: the CPU alone has it.
 LIBRARY.define(
-    "move_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+    f"{_NAME}(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
     "float correction, float momentum) -> ()"
 )
-LIBRARY.impl("move_statistics", _move, "CPU")
-torch.library.register_fake("effnet_fast::move_statistics", lambda *_: None, lib=LIBRARY)
+LIBRARY.impl(_NAME, _move, "CPU")
+torch.library.register_fake(f"effnet_fast::{_NAME}", lambda *_: None, lib=LIBRARY)
 move_op = torch.ops.effnet_fast.move_statistics.default
 
 

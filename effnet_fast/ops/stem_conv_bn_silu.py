@@ -20,6 +20,7 @@ from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
+from effnet_fast.ops.gate import CONVOLUTION, batch_norm
 from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.norms import MEAN, VAR
@@ -96,11 +97,23 @@ def empty_weight_grad(
     return x.new_empty(weight.shape, dtype=torch.float32)
 
 
-eval_op = register("stem_conv_bn_silu_eval", empty_eval)
-conv_op = register("stem_conv", empty_conv)
-silu_op = register("norm_silu", _empty_silu)
-sums_op = register("norm_silu_sums", empty_sums)
-weight_backward_op = register("stem_weight_backward", empty_weight_grad)
+_CONV = {"x": "image NCHW", "weight": "floats OCKL", **CONVOLUTION}
+_NORMED = {"z": "image NCHW", "norm": "fp32 5C"}
+eval_op = register("stem_conv_bn_silu_eval", empty_eval, {**_CONV, **batch_norm("O")})
+conv_op = register("stem_conv", empty_conv, {**_CONV, **batch_norm("O", by_batch=True)})
+silu_op = register("norm_silu", _empty_silu, _NORMED)
+sums_op = register("norm_silu_sums", empty_sums, {"grad_y": "image NCHW", **_NORMED})
+weight_backward_op = register(
+    "stem_weight_backward",
+    empty_weight_grad,
+    {
+        **_CONV,
+        "grad_y": "image NOPQ",
+        "z": "image NOPQ",
+        "norm": "fp32 5O",
+        "sums": "fp32? 2O",
+    },
+)
 
 
 def _exact_cudnn(x: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -10,14 +10,25 @@ import torch
 from effnet_fast.backends import native
 from effnet_fast.inference import cpu_packing
 from effnet_fast.inference.network_spec import spec_of
+from effnet_fast.inference.sizes import weight_of
 from effnet_fast.models import EfficientNet
 from networks import TINY
 
 
 def native_network(
-    taps: tuple[int, int, int], head: bool = True, classifier: bool = True, tap_weight: float = 0.5
+    taps: tuple[int, int, int],
+    head: bool = True,
+    classifier: bool = True,
+    tap_weight: float = 0.5,
+    head_channels: int | None = None,
+    features: int = 320,
 ) -> Any:
-    """TINY with the taps of its stem, first and last block, and one weight of the stem."""
+    """TINY with the taps of its stem, first and last block, and one weight of the stem.
+
+    Args:
+        head_channels: of which the head claims to have more than it has.
+        features: that the classifier takes.
+    """
     extension = native.load()
     torch.manual_seed(0)
     model = EfficientNet(TINY).eval()
@@ -32,16 +43,26 @@ def native_network(
     assert network.head
     assert network.linear is not None
     cpu_packing.pack_head(packed, network.head)
-    cpu_packing.pack_classifier(packed, network.linear.weight, network.linear.bias)
+    weight = network.linear.weight[:, :features]
+    cpu_packing.pack_classifier(packed, weight, network.linear.bias)
+    if head_channels is not None:
+        packed.head = extension.Product(
+            in_channels=weight_of(network.head).shape[1],
+            out_channels=head_channels,
+            weight=packed.keep(torch.zeros(4)),
+            shift=packed.keep(torch.zeros(4)),
+        )
     parts = packed.head if head else None, packed.classifier if classifier else None
     return extension.Network("", False, packed.nbytes, packed.stem, taps[0], packed.blocks, *parts)
 
 
-def run(network: Any, y: torch.Tensor | None, taps: list[torch.Tensor]) -> None:
-    x = torch.ones(1, 3, 32, 32)
-    addresses = [tap.data_ptr() for tap in taps]
-    address = 0 if y is None else y.data_ptr()
-    network.run(1, 32, 32, x.data_ptr(), False, x.stride(), address, addresses, 1)
+def run(
+    network: Any, y: torch.Tensor | None, taps: list[torch.Tensor], x: torch.Tensor | None = None
+) -> None:
+    x = torch.ones(1, 3, 32, 32) if x is None else x
+    places = [(tap.data_ptr(), tap.nbytes) for tap in taps]
+    place = (0, 0) if y is None else (y.data_ptr(), y.nbytes)
+    network.run(tuple(x.shape), x.data_ptr(), False, x.stride(), place, places, 1)
 
 
 @pytest.mark.parametrize("taps", [(1, -1, -1), (-1, 0, 2), (0, 0, -1), (2, 1, 1)], ids=str)
@@ -84,6 +105,42 @@ def test_an_infinite_weight_of_the_stem_counts_inside_of_the_image_alone() -> No
     met[1:, 1:, 1] = True
     assert not infinite[0][met].isfinite().any()
     torch.testing.assert_close(infinite[0][~met], zero[0][~met])
+
+
+@pytest.mark.parametrize(
+    ("y", "tap", "images"),
+    [
+        ((1, 999), (1, 16, 16, 8), (1, 3, 32, 32)),
+        ((2, 1000), (1, 16, 16, 8), (1, 3, 32, 32)),
+        ((1, 1000), (1, 16, 16, 7), (1, 3, 32, 32)),
+        ((1, 1000), (1, 16, 16, 8), (1, 3, 34, 32)),
+        ((1, 1000), (1, 16, 16, 8), (2, 3, 32, 32)),
+    ],
+    ids=str,
+)
+def test_results_have_their_size(y: Any, tap: Any, images: Any) -> None:
+    network = native_network((0, -1, -1))
+    run(network, torch.zeros(1, 1000), [torch.zeros(1, 16, 16, 8)])
+    with pytest.raises(ValueError, match="a result is of another size"):
+        run(network, torch.zeros(y), [torch.zeros(tap)], torch.ones(images))
+
+
+def test_images_have_the_stem_s_channels_and_a_possible_size() -> None:
+    network = native_network((-1, -1, -1))
+    for channels in (1, 4):
+        with pytest.raises(ValueError, match="the images have other channels"):
+            run(network, torch.zeros(1, 1000), [], torch.ones(1, channels, 32, 32))
+    one = torch.ones(1, 3, 1, 1)
+    for shape in ((1, 3, 1 << 30, 1 << 30), (1 << 40, 3, 32, 32), (1, 3, 1 << 40, 1)):
+        with pytest.raises(ValueError, match="the images are too large"):
+            run(network, torch.zeros(1, 1000), [], one.expand(shape))
+
+
+def test_packed_tensors_have_the_size_of_their_layers() -> None:
+    with pytest.raises(ValueError, match="a tensor is not as large as its layer says"):
+        native_network((-1, -1, -1), head_channels=321)
+    with pytest.raises(ValueError, match="a layer does not fit the one before it"):
+        native_network((-1, -1, -1), features=319)
 
 
 def product(**changed: Any) -> Any:

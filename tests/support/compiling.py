@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,3 +112,34 @@ def link_driver(folder: Path, objects: dict[str, list[Path]], *flags: str) -> Pa
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
+
+
+SANITIZER = ("-O0", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer")
+
+
+def build_sanitized(folder: Path) -> None:
+    """A copy of the package in a folder, its extension under AddressSanitizer, without CUDA.
+
+    Python files are links, so that the copy runs what is here.
+    """
+    setup, objects = setup_module(), folder / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    kernels = compile_kernels(objects, dict.fromkeys(setup.ISAS, SANITIZER))
+    flags = [*setup.CXX_FLAGS, *SANITIZER]
+    flags += [f"-DEFFNET_HAS_{isa.upper()}=1" for isa in setup.ISAS]
+    flags += [word for words in setup.binding_includes() for word in shlex.split(words)]
+    sources = [p for p in sorted((ROOT / "csrc/bindings").glob("*.cpp")) if p.stem != "cuda"]
+    with ThreadPoolExecutor(JOBS) as pool:
+        jobs = [pool.submit(compile_object, p, objects / f"{p.stem}.o", *flags) for p in sources]
+        linked = [job.result() for job in jobs]
+    package = folder / "effnet_fast"
+    package.mkdir(exist_ok=True)
+    for path in (*(ROOT / "effnet_fast").iterdir(), ROOT / "triton_kernels"):
+        link = package / path.name
+        if not path.name.startswith(("_C", "__pycache__")) and not link.exists():
+            link.symlink_to(path)
+    linked += [path for of_isa in kernels.values() for path in of_isa]
+    out = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [*CXX, "-shared", "-fopenmp", *SANITIZER, *map(str, linked), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

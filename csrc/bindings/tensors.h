@@ -1,0 +1,79 @@
+// Torch's tensors as C++ reads them without linking torch: DLPack's table of C functions, which
+// torch.Tensor carries (https://dmlc.github.io/dlpack/latest/c_api.html). 20 ns a tensor.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace effnet {
+
+// DLTensor of DLPack 1.x; shape and strides belong to the tensor.
+struct TensorView {
+  void* data;
+  int32_t device_type, device_index;
+  int32_t dims;
+  uint8_t code, bits;
+  uint16_t lanes;
+  const int64_t *shape, *strides;  // strides in elements
+  uint64_t byte_offset;
+
+  int dtype() const { return lanes == 1 ? code << 8 | bits : -1; }
+};
+
+constexpr int kFloat16 = 2 << 8 | 16, kFloat32 = 2 << 8 | 32, kFloat64 = 2 << 8 | 64;
+constexpr int kBFloat16 = 4 << 8 | 16;
+
+class TensorReader {
+ public:
+  // type: torch.Tensor; parameter: nn.Parameter.
+  TensorReader(const pybind11::handle& type, const pybind11::handle& parameter)
+      : tensor_(pybind11::reinterpret_borrow<pybind11::object>(type)),
+        parameter_(pybind11::reinterpret_borrow<pybind11::object>(parameter)),
+        is_neg_(tensor_.attr("is_neg")),
+        table_(tensor_.attr("__dlpack_c_exchange_api__")) {
+    const auto* const found =
+        static_cast<const Table*>(PyCapsule_GetPointer(table_.ptr(), "dlpack_exchange_api"));
+    if (!found) throw pybind11::error_already_set();
+    if (found->major != 1 || !found->read) throw std::runtime_error("DLPack 1.x is needed");
+    read_ = found->read;
+    if (Py_TYPE(is_neg_.ptr()) == &PyMethodDescr_Type) {
+      const PyMethodDef* const method =
+          reinterpret_cast<PyMethodDescrObject*>(is_neg_.ptr())->d_method;
+      if (method->ml_flags == METH_NOARGS) negative_ = method->ml_meth;
+    }
+  }
+  // Whether the object is a tensor of no subclass.
+  bool is_plain(PyObject* object) const {
+    const auto* const type = reinterpret_cast<const PyObject*>(Py_TYPE(object));
+    return type == tensor_.ptr() || type == parameter_.ptr();
+  }
+  // Describes a plain tensor; false and a Python error where it has no memory of its own.
+  bool read(PyObject* object, TensorView* out) const { return read_(object, out) == 0; }
+  // Whether torch keeps the sign of the values in a bit beside the memory.
+  bool is_negative(PyObject* object) const {
+    PyObject* const found =
+        negative_ ? negative_(object, nullptr) : PyObject_CallOneArg(is_neg_.ptr(), object);
+    if (!found) throw pybind11::error_already_set();
+    const bool negative = found == Py_True;
+    Py_DECREF(found);
+    return negative;
+  }
+
+ private:
+  struct Table {  // DLPackExchangeAPI
+    uint32_t major, minor;
+    const void* older;
+    const void *allocate, *share, *wrap;
+    int (*read)(void* object, TensorView* out);
+    const void* stream;
+  };
+
+  pybind11::object tensor_, parameter_, is_neg_, table_;
+  int (*read_)(void*, TensorView*);
+  PyCFunction negative_ = nullptr;
+};
+
+}  // namespace effnet

@@ -1,0 +1,70 @@
+"""What a packed network takes and gives, as numbers that no later edit of a module changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from effnet_fast.inference.network_spec import NetworkSpec, layers_of
+from effnet_fast.modules.structure import Geometry, Layer
+from effnet_fast.ops.layout import is_nhwc, to_nchw
+
+
+@dataclass(frozen=True)
+class Row:
+    """A convolution that changes the maps' size, and what is seen of its block's result."""
+
+    geometry: Geometry
+    channels: int  # of that result
+    tap: int  # the output that shows it, -1 for none
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Copied from the tensors as they are packed."""
+
+    in_channels: int  # of the images
+    outputs: int  # channels of what comes out beside the taps, 0 for nothing
+    rows: tuple[Row, ...]  # stem and blocks
+    is_nhwc: bool  # whether a weight makes stock's maps channels_last whatever the images
+
+    def maps(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """(C, H, W) of every tap for images of this size.
+
+        Raises:
+            ValueError: a convolution has no output.
+        """
+        size, found = (height, width), {}
+        for row in self.rows:
+            size = row.geometry.out_size(*size)
+            if min(size) < 1:
+                raise ValueError(f"images of {height}x{width} pixels are too small")
+            if row.tap >= 0:
+                found[row.tap] = (row.channels, *size)
+        return [found[tap] for tap in sorted(found)]
+
+    def as_stock(self, maps: list[Tensor], x: Tensor) -> list[Tensor]:
+        """Maps [N,C,H,W] in the layout that stock gives them for images x."""
+        return maps if self.is_nhwc or is_nhwc(x) else [to_nchw(y) for y in maps]
+
+
+def weight_of(layer: Layer) -> Tensor:
+    """A convolution's weight [Cout,Cin/groups,K,K]."""
+    weight = layer.tensors[0]
+    assert weight is not None
+    return weight
+
+
+def sizes_of(spec: NetworkSpec) -> Sizes:
+    """The sizes of a network that is being packed."""
+    rows = [Row(spec.stem.geometry, weight_of(spec.stem).shape[0], spec.stem_tap)]
+    rows += [
+        Row(b.layers.depthwise.geometry, weight_of(b.layers.project).shape[0], b.tap)
+        for b in spec.blocks
+    ]
+    outputs = weight_of(spec.head).shape[0] if spec.head else 0
+    if spec.linear is not None:
+        outputs = spec.linear.weight.shape[0]
+    by_weight = any(is_nhwc(weight_of(layer)) for layer in layers_of(spec))
+    return Sizes(weight_of(spec.stem).shape[1], outputs, tuple(rows), by_weight)
