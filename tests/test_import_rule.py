@@ -32,7 +32,6 @@ ROWS = (
     (
         "effnet_fast.deployment",
         "effnet_fast.diagnostics",
-        "effnet_fast.model_report",
         "effnet_fast.scaling",
     ),
     ("effnet_fast.training",),
