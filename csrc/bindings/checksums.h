@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "bindings/parts.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/isa_dispatch.h"
 
 namespace effnet {
 
