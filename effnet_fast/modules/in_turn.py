@@ -19,7 +19,7 @@ from effnet_fast.modules import observed, structure
 from effnet_fast.ops.layout import is_nhwc, to_nchw, to_nhwc
 
 # Modules of these packages compute the same in every layout, and show it to nobody.
-_BLIND = ("torch.nn.modules.", "effnet_fast.modules.")
+_BLIND = ("torch.nn.modules.", __name__.removesuffix("in_turn"))
 _blind_kinds: set[type] = set()  # classes that have been found there
 
 
