@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -73,7 +74,7 @@ class Watch {
         const std::vector<py::dict>& empty, const std::vector<py::object>& versioned,
         const std::vector<py::object>& tensors, const py::object& layout,
         const std::vector<Place>& places, const std::vector<Checksums::Span>& spans,
-        const py::object& kept, const py::handle& tensor_type, int threads)
+        const py::object& kept, const py::handle& tensor_type)
       : version_(tensor_type, "_version"), address_(tensor_type, "data_ptr"), checksums_(spans) {
     for (const auto& [object, present, absent] : owners) {
       Owner owner = {object,
@@ -103,7 +104,6 @@ class Watch {
     layout_ = layout;
     kept_ = kept;
     digest_ = digest();
-    sums_ = checksums_.of_memory(best_isa(), threads);
     read_all_ahead();
   }
 
@@ -122,8 +122,12 @@ class Watch {
       if (address_.of(place.tensor.ptr()) != place.address) return false;
     for (Whereabouts& place : tensors_)
       if (!place.behind.is_unchanged() && !is_laid_out_alike(place)) return false;
-    return digest() == digest_ && checksums_.of_memory(best_isa(), threads) == sums_;
+    if (digest() != digest_) return false;
+    return !sums_ || checksums_.of_memory(best_isa(), threads) == *sums_;
   }
+
+  // Takes the checksums of the spans, which count from now on: to be called before they are read.
+  void remember(int threads) { sums_ = checksums_.of_memory(best_isa(), threads); }
 
   // For the garbage collector: what is watched may lead back to the watch.
   int traverse(visitproc visit, void* arg) const {
@@ -337,7 +341,7 @@ class Watch {
   std::vector<uint64_t> ahead_;  // cache lines
   py::object layout_, kept_;
   uint64_t digest_ = 0;
-  std::vector<uint64_t> sums_;
+  std::optional<std::vector<uint64_t>> sums_;
 };
 
 }  // namespace
@@ -362,11 +366,12 @@ void bind_watch(py::module_& m) {
                     const std::vector<py::dict>&, const std::vector<py::object>&,
                     const std::vector<py::object>&, const py::object&,
                     const std::vector<Watch::Place>&, const std::vector<Checksums::Span>&,
-                    const py::object&, const py::handle&, int>(),
+                    const py::object&, const py::handle&>(),
            py::kw_only(), py::arg("owners"), py::arg("listings"), py::arg("empty"),
            py::arg("versioned"), py::arg("tensors"), py::arg("layout"), py::arg("places"),
-           py::arg("spans"), py::arg("kept"), py::arg("tensor_type"), py::arg("threads"))
-      .def("holds", &Watch::holds);
+           py::arg("spans"), py::arg("kept"), py::arg("tensor_type"))
+      .def("holds", &Watch::holds)
+      .def("remember", &Watch::remember);
   m.def(
       "checksums",
       [](const std::string& isa, const std::vector<Checksums::Span>& spans, int threads) {

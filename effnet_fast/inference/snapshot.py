@@ -94,12 +94,11 @@ class Snapshot:
         self.engines: dict[tuple[torch.dtype, str], Engine] = {}  # by dtype and backend
         self._kind, self._device, self._graphs = type(model), device, graphs
         self._parts = model.inference_parts().identity
-        # Before anything is packed: a write in between is then seen at the next call.
         self._watch = staleness.watch(self.spec.modules, self.spec.tensors(), every_byte)
         self._lock = ForkLock()
 
     def is_fresh(self, model: Any) -> bool:
-        """Whether the network is still what was read."""
+        """Whether the network is still what was read, its weights still what was packed."""
         if type(model) is not self._kind or changed_step(model):
             return False
         if model.inference_parts().identity != self._parts:
@@ -119,6 +118,8 @@ class Snapshot:
         engine = self.engines.get((dtype, backend))
         if engine is None:
             with self._lock:  # another thread may have packed by now
+                if not self.engines:  # what is written while they are packed is seen next time
+                    self._watch.remember(torch.get_num_threads())
                 engine = self.engines.get((dtype, backend)) or self._pack(dtype, backend)
                 self.engines[dtype, backend] = engine
         return engine

@@ -45,6 +45,8 @@ SETTINGS: dict[type, tuple[str, ...]] = {
 def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_byte: bool) -> Any:
     """A `_C.Watch`: its `holds(threads)` tells whether nothing has changed since.
 
+    Bytes count from its `remember(threads)` on, to be called before they are packed.
+
     Args:
         modules: those that are watched, without their children; none may be the network, of which
             no reference is kept.
@@ -94,7 +96,6 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
         spans=list(dict.fromkeys(_span(t) for t in on_cpu)) if every_byte else [],
         kept=kept,
         tensor_type=torch.Tensor,
-        threads=torch.get_num_threads(),
     )
 
 

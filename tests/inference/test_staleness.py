@@ -20,6 +20,13 @@ from networks import TINY
 BLOCK = "features.5.1.block."
 
 
+def packed(model: Any) -> Snapshot:
+    """A snapshot whose weights are packed: from then on every byte counts."""
+    snapshot = Snapshot(model, every_byte=True)
+    snapshot.engine_for(torch.float32, "cpu")
+    return snapshot
+
+
 @pytest.fixture(scope="module")
 def built() -> EfficientNet:
     return EfficientNet(TINY).eval()
@@ -159,7 +166,7 @@ def test_an_encoders_maps() -> None:
 
 def test_what_means_nothing_goes_unnoticed(built: EfficientNet) -> None:
     """Attributes of the user's own, references to a tensor and its gradient."""
-    snapshot = Snapshot(built, every_byte=True)
+    snapshot = packed(built)
     built.note = built.features[3].note = "seen"
     weight = built.classifier[1].weight
     kept = [weight.detach(), weight.view(-1), (2 * weight).sum()]
@@ -172,7 +179,7 @@ def test_what_means_nothing_goes_unnoticed(built: EfficientNet) -> None:
 
 def test_every_byte_counts(built: EfficientNet) -> None:
     """Drawn bits of drawn tensors, one at a time; a few values of each tensor would not show it."""
-    snapshot, few = Snapshot(built, every_byte=True), Snapshot(built)
+    snapshot, few = packed(built), Snapshot(built)
     tensors = [t.detach().view(-1) for t in snapshot.spec.tensors() if t is not None]
     missed = 0
     for _ in range(300):
@@ -186,17 +193,29 @@ def test_every_byte_counts(built: EfficientNet) -> None:
     assert missed > 200
 
 
+def test_bytes_count_once_they_are_packed(built: EfficientNet) -> None:
+    """A forward after each step of training packs nothing, and spares the checksums."""
+    snapshot, bias = Snapshot(built, every_byte=True), built.classifier[1].bias
+    bias.data[17] += 1
+    assert snapshot.is_fresh(built)
+    snapshot.engine_for(torch.float32, "cpu")
+    snapshot.engine_for(torch.bfloat16, "cpu")
+    assert snapshot.is_fresh(built)
+    bias.data[17] += 1
+    assert not snapshot.is_fresh(built)
+
+
 def test_the_last_element_counts() -> None:
     """Of a view with gaps between its elements too."""
     model = EfficientNet(TINY).eval()
     memory = torch.zeros(2 * model.num_features)
     model.features[8][1].bias = nn.Parameter(memory[1::2])
-    snapshot = Snapshot(model, every_byte=True)
+    snapshot = packed(model)
     for tensor in (memory, *model.features[8].parameters()):
         assert snapshot.is_fresh(model)
         tensor.data[-1] += 1
         assert not snapshot.is_fresh(model)
-        snapshot = Snapshot(model, every_byte=True)
+        snapshot = packed(model)
 
 
 class Table(dict):
