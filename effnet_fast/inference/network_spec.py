@@ -151,9 +151,6 @@ def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> B
             )
         if block.residual and block.drop_probability > 0:
             raise RefusedError("stochastic_depth is in training mode: call eval()")
-        channels = block.first.conv.in_channels, block.project.conv.out_channels
-        if block.residual and (geometry.stride != (1, 1) or channels[0] != channels[1]):
-            raise RefusedError(" adds its input to an output of another shape")
         return BlockSpec(block, taps.get(stage, -1))
 
 

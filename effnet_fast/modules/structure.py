@@ -192,6 +192,28 @@ METHODS = frozenset({
     "_call_impl", "_check_input_dim", "_compiled_call_impl", "_conv_forward", "forward",
     "forward_stock", "gate",
 })  # fmt: skip
+
+
+def _is_altered(state: dict[str, Any]) -> Any:
+    """Whether an instance with this `__dict__` has a hook or one of METHODS, or may have.
+
+    Written out, which takes half the time of an intersection: a block asks it of 19 children.
+    """
+    return (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_call_impl" in state
+        or "_compiled_call_impl" in state
+        or "_conv_forward" in state
+        or "_check_input_dim" in state
+        or "forward_stock" in state
+        or "gate" in state
+    )
+
+
 _hooks = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
@@ -205,6 +227,8 @@ def require(module: Any, *kinds: type) -> None:
     if kinds and type(module) not in kinds:
         raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
     state = module.__dict__
+    if not _is_altered(state):
+        return
     if any(_hooks(state)):
         raise RefusedError(" has a hook")
     if name := patched_method(state):
@@ -244,12 +268,8 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
     for name, kinds, below in parts:
         child = children[name]
         try:
-            # What `require` refuses, in line: a block has 19 children.
-            if (
-                type(child) not in kinds
-                or any(_hooks(s := child.__dict__))
-                or not s.keys().isdisjoint(METHODS)
-            ):
+            # `require` alone would take twice the time.
+            if type(child) not in kinds or _is_altered(s := child.__dict__):
                 require(child, *kinds)
             elif below is not None:
                 require_children(s["_modules"], below)

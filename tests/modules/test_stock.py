@@ -19,7 +19,14 @@ from edit_kinds import CLASSES, FUNCTIONS
 from effnet_fast import use_backend
 from effnet_fast.inference.cpu_engine import CpuEngine
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
-from effnet_fast.modules import fused_forward, layers, same_padding, stochastic_depth, stock
+from effnet_fast.modules import (
+    fused_forward,
+    layers,
+    same_padding,
+    stochastic_depth,
+    stock,
+    structure,
+)
 from effnet_fast.modules.explain import explain
 from networks import MINI, assert_alike, calibrated_state, random_images, run_network
 
@@ -187,7 +194,10 @@ def test_an_instances_own_method_is_called(name: str, training: bool) -> None:
 
 
 def test_an_instances_own_methods_are_all_in_the_table() -> None:
-    assert set(INSTANCE) == fused_forward.structure.METHODS - {"_compiled_call_impl"}
+    assert set(INSTANCE) == structure.METHODS - {"_compiled_call_impl"}
+    plain = nn.SiLU().__dict__
+    assert not structure._is_altered(plain)
+    assert all(structure._is_altered({**plain, name: None}) for name in structure.METHODS)
 
 
 def test_a_compiled_child_runs_compiled() -> None:

@@ -173,12 +173,18 @@ def _block(module: layers.MBConv) -> structure.Block:
         raise RefusedError("block is not expand, depthwise, squeeze-excite, project")
     if project.conv.in_channels != channels:
         raise RefusedError(f"block.{last} does not take {channels} channels")
+    residual = bool(module.use_res_connect)
+    geometry, first = depthwise.geometry, (expand or depthwise).conv.in_channels
+    if residual and not (
+        first == project.conv.out_channels and geometry.stride == (1, 1) and geometry.is_centred
+    ):
+        raise RefusedError("it adds its input to an output of another shape")
     return structure.Block(
         expand,
         depthwise,
         excite,
         project,
-        bool(module.use_res_connect),
+        residual,
         drop_path.p if drop_path.training else 0.0,
         drop_path.mode,
         module.memory,
