@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 CALLS ?= 100000
+EDITS ?= 2000
 OUT ?= gpu-results
 
 VENV := .venv
@@ -21,7 +22,7 @@ NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -n
 # A photograph of a cat that is shipped inside scikit-image's wheel.
 PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
 
-.PHONY: demo test test-all durations reliability bench docs report gpu budgets mutants lint clean qemu
+.PHONY: demo test test-all durations bench docs report gpu reliability budgets mutants lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
@@ -66,7 +67,7 @@ gpu:
 # What docs/reliability.md records: drawn edits of models, and calls of the registered ops with
 # drawn arguments under AddressSanitizer.
 reliability: $(VENV)/.test
-	$(BIN)/python tests/support/drawn_edits.py --edits 2000
+	$(BIN)/python tests/support/drawn_edits.py --edits $(EDITS)
 	$(BIN)/python tests/support/drawn_calls.py --count $(CALLS) --sanitize build/sanitized
 
 # What the CUDA kernels may take from now on, into csrc/cuda/budgets.json; a minute.
