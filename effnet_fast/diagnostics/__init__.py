@@ -15,7 +15,13 @@ from torch import nn
 
 from effnet_fast import __version__
 from effnet_fast.backends import BACKENDS, OPS, can_run, native
-from effnet_fast.diagnostics.model_report import Course, Fusion, explain_blocks, explain_networks, lines
+from effnet_fast.diagnostics.model_report import (
+    Course,
+    Fusion,
+    explain_blocks,
+    explain_networks,
+    lines,
+)
 
 OPENMP_RUNTIME = re.compile(r"/lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
 CPU_FLAGS = re.compile(r"sse4_2|f16c|fma|avx\w*|amx_\w+|asimd\w*|sve\w*|bf16")

@@ -177,7 +177,6 @@ class EfficientNet(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
-        # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             return self._finished(self.features(self._prepared(x)), x)
         with self._execution():
@@ -365,7 +364,6 @@ class EfficientNetFeatures(Backbone):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
             return self._maps(x)
         maps = self._own_plan.run(self, x, self._chosen_backend())
@@ -382,7 +380,6 @@ class EfficientNetFeatures(Backbone):
         """The maps of images x, in the layout that stock gives them."""
         maps: list[Tensor] = []
         y = self._prepared(x)
-        # torch.jit exports is_scripting implicitly, which mypy does not accept.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             for index, stage in enumerate(self.features):
                 y = stage(y)

@@ -263,22 +263,17 @@ def check(
     return actual
 
 
-VECTOR = 128  # see `check_over_draws`
+VECTOR = 128  # numbers that the smallest vector has over the draws of `check_over_draws`
 
 
 def check_over_draws(call: Call, backend: str, numbers: int) -> None:
     """Holds a call to the rule of parity, its results over several random images stacked.
 
-    A vector of few numbers is held to chance: stock's largest error in them may be far below its
-    usual one. So many images are drawn that there are at least VECTOR.
-
-    Args:
-        numbers: how many independent ones the smallest vector of a single image has.
+    Of a vector with few independent `numbers`, stock's largest error is chance.
     """
-    draws = -(-VECTOR // numbers)
     generator = torch.Generator().manual_seed(2)
     rows: tuple[list[Results], ...] = ([], [], [])
-    for _ in range(draws):
+    for _ in range(-(-VECTOR // numbers)):
         x = torch.randn(call.x.shape, generator=generator).to(call.x.dtype)
         drawn = call.with_tensors(x=channels_last(x))
         for row, results in zip(
