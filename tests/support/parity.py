@@ -31,6 +31,7 @@ from effnet_fast import ops, reference
 from effnet_fast.backends import can_run, native
 
 RUNNING = ("running_mean", "running_var")
+VECTOR = 128  # numbers that the smallest vector has over the draws of `check_over_draws`
 Results = dict[str, Tensor]
 assert_parity = functools.partial(tolerances.assert_parity, strides=True)
 
@@ -261,9 +262,6 @@ def check(
     exact = run(call, double=True, wanted=wanted, grad_y=grad_y)
     assert_parity(actual, stock, exact, call.x.dtype)
     return actual
-
-
-VECTOR = 128  # numbers that the smallest vector has over the draws of `check_over_draws`
 
 
 def check_over_draws(call: Call, backend: str, numbers: int) -> None:
