@@ -73,12 +73,13 @@ def test_gradients_turn_back(convert: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     x = (x if convert is to_nhwc else to_nhwc(x)).requires_grad_()
     given = is_nhwc(x)
-    for weight in (torch.randn(2, 3, 2, 4), torch.ones(1, 1, 1, 1)):
-        grad, again = x, x
+    for arriving in (to_nhwc(torch.randn(2, 3, 2, 4).double()), torch.randn(2, 3, 2, 4).double()):
         y = convert(x)
         assert is_nhwc(y) != given
-        (grad,) = torch.autograd.grad((y.pow(3) * weight).sum(), x, create_graph=True)
-        (again,) = torch.autograd.grad(grad.square().sum(), x)
+        (grad,) = torch.autograd.grad(y, x, arriving, create_graph=True)
+        assert is_nhwc(grad) == given
+        (grad,) = torch.autograd.grad(convert(x).pow(3), x, arriving, create_graph=True)
+        (again,) = torch.autograd.grad(grad, x, to_nchw(arriving) if given else to_nhwc(arriving))
         assert is_nhwc(grad) == is_nhwc(again) == given
     assert torch.autograd.gradcheck(convert, (x,))
     assert torch.autograd.gradgradcheck(convert, (x,))
