@@ -32,8 +32,13 @@ class Gate {
   Gate(const std::string& op, const py::dict& rules, const std::vector<std::string>& devices,
        const std::vector<std::string>& dtypes, const TensorReader& reader)
       : op_(op), reader_(reader) {
-    for (const auto& [name, rule] : rules)
+    for (const auto& [name, rule] : rules) {
       rules_.push_back(rule_of(name.cast<std::string>(), py::reinterpret_borrow<py::object>(rule)));
+      const auto partner = std::find_if(rules_.begin(), rules_.end(), [&](const Rule& other) {
+        return other.name == rules_.back().with;
+      });
+      if (partner != rules_.end()) rules_.back().partner = partner - rules_.begin();
+    }
     for (const std::string& name : devices) {
       std::vector<int32_t> types;
       require(take(kDevices, name, &types), "gate: an unknown device");
@@ -56,7 +61,9 @@ class Gate {
     Call call;
     for (size_t i = 0; i < rules_.size(); i++) {
       const Rule& rule = rules_[i];
-      if (!rule.partner.empty()) check_partner(rule, args, args[i]);
+      if (rule.partner >= 0 && (args[rule.partner] == Py_None) != (args[i] == Py_None))
+        refuse(PyExc_ValueError,
+               rules_[rule.partner].name + " and " + rule.name + " are given together or not");
       check_one(rule, args[i], &call);
     }
     check_size(&call);
@@ -81,12 +88,6 @@ class Gate {
   }
   [[noreturn]] void refuse(PyObject* type, const Rule& rule, const std::string& text) const {
     refuse(type, rule.name + " " + text);
-  }
-
-  void check_partner(const Rule& rule, PyObject* const* args, PyObject* given) const {
-    for (size_t i = 0; i < rules_.size(); i++)
-      if (rules_[i].name == rule.partner && (args[i] == Py_None) != (given == Py_None))
-        refuse(PyExc_ValueError, rule.partner + " and " + rule.name + " are given together or not");
   }
 
   void check_one(const Rule& rule, PyObject* given, Call* call) const {
@@ -164,7 +165,7 @@ class Gate {
         known += std::string(known.empty() ? "" : ", ") + other + " = " +
                  std::to_string(call->of(other));
     refuse(PyExc_ValueError, rule,
-           "is " + given + ", allowed is [" + rule.shape + "] with " + known);
+           "is " + given + ", allowed is " + shown(rule.shape) + " with " + known);
   }
 
   void check_tensor(const Rule& rule, PyObject* given, Call* call) const {
@@ -237,8 +238,8 @@ class Gate {
       if (rule.shape[i] <= '9') fits = view.shape[i] == rule.shape[i] - '0';
     if (!fits)
       refuse(PyExc_ValueError, rule,
-             "is " + shown(view.shape, view.dims) + ", allowed is [" + rule.shape +
-                 (rule.ones_follow ? "] with any number of sizes of 1 after it" : "]"));
+             "is " + shown(view.shape, view.dims) + ", allowed is " + shown(rule.shape) +
+                 (rule.ones_follow ? " with any number of sizes of 1 after it" : ""));
     for (int64_t i = 0; i < dims; i++)
       if (rule.shape[i] >= 'A') bind(rule, rule.shape[i], view.shape[i], call, &view);
   }

@@ -48,7 +48,8 @@ struct Rule {
   Layout layout = Layout::kAny;
   bool optional = false, ones_follow = false;
   std::string shape;
-  std::string partner;  // the name of an earlier argument
+  std::string with;      // the name of an earlier argument, or of none
+  int64_t partner = -1;  // its place
   int64_t size = 0;
   std::vector<Rule> below;
 };
@@ -112,7 +113,7 @@ inline Rule rule_of(const std::string& name, const py::handle& given) {
   if (rule.numbers == Numbers::kFp32) rule.layout = Layout::kDense;
   while (words >> word)
     if (word == "with")
-      words >> rule.partner;
+      words >> rule.with;
     else
       require(take(kLayouts, word, &rule.layout), "gate: an unknown layout");
   return rule;
@@ -121,6 +122,13 @@ inline Rule rule_of(const std::string& name, const py::handle& given) {
 inline std::string shown(const int64_t* sizes, int64_t count) {
   std::string text = "[";
   for (int64_t i = 0; i < count; i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+// "NCHW" as "[N, C, H, W]".
+inline std::string shown(const std::string& letters) {
+  std::string text = "[";
+  for (char letter : letters) text += (text.size() > 1 ? ", " : "") + std::string(1, letter);
   return text + "]";
 }
 

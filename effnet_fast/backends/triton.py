@@ -15,8 +15,6 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def _unavailable_reason() -> str | None:
-    if reason := native.unavailable_reason():  # it has the check of what goes to a kernel
-        return reason
     try:
         kernels = importlib.import_module("effnet_fast.triton_kernels.launching")
     except ImportError as error:
@@ -45,7 +43,8 @@ def _device_reason(device: torch.device) -> str | None:
 
 
 def _reason(op: str, args: OpArgs | None, isa: str) -> str | None:
-    if reason := _unavailable_reason():
+    # The extension has the check of what goes to a kernel.
+    if reason := native.unavailable_reason() or _unavailable_reason():
         return reason
     if args is None:
         if torch.cuda.is_available():

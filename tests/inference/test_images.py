@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -83,7 +84,7 @@ def test_deploy_refuses_what_has_no_memory(model: EfficientNet, x: Tensor, kind:
 
 
 def test_deploy_refuses_distributed_tensors(model: EfficientNet, x: Tensor, group: None) -> None:
-    with pytest.raises(TypeError, match="x is a DTensor, allowed is a torch.Tensor"):
+    with pytest.raises(TypeError, match="x is a DTensor, allowed is"):
         effnet_fast.deploy(model)(distributed(x))
 
 
@@ -199,10 +200,8 @@ def test_a_classifier_that_another_thread_replaces(model: EfficientNet, x: Tenso
     editor.start()
     try:
         for _ in range(300):
-            try:
+            with contextlib.suppress(RuntimeError):  # weight and bias of two, for a moment
                 assert fast(x).shape[1] in (2, 10)
-            except RuntimeError:
-                pass  # weight and bias of two classifiers, for a moment
     finally:
         done.set()
         editor.join()

@@ -96,8 +96,9 @@ def test_a_missing_extension_is_told_at_the_call(monkeypatch: pytest.MonkeyPatch
     missing = SimpleNamespace(unavailable_reason=lambda: "effnet_fast._C is not there")
     monkeypatch.setattr(cpu, "native", missing)
     monkeypatch.setattr(cuda, "native", missing)
+    monkeypatch.setattr(triton, "native", missing)
     assert_same(run(call, "auto"), run(call))
-    for backend in ("cpu", "cuda"):
+    for backend in ("cpu", "cuda", "triton"):
         with pytest.raises(RuntimeError, match=r"effnet_fast\._C is not there"):
             run(call, backend)
 

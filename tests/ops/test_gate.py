@@ -112,9 +112,7 @@ def test_dtypes_are_not_mixed(op: str) -> None:
         draw = drawn(op, lambda draw: draw.dtype is torch.float32)
         name, at, _ = [place for place in draw.places() if place[2].kind == "image"][-1]
         draw.put(name, at, draw.get(name, at).bfloat16())
-        with pytest.raises(
-            TypeError, match="is bfloat16, allowed is float32 like the image before"
-        ):
+        with pytest.raises(TypeError, match="is bfloat16, allowed is float32 like"):
             call(draw, op)
 
 
@@ -139,7 +137,7 @@ def test_mean_and_var_go_together(op: str) -> None:
     for absent in ("mean", "var"):
         draw = drawn(op, lambda draw: draw.arguments["mean"] is not None)
         draw.arguments[absent] = None
-        with pytest.raises((ValueError, TypeError), match="mean and var are given together|None"):
+        with pytest.raises((ValueError, TypeError), match=r"mean and var are given together|None"):
             call(draw, op)
 
 
@@ -212,7 +210,7 @@ def test_tensors_of_a_subclass_take_the_reference() -> None:
     expected = squeeze_excite(x, w1, None, w2, None, backend="reference")
     y = squeeze_excite(x.as_subclass(broken_arguments.Plain), w1, None, w2, None)
     torch.testing.assert_close(y.as_subclass(Tensor), expected)
-    with pytest.raises(RuntimeError, match="a tensor is a Plain, kernels take torch.Tensor alone"):
+    with pytest.raises(RuntimeError, match="a tensor is a Plain, kernels take"):
         squeeze_excite(x, w1.as_subclass(broken_arguments.Plain), None, w2, None, backend="cpu")
 
 

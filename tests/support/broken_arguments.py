@@ -22,7 +22,7 @@ SCALARS: dict[str, dict[str, tuple[Any, ...]]] = {
     "sides": {"sides": ([-1, 0, 0, 0], [0, 0, 0, -9], [1 << 40] * 4)},
     "flags": {"flags 2": ([], [True]), "flags 3": ([], [True, True])},
     "count": {"count": (-1, -(1 << 40))},
-    "backend": {"any": ("auto", "reference", "cpu:mips", "cpu:", "", "cuda", "CPU")},
+    "backend": {"any": ("auto", "reference", "cpu:mips", "", "cuda", "CPU")},
 }
 
 
@@ -46,8 +46,7 @@ def _freed(x: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor) -> Any:
-    with FakeTensorMode() as mode:
-        return mode.from_tensor(x.contiguous())
+    return FakeTensorMode().from_tensor(x)
 
 
 def _functional(x: Tensor) -> Any:
@@ -73,7 +72,7 @@ _simple("mkldnn", REFUSED, lambda x: x.float().contiguous().to_mkldnn())
 _simple("nested", REFUSED, lambda x: torch.nested.nested_tensor([x.flatten()]))
 _simple("quantized", REFUSED, lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8))
 _simple("subclass", REFUSED, lambda x: x.as_subclass(Plain))
-_simple("masked", REFUSED, lambda x: torch.masked.masked_tensor(x, x > 0))
+_simple("masked", REFUSED, lambda x: torch.masked.masked_tensor(x.float(), x > 0))
 _simple("zeros", SAME, lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype))
 _simple("negative_bit", SAME, lambda x: torch._neg_view(-x))
 _simple("gradient", SAME, lambda x: x.detach().requires_grad_())
@@ -158,7 +157,7 @@ def _huge_size(draw: Draw, x: Tensor, rule: TensorRule, rng: random.Random) -> A
         return None
     shape = list(x.shape)
     at = rng.choice([0, 2, 3])
-    shape[at] = rng.choice([1 << 40, 1 << 58])
+    shape[at] = rng.choice([1 << 40, 1 << 50])
     return x.narrow(at, 0, 1).expand(shape), SAME
 
 

@@ -117,6 +117,9 @@ def _one(op: str, seed: int, names: tuple[str, ...], tally: Tally) -> None:
             tally.failures.append(f"{place}: refused: {error}")
         return
     except Exception as error:
+        if isinstance(error, AssertionError) and "FakeTensor" in str(error):
+            tally.refused["AssertionError of torch"] += 1  # for fake tensors beside others
+            return
         tally.failures.append(f"{place}: {type(error).__name__}: {error}")
         return
     tally.taken += 1

@@ -157,11 +157,12 @@ def _plane(x: Tensor) -> tuple[int, int, int]:
 def mbconv_squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     pooled = z.new_empty(z.shape[:2], dtype=torch.float32)
     slopes = z.new_empty((2, *z.shape[:2]), dtype=torch.float32)
-    if z.numel():
-        native.load().mbconv_squeeze(
-            isa_of(backend), _plane(z), z.dtype is BF16, z.data_ptr(), norm.data_ptr(),
-            pooled.data_ptr(), slopes.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+    if z.numel() == 0:
+        return pooled.zero_(), slopes.zero_()
+    native.load().mbconv_squeeze(
+        isa_of(backend), _plane(z), z.dtype is BF16, z.data_ptr(), norm.data_ptr(),
+        pooled.data_ptr(), slopes.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     return pooled, slopes
 
 

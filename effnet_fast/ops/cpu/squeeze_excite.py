@@ -43,6 +43,8 @@ def squeeze_excite(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
         extension.squeeze(
             isa, *sizes, bf16, x.data_ptr(), 0, 1.0 / sizes[2], pooled.data_ptr(), threads
         )
+    else:
+        pooled.zero_()
     hidden, gate = excite(pooled, *rest)
     if x.numel():
         extension.gate(isa, *sizes, bf16, x.data_ptr(), gate.data_ptr(), 0, y.data_ptr(), threads)
