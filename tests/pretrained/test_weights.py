@@ -283,12 +283,6 @@ class TestNetworks:
         with pytest.raises(TypeError, match="expected EfficientNet_B0_Weights but received Effic"):
             effnet_fast.efficientnet_b0(weights=EfficientNet_B1_Weights.DEFAULT)
 
-    def test_refuses_pretrained(self):
-        with pytest.raises(TypeError, match="'pretrained'"):
-            effnet_fast.efficientnet_b0(pretrained=True)
-        with pytest.raises(TypeError, match="received bool"):
-            effnet_fast.efficientnet_b0(weights=True)
-
 
 class TestFiles:
     @pytest.mark.slow
