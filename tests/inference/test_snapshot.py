@@ -47,7 +47,7 @@ def test_a_stale_snapshot_is_replaced_and_a_fresh_one_kept() -> None:
     first = keeper.current(model)
     assert first is not None
     assert keeper.current(model) is first
-    first.engine_for(FP32, "cpu")  # what was read, not packed, cannot be stale
+    first.engine_for(FP32, "cpu")
     CHANGES["weight"](model)
     assert keeper.current(model) not in (None, first)
 
