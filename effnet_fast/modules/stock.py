@@ -110,6 +110,13 @@ class Stock:
 _CALL = "__call__ _call_impl"  # on the way from a call of a module to its forward
 _FORWARD = f"{_CALL} forward"
 
+# What fused ops themselves compute by, in backward too, and stock in part: a replacement would give
+# the one another meaning than the other.
+_OURS: tuple[Row, ...] = (
+    (torch, "mm bmm sigmoid rsqrt"),
+    (torch.Tensor, "__add__ __iadd__ __sub__ __mul__ __truediv__"),
+    (F, "linear"),
+)
 # Below a layer's own forward: convolution, norm and activation.
 LAYER = Stock(
     (nn.Conv2d, f"{_FORWARD} _conv_forward"),
@@ -120,6 +127,7 @@ LAYER = Stock(
     (layers.Conv2dNormActivation, "forward_stock __iter__"),
     (F, "conv2d pad batch_norm silu"),
     (torch, "batch_norm"),
+    *_OURS,
     (torch._C._nn, "silu silu_"),
     (same_padding, "same_padding"),
 )
@@ -140,8 +148,6 @@ BLOCK = Stock(
     (nn.Sigmoid, _FORWARD),
     (stochastic_depth.StochasticDepth, _FORWARD),
     (stochastic_depth, "stochastic_depth"),
-    (torch, "sigmoid"),
-    (torch.Tensor, "__mul__ __iadd__"),
     below=(LAYER, _CALLED_LAYER, _POOL),
 )
 # Below the forward of a network that pools its last layer's result at once.

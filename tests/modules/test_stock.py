@@ -85,6 +85,7 @@ def test_it_is_called_as_often_as_by_stock(
 UNMET = {  # stock's forward calls them in training alone, or not at all
     "EfficientNet.__call__",
     "torch._C._nn.silu",  # networks' own SiLUs are in place
+    *("torch.mm", "torch.bmm"),  # fused ops alone use them: they must not, once replaced
 }
 
 
@@ -249,11 +250,21 @@ def test_training_gives_what_a_replacement_computes(monkeypatch: pytest.MonkeyPa
     """With gradients, and by a function that changes the values."""
     monkeypatch.setattr(F, "silu", lambda x, inplace=False: x * torch.sigmoid(2 * x))
     model = network().train()
-    model.stochastic_depth_prob = 0
     ours = run_network(model, X)
     other = network().train()
     with use_backend("reference"):
         assert_alike(ours, run_network(other, X))
+
+
+def test_a_gradient_is_stocks_where_ours_would_use_a_replacement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Backward of the stem multiplies in Python."""
+    original = Tensor.__mul__
+    monkeypatch.setattr(Tensor, "__mul__", lambda a, b: original(a, b).neg())
+    ours = run_network(network(), X)
+    with use_backend("reference"):
+        assert_alike(ours, run_network(network(), X))
 
 
 def test_the_functions_that_ours_call_are_in_the_table() -> None:

@@ -259,7 +259,7 @@ CLASSES: tuple[tuple[type, str], ...] = (
 FUNCTIONS: tuple[tuple[Any, str], ...] = (
     *((F, name) for name in ("conv2d", "batch_norm", "silu", "adaptive_avg_pool2d", "linear", "pad",
                              "dropout")),
-    *((torch, name) for name in ("batch_norm", "sigmoid", "flatten")),
+    *((torch, name) for name in ("batch_norm", "sigmoid", "flatten", "mm", "bmm")),
     *((torch._C._nn, name) for name in ("silu", "silu_", "adaptive_avg_pool2d")),
     (torch.Tensor, "__mul__"), (torch.Tensor, "__iadd__"),
     (stochastic_depth, "stochastic_depth"), (same_padding, "same_padding"),
