@@ -196,8 +196,8 @@ class DeployedEfficientNet(nn.Module):
         """
         if who := observed.recorder():  # it would not see what fills the result
             raise RuntimeError(
-                f"a deployed network cannot be traced or intercepted, and {who}: trace, export or "
-                "call the model it was made of"
+                f"a deployed network cannot be traced or intercepted, and {who}: call, "
+                "trace or export the model it was made of"
             )
         _refuse_changes(self.source)
         engine = self._packed.engine(self.source)

@@ -326,7 +326,7 @@ class TestTracing:
     def test_refused(self, name: str) -> None:
         deployed = effnet_fast.deploy(network())
         y = deployed(X)
-        with pytest.raises(RuntimeError, match="call the model it was made of"):
+        with pytest.raises(RuntimeError, match="trace or export the model it was made of"):
             self.TRACERS[name](deployed)
         assert torch.equal(deployed(X), y)
 

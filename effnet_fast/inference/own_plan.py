@@ -131,7 +131,7 @@ def _image_obstacle(x: Any) -> str | None:
     if not isinstance(x, Tensor) or observed.has_observer(x):
         return observed.recorder() or f"the images are {type(x).__name__}, no plain tensor"
     if x.device.type != "cpu":
-        return f"the images are on {x.device}: deploy() is for that"
+        return f"the images are on {x.device}, and one call is for CPUs"
     try:
         images.checked(x, "cpu", backends.NATIVE_DTYPES)
     except (TypeError, ValueError, RuntimeError) as error:
