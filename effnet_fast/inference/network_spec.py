@@ -216,6 +216,11 @@ def _check(spec: NetworkSpec, device: torch.device) -> None:
             raise RefusedError(f"a part of it is on {tensor.device}, not on {device}")
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             raise RefusedError("a parameter is no dense tensor of floating point numbers")
+    for layer in _layers(spec):  # PyTorch takes those of its input, or fp32 beside a narrower one
+        dtypes = {tensor.dtype for tensor in layer.tensors[1:] if tensor is not None}
+        if len(dtypes) > 1 or not dtypes <= {spec.dtype, torch.float32}:
+            names = " and ".join(sorted(map(str, dtypes)))
+            raise RefusedError(f"a BatchNorm is of {names} among weights of {spec.dtype}")
     for weight in _weights(spec):
         if weight.dtype != spec.dtype:
             raise RefusedError(f"its weights are of {spec.dtype} and {weight.dtype}")
@@ -239,4 +244,4 @@ def _weights(spec: NetworkSpec) -> Iterator[Tensor]:
     for block in spec.blocks:
         yield from (tensor for tensor in block.layers.excite if tensor is not None)
     if spec.linear is not None:
-        yield spec.linear.weight
+        yield from (t for t in (spec.linear.weight, spec.linear.bias) if t is not None)

@@ -251,6 +251,19 @@ class TestWhen:
         infer(model)
         assert len(runs) == 3
 
+    @pytest.mark.parametrize("path", ["features.2.1.block.1.1", "classifier.1.bias"])
+    def test_dtypes_that_pytorch_refuses(self, path: str) -> None:
+        """A part in float64 is an error, as it is without a plan."""
+        model = network()
+        infer(model)
+        part = model.get_submodule(path.removesuffix(".bias"))
+        if path.endswith("bias"):
+            part.bias = nn.Parameter(part.bias.detach().double())
+        else:
+            part.double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            infer(model)
+
     def test_switched_off(self, runs: list[CpuEngine]) -> None:
         model = network()
         infer(model)
