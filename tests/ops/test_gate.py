@@ -18,7 +18,7 @@ from effnet_fast import backends
 from effnet_fast.ops.registration import RULES
 
 OPS = sorted(RULES)
-QUICK, MAKE_TEST = 2_000, 40_000  # calls: of plain pytest and of `make test`
+QUICK, MAKE_TEST = 108, 8_000  # calls: of plain pytest and of `make test`
 # What is done to a tensor, the error and its text after the argument's name.
 REFUSALS: dict[str, tuple[type[Exception], str]] = {
     "int": (TypeError, "is int32, allowed is "),

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drawn_arguments import Draw, TensorRule
 
+FAKE = FakeTensorMode()
 # REFUSED: the call must raise. SAME: it raises, or gives what clean arguments give.
 REFUSED, SAME = "refused", "same"
 Break = Callable[[Draw, Tensor, TensorRule, random.Random], "tuple[Any, str] | None"]
@@ -46,7 +47,7 @@ def _freed(x: Tensor) -> Tensor:
 
 
 def _fake(x: Tensor) -> Any:
-    return FakeTensorMode().from_tensor(x)
+    return FAKE.from_tensor(x)
 
 
 def _functional(x: Tensor) -> Any:

@@ -114,6 +114,12 @@ def link_driver(folder: Path, objects: dict[str, list[Path]], *flags: str) -> Pa
     return out
 
 
+def library(name: str) -> str:
+    """The path of one of the compiler's own libraries."""
+    command = [*CXX, f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 SANITIZER = ("-O0", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 

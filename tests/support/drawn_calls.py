@@ -155,13 +155,13 @@ def sanitized(folder: Path, arguments: list[str]) -> int:
     import compiling
 
     compiling.build_sanitized(folder)
-    library = subprocess.run(
-        [*compiling.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    options = "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:handle_segv=1"
+    # Python links no C++, whose exceptions AddressSanitizer looks for as it starts.
+    libraries = map(compiling.library, ("libasan.so", "libstdc++.so.6"))
+    # Memory that cannot be had is MemoryError or RuntimeError, as without it.
+    options = "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1"
     paths = [str(folder), str(Path(__file__).parent)]
     environment = os.environ | {
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": options,
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
