@@ -13,8 +13,6 @@
 namespace effnet {
 namespace {
 
-using namespace gates;
-
 struct Refused {
   PyObject* type;
   std::string text;

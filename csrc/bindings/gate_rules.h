@@ -16,7 +16,7 @@
 #include "bindings/tensors.h"
 
 namespace effnet {
-namespace gates {
+namespace {  // of gate.cpp alone, so that the library exports nothing of it
 
 enum class Kind {
   kAny,       // not looked at
@@ -64,21 +64,20 @@ bool take(const Words<T>& words, const std::string& word, T* out) {
   return false;
 }
 
-inline const Words<Numbers> kNumbers = {
+const Words<Numbers> kNumbers = {
     {"image", Numbers::kImage}, {"floats", Numbers::kFloats}, {"fp32", Numbers::kFp32}};
-inline const Words<Layout> kLayouts = {{"any", Layout::kAny},
-                                       {"inner", Layout::kInner},
-                                       {"nhwc", Layout::kNhwc},
-                                       {"dense", Layout::kDense}};
-inline const Words<Kind> kKinds = {{"any", Kind::kAny},       {"count", Kind::kCount},
-                                   {"stride", Kind::kStride}, {"strides", Kind::kStrides},
-                                   {"sides", Kind::kSides},   {"residual", Kind::kResidual},
-                                   {"flags", Kind::kFlags}};
-inline const Words<int> kDtypes = {
-    {"float32", kFloat32}, {"bfloat16", kBFloat16}, {"float16", kFloat16}};
-inline const Words<std::vector<int32_t>> kDevices = {{"cpu", {1}}, {"cuda", {2, 10}}};  // 10: ROCm
+const Words<Layout> kLayouts = {{"any", Layout::kAny},
+                                {"inner", Layout::kInner},
+                                {"nhwc", Layout::kNhwc},
+                                {"dense", Layout::kDense}};
+const Words<Kind> kKinds = {{"any", Kind::kAny},       {"count", Kind::kCount},
+                            {"stride", Kind::kStride}, {"strides", Kind::kStrides},
+                            {"sides", Kind::kSides},   {"residual", Kind::kResidual},
+                            {"flags", Kind::kFlags}};
+const Words<int> kDtypes = {{"float32", kFloat32}, {"bfloat16", kBFloat16}, {"float16", kFloat16}};
+const Words<std::vector<int32_t>> kDevices = {{"cpu", {1}}, {"cuda", {2, 10}}};  // 10: ROCm
 
-inline Rule rule_of(const std::string& name, const py::handle& given) {
+Rule rule_of(const std::string& name, const py::handle& given) {
   Rule rule;
   rule.name = name;
   rule.text = py::str(given);
@@ -119,20 +118,20 @@ inline Rule rule_of(const std::string& name, const py::handle& given) {
   return rule;
 }
 
-inline std::string shown(const int64_t* sizes, int64_t count) {
+std::string shown(const int64_t* sizes, int64_t count) {
   std::string text = "[";
   for (int64_t i = 0; i < count; i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
   return text + "]";
 }
 
 // "NCHW" as "[N, C, H, W]".
-inline std::string shown(const std::string& letters) {
+std::string shown(const std::string& letters) {
   std::string text = "[";
   for (char letter : letters) text += (text.size() > 1 ? ", " : "") + std::string(1, letter);
   return text + "]";
 }
 
-inline std::string name_of(int dtype, const TensorView& view) {
+std::string name_of(int dtype, const TensorView& view) {
   for (const auto& [name, value] : kDtypes)
     if (value == dtype) return name;
   if (dtype == kFloat64) return "float64";
@@ -141,7 +140,7 @@ inline std::string name_of(int dtype, const TensorView& view) {
 }
 
 // Whether the strides are those of sizes in this order without gaps; a size of 1 may have any.
-inline bool is_dense(const TensorView& view, const int* order) {
+bool is_dense(const TensorView& view, const int* order) {
   int64_t expected = 1;
   for (int i = view.dims - 1; i >= 0; i--) {
     const int at = order ? order[i] : i;
@@ -151,9 +150,9 @@ inline bool is_dense(const TensorView& view, const int* order) {
   return true;
 }
 
-inline constexpr int kNhwcOrder[] = {0, 2, 3, 1};
+constexpr int kNhwcOrder[] = {0, 2, 3, 1};
 
-inline bool has_layout(const TensorView& view, Layout layout) {
+bool has_layout(const TensorView& view, Layout layout) {
   if (layout == Layout::kAny ||
       std::find(view.shape, view.shape + view.dims, 0) != view.shape + view.dims)
     return true;
@@ -164,5 +163,5 @@ inline bool has_layout(const TensorView& view, Layout layout) {
          (stride[1] == 1 && (size[2] * size[3] == 1 || std::min(stride[2], stride[3]) >= 1));
 }
 
-}  // namespace gates
+}  // namespace
 }  // namespace effnet

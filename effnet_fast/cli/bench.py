@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import diagnostics, timing
-from effnet_fast.diagnostics import model_report
 from effnet_fast.cli import common
+from effnet_fast.diagnostics import model_report
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.modules.layers import MBConv

@@ -216,7 +216,7 @@ def _check(spec: NetworkSpec, device: torch.device) -> None:
             raise RefusedError(f"a part of it is on {tensor.device}, not on {device}")
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             raise RefusedError("a parameter is no dense tensor of floating point numbers")
-    for layer in _layers(spec):  # PyTorch takes those of its input, or fp32 beside a narrower one
+    for layer in layers_of(spec):  # PyTorch takes those of its input, or fp32 beside a narrower one
         dtypes = {tensor.dtype for tensor in layer.tensors[1:] if tensor is not None}
         if len(dtypes) > 1 or not dtypes <= {spec.dtype, torch.float32}:
             names = " and ".join(sorted(map(str, dtypes)))

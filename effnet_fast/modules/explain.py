@@ -27,4 +27,5 @@ def explain(module: nn.Module, op: str | None = None) -> str | None:
     conv = found.first.conv
     x, _ = autocast(conv.weight.new_empty((1, conv.in_channels, 1, 1)))
     args = structure.op_args(found, x, inference=not found.first.by_batch)
+    assert args is not None
     return backends.explain(backend, op or found.op, args)

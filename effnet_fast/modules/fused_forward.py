@@ -45,13 +45,14 @@ def _input(
     found: structure.Layer | structure.Block, op: str, x: Tensor, backend: str
 ) -> Input | None:
     """What the op takes of x and the backend that runs it; None for the stock path."""
-    if x.dim() != 4 or x.shape[1] != found.first.conv.in_channels:
+    if x.dim() != 4:
         return None  # stock raises PyTorch's own error
     cast, autocasts = autocast(x)
     is_last = is_nhwc(x)
     converts = op not in ANY_LAYOUT and not is_last
     asked = cast[:0] if converts else cast  # no images: of any layout
-    chosen = backends.choose(backend, op, structure.op_args(found, asked, inference=True))
+    args = structure.op_args(found, asked, inference=True)
+    chosen = "reference" if args is None else backends.choose(backend, op, args)
     if chosen == "reference":
         return None
     return Input(to_nhwc(cast) if converts else cast, chosen, autocasts, is_last)

@@ -145,8 +145,10 @@ class Block(NamedTuple):
         return (*expand, *self.depthwise.tensors, *self.excite, *self.project.tensors)
 
 
-def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs:
-    """The call of a module's op on x that a backend has to run."""
+def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs | None:
+    """The call of a module's op on x [N,C,H,W] that a backend has to run; None for another C."""
+    if x.shape[1] != found.first.conv.in_channels:
+        return None
     if isinstance(found, Layer) and found.kind != DEPTHWISE:
         # PyTorch's own convolution takes any kernel.
         return OpArgs(x, found.parameters, inference=inference)

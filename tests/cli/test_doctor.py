@@ -181,7 +181,7 @@ LOSSES = {
         "its forward_head is patched",
     ),
     "forward": (lambda m: setattr(m, "forward", m.forward_head), None, "its forward is patched"),
-    "dtype": (lambda m: m.double(), "x is float64, allowed is float32 or bfloat16", "dtype must be"),
+    "dtype": (lambda m: m.double(), "x is float64, allowed is", "dtype must be"),
     "device": (lambda m: m.to("meta"), "the images are on meta", "the model is on meta"),
     "backend": (lambda m: setattr(m, "backend", "reference"), "the backend is 'reference'", None),
 }
