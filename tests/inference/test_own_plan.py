@@ -251,7 +251,7 @@ class TestWhen:
         infer(model)
         assert len(runs) == 3
 
-    @pytest.mark.parametrize("path", ["features.2.1.block.1.1", "classifier.1.bias"])
+    @pytest.mark.parametrize("path", ["features.2.0.block.1.1", "classifier.1.bias"])
     def test_dtypes_that_pytorch_refuses(self, path: str) -> None:
         """A part in float64 is an error, as it is without a plan."""
         model = network()
