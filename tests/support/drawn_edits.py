@@ -27,7 +27,8 @@ import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 # isort: split
 import effnet_fast
 import networks
-from edit_kinds import KINDS, Session
+from edit_kinds import KINDS
+from edit_session import Session
 from effnet_fast import use_backend
 from effnet_fast.inference.cpu_engine import CpuEngine
 from effnet_fast.inference.snapshot import Snapshot, run_network
