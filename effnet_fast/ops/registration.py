@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import backends
+from effnet_fast.backends import native
 from effnet_fast.ops.gate import Rule, Rules, gate
 from effnet_fast.ops.norms import NORM_ROWS
 
@@ -63,6 +64,9 @@ def register(
     @functools.cache
     def steps(backend: str) -> tuple[Callable[..., None], Callable[..., Any]]:
         launch, owner = backends.launcher_of(backend, name), backends.backend_of(backend)
+        isa = isa_of(backend)
+        if isa and (missing := native.load().isa_unavailable_reason(isa)):
+            raise ValueError(f"{name}: backend {backend!r}: {missing}")
         return gate(name, RULES[name], owner.devices, owner.dtypes), launch
 
     def run(*args: Any) -> Any:

@@ -192,7 +192,7 @@ def break_one(draw: Draw, rng: random.Random) -> tuple[str, str] | None:
         draw.arguments[name] = rng.choice([given[:-1], [*given, given[0]]])
         return f"{name} of another length", REFUSED
     for kind, values in SCALARS.items():
-        if rule in values and (kind != "backend" or name == "backend"):
-            draw.arguments[name] = rng.choice(values[rule])
+        if str(rule) in values and (kind != "backend" or name == "backend"):
+            draw.arguments[name] = rng.choice(values[str(rule)])
             return f"{name} {draw.arguments[name]}", REFUSED
     return None
