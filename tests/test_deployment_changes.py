@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     ),
     "training": (lambda m: m.train(), "call model.eval"),
     "norm_training": (lambda m: m.features[1].train(), "call eval"),
-    "dtype": (lambda m: m.features[2].double(), "weights are of torch.float32 and"),
+    "dtype": (lambda m: m.features[2].double(), "BatchNorm is of torch.float64 among"),
     "device": (lambda m: m.features[2].to("meta"), "on meta"),
     "parametrized": (
         lambda m: surgery.parametrize_all(m.features[2][0].block[1]),
