@@ -27,7 +27,11 @@ AREAS = {
     "triton_kernels": ("triton_kernels/",),
     "ops": ("effnet_fast/ops/", "effnet_fast/backends/"),
     "modules_models": ("effnet_fast/modules/", "effnet_fast/models/"),
-    "inference": ("effnet_fast/inference/", "effnet_fast/deployment.py"),
+    "inference": (
+        "effnet_fast/inference/",
+        "effnet_fast/deployment.py",
+        "csrc/bindings/watch.cpp",
+    ),
     "checkpoints_scaling_cli": (
         "effnet_fast/checkpoints/",
         "effnet_fast/scaling/",
