@@ -186,7 +186,7 @@ class DeployedEfficientNet(nn.Module):
             x: images [N,C,H,W] on the source's device, fp32 or bf16, on a CUDA device fp16 too.
 
         Returns:
-            the source's output, in x's dtype.
+            the source's output, in x's dtype where it is a tensor of floating point numbers.
 
         Raises:
             TypeError: x is not a tensor of these dtypes, or is of a subclass of torch.Tensor.
@@ -204,7 +204,10 @@ class DeployedEfficientNet(nn.Module):
         x = _checked_images(x, engine.device, self.backend)
         with torch.no_grad():
             _check_size(engine, x)
-            return run_network(self.source, engine, x, x.dtype)
+            if engine.spec.is_whole:
+                return run_network(self.source, engine, x, x.dtype)
+            y = run_network(self.source, engine, x, engine.spec.dtype)
+            return y.to(x.dtype) if isinstance(y, Tensor) and y.is_floating_point() else y
 
     def train(self, mode: bool = True) -> DeployedEfficientNet:
         """Accepts only `eval()` and `train(False)`.

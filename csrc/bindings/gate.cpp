@@ -306,7 +306,7 @@ py::object make_gate(const std::string& op, const py::dict& rules,
 }  // namespace
 
 void bind_gate(py::module_& m) {
-  m.def("gate", &make_gate,
+  m.def("argument_gate", &make_gate,
         "The check of an op's arguments: a function that raises TypeError, ValueError or "
         "RuntimeError.");
 }

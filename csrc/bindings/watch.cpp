@@ -116,10 +116,7 @@ class Watch {
       if (PyDict_Size(dict.ptr()) != 0) return false;
     for (Owner& owner : owners_)
       if (!owner.holds()) return false;
-    for (const auto& [tensor, value] : versioned_)
-      if (version_.of(tensor.ptr()) != value) return false;
-    for (const Whereabouts& place : tensors_)
-      if (address_.of(place.tensor.ptr()) != place.address) return false;
+    if (!tensors_hold()) return false;
     for (Whereabouts& place : tensors_)
       if (!place.behind.is_unchanged() && !is_laid_out_alike(place)) return false;
     if (digest() != digest_) return false;
@@ -275,6 +272,19 @@ class Watch {
     py::object layout;
     Behind behind;
   };
+
+  // Whether no counter or address has moved; a tensor that can no longer tell has changed.
+  bool tensors_hold() const {
+    try {
+      for (const auto& [tensor, value] : versioned_)
+        if (version_.of(tensor.ptr()) != value) return false;
+      for (const Whereabouts& place : tensors_)
+        if (address_.of(place.tensor.ptr()) != place.address) return false;
+    } catch (const py::error_already_set&) {
+      return false;
+    }
+    return true;
+  }
 
   bool is_laid_out_alike(Whereabouts& place) const {
     if (!layout_(place.tensor).equal(place.layout)) return false;

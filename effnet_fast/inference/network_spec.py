@@ -52,6 +52,11 @@ class NetworkSpec:
     modules: tuple[nn.Module, ...]  # those that these layers consist of
     dtype: torch.dtype  # of all weights of convolutions and of the classifier
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the network's result is the kernels', with no module after them."""
+        return self.result in (LOGITS, TAPS)
+
     def tensors(self) -> Iterator[Tensor | None]:
         """Everything that is packed."""
         yield from self.stem.tensors

@@ -10,6 +10,7 @@ from torch import Tensor
 from effnet_fast import backends
 from effnet_fast.inference import images
 from effnet_fast.inference.network_spec import CPU
+from effnet_fast.inference.sizes import TooSmallError
 from effnet_fast.inference.snapshot import (
     Engine,
     Snapshot,
@@ -53,11 +54,13 @@ class OwnPlan(SnapshotKeeper):
         x = x.resolve_neg()
         dtype = _dtype_of(x)
         engine = self._engine(model, dtype, _name_of(backend))
-        if engine is None or not (is_autocast() or engine.spec.dtype is dtype):
+        # None for PyTorch's own errors, and its empty results.
+        if engine is None or x.shape[1] != engine.sizes.in_channels or min(x.shape) == 0:
             return None
-        if x.shape[1] != engine.sizes.in_channels or min(x.shape) == 0:
-            return None  # PyTorch's own errors, and its empty results
-        return run_network(model, engine, x, dtype)
+        try:
+            return run_network(model, engine, x, dtype)
+        except TooSmallError:
+            return None
 
     def _engine(self, model: Any, dtype: torch.dtype, backend: str) -> Engine | None:
         """The engine of the weights as they are; None for a forward block by block."""
@@ -66,6 +69,8 @@ class OwnPlan(SnapshotKeeper):
             return None
         if snapshot is self._unproven:
             self._unproven = None
+            return None
+        if not (is_autocast() or snapshot.spec.dtype is dtype):
             return None
         engine = snapshot.engine_for(dtype, backend)
         self._served += 1

@@ -11,6 +11,10 @@ from effnet_fast.modules.structure import Geometry, Layer
 from effnet_fast.ops.layout import is_nhwc, to_nchw
 
 
+class TooSmallError(ValueError):
+    """A convolution has no output for images of this size."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A convolution that changes the maps' size, and what is seen of its block's result."""
@@ -33,13 +37,13 @@ class Sizes:
         """(C, H, W) of every tap for images of this size.
 
         Raises:
-            ValueError: a convolution has no output.
+            TooSmallError: a convolution has no output.
         """
         size, found = (height, width), {}
         for row in self.rows:
             size = row.geometry.out_size(*size)
             if min(size) < 1:
-                raise ValueError(f"images of {height}x{width} pixels are too small")
+                raise TooSmallError(f"images of {height}x{width} pixels are too small")
             if row.tap >= 0:
                 found[row.tap] = (row.channels, *size)
         return [found[tap] for tap in sorted(found)]

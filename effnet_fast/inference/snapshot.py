@@ -54,7 +54,11 @@ class Engine(Protocol):
 
 
 def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> Any:
-    """The result of the network's forward: the engine's, and modules on it where those are left."""
+    """The result of the network's forward: the engine's, and modules on it where those are left.
+
+    Args:
+        dtype: of the engine's results, which modules take; what they give is left as it is.
+    """
     spec = engine.spec
     if spec.result == LOGITS:
         y, _ = engine(x, dtype)
@@ -62,10 +66,11 @@ def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> An
         return y
     if spec.result == TAPS:
         return engine.sizes.as_stock(engine(x, dtype)[1], x)
-    y, maps = engine(x, spec.dtype)
+    y, maps = engine(x, dtype)
     head = model.inference_parts().head
-    y = head.run(*engine.sizes.as_stock(maps, x)) if spec.result == LAST_MAP else head.classifier(y)
-    return y.to(dtype)
+    if spec.result == LAST_MAP:
+        return head.run(*engine.sizes.as_stock(maps, x))
+    return head.classifier(y)
 
 
 class Snapshot:

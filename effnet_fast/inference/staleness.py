@@ -68,7 +68,7 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
         absent = [name for name in methods if name not in state]
         absent += (name for table in tables for name in table)
         _require_constants(module)
-        if any(type(table) not in (dict, OrderedDict) for table in tables):
+        if any(type(t) not in (dict, OrderedDict) for t in (*tables, *(state[h] for h in HOOKS))):
             raise RefusedError("a module's table is no dict of Python's own")
         _require_one_of_each([*state, *absent])
         # An instance's own method is a None, see `structure.patched_method`.

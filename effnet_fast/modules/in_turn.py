@@ -56,13 +56,7 @@ def _look(module: nn.Module) -> tuple[bool, bool]:
         state, kind = part.__dict__, type(part)
         if kind not in _blind_kinds and not _is_blind(kind):
             return True, bool(last)
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or "forward" in state
-        ):
+        if structure.is_altered(state):
             return True, bool(last)
         if state["_modules"]:
             below += state["_modules"].values()
@@ -81,6 +75,7 @@ def _is_free(x: Tensor) -> bool:
         return False
     try:
         structure.refuse_global_hooks()
+        structure.refuse_replaced_code()
     except structure.RefusedError:
         return False
     return True

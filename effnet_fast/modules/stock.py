@@ -22,6 +22,7 @@ from types import (
     ModuleType,
     WrapperDescriptorType,
 )
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from effnet_fast.modules import layers, same_padding, stochastic_depth, structur
 from effnet_fast.modules.structure import RefusedError
 
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
+_CALLS = "Module._wrapped_call_impl"  # which is `__call__`, too
 _PATCHED = object()  # stands for the original of what had been replaced before this import
 
 Owner = type | ModuleType
@@ -40,16 +42,24 @@ Row = tuple[Owner, str]  # who has the attributes, and their names with blanks i
 def _is_original(owner: Owner, name: str, value: object) -> bool:
     """Whether the attribute is what the module that makes its owner put there.
 
-    `functools.wraps` copies the name and the module of what it wraps, but not its globals.
+    `functools.wraps` copies the name and the module of what it wraps, but not its globals. Another
+    function of the same module, as in `F.silu = F.hardswish`, is found there under its own name.
     """
+    if isinstance(value, _BUILT_IN):
+        return value.__name__ == name
+    if not isinstance(value, FunctionType):
+        return False
+    path = name
     if isinstance(owner, type):
         owner = next(base for base in owner.__mro__ if name in base.__dict__)
-        home = owner.__module__
-    else:
-        home = owner.__name__
-    if isinstance(value, FunctionType):
-        return value.__globals__ is vars(sys.modules[home])
-    return isinstance(value, _BUILT_IN)
+        path = f"{owner.__qualname__}.{name}"
+    home = sys.modules[owner.__module__ if isinstance(owner, type) else owner.__name__]
+    if value.__globals__ is not vars(home):
+        return False
+    found: Any = home
+    for part in value.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is not value or value.__qualname__ in (path, _CALLS)
 
 
 def _name(owner: Owner) -> str:

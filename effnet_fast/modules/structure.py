@@ -196,7 +196,7 @@ METHODS = frozenset({
 })  # fmt: skip
 
 
-def _is_altered(state: dict[str, Any]) -> Any:
+def is_altered(state: dict[str, Any]) -> Any:
     """Whether an instance with this `__dict__` has a hook or one of METHODS, or may have.
 
     Written out, which takes half the time of an intersection: a block asks it of 19 children.
@@ -229,7 +229,7 @@ def require(module: Any, *kinds: type) -> None:
     if kinds and type(module) not in kinds:
         raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
     state = module.__dict__
-    if not _is_altered(state):
+    if not is_altered(state):
         return
     if any(_hooks(state)):
         raise RefusedError(" has a hook")
@@ -271,7 +271,7 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
         child = children[name]
         try:
             # `require` alone would take twice the time.
-            if type(child) not in kinds or _is_altered(s := child.__dict__):
+            if type(child) not in kinds or is_altered(s := child.__dict__):
                 require(child, *kinds)
             elif below is not None:
                 require_children(s["_modules"], below)
@@ -292,6 +292,20 @@ def reads(
     stock forward would run has been replaced.
     """
     _READERS[kind] = reader, require_stock
+
+
+_code_checks: list[Callable[[], None]] = []
+
+
+def checks_code(require_stock: Callable[[], None]) -> None:
+    """Enters what raises RefusedError where code below a network has been replaced."""
+    _code_checks.append(require_stock)
+
+
+def refuse_replaced_code() -> None:
+    """Raises RefusedError where code that a network's modules run has been replaced."""
+    for require_stock in _code_checks:
+        require_stock()
 
 
 def structure_of(module: nn.Module) -> Layer | Block:

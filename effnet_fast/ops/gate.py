@@ -55,4 +55,4 @@ def gate(
         dtypes: that images may have.
     """
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return native.load().gate(op, dict(rules), list(devices), names, Tensor, nn.Parameter)
+    return native.load().argument_gate(op, dict(rules), list(devices), names, Tensor, nn.Parameter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -367,3 +368,24 @@ class TestSequential:
         assert layers.Sequential()(X) is X
         assert layers.Sequential(nn.Flatten())(X).shape == (2, 3 * 48 * 48)
         assert layers.Sequential(nn.Flatten(), nn.Identity())(X).shape == (2, 3 * 48 * 48)
+
+
+@pytest.mark.parametrize("how", ["instance", "class"])
+def test_replaced_code_sees_stocks_layout(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that relies on contiguous activations of contiguous images."""
+    model = EfficientNet(MINI).eval()
+    original, seen = nn.Conv2d._conv_forward, []
+
+    def looking(self: nn.Conv2d, x: Tensor, *rest: Any) -> Tensor:
+        seen.append(x.view(len(x), -1))
+        return original(self, x, *rest)
+
+    if how == "class":
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", looking)
+    else:
+        conv = model.features[2][0].block[1][0]
+        conv._conv_forward = types.MethodType(looking, conv)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+        model.features(torch.randn(2, 3, 32, 32))
+    assert seen

@@ -197,8 +197,8 @@ def test_an_instances_own_method_is_called(name: str, training: bool) -> None:
 def test_an_instances_own_methods_are_all_in_the_table() -> None:
     assert set(INSTANCE) == structure.METHODS - {"_compiled_call_impl"}
     plain = nn.SiLU().__dict__
-    assert not structure._is_altered(plain)
-    assert all(structure._is_altered({**plain, name: None}) for name in structure.METHODS)
+    assert not structure.is_altered(plain)
+    assert all(structure.is_altered({**plain, name: None}) for name in structure.METHODS)
 
 
 def test_a_compiled_child_runs_compiled() -> None:
@@ -244,6 +244,22 @@ def test_what_was_replaced_before_the_import_counts(owner: str, name: str, words
     code = EARLIER.format(owner=owner, name=name)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        "torch.nn.functional.silu = torch.nn.functional.hardswish",
+        "torch.nn.functional.conv2d = torch.relu",
+        "torch.nn.SiLU.forward = torch.nn.Hardswish.forward",
+    ],
+)
+def test_another_function_of_torch_in_its_place_counts(change: str) -> None:
+    code = f"import torch\n{change}\nfrom effnet_fast.modules import stock\n"
+    code += "print(stock.NETWORK.replaced())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("is replaced")
 
 
 def test_training_gives_what_a_replacement_computes(monkeypatch: pytest.MonkeyPatch) -> None:

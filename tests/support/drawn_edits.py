@@ -231,8 +231,8 @@ class Run:
                     torch.manual_seed(seed)
                     with contextlib.suppress(Exception):  # no place for it, or torch refuses it
                         KINDS[name](session)
+                        self.counts.kinds[name] += 1
                     self.counts.edits += 1
-                    self.counts.kinds[name] += 1
                     self._check(session, deployed, seed, names)
             self._check(session, deployed, seed, [*names, "undone"])
 

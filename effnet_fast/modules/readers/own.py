@@ -193,3 +193,4 @@ def _block(module: layers.MBConv) -> structure.Block:
 
 structure.reads(layers.Conv2dNormActivation, _named_layer, stock.LAYER.require)
 structure.reads(layers.MBConv, _block, stock.BLOCK.require)
+structure.checks_code(stock.NETWORK.require)

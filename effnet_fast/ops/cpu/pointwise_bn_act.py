@@ -59,20 +59,21 @@ def _spreads(x: Tensor) -> bool:
 def _product(x: Tensor, weight: Tensor, gate: Tensor | None, y: Tensor, backend: str) -> None:
     """Writes conv(x * gate) to y [N,Cout,H,W]; x and y in NHWC order."""
     n, in_channels, h, w = x.shape
-    if _spreads(x):
-        y.copy_(F.conv2d(x if gate is None else _gated(x, gate, backend), weight.to(x.dtype)))
+    spreads, small_weight = _spreads(x), weight.shape[0] <= h * w  # smaller than the image
+    if gate is not None and (spreads or not small_weight):
+        x, gate = _gated(x, gate, backend), None
+    if spreads:
+        y.copy_(F.conv2d(x, weight.to(x.dtype)))
     elif gate is None:
         matrix = weight if weight.dtype is x.dtype else weight.to(x.dtype)
         matrix = matrix.reshape(-1, in_channels)
         torch.mm(_matrix(x), matrix.t(), out=_matrix(y))
-    elif n == 1 and weight.shape[0] <= h * w:  # the weight is smaller than the image
+    elif n == 1:
         gated = (weight.reshape(-1, in_channels) * gate.reshape(1, in_channels)).to(x.dtype)
         torch.mm(_matrix(x), gated.t(), out=_matrix(y))
-    elif weight.shape[0] <= h * w:
+    else:
         gated = weight.reshape(1, -1, in_channels) * gate.reshape(n, 1, in_channels)
         torch.bmm(_rows(x), gated.to(x.dtype).transpose(1, 2), out=_rows(y))
-    else:
-        _product(_gated(x, gate, backend), weight, None, y, backend)
 
 
 def compute(
