@@ -309,7 +309,11 @@ def test_nan_and_inf_in_vectors(backend: str) -> None:
 
 @st.composite
 def dwconv_cases(draw: st.DrawFn, kernels: Sequence[int]) -> DwconvCase:
-    """Shapes of up to about 10,000 values whose output has at least 64, so that rms means much."""
+    """Shapes of up to about 10,000 values whose output has at least 64, so that rms means much.
+
+    And at least 16 of each channel: BatchNorm divides rounding errors by the deviation of few
+    values, however small. With 3 values 14 of 400 draws broke the rule by chance, with 16 none.
+    """
     k = draw(st.sampled_from(kernels))
     stride = draw(st.sampled_from([1, 2]))
     sides = st.integers(0, k + 1)
@@ -317,7 +321,8 @@ def dwconv_cases(draw: st.DrawFn, kernels: Sequence[int]) -> DwconvCase:
     n, c = draw(st.integers(1, 6)), draw(st.integers(8, 70))
     h, w = draw(st.integers(k, 24)), draw(st.integers(k, 40))
     drawn = DwconvCase("drawn", n, c, h, w, k, stride, padding)
-    rest = -(-64 // (c * drawn.values_per_channel)) + (drawn.values_per_channel == 1)
+    values = drawn.values_per_channel
+    rest = max(-(-64 // (c * values)), -(-16 // values))
     return DwconvCase("drawn", n * rest, c, h, w, k, stride, padding)
 
 
