@@ -188,9 +188,6 @@ class Gate {
     if (!view.data && std::find(view.shape, view.shape + view.dims, 0) == view.shape + view.dims)
       refuse(PyExc_RuntimeError, rule,
              "has no memory: its storage is empty or it stands for zeros");
-    if (reader_.is_negative(given))
-      refuse(PyExc_RuntimeError, rule,
-             "keeps its sign in a bit that kernels do not see: give it .resolve_neg()");
   }
 
   static std::string layout_of(const Rule& rule) {

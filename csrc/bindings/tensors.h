@@ -1,5 +1,7 @@
 // Torch's tensors as C++ reads them without linking torch: DLPack's table of C functions, which
-// torch.Tensor carries (https://dmlc.github.io/dlpack/latest/c_api.html). 20 ns a tensor.
+// torch.Tensor carries (https://dmlc.github.io/dlpack/latest/c_api.html). It does not show the bit
+// in which torch keeps a sign: the dispatcher resolves that for ops, `inference/images.py` for
+// images.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -32,18 +34,12 @@ class TensorReader {
   TensorReader(const pybind11::handle& type, const pybind11::handle& parameter)
       : tensor_(pybind11::reinterpret_borrow<pybind11::object>(type)),
         parameter_(pybind11::reinterpret_borrow<pybind11::object>(parameter)),
-        is_neg_(tensor_.attr("is_neg")),
         table_(tensor_.attr("__dlpack_c_exchange_api__")) {
     const auto* const found =
         static_cast<const Table*>(PyCapsule_GetPointer(table_.ptr(), "dlpack_exchange_api"));
     if (!found) throw pybind11::error_already_set();
     if (found->major != 1 || !found->read) throw std::runtime_error("DLPack 1.x is needed");
     read_ = found->read;
-    if (Py_TYPE(is_neg_.ptr()) == &PyMethodDescr_Type) {
-      const PyMethodDef* const method =
-          reinterpret_cast<PyMethodDescrObject*>(is_neg_.ptr())->d_method;
-      if (method->ml_flags == METH_NOARGS) negative_ = method->ml_meth;
-    }
   }
   // Whether the object is a tensor of no subclass.
   bool is_plain(PyObject* object) const {
@@ -52,15 +48,6 @@ class TensorReader {
   }
   // Describes a plain tensor; false and a Python error where it has no memory of its own.
   bool read(PyObject* object, TensorView* out) const { return read_(object, out) == 0; }
-  // Whether torch keeps the sign of the values in a bit beside the memory.
-  bool is_negative(PyObject* object) const {
-    PyObject* const found =
-        negative_ ? negative_(object, nullptr) : PyObject_CallOneArg(is_neg_.ptr(), object);
-    if (!found) throw pybind11::error_already_set();
-    const bool negative = found == Py_True;
-    Py_DECREF(found);
-    return negative;
-  }
 
  private:
   struct Table {  // DLPackExchangeAPI
@@ -71,9 +58,8 @@ class TensorReader {
     const void* stream;
   };
 
-  pybind11::object tensor_, parameter_, is_neg_, table_;
+  pybind11::object tensor_, parameter_, table_;
   int (*read_)(void*, TensorView*);
-  PyCFunction negative_ = nullptr;
 };
 
 }  // namespace effnet

@@ -62,7 +62,6 @@ def _inference(x: Tensor) -> Tensor:
 _simple("int", REFUSED, lambda x: x.int())
 _simple("bool", REFUSED, lambda x: x.bool())
 _simple("complex", REFUSED, lambda x: x.to(torch.complex64).conj())
-_simple("more_dims", REFUSED, lambda x: x[None, None, None])
 _simple("no_dims", REFUSED, lambda x: x.sum())
 _simple("empty_list_like", REFUSED, lambda x: x.new_empty((0,) * (x.dim() + 1)))
 _simple("meta", SAME, lambda x: x.to("meta"))
@@ -80,6 +79,12 @@ _simple("gradient", SAME, lambda x: x.detach().requires_grad_())
 _simple("parameter", SAME, lambda x: torch.nn.Parameter(x.detach()))
 _simple("inference", SAME, _inference)
 _simple("string", REFUSED, lambda x: "tensor")
+
+
+@breaks
+def _more_dims(draw: Draw, x: Tensor, rule: TensorRule, rng: random.Random) -> Any:
+    fits = rule.ones_follow and x.numel() == 1
+    return x[None, None, None], SAME if fits else REFUSED
 
 
 @breaks
