@@ -194,7 +194,7 @@ def test_devices() -> None:
 
 
 def test_a_sign_in_a_bit() -> None:
-    """The dispatcher resolves it; the gate itself refuses."""
+    """The dispatcher resolves it before the gate."""
     draw = drawn("bn_silu")
     expected = call(draw, "bn_silu")
     z = draw.arguments["z"]
