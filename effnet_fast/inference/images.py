@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effnet_fast.modules.structure import PLAIN
+from effnet_fast.backends.base import PLAIN
 from effnet_fast.ops.gate import gate
 
 

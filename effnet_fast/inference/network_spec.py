@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effnet_fast.backends.base import PLAIN
 from effnet_fast.inference import parts
 from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.modules import layers, stock, structure
@@ -191,7 +192,7 @@ def _last_layer(classifier: nn.Module) -> nn.Linear | nn.Identity | None:
     except RefusedError:
         return None
     tensors = found.__dict__["_parameters"].values()
-    known = (*structure.PLAIN, type(None))
+    known = (*PLAIN, type(None))
     return found if all(type(tensor) in known for tensor in tensors) else None
 
 

@@ -66,12 +66,9 @@ def averages_pixels(head: Head) -> bool:
     return head.flattens and head.pool.output_size in (1, (1, 1))
 
 
-def remember_methods(kind: type) -> None:
-    """Keeps the methods as a class has them that writes `inference_parts`, for `changed_method`."""
-    if "inference_parts" in kind.__dict__:
-        names = METHODS | ENTRIES
-        found = {name: getattr(kind, name) for name in names if hasattr(kind, name)}
-        kind._stock_methods = found  # type: ignore[attr-defined]  # its subclasses inherit it
+def methods_of(kind: type) -> dict[str, Any]:
+    """The methods of a class by which forward computes, for `changed_method`."""
+    return {name: getattr(kind, name) for name in METHODS | ENTRIES if hasattr(kind, name)}
 
 
 def is_own(model: Any, name: str) -> bool:

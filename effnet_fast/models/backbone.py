@@ -13,7 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.fx
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_fast import backends
 from effnet_fast.inference.own_plan import OwnPlan
-from effnet_fast.inference.parts import InferenceParts, remember_methods
+from effnet_fast.inference.parts import InferenceParts, methods_of
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -40,8 +40,7 @@ def to_channels_last(x: Tensor) -> Tensor:
     """Images [N,C,H,W] without gaps in channels_last; anything else as it is."""
     if x.dim() != 4 or not x.is_contiguous():
         return x
-    # torch.jit exports is_scripting implicitly, which mypy does not accept.
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if torch.jit.is_scripting():
         return x.contiguous(memory_format=torch.channels_last)
     if observed.in_transform():  # vmap has no channels_last
         return x
@@ -50,8 +49,7 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 def _is_captured(x: Tensor) -> bool:
     """Whether torch.compile, torch.export, FX, or TorchScript records what becomes of x."""
-    # torch.jit exports is_scripting implicitly, which mypy does not accept.
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():
         return True
     return observed.is_traced() or not isinstance(x, Tensor)
 
@@ -94,6 +92,7 @@ class Backbone(nn.Module):
     """
 
     plan = True
+    _stock_methods: ClassVar[dict[str, Any]]
     __jit_unused_properties__ = ("memory",)  # TorchScript compiles properties, this one it cannot
 
     def __init__(
@@ -165,7 +164,8 @@ class Backbone(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        remember_methods(cls)
+        if "inference_parts" in cls.__dict__:
+            cls._stock_methods = methods_of(cls)  # which its subclasses inherit
 
     def inference_parts(self) -> InferenceParts:
         """The modules that forward runs, for what runs them from packed weights."""

@@ -156,8 +156,7 @@ class EfficientNet(Backbone):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.jit exports is_scripting implicitly, which mypy does not accept.
-        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
             return self.forward_head(self.forward_features(x))
         backend = self._chosen_backend()
         y = self._own_plan.run(self, x, backend)
@@ -177,7 +176,7 @@ class EfficientNet(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
-        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
             return self._finished(self.features(self._prepared(x)), x)
         with self._execution():
             return self._finished(self.features(self._prepared(x)), x)
@@ -196,7 +195,7 @@ class EfficientNet(Backbone):
         if self.global_pool != "":
             x = torch.flatten(x, 1)
         # As in forward_features; TorchScript can follow no list of modules.
-        if not torch.jit.is_scripting() and pre_logits:  # type: ignore[attr-defined]
+        if not torch.jit.is_scripting() and pre_logits:
             return self._before_last(x)
         return self.classifier(x)
 
@@ -364,7 +363,7 @@ class EfficientNetFeatures(Backbone):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
             return self._maps(x)
         maps = self._own_plan.run(self, x, self._chosen_backend())
         if maps is None:
@@ -380,7 +379,7 @@ class EfficientNetFeatures(Backbone):
         """The maps of images x, in the layout that stock gives them."""
         maps: list[Tensor] = []
         y = self._prepared(x)
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if torch.jit.is_scripting():
             for index, stage in enumerate(self.features):
                 y = stage(y)
                 if index in self._taken:

@@ -40,8 +40,7 @@ class Sequential(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.jit exports is_scripting implicitly, which mypy does not accept.
-        if torch.jit.is_scripting() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
             for module in self:
                 x = module(x)
             return x
@@ -121,8 +120,7 @@ class Conv2dNormActivation(nn.Sequential):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.jit exports is_scripting implicitly, which mypy does not accept.
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if torch.jit.is_scripting():
             return self.forward_stock(x)
         return fused_forward.run(self, x)
 
@@ -280,8 +278,7 @@ class MBConv(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.jit exports is_scripting implicitly, which mypy does not accept.
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if torch.jit.is_scripting():
             return self.forward_stock(x)
         if self.grad_checkpointing and observed.can_run_again(x):
             return checkpointing.run(partial(fused_forward.run, self), self, x)

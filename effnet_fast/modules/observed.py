@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils._device import DeviceContext
 
 from effnet_fast.backends import in_transform as in_transform
-from effnet_fast.modules.structure import PLAIN
+from effnet_fast.backends.base import PLAIN
 
 
 def is_traced() -> bool:
     """Whether torch.jit.trace or torch.export records the call."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # exported implicitly
+    tracing = torch.jit.is_tracing()
     return tracing or torch.compiler.is_exporting()
 
 

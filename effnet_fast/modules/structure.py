@@ -19,7 +19,6 @@ from effnet_fast.modules.same_padding import same_padding
 from effnet_fast.ops.call import NO_NORM, Call, Norm, call_of
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
-PLAIN = (Tensor, nn.Parameter)
 DENSE, DEPTHWISE, POINTWISE = "dense", "depthwise", "pointwise"
 # The op that a layer of each kind is.
 OPS = {
@@ -219,6 +218,16 @@ def is_altered(state: dict[str, Any]) -> Any:
 _hooks = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
+
+
+def refuse_hidden(state: dict[str, Any], *names: str) -> None:
+    """Raises RefusedError where an instance's `__dict__` hides entries of its tables.
+
+    Python finds `__dict__["weight"]` before `_parameters["weight"]`.
+    """
+    for name in names:
+        if name in state:
+            raise RefusedError(f".{name} hides an entry of the module's tables")
 
 
 def require(module: Any, *kinds: type) -> None:

@@ -18,7 +18,7 @@ from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.gate import DEPTHWISE, batch_norm
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, nhwc, register
-from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.ops.statistics import Moves
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.dwconv_bn_silu import check_arguments
 
@@ -126,11 +126,13 @@ class DwconvBnSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        weight, bn_weight, bn_bias, *running, stride, padding, training, eps, backend = rest
+        weight, bn_weight, bn_bias, *running, stride, padding, training, eps, backend, move = rest
         z, mean, var = train_op(x, weight, stride, padding, backend)
         if not training:
             mean, var = (statistic.clone() for statistic in running)
         y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
+        if move is not None:
+            move((mean, var))
         ctx.save_for_backward(x, weight, z, bn_weight, bn_bias, mean, var)
         ctx.config = (stride, padding, eps, training, backend)
         ctx.mark_non_differentiable(mean, var)
@@ -152,7 +154,7 @@ class DwconvBnSilu(torch.autograd.Function):
             grad_weight.to(weight.dtype) if need_weight else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
             sums[0].to(bn_bias.dtype) if need_beta else None,
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -172,15 +174,17 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     training, eps = norm.training, norm.eps
     if call.infers:
         return eval_op(x, *layer, stride, padding, eps, backend)[0]
+    shape, move = output_shape(x, layer[0].shape[-1], stride, padding), Moves()
     if training:
-        check_values_per_channel(output_shape(x, layer[0].shape[-1], stride, padding))
+        check_values_per_channel(shape)
+        move = Moves((norm, layer, shape))
     if call.needs_grad:
-        y, mean, var = DwconvBnSilu.apply(x, *layer, stride, padding, training, eps, backend)
+        rest = (stride, padding, training, eps, backend, move.inside())
+        y, mean, var = DwconvBnSilu.apply(x, *layer, *rest)
     else:
         z, mean, var = train_op(x, layer[0], stride, padding, backend)
         y = bn_silu_op(z, *layer[1:3], mean, var, eps, backend)
-    if training:
-        update_running_statistics((norm, layer, mean, var, y.shape))
+    move((mean, var))
     return y
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_fast.backends import in_transform
+
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 
 
@@ -28,6 +30,11 @@ def is_nhwc(x: Tensor) -> bool:
     return sc > 0 and sh * h != sc and x.numel() > 0
 
 
+def is_batched(grad: Tensor) -> bool:
+    """Whether a gradient is of a batch (is_grads_batched, vmap), which has no memory format."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or in_transform()
+
+
 class _Convert(torch.autograd.Function):
     """x in one memory format, its gradient in the other; differentiable again and again."""
 
@@ -38,6 +45,8 @@ class _Convert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if is_batched(grad):
+            return grad, None
         if ctx.to is NCHW:
             return to_nhwc(grad), None
         is_done = grad.is_contiguous() and not is_nhwc(grad)

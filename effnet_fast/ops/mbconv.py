@@ -21,9 +21,8 @@ from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shap
 from effnet_fast.ops.gate import DEPTHWISE, layer
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, backward, forward
-from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
-from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.ops.statistics import Moves, statistics_of
 from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
@@ -125,10 +124,17 @@ class MBConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, row_scale: Tensor | None, call: Call, *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        row_scale: Tensor | None,
+        call: Call,
+        move: Moves | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         layers = _layers(tensors)
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
+        if move is not None:
+            move(*map(statistics_of, (saved.norm1, saved.norm2, saved.norm3)))
         if call.memory == "lean":
             saved = saved._replace(z1=None)
         ctx.save_for_backward(*saved, *_without_statistics(layers))
@@ -147,11 +153,11 @@ class MBConv(torch.autograd.Function):
         grad_y = nhwc(grad_y)
         with scratch.scope():
             grads = backward(
-                passes(call.backend), grad_y, saved, layers, call, _needs((flags[0], *flags[3:]))
+                passes(call.backend), grad_y, saved, layers, call, _needs((flags[0], *flags[4:]))
             )
         none = (None, None)
         flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.excite, *grads.project)
-        return grads.x, None, None, *map(_like, (*flat, *none), tensors[count:])
+        return grads.x, None, None, None, *map(_like, (*flat, *none), tensors[count:])
 
 
 def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Tensor:
@@ -172,17 +178,16 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
         call.norms, (layers.expand, layers.depthwise, layers.project), (before, after, out),
         strict=True,
     )  # fmt: skip
-    by_batch = [(i, *row) for i, row in enumerate(given) if row[0].training and row[1] is not None]
-    check_values_per_channel(*(shape for *_, shape in by_batch))
+    batches = [row if row[0].training and row[1] is not None else None for row in given]
+    check_values_per_channel(*(batch[2] for batch in batches if batch is not None))
+    move = Moves(*batches)
     if call.needs_grad:
         flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project
-        y, *norms = MBConv.apply(x, row_scale, call, *flat)
+        y, *norms = MBConv.apply(x, row_scale, call, move.inside(), *flat)
     else:
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
         norms = [saved.norm1, saved.norm2, saved.norm3]
-    update_running_statistics(
-        *((norm, layer, norms[i][MEAN], norms[i][VAR], shape) for i, norm, layer, shape in by_batch)
-    )
+    move(*map(statistics_of, norms))
     return y
 
 

@@ -21,9 +21,8 @@ from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.gate import batch_norm
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import normalised_by
-from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import autocast, channels_last, dense, empty_nhwc, nhwc, register
-from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.ops.statistics import Moves, statistics_of
 from effnet_fast.reference.arguments import Layer
 from effnet_fast.reference.pointwise_bn_silu_pool import check_arguments
 
@@ -101,8 +100,10 @@ class PointwiseBnSiluPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *layer, training, eps, backend = rest
+        *layer, training, eps, backend, move = rest
         y, z, norm, slopes = _forward(x, layer, training, eps, backend)
+        if move is not None:
+            move(statistics_of(norm))
         # No running statistics, which may move before backward: it reads norm.
         ctx.save_for_backward(x, *layer[:3], z, norm, slopes)
         ctx.config = (training, eps, backend)
@@ -129,7 +130,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
             grads[1] if needs[1] else None,
             sums[1].to(bn_weight.dtype) if needs[2] else None,
             sums[0].to(bn_bias.dtype) if needs[3] else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -139,14 +140,16 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     if call.infers:
         return eval_op(x, *layer, norm.eps, call.backend)
     shape = (x.shape[0], layer[0].shape[0], *x.shape[2:])
+    move = Moves()
     if norm.training:
         check_values_per_channel(shape)
+        move = Moves((norm, layer, shape))
     if call.needs_grad:
-        y, rows = PointwiseBnSiluPool.apply(x, *layer, norm.training, norm.eps, call.backend)
+        rest = (norm.training, norm.eps, call.backend, move.inside())
+        y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest)
     else:
         y, _, rows, _ = _forward(x, layer, norm.training, norm.eps, call.backend)
-    if norm.training:
-        update_running_statistics((norm, layer, rows[MEAN], rows[VAR], shape))
+    move(statistics_of(rows))
     return y
 
 

@@ -1,7 +1,8 @@
-"""Gradients that can be differentiated again: through the reference.
+"""Gradients that can be differentiated again, or come in batches: through the reference.
 
-The fused backward kernels have no derivative. Where backward runs with create_graph=True, as a
-gradient penalty has it, the reference is run on the saved inputs and differentiated in their stead.
+The fused backward kernels have no derivative and take one gradient at a time. Where backward runs
+with create_graph=True, as a gradient penalty has it, or for a batch of gradients, the reference is
+run on the saved inputs and differentiated in their stead.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
+from effnet_fast.ops.layout import is_batched
 from effnet_fast.ops.mbconv_training import Saved
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
@@ -82,7 +84,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
         return ConvParams(*tensors[:3], *statistics)
 
     def function(x: Tensor, *others: Any) -> Tensor:
-        tensors = others[2:]
+        tensors = others[3:]
         params = MBConvParams(
             None if tensors[0] is None else layer(tensors[:5], saved.norm1, modes[0]),
             layer(tensors[5:10], saved.norm2, modes[1]),
@@ -91,7 +93,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
         )
         return reference.mbconv(x, params, config, training=modes, row_scale=saved.row_scale)
 
-    return (saved.x, None, None, *tensors), function
+    return (saved.x, None, None, None, *tensors), function
 
 
 def differentiable(again: Again) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -104,7 +106,7 @@ def differentiable(again: Again) -> Callable[[Callable[..., Any]], Callable[...,
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def checked(ctx: Any, grad_y: Tensor, *others: Any) -> Any:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or is_batched(grad_y):
                 return _by_reference(ctx, again, grad_y)
             return backward(ctx, grad_y, *others)
 
@@ -115,9 +117,12 @@ def differentiable(again: Again) -> Callable[[Callable[..., Any]], Callable[...,
 
 def _by_reference(ctx: Any, again: Again, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     inputs, function = again(ctx)
-    # Views: one input may depend on another, and each gradient is the partial one.
-    views = [None if t is None else t.view_as(t) for t in inputs]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: one input may depend on another, and each gradient is the partial one.
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        y = function(*views)
     pairs = list(itertools.zip_longest(views, ctx.needs_input_grad))
     wanted = [t for t, need in pairs if need and t is not None]
-    grads = iter(torch.autograd.grad(function(*views), wanted, grad_y, create_graph=True))
+    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=create_graph))
     return tuple(next(grads) if need and t is not None else None for t, need in pairs)

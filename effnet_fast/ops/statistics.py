@@ -11,6 +11,7 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.ops.call import Norm
 from effnet_fast.ops.gate import gate
+from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import LIBRARY, RULES
 from effnet_fast.reference.arguments import Layer
 
@@ -54,19 +55,43 @@ torch.library.register_fake(f"effnet_fast::{_NAME}", lambda *_: None, lib=LIBRAR
 move_op = torch.ops.effnet_fast.move_statistics.default
 
 
-def update_running_statistics(
-    *batches: tuple[Norm, Layer, Tensor, Tensor, tuple[int, ...]],
-) -> None:
-    """Moves the running statistics [C] of BatchNorms that normalise by the batch, as they do.
+def statistics_of(norm: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance of a norm [5,C], see `norms`."""
+    return None if norm is None else (norm[MEAN], norm[VAR])
+
+
+class Moves:
+    """Moves the running statistics [C] of BatchNorms that normalise by the batch, once.
+
+    An autograd Function moves them in its forward, before it saves anything: PyTorch's checkpoints
+    end their second run where the last tensor is saved, and stock's BatchNorms have moved by then.
 
     Args:
-        batches: of each, how it normalises, its layer, the batch's mean and biased variance in
-            fp32, and the shape [N,C,H,W] of what it normalises; nothing moves where that is empty.
+        batches: of each, how it normalises, its layer, and the shape [N,C,H,W] of what it
+            normalises; None for one that moves nothing. Nothing moves where a shape is empty.
     """
-    for norm, layer, mean, var, shape in batches:
-        count = shape[0] * shape[2] * shape[3]
-        if norm.moves and layer[3] is not None and count > 0:
-            _update(layer[3], layer[4], mean, var, count, norm.momentum)
+
+    def __init__(self, *batches: tuple[Norm, Layer, tuple[int, ...]] | None) -> None:
+        self._batches = batches
+
+    def inside(self) -> Moves | None:
+        """For a Function's forward; None where torch.compile traces it, which may not write."""
+        return None if torch.compiler.is_compiling() else self
+
+    def __call__(self, *statistics: tuple[Tensor, Tensor] | None) -> None:
+        """Moves them, unless they have been moved.
+
+        Args:
+            statistics: of each batch the mean and the biased variance [C], in fp32.
+        """
+        batches, self._batches = self._batches, ()  # none are left for the second time
+        for batch, moments in zip(batches, statistics, strict=False):
+            if batch is None or moments is None:
+                continue
+            (norm, layer, shape), (mean, var) = batch, moments
+            count = shape[0] * shape[2] * shape[3]
+            if norm.moves and layer[3] is not None and count > 0:
+                _update(layer[3], layer[4], mean, var, count, norm.momentum)
 
 
 def _update(

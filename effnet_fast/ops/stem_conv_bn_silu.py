@@ -23,9 +23,8 @@ from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.gate import CONVOLUTION, batch_norm
 from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_training import normalised_by
-from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, empty_normed, nhwc, register
-from effnet_fast.ops.statistics import update_running_statistics
+from effnet_fast.ops.statistics import Moves, statistics_of
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
 
@@ -158,8 +157,11 @@ class StemConvBnSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        weight, bn_weight, bn_bias, mean, _, stride, padding, eps, backend = rest
-        z, norm = conv_op(x, *rest)
+        *arguments, move = rest
+        weight, bn_weight, bn_bias, mean, _, stride, padding, eps, backend = arguments
+        z, norm = conv_op(x, *arguments)
+        if move is not None:
+            move(statistics_of(norm))
         ctx.save_for_backward(x, weight, z, norm, bn_weight, bn_bias)
         ctx.config = (stride, padding, eps, mean is None, backend)
         ctx.mark_non_differentiable(norm)
@@ -190,7 +192,7 @@ class StemConvBnSilu(torch.autograd.Function):
             grad_weight,
             sums[1].to(bn_weight.dtype) if need_gamma and sums is not None else None,
             sums[0].to(bn_bias.dtype) if need_beta and sums is not None else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -200,16 +202,17 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     rest = (call.stride, call.padding, norm.eps, call.backend)
     if call.infers:
         return eval_op(x, *layer, *rest)
+    shape, move = output_shape(x, layer[0], call.stride, call.padding), Moves()
     if norm.training:
-        check_values_per_channel(output_shape(x, layer[0], call.stride, call.padding))
+        check_values_per_channel(shape)
+        move = Moves((norm, layer, shape))
     args = (x, *normalised_by(layer, norm.training), *rest)
     if call.needs_grad:
-        y, rows = StemConvBnSilu.apply(*args)
+        y, rows = StemConvBnSilu.apply(*args, move.inside())
     else:
         z, rows = conv_op(*args)
         y = silu_op(z, rows, call.backend)
-    if norm.training:
-        update_running_statistics((norm, layer, rows[MEAN], rows[VAR], y.shape))
+    move(statistics_of(rows))
     return y
 
 

@@ -78,3 +78,19 @@ def test_third_derivative() -> None:
             y = grad.square().sum()
         thirds.append({"y": y.detach()[None]})
     networks.assert_alike(*thirds)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_batches_of_gradients(training: bool) -> None:
+    """As in torch.autograd.functional.jacobian(vectorize=True)."""
+    models, results = pair().train(training), []
+    for model in models.models:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
+                module.p = 0.0
+        x = X.clone().requires_grad_()
+        y = model(x)[:, :3].sum(0)
+        (batch,) = torch.autograd.grad(y, x, torch.eye(3), retain_graph=True, is_grads_batched=True)
+        rows = [torch.autograd.grad(part, x, retain_graph=True)[0] for part in y]
+        results.append({"grad x": batch, "one by one": torch.stack(rows)})
+    networks.assert_alike(*results)

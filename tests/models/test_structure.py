@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -158,8 +159,9 @@ class TestArguments:
         parameters = inspect.signature(models.efficientnet_b3).parameters
         assert list(parameters)[:2] == ["weights", "progress"]
         assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+        build: Callable[..., object] = models.efficientnet_b3
         with pytest.raises(TypeError):
-            models.efficientnet_b3(None, True, 1000)  # type: ignore[misc]
+            build(None, True, 1000)
 
     def test_entry_points_have_names_and_docs(self) -> None:
         for name in VARIANTS:

@@ -226,3 +226,31 @@ def test_through_torchvisions_own_network() -> None:
     model(X).sum().backward()
     assert model.features[1][0].block[0][1].num_batches_tracked == 1
     assert_alike({"y": model.eval()(X).detach()}, {"y": model(X).detach()})
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("place", ["stem", "block", "depthwise"])
+def test_pytorchs_own_checkpoint_moves_statistics_as_stock(
+    place: str, momentum: float | None
+) -> None:
+    """Its second run ends where the last tensor is saved; statistics and counts have moved."""
+    results = []
+    for backend in ("auto", "reference"):
+        model = pair().train().actual
+        module, channels = {
+            "stem": (model.features[0], 3),
+            "block": (model.features[2][0], model.features[2][0].block[0][0].in_channels),
+            "depthwise": (model.features[2][0].block[1], model.features[2][0].block[1][0].groups),
+        }[place]
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = momentum
+        generator = torch.Generator().manual_seed(0)
+        for scale in (1.0, 3.0):
+            x = scale * torch.randn(4, channels, 16, 16, generator=generator)
+            with backends.use_backend(backend):
+                y = checkpoint.checkpoint(module, x.requires_grad_(), use_reentrant=False)
+                y.sum().backward()
+        results.append([b.double() for norm in norms for b in norm.buffers()])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)

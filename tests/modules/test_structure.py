@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
+from effnet_fast import use_backend
 from effnet_fast.modules import structure
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig
 
@@ -71,3 +73,31 @@ def test_autocast_is_asked_once(training: bool, monkeypatch: pytest.MonkeyPatch)
         )
         assert module(x).dtype is torch.bfloat16
     assert asked == ["cpu"]
+
+
+HIDDEN = {
+    "weight": (lambda b: b.block[1][0], "weight", lambda v: v.detach() * -2),
+    "norm": (lambda b: b.block[1][1], "bias", lambda v: v.detach() + 1),
+    "statistic": (lambda b: b.block[1][1], "running_mean", lambda v: v + 1),
+    "excite": (lambda b: b.block[2], "fc1", lambda v: copy.deepcopy(v).requires_grad_(False)),
+    "child": (lambda b: b, "block", lambda v: nn.Sequential(*v, nn.Tanh())),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_an_attribute_that_hides_an_entry_is_what_runs(name: str) -> None:
+    """Python finds an instance's `__dict__` before its tables."""
+    block = MBConv(MBConvConfig(6, 3, 1, 8, 8), 0.0, nn.BatchNorm2d).eval()
+    owner, attribute, change = HIDDEN[name]
+    part = owner(block)
+    with torch.no_grad():
+        value = change(getattr(part, attribute))
+        if name == "excite":
+            value.weight += 1
+    object.__setattr__(part, attribute, value)
+    with pytest.raises(structure.RefusedError, match=f"{attribute} hides an entry"):
+        structure.structure_of(block)
+    x = torch.randn(2, 8, 6, 6)
+    actual = block(x)
+    with use_backend("reference"):
+        torch.testing.assert_close(actual, block(x))

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from effnet_fast.backends.base import PLAIN
 from effnet_fast.modules import layers, stock, structure
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
-from effnet_fast.modules.structure import DEPTHWISE, PLAIN, POINTWISE, Part, RefusedError
+from effnet_fast.modules.structure import DEPTHWISE, POINTWISE, Part, RefusedError
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 _MISSING = object()
@@ -58,7 +59,9 @@ def _conv_geometry(conv: Any) -> tuple[str, structure.Geometry]:
 # Members are read from the modules' own tables: nn.Module.__getattr__ is slow.
 def _conv_members(conv: nn.Module) -> tuple[Any, Any]:
     """Weight and bias of a convolution."""
-    table = conv.__dict__["_parameters"]
+    state = conv.__dict__
+    structure.refuse_hidden(state, "weight", "bias")
+    table = state["_parameters"]
     weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
     if type(weight) not in PLAIN:
         raise _refuse_tensor("weight")
@@ -70,6 +73,7 @@ def _conv_members(conv: nn.Module) -> tuple[Any, Any]:
 def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     """Weight, bias, mean and variance of a BatchNorm."""
     state = bn.__dict__
+    structure.refuse_hidden(state, "weight", "bias", "running_mean", "running_var")
     table, buffers = state["_parameters"], state["_buffers"]
     weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
     mean = buffers.get("running_mean", _MISSING)
@@ -121,7 +125,9 @@ def _named_layer(module: nn.Module) -> structure.Layer:
 
 def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
     """Takes a SqueezeExcitation apart, whose children are what is allowed."""
-    children = module.__dict__["_modules"]
+    state = module.__dict__
+    children = state["_modules"]
+    structure.refuse_hidden(state, *children)
     reduced = children["fc1"].out_channels
     tensors: list[Any] = []
     shapes = {"fc1": (reduced, channels, 1, 1), "fc2": (channels, reduced, 1, 1)}
@@ -145,10 +151,12 @@ def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
 
 def _block(module: layers.MBConv) -> structure.Block:
     """Takes an MBConv apart."""
-    table = module.__dict__["_modules"]
+    state = module.__dict__
+    table = state["_modules"]
     own = {"block": table.get("block"), "stochastic_depth": table.get("stochastic_depth")}
     name = ""
     try:
+        structure.refuse_hidden(state, *own)
         structure.require_children(own, _BLOCK)
         drop_path, children = own["stochastic_depth"], own["block"].__dict__["_modules"]
         *first, second, third, last = children
