@@ -67,15 +67,19 @@ class Watch {
   // owners: objects of the class, with the __dict__ and with the attributes that they have now;
   // listings: dicts whose entries are what they are now, in this order; empty: dicts without
   // entries; versioned: tensors whose counter has not moved; tensors: those whose memory and
-  // layout are what they were, the latter as `layout` of a tensor tells; places: memory of which a
+  // layout are what they were, the latter as `layout` of a tensor tells, which is asked where the
+  // bytes behind a tensor differ, or always unless `bytes_tell`; places: memory of which a
   // few values are compared; spans: memory of which every byte counts. Memory is read as long as
   // tensors are where it is, and lives as long as `kept`.
   Watch(const std::vector<Attributes>& owners, const std::vector<py::dict>& listings,
         const std::vector<py::dict>& empty, const std::vector<py::object>& versioned,
         const std::vector<py::object>& tensors, const py::object& layout,
         const std::vector<Place>& places, const std::vector<Checksums::Span>& spans,
-        const py::object& kept, const py::handle& tensor_type)
-      : version_(tensor_type, "_version"), address_(tensor_type, "data_ptr"), checksums_(spans) {
+        const py::object& kept, const py::handle& tensor_type, bool bytes_tell)
+      : bytes_tell_(bytes_tell),
+        version_(tensor_type, "_version"),
+        address_(tensor_type, "data_ptr"),
+        checksums_(spans) {
     for (const auto& [object, present, absent] : owners) {
       Owner owner = {object,
                      py::reinterpret_borrow<py::object>(py::type::handle_of(object)),
@@ -118,7 +122,7 @@ class Watch {
       if (!owner.holds()) return false;
     if (!tensors_hold()) return false;
     for (Whereabouts& place : tensors_)
-      if (!place.behind.is_unchanged() && !is_laid_out_alike(place)) return false;
+      if (!(bytes_tell_ && place.behind.is_unchanged()) && !is_laid_out_alike(place)) return false;
     if (digest() != digest_) return false;
     return !sums_ || checksums_.of_memory(best_isa(), threads) == *sums_;
   }
@@ -243,7 +247,7 @@ class Watch {
 
   // Torch's own object behind a tensor, which holds its sizes, strides, dtype and bits.
   struct Behind {
-    static constexpr uint64_t kBytes = 176, kCounts = 16;  // it is 208 bytes large; of references
+    static constexpr uint64_t kBytes = 176, kCounts = 16;  // of torch 2.13's; of references
 
     explicit Behind(const py::object& tensor) {
       if (!py::hasattr(tensor, "_cdata")) return;
@@ -340,6 +344,7 @@ class Watch {
     return sum;
   }
 
+  bool bytes_tell_;
   Member version_, address_;
   std::vector<Listing> listings_;
   std::vector<py::object> empty_;
@@ -376,10 +381,10 @@ void bind_watch(py::module_& m) {
                     const std::vector<py::dict>&, const std::vector<py::object>&,
                     const std::vector<py::object>&, const py::object&,
                     const std::vector<Watch::Place>&, const std::vector<Checksums::Span>&,
-                    const py::object&, const py::handle&>(),
+                    const py::object&, const py::handle&, bool>(),
            py::kw_only(), py::arg("owners"), py::arg("listings"), py::arg("empty"),
            py::arg("versioned"), py::arg("tensors"), py::arg("layout"), py::arg("places"),
-           py::arg("spans"), py::arg("kept"), py::arg("tensor_type"))
+           py::arg("spans"), py::arg("kept"), py::arg("tensor_type"), py::arg("bytes_tell"))
       .def("holds", &Watch::holds)
       .def("remember", &Watch::remember);
   m.def(

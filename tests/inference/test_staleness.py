@@ -104,6 +104,16 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
+def test_the_bytes_behind_a_tensor_tell() -> None:
+    assert staleness._bytes_tell()
+    assert not staleness._is_shown(lambda t: t)
+
+
+def test_without_the_bytes_each_tensor_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staleness, "_bytes_tell", lambda: False)
+    test_a_change_is_noticed(True)
+
+
 @pytest.mark.parametrize("every_byte", [False, True], ids=["few_values", "every_byte"])
 def test_a_change_is_noticed(every_byte: bool) -> None:
     for name, change in CHANGES.items():
