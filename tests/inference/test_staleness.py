@@ -235,7 +235,10 @@ class Table(dict):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (shadow("classifier.1", "weight", torch.zeros(1)), "'weight' in more than one place"),
+        (
+            shadow("classifier.1", "weight", torch.zeros(1000, 320)),
+            "'weight' in more than one place",
+        ),
         (lambda m: setattr(m.features[0][0], "stride", [2, 2]), "stride of a Conv2d is list"),
         (lambda m: setattr(m.features[8][1], "eps", torch.tensor(1e-5)), "eps of a BatchNorm2d"),
         (
