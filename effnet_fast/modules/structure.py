@@ -220,14 +220,13 @@ _hooks = itemgetter(
 )
 
 
-def refuse_hidden(state: dict[str, Any], *names: str) -> None:
-    """Raises RefusedError where an instance's `__dict__` hides entries of its tables.
+def hidden(state: dict[str, Any], names: Iterable[str]) -> RefusedError:
+    """The refusal of an instance whose `__dict__` hides one of these entries of its tables.
 
     Python finds `__dict__["weight"]` before `_parameters["weight"]`.
     """
-    for name in names:
-        if name in state:
-            raise RefusedError(f".{name} hides an entry of the module's tables")
+    name = next(name for name in names if name in state)
+    return RefusedError(f".{name} hides an entry of the module's tables")
 
 
 def require(module: Any, *kinds: type) -> None:

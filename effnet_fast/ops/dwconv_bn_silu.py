@@ -158,28 +158,15 @@ class DwconvBnSilu(torch.autograd.Function):
         )
 
 
-def check_values_per_channel(*shapes: tuple[int, ...]) -> None:
-    """Raises ValueError where training would normalise one value per channel of [N,C,Ho,Wo]."""
-    for shape in shapes:
-        if shape[0] * shape[2] * shape[3] == 1:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, got input size "
-                f"{torch.Size(shape)}"
-            )
-
-
 def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,), stride, padding, backend = call.norms, call.stride[0], call.padding, call.backend
     training, eps = norm.training, norm.eps
     if call.infers:
         return eval_op(x, *layer, stride, padding, eps, backend)[0]
-    shape, move = output_shape(x, layer[0].shape[-1], stride, padding), Moves()
-    if training:
-        check_values_per_channel(shape)
-        move = Moves((norm, layer, shape))
+    move = Moves((norm, layer, output_shape(x, layer[0].shape[-1], stride, padding)))
     if call.needs_grad:
-        rest = (stride, padding, training, eps, backend, move.inside())
+        rest = (stride, padding, training, eps, backend, move.inside)
         y, mean, var = DwconvBnSilu.apply(x, *layer, *rest)
     else:
         z, mean, var = train_op(x, layer[0], stride, padding, backend)

@@ -32,7 +32,10 @@ def is_nhwc(x: Tensor) -> bool:
 
 def is_batched(grad: Tensor) -> bool:
     """Whether a gradient is of a batch (is_grads_batched, vmap), which has no memory format."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad) or in_transform()
+    if in_transform():
+        return True
+    # torch.compile cannot follow the question, and traces no such batch.
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _Convert(torch.autograd.Function):

@@ -17,12 +17,12 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, current_backend, resolve
 from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
-from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
+from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.gate import DEPTHWISE, layer
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, backward, forward
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
-from effnet_fast.ops.statistics import Moves, statistics_of
+from effnet_fast.ops.statistics import Moves
 from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
@@ -134,7 +134,7 @@ class MBConv(torch.autograd.Function):
         layers = _layers(tensors)
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
         if move is not None:
-            move(*map(statistics_of, (saved.norm1, saved.norm2, saved.norm3)))
+            move(saved.norm1, saved.norm2, saved.norm3)
         if call.memory == "lean":
             saved = saved._replace(z1=None)
         ctx.save_for_backward(*saved, *_without_statistics(layers))
@@ -174,20 +174,15 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
             call.backend,
         )  # fmt: skip
     before, after = (n, weight.shape[0], *x.shape[2:]), (n, weight.shape[0], *size)
-    given: Any = zip(
-        call.norms, (layers.expand, layers.depthwise, layers.project), (before, after, out),
-        strict=True,
-    )  # fmt: skip
-    batches = [row if row[0].training and row[1] is not None else None for row in given]
-    check_values_per_channel(*(batch[2] for batch in batches if batch is not None))
-    move = Moves(*batches)
+    batches = layers.expand, layers.depthwise, layers.project
+    move = Moves(*zip(call.norms, batches, (before, after, out), strict=True))
     if call.needs_grad:
         flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project
-        y, *norms = MBConv.apply(x, row_scale, call, move.inside(), *flat)
+        y, *norms = MBConv.apply(x, row_scale, call, move.inside, *flat)
     else:
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
         norms = [saved.norm1, saved.norm2, saved.norm3]
-    move(*map(statistics_of, norms))
+    move(*norms)
     return y
 
 

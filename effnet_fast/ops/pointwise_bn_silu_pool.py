@@ -17,12 +17,11 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
-from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.gate import batch_norm
 from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.registration import autocast, channels_last, dense, empty_nhwc, nhwc, register
-from effnet_fast.ops.statistics import Moves, statistics_of
+from effnet_fast.ops.statistics import Moves
 from effnet_fast.reference.arguments import Layer
 from effnet_fast.reference.pointwise_bn_silu_pool import check_arguments
 
@@ -103,7 +102,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
         *layer, training, eps, backend, move = rest
         y, z, norm, slopes = _forward(x, layer, training, eps, backend)
         if move is not None:
-            move(statistics_of(norm))
+            move(norm)
         # No running statistics, which may move before backward: it reads norm.
         ctx.save_for_backward(x, *layer[:3], z, norm, slopes)
         ctx.config = (training, eps, backend)
@@ -139,17 +138,13 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     (norm,) = call.norms
     if call.infers:
         return eval_op(x, *layer, norm.eps, call.backend)
-    shape = (x.shape[0], layer[0].shape[0], *x.shape[2:])
-    move = Moves()
-    if norm.training:
-        check_values_per_channel(shape)
-        move = Moves((norm, layer, shape))
+    move = Moves((norm, layer, (x.shape[0], layer[0].shape[0], *x.shape[2:])))
     if call.needs_grad:
-        rest = (norm.training, norm.eps, call.backend, move.inside())
+        rest = (norm.training, norm.eps, call.backend, move.inside)
         y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest)
     else:
         y, _, rows, _ = _forward(x, layer, norm.training, norm.eps, call.backend)
-    move(statistics_of(rows))
+    move(rows)
     return y
 
 

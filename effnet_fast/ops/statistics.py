@@ -55,11 +55,6 @@ torch.library.register_fake(f"effnet_fast::{_NAME}", lambda *_: None, lib=LIBRAR
 move_op = torch.ops.effnet_fast.move_statistics.default
 
 
-def statistics_of(norm: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance of a norm [5,C], see `norms`."""
-    return None if norm is None else (norm[MEAN], norm[VAR])
-
-
 class Moves:
     """Moves the running statistics [C] of BatchNorms that normalise by the batch, once.
 
@@ -67,31 +62,47 @@ class Moves:
     end their second run where the last tensor is saved, and stock's BatchNorms have moved by then.
 
     Args:
-        batches: of each, how it normalises, its layer, and the shape [N,C,H,W] of what it
-            normalises; None for one that moves nothing. Nothing moves where a shape is empty.
+        batches: of each, how it normalises, its layer or None where there is none, and the shape
+            [N,C,H,W] of what it normalises. Nothing moves where a shape is empty.
+
+    Attributes:
+        inside: itself for a Function's forward, or None where torch.compile traces that, which may
+            not write.
+
+    Raises:
+        ValueError: one of them would normalise one value per channel.
     """
 
-    def __init__(self, *batches: tuple[Norm, Layer, tuple[int, ...]] | None) -> None:
-        self._batches = batches
+    def __init__(self, *batches: tuple[Norm, Layer | None, tuple[int, ...]]) -> None:
+        self._batches: list[tuple[Norm, Layer, int] | None] = []
+        for norm, layer, shape in batches:
+            if layer is None or not norm.training:
+                self._batches.append(None)
+                continue
+            count = shape[0] * shape[2] * shape[3]
+            if count == 1:
+                raise ValueError(
+                    "Expected more than 1 value per channel when training, got input size "
+                    f"{torch.Size(shape)}"
+                )
+            self._batches.append((norm, layer, count))
+        self.inside = None if torch.compiler.is_compiling() else self
 
-    def inside(self) -> Moves | None:
-        """For a Function's forward; None where torch.compile traces it, which may not write."""
-        return None if torch.compiler.is_compiling() else self
-
-    def __call__(self, *statistics: tuple[Tensor, Tensor] | None) -> None:
+    def __call__(self, *norms: Tensor | tuple[Tensor, Tensor] | None) -> None:
         """Moves them, unless they have been moved.
 
         Args:
-            statistics: of each batch the mean and the biased variance [C], in fp32.
+            norms: of each BatchNorm its norm [5,C], see `norms`, or the mean and the biased
+                variance [C] alone, in fp32.
         """
-        batches, self._batches = self._batches, ()  # none are left for the second time
-        for batch, moments in zip(batches, statistics, strict=False):
+        batches, self._batches = self._batches, []  # none are left for the second time
+        for batch, moments in zip(batches, norms, strict=False):
             if batch is None or moments is None:
                 continue
-            (norm, layer, shape), (mean, var) = batch, moments
-            count = shape[0] * shape[2] * shape[3]
+            norm, layer, count = batch
             if norm.moves and layer[3] is not None and count > 0:
-                _update(layer[3], layer[4], mean, var, count, norm.momentum)
+                pair = (moments[MEAN], moments[VAR]) if isinstance(moments, Tensor) else moments
+                _update(layer[3], layer[4], *pair, count, norm.momentum)
 
 
 def _update(

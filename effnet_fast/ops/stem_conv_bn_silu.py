@@ -19,12 +19,11 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
-from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel
 from effnet_fast.ops.gate import CONVOLUTION, batch_norm
 from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, empty_normed, nhwc, register
-from effnet_fast.ops.statistics import Moves, statistics_of
+from effnet_fast.ops.statistics import Moves
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
 
@@ -161,7 +160,7 @@ class StemConvBnSilu(torch.autograd.Function):
         weight, bn_weight, bn_bias, mean, _, stride, padding, eps, backend = arguments
         z, norm = conv_op(x, *arguments)
         if move is not None:
-            move(statistics_of(norm))
+            move(norm)
         ctx.save_for_backward(x, weight, z, norm, bn_weight, bn_bias)
         ctx.config = (stride, padding, eps, mean is None, backend)
         ctx.mark_non_differentiable(norm)
@@ -202,17 +201,14 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     rest = (call.stride, call.padding, norm.eps, call.backend)
     if call.infers:
         return eval_op(x, *layer, *rest)
-    shape, move = output_shape(x, layer[0], call.stride, call.padding), Moves()
-    if norm.training:
-        check_values_per_channel(shape)
-        move = Moves((norm, layer, shape))
+    move = Moves((norm, layer, output_shape(x, layer[0], call.stride, call.padding)))
     args = (x, *normalised_by(layer, norm.training), *rest)
     if call.needs_grad:
-        y, rows = StemConvBnSilu.apply(*args, move.inside())
+        y, rows = StemConvBnSilu.apply(*args, move.inside)
     else:
         z, rows = conv_op(*args)
         y = silu_op(z, rows, call.backend)
-    move(statistics_of(rows))
+    move(rows)
     return y
 
 

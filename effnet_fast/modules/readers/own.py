@@ -14,6 +14,8 @@ from effnet_fast.modules.structure import DEPTHWISE, POINTWISE, Part, RefusedErr
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 _MISSING = object()
+_CONV_NAMES = ("weight", "bias")
+_BN_NAMES = (*_CONV_NAMES, "running_mean", "running_var")
 _CONV_BN = Part("0", (nn.Conv2d, Conv2dSame)), Part("1", (nn.BatchNorm2d,))
 _LAYER = structure.children_of(_CONV_BN, (*_CONV_BN, Part("2", (nn.SiLU,))))
 _EXCITE = structure.children_of((
@@ -60,7 +62,8 @@ def _conv_geometry(conv: Any) -> tuple[str, structure.Geometry]:
 def _conv_members(conv: nn.Module) -> tuple[Any, Any]:
     """Weight and bias of a convolution."""
     state = conv.__dict__
-    structure.refuse_hidden(state, "weight", "bias")
+    if not state.keys().isdisjoint(_CONV_NAMES):
+        raise structure.hidden(state, _CONV_NAMES)
     table = state["_parameters"]
     weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
     if type(weight) not in PLAIN:
@@ -73,7 +76,8 @@ def _conv_members(conv: nn.Module) -> tuple[Any, Any]:
 def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     """Weight, bias, mean and variance of a BatchNorm."""
     state = bn.__dict__
-    structure.refuse_hidden(state, "weight", "bias", "running_mean", "running_var")
+    if not state.keys().isdisjoint(_BN_NAMES):
+        raise structure.hidden(state, _BN_NAMES)
     table, buffers = state["_parameters"], state["_buffers"]
     weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
     mean = buffers.get("running_mean", _MISSING)
@@ -127,7 +131,8 @@ def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
     """Takes a SqueezeExcitation apart, whose children are what is allowed."""
     state = module.__dict__
     children = state["_modules"]
-    structure.refuse_hidden(state, *children)
+    if not state.keys().isdisjoint(children):
+        raise structure.hidden(state, children)
     reduced = children["fc1"].out_channels
     tensors: list[Any] = []
     shapes = {"fc1": (reduced, channels, 1, 1), "fc2": (channels, reduced, 1, 1)}
@@ -156,7 +161,8 @@ def _block(module: layers.MBConv) -> structure.Block:
     own = {"block": table.get("block"), "stochastic_depth": table.get("stochastic_depth")}
     name = ""
     try:
-        structure.refuse_hidden(state, *own)
+        if not state.keys().isdisjoint(own):
+            raise structure.hidden(state, own)
         structure.require_children(own, _BLOCK)
         drop_path, children = own["stochastic_depth"], own["block"].__dict__["_modules"]
         *first, second, third, last = children
