@@ -17,7 +17,7 @@ PLAN = {"inference": "block_fused", "training": "fast"}
 FLOPS_PER_MAC = {"inference": 2, "training": 6}  # forward, and the gradients of data and weight
 SILUS = {"inference": 1, "training": 2}  # forward, and its derivative
 PARAMETER_PASSES = {"inference": 1, "training": 3}
-ACTIVATED = ("stem", "expand", "depthwise", "head")  # what a SiLU follows
+ACTIVATED = ("stem", "expand", "depthwise", "fused", "dense", "head")  # what a SiLU follows
 UNMATRIX = ("stem", "depthwise")  # convolutions that run at the rate of fp32 multiply-adds
 
 

@@ -45,7 +45,7 @@ FAMILIES = MappingProxyType(
     }
 )
 # timm's and lukemelas's names of a network, which files and folders bear.
-_NETWORK = re.compile(r"(?P<tf>tf_)?efficientnet[_-](?:b\d|l2)(?!\d)")
+_NETWORK = re.compile(r"(?P<tf>tf_)?efficientnet(?:[_-](?:b\d|l2)(?!\d)|v2_[sml](?![a-z]))")
 # Trained with AdvProp, or by timm's later recipes, on images normalised to [-1, 1].
 _INCEPTION_NAME = re.compile(rf"^adv-efficientnet-b\d|{_NETWORK.pattern}[_.](?:ap(?![^-_.])|ra4_)")
 

@@ -21,8 +21,10 @@ from effnet_fast.checkpoints.families import FAMILIES, check_family
 SHOWN = 3  # names that an error message gives of each kind
 LONGEST = 200  # letters of such a name, which a file can make as long as it likes
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-# Whether each block of each stage expands: all that the list of modules depends on.
-Structure = list[list[bool]]
+# Kinds of blocks: an MBConv with and without expansion, a FusedMBConv with and without projection.
+EXPANDED, PLAIN, FUSED, DENSE = "expanded", "plain", "fused", "dense"
+# The kind of each block of each stage: all that the list of modules depends on.
+Structure = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Naming:
 
     stem: tuple[str, str]  # convolution and norm
     block: str  # what names within a block begin with; {index} counts over all stages
-    expanded: tuple[str, ...]  # expand, norm, depthwise, norm, squeeze, excite, project, norm
-    plain: tuple[str, ...]  # the same without expansion
+    # By kind, the modules of a block in order. EXPANDED: expand, norm, depthwise, norm, squeeze,
+    # excite, project, norm; PLAIN: the same without expansion; FUSED: dense, norm, project, norm;
+    # DENSE: dense, norm.
+    kinds: Mapping[str, tuple[str, ...]]
     head: tuple[str, str]  # convolution and norm; {head} is the stage after the last, plus 1
     classifier: str  # the linear layer
     linear_se: bool = False  # whether squeeze and excite are linear layers
@@ -63,35 +67,41 @@ NAMINGS = MappingProxyType(
         "torchvision": Naming(
             stem=("features.0.0", "features.0.1"),
             block="features.{after}.{block}.block.",
-            expanded=("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
-            plain=("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
+            kinds={
+                EXPANDED: ("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
+                PLAIN: ("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
+                FUSED: ("0.0", "0.1", "1.0", "1.1"),
+                DENSE: ("0.0", "0.1"),
+            },
             head=("features.{head}.0", "features.{head}.1"),
             classifier="classifier.1",
         ),
         "timm": Naming(
             stem=("conv_stem", "bn1"),
             block="blocks.{stage}.{block}.",
-            expanded=(
-                *("conv_pw", "bn1", "conv_dw", "bn2"),
-                *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
-            ),
-            plain=("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2"),
+            kinds={
+                EXPANDED: (
+                    *("conv_pw", "bn1", "conv_dw", "bn2"),
+                    *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
+                ),
+                PLAIN: ("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2"),
+                FUSED: ("conv_exp", "bn1", "conv_pwl", "bn2"),
+                DENSE: ("conv", "bn1"),
+            },
             head=("conv_head", "bn2"),
             classifier="classifier",
         ),
         "lukemelas": Naming(
             stem=("_conv_stem", "_bn0"),
             block="_blocks.{index}.",
-            expanded=_LUKEMELAS_BLOCK,
-            plain=_LUKEMELAS_BLOCK[2:],
+            kinds={EXPANDED: _LUKEMELAS_BLOCK, PLAIN: _LUKEMELAS_BLOCK[2:]},
             head=("_conv_head", "_bn1"),
             classifier="_fc",
         ),
         "nvidia": Naming(
             stem=("stem.conv", "stem.bn"),
             block="layers.{stage}.block{block}.",
-            expanded=_NVIDIA_BLOCK,
-            plain=_NVIDIA_BLOCK[2:],
+            kinds={EXPANDED: _NVIDIA_BLOCK, PLAIN: _NVIDIA_BLOCK[2:]},
             head=("features.conv", "features.bn"),
             classifier="classifier.fc",
             linear_se=True,
@@ -115,32 +125,66 @@ def naming_of(state: Mapping[str, Tensor]) -> str:
 
 
 def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
-    """Which blocks there are in each stage, and which of them expand.
+    """Which blocks there are in each stage, and of which kind each is.
 
     Raises:
         ValueError: the tensors that show it are missing.
     """
     rules = NAMINGS[naming]
     pattern = rules.block_pattern
-    telling = set(rules.expanded) - set(rules.plain)
-    found: dict[tuple[int, int], bool] = {}
+    found: dict[tuple[int, int], set[str]] = {}
     for key in state:
         if match := pattern.fullmatch(key):
-            stage, block = _place(match)
-            expands = match["module"] in telling
-            found[stage, block] = found.get((stage, block), False) or expands
+            found.setdefault(_place(match), set()).add(match["module"])
     if naming == "lukemelas":
-        return _split(state, [expands for _, expands in sorted(found.items())])
+        blocks = [
+            _kind(state, rules, _prefix(rules, 0, 0, index), modules)
+            for (_, index), modules in sorted(found.items())
+        ]
+        return _split(state, blocks)
     stages: Structure = []
-    for (stage, block), expands in sorted(found.items()):
+    for (stage, block), modules in sorted(found.items()):
+        prefix = _prefix(rules, stage, block)
         if stage < 0:  # torchvision's features.0 is the stem
-            raise ValueError(f"no block belongs at {_prefix(rules, stage, block)}*")
+            raise ValueError(f"no block belongs at {prefix}*")
         if stage > len(stages) or block > (len(stages[stage]) if stage < len(stages) else 0):
-            raise ValueError(f"no tensors of the block before {_prefix(rules, stage, block)}*")
+            raise ValueError(f"no tensors of the block before {prefix}*")
         if stage == len(stages):
             stages.append([])
-        stages[stage].append(expands)
+        stages[stage].append(_kind(state, rules, prefix, modules))
     return stages
+
+
+def _kind(state: Mapping[str, Tensor], rules: Naming, prefix: str, modules: set[str]) -> str:
+    """The kind of a block that has tensors of these modules.
+
+    Some kinds have all the names of others; the shape of the first weight tells these apart.
+
+    Raises:
+        ValueError: that weight is missing where it would decide.
+    """
+    known = modules & set().union(*rules.kinds.values())
+    possible = {kind: names for kind, names in rules.kinds.items() if known <= set(names)}
+    if not possible:  # names of several kinds: those beside the nearest one are unknown
+        return max(rules.kinds, key=lambda kind: len(known & set(rules.kinds[kind])))
+    if len(possible) == 1:
+        return next(iter(possible))
+    first = {kind: f"{prefix}{names[0]}.weight" for kind, names in possible.items()}
+    fitting = [kind for kind, key in first.items() if key in state and _begins(kind, state[key])]
+    kind = min(fitting or possible, key=lambda kind: len(possible[kind]))
+    if first[kind] not in state:
+        raise ValueError(f"{first[kind]} is missing, without which blocks cannot be told apart")
+    return kind
+
+
+def _begins(kind: str, weight: Tensor) -> bool:
+    """Whether a block of this kind can begin with this weight [Cout,Cin/groups,K,K]."""
+    if weight.dim() != 4:  # no block does: the check against a model will say so
+        return True
+    is_pointwise = tuple(weight.shape[2:]) == (1, 1)
+    is_dense = weight.shape[1] > 1 and not is_pointwise
+    begins = {EXPANDED: is_pointwise, PLAIN: weight.shape[1] == 1, FUSED: is_dense, DENSE: is_dense}
+    return begins[kind]
 
 
 def convert(
@@ -235,20 +279,20 @@ def _place(match: re.Match[str]) -> tuple[int, int]:
     return stage, int(groups["block"])
 
 
-def _split(state: Mapping[str, Tensor], blocks: list[bool]) -> Structure:
+def _split(state: Mapping[str, Tensor], blocks: list[str]) -> Structure:
     """Stages of blocks that are counted through: each begins where the shape of a block changes."""
     stages: Structure = []
     previous = None
-    for index, expands in enumerate(blocks):
+    for index, block in enumerate(blocks):
         prefix = f"_blocks.{index}."
         keys = [f"{prefix}_project_conv.weight", f"{prefix}_depthwise_conv.weight"]
         if missing := [key for key in keys if key not in state]:
             raise ValueError(f"{missing[0]} is missing, without which stages cannot be told apart")
-        kind = (state[keys[0]].shape[:1], state[keys[1]].shape[2:], expands)
+        kind = (state[keys[0]].shape[:1], state[keys[1]].shape[2:], block)
         if kind != previous:
             stages.append([])
             previous = kind
-        stages[-1].append(expands)
+        stages[-1].append(block)
     return stages
 
 
@@ -262,9 +306,11 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
     yield from rules.stem
     index = 0
     for stage, blocks in enumerate(structure):
-        for block, expands in enumerate(blocks):
+        for block, kind in enumerate(blocks):
             prefix = _prefix(rules, stage, block, index)
-            yield from (f"{prefix}{m}" for m in (rules.expanded if expands else rules.plain))
+            if kind not in rules.kinds:
+                raise ValueError(f"{naming} has no FusedMBConv, and so no names for EfficientNetV2")
+            yield from (f"{prefix}{module}" for module in rules.kinds[kind])
             index += 1
     yield from (name.format(head=len(structure) + 1) for name in rules.head)
     yield rules.classifier
@@ -273,7 +319,8 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
 def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, Tensor]:
     """The weights of squeeze-and-excitation as [R,C] for linear layers, else as [R,C,1,1]."""
     rules = NAMINGS[naming]
-    names = tuple(f".{name}.weight" for name in (*rules.expanded[4:6], *rules.plain[2:4]))
+    squeezes = (*rules.kinds[EXPANDED][4:6], *rules.kinds[PLAIN][2:4])
+    names = tuple(f".{name}.weight" for name in squeezes)
     for key, value in state.items():
         if not key.endswith(names):
             continue

@@ -1,4 +1,4 @@
-"""EfficientNet-B0 to B8 and L2 under torchvision's names and signature."""
+"""EfficientNet-B0 to B8, L2 and V2-S to V2-L under torchvision's names and signature."""
 
 from __future__ import annotations
 
@@ -37,7 +37,14 @@ __all__ = [
     "efficientnet_b7",
     "efficientnet_b8",
     "efficientnet_l2",
+    "efficientnet_v2_l",
+    "efficientnet_v2_m",
+    "efficientnet_v2_s",
 ]
+
+
+# Of networks without and with FusedMBConv.
+SOURCES = ("https://arxiv.org/abs/1905.11946", "https://arxiv.org/abs/2104.00298")
 
 
 class EntryPoint(Protocol):
@@ -138,7 +145,7 @@ def _entry_point(name: str) -> EntryPoint:
     build.__name__ = build.__qualname__ = f"efficientnet_{name}"
     enum = f"EfficientNet_{name.upper()}_Weights"
     published_set = f"None for random ones, or a member of `{enum}` or its name"
-    build.__doc__ = f"""EfficientNet-{name.upper()}, for images of about \
+    build.__doc__ = f"""EfficientNet-{name.upper().replace("_", "-")}, for images of about \
 {variant.resolution} x {variant.resolution}.
 
     Args:
@@ -167,7 +174,7 @@ def _entry_point(name: str) -> EntryPoint:
         RuntimeError: the device is not there.
         OSError: the weights cannot be downloaded or read.
 
-    Source: Tan & Le, https://arxiv.org/abs/1905.11946.
+    Source: Tan & Le, {SOURCES[variant.has_fused]}.
     """
     return takes_old_forms(build)
 
@@ -182,6 +189,9 @@ efficientnet_b6 = _entry_point("b6")
 efficientnet_b7 = _entry_point("b7")
 efficientnet_b8 = _entry_point("b8")
 efficientnet_l2 = _entry_point("l2")
+efficientnet_v2_s = _entry_point("v2_s")
+efficientnet_v2_m = _entry_point("v2_m")
+efficientnet_v2_l = _entry_point("v2_l")
 
 
 @overload

@@ -21,10 +21,15 @@ from effnet_fast.checkpoints.plain import memory_of
 from effnet_fast.files import naming_file
 from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
-from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.models.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, Variant
 
 STEM, CLASSIFIER = "features.0.0.weight", "classifier.1.weight"
 PART = re.compile(r"(features\.\d+|classifier)\.")  # a network of features ends with one of them
+# How families other than torchvision prepare images for V2, which they do not crop.
+V2_IMAGES: dict[str, dict[str, Any]] = {
+    "timm": {"interpolation": "bicubic", "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    "timm_tf": {"interpolation": "bicubic", "mean": INCEPTION_MEAN, "std": INCEPTION_STD},
+}
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 Built = TypeVar("Built", bound=Backbone)
 
@@ -136,12 +141,20 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def family_variant(variant: Variant, checkpoint: Checkpoint) -> Variant:
-    """The variant as the checkpoint's family has it: padding, BN constants, preprocessing."""
+    """The variant as the checkpoint's family has it: padding, BN constants, preprocessing.
+
+    Raises:
+        ValueError: the family has no network of such blocks.
+    """
     family = FAMILIES[checkpoint.family]
     changes: dict[str, Any] = {"padding": family.padding}
     if family.bn_eps is not None:
         changes |= {"bn_eps": family.bn_eps, "bn_momentum": family.bn_momentum}
-    if family.crop_border is not None:
+    if variant.has_fused:
+        if checkpoint.family not in ("torchvision", *V2_IMAGES):
+            raise ValueError(f"{checkpoint.family} has no FusedMBConv, and so no EfficientNetV2")
+        changes |= V2_IMAGES.get(checkpoint.family, {})
+    elif family.crop_border is not None:
         side = variant.resolution
         changes |= {"crop": side, "resize": side + family.crop_border}
     if checkpoint.inception:
@@ -208,7 +221,7 @@ def _channels(state: Mapping[str, Tensor]) -> list[int]:
         channels.append(stage)
         for block in itertools.count():
             prefix = f"features.{stage}.{block}.block."
-            found = width(f"{prefix}3.0.weight", f"{prefix}2.0.weight")
+            found = width(*(f"{prefix}{last}.0.weight" for last in (3, 2, 1, 0)))
             if not found:
                 break
             channels += found

@@ -3,7 +3,8 @@
 Sources: Tan & Le (arXiv 1905.11946), table 1 for B0; width, depth, resolution and dropout of
 B1-B8 and L2 from https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet;
 BN constants and preprocessing of B0-B7 from torchvision 0.28's IMAGENET1K_V1 weights, those of B8
-and L2 as TensorFlow has them (a centre crop that leaves a border of 32 pixels).
+and L2 as TensorFlow has them (a centre crop that leaves a border of 32 pixels). V2: Tan & Le (arXiv
+2104.00298), table 4 for S; all of S, M and L from torchvision 0.28.
 """
 
 from __future__ import annotations
@@ -21,11 +22,25 @@ from effnet_fast.modules.widths import round_channels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HEAD_RATIO = 4  # channels of the head over those of the last stage
+MBCONV, FUSED = "mbconv", "fused"  # kinds of blocks: MBConv and FusedMBConv
+KINDS = (MBCONV, FUSED)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the network's table: `repeats` MBConv blocks, of which the first may stride."""
+    """One row of the network's table: `repeats` blocks, of which the first may stride.
+
+    Args:
+        expand_ratio: expanded channels over input channels.
+        kernel: K of the convolution that looks at neighbours.
+        stride: of the first block; that of the others is 1.
+        in_channels, out_channels: of the stage.
+        repeats: number of blocks.
+        kind: one of KINDS.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
 
     expand_ratio: int
     kernel: int
@@ -33,6 +48,11 @@ class Stage:
     in_channels: int
     out_channels: int
     repeats: int
+    kind: str = MBCONV
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
 B0_STAGES = (
@@ -44,6 +64,33 @@ B0_STAGES = (
     Stage(6, 5, 2, 112, 192, 4),
     Stage(6, 3, 1, 192, 320, 1),
 )
+V2_S_STAGES = (
+    Stage(1, 3, 1, 24, 24, 2, FUSED),
+    Stage(4, 3, 2, 24, 48, 4, FUSED),
+    Stage(4, 3, 2, 48, 64, 4, FUSED),
+    Stage(4, 3, 2, 64, 128, 6),
+    Stage(6, 3, 1, 128, 160, 9),
+    Stage(6, 3, 2, 160, 256, 15),
+)
+V2_M_STAGES = (
+    Stage(1, 3, 1, 24, 24, 3, FUSED),
+    Stage(4, 3, 2, 24, 48, 5, FUSED),
+    Stage(4, 3, 2, 48, 80, 5, FUSED),
+    Stage(4, 3, 2, 80, 160, 7),
+    Stage(6, 3, 1, 160, 176, 14),
+    Stage(6, 3, 2, 176, 304, 18),
+    Stage(6, 3, 1, 304, 512, 5),
+)
+V2_L_STAGES = (
+    Stage(1, 3, 1, 32, 32, 4, FUSED),
+    Stage(4, 3, 2, 32, 64, 7, FUSED),
+    Stage(4, 3, 2, 64, 96, 7, FUSED),
+    Stage(4, 3, 2, 96, 192, 10),
+    Stage(6, 3, 1, 192, 224, 19),
+    Stage(6, 3, 2, 224, 384, 25),
+    Stage(6, 3, 1, 384, 640, 7),
+)
+V2_HEAD = 1280
 
 
 @dataclass(frozen=True)
@@ -51,9 +98,9 @@ class Variant:
     """One published network.
 
     Args:
-        name: "b0" to "b8" or "l2".
-        width, depth: multipliers of B0's channels and repeats.
-        resolution: side of the training images, pixels.
+        name: a key of VARIANTS, "custom" for a network of one's own.
+        width, depth: multipliers of the baseline's channels and repeats.
+        resolution: side of the training images, pixels; of V2's evaluation images.
         dropout: drop probability before the classifier.
         bn_eps, bn_momentum: BatchNorm2d's constants.
         resize, crop: side after resizing and of the centre crop for evaluation, pixels.
@@ -62,6 +109,8 @@ class Variant:
         padding: of the convolutions that stride: "symmetric", (K-1)//2 on both sides, or "same" as
             in TensorFlow.
         mean, std: of each channel of the training images over [0, 1], red green blue.
+        head: channels before the classifier, whatever the width; None for HEAD_RATIO times those
+            of the last stage.
 
     Raises:
         ValueError: an unknown padding.
@@ -81,6 +130,7 @@ class Variant:
     padding: str = "symmetric"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    head: int | None = None
 
     def __post_init__(self) -> None:
         check_padding(self.padding)
@@ -106,12 +156,22 @@ class Variant:
     @property
     def head_channels(self) -> int:
         """Channels before the classifier."""
-        return HEAD_RATIO * self.stages[-1].out_channels
+        return HEAD_RATIO * self.stages[-1].out_channels if self.head is None else self.head
 
     @property
     def blocks(self) -> int:
-        """Number of MBConv blocks."""
+        """Number of blocks."""
         return sum(stage.repeats for stage in self.stages)
+
+    @property
+    def has_fused(self) -> bool:
+        """Whether a stage consists of FusedMBConv, as V2's first three do."""
+        return any(stage.kind == FUSED for stage in self.baseline)
+
+    @property
+    def is_scaled_b0(self) -> bool:
+        """Whether it is B0 but for its width, depth and resolution."""
+        return self.baseline == B0_STAGES and self.head is None
 
 
 _ROWS = (
@@ -127,7 +187,22 @@ _ROWS = (
     Variant("b8", 2.2, 3.6, 672, 0.5, 1e-3, 0.01, 704, 672, "bicubic"),
     Variant("l2", 4.3, 5.3, 800, 0.5, 1e-3, 0.01, 832, 800, "bicubic"),
 )
-VARIANTS = MappingProxyType({variant.name: variant for variant in _ROWS})
+
+
+def _v2(
+    size: str, stages: tuple[Stage, ...], side: int, dropout: float, interpolation: str
+) -> Variant:
+    """A V2: evaluation images are not cropped, and its table is not scaled."""
+    row = (f"v2_{size}", 1.0, 1.0, side, dropout, 1e-3, 0.1, side, side, interpolation)
+    return Variant(*row, baseline=stages, head=V2_HEAD)
+
+
+_V2_ROWS = (
+    _v2("s", V2_S_STAGES, 384, 0.2, "bilinear"),
+    _v2("m", V2_M_STAGES, 480, 0.3, "bilinear"),
+    replace(_v2("l", V2_L_STAGES, 480, 0.4, "bicubic"), mean=(0.5,) * 3, std=(0.5,) * 3),
+)
+VARIANTS = MappingProxyType({variant.name: variant for variant in (*_ROWS, *_V2_ROWS)})
 
 
 def custom_variant(

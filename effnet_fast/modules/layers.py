@@ -10,7 +10,7 @@ Source: Tan & Le (arXiv 1905.11946), table 1; names and draw order as torchvisio
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -162,14 +162,14 @@ class SqueezeExcitation(nn.Module):
 
 @dataclass(frozen=True)
 class MBConvConfig:
-    """Geometry of one MBConv block.
+    """Geometry of one block, MBConv or FusedMBConv.
 
     Args:
         expand_ratio: expanded channels over input channels; 1 leaves the expansion out.
-        kernel: K of the depthwise convolution, odd.
-        stride: stride of the depthwise convolution, 1 or 2.
+        kernel: K of the convolution that looks at neighbours (MBConv's is depthwise), odd.
+        stride: its stride, 1 or 2.
         input_channels, out_channels: channels of the block's input and output.
-        padding: of the depthwise convolution: "symmetric", (K-1)//2 on both sides, or "same".
+        padding: its padding: "symmetric", (K-1)//2 on both sides, or "same".
 
     Raises:
         ValueError: a field out of its range.
@@ -197,7 +197,7 @@ class MBConvConfig:
 
     @property
     def expanded_channels(self) -> int:
-        """Channels of the depthwise convolution."""
+        """Channels between the block's first and last convolution."""
         return round_channels(self.input_channels * self.expand_ratio)
 
     @property
@@ -234,35 +234,26 @@ def _mbconv_layers(
     yield conv(expanded, config.out_channels, kernel_size=1, activation_layer=None)
 
 
-class MBConv(nn.Module):
-    """Inverted bottleneck with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
+class ResidualBlock(nn.Module):
+    """A body with drop-path, and the input added where the shapes allow it.
 
-    Args:
-        config: the block's geometry.
-        stochastic_depth_prob: probability that a sample skips the block's body in training.
-        norm_layer: makes a normalisation from its channels.
-        se_layer: makes the squeeze-and-excitation from (channels, squeeze channels, activation=).
+    Children: `block`, the body, and `stochastic_depth`.
 
     Attributes:
+        use_res_connect: whether the input is added.
         grad_checkpointing: whether backward computes the block's activations again.
         memory: "fast", or "lean" to save one expanded tensor less for backward.
-
-    Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381).
     """
 
     grad_checkpointing = False
     memory = "fast"
 
     def __init__(
-        self,
-        config: MBConvConfig,
-        stochastic_depth_prob: float,
-        norm_layer: Callable[..., nn.Module],
-        se_layer: Callable[..., nn.Module] = SqueezeExcitation,
+        self, config: MBConvConfig, layers: Iterable[nn.Module], stochastic_depth_prob: float
     ) -> None:
         super().__init__()
         self.use_res_connect = config.use_res_connect
-        self.block = nn.Sequential(*_mbconv_layers(config, norm_layer, se_layer))
+        self.block = nn.Sequential(*layers)
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
         self.out_channels = config.out_channels
 
@@ -283,3 +274,27 @@ class MBConv(nn.Module):
         if self.grad_checkpointing and observed.can_run_again(x):
             return checkpointing.run(partial(fused_forward.run, self), self, x)
         return fused_forward.run(self, x)
+
+
+class MBConv(ResidualBlock):
+    """Inverted bottleneck with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
+
+    Args:
+        config: the block's geometry.
+        stochastic_depth_prob: probability that a sample skips the block's body in training.
+        norm_layer: makes a normalisation from its channels.
+        se_layer: makes the squeeze-and-excitation from (channels, squeeze channels, activation=).
+
+    Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381).
+    """
+
+    def __init__(
+        self,
+        config: MBConvConfig,
+        stochastic_depth_prob: float,
+        norm_layer: Callable[..., nn.Module],
+        se_layer: Callable[..., nn.Module] = SqueezeExcitation,
+    ) -> None:
+        super().__init__(
+            config, _mbconv_layers(config, norm_layer, se_layer), stochastic_depth_prob
+        )

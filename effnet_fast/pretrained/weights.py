@@ -1,7 +1,8 @@
-"""Published ImageNet weights of B0 to B7, under torchvision's names.
+"""Published ImageNet weights of B0 to B7 and V2-S to V2-L, under torchvision's names.
 
 Source: torchvision 0.28, torchvision/models/efficientnet.py (B0-B4 were trained by Ross Wightman,
-B5-B7 by Google and converted by Luke Melas-Kyriazi, B1's second set by torchvision). The names of
+B5-B7 by Google and converted by Luke Melas-Kyriazi, B1's second set, V2-S and V2-M by
+torchvision; V2-L was ported from Google's). The names of
 the classes are torchvision's too, under its BSD-3-Clause licence: LICENSE.torchvision.
 """
 
@@ -23,6 +24,7 @@ from effnet_fast.pretrained.images import ImageClassification
 HOST = "https://download.pytorch.org/models/"
 REFERENCES = "https://github.com/pytorch/vision/tree/main/references/classification"
 V1_RECIPE = f"{REFERENCES}#efficientnet-v1"
+NETWORK_V2_RECIPE = f"{REFERENCES}#efficientnet-v2"
 V2_RECIPE = "https://github.com/pytorch/vision/issues/3995#new-recipe-with-lr-wd-crop-tuning"
 CATEGORIES = Path(__file__).with_name("imagenet_categories.txt").read_text("utf-8").splitlines()
 
@@ -47,8 +49,11 @@ class _Row(NamedTuple):
     crop: int
     interpolation: str = "bicubic"
     recipe: str = V1_RECIPE
+    least: int = 1  # side of an image that the network takes, pixels
+    normalisation: dict[str, Any] | None = None  # mean and std, where not ImageNet's
 
 
+_V2_IMAGES: dict[str, Any] = {"recipe": NETWORK_V2_RECIPE, "least": 33}
 _ROWS = {
     # file                             top-1   top-5   parameters GMAC  MiB     resize crop
     "b0_v1": _Row("b0_rwightman-7f5810bc", 77.692, 93.532, 5_288_548, 0.386, 20.451, 256, 224),
@@ -64,6 +69,21 @@ _ROWS = {
     "b5_v1": _Row("b5_lukemelas-1a07897c", 83.444, 96.628, 30_389_784, 10.266, 116.864, 456, 456),
     "b6_v1": _Row("b6_lukemelas-24a108a5", 84.008, 96.916, 43_040_704, 19.068, 165.362, 528, 528),
     "b7_v1": _Row("b7_lukemelas-c5b4e57e", 84.122, 96.908, 66_347_960, 37.746, 254.675, 600, 600),
+    "v2_s": _Row(
+        *("v2_s-dd5fe13b", 84.228, 96.878, 21_458_488, 8.366, 82.704, 384, 384),
+        **_V2_IMAGES,
+        interpolation="bilinear",
+    ),
+    "v2_m": _Row(
+        *("v2_m-dc08266a", 85.112, 97.156, 54_139_356, 24.582, 208.01, 480, 480),
+        **_V2_IMAGES,
+        interpolation="bilinear",
+    ),
+    "v2_l": _Row(
+        *("v2_l-59c71312", 85.808, 97.788, 118_515_272, 56.08, 454.573, 480, 480),
+        **_V2_IMAGES,
+        normalisation={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    ),
 }
 
 
@@ -188,10 +208,11 @@ def _published(key: str) -> Weights:
             crop_size=row.crop,
             resize_size=row.resize,
             interpolation=row.interpolation,
+            **(row.normalisation or {}),
         ),
         meta={
             "categories": CATEGORIES,
-            "min_size": (1, 1),
+            "min_size": (row.least, row.least),
             "recipe": row.recipe,
             "num_params": row.parameters,
             "_metrics": {"ImageNet-1K": {"acc@1": row.top1, "acc@5": row.top5}},
@@ -255,6 +276,24 @@ class EfficientNet_B7_Weights(WeightsEnum):
     """Weights of efficientnet_b7."""
 
     IMAGENET1K_V1 = DEFAULT = _published("b7_v1")
+
+
+class EfficientNet_V2_S_Weights(WeightsEnum):
+    """Weights of efficientnet_v2_s."""
+
+    IMAGENET1K_V1 = DEFAULT = _published("v2_s")
+
+
+class EfficientNet_V2_M_Weights(WeightsEnum):
+    """Weights of efficientnet_v2_m."""
+
+    IMAGENET1K_V1 = DEFAULT = _published("v2_m")
+
+
+class EfficientNet_V2_L_Weights(WeightsEnum):
+    """Weights of efficientnet_v2_l."""
+
+    IMAGENET1K_V1 = DEFAULT = _published("v2_l")
 
 
 ENUMS: dict[str, type[WeightsEnum]] = {

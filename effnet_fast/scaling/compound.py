@@ -124,12 +124,16 @@ def fit_phi(variant: Variant, scaling: CompoundScaling | None = None) -> float:
 
 
 def published(scaling: CompoundScaling | None = None) -> dict[str, tuple[Variant, Point]]:
-    """Every published network beside the formula's at the nearest phi: they were rounded by hand.
+    """B0 and the published networks scaled from it beside the formula's at the nearest phi.
+
+    They were rounded by hand.
 
     Returns:
         by name, the published network and the formula's point.
     """
     scaling = scaling or CompoundScaling()
     return {
-        name: (variant, scaling.at(fit_phi(variant, scaling))) for name, variant in VARIANTS.items()
+        name: (variant, scaling.at(fit_phi(variant, scaling)))
+        for name, variant in VARIANTS.items()
+        if variant.is_scaled_b0
     }

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from effnet_fast.models.variants import B0_STAGES, HEAD_RATIO, Stage, Variant
+from effnet_fast.models.variants import B0_STAGES, FUSED, HEAD_RATIO, MBCONV, Stage, Variant
 from effnet_fast.modules.layers import MBConvConfig
 from effnet_fast.scaling.checks import whole
 
@@ -21,7 +21,9 @@ class ConvShape(NamedTuple):
 
     Args:
         stage: 0 for the stem, 1 to n for the stages of blocks, n + 1 for head and classifier.
-        kind: "stem", "expand", "depthwise", "reduce", "excite", "project", "head", "classifier".
+        kind: "stem", "expand", "depthwise", "reduce", "excite", "project", "head", "classifier";
+            of a FusedMBConv "fused", its dense convolution before "project", or "dense", its only
+            one.
         in_channels, out_channels: channels of its input and output.
         kernel, stride: K of the square kernel, and its stride.
         groups: groups of the convolution.
@@ -107,13 +109,14 @@ def convolutions(
         first = MBConvConfig(
             stage.expand_ratio, stage.kernel, stage.stride, stage.in_channels, stage.out_channels
         )
-        yield from _block(number, first, side, 1)
+        block = BLOCKS[stage.kind]
+        yield from block(number, first, side, 1)
         side = _output_side(side, stage.stride)
         if stage.repeats > 1:
             later = MBConvConfig(
                 stage.expand_ratio, stage.kernel, 1, stage.out_channels, stage.out_channels
             )
-            yield from _block(number, later, side, stage.repeats - 1)
+            yield from block(number, later, side, stage.repeats - 1)
     last, head = len(stages) + 1, variant.head_channels
     channels = stages[-1].out_channels
     yield ConvShape(last, "head", channels, head, 1, 1, 1, side, False, True, 1)
@@ -125,7 +128,7 @@ def _output_side(side: int, stride: int) -> int:
     return -(-side // stride)
 
 
-def _block(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterator[ConvShape]:
+def _mbconv(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterator[ConvShape]:
     inner, squeezed = config.expanded_channels, config.squeeze_channels
     out = _output_side(side, config.stride)
     rows = [
@@ -138,6 +141,20 @@ def _block(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterato
         rows.insert(0, ("expand", config.input_channels, inner, 1, 1, 1, side, False, True))
     for row in rows:
         yield ConvShape(stage, *row, repeats)
+
+
+def _fused_mbconv(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterator[ConvShape]:
+    channels, inner, width = config.input_channels, config.expanded_channels, config.out_channels
+    out = _output_side(side, config.stride)
+    kind, dense = ("dense", width) if inner == channels else ("fused", inner)
+    row = (channels, dense, config.kernel, config.stride, 1, out, False, True)
+    yield ConvShape(stage, kind, *row, repeats)
+    if kind == "fused":
+        yield ConvShape(stage, "project", inner, width, 1, 1, 1, out, False, True, repeats)
+
+
+# By kind of stage, the convolutions of its blocks.
+BLOCKS = {MBCONV: _mbconv, FUSED: _fused_mbconv}
 
 
 def count(
@@ -191,6 +208,12 @@ def unrounded_macs(
         for index in range(stage.repeats):
             channels = width * (stage.out_channels if index else stage.in_channels)
             inner, out = channels * stage.expand_ratio, width * stage.out_channels
+            if stage.kind == FUSED:
+                side /= 1 if index else stage.stride
+                projected = inner * out if stage.expand_ratio != 1 else 0.0
+                dense = channels * (inner if projected else out) * stage.kernel**2
+                total += depth * (dense + projected) * side**2
+                continue
             expand = channels * inner * side**2 if stage.expand_ratio != 1 else 0.0
             side /= 1 if index else stage.stride
             depthwise = inner * stage.kernel**2 * side**2
@@ -205,11 +228,13 @@ class Group(NamedTuple):
 
     Args:
         stage: as in `ConvShape`.
-        kind: "stem", "block" or "head".
+        kind: "stem", "block" (MBConv), "fused" or "dense" (FusedMBConv with and without a
+            projection), or "head".
         repeats: how many of them there are.
         convs: their convolutions by kind; the head's hold the classifier too.
         elements: for one image, of the input x, the depthwise convolution's input e (x where
-            nothing expands) and output d, and the output y; the stem and the head have x and y.
+            nothing expands) and output d, and the output y. The stem, the head and a dense block
+            have x and y, a fused one has d too, the output of its first convolution.
         residual: whether x is added to y.
     """
 
@@ -259,10 +284,10 @@ def _groups(
     convs: dict[str, ConvShape] = {}
     for conv in convolutions(variant, resolution, num_classes=num_classes, in_chans=in_chans):
         convs[conv.kind] = conv
-        if conv.kind not in ("stem", "project", "classifier"):
+        if conv.kind not in ("stem", "project", "dense", "classifier"):
             continue
         first, last = next(iter(convs.values())), convs.get("head", conv)
-        kind = first.kind if first.kind in ("stem", "head") else "block"
+        kind = first.kind if first.kind in ("stem", "fused", "dense", "head") else "block"
         y = last.activations
         sizes = {"x": x, "y": y}
         residual = False
@@ -271,6 +296,10 @@ def _groups(
             sizes["e"] = convs["expand"].activations if "expand" in convs else x
             sizes["d"] = depthwise.activations
             residual = depthwise.stride == 1 and first.in_channels == last.out_channels
+        elif kind in ("fused", "dense"):
+            if kind == "fused":
+                sizes["d"] = first.activations
+            residual = first.stride == 1 and first.in_channels == last.out_channels
         found.append(Group(conv.stage, kind, conv.repeats, convs, sizes, residual))
         x, convs = y, {}
     return tuple(found)

@@ -139,6 +139,11 @@ def _sizes(group: Group, batch: int, dtype: torch.dtype, device: str) -> dict[st
     on_cpu = device == "cpu"
     averaged = batch * group.elements.get("d", group.elements["y"])
     sizes["f"] = averaged * FP32 if on_cpu and size < FP32 else 0
+    if group.kind == "fused":
+        inner = group.convs["fused"].out_channels
+        sizes |= {"w": 2 * inner * size, "N": NORM_VECTORS * inner * FP32}
+    wide = {"F": "d", "Y": "y"}
+    sizes |= {to: sizes[of] // size * FP32 for to, of in wide.items() if of in sizes}
     if group.kind != "block":
         return sizes
     depthwise, reduce = group.convs["depthwise"], group.convs["reduce"]
@@ -212,8 +217,7 @@ def _forward(sized: Sized, plan: MemoryPlan) -> tuple[int, int]:
     live = peak = _shared(sized) if plan.shared and not plan.block_backward else 0
     owed = 0
     for index, (group, sizes) in enumerate(sized):
-        steps = {"stem": plan.stem, "head": plan.head}.get(group.kind, plan.block)
-        left, most = _follow(steps, group, sizes)
+        left, most = _follow(plan.of(group.kind), group, sizes)
         live += group.repeats * left
         peak = max(peak, live - left + most)
         if not plan.block_backward:
@@ -228,8 +232,7 @@ def _backward(sized: Sized, plan: MemoryPlan, dtype: torch.dtype) -> int:
     """The most during the backward pass, above what stands at its start."""
     live = peak = expanded = filtered = 0
     for group, sizes in reversed(sized):
-        edges = {"stem": plan.stem_backward, "head": plan.head_backward}
-        left, most = _follow(edges.get(group.kind, plan.block_backward), group, sizes)
+        left, most = _follow(plan.backward_of(group.kind), group, sizes)
         if plan.shared and group.kind == "block":
             # The buffers grow from block to block; too large ones are freed after each.
             expanded = max(expanded, sizes["e"] if group.expands else 0)
