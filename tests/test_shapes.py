@@ -31,6 +31,9 @@ def test_shapes_are_those_of_the_counts(name: str) -> None:
     rows = [_of_dense("stem", shapes.stem)]
     for block in shapes.blocks:
         rows += _of_block(block)
+    for first, *project in shapes.fused:
+        rows.append(_of_dense("fused" if project else "dense", first))
+        rows += [_of_dense("project", layer) for layer in project]
     rows.append(_of_dense("head", shapes.head))
     counted: dict[tuple[str, int, int, int, int, int], int] = {}
     for c in convolutions(VARIANTS[name]):

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from effnet_fast.scaling import fused_tables
 
+
 class Step(NamedTuple):
     """One row: what it belongs to, its name, letters of the tensors it takes, then frees."""
 

@@ -15,14 +15,13 @@ import tiers
 from effnet_fast import EfficientNet, checkpoints
 from effnet_fast.checkpoints import FAMILIES, NAMINGS
 from effnet_fast.models import VARIANTS, custom_variant
-from networks import TINY
+from networks import TINY, TINY_V2
 
-# lukemelas and timm have all sizes, torchvision none beyond B7.
 SIZES = [
     pytest.param(family, *param.values, marks=param.marks)
     for family in peers.BUILDERS
     for param in tiers.networks(VARIANTS)
-    if family != "torchvision" or param.values[0] not in ("b8", "l2")
+    if peers.has(family, *param.values)
 ]
 PAIRS = [(a, b) for a in NAMINGS for b in NAMINGS if a != b]
 
@@ -61,6 +60,36 @@ def test_names_order_and_shapes_are_the_familys(family, size):
     assert list(shapes(converted).items()) == list(shapes(theirs).items())
     back = checkpoints.convert(theirs, "torchvision")
     assert list(shapes(back).items()) == list(shapes(ours).items())
+
+
+@pytest.fixture
+def tiny_v2():
+    """All kinds of FusedMBConv."""
+    torch.manual_seed(0)
+    return EfficientNet(TINY_V2, num_classes=4).state_dict()
+
+
+def test_v2_round_trip(tiny_v2):
+    named = checkpoints.convert(tiny_v2, "timm")
+    assert "blocks.0.0.conv.weight" in named
+    assert "blocks.1.0.conv_exp.weight" in named
+    assert "blocks.3.0.conv_dw.weight" in named
+    assert_same(checkpoints.convert(named), tiny_v2)
+
+
+@pytest.mark.parametrize("to", ["lukemelas", "nvidia"])
+def test_families_without_v2(tiny_v2, to):
+    with pytest.raises(ValueError, match=f"{to} has no FusedMBConv, and so no names for"):
+        checkpoints.convert(tiny_v2, to)
+
+
+def test_kinds_of_blocks_are_not_guessed(tiny_v2):
+    """Without its first weight a FusedMBConv has the names of a part of an MBConv."""
+    named = checkpoints.convert(tiny_v2, "timm")
+    for state, key in ((tiny_v2, "features.2.0.block.0.0"), (named, "blocks.1.0.conv_exp")):
+        lacking = {name: tensor for name, tensor in state.items() if name != f"{key}.weight"}
+        with pytest.raises(ValueError, match=rf"{key}\.weight is missing, without which blocks"):
+            checkpoints.convert(lacking, "timm" if state is tiny_v2 else "torchvision")
 
 
 @pytest.mark.parametrize(("source", "to"), PAIRS)

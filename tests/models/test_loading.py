@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import peers
 from effnet_fast import EfficientNet, EfficientNetFeatures, checkpoints
 from effnet_fast.checkpoints import FAMILIES, FAMILY_ENTRY, Checkpoint
 from effnet_fast.models import VARIANTS
@@ -50,8 +51,9 @@ def norms(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "size"), [(f, s) for f in FAMILIES for s in VARIANTS if peers.has(f, s)]
+)
 def test_size_is_read_from_the_shapes(family, size):
     with torch.device("meta"):
         state = EfficientNet(size, num_classes=7, in_chans=2).state_dict()
@@ -79,6 +81,28 @@ def test_what_a_family_brings(family, size, padding, eps, momentum, resize):
     assert variant.mean == (0.485, 0.456, 0.406)
     other = family_variant(VARIANTS[size], Checkpoint({}, family, family, inception=True))
     assert other.mean == other.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "padding", "eps", "images"),
+    [
+        ("torchvision", "v2_s", "symmetric", 1e-3, (384, "bilinear", 0.485)),
+        ("torchvision", "v2_l", "symmetric", 1e-3, (480, "bicubic", 0.5)),
+        ("timm", "v2_l", "symmetric", 1e-5, (480, "bicubic", 0.485)),
+        ("timm_tf", "v2_s", "same", 1e-3, (384, "bicubic", 0.5)),
+    ],
+)
+def test_what_a_family_brings_to_v2(family, size, padding, eps, images):
+    variant = family_variant(VARIANTS[size], Checkpoint({}, family, family))
+    assert (variant.padding, variant.bn_eps, variant.bn_momentum) == (padding, eps, 0.1)
+    assert (variant.crop, variant.interpolation, variant.mean[0]) == images
+    assert variant.resize == variant.crop
+
+
+@pytest.mark.parametrize("family", ["lukemelas", "nvidia"])
+def test_families_without_v2(family):
+    with pytest.raises(ValueError, match=f"{family} has no FusedMBConv, and so no EfficientNetV2"):
+        family_variant(VARIANTS["v2_s"], Checkpoint({}, family, family))
 
 
 @pytest.mark.slow

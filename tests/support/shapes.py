@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
+from effnet_fast.modules.fused_mbconv import FusedMBConv
 
 
 @dataclass(frozen=True)
 class DenseShape:
-    """The first convolution, or the head's: K, stride, channels, sides of input and output."""
+    """The first convolution, one of a FusedMBConv, or the head's: K, stride, channels, sides of input and output."""
 
     channels: int
     out_channels: int
@@ -55,8 +56,9 @@ class NetworkShapes:
     """A network's layers in order, repeated ones repeated."""
 
     stem: DenseShape
-    blocks: tuple[BlockShape, ...]
+    blocks: tuple[BlockShape, ...]  # the MBConv
     head: DenseShape
+    fused: tuple[tuple[DenseShape, ...], ...]  # of each FusedMBConv, dense [and project]
 
 
 @functools.cache
@@ -68,8 +70,14 @@ def shapes_of(variant: Variant | str, resolution: int | None = None) -> NetworkS
     size = resolution or variant.resolution
     stem = _dense(model.features[0][0], size)
     size = stem.out_size
-    blocks = []
+    blocks, fused = [], []
     for module in (block for stage in model.features[1:-1] for block in stage):
+        if isinstance(module, FusedMBConv):
+            dense, *project = module.block
+            first = _dense(dense[0], size)
+            size = first.out_size
+            fused.append((first, *(_dense(layer[0], size) for layer in project)))
+            continue
         *_, depthwise, squeeze, project = module.block
         conv = depthwise[0]
         out_size = _out_size(conv, size)
@@ -81,7 +89,7 @@ def shapes_of(variant: Variant | str, resolution: int | None = None) -> NetworkS
             )
         )
         size = out_size
-    return NetworkShapes(stem, tuple(blocks), _dense(model.features[-1][0], size))
+    return NetworkShapes(stem, tuple(blocks), _dense(model.features[-1][0], size), tuple(fused))
 
 
 def _dense(conv: torch.nn.Conv2d, size: int) -> DenseShape:
