@@ -16,7 +16,10 @@ from effnet_fast.modules.fused_mbconv import FusedMBConv
 
 @dataclass(frozen=True)
 class DenseShape:
-    """The first convolution, one of a FusedMBConv, or the head's: K, stride, channels, sides of input and output."""
+    """The first convolution, one of a FusedMBConv, or the head's.
+
+    K, stride, channels, sides of input and output.
+    """
 
     channels: int
     out_channels: int
