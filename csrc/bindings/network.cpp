@@ -105,12 +105,20 @@ Described<BlockLayer> block_of(Fields& fields) {
   out.in_channels = fields.size("in_channels");
   out.channels = fields.size("channels");
   out.out_channels = fields.size("out_channels");
-  out.se_channels = fields.size("se_channels");
   out.kernel = fields.size("kernel");
   out.stride = fields.size("stride");
   require(out.kernel <= kMaxKernel && out.stride <= 2, "network: kernel or stride is too large");
   out.padding = fields.padding();
   out.residual = fields.take<bool>("residual");
+  out.tap = fields.take<int64_t>("tap");
+  out.is_dense = fields.has("dense");
+  if (out.is_dense) {
+    fields.product("dense", out, out.dense);
+    out.projects = fields.has("project");
+    if (out.projects) fields.product("project", out, out.project);
+    return out;
+  }
+  out.se_channels = fields.size("se_channels");
   out.expands = fields.has("expand");
   if (out.expands) fields.product("expand", out, out.expand);
   require(out.expands || out.in_channels == out.channels,
@@ -123,7 +131,6 @@ Described<BlockLayer> block_of(Fields& fields) {
   fields.tensor("se_expand_bias", out, out.se_expand_bias);
   fields.product("project", out, out.project);
   if (fields.has("project_master")) fields.tensor("project_master", out, out.project_master);
-  out.tap = fields.take<int64_t>("tap");
   return out;
 }
 
@@ -158,6 +165,11 @@ Layer copied(Weights& weights, Described<Layer> layer) {
 }
 
 BlockLayer copied(Weights& weights, Described<BlockLayer> layer) {
+  if (layer.is_dense) {
+    weights.copy(layer, layer.dense.weight, layer.dense.shift);
+    if (layer.projects) weights.copy(layer, layer.project.weight, layer.project.shift);
+    return layer;
+  }
   if (layer.expands) weights.copy(layer, layer.expand.weight, layer.expand.shift);
   weights.copy(layer, layer.filter, layer.filter_shift, layer.se_reduce_weight,
                layer.se_reduce_bias, layer.se_expand_weight, layer.se_expand_bias,

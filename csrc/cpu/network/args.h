@@ -48,7 +48,11 @@ struct BlockLayer {
   const float *se_expand_weight, *se_expand_bias;  // [units][R][16]
   Product project;
   const float* project_master;  // bf16: the same words' weights in fp32, [..][units * 16][2]
-  int64_t tap;                  // index of the output that shows this block's result, or -1
+  // FusedMBConv: a dense convolution of this kernel and stride to `channels`, and then the
+  // projection or nothing; all of the above between them is absent.
+  bool is_dense, projects;
+  Product dense;  // in_channels: of all taps, [K * K][input channels, in bf16 up to a block]
+  int64_t tap;    // index of the output that shows this block's result, or -1
 };
 
 struct NetworkArgs {

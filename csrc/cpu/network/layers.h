@@ -64,6 +64,12 @@ template <typename T>
 void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
                 const BlockMemory<T>& memory, int64_t l2, bool amx, Team team, StemRows<T>* stem,
                 int64_t first);
+// A FusedMBConv as a whole, in at least dense_floats of a thread's ring.
+template <typename T>
+void run_dense(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
+               const BlockMemory<T>& memory, int64_t l2, bool amx, Team team);
+template <typename T>
+int64_t dense_floats(const BlockLayer& layer, const BlockShape& shape);
 template <typename T>
 void run_excite(const BlockLayer& layer, const BlockShape& shape, int64_t images,
                 const BlockMemory<T>& memory, Team team);

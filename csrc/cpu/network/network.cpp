@@ -44,13 +44,17 @@ struct Phase {
   int64_t partial = 0, hidden = 0, weights = 0;  // floats
 
   void take(const BlockLayer& layer, const BlockShape& shape) {
+    if (layer.is_dense) return;
     filtered = max_of(filtered, Activations<T>::size(shape.pixels(), layer.channels));
     partial = max_of(partial, shape.steps * units_of<T>(layer.channels) * kUnit);
     hidden = max_of(hidden, layer.se_channels);
     if (gates_weights<T>(layer, shape)) weights = max_of(weights, weight_words(layer));
   }
   static int64_t weight_words(const BlockLayer& layer) {
-    return units_of<T>(layer.out_channels) * kUnit * words_of<T>(layer.project.in_channels);
+    const int64_t dense = units_of<T>(layer.channels) * words_of<T>(layer.dense.in_channels);
+    const int64_t project =
+        units_of<T>(layer.out_channels) * words_of<T>(layer.project.in_channels);
+    return (dense + project) * kUnit;
   }
 };
 
@@ -78,6 +82,10 @@ class Network {
       const BlockShape& shape = shapes[i];
       (i < early_blocks_ ? early_ : late_).take(layer, shape);
       take_narrow(i + 1, shape.pixels(), layer.out_channels);
+      if (layer.is_dense) {
+        ring_ = max_of(ring_, dense_floats<T>(layer, shape));
+        continue;
+      }
       // At the least the rings of the widest panel fit, whatever the caches.
       ring_ = max_of(ring_, kMaxUnits * shape.unit_ring());
       offsets_ = max_of(offsets_, shape.slots * shape.w);
@@ -117,7 +125,7 @@ class Network {
   // Whether the first block forms the stem's rows as it reads them, and nothing else sees them.
   bool joins_stem() const {
     if (args_.block_count == 0 || args_.stem_tap >= 0) return false;
-    return !args_.blocks[0].expands && !args_.blocks[0].residual;
+    return !args_.blocks[0].is_dense && !args_.blocks[0].expands && !args_.blocks[0].residual;
   }
 
   void take_narrow(int64_t i, int64_t pixels, int64_t channels) {
@@ -189,6 +197,12 @@ class Network {
       const BlockLayer& layer = args_.blocks[i];
       const BlockShape& shape = shapes_[i];
       const Images<T> x = narrow(i, first, count, slot), y = narrow(i + 1, first, count, slot);
+      if (layer.is_dense) {
+        run_dense(layer, shape, x, y, at, args_.l2, args_.amx, team);
+        team.wait();
+        tap(layer.tap, layer.out_channels, shape.pixels(), y, first, team);
+        continue;
+      }
       run_filter(layer, shape, x, at, args_.l2, args_.amx, team,
                  i == 0 && joins_stem() ? &stem : nullptr, first);
       team.wait();
