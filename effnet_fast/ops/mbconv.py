@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import OpArgs, current_backend, resolve
+from effnet_fast.backends import OpArgs, block_kinds, current_backend, resolve
 from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
