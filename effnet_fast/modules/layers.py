@@ -10,9 +10,10 @@ Source: Tan & Le (arXiv 1905.11946), table 1; names and draw order as torchvisio
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,12 +25,29 @@ from effnet_fast.modules.stochastic_depth import StochasticDepth
 from effnet_fast.modules.widths import round_channels
 
 PADDINGS = ("symmetric", "same")
+# The module of each activation; "identity" is the absence of one.
+ACTIVATION_LAYERS: Mapping[str, Callable[..., nn.Module] | None] = MappingProxyType(
+    {
+        "silu": nn.SiLU,
+        "identity": None,
+        "relu": nn.ReLU,
+        "relu6": nn.ReLU6,
+        "hardswish": nn.Hardswish,
+    }
+)
 
 
 def check_padding(padding: str) -> None:
     """Raises ValueError for what is none of PADDINGS."""
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError for what is none of ACTIVATION_LAYERS."""
+    if activation not in ACTIVATION_LAYERS:
+        allowed = ", ".join(ACTIVATION_LAYERS)
+        raise ValueError(f"activation must be one of {allowed}, got {activation!r}")
 
 
 class Sequential(nn.Sequential):
@@ -170,6 +188,8 @@ class MBConvConfig:
         stride: stride of the depthwise convolution, 1 or 2.
         input_channels, out_channels: channels of the block's input and output.
         padding: of the depthwise convolution: "symmetric", (K-1)//2 on both sides, or "same".
+        activation: after the expansion and the depthwise convolution, one of ACTIVATION_LAYERS.
+        squeeze: whether there is squeeze-and-excitation.
 
     Raises:
         ValueError: a field out of its range.
@@ -181,6 +201,8 @@ class MBConvConfig:
     input_channels: int
     out_channels: int
     padding: str = "symmetric"
+    activation: str = "silu"
+    squeeze: bool = True
 
     def __post_init__(self) -> None:
         if self.stride not in (1, 2):
@@ -194,6 +216,7 @@ class MBConvConfig:
                 f"expand_ratio={self.expand_ratio}"
             )
         check_padding(self.padding)
+        check_activation(self.activation)
 
     @property
     def expanded_channels(self) -> int:
@@ -216,11 +239,12 @@ def _mbconv_layers(
     norm_layer: Callable[..., nn.Module],
     se_layer: Callable[..., nn.Module],
 ) -> Iterator[nn.Module]:
-    """The block's layers in order: [expand,] depthwise, squeeze-excite, project."""
+    """The block's layers in order: [expand,] depthwise, [squeeze-excite,] project."""
     expanded = config.expanded_channels
+    activation = ACTIVATION_LAYERS[config.activation]
     conv = partial(Conv2dNormActivation, norm_layer=norm_layer)
     if expanded != config.input_channels:
-        yield conv(config.input_channels, expanded, kernel_size=1, activation_layer=nn.SiLU)
+        yield conv(config.input_channels, expanded, kernel_size=1, activation_layer=activation)
     yield conv(
         expanded,
         expanded,
@@ -228,14 +252,16 @@ def _mbconv_layers(
         stride=config.stride,
         padding="same" if config.padding == "same" else None,
         groups=expanded,
-        activation_layer=nn.SiLU,
+        activation_layer=activation,
     )
-    yield se_layer(expanded, config.squeeze_channels, activation=partial(nn.SiLU, inplace=True))
+    if config.squeeze:
+        inner = nn.Identity if activation is None else partial(activation, inplace=True)
+        yield se_layer(expanded, config.squeeze_channels, activation=inner)
     yield conv(expanded, config.out_channels, kernel_size=1, activation_layer=None)
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
+    """Inverted bottleneck, mostly with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
 
     Args:
         config: the block's geometry.
