@@ -19,8 +19,9 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
-from effnet_fast.modules.layers import MBConvConfig, check_activation, check_padding
+from effnet_fast.modules.layers import MBConvConfig, check_padding
 from effnet_fast.modules.widths import round_channels
+from effnet_fast.reference.activations import check_activation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -98,7 +99,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         check_padding(self.padding)
-        check_activation(self.activation)
+        check_activation("activation", self.activation)
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:

@@ -19,21 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.modules import checkpointing, fused_forward, in_turn, observed
+from effnet_fast.modules import checkpointing, fused_forward, in_turn, observed, structure
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 from effnet_fast.modules.widths import round_channels
+from effnet_fast.reference.activations import check_activation
 
 PADDINGS = ("symmetric", "same")
-# The module of each activation; "identity" is the absence of one.
-ACTIVATION_LAYERS: Mapping[str, Callable[..., nn.Module] | None] = MappingProxyType(
-    {
-        "silu": nn.SiLU,
-        "identity": None,
-        "relu": nn.ReLU,
-        "relu6": nn.ReLU6,
-        "hardswish": nn.Hardswish,
-    }
+# The module of each activation by its name; "identity" is the absence of one.
+ACTIVATION_LAYERS: Mapping[str, type[nn.Module] | None] = MappingProxyType(
+    {name: kind for kind, name in structure.ACTIVATIONS.items()} | {"identity": None}
 )
 
 
@@ -41,13 +36,6 @@ def check_padding(padding: str) -> None:
     """Raises ValueError for what is none of PADDINGS."""
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
-
-
-def check_activation(activation: str) -> None:
-    """Raises ValueError for what is none of ACTIVATION_LAYERS."""
-    if activation not in ACTIVATION_LAYERS:
-        allowed = ", ".join(ACTIVATION_LAYERS)
-        raise ValueError(f"activation must be one of {allowed}, got {activation!r}")
 
 
 class Sequential(nn.Sequential):
@@ -216,7 +204,7 @@ class MBConvConfig:
                 f"expand_ratio={self.expand_ratio}"
             )
         check_padding(self.padding)
-        check_activation(self.activation)
+        check_activation("activation", self.activation)
 
     @property
     def expanded_channels(self) -> int:

@@ -5,9 +5,9 @@ A package is found and its file read without importing it, so nothing of it is e
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from effnet_fast.files import check_regular
@@ -66,6 +66,6 @@ class Package:
 
     def _installed(self) -> Path | None:
         """Where the package would have the file; None where there is no package."""
-        spec = importlib.util.find_spec(self.module)
+        spec = find_spec(self.module)
         folders = list(spec.submodule_search_locations or ()) if spec else []
         return Path(folders[0], self.file) if folders else None
