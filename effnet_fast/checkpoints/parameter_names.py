@@ -21,10 +21,24 @@ from effnet_fast.checkpoints.families import FAMILIES, check_family
 SHOWN = 3  # names that an error message gives of each kind
 LONGEST = 200  # letters of such a name, which a file can make as long as it likes
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-# Kinds of blocks: an MBConv with and without expansion, a FusedMBConv with and without projection.
-EXPANDED, PLAIN, FUSED, DENSE = "expanded", "plain", "fused", "dense"
+_EXPAND, _DEPTHWISE = ("expand", "expand_norm"), ("depthwise", "depthwise_norm")
+_SQUEEZE, _PROJECT = ("reduce", "excite"), ("project", "project_norm")
+_DENSE = ("dense", "dense_norm")
+# What the modules of a block are, in their order, by the kind of block. Either all MBConv of a
+# network have squeeze-and-excitation, or none has.
+KINDS = MappingProxyType(
+    {
+        "expanded": _EXPAND + _DEPTHWISE + _SQUEEZE + _PROJECT,
+        "plain": _DEPTHWISE + _SQUEEZE + _PROJECT,
+        "expanded_lite": _EXPAND + _DEPTHWISE + _PROJECT,
+        "plain_lite": _DEPTHWISE + _PROJECT,
+        "fused": _DENSE + _PROJECT,
+        "dense": _DENSE,
+    }
+)
 # The kind of each block of each stage: all that the list of modules depends on.
 Structure = list[list[str]]
+Shapes = dict[str, list[torch.Size]]  # of a block's modules, of the weight if it is there
 
 
 @dataclass(frozen=True)
@@ -33,13 +47,20 @@ class Naming:
 
     stem: tuple[str, str]  # convolution and norm
     block: str  # what names within a block begin with; {index} counts over all stages
-    # By kind, the modules of a block in order. EXPANDED: expand, norm, depthwise, norm, squeeze,
-    # excite, project, norm; PLAIN: the same without expansion; FUSED: dense, norm, project, norm;
-    # DENSE: dense, norm.
-    kinds: Mapping[str, tuple[str, ...]]
+    blocks: Mapping[str, tuple[str, ...]]  # by kind, what KINDS has, under the names in a block
     head: tuple[str, str]  # convolution and norm; {head} is the stage after the last, plus 1
     classifier: str  # the linear layer
     linear_se: bool = False  # whether squeeze and excite are linear layers
+
+    @property
+    def squeeze(self) -> frozenset[str]:
+        """The names of the two layers of squeeze-and-excitation, in any kind of block."""
+        return frozenset(
+            name
+            for kind, names in self.blocks.items()
+            for name, role in zip(names, KINDS[kind], strict=True)
+            if role in _SQUEEZE
+        )
 
     @property
     def stem_key(self) -> str:
@@ -52,6 +73,14 @@ class Naming:
         pattern = re.escape(self.block).replace(r"\{", "{").replace(r"\}", "}")
         pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", pattern)
         return re.compile(rf"{pattern}(?P<module>.+)\.\w+")
+
+
+def _blocks(
+    expanded: tuple[str, ...], plain: tuple[str, ...], **others: tuple[str, ...]
+) -> Mapping[str, tuple[str, ...]]:
+    """Names by kind; blocks without squeeze-and-excitation just lack it unless told otherwise."""
+    lite = {"expanded_lite": expanded[:4] + expanded[6:], "plain_lite": plain[:2] + plain[4:]}
+    return MappingProxyType({"expanded": expanded, "plain": plain, **lite, **others})
 
 
 _LUKEMELAS_BLOCK = (
@@ -67,41 +96,43 @@ NAMINGS = MappingProxyType(
         "torchvision": Naming(
             stem=("features.0.0", "features.0.1"),
             block="features.{after}.{block}.block.",
-            kinds={
-                EXPANDED: ("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
-                PLAIN: ("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
-                FUSED: ("0.0", "0.1", "1.0", "1.1"),
-                DENSE: ("0.0", "0.1"),
-            },
+            blocks=_blocks(
+                expanded=("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
+                plain=("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
+                expanded_lite=("0.0", "0.1", "1.0", "1.1", "2.0", "2.1"),
+                plain_lite=("0.0", "0.1", "1.0", "1.1"),
+                fused=("0.0", "0.1", "1.0", "1.1"),
+                dense=("0.0", "0.1"),
+            ),
             head=("features.{head}.0", "features.{head}.1"),
             classifier="classifier.1",
         ),
         "timm": Naming(
             stem=("conv_stem", "bn1"),
             block="blocks.{stage}.{block}.",
-            kinds={
-                EXPANDED: (
+            blocks=_blocks(
+                expanded=(
                     *("conv_pw", "bn1", "conv_dw", "bn2"),
                     *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
                 ),
-                PLAIN: ("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2"),
-                FUSED: ("conv_exp", "bn1", "conv_pwl", "bn2"),
-                DENSE: ("conv", "bn1"),
-            },
+                plain=("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2"),
+                fused=("conv_exp", "bn1", "conv_pwl", "bn2"),
+                dense=("conv", "bn1"),
+            ),
             head=("conv_head", "bn2"),
             classifier="classifier",
         ),
         "lukemelas": Naming(
             stem=("_conv_stem", "_bn0"),
             block="_blocks.{index}.",
-            kinds={EXPANDED: _LUKEMELAS_BLOCK, PLAIN: _LUKEMELAS_BLOCK[2:]},
+            blocks=_blocks(_LUKEMELAS_BLOCK, _LUKEMELAS_BLOCK[2:]),
             head=("_conv_head", "_bn1"),
             classifier="_fc",
         ),
         "nvidia": Naming(
             stem=("stem.conv", "stem.bn"),
             block="layers.{stage}.block{block}.",
-            kinds={EXPANDED: _NVIDIA_BLOCK, PLAIN: _NVIDIA_BLOCK[2:]},
+            blocks=_blocks(_NVIDIA_BLOCK, _NVIDIA_BLOCK[2:]),
             head=("features.conv", "features.bn"),
             classifier="classifier.fc",
             linear_se=True,
@@ -125,66 +156,67 @@ def naming_of(state: Mapping[str, Tensor]) -> str:
 
 
 def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
-    """Which blocks there are in each stage, and of which kind each is.
+    """Which blocks there are in each stage, and of which kind they are.
 
     Raises:
         ValueError: the tensors that show it are missing.
     """
     rules = NAMINGS[naming]
     pattern = rules.block_pattern
-    found: dict[tuple[int, int], set[str]] = {}
-    for key in state:
+    found: dict[tuple[int, int], Shapes] = {}
+    for key, value in state.items():
         if match := pattern.fullmatch(key):
-            found.setdefault(_place(match), set()).add(match["module"])
+            shapes = found.setdefault(_place(match), {}).setdefault(match["module"], [])
+            if key.endswith(".weight"):
+                shapes.append(value.shape)
+    squeezes = any(not rules.squeeze.isdisjoint(modules) for modules in found.values())
+    kinds = {place: _kind(rules, found[place], squeezes) for place in sorted(found)}
     if naming == "lukemelas":
-        blocks = [
-            _kind(state, rules, _prefix(rules, 0, 0, index), modules)
-            for (_, index), modules in sorted(found.items())
-        ]
-        return _split(state, blocks)
+        return _split(state, list(kinds.values()))
     stages: Structure = []
-    for (stage, block), modules in sorted(found.items()):
-        prefix = _prefix(rules, stage, block)
+    for (stage, block), kind in kinds.items():
         if stage < 0:  # torchvision's features.0 is the stem
-            raise ValueError(f"no block belongs at {prefix}*")
+            raise ValueError(f"no block belongs at {_prefix(rules, stage, block)}*")
         if stage > len(stages) or block > (len(stages[stage]) if stage < len(stages) else 0):
-            raise ValueError(f"no tensors of the block before {prefix}*")
+            raise ValueError(f"no tensors of the block before {_prefix(rules, stage, block)}*")
         if stage == len(stages):
             stages.append([])
-        stages[stage].append(_kind(state, rules, prefix, modules))
+        stages[stage].append(kind)
     return stages
 
 
-def _kind(state: Mapping[str, Tensor], rules: Naming, prefix: str, modules: set[str]) -> str:
-    """The kind of a block that has tensors of these modules.
+def _kind(rules: Naming, modules: Shapes, squeezes: bool) -> str:
+    """The kind of block that these modules make up: it has most of them, and little beyond."""
 
-    Some kinds have all the names of others; the shape of the first weight tells these apart.
+    def agreement(kind: str) -> tuple[int, int]:
+        roles = dict(zip(rules.blocks[kind], KINDS[kind], strict=True))
+        fitting = [m for m in modules if m in roles and _may_be(roles[m], modules[m])]
+        return len(fitting), -len(roles)
 
-    Raises:
-        ValueError: that weight is missing where it would decide.
+    return max((k for k in rules.blocks if _may_be_among(k, squeezes)), key=agreement)
+
+
+def _may_be_among(kind: str, squeezes: bool) -> bool:
+    """Whether there may be such blocks in a network whose MBConv squeeze, or do not."""
+    return "depthwise" not in KINDS[kind] or ("reduce" in KINDS[kind]) == squeezes
+
+
+def _may_be(role: str, shapes: list[torch.Size]) -> bool:
+    """Whether a convolution of this role has weights of these shapes.
+
+    Names alone do not tell a depthwise convolution, which has a group for every channel, and a
+    dense one, which looks at neighbours, from an expansion.
     """
-    known = modules & set().union(*rules.kinds.values())
-    possible = {kind: names for kind, names in rules.kinds.items() if known <= set(names)}
-    if not possible:  # names of several kinds: those beside the nearest one are unknown
-        return max(rules.kinds, key=lambda kind: len(known & set(rules.kinds[kind])))
-    if len(possible) == 1:
-        return next(iter(possible))
-    first = {kind: f"{prefix}{names[0]}.weight" for kind, names in possible.items()}
-    fitting = [kind for kind, key in first.items() if key in state and _begins(kind, state[key])]
-    kind = min(fitting or possible, key=lambda kind: len(possible[kind]))
-    if first[kind] not in state:
-        raise ValueError(f"{first[kind]} is missing, without which blocks cannot be told apart")
-    return kind
-
-
-def _begins(kind: str, weight: Tensor) -> bool:
-    """Whether a block of this kind can begin with this weight [Cout,Cin/groups,K,K]."""
-    if weight.dim() != 4:  # no block does: the check against a model will say so
+    if role not in (_EXPAND[0], _DEPTHWISE[0], _PROJECT[0], _DENSE[0]):
         return True
-    is_pointwise = tuple(weight.shape[2:]) == (1, 1)
-    is_dense = weight.shape[1] > 1 and not is_pointwise
-    begins = {EXPANDED: is_pointwise, PLAIN: weight.shape[1] == 1, FUSED: is_dense, DENSE: is_dense}
-    return begins[kind]
+    return all(_fits(role, s) for s in shapes if len(s) == 4)
+
+
+def _fits(role: str, shape: torch.Size) -> bool:
+    """Whether a weight's shape fits its role, in groups and in size."""
+    if (shape[1] == 1) != (role == _DEPTHWISE[0]):
+        return False
+    return role == _DEPTHWISE[0] or (shape[2:] != (1, 1)) == (role == _DENSE[0])
 
 
 def convert(
@@ -283,16 +315,16 @@ def _split(state: Mapping[str, Tensor], blocks: list[str]) -> Structure:
     """Stages of blocks that are counted through: each begins where the shape of a block changes."""
     stages: Structure = []
     previous = None
-    for index, block in enumerate(blocks):
+    for index, kind in enumerate(blocks):
         prefix = f"_blocks.{index}."
         keys = [f"{prefix}_project_conv.weight", f"{prefix}_depthwise_conv.weight"]
         if missing := [key for key in keys if key not in state]:
             raise ValueError(f"{missing[0]} is missing, without which stages cannot be told apart")
-        kind = (state[keys[0]].shape[:1], state[keys[1]].shape[2:], block)
-        if kind != previous:
+        alike = (state[keys[0]].shape[:1], state[keys[1]].shape[2:], kind)
+        if alike != previous:
             stages.append([])
-            previous = kind
-        stages[-1].append(block)
+            previous = alike
+        stages[-1].append(kind)
     return stages
 
 
@@ -308,9 +340,9 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
     for stage, blocks in enumerate(structure):
         for block, kind in enumerate(blocks):
             prefix = _prefix(rules, stage, block, index)
-            if kind not in rules.kinds:
+            if kind not in rules.blocks:
                 raise ValueError(f"{naming} has no FusedMBConv, and so no names for EfficientNetV2")
-            yield from (f"{prefix}{module}" for module in rules.kinds[kind])
+            yield from (f"{prefix}{module}" for module in rules.blocks[kind])
             index += 1
     yield from (name.format(head=len(structure) + 1) for name in rules.head)
     yield rules.classifier
@@ -319,8 +351,7 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
 def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, Tensor]:
     """The weights of squeeze-and-excitation as [R,C] for linear layers, else as [R,C,1,1]."""
     rules = NAMINGS[naming]
-    squeezes = (*rules.kinds[EXPANDED][4:6], *rules.kinds[PLAIN][2:4])
-    names = tuple(f".{name}.weight" for name in squeezes)
+    names = tuple(f".{name}.weight" for name in rules.squeeze)
     for key, value in state.items():
         if not key.endswith(names):
             continue

@@ -28,7 +28,12 @@ from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.stages import makers_of_stages
 from effnet_fast.models.variants import VARIANTS, Variant
 from effnet_fast.modules import observed
-from effnet_fast.modules.layers import Conv2dNormActivation, ResidualBlock, Sequential
+from effnet_fast.modules.layers import (
+    ACTIVATION_LAYERS,
+    Conv2dNormActivation,
+    ResidualBlock,
+    Sequential,
+)
 from effnet_fast.ops import scratch
 
 if TYPE_CHECKING:
@@ -132,7 +137,8 @@ class Backbone(nn.Module):
         self._frozen_names = frozenset[str]()
         self._own_plan = OwnPlan()
 
-        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
+        activation = ACTIVATION_LAYERS[variant.activation]
+        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=activation)
         makers: list[Callable[[], nn.Module]] = [
             partial(
                 conv,

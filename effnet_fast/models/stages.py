@@ -9,7 +9,7 @@ from torch import nn
 
 from effnet_fast.models.variants import FUSED, MBCONV, Variant
 from effnet_fast.modules.fused_mbconv import FusedMBConv
-from effnet_fast.modules.layers import MBConv, MBConvConfig, ResidualBlock, Sequential
+from effnet_fast.modules.layers import MBConv, ResidualBlock, Sequential
 
 BLOCKS: dict[str, type[ResidualBlock]] = {MBCONV: MBConv, FUSED: FusedMBConv}
 Maker = Callable[[], nn.Module]
@@ -22,15 +22,7 @@ def makers_of_stages(
     index = 0
     for stage in variant.stages:
         blocks: list[Maker] = []
-        for repeat in range(stage.repeats):
-            config = MBConvConfig(
-                expand_ratio=stage.expand_ratio,
-                kernel=stage.kernel,
-                stride=stage.stride if repeat == 0 else 1,
-                input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
-                out_channels=stage.out_channels,
-                padding=variant.padding,
-            )
+        for config in variant.block_configs(stage):
             prob = stochastic_depth_prob * float(index) / variant.blocks
             make: Callable[..., nn.Module] = BLOCKS[stage.kind]
             blocks.append(partial(make, config, prob, norm_layer))

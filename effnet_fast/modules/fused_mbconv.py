@@ -11,7 +11,12 @@ from functools import partial
 
 from torch import nn
 
-from effnet_fast.modules.layers import Conv2dNormActivation, MBConvConfig, ResidualBlock
+from effnet_fast.modules.layers import (
+    ACTIVATION_LAYERS,
+    Conv2dNormActivation,
+    MBConvConfig,
+    ResidualBlock,
+)
 
 LEAST_KERNEL = 3  # a 1x1 one would be MBConv's expansion, from which names could not tell it
 
@@ -27,7 +32,7 @@ def _layers(config: MBConvConfig, norm_layer: Callable[..., nn.Module]) -> Itera
         kernel_size=config.kernel,
         stride=config.stride,
         padding="same" if config.padding == "same" else None,
-        activation_layer=nn.SiLU,
+        activation_layer=ACTIVATION_LAYERS[config.activation],
     )
     if projects:
         yield conv(expanded, config.out_channels, kernel_size=1, activation_layer=None)
@@ -40,7 +45,7 @@ class FusedMBConv(ResidualBlock):
     squeeze-and-excitation.
 
     Args:
-        config: the block's geometry, its kernel at least 3.
+        config: the block's geometry, its kernel at least 3; `squeeze` has no meaning here.
         stochastic_depth_prob: probability that a sample skips the block's body in training.
         norm_layer: makes a normalisation from its channels.
 

@@ -27,6 +27,7 @@ _TYPES = {
     "bool": "bool",
     "int": "int",
     "float": "float",
+    "str": "str",
     "Ints": "int[]",
     "Sides": "int[4]",
     "list[bool]": "bool[]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from effnet_fast.checkpoints import FAMILIES, NAMINGS
 from effnet_fast.models import VARIANTS, custom_variant
 from networks import TINY, TINY_V2
 
+TINY_LITE = replace(VARIANTS["lite0"], name="tiny_lite", width=0.25, depth=0.5, resolution=48)
 SIZES = [
     pytest.param(family, *param.values, marks=param.marks)
     for family in peers.BUILDERS
@@ -39,10 +41,10 @@ def assert_same(actual, expected):
 
 
 @functools.cache
-def tiny_state():
+def tiny_state(variant=TINY):
     """All kinds of blocks; its first two stages have equal channels and kernels."""
     torch.manual_seed(0)
-    return EfficientNet(TINY, num_classes=4).state_dict()
+    return EfficientNet(variant, num_classes=4).state_dict()
 
 
 @pytest.fixture
@@ -65,8 +67,7 @@ def test_names_order_and_shapes_are_the_familys(family, size):
 @pytest.fixture
 def tiny_v2():
     """All kinds of FusedMBConv."""
-    torch.manual_seed(0)
-    return EfficientNet(TINY_V2, num_classes=4).state_dict()
+    return tiny_state(TINY_V2)
 
 
 def test_v2_round_trip(tiny_v2):
@@ -83,17 +84,19 @@ def test_families_without_v2(tiny_v2, to):
         checkpoints.convert(tiny_v2, to)
 
 
-def test_kinds_of_blocks_are_not_guessed(tiny_v2):
-    """Without its first weight a FusedMBConv has the names of a part of an MBConv."""
-    named = checkpoints.convert(tiny_v2, "timm")
-    for state, key in ((tiny_v2, "features.2.0.block.0.0"), (named, "blocks.1.0.conv_exp")):
-        lacking = {name: tensor for name, tensor in state.items() if name != f"{key}.weight"}
-        with pytest.raises(ValueError, match=rf"{key}\.weight is missing, without which blocks"):
-            checkpoints.convert(lacking, "timm" if state is tiny_v2 else "torchvision")
+@pytest.mark.parametrize(("source", "to"), [("torchvision", "timm"), ("timm", "torchvision")])
+def test_a_missing_name_of_v2_moves_no_other(tiny_v2, source, to):
+    whole = checkpoints.convert(tiny_v2, source)
+    right = dict(zip(whole, checkpoints.convert(whole, to), strict=True))
+    for missing in whole:
+        state = {key: value for key, value in whole.items() if key != missing}
+        assert list(checkpoints.convert(state, to)) == [right[key] for key in state], missing
 
 
 @pytest.mark.parametrize(("source", "to"), PAIRS)
-def test_round_trip(tiny, source, to):
+@pytest.mark.parametrize("variant", [TINY, TINY_LITE], ids=lambda v: v.name)
+def test_round_trip(variant, source, to):
+    tiny = tiny_state(variant)
     named = checkpoints.convert(tiny, source)
     there = checkpoints.convert(named, to)
     assert there.keys() != named.keys()
@@ -187,10 +190,15 @@ def test_missing_what_tells_stages_apart(tiny):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), source=st.sampled_from(list(FAMILIES)), to=st.sampled_from(list(FAMILIES)))
-def test_missing_names_never_move_others(data, source, to):
+@given(
+    data=st.data(),
+    variant=st.sampled_from([TINY, TINY_LITE]),
+    source=st.sampled_from(list(FAMILIES)),
+    to=st.sampled_from(list(FAMILIES)),
+)
+def test_missing_names_never_move_others(data, variant, source, to):
     """Whatever is missing, a tensor gets the name it has in the whole network, or an error."""
-    whole = checkpoints.convert(tiny_state(), source)
+    whole = checkpoints.convert(tiny_state(variant), source)
     right = dict(zip(whole, checkpoints.convert(whole, to), strict=True))
     dropped = data.draw(st.sets(st.sampled_from(list(whole)), max_size=12))
     state = {key: value for key, value in whole.items() if key not in dropped}

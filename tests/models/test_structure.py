@@ -169,7 +169,8 @@ class TestArguments:
         for name in VARIANTS:
             function = getattr(models, f"efficientnet_{name}")
             assert function.__name__ == function.__qualname__ == f"efficientnet_{name}"
-            assert function.__doc__.startswith(f"EfficientNet-{name.upper().replace('_', '-')},")
+            title = "-".join(part.capitalize() for part in name.split("_"))
+            assert function.__doc__.startswith(f"EfficientNet-{title}, for images")
             assert pickle.loads(pickle.dumps(function)) is function
 
     def test_sizes(self) -> None:

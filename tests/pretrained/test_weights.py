@@ -24,7 +24,7 @@ from effnet_fast.scaling import count
 from networks import PUBLISHED
 
 NETWORKS = [f"efficientnet_{name}" for name in PUBLISHED]
-MEMBERS = [member for enum in weights.ENUMS.values() for member in enum]
+MEMBERS = [member for enum in weights.ENUMS.values() for member in enum if not member.package]
 B0 = EfficientNet_B0_Weights.IMAGENET1K_V1
 STEM = "features.0.0.weight"
 

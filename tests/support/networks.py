@@ -32,6 +32,7 @@ ALIKE = 1e-3  # relative rms; float32 errs by 1e-5 in these networks
 V1 = tuple(f"b{i}" for i in range(8))  # torchvision's
 V2 = ("v2_s", "v2_m", "v2_l")
 PUBLISHED = (*V1, *V2)
+LITES = tuple(f"lite{i}" for i in range(5))
 PARAMETERS = {
     "b0": 5_288_548,
     "b1": 7_794_184,
@@ -41,6 +42,11 @@ PARAMETERS = {
     "b5": 30_389_784,
     "b6": 43_040_704,
     "b7": 66_347_960,
+    "lite0": 4_652_008,
+    "lite1": 5_416_680,
+    "lite2": 6_092_072,
+    "lite3": 8_197_096,
+    "lite4": 13_006_568,
     "v2_s": 21_458_488,
     "v2_m": 54_139_356,
     "v2_l": 118_515_272,

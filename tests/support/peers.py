@@ -39,7 +39,10 @@ def _in_timm(size: str) -> str:
 
 
 def _lukemelas(size: str) -> nn.Module:
-    from efficientnet_pytorch import EfficientNet
+    if size.startswith("lite"):
+        from efficientnet_lite_pytorch import EfficientNet
+    else:
+        from efficientnet_pytorch import EfficientNet
 
     # Without an image size padding follows the input; with one it is that of the size given.
     return EfficientNet.from_name(f"efficientnet-{size}", image_size=None)
@@ -95,7 +98,11 @@ BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "nvidia": _nvidia,
 }
 # Sizes that a family lacks, by how their names begin.
-LACKING = {"torchvision": ("b8", "l2"), "lukemelas": ("v2",), "nvidia": ("v2",)}
+LACKING = {
+    "torchvision": ("b8", "l2", "lite"),
+    "lukemelas": ("v2",),
+    "nvidia": ("v2", "lite"),
+}
 RUNNABLE = tuple(family for family in BUILDERS if family != "nvidia")
 
 

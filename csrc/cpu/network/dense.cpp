@@ -1,7 +1,7 @@
-// FusedMBConv in inference: dense convolution, SiLU and projection row by row, in one pass.
+// FusedMBConv in inference: dense convolution, activation and projection row by row, in one pass.
 //
-// Computes: y = silu(conv(x, W1) + b1) W2 + b2 [+ x], or y = silu(conv(x, W1) + b1) [+ x] where
-//           there is no projection; BatchNorm folded into weights and shifts
+// Computes: y = act(conv(x, W1) + b1) W2 + b2 [+ x], or y = act(conv(x, W1) + b1) [+ x] where there
+//           is no projection; BatchNorm folded into weights and shifts
 // Layout:   blocks of one cache line, see args.h; W1 as a product's weights with K = taps * Cin
 // Tiling:   a thread owns output rows. The input rows under one of them lie with their zeros in a
 //           ring; from there register tiles of pixels times output channels are multiplied, tap by
@@ -9,7 +9,7 @@
 //           holds, are projected before the next ones are computed
 // Bytes:    x once from memory and once more from cache where it is added, y once; weights from the
 //           L2 cache, once per row
-// FLOPs:    2 K^2 Cin + 2 Cout + about 15 for SiLU, per expanded element
+// FLOPs:    2 K^2 Cin + 2 Cout + about 15 for SiLU or 2 for clamp, per expanded element
 // Source:   original
 // Truth:    effnet_fast/reference/{stem_conv_bn_silu,pointwise_bn_act}.py
 #include "cpu/network/dense_tile.h"
@@ -46,10 +46,14 @@ struct DensePlan {
   }
 };
 
+struct Linear {  // no activation
+  EFFNET_INLINE Vec value(Vec u) const { return u; }
+};
+
 // Results of one panel, [count][width], to pixels from `first` on.
-template <typename T, bool SILU, bool RESIDUAL>
-EFFNET_INLINE void store_results(const Activations<T>& y, const Activations<T>& x, Panel panel,
-                                 int64_t first, int64_t count, const float* results) {
+template <typename T, bool RESIDUAL, typename A>
+EFFNET_INLINE void store_results(const A& act, const Activations<T>& y, const Activations<T>& x,
+                                 Panel panel, int64_t first, int64_t count, const float* results) {
   for (int64_t u = 0; u < panel.units; u++) {
     const float* in = results + u * kUnit;
     T* to = y.unit(panel.unit + u) + first * kBlock<T>;
@@ -57,8 +61,7 @@ EFFNET_INLINE void store_results(const Activations<T>& y, const Activations<T>& 
     for (int64_t p = 0; p < count; p++, in += panel.width(), to += kBlock<T>)
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; part++) {
-        Vec v = load(in + part * kLanes);
-        if constexpr (SILU) v = silu_as<T>(v);
+        Vec v = activate_as<T>(act, load(in + part * kLanes));
         if constexpr (RESIDUAL) v += load(added + p * kBlock<T> + part * kLanes);
         store(to + part * kLanes, v);
       }
@@ -66,7 +69,7 @@ EFFNET_INLINE void store_results(const Activations<T>& y, const Activations<T>& 
 }
 
 // A thread on its way down the rows of an image.
-template <typename T>
+template <typename T, typename A>
 struct DenseRows {
   const BlockLayer& layer;
   const BlockShape& shape;
@@ -180,6 +183,7 @@ struct DenseRows {
   void run(const Activations<T>& x, const Activations<T>& y, int64_t offset, int64_t first,
            int64_t count) const {
     const int64_t units = units_of<T>(layer.channels);
+    const A act(layer.activation);
     const Activations<T> inner = {reinterpret_cast<T*>(expanded), count, layer.channels};
     for (int64_t i = 0; i < Panel::count(units); i++) {
       const Panel panel(i, units);
@@ -188,11 +192,11 @@ struct DenseRows {
       else
         convolve<2>(panel, first, count);
       if (layer.projects)
-        store_results<T, true, false>(inner, x, panel, 0, count, results);
+        store_results<T, false>(act, inner, x, panel, 0, count, results);
       else if (layer.residual)
-        store_results<T, true, true>(y, x, panel, offset + first, count, results);
+        store_results<T, true>(act, y, x, panel, offset + first, count, results);
       else
-        store_results<T, true, false>(y, x, panel, offset + first, count, results);
+        store_results<T, false>(act, y, x, panel, offset + first, count, results);
     }
     if (!layer.projects) return;
     const int64_t out = units_of<T>(layer.out_channels), words = words_of<T>(layer.channels);
@@ -201,27 +205,20 @@ struct DenseRows {
       multiply(results, inner, {{0, words}, {0, count}, panel, amx, false}, layer.project,
                layer.project.weight);
       if (layer.residual)
-        store_results<T, false, true>(y, x, panel, offset + first, count, results);
+        store_results<T, true>(Linear(), y, x, panel, offset + first, count, results);
       else
-        store_results<T, false, false>(y, x, panel, offset + first, count, results);
+        store_results<T, false>(Linear(), y, x, panel, offset + first, count, results);
     }
   }
 };
 
-}  // namespace
-
-template <typename T>
-int64_t dense_floats(const BlockLayer& layer, const BlockShape& shape) {
-  return DensePlan<T>(layer, shape).least();
-}
-
-template <typename T>
-void run_dense(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
-               const BlockMemory<T>& memory, int64_t l2, bool amx, Team team) {
+template <typename T, typename A>
+void run_rows(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
+              const BlockMemory<T>& memory, int64_t l2, bool amx, Team team) {
   const DensePlan<T> plan(layer, shape);
   const int64_t height = shape.vertical.out, width = shape.horizontal.out;
   const int64_t chunks = ceil_div(width, plan.pixels(memory.ring_floats, l2));
-  const DenseRows<T> rows(layer, shape, plan, amx, memory.ring, ceil_div(width, chunks));
+  const DenseRows<T, A> rows(layer, shape, plan, amx, memory.ring, ceil_div(width, chunks));
   const Range part = team.part(x.count * height);
   for (int64_t i = part.begin, next = 0; i < part.end; i++) {
     const int64_t n = i / height, row = i % height;
@@ -240,6 +237,20 @@ void run_dense(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Im
       rows.run(in, out, row * width, chunk.begin, chunk.size());
     }
   }
+}
+
+}  // namespace
+
+template <typename T>
+int64_t dense_floats(const BlockLayer& layer, const BlockShape& shape) {
+  return DensePlan<T>(layer, shape).least();
+}
+
+template <typename T>
+void run_dense(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
+               const BlockMemory<T>& memory, int64_t l2, bool amx, Team team) {
+  with_activation(layer.activation,
+                  [&]<typename A>() { run_rows<T, A>(layer, shape, x, y, memory, l2, amx, team); });
 }
 
 #define EFFNET_DENSE(T)                                                               \
