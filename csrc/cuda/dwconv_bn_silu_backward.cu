@@ -1,9 +1,10 @@
-// Depthwise convolution with BatchNorm and SiLU, backward: data and weight gradient in one pass.
+// Depthwise convolution with BatchNorm and an activation, backward: data and weight gradient in one pass.
 //
-// Computes: du = (grad_y * gate + shift) * silu'(after(z))
+// Computes: du = (grad_y * gate + shift) * act'(after(z))
 //           dz = scale * (du - mean(du) - zh * mean(du * zh))    (eval: the two means are absent)
-//           a = x, or silu(before(x)); da = conv_transpose(dz, weight), dW = correlate(a, dz)
-//           grad_x = f = da * silu'(before(x)), or da; sum f and sum f * zh of x
+//           a = x, or act(before(x)); da = conv_transpose(dz, weight), dW = correlate(a, dz)
+//           grad_x = f = da * act'(before(x)), or da; sum f and sum f * zh of x; act is SiLU or
+//           clamp(lo, hi)
 // Layout:   channels-last, x with any strides over N, H, W; all else without gaps
 // Tiling:   a block owns up to 64 channels of a strip of columns of x, and goes down it in bands of
 //           rows and from image to image. grad_y and z of the next band arrive in shared memory
@@ -90,42 +91,52 @@ __device__ __forceinline__ void run_tile(const Params& p, const Shared<T>& share
 #pragma unroll
     for (int j = 0; j < TC; j++) {
       a[i][j] = pair_at(x + i * p.x_pitch + j * w.channels);
-      if (!activates) continue;
-      const float2 scale = pair_at(before + kBeforeScale * w.channels);
-      const float2 shift = pair_at(before + kBeforeShift * w.channels);
-      a[i][j].x = inside(i, j) ? silu(a[i][j].x * scale.x + shift.x) : 0.0f;
-      a[i][j].y = inside(i, j) ? silu(a[i][j].y * scale.y + shift.y) : 0.0f;
-      a[i][j] = rounded<T>(a[i][j]);
     }
+  if (activates) {
+    const float2 scale = pair_at(before + kBeforeScale * w.channels);
+    const float2 shift = pair_at(before + kBeforeShift * w.channels);
+    with_activation(p.args.activation, [&](const auto& form) {
+#pragma unroll
+      for (int i = 0; i < TR; i++)
+#pragma unroll
+        for (int j = 0; j < TC; j++) {
+          a[i][j].x = inside(i, j) ? form.value(a[i][j].x * scale.x + shift.x) : 0.0f;
+          a[i][j].y = inside(i, j) ? form.value(a[i][j].y * scale.y + shift.y) : 0.0f;
+          a[i][j] = rounded<T>(a[i][j]);
+        }
+    });
+  }
   correlate<T, K, S, TR, TC>(w, shared.ring, at.slot, lane, shared.weight + lane.channel, a, da,
                              dw);
   const int64_t c = place.c0 + lane.channel;
   T* out = static_cast<T*>(p.args.grad_x);
   if (out) out += ((at.n * s.h + ih) * s.w + iw) * s.c + c;
   float2 sum_f = {0.0f, 0.0f}, sum_fzh = {0.0f, 0.0f};
+  with_activation(p.args.activation, [&](const auto& form) {
 #pragma unroll
-  for (int i = 0; i < TR; i++)
+    for (int i = 0; i < TR; i++)
 #pragma unroll
-    for (int j = 0; j < TC; j++) {
-      if (!inside(i, j)) continue;
-      float2 f = da[i][j], zh = {};
-      if (activates) {
-        const float2 scale = pair_at(before + kBeforeScale * w.channels);
-        const float2 shift = pair_at(before + kBeforeShift * w.channels);
-        const float2 mean = pair_at(before + kBeforeMean * w.channels);
-        const float2 rstd = pair_at(before + kBeforeRstd * w.channels);
-        const float2 z = pair_at(x + i * p.x_pitch + j * w.channels);
-        f.x *= silu_grad(z.x * scale.x + shift.x);
-        f.y *= silu_grad(z.y * scale.y + shift.y);
-        zh = make_float2((z.x - mean.x) * rstd.x, (z.y - mean.y) * rstd.y);
+      for (int j = 0; j < TC; j++) {
+        if (!inside(i, j)) continue;
+        float2 f = da[i][j], zh = {};
+        if (activates) {
+          const float2 scale = pair_at(before + kBeforeScale * w.channels);
+          const float2 shift = pair_at(before + kBeforeShift * w.channels);
+          const float2 mean = pair_at(before + kBeforeMean * w.channels);
+          const float2 rstd = pair_at(before + kBeforeRstd * w.channels);
+          const float2 z = pair_at(x + i * p.x_pitch + j * w.channels);
+          f.x *= form.slope(z.x * scale.x + shift.x);
+          f.y *= form.slope(z.y * scale.y + shift.y);
+          zh = make_float2((z.x - mean.x) * rstd.x, (z.y - mean.y) * rstd.y);
+        }
+        f = rounded<T>(f);
+        sum_f.x += f.x;
+        sum_f.y += f.y;
+        sum_fzh.x = fmaf(f.x, zh.x, sum_fzh.x);
+        sum_fzh.y = fmaf(f.y, zh.y, sum_fzh.y);
+        if (out) store_pair(out + (i * s.w + j) * s.c, f, s.c - c, p.paired);
       }
-      f = rounded<T>(f);
-      sum_f.x += f.x;
-      sum_f.y += f.y;
-      sum_fzh.x = fmaf(f.x, zh.x, sum_fzh.x);
-      sum_fzh.y = fmaf(f.y, zh.y, sum_fzh.y);
-      if (out) store_pair(out + (i * s.w + j) * s.c, f, s.c - c, p.paired);
-    }
+  });
   float4& sums = shared.sums[thread_x()];
   sums = make_float4(sums.x + sum_f.x, sums.y + sum_f.y, sums.z + sum_fzh.x, sums.w + sum_fzh.y);
 }
@@ -200,7 +211,9 @@ __global__ void __launch_bounds__(kMaxThreads, K == 3 ? 2 : 1)
   while (at.n < place.n_end) {
     const Cursor next = at.next(p.window, band_begin, band_end);
     cp_async_wait<0>();
-    form_dz<T, K, S>(p, shared, place, at);
+    with_activation(p.args.activation, [&](const auto& form) {
+      form_dz<T, K, S>(p, shared, place, at, form);
+    });
     sync_threads();
     if (next.n < place.n_end) copy_band<T, K, S>(p, shared, place, next, 1 - parity);
     const int ih = static_cast<int>(p.top - s.pad_t + (at.band * t.ny + lane.y) * TR);
@@ -270,6 +283,7 @@ int64_t dwconv_backward_shared_bytes(const DwconvShape& s, DType dtype, const Ti
 }
 
 void launch_dwconv_bn_silu_bwd(const DwconvBackwardArgs& args, const Queue& queue) {
+  check_activation(args.activation);
   if (args.dtype == DType::kFloat32) return by_tile<float>(args, queue);
   if (args.dtype == DType::kFloat16) return by_tile<__half>(args, queue);
   by_tile<__nv_bfloat16>(args, queue);

@@ -1,0 +1,78 @@
+// The activations and gates that the CUDA kernels apply, and their slopes.
+//
+// A kernel is compiled once for all of them: `with_activation` is one branch that every thread of a
+// launch takes alike, placed outside of the loops over elements.
+#pragma once
+
+#include "common/activation.h"
+#include "cuda/primitives.cuh"
+
+namespace effnet {
+namespace cuda {
+
+// value(u) is a, slope(u) is da / du, both(u) is (a, da / du) with what they share formed once.
+struct SiluForm {
+  __device__ __forceinline__ float value(float u) const { return silu(u); }
+  __device__ __forceinline__ float slope(float u) const { return silu_grad(u); }
+  __device__ __forceinline__ float2 both(float u) const {
+    const float s = sigmoid(u);
+    return make_float2(u * s, silu_grad(u, s));
+  }
+};
+
+// Of a NaN the value stays NaN and the slope is 1; at a bound the slope is 0. All as stock.
+struct ClampForm {
+  float lo, hi;
+  __device__ __forceinline__ float value(float u) const {
+    u = u < lo ? lo : u;
+    return u > hi ? hi : u;
+  }
+  __device__ __forceinline__ float slope(float u) const {
+    return u <= lo || u >= hi ? 0.0f : 1.0f;
+  }
+  __device__ __forceinline__ float2 both(float u) const { return make_float2(value(u), slope(u)); }
+};
+
+// Calls body with the activation's form.
+template <typename Body>
+__device__ __forceinline__ void with_activation(const Activation& a, const Body& body) {
+  if (a.kind == kSilu)
+    body(SiluForm{});
+  else
+    body(ClampForm{a.lo, a.hi});
+}
+
+// Of single elements.
+__device__ __forceinline__ float activated(const Activation& a, float u) {
+  return a.kind == kSilu ? silu(u) : ClampForm{a.lo, a.hi}.value(u);
+}
+__device__ __forceinline__ float slope_of(const Activation& a, float u) {
+  return a.kind == kSilu ? silu_grad(u) : ClampForm{a.lo, a.hi}.slope(u);
+}
+
+__device__ __forceinline__ bool is_identity(const Activation& a) {
+  return a.kind == kClamp && a.lo != a.lo && a.hi != a.hi;
+}
+
+// The gate of a logit: sigmoid, or clamp(u + 3, 0, 6) / 6.
+__device__ __forceinline__ float gate_of(int kind, float u) {
+  return kind == kSigmoid ? sigmoid(u) : ClampForm{0.0f, 6.0f}.value(u + 3.0f) * (1.0f / 6.0f);
+}
+// d gate / d logit, given the gate.
+__device__ __forceinline__ float gate_slope(int kind, float gate) {
+  if (kind == kSigmoid) return gate * (1.0f - gate);
+  return gate > 0.0f && gate < 1.0f ? 1.0f / 6.0f : 0.0f;
+}
+
+// Throws std::invalid_argument where no kernel has them.
+inline void check_activation(const Activation& a) {
+  if (a.kind != kSilu && a.kind != kClamp)
+    throw std::invalid_argument("activation: the CUDA kernels have SiLU (0) and clamp (1)");
+}
+inline void check_gate(int kind) {
+  if (kind != kSigmoid && kind != kHardSigmoid)
+    throw std::invalid_argument("gate: the kernels have sigmoid (0) and hardsigmoid (1)");
+}
+
+}  // namespace cuda
+}  // namespace effnet
