@@ -123,8 +123,8 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
 def _convolution(module: nn.Module, kind: str) -> structure.Layer:
     structure.require(module)
     layer = structure.structure_of(module)
-    if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.silu:
-        raise RefusedError(f" is no {kind} convolution with SiLU")
+    if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.activates:
+        raise RefusedError(f" is no {kind} convolution with an activation")
     if layer.geometry.stride[0] != layer.geometry.stride[1]:
         raise RefusedError(f" has stride {layer.geometry.stride}")
     return layer
@@ -248,6 +248,7 @@ def _weights(spec: NetworkSpec) -> Iterator[Tensor]:
     weights = (layer.tensors[0] for layer in layers_of(spec))
     yield from (weight for weight in weights if weight is not None)
     for block in spec.blocks:
-        yield from (tensor for tensor in block.layers.excite if tensor is not None)
+        excite = block.layers.excite or ()
+        yield from (tensor for tensor in excite if tensor is not None)
     if spec.linear is not None:
         yield from (t for t in (spec.linear.weight, spec.linear.bias) if t is not None)

@@ -36,6 +36,7 @@ SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: _CONVOLUTION,
     Conv2dSame: _CONVOLUTION,
     nn.BatchNorm2d: ("training", "eps"),
+    nn.ReLU6: ("min_val", "max_val"),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Dropout: ("training", "p"),
     StochasticDepth: ("training", "p"),

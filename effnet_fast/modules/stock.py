@@ -160,6 +160,23 @@ BLOCK = Stock(
     (stochastic_depth, "stochastic_depth"),
     below=(LAYER, _CALLED_LAYER, _POOL),
 )
+# Below an activation or a gate of this name; those of the tables above stand for SiLU and sigmoid.
+# Fused ops differentiate ReLU6 a second time by its own function, which its module does not call.
+ACTIVATIONS = {
+    "identity": Stock((nn.Identity, _FORWARD)),
+    "relu": Stock((nn.ReLU, _FORWARD), (F, "relu"), (torch, "relu relu_")),
+    "relu6": Stock(
+        (nn.ReLU6, _FORWARD),
+        (F, "hardtanh relu6"),
+        (torch._C._nn, "hardtanh hardtanh_ relu6"),
+    ),
+    "hardswish": Stock(
+        (nn.Hardswish, _FORWARD), (F, "hardswish"), (torch._C._nn, "hardswish hardswish_")
+    ),
+    "hardsigmoid": Stock(
+        (nn.Hardsigmoid, _FORWARD), (F, "hardsigmoid"), (torch._C._nn, "hardsigmoid hardsigmoid_")
+    ),
+}
 # Below the forward of a network that pools its last layer's result at once.
 HEAD = Stock((torch, "flatten"), below=(LAYER, _CALLED_LAYER, _POOL))
 # Below the forward of a network that runs in one call.
@@ -167,9 +184,8 @@ NETWORK = Stock(
     (layers.MBConv, _FORWARD),
     (nn.Dropout, _FORWARD),
     (nn.Linear, _FORWARD),
-    (nn.Identity, _FORWARD),
     (F, "dropout linear"),
-    below=(BLOCK, HEAD),
+    below=(BLOCK, HEAD, *ACTIVATIONS.values()),
 )
 
 # Which of these names an instance must not have in its place: those that are looked up on it.
