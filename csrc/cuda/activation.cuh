@@ -58,10 +58,10 @@ __device__ __forceinline__ bool is_identity(const Activation& a) {
 __device__ __forceinline__ float gate_of(int kind, float u) {
   return kind == kSigmoid ? sigmoid(u) : ClampForm{0.0f, 6.0f}.value(u + 3.0f) * (1.0f / 6.0f);
 }
-// d gate / d logit, given the gate.
-__device__ __forceinline__ float gate_slope(int kind, float gate) {
-  if (kind == kSigmoid) return gate * (1.0f - gate);
-  return gate > 0.0f && gate < 1.0f ? 1.0f / 6.0f : 0.0f;
+// The logit's gradient from the gate's, given the gate.
+__device__ __forceinline__ float grad_through_gate(int kind, float grad, float gate) {
+  if (kind == kSigmoid) return grad * gate * (1.0f - gate);
+  return gate > 0.0f && gate < 1.0f ? grad * (1.0f / 6.0f) : 0.0f;
 }
 
 // Throws std::invalid_argument where no kernel has them.

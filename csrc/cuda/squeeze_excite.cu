@@ -130,7 +130,7 @@ __device__ __forceinline__ void fill(Plane& tile, const Quad& at, const Value& v
 __device__ __forceinline__ float grad_logit(const ExciteBackwardArgs& a, int64_t n, int64_t c) {
   if (n >= a.n || c >= a.c) return 0.0f;
   const float gate = load(a.gate + n * a.c + c);
-  return load(a.grad_gate + n * a.c + c) * gate_slope(a.gate_kind, gate);
+  return grad_through_gate(a.gate_kind, load(a.grad_gate + n * a.c + c), gate);
 }
 
 // dW2 and db2 of 32 channels x 32 hidden ones; and these channels' part of W2^T grad_logit.

@@ -109,22 +109,22 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
         px[k] = load_piece(x + from * a.c, channels, grid.aligned);
         if constexpr (kReadsGrad) pg[k] = load_piece(grad_y + from * a.c, channels, grid.aligned);
       }
+      const auto add = [&](const auto& form) {
 #pragma unroll
-      for (int k = 0; k < kUnroll; k++) {
-        if (pixel + k * grid.rows >= at.end) continue;
-        float vx[V], vg[V];
-        unpack<T>(px[k], vx);
-        if constexpr (kReadsGrad) unpack<T>(pg[k], vg);
-        const auto add = [&](const auto& form) {
+        for (int k = 0; k < kUnroll; k++) {
+          if (pixel + k * grid.rows >= at.end) continue;
+          float vx[V], vg[V];
+          unpack<T>(px[k], vx);
+          if constexpr (kReadsGrad) unpack<T>(pg[k], vg);
 #pragma unroll
           for (int i = 0; i < V; i++)
             accumulate<R>(sums[i], vx[i], kReadsGrad ? vg[i] : 0.0f, bn[i], keep, form);
-        };
-        if constexpr (kActivates<R>)
-          with_activation(a.activation, add);
-        else
-          add(SiluForm{});
-      }
+        }
+      };
+      if constexpr (kActivates<R>)
+        with_activation(a.activation, add);
+      else
+        add(SiluForm{});
     }
   }
   write_partial<T, SUMS>(a, grid, at, sums);
