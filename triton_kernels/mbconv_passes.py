@@ -105,9 +105,7 @@ def mbconv_depthwise(
     return z, _norm(partial, bn_weight, bn_bias, mean, var, eps)
 
 
-def mbconv_squeeze(
-    z: Tensor, norm: Tensor, activation: str, backend: str
-) -> tuple[Tensor, Tensor]:
+def mbconv_squeeze(z: Tensor, norm: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
     """The op of this name."""
     sums = launch_squeeze(z, norm=norm, activation=activation)
     return sums[0] / max(1, z.shape[2] * z.shape[3]), sums[1:].clone()

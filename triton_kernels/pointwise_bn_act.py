@@ -1,4 +1,4 @@
-"""1x1 convolution with BatchNorm, activation, gate and residual: a matrix product with what surrounds it.
+"""1x1 convolution with BatchNorm, activation, gate, residual: a product with what surrounds it.
 
 Computes: z = in(x) weight^T with in(x) = x, or act(bn(x)), times gate[n, k] where there is one;
           y = z and its (count, mean, M2) by tile, or y = act(bn(z)) + residual; act is

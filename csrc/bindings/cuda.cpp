@@ -23,7 +23,7 @@ using Address = uintptr_t;
 using Strides = std::array<int64_t, 3>;  // over n, h, w in elements
 // weight, bias, mean, variance, 0 where absent; dtype of the first two and of the others; eps
 using BnTuple = std::tuple<std::array<Address, 4>, int, int, float>;
-using QueueTuple = std::pair<int, Address>;  // device, stream
+using QueueTuple = std::pair<int, Address>;             // device, stream
 using ActivationTuple = std::tuple<int, float, float>;  // kind, lo, hi
 
 template <typename T = void>
@@ -110,8 +110,7 @@ void reduce(const QueueTuple& queue, const std::array<int64_t, 4>& sizes, int dt
   if (what < 0 || what > 4) throw std::invalid_argument("reduction must be 0 to 4");
   launch_reduce({sizes[0], sizes[1], sizes[2], sizes[3], dtype_of(dtype),
                  static_cast<Reduction>(what), address(x), address(grad_y), bn_of(bn),
-                 address<float>(keep), factor, address<float>(partial),
-                 activation_of(activation)},
+                 address<float>(keep), factor, address<float>(partial), activation_of(activation)},
                 queue_of(queue));
 }
 
@@ -153,12 +152,12 @@ void excite_fwd(const QueueTuple& queue, const std::array<int64_t, 4>& sizes, in
                 Address pooled, Address se_reduce_weight, Address se_reduce_bias,
                 Address se_expand_weight, Address se_expand_bias, Address partial, Address hidden,
                 Address gate, const ActivationTuple& activation, int gate_kind) {
-  launch_excite_fwd({sizes[0], sizes[1], sizes[2], sizes[3], dtype_of(weight_dtype),
-                     address<float>(pooled), address(se_reduce_weight), address(se_reduce_bias),
-                     address(se_expand_weight), address(se_expand_bias), address<float>(partial),
-                     address<float>(hidden), address<float>(gate), activation_of(activation),
-                     gate_kind},
-                    queue_of(queue));
+  launch_excite_fwd(
+      {sizes[0], sizes[1], sizes[2], sizes[3], dtype_of(weight_dtype), address<float>(pooled),
+       address(se_reduce_weight), address(se_reduce_bias), address(se_expand_weight),
+       address(se_expand_bias), address<float>(partial), address<float>(hidden),
+       address<float>(gate), activation_of(activation), gate_kind},
+      queue_of(queue));
 }
 
 // sizes: n, c, r; grads: se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias.

@@ -27,9 +27,7 @@ struct ClampForm {
     u = u < lo ? lo : u;
     return u > hi ? hi : u;
   }
-  __device__ __forceinline__ float slope(float u) const {
-    return u <= lo || u >= hi ? 0.0f : 1.0f;
-  }
+  __device__ __forceinline__ float slope(float u) const { return u <= lo || u >= hi ? 0.0f : 1.0f; }
   __device__ __forceinline__ float2 both(float u) const { return make_float2(value(u), slope(u)); }
 };
 

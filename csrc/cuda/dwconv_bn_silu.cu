@@ -286,9 +286,8 @@ __global__ void __launch_bounds__(kBoundThreads<K>, 2) dwconv_bn_silu_fwd_kernel
     const Cursor next = at.next(p.window, band_begin, band_end);
     cp_async_wait<0>();
     if (p.args.before.mean)
-      with_activation(p.args.activation, [&](const auto& form) {
-        activate_rows<T, S>(p, shared, place, at, form);
-      });
+      with_activation(p.args.activation,
+                      [&](const auto& form) { activate_rows<T, S>(p, shared, place, at, form); });
     sync_threads();
     if (next.n < place.n_end) copy_rows<T, S>(p, shared, place, next);
     const int oh = static_cast<int>((at.band * p.args.tile.ny + lane.y) * TR);

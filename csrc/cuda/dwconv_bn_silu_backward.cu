@@ -1,4 +1,5 @@
-// Depthwise convolution with BatchNorm and an activation, backward: data and weight gradient in one pass.
+// Depthwise convolution with BatchNorm and an activation, backward: data and weight gradient in one
+// pass.
 //
 // Computes: du = (grad_y * gate + shift) * act'(after(z))
 //           dz = scale * (du - mean(du) - zh * mean(du * zh))    (eval: the two means are absent)
@@ -211,9 +212,8 @@ __global__ void __launch_bounds__(kMaxThreads, K == 3 ? 2 : 1)
   while (at.n < place.n_end) {
     const Cursor next = at.next(p.window, band_begin, band_end);
     cp_async_wait<0>();
-    with_activation(p.args.activation, [&](const auto& form) {
-      form_dz<T, K, S>(p, shared, place, at, form);
-    });
+    with_activation(p.args.activation,
+                    [&](const auto& form) { form_dz<T, K, S>(p, shared, place, at, form); });
     sync_threads();
     if (next.n < place.n_end) copy_band<T, K, S>(p, shared, place, next, 1 - parity);
     const int ih = static_cast<int>(p.top - s.pad_t + (at.band * t.ny + lane.y) * TR);

@@ -149,7 +149,7 @@ const DwconvCase kDwconv[] = {
     {"k5_same", {1, 10, 6, 11, 3, 6, 5, 2, 2, 1}, {2, 4, 8, 2, 1, 1, 1}, {2, 4, 8, 1, 3, 1, 1}, 0},
 };
 
-// SiLU, and ReLU6, by turns.
+// SiLU and ReLU6.
 const Activation kActivations[] = {{kSilu, 0.0f, 0.0f}, {kClamp, 0.0f, 6.0f}};
 
 void forward(const DwconvCase& at, DType dtype, DType weight_dtype) {
@@ -291,12 +291,11 @@ void elementwise(const PlaneCase& at, DType dtype) {
     act.z = x.data(), act.y = y.data();
     act.bn = norm.all();
     if (all) act.residual = residual.data(), act.keep = keep.floats();
-    for (const Activation& activation : kActivations) {
+    const Activation identity = {kClamp, std::nanf(""), std::nanf("")};
+    for (const Activation& activation : {kActivations[0], kActivations[1], identity}) {
       act.activation = activation;
-      check(all ? "bn, act, keep, residual" : "bn, act", launch_bn_act, act, {&y});
+      check(all ? "bn, keep, residual" : "bn", launch_bn_act, act, {&y});
     }
-    act.activation = {kClamp, std::nanf(""), std::nanf("")};  // identity
-    check(all ? "bn, keep, residual" : "bn", launch_bn_act, act, {&y});
     GateArgs gated = {};
     gated.n = at.n, gated.c = at.c, gated.hw = at.hw;
     gated.dtype = dtype;
@@ -326,10 +325,10 @@ void excite(const ExciteCase& at, DType dtype) {
   forward.se_reduce_weight = w1.data(), forward.se_reduce_bias = b1.data();
   forward.se_expand_weight = w2.data(), forward.se_expand_bias = b2.data();
   forward.partial = splits.floats(), forward.hidden = hidden.floats(), forward.gate = gate.floats();
-  forward.activation = kActivations[1], forward.gate_kind = kHardSigmoid;
-  check("excite, hard", launch_excite_fwd, forward, {&splits, &hidden, &gate});
-  forward.activation = kActivations[0], forward.gate_kind = kSigmoid;
-  check("excite", launch_excite_fwd, forward, {&splits, &hidden, &gate});
+  for (int kind : {kHardSigmoid, kSigmoid}) {
+    forward.activation = kActivations[kind], forward.gate_kind = kind;
+    check("excite", launch_excite_fwd, forward, {&splits, &hidden, &gate});
+  }
 
   const Tensor grad_gate(n * c, DType::kFloat32, -1.0f, 1.0f);
   const Tensor grad_sums(2 * n * c, DType::kFloat32, -1.0f, 1.0f);

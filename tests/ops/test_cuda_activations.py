@@ -44,7 +44,9 @@ def test_ops(activation: str, dtypes: Dtypes, backend: str) -> None:
 
 @ANY_RUN
 def test_the_gate_of_squeeze_excite(dtypes: Dtypes, backend: str) -> None:
-    check(sample("squeeze_excite", dtypes).activated(activation="silu", gate="hardsigmoid"), backend)
+    check(
+        sample("squeeze_excite", dtypes).activated(activation="silu", gate="hardsigmoid"), backend
+    )
 
 
 @ANY_RUN

@@ -20,9 +20,9 @@ from effnet_fast.ops.cuda.launching import Bn
 from effnet_fast.ops.registration import empty_nhwc
 from effnet_fast.reference.activations import activate, activation_backward, gate_of
 from parity import (
-    SPREAD,
     CUDA_BACKENDS,
     NEEDS_SIMT,
+    SPREAD,
     Results,
     assert_parity,
     channels_last,
@@ -60,9 +60,7 @@ ANY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 PARAMETERS = ("gamma1", "beta1", "weight", "gamma2", "beta2", "w1", "b1", "w2", "b2")
 
 
-def inputs(
-    shape: tuple[Any, ...], dtype: torch.dtype, kinds: Kinds = SILU
-) -> dict[str, Tensor]:
+def inputs(shape: tuple[Any, ...], dtype: torch.dtype, kinds: Kinds = SILU) -> dict[str, Tensor]:
     """z1, e and the parameters; the convolution's weight in dtype, all other ones fp32.
 
     Many values meet the bounds of the kinds that have some.

@@ -146,9 +146,7 @@ def _vectors(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def run_training(
-    block: BlockShape, batch: int, dtype: torch.dtype, kinds: Kinds = SILU
-) -> None:
+def run_training(block: BlockShape, batch: int, dtype: torch.dtype, kinds: Kinds = SILU) -> None:
     """Every pass of a block's training step, on meta tensors; parameters in fp32."""
     activation, *se_kinds = kinds
     c, e, out = block.channels
@@ -196,9 +194,7 @@ def run_training(
         )
 
 
-def run_inference(
-    block: BlockShape, batch: int, dtype: torch.dtype, kinds: Kinds = SILU
-) -> None:
+def run_inference(block: BlockShape, batch: int, dtype: torch.dtype, kinds: Kinds = SILU) -> None:
     """A block's inference, on meta tensors, both ways; parameters in x's dtype."""
     c, e, out = block.channels
     k, r = block.kernel, block.squeezed

@@ -1,4 +1,4 @@
-"""Blocks over packed weights, as the engine of launched kernels runs them, from the cases' calls."""
+"""Blocks over packed weights, as the engine of launched kernels runs them, from calls of mbconv."""
 
 from __future__ import annotations
 

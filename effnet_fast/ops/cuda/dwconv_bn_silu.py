@@ -1,8 +1,8 @@
 """Depthwise convolution, BatchNorm and activation on the CUDA kernels.
 
 `forward` and `backward` are the passes as a fused MBConv uses them: x may be the raw output of the
-convolution before, whose BatchNorm and activation are then applied as it is read. The registered ops are
-special cases of them.
+convolution before, whose BatchNorm and activation are then applied as it is read. The registered
+ops are special cases of them.
 """
 
 from __future__ import annotations

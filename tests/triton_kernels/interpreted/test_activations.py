@@ -31,8 +31,23 @@ from tiers import some
 INF, NAN = math.inf, math.nan
 KNOWN = [name for name in ACTIVATIONS if name != "hardswish"]
 # The bounds and their neighbours, both zeros, and what is no number.
-VALUES = [x for b in (0.0, 6.0, 3.0, -3.0) for x in (b, math.nextafter(b, 9), math.nextafter(b, -9))]
-VALUES += [-0.0, 1e-30, -1e-30, 5.999999, 6.000001, -3.000001, 2.999999, INF, -INF, NAN, 100.0, -9.0]
+VALUES = [
+    x for b in (0.0, 6.0, 3.0, -3.0) for x in (b, math.nextafter(b, 9), math.nextafter(b, -9))
+]
+VALUES += [
+    -0.0,
+    1e-30,
+    -1e-30,
+    5.999999,
+    6.000001,
+    -3.000001,
+    2.999999,
+    INF,
+    -INF,
+    NAN,
+    100.0,
+    -9.0,
+]
 BLOCKS = [
     LITE,
     MOBILE,
@@ -88,7 +103,7 @@ def test_the_hard_gate_at_the_bounds() -> None:
 
 @pytest.mark.parametrize("dtypes", some((FP32, FP16), (FP32,)))
 @pytest.mark.parametrize("activation", some(KNOWN[1:], ("relu6",)))
-@pytest.mark.parametrize("name", (*SAMPLES, "head_eval"))
+@pytest.mark.parametrize("name", [*SAMPLES, "head_eval"])
 def test_ops(name: str, activation: str, dtypes: Dtypes) -> None:
     call = sample(name, dtypes)
     kinds = {"activation": activation}
@@ -108,7 +123,9 @@ def check_block(call: BlockCall, **options: Any) -> None:
 @MODES
 @pytest.mark.parametrize("dtypes", some((FP32, FP16), (FP32,)))
 @pytest.mark.parametrize("kinds", some(BLOCKS, (LITE, MOBILE)))
-@pytest.mark.parametrize("name", some(("c_odd_stride_2", "no_expansion_residual"), ("c_odd_stride_2",)))
+@pytest.mark.parametrize(
+    "name", some(("c_odd_stride_2", "no_expansion_residual"), ("c_odd_stride_2",))
+)
 def test_blocks(name: str, kinds: dict[str, Any], dtypes: Dtypes, training: bool) -> None:
     call = block_call(find(MBCONV_CASES, name), dtypes, training, dropped=training, **kinds)
     check_block(call)
