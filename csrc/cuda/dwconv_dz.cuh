@@ -104,8 +104,8 @@ __device__ void copy_band(const Params& p, const Shared<T>& shared, const Place&
 
 // dz of what this thread has copied, in the place of grad_y; padding stays 0.
 template <typename T, int K, int S, typename Form>
-__device__ __forceinline__ void form_dz(const Params& p, const Shared<T>& shared,
-                                        const Place& place, const Cursor& at, const Form& form) {
+__device__ void form_dz(const Params& p, const Shared<T>& shared, const Place& place,
+                        const Cursor& at, const Form& form) {
   constexpr int V = kVector<T>;
   const DwconvShape& s = p.args.shape;
   const Window& w = p.window;
