@@ -72,8 +72,14 @@ def activation_constants(activation: str) -> tuple[str, tuple[float | None, floa
 
     A bound is None where there is none: a build for the identity has nothing of it, and the builds
     for SiLU have no bounds.
+
+    Raises:
+        ValueError: no kernel has the activation.
     """
     kind, *bounds = kernel_activation(activation)
+    if kind >= len(_ACTS):
+        known = " and ".join(_ACTS)
+        raise ValueError(f"activation: the Triton kernels have {known}, got {activation!r}")
     lo, hi = (None if math.isnan(bound) else bound for bound in bounds)
     return _ACTS[kind], (lo, hi)
 
