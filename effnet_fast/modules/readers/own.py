@@ -154,7 +154,7 @@ def _named_layer(module: nn.Module) -> structure.Layer:
 
 
 def _excite(module: nn.Module, channels: int) -> tuple[SqueezeExciteParams, str, str]:
-    """Parameters, activation and gate of a SqueezeExcitation, whose children are what is allowed."""
+    """Parameters, activation and gate of a SqueezeExcitation with children that are allowed."""
     state = module.__dict__
     children = state["_modules"]
     structure.refuse_hidden(state, *children)
