@@ -147,5 +147,7 @@ def test_encoder() -> None:
 def test_refuses_unknown_activations(activation: object) -> None:
     from dataclasses import replace
 
-    with pytest.raises(ValueError, match="activation must be one of silu, identity, relu, relu6, h"):
+    with pytest.raises(
+        ValueError, match="activation must be one of silu, identity, relu, relu6, h"
+    ):
         replace(VARIANTS["lite0"], activation=activation)

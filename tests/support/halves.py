@@ -19,9 +19,7 @@ def without_random_layers(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def assert_errors(
-    run: Callable[[nn.Module], dict[str, Tensor]], models: Trio, x: Tensor
-) -> None:
+def assert_errors(run: Callable[[nn.Module], dict[str, Tensor]], models: Trio, x: Tensor) -> None:
     """Holds all tensors of a kind together to the rule of parity, with the floor of float32.
 
     One bias of a squeeze-and-excitation alone is a matter of luck. Each counts in units of its
