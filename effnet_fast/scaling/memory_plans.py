@@ -8,7 +8,7 @@ those named "plain" where it has none.
 
     x e d y   the block's input, the tensors before and after the depthwise convolution, the output
     i         what the depthwise convolution reads: e, or x where nothing expands
-    k l m     copies of e, d and y that SiLU in place keeps of its input; other activations keep none
+    k l m     copies of e, d and y that SiLU in place keeps of its input; other activations do not
     c r       a value per image and channel, expanded (the head's) or squeezed; C R in fp32
     u w v     mean and variance of the BatchNorm over e, d and y
     N V       its five vectors in fp32, over e or d, and over y
