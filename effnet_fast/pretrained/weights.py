@@ -102,7 +102,7 @@ class _LiteRow(NamedTuple):
 
 
 # TensorFlow resizes to 32 pixels more than it crops, bicubically, and normalises to mean 127 and
-# standard deviation 128 of 255: efficientnet/preprocessing.py and lite/efficientnet_lite_builder.py.
+# standard deviation 128 of 255: preprocessing.py and lite/efficientnet_lite_builder.py there.
 LITE_BORDER = 32
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 _LITE_ROWS = {

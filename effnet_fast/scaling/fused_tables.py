@@ -1,7 +1,7 @@
 """What each way of running a FusedMBConv moves and keeps: rows for `passes` and `memory_plans`.
 
 A "fused" block has the letters x, d (the output of its dense convolution) and y, a "dense" one, a
-single convolution, x and y; others as in `memory_plans`, w, N and l of d.
+single convolution, x and y; others as in `memory_plans`, w and N of d.
 """
 
 from __future__ import annotations
@@ -104,18 +104,18 @@ project         drop_path_bwd   y       -
 project         bn_bwd          yy      yyyv
 project         conv_bwd        d       yd
 """
-_SAVED_STOCK = f"fused conv_bn_silu ddlw -\n{_SAVED_STOCK_PROJECT}"
+_SAVED_STOCK = f"fused conv_bn_silu dddw -\n{_SAVED_STOCK_PROJECT}"
 _SAVED_STOCK_BACKWARD = f"""
 {_SAVED_STOCK_PROJECT_BACKWARD}
-fused           silu_bwd        d       dl
+fused           silu_bwd        d       dd
 fused           bn_bwd          dd      dddw
 fused           conv_bwd        x       dx
 fused           residual_bwd    -       y
 """
-_SAVED_STOCK_DENSE = "dense conv_bn_silu yymv -\ndense drop_path y y"
+_SAVED_STOCK_DENSE = "dense conv_bn_silu yyyv -\ndense drop_path y y"
 _SAVED_STOCK_DENSE_BACKWARD = """
 dense           drop_path_bwd   y       -
-dense           silu_bwd        y       ym
+dense           silu_bwd        y       yy
 dense           bn_bwd          yy      yyyv
 dense           conv_bwd        x       yx
 dense           residual_bwd    -       y

@@ -3,7 +3,8 @@
 The count follows the steps of `memory_plans` through the network, block by block; the peak is the
 most that is alive at one time. It counts the bytes that PyTorch's allocator hands out. It does not
 count the interpreter and the libraries, memory that the C library keeps (glibc's heap: up to a
-fifth more, unless MALLOC_MMAP_THRESHOLD_ makes it map large blocks), and cuDNN's workspaces.
+fifth more, unless MALLOC_MMAP_THRESHOLD_ makes it map large blocks), cuDNN's workspaces, and with
+SAME padding the padded copies that stock's strided convolutions keep instead of their inputs.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ OPTIMIZER_TENSORS = 2  # Adam's moments, or RMSprop's with momentum
 PADDED = 16  # channels that oneDNN gives to each group of a depthwise convolution
 PADDED_FROM_KERNEL = 5  # smaller depthwise kernels have code of their own there
 FP32 = 4  # bytes
-COPYING = "silu"  # the activation that, in place, keeps a copy of its input
-COPIES = "klm"  # letters of those copies
 NORM_VECTORS = 5  # scale, shift, mean, rstd, variance
 
 
@@ -91,8 +90,6 @@ def count_memory(
     chosen = PLANS[mode, plan]
     rows = groups(variant, resolution, num_classes=num_classes, in_chans=in_chans)
     sized = [(g, _sizes(g, batch, dtype, device)) for g in rows]
-    if variant.activation != COPYING:
-        sized = [(g, sizes | dict.fromkeys(COPIES, 0)) for g, sizes in sized]
     trained = sum(g.repeats * g.parameters for g in rows) * dtype.itemsize
     parameters = trained + _statistics(rows, dtype)
     images = batch * rows[0].elements["x"] * dtype.itemsize
@@ -143,19 +140,17 @@ def _sizes(group: Group, batch: int, dtype: torch.dtype, device: str) -> dict[st
     on_cpu = device == "cpu"
     averaged = batch * group.elements.get("d", group.elements["y"])
     sizes["f"] = averaged * FP32 if on_cpu and size < FP32 else 0
-    sizes["m"] = sizes["y"]
     if group.kind == "fused":
         inner = group.convs["fused"].out_channels
-        sizes |= {"l": sizes["d"], "w": 2 * inner * size, "N": NORM_VECTORS * inner * FP32}
+        sizes |= {"w": 2 * inner * size, "N": NORM_VECTORS * inner * FP32}
     wide = {"F": "d", "Y": "y"}
     sizes |= {to: sizes[of] // size * FP32 for to, of in wide.items() if of in sizes}
     if group.kind != "block":
         return sizes
-    sizes |= {"i": sizes["e"], "k": sizes["e"], "l": sizes["d"]}
     inner = group.convs["depthwise"].out_channels
     gated = inner if group.squeezes else 0
     squeezed = group.convs["reduce"].out_channels if group.squeezes else 0
-    sizes |= {"c": batch * gated * size, "r": batch * squeezed * size}
+    sizes |= {"c": batch * gated * size, "r": batch * squeezed * size, "i": sizes["e"]}
     sizes |= {"C": batch * gated * FP32, "R": batch * squeezed * FP32}
     sizes |= {"u": 2 * inner * size, "w": 2 * inner * size}
     sizes["N"] = NORM_VECTORS * inner * FP32

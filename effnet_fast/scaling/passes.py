@@ -44,8 +44,8 @@ def _passes(table: str) -> tuple[Pass, ...]:
 
 
 # Rows of "expand" exist where a block expands, rows of "squeeze_excite" where it has that, rows
-# named "residual" where it has a residual; where it does not expand, e is x. Another activation than
-# SiLU moves as much. The gate and other vectors per channel are not counted.
+# named "residual" where it has a residual; where it does not expand, e is x. Other activations move
+# as much as SiLU. The gate and other vectors per channel are not counted.
 _STOCK_FORWARD = """
 expand          convolution     x    e
 expand          bn              e    e

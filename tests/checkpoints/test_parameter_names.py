@@ -167,6 +167,18 @@ def test_unknown_leaf_is_named(tiny):
         checkpoints.convert(state | {"conv_stem.weight_g": torch.ones(8)})
 
 
+def test_a_missing_projection_leaves_the_other_names():
+    """Without it the names of an expanded block of Lite are those of a plain one."""
+    state = tiny_state(TINY_LITE)
+    whole = checkpoints.convert(state, "timm")
+    right = dict(zip(state, whole, strict=True))
+    kept = {
+        key: value for key, value in state.items() if not key.startswith("features.3.0.block.2.")
+    }
+    assert len(kept) == len(state) - 6
+    assert list(checkpoints.convert(kept, "timm")) == [right[key] for key in kept]
+
+
 def test_refuses_wrong_arguments(tiny):
     with pytest.raises(ValueError, match=r"to must be one of torchvision, timm, .*, got 'keras'"):
         checkpoints.convert(tiny, "keras")

@@ -69,7 +69,7 @@ def test_takes_the_file_from_a_folder(tmp_path):
 
 
 def test_refuses_another_file(package):
-    with pytest.raises(ValueError, match="SHA-256 is .* but begins with 01234567") as caught:
+    with pytest.raises(ValueError, match=r"SHA-256 is .* but begins with 01234567") as caught:
         package.find()
     assert "weights-01234567.pth" in str(caught.value)
     assert EXTRA in str(caught.value)

@@ -33,8 +33,9 @@ def path_of(photograph: str) -> Path:
     """The file of one of PHOTOGRAPHS; its package is not imported."""
     package, file, _ = PHOTOGRAPHS[photograph]
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
-    return Path(spec.submodule_search_locations[0], file)
+    folders = spec.submodule_search_locations if spec else None
+    assert folders, f"{package} is not installed"
+    return Path(folders[0], file)
 
 
 @functools.cache
