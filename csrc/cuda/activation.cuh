@@ -40,9 +40,7 @@ struct ClampForm {
 };
 
 // Of kernels that apply none.
-struct NoForm {
-  __device__ explicit NoForm(const Activation&) {}
-};
+struct NoForm {};
 
 // Calls body with the activation's form.
 template <typename Body>
@@ -53,27 +51,35 @@ __device__ __forceinline__ void with_activation(const Activation& a, const Body&
     body(ClampForm(a));
 }
 
-// Of single elements.
-__device__ __forceinline__ float activated(const Activation& a, float u) {
-  return a.kind == kSilu ? silu(u) : ClampForm(a).value(u);
-}
-__device__ __forceinline__ float slope_of(const Activation& a, float u) {
-  return a.kind == kSilu ? silu_grad(u) : ClampForm(a).slope(u);
-}
-
 __device__ __forceinline__ bool is_identity(const Activation& a) {
   return a.kind == kClamp && a.lo != a.lo && a.hi != a.hi;
 }
 
-// The gate of a logit: sigmoid, or clamp(u + 3, 0, 6) / 6.
-__device__ __forceinline__ float gate_of(int kind, float u) {
-  if (kind == kSigmoid) return sigmoid(u);
-  return ClampForm({kClamp, 0.0f, 6.0f}).value(u + 3.0f) * (1.0f / 6.0f);
-}
-// The logit's gradient from the gate's, given the gate.
-__device__ __forceinline__ float grad_through_gate(int kind, float grad, float gate) {
-  if (kind == kSigmoid) return grad * gate * (1.0f - gate);
-  return gate > 0.0f && gate < 1.0f ? grad * (1.0f / 6.0f) : 0.0f;
+// value(u) is the gate of a logit, backward(grad, gate) the logit's gradient from the gate's.
+struct SigmoidForm {
+  __device__ __forceinline__ float value(float u) const { return sigmoid(u); }
+  __device__ __forceinline__ float backward(float grad, float gate) const {
+    return grad * gate * (1.0f - gate);
+  }
+};
+
+// clamp(u + 3, 0, 6) / 6
+struct HardSigmoidForm {
+  __device__ __forceinline__ float value(float u) const {
+    return ClampForm({kClamp, 0.0f, 6.0f}).value(u + 3.0f) * (1.0f / 6.0f);
+  }
+  __device__ __forceinline__ float backward(float grad, float gate) const {
+    return gate > 0.0f && gate < 1.0f ? grad * (1.0f / 6.0f) : 0.0f;
+  }
+};
+
+// Calls body with the gate's form.
+template <typename Body>
+__device__ __forceinline__ void with_gate(int kind, const Body& body) {
+  if (kind == kSigmoid)
+    body(SigmoidForm{});
+  else
+    body(HardSigmoidForm{});
 }
 
 // Throws std::invalid_argument where no kernel has them.

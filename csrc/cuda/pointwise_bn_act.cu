@@ -16,16 +16,6 @@ namespace {
 
 constexpr int kUnroll = 4;
 
-// a = act(a), for vectors of values; the identity costs nothing.
-template <int N>
-__device__ __forceinline__ void activate(const Activation& a, float (&v)[N]) {
-  if (is_identity(a)) return;
-  with_activation(a, [&](const auto& form) {
-#pragma unroll
-    for (int i = 0; i < N; i++) v[i] = form.value(v[i]);
-  });
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kChannelThreads)
     bn_act_kernel(const BnActArgs a, const ChannelGrid grid) {
@@ -47,6 +37,7 @@ __global__ void __launch_bounds__(kChannelThreads)
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + image : z;
   T* y = static_cast<T*>(a.y) + image;
   const float keep = a.keep ? load(a.keep + at.n) : 1.0f;
+  const bool activates = !is_identity(a.activation);
   for (int64_t pixel = at.begin + at.row; pixel < at.end; pixel += kUnroll * grid.rows) {
     uint4 pz[kUnroll], pr[kUnroll];
 #pragma unroll
@@ -65,7 +56,11 @@ __global__ void __launch_bounds__(kChannelThreads)
       if (a.residual) unpack<T>(pr[k], r);
 #pragma unroll
       for (int i = 0; i < V; i++) v[i] = fmaf(v[i], scale[i], shift[i]);
-      activate(a.activation, v);
+      if (activates)
+        with_activation(a.activation, [&](const auto& form) {
+#pragma unroll
+          for (int i = 0; i < V; i++) v[i] = form.value(v[i]);
+        });
 #pragma unroll
       for (int i = 0; i < V; i++) {
         if (a.keep) v[i] *= keep;

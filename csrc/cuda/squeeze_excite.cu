@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) excite_expand_kernel(const ExciteArg
     float h = se_reduce_bias ? to_float(se_reduce_bias[i % a.r]) : 0.0f;
     for (int64_t split = 0; split < a.splits; split++)
       h += load(a.partial + (split * a.n + n0) * a.r + i);
-    reduced[i] = activated(a.activation, h);
+    with_activation(a.activation, [&](const auto& form) { reduced[i] = form.value(h); });
     if (block_x() == 0) a.hidden[n0 * a.r + i] = h;
   }
   sync_threads();
@@ -105,7 +105,9 @@ __global__ void __launch_bounds__(kThreads) excite_expand_kernel(const ExciteArg
 #pragma unroll
     for (int j = 0; j < kImages; j++) {
       const float logit = warp_sum(sum[j]) + (bias ? to_float(bias[c]) : 0.0f);
-      if (lane == j && j < images) a.gate[(n0 + j) * a.c + c] = gate_of(a.gate_kind, logit);
+      if (lane != j || j >= images) continue;
+      with_gate(a.gate_kind,
+                [&](const auto& gate) { a.gate[(n0 + j) * a.c + c] = gate.value(logit); });
     }
   }
 }
@@ -127,10 +129,12 @@ __device__ __forceinline__ void fill(Plane& tile, const Quad& at, const Value& v
   for (int i = 0; i < 4; i++) tile[at.row(i)][at.x] = value(at.row(i), at.x);
 }
 
-__device__ __forceinline__ float grad_logit(const ExciteBackwardArgs& a, int64_t n, int64_t c) {
+template <typename Gate>
+__device__ __forceinline__ float grad_logit(const ExciteBackwardArgs& a, const Gate& gate,
+                                            int64_t n, int64_t c) {
   if (n >= a.n || c >= a.c) return 0.0f;
-  const float gate = load(a.gate + n * a.c + c);
-  return grad_through_gate(a.gate_kind, load(a.grad_gate + n * a.c + c), gate);
+  const float value = load(a.gate + n * a.c + c);
+  return gate.backward(load(a.grad_gate + n * a.c + c), value);
 }
 
 // dW2 and db2 of 32 channels x 32 hidden ones; and these channels' part of W2^T grad_logit.
@@ -148,10 +152,14 @@ __global__ void __launch_bounds__(kThreads) excite_bwd_expand_kernel(const Excit
     return exists ? to_float(se_expand_weight[(c0 + c) * a.r + r0 + r]) : 0.0f;
   });
   for (int64_t n0 = 0; n0 < a.n; n0 += kSide) {
-    fill(logit, grad, [&](int n, int c) { return grad_logit(a, n0 + n, c0 + c); });
-    fill(reduced, grad, [&](int n, int r) {
-      const bool exists = n0 + n < a.n && r0 + r < a.r;
-      return exists ? activated(a.activation, load(a.hidden + (n0 + n) * a.r + r0 + r)) : 0.0f;
+    with_gate(a.gate_kind, [&](const auto& gate) {
+      fill(logit, grad, [&](int n, int c) { return grad_logit(a, gate, n0 + n, c0 + c); });
+    });
+    with_activation(a.activation, [&](const auto& form) {
+      fill(reduced, grad, [&](int n, int r) {
+        const bool exists = n0 + n < a.n && r0 + r < a.r;
+        return exists ? form.value(load(a.hidden + (n0 + n) * a.r + r0 + r)) : 0.0f;
+      });
     });
     sync_threads();
     Quad part;
@@ -195,7 +203,9 @@ __global__ void __launch_bounds__(kThreads) excite_bwd_hidden_kernel(const Excit
   if (slice != 0 || i >= all) return;
   sum = 0.0f;
   for (int k = 0; k < kWarps; k++) sum += sums[k][lane];
-  a.grad_hidden[i] = sum * slope_of(a.activation, load(a.hidden + i));
+  with_activation(a.activation, [&](const auto& form) {
+    a.grad_hidden[i] = sum * form.slope(load(a.hidden + i));
+  });
 }
 
 // dpooled of 32 channels, and BN2's gradients where their sums are given.

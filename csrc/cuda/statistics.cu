@@ -27,6 +27,9 @@ constexpr int kSums = R == Reduction::kSqueeze                        ? 3
                       : R == Reduction::kBnAct || R == Reduction::kBn ? 2
                                                                       : 1;
 
+template <Reduction R>
+constexpr bool kActivates = R == Reduction::kSqueeze || R == Reduction::kBnAct;
+
 template <Reduction R, typename Form>
 __device__ __forceinline__ void accumulate(float (&sums)[kSums<R>], float x, float grad_y,
                                            const Affine& bn, float keep, const Form& form) {
@@ -77,7 +80,7 @@ __device__ void write_partial(const ReduceArgs& a, const ChannelGrid& grid, cons
 }
 
 // Without a number of blocks ptxas makes room for more of them, and spills.
-template <typename T, Reduction R, typename Form>
+template <typename T, Reduction R>
 __global__ void __launch_bounds__(kChannelThreads, 2)
     reduce_kernel(const ReduceArgs a, const ChannelGrid grid) {
   constexpr int V = kVector<T>, SUMS = kSums<R>;
@@ -87,7 +90,6 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
   const int64_t c = at.c0 + at.piece * V;
   const int channels = static_cast<int>(min_of(a.c - c, int64_t{V}));
   float sums[V][SUMS] = {};
-  const Form form(a.activation);
   if (channels > 0) {
     Affine bn[V] = {};
     if constexpr (R != Reduction::kSum && R != Reduction::kProduct) {
@@ -107,43 +109,43 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
         px[k] = load_piece(x + from * a.c, channels, grid.aligned);
         if constexpr (kReadsGrad) pg[k] = load_piece(grad_y + from * a.c, channels, grid.aligned);
       }
+      const auto add = [&](const auto& form) {
 #pragma unroll
-      for (int k = 0; k < kUnroll; k++) {
-        if (pixel + k * grid.rows >= at.end) continue;
-        float vx[V], vg[V];
-        unpack<T>(px[k], vx);
-        if constexpr (kReadsGrad) unpack<T>(pg[k], vg);
+        for (int k = 0; k < kUnroll; k++) {
+          if (pixel + k * grid.rows >= at.end) continue;
+          float vx[V], vg[V];
+          unpack<T>(px[k], vx);
+          if constexpr (kReadsGrad) unpack<T>(pg[k], vg);
 #pragma unroll
-        for (int i = 0; i < V; i++)
-          accumulate<R>(sums[i], vx[i], kReadsGrad ? vg[i] : 0.0f, bn[i], keep, form);
-      }
+          for (int i = 0; i < V; i++)
+            accumulate<R>(sums[i], vx[i], kReadsGrad ? vg[i] : 0.0f, bn[i], keep, form);
+        }
+      };
+      if constexpr (kActivates<R>)
+        with_activation(a.activation, add);
+      else
+        add(NoForm{});
     }
   }
   write_partial<T, SUMS>(a, grid, at, sums);
 }
 
-template <typename T, Reduction R, typename Form>
+template <typename T, Reduction R>
 void run_reduce(const ReduceArgs& a, const Queue& queue) {
   const ChannelGrid grid =
       channel_grid(a.n, a.c, a.hw, a.chunks, kVector<T>, aligned(a.x, 16) && aligned(a.grad_y, 16));
   const int64_t shared = int64_t{grid.rows} * grid.pieces * kVector<T> * 4;
-  launch("reduce", reduce_kernel<T, R, Form>,
+  launch("reduce", reduce_kernel<T, R>,
          grid_of(grid.blocks, 1, 1, grid.rows * grid.pieces, shared, queue.stream), a, grid);
-}
-
-template <typename T, Reduction R>
-void by_activation(const ReduceArgs& a, const Queue& queue) {
-  if (a.activation.kind == kSilu) return run_reduce<T, R, SiluForm>(a, queue);
-  run_reduce<T, R, ClampForm>(a, queue);
 }
 
 template <typename T>
 void by_reduction(const ReduceArgs& a, const Queue& queue) {
-  if (a.what == Reduction::kSum) return run_reduce<T, Reduction::kSum, NoForm>(a, queue);
-  if (a.what == Reduction::kProduct) return run_reduce<T, Reduction::kProduct, NoForm>(a, queue);
-  if (a.what == Reduction::kSqueeze) return by_activation<T, Reduction::kSqueeze>(a, queue);
-  if (a.what == Reduction::kBnAct) return by_activation<T, Reduction::kBnAct>(a, queue);
-  run_reduce<T, Reduction::kBn, NoForm>(a, queue);
+  if (a.what == Reduction::kSum) return run_reduce<T, Reduction::kSum>(a, queue);
+  if (a.what == Reduction::kProduct) return run_reduce<T, Reduction::kProduct>(a, queue);
+  if (a.what == Reduction::kSqueeze) return run_reduce<T, Reduction::kSqueeze>(a, queue);
+  if (a.what == Reduction::kBnAct) return run_reduce<T, Reduction::kBnAct>(a, queue);
+  run_reduce<T, Reduction::kBn>(a, queue);
 }
 
 __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1) fold_sum_kernel(const FoldSumArgs a) {
