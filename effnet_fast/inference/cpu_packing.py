@@ -15,6 +15,7 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.inference.fold import folded
 from effnet_fast.modules import structure
+from effnet_fast.modules.dense_block import DenseBlock
 from effnet_fast.reference.activations import kernel_activation, kernel_gate
 
 UNIT = 16  # channels
@@ -183,6 +184,32 @@ def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
         filter=packed.keep(_units(weight.flatten(1), padded)),
         filter_shift=packed.keep(_pad(shift, padded)),
         project=_product(packed, project_weight, project_shift),
+        tap=tap,
+        **optional,
+    )
+    packed.blocks.append(layer)
+
+
+def pack_dense_block(packed: Packed, block: DenseBlock, tap: int) -> None:
+    """Adds a FusedMBConv; tap as for `pack_block`."""
+    weight, shift = folded(block.dense)
+    channels, in_channels = weight.shape[:2]
+    taps = weight.permute(0, 2, 3, 1)  # K = [kernel][kernel][Cin], whole blocks of a pixel in bf16
+    if packed.format.bf16:
+        taps = F.pad(taps, (0, packed.format.padded(in_channels) - in_channels))
+    optional = dict[str, Any]()
+    if block.project:
+        optional["project"] = _product(packed, *folded(block.project))
+    layer = native.load().BlockLayer(
+        in_channels=in_channels,
+        channels=channels,
+        out_channels=block.last.conv.out_channels,
+        activation=kernel_activation(block.dense.activation),
+        kernel=weight.shape[-1],
+        stride=block.spatial.stride[0],
+        padding=_padding(block.dense),
+        residual=block.residual,
+        dense=_product(packed, taps.flatten(1), shift),
         tap=tap,
         **optional,
     )

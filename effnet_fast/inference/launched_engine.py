@@ -20,6 +20,7 @@ from effnet_fast.inference.fold import folded
 from effnet_fast.inference.network_spec import BlockSpec, NetworkSpec
 from effnet_fast.inference.sizes import sizes_of
 from effnet_fast.modules import structure
+from effnet_fast.modules.dense_block import DenseBlock
 
 
 class LaunchedEngine:
@@ -71,7 +72,7 @@ class LaunchedEngine:
     def _pack(self) -> None:
         spec = self.spec
         self._stem = self._convolution(spec.stem)
-        self._blocks = [self._block(block) for block in spec.blocks]
+        self._blocks = [self._any_block(block) for block in spec.blocks]
         self._head = self._product(spec.head) if spec.head else None
         self._linear: list[Tensor] = []
         if spec.linear is not None:
@@ -114,8 +115,14 @@ class LaunchedEngine:
             backend, self._rounded(weight.flatten(1)), shift, layer.activation
         )
 
-    def _block(self, block: BlockSpec) -> passes.MBConv:
+    def _any_block(self, block: BlockSpec) -> passes.MBConv | passes.FusedMBConv:
         layers = block.layers
+        if not isinstance(layers, DenseBlock):
+            return self._block(layers)
+        project = self._product(layers.project) if layers.project else None
+        return passes.FusedMBConv(self._convolution(layers.dense), project, layers.residual)
+
+    def _block(self, layers: structure.Block) -> passes.MBConv:
         geometry, activation = layers.depthwise.geometry, layers.activation
         backend = self._choose(
             "dwconv_bn_silu",

@@ -84,7 +84,7 @@ class Pass:
 
 
 class Convolution(Pass):
-    """act(conv(x) + shift): the stem.
+    """act(conv(x) + shift): the stem, and the dense convolution of a FusedMBConv.
 
     Args:
         weight: [Cout,Cin,K,K] with BatchNorm's scale, in the images' dtype.
@@ -220,3 +220,23 @@ class MBConv:
             h, pooled = self.depthwise(x, self.excite is not None)
         gate = None if self.excite is None or pooled is None else self.excite(pooled)
         return self.project(h, gate, x if self.residual else None)
+
+
+class FusedMBConv:
+    """A whole block: dense [-> project]."""
+
+    def __init__(self, dense: Convolution, project: Product | None, residual: bool) -> None:
+        self.dense, self.project, self.residual = dense, project, residual
+
+    def passes(self) -> Iterator[Pass]:
+        """Every pass in order."""
+        yield self.dense
+        if self.project is not None:
+            yield self.project
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y [N,Cout,Ho,Wo] of x [N,Cin,H,W]."""
+        h = self.dense(x)
+        if self.project is not None:
+            return self.project(h, None, x if self.residual else None)
+        return h.add_(x) if self.residual else h

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effnet_fast.modules import layers, same_padding, stochastic_depth, structure
+from effnet_fast.modules.fused_mbconv import FusedMBConv
 from effnet_fast.modules.structure import RefusedError
 
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
@@ -154,6 +155,7 @@ _POOL = Stock(
 # Below a block's own forward.
 BLOCK = Stock(
     (layers.MBConv, "forward_stock"),
+    (FusedMBConv, "forward_stock"),
     (layers.SqueezeExcitation, f"{_FORWARD} gate"),
     (nn.Sigmoid, _FORWARD),
     (stochastic_depth.StochasticDepth, _FORWARD),
@@ -182,6 +184,7 @@ HEAD = Stock((torch, "flatten"), below=(LAYER, _CALLED_LAYER, _POOL))
 # Below the forward of a network that runs in one call.
 NETWORK = Stock(
     (layers.MBConv, _FORWARD),
+    (FusedMBConv, _FORWARD),
     (nn.Dropout, _FORWARD),
     (nn.Linear, _FORWARD),
     (F, "dropout linear"),

@@ -141,6 +141,17 @@ class Block(NamedTuple):
         return self.expand or self.depthwise
 
     @property
+    def last(self) -> Layer:
+        """The layer that gives the output, but for the residual."""
+        return self.project
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Its convolutions in order, those of squeeze-and-excitation left out."""
+        rest = self.depthwise, self.project
+        return (self.expand, *rest) if self.expand else rest
+
+    @property
     def spatial(self) -> Geometry:
         """Of the convolution that looks at neighbours."""
         return self.depthwise.geometry

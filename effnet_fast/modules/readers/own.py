@@ -26,18 +26,18 @@ _EXCITE = structure.children_of((
     Part("activation", _ACTIVATION), Part("scale_activation", _GATE),
 ))  # fmt: skip
 
-_CONV: dict[type, structure.Children | None] = {layers.Conv2dNormActivation: _LAYER}
+CONV: dict[type, structure.Children | None] = {layers.Conv2dNormActivation: _LAYER}
 _SE: dict[type, structure.Children | None] = {layers.SqueezeExcitation: _EXCITE}
 
 
-def _body(*kinds: dict[type, structure.Children | None]) -> list[Part]:
+def body(*kinds: dict[type, structure.Children | None]) -> list[Part]:
     """Layers in a row, and squeeze-excites."""
     return [Part(str(index), kind) for index, kind in enumerate(kinds)]
 
 
 # [expand,] depthwise, [squeeze-excite,] project; of three, the second is either.
 _BODIES = structure.children_of(
-    _body(_CONV, _CONV), _body(_CONV, _CONV | _SE, _CONV), _body(_CONV, _CONV, _SE, _CONV)
+    body(CONV, CONV), body(CONV, CONV | _SE, CONV), body(CONV, CONV, _SE, CONV)
 )
 _BLOCK = structure.children_of((
     Part("block", {nn.Sequential: _BODIES}),
@@ -46,7 +46,7 @@ _BLOCK = structure.children_of((
 _RELU6 = (0.0, 6.0)
 
 
-def _behind(place: str, refused: RefusedError) -> str:
+def behind(place: str, refused: RefusedError) -> str:
     """A reason with its place in front, unless it is about code that any place runs."""
     text = str(refused)
     return f"{place}{text}" if text[:1] in (" ", ".") else text
@@ -118,7 +118,7 @@ def _require_as_made(child: Any, name: str) -> None:
         raise RefusedError(f" clamps to {child.min_val} and {child.max_val}, not to 0 and 6")
 
 
-def _layer(module: nn.Module) -> structure.Layer:
+def layer(module: nn.Module) -> structure.Layer:
     """Takes a Conv2dNormActivation apart, whose children are what is allowed."""
     children = module.__dict__["_modules"]
     conv, bn = children["0"], children["1"]
@@ -140,7 +140,7 @@ def _layer(module: nn.Module) -> structure.Layer:
             if activation != "silu":
                 _require_as_made(children[child], activation)
     except RefusedError as refused:
-        raise RefusedError(_behind(f".{child}", refused)) from None
+        raise RefusedError(behind(f".{child}", refused)) from None
     return structure.Layer(kind, conv, bn, activation, geometry, (weight, *vectors))
 
 
@@ -148,9 +148,9 @@ def _named_layer(module: nn.Module) -> structure.Layer:
     """A layer that is no part of a block, with the class in front of a reason."""
     try:
         structure.require_children(module.__dict__["_modules"], _LAYER)
-        return _layer(module)
+        return layer(module)
     except RefusedError as refused:
-        raise RefusedError(_behind(type(module).__name__, refused)) from None
+        raise RefusedError(behind(type(module).__name__, refused)) from None
 
 
 def _excite(module: nn.Module, channels: int) -> tuple[SqueezeExciteParams, str, str]:
@@ -180,7 +180,7 @@ def _excite(module: nn.Module, channels: int) -> tuple[SqueezeExciteParams, str,
         if gate != "sigmoid":
             _require_as_made(children[key], gate)
     except RefusedError as refused:
-        raise RefusedError(_behind(f".{key}", refused)) from None
+        raise RefusedError(behind(f".{key}", refused)) from None
     pooled = children["avgpool"].output_size
     if pooled not in (1, (1, 1)):
         raise RefusedError(f".avgpool pools to {pooled}")
@@ -202,20 +202,18 @@ def _block(module: layers.MBConv) -> structure.Block:
         second = first.pop()
         expand = None
         for name in first:
-            expand = _layer(children[name])
+            expand = layer(children[name])
         name = second
-        depthwise = _layer(children[name])
+        depthwise = layer(children[name])
         channels = depthwise.conv.out_channels
         excite, se_activation, gate = None, "silu", "sigmoid"
         if third is not None:
             name = third
             excite, se_activation, gate = _excite(children[name], channels)
         name = last
-        project = _layer(children[name])
+        project = layer(children[name])
     except RefusedError as refused:
-        raise RefusedError(
-            _behind(f"block.{name}", refused) if name else str(refused)[1:]
-        ) from None
+        raise RefusedError(behind(f"block.{name}", refused) if name else str(refused)[1:]) from None
     if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
         raise RefusedError("block.0 is not the pointwise layer before the depthwise one")
     if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.activates:
