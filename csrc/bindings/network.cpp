@@ -130,7 +130,6 @@ Described<BlockLayer> block_of(Fields& fields) {
     if (out.projects) fields.product("project", out, out.project);
     return out;
   }
-  out.se_channels = fields.size("se_channels");
   out.expands = fields.has("expand");
   if (out.expands) fields.product("expand", out, out.expand);
   require(out.expands || out.in_channels == out.channels,

@@ -163,7 +163,7 @@ class Variant:
         if self.fixed_ends:
             first, last = self.baseline[0], self.baseline[-1]
             scaled[-1] = replace(scaled[-1], repeats=last.repeats)
-            ends = {"in_channels": first.in_channels, "repeats": first.repeats}
+            ends: dict[str, Any] = {"in_channels": first.in_channels, "repeats": first.repeats}
             scaled[0] = replace(scaled[0], **ends)
         return tuple(scaled)
 

@@ -20,6 +20,7 @@
 #include "common/geometry.h"
 #include "cpu/args.h"
 #include "cpu/isa_dispatch.h"
+#include "dense_network.h"
 #include "excite.h"
 #include "mbconv.h"
 #include "mbconv_depthwise.h"
@@ -309,6 +310,10 @@ int main(int argc, char** argv) {
     for (bool excites : {false, true}) {
       test_network(DType::kFloat32, false, false, excites, threads);
       test_network(DType::kBFloat16, isa == "avx512_bf16", amx, excites, threads);
+    }
+    for (int64_t l2 : {32 << 10, 2 << 20}) {
+      test_dense_network(false, false, l2, threads);
+      if (isa == "avx512_bf16") test_dense_network(true, amx, l2, threads);
     }
   }
   for (DType dtype : kDTypes)
