@@ -17,7 +17,7 @@ PLAN = {"inference": "block_fused", "training": "fast"}
 FLOPS_PER_MAC = {"inference": 2, "training": 6}  # forward, and the gradients of data and weight
 SILUS = {"inference": 1, "training": 2}  # forward, and its derivative
 PARAMETER_PASSES = {"inference": 1, "training": 3}
-ACTIVATED = ("stem", "expand", "depthwise", "head")  # what a SiLU follows
+ACTIVATED = ("stem", "expand", "depthwise", "fused", "dense", "head")  # what a SiLU follows
 UNMATRIX = ("stem", "depthwise")  # convolutions that run at the rate of fp32 multiply-adds
 
 
@@ -152,7 +152,8 @@ def network(variant: Variant, resolution: int, batch: int, mode: str, dtype: str
         unmatrix: sum(c.repeats * c.macs for c in convs if (c.kind in UNMATRIX) == unmatrix)
         for unmatrix in (False, True)
     }
-    silus = sum(c.repeats * c.activations for c in convs if c.kind in ACTIVATED)
+    activated = ACTIVATED if variant.activation == "silu" else ()  # a clamp costs next to nothing
+    silus = sum(c.repeats * c.activations for c in convs if c.kind in activated)
     return Work(
         bytes=sum(row.bytes for row in rows),
         dense_flops=FLOPS_PER_MAC[mode] * batch * macs[False],

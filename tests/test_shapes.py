@@ -13,10 +13,11 @@ def _of_block(block: BlockShape) -> list[tuple[str, int, int, int, int, int]]:
     c, expanded, out = block.channels
     rows = [
         ("depthwise", expanded, expanded, block.kernel, block.stride, block.out_size),
-        ("reduce", expanded, block.squeezed, 1, 1, 1),
-        ("excite", block.squeezed, expanded, 1, 1, 1),
         ("project", expanded, out, 1, 1, block.out_size),
     ]
+    if block.squeezed:
+        rows.append(("reduce", expanded, block.squeezed, 1, 1, 1))
+        rows.append(("excite", block.squeezed, expanded, 1, 1, 1))
     return [("expand", c, expanded, 1, 1, block.size), *rows] if block.expands else rows
 
 
@@ -31,6 +32,9 @@ def test_shapes_are_those_of_the_counts(name: str) -> None:
     rows = [_of_dense("stem", shapes.stem)]
     for block in shapes.blocks:
         rows += _of_block(block)
+    for first, *project in shapes.fused:
+        rows.append(_of_dense("fused" if project else "dense", first))
+        rows += [_of_dense("project", layer) for layer in project]
     rows.append(_of_dense("head", shapes.head))
     counted: dict[tuple[str, int, int, int, int, int], int] = {}
     for c in convolutions(VARIANTS[name]):

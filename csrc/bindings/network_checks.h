@@ -31,6 +31,9 @@ class NetworkChecks {
     holds(bytes, layer.shift, out);
   }
   void block(const BlockLayer& layer, const Sizes& bytes) const {
+    require(!layer.residual || (layer.stride == 1 && layer.in_channels == layer.out_channels),
+            "network: a residual needs a stride of 1 and as many channels out as in");
+    if (layer.is_dense) return dense_block(layer, bytes);
     const int64_t channels = padded(layer.channels), hidden = layer.se_channels;
     if (layer.expands) {
       product(layer.expand, bytes);
@@ -38,17 +41,19 @@ class NetworkChecks {
     }
     holds(bytes, layer.filter, channels * layer.kernel * layer.kernel);
     holds(bytes, layer.filter_shift, channels);
-    holds(bytes, layer.se_reduce_weight, hidden * channels);
-    holds(bytes, layer.se_reduce_bias, hidden);
-    holds(bytes, layer.se_expand_weight, channels * hidden);
-    holds(bytes, layer.se_expand_bias, channels);
+    if (hidden > 0) {
+      holds(bytes, layer.se_reduce_weight, hidden * channels);
+      holds(bytes, layer.se_reduce_bias, hidden);
+      holds(bytes, layer.se_expand_weight, channels * hidden);
+      holds(bytes, layer.se_expand_bias, channels);
+    }
     product(layer.project, bytes);
     follows(layer.project, layer.channels, layer.out_channels);
-    require(bf16_ == (layer.project_master != nullptr), "network: project_master is for bf16");
-    if (bf16_)
+    const bool gated_bf16 = bf16_ && hidden > 0;
+    require(gated_bf16 == (layer.project_master != nullptr),
+            "network: project_master is for bf16 with squeeze-and-excite");
+    if (gated_bf16)
       holds(bytes, layer.project_master, padded(layer.out_channels) * padded(layer.channels));
-    require(!layer.residual || (layer.stride == 1 && layer.in_channels == layer.out_channels),
-            "network: a residual needs a stride of 1 and as many channels out as in");
   }
   static void follows(const Product& layer, int64_t in, int64_t out) {
     require(layer.in_channels == in && (out == 0 || layer.out_channels == out),
@@ -56,6 +61,18 @@ class NetworkChecks {
   }
 
  private:
+  void dense_block(const BlockLayer& layer, const Sizes& bytes) const {
+    const int64_t channels = bf16_ ? padded(layer.in_channels) : layer.in_channels;
+    product(layer.dense, bytes);
+    follows(layer.dense, layer.kernel * layer.kernel * channels, layer.channels);
+    if (layer.projects) {
+      product(layer.project, bytes);
+      follows(layer.project, layer.channels, layer.out_channels);
+    } else {
+      require(layer.channels == layer.out_channels,
+              "network: a block without projection keeps its channels");
+    }
+  }
   int64_t padded(int64_t channels) const { return (channels + block_ - 1) / block_ * block_; }
   // words: of four bytes.
   static void holds(const Sizes& bytes, const void* at, int64_t words) {

@@ -23,13 +23,16 @@ constexpr int kMomentSlices = 16;  // the same of moments, whose doubles take mo
 constexpr int kUnroll = 4;         // pixels that a thread loads at once
 
 template <Reduction R>
-constexpr int kSums = R == Reduction::kSqueeze                         ? 3
-                      : R == Reduction::kBnSilu || R == Reduction::kBn ? 2
-                                                                       : 1;
+constexpr int kSums = R == Reduction::kSqueeze                        ? 3
+                      : R == Reduction::kBnAct || R == Reduction::kBn ? 2
+                                                                      : 1;
 
 template <Reduction R>
+constexpr bool kActivates = R == Reduction::kSqueeze || R == Reduction::kBnAct;
+
+template <Reduction R, typename Form>
 __device__ __forceinline__ void accumulate(float (&sums)[kSums<R>], float x, float grad_y,
-                                           const Affine& bn, float keep) {
+                                           const Affine& bn, float keep, const Form& form) {
   if constexpr (R == Reduction::kSum) {
     sums[0] += x;
   } else if constexpr (R == Reduction::kProduct) {
@@ -41,14 +44,13 @@ __device__ __forceinline__ void accumulate(float (&sums)[kSums<R>], float x, flo
       sums[0] += dy;
       sums[1] = fmaf(dy, zh, sums[1]);
     } else {
-      const float u = fmaf(x, bn.scale, bn.shift), s = sigmoid(u);
-      const float slope = silu_grad(u, s);
+      const float u = fmaf(x, bn.scale, bn.shift);
       if constexpr (R == Reduction::kSqueeze) {
-        sums[0] = fmaf(u, s, sums[0]);
+        const float slope = form.add_value(u, sums[0]);
         sums[1] += slope;
         sums[2] = fmaf(slope, zh, sums[2]);
       } else {
-        const float du = grad_y * slope;
+        const float du = grad_y * form.slope(u);
         sums[0] += du;
         sums[1] = fmaf(du, zh, sums[1]);
       }
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
     reduce_kernel(const ReduceArgs a, const ChannelGrid grid) {
   constexpr int V = kVector<T>, SUMS = kSums<R>;
   constexpr bool kReadsGrad =
-      R == Reduction::kProduct || R == Reduction::kBnSilu || R == Reduction::kBn;
+      R == Reduction::kProduct || R == Reduction::kBnAct || R == Reduction::kBn;
   const Pixels at(grid, V);
   const int64_t c = at.c0 + at.piece * V;
   const int channels = static_cast<int>(min_of(a.c - c, int64_t{V}));
@@ -107,16 +109,22 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
         px[k] = load_piece(x + from * a.c, channels, grid.aligned);
         if constexpr (kReadsGrad) pg[k] = load_piece(grad_y + from * a.c, channels, grid.aligned);
       }
+      const auto add = [&](const auto& form) {
 #pragma unroll
-      for (int k = 0; k < kUnroll; k++) {
-        if (pixel + k * grid.rows >= at.end) continue;
-        float vx[V], vg[V];
-        unpack<T>(px[k], vx);
-        if constexpr (kReadsGrad) unpack<T>(pg[k], vg);
+        for (int k = 0; k < kUnroll; k++) {
+          if (pixel + k * grid.rows >= at.end) continue;
+          float vx[V], vg[V];
+          unpack<T>(px[k], vx);
+          if constexpr (kReadsGrad) unpack<T>(pg[k], vg);
 #pragma unroll
-        for (int i = 0; i < V; i++)
-          accumulate<R>(sums[i], vx[i], kReadsGrad ? vg[i] : 0.0f, bn[i], keep);
-      }
+          for (int i = 0; i < V; i++)
+            accumulate<R>(sums[i], vx[i], kReadsGrad ? vg[i] : 0.0f, bn[i], keep, form);
+        }
+      };
+      if constexpr (kActivates<R>)
+        with_activation(a.activation, add);
+      else
+        add(NoForm{});
     }
   }
   write_partial<T, SUMS>(a, grid, at, sums);
@@ -136,7 +144,7 @@ void by_reduction(const ReduceArgs& a, const Queue& queue) {
   if (a.what == Reduction::kSum) return run_reduce<T, Reduction::kSum>(a, queue);
   if (a.what == Reduction::kProduct) return run_reduce<T, Reduction::kProduct>(a, queue);
   if (a.what == Reduction::kSqueeze) return run_reduce<T, Reduction::kSqueeze>(a, queue);
-  if (a.what == Reduction::kBnSilu) return run_reduce<T, Reduction::kBnSilu>(a, queue);
+  if (a.what == Reduction::kBnAct) return run_reduce<T, Reduction::kBnAct>(a, queue);
   run_reduce<T, Reduction::kBn>(a, queue);
 }
 
@@ -201,6 +209,7 @@ std::string probe(int device) {
 void launch_reduce(const ReduceArgs& a, const Queue& queue) {
   require(a.n > 0 && a.c > 0 && a.hw > 0 && a.chunks > 0 && a.chunks <= a.hw,
           "reduce: sizes must be positive, and no more chunks than pixels");
+  check_activation(a.activation);
   const DeviceGuard guard(queue.device);
   if (a.dtype == DType::kFloat32) return by_reduction<float>(a, queue);
   if (a.dtype == DType::kFloat16) return by_reduction<__half>(a, queue);

@@ -29,6 +29,18 @@ class OpArgs(NamedTuple):
     kernel: tuple[int, int] = (1, 1)  # spatial kernel size, 1 where there is none
     stride: int = 1  # spatial
     inference: bool = False  # whether BN is in eval mode and no gradient is wanted
+    activations: tuple[str, ...] = ("silu",)  # all that the call applies, see `reference`
+    gate: str | None = "sigmoid"  # of a squeeze-and-excite; None for a block that has none
+
+
+def block_kinds(
+    excite: object, activation: str, se_activation: str, gate: str
+) -> tuple[tuple[str, ...], str | None]:
+    """Activations and gate of an MBConv, as `OpArgs` has them; excite is None where there is none.
+
+    activation is that of its convolutions.
+    """
+    return ((activation,), None) if excite is None else ((activation, se_activation), gate)
 
 
 # Why a backend cannot run (op, args, instruction set), None where it can. Without args it is asked
@@ -44,6 +56,8 @@ class Backend:
         dtypes: of the images that its kernels take.
         devices: types of the devices whose memory they read.
         reason: see `Reason`.
+        activations: that its kernels apply.
+        gates: of a squeeze-and-excite; None among them for an MBConv without one.
         packed_as: ops that run over packed weights wherever another op does.
     """
 
@@ -54,8 +68,12 @@ class Backend:
         devices: tuple[str, ...],
         reason: Reason,
         packed_as: Mapping[str, str] | None = None,
+        *,
+        activations: tuple[str, ...],
+        gates: tuple[str | None, ...],
     ) -> None:
         self.name, self.dtypes, self.devices, self.reason = name, dtypes, devices, reason
+        self.activations, self.gates = activations, gates
         self.packed_as = packed_as or {}
         self._packed_passes = ""
         self._launchers: dict[str, Launcher] = {}
@@ -104,18 +122,30 @@ def _reaches_kernels(kind: type) -> bool:
     return kind in PLAIN or own.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
-def kernel_reason(
-    backend: str, dtypes: tuple[torch.dtype, ...], op: str, args: OpArgs
-) -> str | None:
+def _kinds_reason(backend: Backend, args: OpArgs) -> str | None:
+    """Why a backend's kernels do not know the activations or the gate of a call."""
+    for activation in args.activations:
+        if activation not in backend.activations:
+            known = " and ".join(backend.activations)
+            return f"the activation is {activation}; the {backend.name} backend has {known}"
+    if args.gate in backend.gates:
+        return None
+    if args.gate is None:
+        return f"the {backend.name} backend has no kernel for blocks without squeeze-excite"
+    known = " and ".join(gate for gate in backend.gates if gate)
+    return f"the gate is {args.gate}; the {backend.name} backend has {known}"
+
+
+def kernel_reason(backend: Backend, op: str, args: OpArgs) -> str | None:
     """Why a backend's kernels do not take these arguments, the device of x aside."""
-    x, device, dtype = args.x, args.x.device, args.x.dtype
+    dtypes, x, device, dtype = backend.dtypes, args.x, args.x.device, args.x.dtype
     for tensor in (x, *args.others):
         if tensor is not None and not _reaches_kernels(type(tensor)):
             return f"a tensor is a {type(tensor).__name__}, kernels take torch.Tensor alone"
     if dtype not in dtypes:
         names = ", ".join(str(taken).removeprefix("torch.") for taken in dtypes[:-1])
         last = str(dtypes[-1]).removeprefix("torch.")
-        return f"x is {dtype}, the {backend} backend takes {names} and {last}"
+        return f"x is {dtype}, the {backend.name} backend takes {names} and {last}"
     allowed = (dtype, torch.float32)
     for tensor in args.others:
         if tensor is None:
@@ -124,6 +154,8 @@ def kernel_reason(
             return f"x is on {device}, but another argument is on {tensor.device}"
         if tensor.dtype not in allowed:
             return f"a parameter is {tensor.dtype}; allowed are {dtype} and torch.float32"
+    if reason := _kinds_reason(backend, args):
+        return reason
     if args.kernel[0] != args.kernel[1] or args.kernel[0] % 2 == 0:
         return f"the kernel is {args.kernel[0]}x{args.kernel[1]}; square and odd is supported"
     if op == "pointwise_bn_act" and not args.inference:
@@ -134,7 +166,7 @@ def kernel_reason(
         return f"the stride is {args.stride}; 1 and 2 are supported"
     if not is_channels_last(x):
         return (
-            f"x has strides {tuple(x.stride())}; the {backend} backend takes channels_last: "
+            f"x has strides {tuple(x.stride())}; the {backend.name} backend takes channels_last: "
             f"x.contiguous(memory_format=torch.channels_last)"
         )
     return None

@@ -6,6 +6,7 @@ import torch
 
 from effnet_fast.backends import native
 from effnet_fast.backends.base import Backend, OpArgs, kernel_reason
+from effnet_fast.reference.activations import ACTIVATIONS, GATES
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -19,7 +20,9 @@ def _reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return None
     if args.x.device.type != "cpu":
         return f"x is on {args.x.device}, the cpu backend takes CPU tensors"
-    return kernel_reason("cpu", NATIVE_DTYPES, op, args)
+    return kernel_reason(CPU, op, args)
 
 
-CPU = Backend("cpu", NATIVE_DTYPES, ("cpu",), _reason)
+CPU = Backend(
+    "cpu", NATIVE_DTYPES, ("cpu",), _reason, activations=ACTIVATIONS, gates=(*GATES, None)
+)

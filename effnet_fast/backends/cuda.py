@@ -21,22 +21,23 @@ def _cuda_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return reason
     on_cuda = args is not None and args.x.device.type == "cuda"
     device = args.x.device.index if args is not None and on_cuda else 0
-    return _probe(device) or _call_reason("cuda", "cuda", op, args)
+    return _probe(device) or _call_reason(CUDA, op, args)
 
 
 def _simt_reason(op: str, args: OpArgs | None, isa: str) -> str | None:
-    return native.simt_unavailable_reason() or _call_reason("simt", "cpu", op, args)
+    return native.simt_unavailable_reason() or _call_reason(SIMT, op, args)
 
 
-def _call_reason(backend: str, device: str, op: str, args: OpArgs | None) -> str | None:
-    """Why the kernels, which take tensors of this type of device, cannot run a call."""
+def _call_reason(backend: Backend, op: str, args: OpArgs | None) -> str | None:
+    """Why the kernels cannot run a call."""
     if op not in CUDA_OPS:
         return f"this version has no CUDA kernel for {op}"
     if args is None:
         return None
+    (device,) = backend.devices
     if args.x.device.type != device:
-        return f"x is on {args.x.device}, the {backend} backend takes {device.upper()} tensors"
-    return kernel_reason(backend, CUDA_DTYPES, op, args) or _size_reason(backend, op, args)
+        return f"x is on {args.x.device}, the {backend.name} backend takes {device.upper()} tensors"
+    return kernel_reason(backend, op, args) or _size_reason(backend.name, op, args)
 
 
 def _probe(device: int) -> str | None:
@@ -62,5 +63,15 @@ def _size_reason(backend: str, op: str, args: OpArgs) -> str | None:
 
 # Over packed weights a 1x1 convolution is PyTorch's product, and a kernel of every build after it.
 _PACKED_AS = {"pointwise_bn_act": "squeeze_excite"}
-CUDA = Backend("cuda", CUDA_DTYPES, ("cuda",), _cuda_reason, _PACKED_AS)
-SIMT = Backend("simt", CUDA_DTYPES, ("cpu",), _simt_reason, _PACKED_AS)
+_ACTIVATIONS = ("silu", "identity", "relu", "relu6")  # SiLU and clamps
+_GATES = ("sigmoid", "hardsigmoid")
+CUDA = Backend(
+    *("cuda", CUDA_DTYPES, ("cuda",), _cuda_reason, _PACKED_AS),
+    activations=_ACTIVATIONS,
+    gates=_GATES,
+)
+SIMT = Backend(
+    *("simt", CUDA_DTYPES, ("cpu",), _simt_reason, _PACKED_AS),
+    activations=_ACTIVATIONS,
+    gates=_GATES,
+)

@@ -54,8 +54,12 @@ def _reason(op: str, args: OpArgs | None, isa: str) -> str | None:
         return reason
     if args.x.dtype is torch.bfloat16 and _interprets():
         return "x is torch.bfloat16, which Triton's interpreter computes wrongly"
-    return kernel_reason("triton", TRITON_DTYPES, op, args)
+    return kernel_reason(TRITON, op, args)
 
 
 # On a CPU in the interpreter.
-TRITON = Backend("triton", TRITON_DTYPES, ("cuda", "cpu"), _reason)
+TRITON = Backend(
+    *("triton", TRITON_DTYPES, ("cuda", "cpu"), _reason),
+    activations=("silu", "identity", "relu", "relu6"),  # SiLU and clamps
+    gates=("sigmoid", "hardsigmoid", None),
+)

@@ -19,7 +19,7 @@ from effnet_fast.cli import common
 from effnet_fast.diagnostics import model_report
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS
-from effnet_fast.modules.layers import MBConv
+from effnet_fast.modules.layers import ResidualBlock
 from effnet_fast.scaling.memory import check_fits, count_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -114,7 +114,7 @@ def calibrate(model: EfficientNet, x: Tensor) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, MBConv):
+            if isinstance(module, ResidualBlock):
                 *_, last = (m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
                 last.weight.mul_(LAST_BN_SHRINK)
         momenta = [norm.momentum for norm in norms]

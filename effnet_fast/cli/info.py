@@ -13,6 +13,8 @@ from effnet_fast.scaling import ConvShape, convolutions
 from effnet_fast.scaling.passes import MODES, PLANS, Traffic, traffic
 
 ELEMENT_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ONE_PER_BLOCK = ("depthwise", "fused", "dense")  # kinds of convolutions
+LAST_OF_A_STAGE = ("stem", "project", "dense", "head")
 BEST = {"inference": "block_fused", "training": "fast"}  # shown without --traffic
 WORDS = (
     "MAC: multiply-adds of one image, which the literature on EfficientNet calls FLOPs; "
@@ -103,7 +105,7 @@ def info(
         stages.append(
             {
                 "name": names.get(number, f"stage {number}"),
-                "blocks": sum(s.repeats for s in own if s.kind == "depthwise"),
+                "blocks": sum(s.repeats for s in own if s.kind in ONE_PER_BLOCK),
                 "channels": _output(own).out_channels,
                 "side": _output(own).side,
                 **_sums(own, rows, batch * size),
@@ -125,7 +127,7 @@ def info(
 
 def _output(shapes: list[ConvShape]) -> ConvShape:
     """The convolution whose output is the stage's."""
-    return [s for s in shapes if s.kind in ("stem", "project", "head")][-1]
+    return [s for s in shapes if s.kind in LAST_OF_A_STAGE][-1]
 
 
 def _sums(

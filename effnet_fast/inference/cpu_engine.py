@@ -9,6 +9,7 @@ from effnet_fast.backends import native
 from effnet_fast.inference import cpu_packing
 from effnet_fast.inference.network_spec import CPU, NetworkSpec
 from effnet_fast.inference.sizes import sizes_of
+from effnet_fast.modules.dense_block import DenseBlock
 
 
 class CpuEngine:
@@ -31,7 +32,10 @@ class CpuEngine:
         with torch.inference_mode():
             cpu_packing.pack_stem(packed, spec.stem)
             for block in spec.blocks:
-                cpu_packing.pack_block(packed, block.layers, block.tap)
+                if isinstance(block.layers, DenseBlock):
+                    cpu_packing.pack_dense_block(packed, block.layers, block.tap)
+                else:
+                    cpu_packing.pack_block(packed, block.layers, block.tap)
             if spec.head:
                 cpu_packing.pack_head(packed, spec.head)
             if spec.linear is not None:

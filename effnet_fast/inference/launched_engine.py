@@ -20,6 +20,7 @@ from effnet_fast.inference.fold import folded
 from effnet_fast.inference.network_spec import BlockSpec, NetworkSpec
 from effnet_fast.inference.sizes import sizes_of
 from effnet_fast.modules import structure
+from effnet_fast.modules.dense_block import DenseBlock
 
 
 class LaunchedEngine:
@@ -71,7 +72,7 @@ class LaunchedEngine:
     def _pack(self) -> None:
         spec = self.spec
         self._stem = self._convolution(spec.stem)
-        self._blocks = [self._block(block) for block in spec.blocks]
+        self._blocks = [self._any_block(block) for block in spec.blocks]
         self._head = self._product(spec.head) if spec.head else None
         self._linear: list[Tensor] = []
         if spec.linear is not None:
@@ -100,30 +101,56 @@ class LaunchedEngine:
         return passes.choose(op, self.backend, self.dtype, self.device, **sizes)
 
     def _convolution(self, layer: structure.Layer) -> passes.Convolution:
-        backend = self._choose("pointwise_bn_act")
+        backend = self._choose("pointwise_bn_act", activations=(layer.activation,))
         weight, shift = folded(layer)
-        return passes.on(backend).Convolution(backend, self._rounded(weight), shift, layer.geometry)
-
-    def _product(self, layer: structure.Layer) -> passes.Product:
-        backend = self._choose("pointwise_bn_act")
-        weight, shift = folded(layer)
-        return passes.on(backend).Product(
-            backend, self._rounded(weight.flatten(1)), shift, layer.silu
+        return passes.on(backend).Convolution(
+            backend, self._rounded(weight), shift, layer.geometry, layer.activation
         )
 
-    def _block(self, block: BlockSpec) -> passes.MBConv:
-        layers, dtype = block.layers, self.dtype
-        geometry = layers.depthwise.geometry
-        filters = self._choose("dwconv_bn_silu", kernel=geometry.kernel, stride=geometry.stride[0])
-        gates = self._choose("squeeze_excite", hidden=layers.excite.reduce_weight.shape[0])
+    def _product(self, layer: structure.Layer) -> passes.Product:
+        named = (layer.activation,) if layer.activates else ()  # every kernel can do without one
+        backend = self._choose("pointwise_bn_act", activations=named)
+        weight, shift = folded(layer)
+        return passes.on(backend).Product(
+            backend, self._rounded(weight.flatten(1)), shift, layer.activation
+        )
+
+    def _any_block(self, block: BlockSpec) -> passes.MBConv | passes.FusedMBConv:
+        layers = block.layers
+        if not isinstance(layers, DenseBlock):
+            return self._block(layers)
+        project = self._product(layers.project) if layers.project else None
+        return passes.FusedMBConv(self._convolution(layers.dense), project, layers.residual)
+
+    def _block(self, layers: structure.Block) -> passes.MBConv:
+        geometry, activation = layers.depthwise.geometry, layers.activation
+        backend = self._choose(
+            "dwconv_bn_silu",
+            kernel=geometry.kernel,
+            stride=geometry.stride[0],
+            activations=(activation,),
+        )
         weight, shift = folded(layers.depthwise)
         self._rounded(weight)  # for its range alone
         return passes.MBConv(
             self._product(layers.expand) if layers.expand else None,
-            passes.on(filters).Depthwise(filters, weight, shift, geometry, dtype),
-            passes.on(gates).Excite(gates, layers.excite, dtype),
+            passes.on(backend).Depthwise(backend, weight, shift, geometry, self.dtype, activation),
+            self._excite(layers),
             self._product(layers.project),
             layers.residual,
+        )
+
+    def _excite(self, block: structure.Block) -> passes.Excite | None:
+        if block.excite is None:
+            return None
+        backend = self._choose(
+            "squeeze_excite",
+            hidden=block.excite.reduce_weight.shape[0],
+            activations=(block.se_activation,),
+            gate=block.gate,
+        )
+        return passes.on(backend).Excite(
+            backend, block.excite, self.dtype, block.se_activation, block.gate
         )
 
     def run(self, x: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ exactly is refused with its place and the reason.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,18 +18,26 @@ from effnet_fast.backends.base import PLAIN
 from effnet_fast.inference import parts
 from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.modules import layers, stock, structure
+from effnet_fast.modules.dense_block import DenseBlock
+from effnet_fast.modules.fused_mbconv import FusedMBConv
+from effnet_fast.modules.readers.fused_mbconv import dense_block_of
 from effnet_fast.modules.structure import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
+# How a block of each class is read.
+BLOCKS: dict[type, Callable[[Any], structure.Block | DenseBlock]] = {
+    layers.MBConv: structure.structure_of,  # type: ignore[dict-item]  # of a block, a block
+    FusedMBConv: dense_block_of,
+}
 LOGITS, POOLED, LAST_MAP, TAPS = "logits", "pooled", "last_map", "taps"
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """An MBConv, and which output shows its result."""
+    """A block, and which output shows its result."""
 
-    layers: structure.Block
+    layers: structure.Block | DenseBlock
     tap: int
 
 
@@ -123,15 +131,15 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
 def _convolution(module: nn.Module, kind: str) -> structure.Layer:
     structure.require(module)
     layer = structure.structure_of(module)
-    if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.silu:
-        raise RefusedError(f" is no {kind} convolution with SiLU")
+    if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.activates:
+        raise RefusedError(f" is no {kind} convolution with an activation")
     if layer.geometry.stride[0] != layer.geometry.stride[1]:
         raise RefusedError(f" has stride {layer.geometry.stride}")
     return layer
 
 
 def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int]]:
-    """Place and module of each MBConv, and the stage whose last it is, or -1."""
+    """Place and module of each block, and the stage whose last it is, or -1."""
     for index, stage in enumerate(stages, start=1):
         with _at(f"features.{index}"):
             structure.require(stage, *layers.SEQUENTIALS)
@@ -145,10 +153,9 @@ def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int
 
 def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> BlockSpec:
     with _at(place):
-        structure.require(module, layers.MBConv)
-        block = structure.structure_of(module)
-        assert isinstance(block, structure.Block)
-        geometry = block.depthwise.geometry
+        structure.require(module, *BLOCKS)
+        block = BLOCKS[type(module)](module)
+        geometry = block.spatial
         if geometry.kernel[0] > MAX_KERNEL:
             raise RefusedError(f" has a kernel above {MAX_KERNEL}")
         if not geometry.is_centred:
@@ -201,8 +208,8 @@ def _check(spec: NetworkSpec, device: torch.device) -> None:
     channels = spec.stem.conv.out_channels
     for block in spec.blocks:
         if block.layers.first.conv.in_channels != channels:
-            raise RefusedError(f"an MBConv does not take {channels} channels")
-        channels = block.layers.project.conv.out_channels
+            raise RefusedError(f"a block does not take {channels} channels")
+        channels = block.layers.last.conv.out_channels
     if spec.head and spec.head.conv.in_channels != channels:
         raise RefusedError(f"the last convolution does not take {channels} channels")
     linear = spec.linear
@@ -236,10 +243,7 @@ def layers_of(spec: NetworkSpec) -> Iterator[structure.Layer]:
     """Every convolution with its BatchNorm."""
     yield spec.stem
     for block in spec.blocks:
-        if block.layers.expand:
-            yield block.layers.expand
-        yield block.layers.depthwise
-        yield block.layers.project
+        yield from block.layers.layers
     if spec.head:
         yield spec.head
 
@@ -248,6 +252,7 @@ def _weights(spec: NetworkSpec) -> Iterator[Tensor]:
     weights = (layer.tensors[0] for layer in layers_of(spec))
     yield from (weight for weight in weights if weight is not None)
     for block in spec.blocks:
-        yield from (tensor for tensor in block.layers.excite if tensor is not None)
+        excite = block.layers.excite if isinstance(block.layers, structure.Block) else None
+        yield from (tensor for tensor in excite or () if tensor is not None)
     if spec.linear is not None:
         yield from (t for t in (spec.linear.weight, spec.linear.bias) if t is not None)

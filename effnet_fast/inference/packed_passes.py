@@ -6,7 +6,7 @@ of these names that do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ def choose(
     kernel: tuple[int, int] = (1, 1),
     stride: int = 1,
     hidden: int = 1,
+    activations: tuple[str, ...] = (),
+    gate: str = "sigmoid",
 ) -> str:
     """The backend that runs a pass: the one named, or the first that can of those preferred.
 
@@ -37,12 +39,15 @@ def choose(
         dtype, device: of the images.
         kernel, stride: of a depthwise convolution.
         hidden: R of a squeeze-and-excite.
+        activations: that the pass applies.
+        gate: of a squeeze-and-excite.
 
     Raises:
         RuntimeError: none can, with the reason of each.
     """
     x = torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
-    args = backends.OpArgs(x, (x.new_empty((hidden, 0)),), kernel, stride, inference=True)
+    others = (x.new_empty((hidden, 0)),)
+    args = backends.OpArgs(x, others, kernel, stride, True, activations, gate)
     names = preference.order(device.type, op) if backend == "auto" else (backend,)
     reasons = []
     for name in names:
@@ -79,17 +84,20 @@ class Pass:
 
 
 class Convolution(Pass):
-    """silu(conv(x) + shift): the stem.
+    """act(conv(x) + shift): the stem, and the dense convolution of a FusedMBConv.
 
     Args:
         weight: [Cout,Cin,K,K] with BatchNorm's scale, in the images' dtype.
         shift: [Cout] fp32.
         geometry: of the convolution.
+        activation: see `reference.activations`, here and below.
     """
 
-    def __init__(self, backend: str, weight: Tensor, shift: Tensor, geometry: Geometry) -> None:
+    def __init__(
+        self, backend: str, weight: Tensor, shift: Tensor, geometry: Geometry, activation: str
+    ) -> None:
         super().__init__(backend)
-        self.geometry = geometry
+        self.geometry, self.activation = geometry, activation
         self.pack(weight, shift)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -103,12 +111,12 @@ class Product(Pass):
     Args:
         weight: [Cout,Cin] with BatchNorm's scale, in the images' dtype.
         shift: [Cout] fp32.
-        silu: whether SiLU follows.
+        activation: "identity" for none.
     """
 
-    def __init__(self, backend: str, weight: Tensor, shift: Tensor, silu: bool) -> None:
+    def __init__(self, backend: str, weight: Tensor, shift: Tensor, activation: str) -> None:
         super().__init__(backend)
-        self.silu = silu
+        self.activation = activation
         self.pack(weight, shift)
 
     def __call__(
@@ -119,7 +127,7 @@ class Product(Pass):
 
 
 class Depthwise(Pass):
-    """y = silu(conv_dw(x) + shift), and y's mean over the pixels.
+    """y = act(conv_dw(x) + shift), and y's mean over the pixels.
 
     Args:
         weight: [C,1,K,K] fp32 with BatchNorm's scale.
@@ -129,33 +137,51 @@ class Depthwise(Pass):
     """
 
     def __init__(
-        self, backend: str, weight: Tensor, shift: Tensor, geometry: Geometry, dtype: torch.dtype
+        self,
+        backend: str,
+        weight: Tensor,
+        shift: Tensor,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        activation: str,
     ) -> None:
         super().__init__(backend)
-        self.geometry, self.dtype = geometry, dtype
+        self.geometry, self.dtype, self.activation = geometry, dtype, activation
         self.pack(weight, shift)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y [N,C,Ho,Wo], pooled [N,C] fp32."""
+    def __call__(self, x: Tensor, pools: bool = True) -> tuple[Tensor, Tensor | None]:
+        """y [N,C,Ho,Wo], pooled [N,C] fp32; None for the latter where nothing `pools`."""
         raise NotImplementedError
 
-    def after(self, expand: Product, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The pass over what the expansion gives."""
-        return self(expand(x))
+    def after(
+        self, expand: Product, excite: Excite | None, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The pass over what the expansion gives, before `excite`."""
+        return self(expand(x), excite is not None)
 
 
 class Excite(Pass):
     """gate = sigmoid(W2 silu(W1 pooled + b1) + b2).
 
+    A backend's own class takes the images' dtype in the place of `dtypes`.
+
     Args:
         layers: W1 [R,C,1,1], b1 [R], W2 [C,R,1,1], b2 [C]; a bias may be None.
-        dtypes: that the kernel reads them in.
+        dtypes: that the kernel reads them in, one for each.
+        activation: in the place of SiLU.
+        gate: in the place of the sigmoid, see `reference.activations`.
     """
 
     def __init__(
-        self, backend: str, layers: tuple[Tensor | None, ...], *dtypes: torch.dtype
+        self,
+        backend: str,
+        layers: tuple[Tensor | None, ...],
+        dtypes: Sequence[torch.dtype],
+        activation: str,
+        gate: str,
     ) -> None:
         super().__init__(backend)
+        self.activation, self.gate = activation, gate
         self.layers: list[Any] = [
             None if layer is None else self.keep(layer.detach().to(to, copy=True).contiguous())
             for layer, to in zip(layers, dtypes, strict=True)
@@ -167,13 +193,13 @@ class Excite(Pass):
 
 
 class MBConv:
-    """A whole block: [expand ->] depthwise -> excite -> project."""
+    """A whole block: [expand ->] depthwise -> [excite ->] project."""
 
     def __init__(
         self,
         expand: Product | None,
         depthwise: Depthwise,
-        excite: Excite,
+        excite: Excite | None,
         project: Product,
         residual: bool,
     ) -> None:
@@ -183,11 +209,34 @@ class MBConv:
 
     def passes(self) -> Iterator[Pass]:
         """Every pass in order."""
-        if self.expand:
-            yield self.expand
-        yield from (self.depthwise, self.excite, self.project)
+        passes = (self.expand, self.depthwise, self.excite, self.project)
+        yield from (each for each in passes if each is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [N,Cout,Ho,Wo] of x [N,Cin,H,W]."""
-        h, pooled = self.depthwise.after(self.expand, x) if self.expand else self.depthwise(x)
-        return self.project(h, self.excite(pooled), x if self.residual else None)
+        if self.expand:
+            h, pooled = self.depthwise.after(self.expand, self.excite, x)
+        else:
+            h, pooled = self.depthwise(x, self.excite is not None)
+        gate = None if self.excite is None or pooled is None else self.excite(pooled)
+        return self.project(h, gate, x if self.residual else None)
+
+
+class FusedMBConv:
+    """A whole block: dense [-> project]."""
+
+    def __init__(self, dense: Convolution, project: Product | None, residual: bool) -> None:
+        self.dense, self.project, self.residual = dense, project, residual
+
+    def passes(self) -> Iterator[Pass]:
+        """Every pass in order."""
+        yield self.dense
+        if self.project is not None:
+            yield self.project
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y [N,Cout,Ho,Wo] of x [N,Cin,H,W]."""
+        h = self.dense(x)
+        if self.project is not None:
+            return self.project(h, None, x if self.residual else None)
+        return h.add_(x) if self.residual else h

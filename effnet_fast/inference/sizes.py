@@ -63,10 +63,7 @@ def weight_of(layer: Layer) -> Tensor:
 def sizes_of(spec: NetworkSpec) -> Sizes:
     """The sizes of a network that is being packed."""
     rows = [Row(spec.stem.geometry, weight_of(spec.stem).shape[0], spec.stem_tap)]
-    rows += [
-        Row(b.layers.depthwise.geometry, weight_of(b.layers.project).shape[0], b.tap)
-        for b in spec.blocks
-    ]
+    rows += [Row(b.layers.spatial, weight_of(b.layers.last).shape[0], b.tap) for b in spec.blocks]
     outputs = weight_of(spec.head).shape[0] if spec.head else 0
     if spec.linear is not None:
         outputs = spec.linear.weight.shape[0]

@@ -20,6 +20,7 @@ from torch.nn.modules import module as nn_module
 
 from effnet_fast.backends import native
 from effnet_fast.modules import layers
+from effnet_fast.modules.fused_mbconv import FusedMBConv
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 from effnet_fast.modules.structure import METHODS, RefusedError
@@ -36,10 +37,12 @@ SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: _CONVOLUTION,
     Conv2dSame: _CONVOLUTION,
     nn.BatchNorm2d: ("training", "eps"),
+    nn.ReLU6: ("min_val", "max_val"),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Dropout: ("training", "p"),
     StochasticDepth: ("training", "p"),
     layers.MBConv: ("use_res_connect",),
+    FusedMBConv: ("use_res_connect",),
 }
 
 

@@ -1,4 +1,4 @@
-"""The part that every EfficientNet has, whatever follows: stem, stages of MBConv, head.
+"""The part that every EfficientNet has, whatever follows: stem, stages of blocks, head.
 
 Running them on channels_last activations and one backend, recomputing them in backward, freezing
 the first of them, and naming their parameters by depth.
@@ -25,9 +25,15 @@ from effnet_fast.inference.own_plan import OwnPlan
 from effnet_fast.inference.parts import InferenceParts, methods_of
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
+from effnet_fast.models.stages import makers_of_stages
 from effnet_fast.models.variants import VARIANTS, Variant
 from effnet_fast.modules import observed
-from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig, Sequential
+from effnet_fast.modules.layers import (
+    ACTIVATION_LAYERS,
+    Conv2dNormActivation,
+    ResidualBlock,
+    Sequential,
+)
 from effnet_fast.ops import scratch
 
 if TYPE_CHECKING:
@@ -131,7 +137,8 @@ class Backbone(nn.Module):
         self._frozen_names = frozenset[str]()
         self._own_plan = OwnPlan()
 
-        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
+        activation = ACTIVATION_LAYERS[variant.activation]
+        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=activation)
         makers: list[Callable[[], nn.Module]] = [
             partial(
                 conv,
@@ -141,7 +148,7 @@ class Backbone(nn.Module):
                 stride=2,
                 padding="same" if variant.padding == "same" else None,
             ),
-            *_stages(variant, stochastic_depth_prob, norm_layer),
+            *makers_of_stages(variant, stochastic_depth_prob, norm_layer),
             partial(conv, variant.stages[-1].out_channels, variant.head_channels, kernel_size=1),
         ]
         if out_indices is not None:
@@ -159,7 +166,7 @@ class Backbone(nn.Module):
         check_memory(memory)
         self._memory = memory
         for module in self.features.modules():
-            if isinstance(module, MBConv):
+            if isinstance(module, ResidualBlock):
                 module.memory = memory
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -216,21 +223,21 @@ class Backbone(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keeps the input of each MBConv alone for backward, and computes the rest again.
+        """Keeps the input of each block alone for backward, and computes the rest again.
 
         Results, random draws and running statistics stay the same: statistics are updated once in
         a step. The cost is about one more forward pass.
         """
         self.grad_checkpointing = enable
         for module in self.features.modules():
-            if isinstance(module, MBConv):
+            if isinstance(module, ResidualBlock):
                 module.grad_checkpointing = enable
 
     def freeze(self, stages: int | None = None, *, bn: bool = True) -> Self:
         """Excludes the first layers from training; replaces an earlier `freeze`.
 
         Args:
-            stages: stages of MBConv to freeze, the stem with them; 0 freezes nothing, None the
+            stages: stages of blocks to freeze, the stem with them; 0 freezes nothing, None the
                 whole of `features`, its last convolution included.
             bn: also keep their BatchNorms in eval mode, even under `train()`.
 
@@ -280,7 +287,7 @@ class Backbone(nn.Module):
         return self
 
     def _count_stages(self) -> int:
-        """Stages of MBConv in the whole network."""
+        """Stages of blocks in the whole network."""
         return len(self.feature_info.stages) - 1
 
     def _norms_of_frozen(self) -> Iterator[nn.Module]:
@@ -322,32 +329,6 @@ class Backbone(nn.Module):
             min_scale=min_scale,
             no_weight_decay=no_weight_decay,
         )
-
-
-def _stages(
-    variant: Variant, stochastic_depth_prob: float, norm_layer: Callable[..., nn.Module]
-) -> Iterator[Callable[[], nn.Module]]:
-    """Makers of the stages; drop-path of block i of n is stochastic_depth_prob * i / n."""
-    index = 0
-    for stage in variant.stages:
-        blocks: list[Callable[[], nn.Module]] = []
-        for repeat in range(stage.repeats):
-            config = MBConvConfig(
-                expand_ratio=stage.expand_ratio,
-                kernel=stage.kernel,
-                stride=stage.stride if repeat == 0 else 1,
-                input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
-                out_channels=stage.out_channels,
-                padding=variant.padding,
-            )
-            prob = stochastic_depth_prob * float(index) / variant.blocks
-            blocks.append(partial(MBConv, config, prob, norm_layer))
-            index += 1
-        yield partial(_sequence, blocks)
-
-
-def _sequence(makers: list[Callable[[], nn.Module]]) -> Sequential:
-    return Sequential(*(make() for make in makers))
 
 
 def init_parameters(module: nn.Module) -> None:

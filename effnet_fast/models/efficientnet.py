@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class EfficientNet(Backbone):
     """EfficientNet, x [N,in_chans,H,W] -> logits [N,num_classes].
 
-    Children: `features` (stem, seven stages of MBConv, head), `avgpool`, `classifier`.
+    Children: `features` (stem, the stages of blocks, head), `avgpool`, `classifier`.
     Activations are channels_last inside; what a user sees has the layout of stock PyTorch.
 
     Args:

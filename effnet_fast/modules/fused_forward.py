@@ -76,7 +76,9 @@ def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
     x, backend = given.x, given.backend
     if layer.by_batch or wants_gradient(x, *layer.tensors):
         return None
-    return pointwise_bn_act_eval(x, *layer.tensors, None, None, layer.silu, layer.bn.eps, backend)
+    return pointwise_bn_act_eval(
+        x, *layer.tensors, None, None, layer.bn.eps, layer.activation, backend
+    )
 
 
 def _run_block(block: structure.Block, given: Input, x: Tensor) -> Tensor:
@@ -149,13 +151,13 @@ def _has_nhwc_weight(found: structure.Layer | structure.Block) -> bool:
 
 
 def poolable_layer(module: nn.Module) -> structure.Layer | None:
-    """A module that is a 1x1 convolution with BatchNorm and SiLU, for `run_pooled`."""
+    """A module that is a 1x1 convolution with BatchNorm and activation, for `run_pooled`."""
     try:
         structure.require(module)
         found = structure.structure_of(module)
     except structure.RefusedError:
         return None
-    if isinstance(found, structure.Layer) and found.kind == structure.POINTWISE and found.silu:
+    if isinstance(found, structure.Layer) and found.kind == structure.POINTWISE and found.activates:
         return found
     return None
 

@@ -10,20 +10,26 @@ Source: Tan & Le (arXiv 1905.11946), table 1; names and draw order as torchvisio
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.modules import checkpointing, fused_forward, in_turn, observed
+from effnet_fast.modules import checkpointing, fused_forward, in_turn, observed, structure
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 from effnet_fast.modules.widths import round_channels
+from effnet_fast.reference.activations import check_activation
 
 PADDINGS = ("symmetric", "same")
+# The module of each activation by its name; "identity" is the absence of one.
+ACTIVATION_LAYERS: Mapping[str, type[nn.Module] | None] = MappingProxyType(
+    {name: kind for kind, name in structure.ACTIVATIONS.items()} | {"identity": None}
+)
 
 
 def check_padding(padding: str) -> None:
@@ -162,14 +168,16 @@ class SqueezeExcitation(nn.Module):
 
 @dataclass(frozen=True)
 class MBConvConfig:
-    """Geometry of one MBConv block.
+    """Geometry of one block, MBConv or FusedMBConv.
 
     Args:
         expand_ratio: expanded channels over input channels; 1 leaves the expansion out.
-        kernel: K of the depthwise convolution, odd.
-        stride: stride of the depthwise convolution, 1 or 2.
+        kernel: K of the convolution that looks at neighbours (MBConv's is depthwise), odd.
+        stride: its stride, 1 or 2.
         input_channels, out_channels: channels of the block's input and output.
-        padding: of the depthwise convolution: "symmetric", (K-1)//2 on both sides, or "same".
+        padding: its padding: "symmetric", (K-1)//2 on both sides, or "same".
+        activation: after every convolution but a projection, one of ACTIVATION_LAYERS.
+        squeeze: whether an MBConv has squeeze-and-excitation.
 
     Raises:
         ValueError: a field out of its range.
@@ -181,6 +189,8 @@ class MBConvConfig:
     input_channels: int
     out_channels: int
     padding: str = "symmetric"
+    activation: str = "silu"
+    squeeze: bool = True
 
     def __post_init__(self) -> None:
         if self.stride not in (1, 2):
@@ -194,10 +204,11 @@ class MBConvConfig:
                 f"expand_ratio={self.expand_ratio}"
             )
         check_padding(self.padding)
+        check_activation("activation", self.activation)
 
     @property
     def expanded_channels(self) -> int:
-        """Channels of the depthwise convolution."""
+        """Channels between the block's first and last convolution."""
         return round_channels(self.input_channels * self.expand_ratio)
 
     @property
@@ -216,11 +227,12 @@ def _mbconv_layers(
     norm_layer: Callable[..., nn.Module],
     se_layer: Callable[..., nn.Module],
 ) -> Iterator[nn.Module]:
-    """The block's layers in order: [expand,] depthwise, squeeze-excite, project."""
+    """The block's layers in order: [expand,] depthwise, [squeeze-excite,] project."""
     expanded = config.expanded_channels
+    activation = ACTIVATION_LAYERS[config.activation]
     conv = partial(Conv2dNormActivation, norm_layer=norm_layer)
     if expanded != config.input_channels:
-        yield conv(config.input_channels, expanded, kernel_size=1, activation_layer=nn.SiLU)
+        yield conv(config.input_channels, expanded, kernel_size=1, activation_layer=activation)
     yield conv(
         expanded,
         expanded,
@@ -228,41 +240,34 @@ def _mbconv_layers(
         stride=config.stride,
         padding="same" if config.padding == "same" else None,
         groups=expanded,
-        activation_layer=nn.SiLU,
+        activation_layer=activation,
     )
-    yield se_layer(expanded, config.squeeze_channels, activation=partial(nn.SiLU, inplace=True))
+    if config.squeeze:
+        inner = nn.Identity if activation is None else partial(activation, inplace=True)
+        yield se_layer(expanded, config.squeeze_channels, activation=inner)
     yield conv(expanded, config.out_channels, kernel_size=1, activation_layer=None)
 
 
-class MBConv(nn.Module):
-    """Inverted bottleneck with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
+class ResidualBlock(nn.Module):
+    """A body with drop-path, and the input added where the shapes allow it.
 
-    Args:
-        config: the block's geometry.
-        stochastic_depth_prob: probability that a sample skips the block's body in training.
-        norm_layer: makes a normalisation from its channels.
-        se_layer: makes the squeeze-and-excitation from (channels, squeeze channels, activation=).
+    Children: `block`, the body, and `stochastic_depth`.
 
     Attributes:
+        use_res_connect: whether the input is added.
         grad_checkpointing: whether backward computes the block's activations again.
         memory: "fast", or "lean" to save one expanded tensor less for backward.
-
-    Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381).
     """
 
     grad_checkpointing = False
     memory = "fast"
 
     def __init__(
-        self,
-        config: MBConvConfig,
-        stochastic_depth_prob: float,
-        norm_layer: Callable[..., nn.Module],
-        se_layer: Callable[..., nn.Module] = SqueezeExcitation,
+        self, config: MBConvConfig, layers: Iterable[nn.Module], stochastic_depth_prob: float
     ) -> None:
         super().__init__()
         self.use_res_connect = config.use_res_connect
-        self.block = nn.Sequential(*_mbconv_layers(config, norm_layer, se_layer))
+        self.block = nn.Sequential(*layers)
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
         self.out_channels = config.out_channels
 
@@ -283,3 +288,27 @@ class MBConv(nn.Module):
         if self.grad_checkpointing and observed.can_run_again(x):
             return checkpointing.run(partial(fused_forward.run, self), self, x)
         return fused_forward.run(self, x)
+
+
+class MBConv(ResidualBlock):
+    """Inverted bottleneck, mostly with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
+
+    Args:
+        config: the block's geometry.
+        stochastic_depth_prob: probability that a sample skips the block's body in training.
+        norm_layer: makes a normalisation from its channels.
+        se_layer: makes the squeeze-and-excitation from (channels, squeeze channels, activation=).
+
+    Source: Tan & Le (arXiv 1905.11946), section 4; Sandler et al. (arXiv 1801.04381).
+    """
+
+    def __init__(
+        self,
+        config: MBConvConfig,
+        stochastic_depth_prob: float,
+        norm_layer: Callable[..., nn.Module],
+        se_layer: Callable[..., nn.Module] = SqueezeExcitation,
+    ) -> None:
+        super().__init__(
+            config, _mbconv_layers(config, norm_layer, se_layer), stochastic_depth_prob
+        )

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effnet_fast.modules import layers, same_padding, stochastic_depth, structure
+from effnet_fast.modules.fused_mbconv import FusedMBConv
 from effnet_fast.modules.structure import RefusedError
 
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
@@ -154,22 +155,40 @@ _POOL = Stock(
 # Below a block's own forward.
 BLOCK = Stock(
     (layers.MBConv, "forward_stock"),
+    (FusedMBConv, "forward_stock"),
     (layers.SqueezeExcitation, f"{_FORWARD} gate"),
     (nn.Sigmoid, _FORWARD),
     (stochastic_depth.StochasticDepth, _FORWARD),
     (stochastic_depth, "stochastic_depth"),
     below=(LAYER, _CALLED_LAYER, _POOL),
 )
+# Below an activation or a gate of this name; those of the tables above stand for SiLU and sigmoid.
+# Fused ops differentiate ReLU6 a second time by its own function, which its module does not call.
+ACTIVATIONS = {
+    "identity": Stock((nn.Identity, _FORWARD)),
+    "relu": Stock((nn.ReLU, _FORWARD), (F, "relu"), (torch, "relu relu_")),
+    "relu6": Stock(
+        (nn.ReLU6, _FORWARD),
+        (F, "hardtanh relu6"),
+        (torch._C._nn, "hardtanh hardtanh_ relu6"),
+    ),
+    "hardswish": Stock(
+        (nn.Hardswish, _FORWARD), (F, "hardswish"), (torch._C._nn, "hardswish hardswish_")
+    ),
+    "hardsigmoid": Stock(
+        (nn.Hardsigmoid, _FORWARD), (F, "hardsigmoid"), (torch._C._nn, "hardsigmoid hardsigmoid_")
+    ),
+}
 # Below the forward of a network that pools its last layer's result at once.
 HEAD = Stock((torch, "flatten"), below=(LAYER, _CALLED_LAYER, _POOL))
 # Below the forward of a network that runs in one call.
 NETWORK = Stock(
     (layers.MBConv, _FORWARD),
+    (FusedMBConv, _FORWARD),
     (nn.Dropout, _FORWARD),
     (nn.Linear, _FORWARD),
-    (nn.Identity, _FORWARD),
     (F, "dropout linear"),
-    below=(BLOCK, HEAD),
+    below=(BLOCK, HEAD, *ACTIVATIONS.values()),
 )
 
 # Which of these names an instance must not have in its place: those that are looked up on it.

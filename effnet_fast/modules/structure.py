@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from effnet_fast.backends import OpArgs
+from effnet_fast.backends import OpArgs, block_kinds
 from effnet_fast.modules.same_padding import same_padding
 from effnet_fast.ops.call import NO_NORM, Call, Norm, call_of
 from effnet_fast.reference.mbconv import SqueezeExciteParams
@@ -72,15 +72,16 @@ class Geometry(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A convolution with its BatchNorm, and whether a SiLU follows.
+    """A convolution with its BatchNorm, and the activation behind it.
 
+    activation: see `reference.activations`; "identity" where there is none.
     tensors: weight [Cout,Cin/groups,K,K], and the BatchNorm's weight, bias, mean and variance.
     """
 
     kind: str
     conv: nn.Conv2d
     bn: nn.BatchNorm2d
-    silu: bool
+    activation: str
     geometry: Geometry
     tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -88,6 +89,11 @@ class Layer(NamedTuple):
     def op(self) -> str:
         """The op that computes it."""
         return OPS[self.kind]
+
+    @property
+    def activates(self) -> bool:
+        """Whether an activation follows."""
+        return self.activation != "identity"
 
     @property
     def by_batch(self) -> bool:
@@ -113,9 +119,11 @@ class Layer(NamedTuple):
 class Block(NamedTuple):
     """An MBConv."""
 
-    expand: Layer | None  # in this order; expand may be absent
-    depthwise: Layer
-    excite: SqueezeExciteParams
+    expand: Layer | None  # in this order; expand and excite may be absent
+    depthwise: Layer  # with the activation of expand
+    excite: SqueezeExciteParams | None
+    se_activation: str  # of excite's first layer
+    gate: str  # likewise, of its second
     project: Layer
     residual: bool  # whether its input is added to what drop-path leaves of its body
     drop_probability: float  # of drop-path in the mode that the block is in: 0 outside training
@@ -133,6 +141,17 @@ class Block(NamedTuple):
         return self.expand or self.depthwise
 
     @property
+    def last(self) -> Layer:
+        """The layer that gives the output, but for the residual."""
+        return self.project
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Its convolutions in order, those of squeeze-and-excitation left out."""
+        rest = self.depthwise, self.project
+        return (self.expand, *rest) if self.expand else rest
+
+    @property
     def spatial(self) -> Geometry:
         """Of the convolution that looks at neighbours."""
         return self.depthwise.geometry
@@ -141,18 +160,30 @@ class Block(NamedTuple):
     def parameters(self) -> tuple[Tensor | None, ...]:
         """All tensors that the fused op reads."""
         expand = self.expand.tensors if self.expand else ()
-        return (*expand, *self.depthwise.tensors, *self.excite, *self.project.tensors)
+        excite = self.excite or ()
+        return (*expand, *self.depthwise.tensors, *excite, *self.project.tensors)
+
+    @property
+    def activation(self) -> str:
+        """That of its convolutions."""
+        return self.depthwise.activation
 
 
 def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs | None:
     """The call of a module's op on x [N,C,H,W] that a backend has to run; None for another C."""
     if x.shape[1] != found.first.conv.in_channels:
         return None
-    if isinstance(found, Layer) and found.kind != DEPTHWISE:
-        # PyTorch's own convolution takes any kernel.
-        return OpArgs(x, found.parameters, inference=inference)
+    if isinstance(found, Layer):
+        kinds: Any = ((found.activation,), "sigmoid")
+        if found.kind == POINTWISE and not found.activates:
+            kinds = ((), "sigmoid")  # every kernel can do without
+        if found.kind != DEPTHWISE:  # PyTorch's own convolution takes any kernel
+            return OpArgs(x, found.parameters, (1, 1), 1, inference, *kinds)
+    else:
+        activation = found.depthwise.activation
+        kinds = block_kinds(found.excite, activation, found.se_activation, found.gate)
     geometry = found.spatial
-    return OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference)
+    return OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference, *kinds)
 
 
 def _norm(layer: Layer) -> Norm:
@@ -171,10 +202,11 @@ def begin_call(found: Layer | Block, x: Tensor, backend: str) -> Call:
     geometry, shape = found.spatial, x.shape
     call = ((x, *found.parameters), backend, geometry.stride, geometry.sides(shape[2], shape[3]))
     if isinstance(found, Layer):
-        return call_of((_norm(found),), *call)
+        return call_of((_norm(found),), *call, activation=found.activation)
     expand = _norm(found.expand) if found.expand else NO_NORM
     norms = expand, _norm(found.depthwise), _norm(found.project)
-    return call_of(norms, *call, found.residual, found.memory)
+    kinds = found.depthwise.activation, found.se_activation, found.gate
+    return call_of(norms, *call, found.residual, found.memory, *kinds)
 
 
 def refuse_global_hooks() -> None:
@@ -257,12 +289,28 @@ class Part(NamedTuple):
     """What a child has to be."""
 
     name: str
-    kinds: tuple[type, ...]  # one of these classes
-    children: Children | None = None  # None for any
+    kinds: dict[type, Children | None]  # one of these classes, and its children; None for any
 
 
 # By their names, what the children of a module are.
 Children = dict[tuple[str, ...], tuple[Part, ...]]
+
+
+def one_of(*kinds: type) -> dict[type, Children | None]:
+    """Classes of a `Part` with any children."""
+    return dict.fromkeys(kinds)
+
+
+# The classes of activations and gates by the names in `reference.activations`: what an instance of
+# exactly this class computes, as it was made.
+ACTIVATIONS: dict[type, str] = {
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.Identity: "identity",
+}
+GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
 
 
 def children_of(*allowed: Iterable[Part]) -> Children:
@@ -275,13 +323,13 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
     parts = allowed.get(tuple(children))
     if parts is None:
         raise RefusedError(f" has children {list(children)}")
-    for name, kinds, below in parts:
+    for name, kinds in parts:
         child = children[name]
         try:
             # `require` alone would take twice the time.
             if type(child) not in kinds or is_altered(s := child.__dict__):
                 require(child, *kinds)
-            elif below is not None:
+            elif (below := kinds[type(child)]) is not None:
                 require_children(s["_modules"], below)
         except RefusedError as refused:
             raise RefusedError(f".{name}{refused}") from None

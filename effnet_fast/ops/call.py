@@ -33,6 +33,9 @@ class Call(NamedTuple):
     padding: Sides  # (left, right, top, bottom) of its spatial convolution
     residual: bool  # whether a block adds its input
     memory: str  # "fast", or "lean" for a block that saves one expanded tensor less
+    activation: str  # of the op; of a block's expansion and depthwise convolution
+    se_activation: str  # of a block's squeeze-and-excite
+    gate: str  # likewise
 
 
 def call_of(
@@ -43,11 +46,17 @@ def call_of(
     padding: Sides = (0, 0, 0, 0),
     residual: bool = False,
     memory: str = "fast",
+    activation: str = "silu",
+    se_activation: str = "silu",
+    gate: str = "sigmoid",
 ) -> Call:
     """The call of an op on tensors: its input, and what a gradient may be wanted of."""
     needs_grad = wants_gradient(*tensors)
     infers = not needs_grad and not any(norm.training for norm in norms)
-    return Call(norms, needs_grad, infers, backend, stride, padding, residual, memory)
+    return Call(
+        norms, needs_grad, infers, backend, stride, padding, residual, memory,
+        activation, se_activation, gate,
+    )  # fmt: skip
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

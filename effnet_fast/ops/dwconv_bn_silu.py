@@ -1,4 +1,4 @@
-"""Depthwise convolution, BatchNorm and SiLU as one op.
+"""Depthwise convolution, BatchNorm and SiLU, or another activation, as one op.
 
 In eval BN is the epilogue of the convolution, which also yields the mean of y over each image's
 pixels, what squeeze-and-excite needs. In training the convolution yields its output's statistics by
@@ -19,6 +19,7 @@ from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.gate import DEPTHWISE, batch_norm
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import Moves
+from effnet_fast.reference.activations import check_activation
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.dwconv_bn_silu import check_arguments
 
@@ -51,6 +52,7 @@ def empty_eval(
     stride: int,
     padding: Sides,
     eps: float,
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """y [N,C,Ho,Wo] and its means over the pixels [N,C], unwritten."""
@@ -74,6 +76,7 @@ def _empty_bn_silu(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     return empty_nhwc(z, z.shape)
@@ -93,6 +96,7 @@ def empty_grads(
     eps: float,
     training: bool,
     wanted: list[bool],
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight, BatchNorm's bias and weight [2,C], unwritten; [0] if not wanted."""
@@ -126,15 +130,16 @@ class DwconvBnSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        weight, bn_weight, bn_bias, *running, stride, padding, training, eps, backend, move = rest
+        weight, bn_weight, bn_bias, *running, stride, padding = rest[:7]
+        training, eps, activation, backend, move = rest[7:]
         z, mean, var = train_op(x, weight, stride, padding, backend)
         if not training:
             mean, var = (statistic.clone() for statistic in running)
-        y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, backend)
+        y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, activation, backend)
         if move is not None:
             move((mean, var))
         ctx.save_for_backward(x, weight, z, bn_weight, bn_bias, mean, var)
-        ctx.config = (stride, padding, eps, training, backend)
+        ctx.config = (stride, padding, eps, training, activation, backend)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -142,35 +147,35 @@ class DwconvBnSilu(torch.autograd.Function):
     @second_derivative.differentiable(second_derivative.dwconv_bn_silu)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, z, bn_weight, bn_bias, mean, var = ctx.saved_tensors
-        stride, padding, eps, training, backend = ctx.config
+        stride, padding, eps, training, activation, backend = ctx.config
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
         wanted = [need_x, need_weight, need_gamma or need_beta]
         grad_x, grad_weight, sums = backward_op(
             grad_y, channels_last(x), nhwc(z), weight, bn_weight, bn_bias, mean, var,
-            stride, padding, eps, training, wanted, backend,
+            stride, padding, eps, training, wanted, activation, backend,
         )  # fmt: skip
         return (
             grad_x if need_x else None,
             grad_weight.to(weight.dtype) if need_weight else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
             sums[0].to(bn_bias.dtype) if need_beta else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
 
 
 def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,), stride, padding, backend = call.norms, call.stride[0], call.padding, call.backend
-    training, eps = norm.training, norm.eps
+    training, eps, activation = norm.training, norm.eps, call.activation
     if call.infers:
-        return eval_op(x, *layer, stride, padding, eps, backend)[0]
+        return eval_op(x, *layer, stride, padding, eps, activation, backend)[0]
     move = Moves((norm, layer, output_shape(x, layer[0].shape[-1], stride, padding)))
     if call.needs_grad:
-        rest = (stride, padding, training, eps, backend, move.inside)
+        rest = (stride, padding, training, eps, activation, backend, move.inside)
         y, mean, var = DwconvBnSilu.apply(x, *layer, *rest)
     else:
         z, mean, var = train_op(x, layer[0], stride, padding, backend)
-        y = bn_silu_op(z, *layer[1:3], mean, var, eps, backend)
+        y = bn_silu_op(z, *layer[1:3], mean, var, eps, activation, backend)
     move((mean, var))
     return y
 
@@ -188,9 +193,10 @@ def dwconv_bn_silu(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """y = silu(bn(conv_dw(x, weight))) in one or two passes over memory.
+    """y = silu(bn(conv_dw(x, weight))), or another activation, in one or two passes over memory.
 
     Args:
         x: [N,C,H,W], fp32 or bf16, channels_last (any strides over N, H, W) for the "cpu" backend.
@@ -203,6 +209,7 @@ def dwconv_bn_silu(
         training: normalise by the batch's statistics instead of the running ones.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
+        activation: "silu", "identity", "relu", "relu6" or "hardswish".
         backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
 
     Returns:
@@ -216,13 +223,17 @@ def dwconv_bn_silu(
     Source: Tan & Le (arXiv 1905.11946), section 4; Ioffe & Szegedy (arXiv 1502.03167).
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_activation("activation", activation)
     sides = check_arguments(x, layer, stride, padding, training)
     x, _ = autocast(x)
     kernel = (weight.shape[2], weight.shape[3])
-    chosen = resolve(backend, "dwconv_bn_silu", OpArgs(x, layer, kernel, stride))
+    args = OpArgs(x, layer, kernel, stride, activations=(activation,))
+    chosen = resolve(backend, "dwconv_bn_silu", args)
     if chosen == "reference":
         return reference.dwconv_bn_silu(
-            x, *layer, stride=stride, padding=sides, training=training, momentum=momentum, eps=eps
-        )
-    norm = Norm(training, momentum, eps)
-    return apply(x, layer, call_of((norm,), (x, *layer[:3]), chosen, (stride, stride), sides))
+            x, *layer, stride=stride, padding=sides, training=training, momentum=momentum, eps=eps,
+            activation=activation,
+        )  # fmt: skip
+    norm, geometry = Norm(training, momentum, eps), ((stride, stride), sides)
+    tensors = (x, *layer[:3])
+    return apply(x, layer, call_of((norm,), tensors, chosen, *geometry, activation=activation))

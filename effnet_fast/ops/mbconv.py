@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import OpArgs, current_backend, resolve
+from effnet_fast.backends import OpArgs, block_kinds, current_backend, resolve
 from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import output_shape
@@ -45,9 +45,12 @@ def empty_eval(
     padding: Sides,
     eps: list[float],
     residual: bool,
+    activation: str,
+    se_activation: str,
+    gate_kind: str,
     backend: str,
 ) -> Tensor:
-    """y [N,Cout,Ho,Wo], unwritten; expand is empty where there is none."""
+    """y [N,Cout,Ho,Wo], unwritten; expand and excite are empty where there is none."""
     shape = output_shape(x, depthwise[0].shape[-1], stride, padding)
     return empty_nhwc(x, (shape[0], project[0].shape[0], *shape[2:]))
 
@@ -59,7 +62,7 @@ eval_op = register(
         "x": "image NCHW inner",
         "expand": layer("EC11", "?EC"),
         "depthwise": layer("E1KK"),
-        "excite": ["floats RE*", "floats? R", "floats ER*", "floats? E"],
+        "excite": ["?EE", "floats RE*", "floats? R", "floats ER*", "floats? E"],
         "project": layer("OE11"),
         **DEPTHWISE,
         "eps": "flags 3",
@@ -71,6 +74,7 @@ eval_op = register(
 PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var
 PER_EXCITE = 4
 _NO_LAYER = (None,) * PER_LAYER
+_NO_EXCITE = (None,) * PER_EXCITE
 
 
 def _layers(tensors: tuple[Any, ...]) -> Layers:
@@ -80,7 +84,10 @@ def _layers(tensors: tuple[Any, ...]) -> Layers:
         tensors[begin:end] for begin, end in itertools.pairwise(cuts)
     )
     return Layers(
-        expand if expand[0] is not None else None, depthwise, SqueezeExciteParams(*excite), project
+        expand if expand[0] is not None else None,
+        depthwise,
+        SqueezeExciteParams(*excite) if excite[0] is not None else None,
+        project,
     )
 
 
@@ -90,7 +97,7 @@ def _without_statistics(layers: Layers) -> tuple[Any, ...]:
         (*layer[:3], None, None)
         for layer in (layers.expand or _NO_LAYER, layers.depthwise, layers.project)
     )
-    return (*expand, *depthwise, *layers.excite, *project)
+    return (*expand, *depthwise, *(layers.excite or _NO_EXCITE), *project)
 
 
 def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
@@ -169,15 +176,16 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
         raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
     if call.infers and row_scale is None:
         return eval_op(
-            x, layers.expand or [], layers.depthwise, layers.excite, layers.project,
+            x, layers.expand or [], layers.depthwise, layers.excite or [], layers.project,
             call.stride[0], call.padding, [norm.eps for norm in call.norms], call.residual,
-            call.backend,
+            call.activation, call.se_activation, call.gate, call.backend,
         )  # fmt: skip
     before, after = (n, weight.shape[0], *x.shape[2:]), (n, weight.shape[0], *size)
     batches = layers.expand, layers.depthwise, layers.project
     move = Moves(*zip(call.norms, batches, (before, after, out), strict=True))
     if call.needs_grad:
-        flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *layers.excite, *layers.project
+        excite = layers.excite or _NO_EXCITE
+        flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *excite, *layers.project
         y, *norms = MBConv.apply(x, row_scale, call, move.inside, *flat)
     else:
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
@@ -206,8 +214,9 @@ def mbconv(
 ) -> Tensor:
     """y = x + row_scale * bn(project(squeeze_excite(silu(bn(depthwise(silu(bn(expand(x)))))))).
 
-    In training BN and SiLU are never written to memory: saved for backward are x, the raw outputs
-    of the three convolutions, and vectors.
+    A block may have no expansion and no squeeze-and-excitation, and another activation than SiLU.
+    In training BN and activation are never written to memory: saved for backward are x, the raw
+    outputs of the three convolutions, and vectors.
 
     Args:
         x: [N,Cin,H,W], fp32 or bf16, channels_last for the "cpu" backend. Under autocast it is cast
@@ -233,16 +242,22 @@ def mbconv(
     """
     sides = check_arguments(x, params, config, training, row_scale, memory)
     x, _ = autocast(x)
-    tensors = (*(params.expand or ()), *params.depthwise, *params.squeeze, *params.project)
+    squeeze = params.squeeze
+    tensors = (*(params.expand or ()), *params.depthwise, *(squeeze or ()), *params.project)
     kernel = (params.depthwise.weight.shape[2], params.depthwise.weight.shape[3])
-    chosen = resolve(backend, "mbconv", OpArgs(x, tensors, kernel, config.stride))
+    kinds = block_kinds(squeeze, config.activation, config.se_activation, config.gate)
+    args = OpArgs(x, tensors, kernel, config.stride, False, *kinds)
+    chosen = resolve(backend, "mbconv", args)
     if row_scale is not None and row_scale.requires_grad and torch.is_grad_enabled():
         chosen = _without_kernel(backend, "row_scale requires a gradient, which only it gives")
     if chosen == "reference":
         return reference.mbconv(x, params, config, training=training, row_scale=row_scale)
-    layers = Layers(params.expand, params.depthwise, params.squeeze, params.project)
+    layers = Layers(params.expand, params.depthwise, squeeze, params.project)
     modes = zip(three_modes(training), three(config.momentum), three(config.eps), strict=True)
     norms = tuple(Norm(*mode) for mode in modes)
     stride = (config.stride, config.stride)
-    call = call_of(norms, (x, *tensors), chosen, stride, sides, config.residual, memory)
+    call = call_of(
+        norms, (x, *tensors), chosen, stride, sides, config.residual, memory,
+        config.activation, config.se_activation, config.gate,
+    )  # fmt: skip
     return apply(x, fp32(row_scale), layers, call)

@@ -44,7 +44,7 @@ def _squeeze_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _project_fake(
-    z2: Tensor, norm2: Tensor, gate: Tensor, weight: Tensor, *_: Any
+    z2: Tensor, norm2: Tensor, gate: Tensor | None, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return _expand_fake(z2, weight)
 
@@ -90,7 +90,7 @@ def _expand_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 _PRODUCT = {"x": "image NCHW", "weight": "floats OC11"}
 _FILTER = {"x": "image NCHW inner", "x_norm": "fp32? 5C", "weight": "floats C1KK", **DEPTHWISE}
-_Z2 = {"z2": "image NCHW nhwc", "norm2": "fp32 5C", "gate": "fp32 NC"}
+_Z2 = {"z2": "image NCHW nhwc", "norm2": "fp32 5C", "gate": "fp32? NC"}
 _ROWS = {"row_scale": "fp32? N"}
 _NORMED = {"z": "image NCHW nhwc", "norm": "fp32 5C"}
 _WANTED = {"residual": "image? NCHW", "wanted": "flags 2"}
@@ -124,8 +124,8 @@ _PASSES: dict[Callable[..., Any], tuple[Callable[..., Any], Rules]] = {
     Passes.depthwise_backward: (
         _depthwise_backward_fake,
         {
-            "e": "image NCPQ nhwc", "gate": "fp32 NC", "q": "fp32 NC", "z2": "image NCPQ nhwc",
-            "norm2": "fp32 5C", "sums2": "fp32? 2C", **_FILTER, **_WANTED,
+            "e": "image NCPQ nhwc", "gate": "fp32? NC", "q": "fp32? NC with gate",
+            "z2": "image NCPQ nhwc", "norm2": "fp32 5C", "sums2": "fp32? 2C", **_FILTER, **_WANTED,
         },
     ),
     Passes.expand_backward: (

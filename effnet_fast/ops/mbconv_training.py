@@ -1,7 +1,7 @@
 """MBConv in training as a sequence of passes: what each computes, their order, what is kept.
 
-BN and SiLU are never written: a producer gives its raw output z and its norm, the consumer applies
-them as it loads. The caller gives the passes: a backend's, or in tests the reference's.
+BN and activation are never written: a producer gives its raw output z and its norm, the consumer
+applies them as it loads. The caller gives the passes: a backend's, or in tests the reference's.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Vectors = tuple[Tensor | None, ...]
 class Passes(Protocol):
     """The passes on one backend.
 
-    Symbols: z raw convolution output, zh = (z - mean) * rstd, u = weight * zh + bias, a = silu(u);
-    1, 2, 3 the expansion, the depthwise convolution, the projection; g the gate; C the expanded
-    channels; du, dz the gradients of u, z.
+    Symbols: z raw convolution output, zh = (z - mean) * rstd, u = weight * zh + bias, a = act(u),
+    where act is one of `reference.activations`; 1, 2, 3 the expansion, the depthwise convolution,
+    the projection; g the gate; C the expanded channels; du, dz the gradients of u, z.
 
     Images are [N,C,H,W] in their input's dtype, channels_last without gaps; vectors and sums are
     fp32. norm is [5,C] as `norms` says, by the batch where mean and var are None. sums are [2,C]:
@@ -57,11 +57,12 @@ class Passes(Protocol):
         stride: int,
         padding: Sides,
         eps: float,
+        activation: str,
     ) -> tuple[Tensor, Tensor]:
-        """z2 = conv_dw(a, weight [C,1,K,K]), norm2; a = silu(bn(x)), or x without x_norm."""
+        """z2 = conv_dw(a, weight [C,1,K,K]), norm2; a = act(bn(x)), or x without x_norm."""
 
-    def squeeze(self, z: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """pooled [N,C] = mean a2; slopes [2,N,C] = sum silu'(u2) and sum silu'(u2) * zh2."""
+    def squeeze(self, z: Tensor, norm: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        """pooled [N,C] = mean a2; slopes [2,N,C] = sum act'(u2) and sum act'(u2) * zh2."""
 
     def excite(
         self,
@@ -70,22 +71,28 @@ class Passes(Protocol):
         reduce_bias: Tensor | None,
         expand_weight: Tensor,
         expand_bias: Tensor | None,
+        activation: str,
+        gate_kind: str,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N,R] = W1 pooled + b1, gate [N,C] = sigmoid(W2 silu(hidden) + b2)."""
+        """hidden [N,R] = W1 pooled + b1, gate [N,C] = sigmoid(W2 silu(hidden) + b2).
+
+        activation stands for the SiLU and gate_kind for the sigmoid.
+        """
 
     def project(
         self,
         z2: Tensor,
         norm2: Tensor,
-        gate: Tensor,
+        gate: Tensor | None,
         weight: Tensor,
         bn_weight: Tensor | None,
         bn_bias: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
         eps: float,
+        activation: str,
     ) -> tuple[Tensor, Tensor]:
-        """z3 = conv(g * a2, weight [Cout,C,1,1]), norm3."""
+        """z3 = conv(g * a2, weight [Cout,C,1,1]), norm3; g = 1 without a gate."""
 
     def finish(
         self, z: Tensor, norm: Tensor, row_scale: Tensor | None, residual: Tensor | None
@@ -107,12 +114,13 @@ class Passes(Protocol):
         weight: Tensor,
         z2: Tensor,
         norm2: Tensor,
-        gate: Tensor,
+        gate: Tensor | None,
         wanted: list[bool],
+        activation: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """e [N,C,H,W] = dz3 W3, sums [3,N,C], dW3; wanted: e with its sums, and dW3.
 
-        sums: sum e * a2, sum e * silu'(u2), sum e * silu'(u2) * zh2.
+        sums: sum e * a2, sum e * act'(u2), sum e * act'(u2) * zh2.
         """
 
     def excite_backward(
@@ -125,6 +133,8 @@ class Passes(Protocol):
         reduce_weight: Tensor,
         expand_weight: Tensor,
         pixels: int,
+        activation: str,
+        gate_kind: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q [N,C] = dpooled / pixels, sums2 [2,C], and the gradients of the four parameters.
 
@@ -135,8 +145,8 @@ class Passes(Protocol):
     def depthwise_backward(
         self,
         e: Tensor,
-        gate: Tensor,
-        q: Tensor,
+        gate: Tensor | None,
+        q: Tensor | None,
         z2: Tensor,
         norm2: Tensor,
         sums2: Tensor | None,
@@ -147,11 +157,12 @@ class Passes(Protocol):
         stride: int,
         padding: Sides,
         wanted: list[bool],
+        activation: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """f [N,C,H,W] = da1 * silu'(u1), dW2, sums1; wanted: f with its sums, and dW2.
+        """f [N,C,H,W] = da1 * act'(u1), dW2, sums1; wanted: f with its sums, and dW2.
 
-        du2 = (e * g + q) * silu'(u2). Without x_norm f is dx, the residual's gradient included,
-        and has no sums.
+        du2 = (e * g + q) * act'(u2), e * act'(u2) without gate and q. Without x_norm f is dx, the
+        residual's gradient included, and has no sums.
         """
 
     def expand_backward(
@@ -169,16 +180,22 @@ class Passes(Protocol):
 
 
 class Layers(NamedTuple):
-    """expand, depthwise, project: weight, bn_weight, bn_bias, mean, var; expand may be None."""
+    """expand, depthwise, project: weight, bn_weight, bn_bias, mean, var.
+
+    expand and excite are None where the block has none.
+    """
 
     expand: tuple[Any, ...] | None
     depthwise: tuple[Any, ...]
-    excite: SqueezeExciteParams
+    excite: SqueezeExciteParams | None
     project: tuple[Any, ...]
 
 
 class Saved(NamedTuple):
-    """What backward needs beside the parameters; z1 is None where it is to be computed again."""
+    """What backward needs beside the parameters; z1 is None where it is to be computed again.
+
+    pooled, slopes, hidden and gate are None in a block without squeeze-and-excite.
+    """
 
     x: Tensor
     z1: Tensor | None
@@ -187,10 +204,10 @@ class Saved(NamedTuple):
     norm1: Tensor | None
     norm2: Tensor
     norm3: Tensor
-    pooled: Tensor
-    slopes: Tensor
-    hidden: Tensor
-    gate: Tensor
+    pooled: Tensor | None
+    slopes: Tensor | None
+    hidden: Tensor | None
+    gate: Tensor | None
     row_scale: Tensor | None
 
 
@@ -228,20 +245,43 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """y [N,Cout,Ho,Wo] of x [N,Cin,H,W], and what backward needs."""
     first, second, third = call.norms
-    z1 = norm1 = None
+    activation = call.activation
+    z1 = norm1 = pooled = slopes = hidden = gate = None
     h = x
     if layers.expand is not None:
         h, norm1 = passes.expand(x, *normalised_by(layers.expand, first.training), first.eps)
         z1 = h
     depthwise = normalised_by(layers.depthwise, second.training)
-    z2, norm2 = passes.depthwise(h, norm1, *depthwise, call.stride[0], call.padding, second.eps)
-    pooled, slopes = passes.squeeze(z2, norm2)
-    hidden, gate = passes.excite(pooled, *layers.excite)
+    z2, norm2 = passes.depthwise(
+        h, norm1, *depthwise, call.stride[0], call.padding, second.eps, activation
+    )
+    if layers.excite is not None:
+        pooled, slopes = passes.squeeze(z2, norm2, activation)
+        hidden, gate = passes.excite(pooled, *layers.excite, call.se_activation, call.gate)
     project = normalised_by(layers.project, third.training)
-    z3, norm3 = passes.project(z2, norm2, gate, *project, third.eps)
+    z3, norm3 = passes.project(z2, norm2, gate, *project, third.eps, activation)
     y = passes.finish(z3, norm3, row_scale, x if call.residual else None)
     saved = Saved(x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale)
     return y, saved
+
+
+def _excite_backward(
+    passes: Passes, sums: Tensor, saved: Saved, excite: SqueezeExciteParams | None, call: Call
+) -> tuple[Tensor | None, Tensor, Vectors]:
+    """As `Passes.excite_backward`: q, sums2, and the gradients of the four parameters.
+
+    Without squeeze-and-excite du2 is e * act'(u2), whose sums over an image `sums` holds. They are
+    added up in float64, so that no order of theirs shows.
+    """
+    if excite is None:
+        return None, sums[1:].double().sum(1).to(sums.dtype), (None,) * 4
+    pooled, slopes, hidden, gate = saved.pooled, saved.slopes, saved.hidden, saved.gate
+    assert pooled is not None and slopes is not None and hidden is not None and gate is not None
+    q, sums2, *grads = passes.excite_backward(
+        sums, slopes, pooled, hidden, gate, excite.reduce_weight, excite.expand_weight,
+        saved.z2.shape[2] * saved.z2.shape[3], call.se_activation, call.gate,
+    )  # fmt: skip
+    return q, sums2, tuple(grads)
 
 
 def _pick(needs: tuple[bool, ...], *grads: Tensor | None) -> Vectors:
@@ -258,26 +298,23 @@ def backward(
 ) -> Grads:
     """The gradients; passes that nothing wanted depends on are left out."""
     first, second, third = call.norms
-    x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale = saved
+    x, z1, z2, z3, norm1, norm2, norm3, *_, gate, row_scale = saved
     added = grad_y if call.residual else None
     to_expand = needs.x or any(needs.expand) if layers.expand is not None else needs.x
     to_depthwise = to_expand or any(needs.depthwise)
-    to_excite = to_depthwise or any(needs.excite)
+    to_excite = to_depthwise or (layers.excite is not None and any(needs.excite))
     expand: Vectors = (None,) * 3
     depthwise: Vectors = (None,) * 3
     excite: Vectors = (None,) * 4
     sums3 = passes.finish_backward(grad_y, row_scale, z3, norm3)
     e, sums, grad_weight = passes.project_backward(
         grad_y, row_scale, z3, norm3, sums3 if third.training else None, layers.project[0],
-        z2, norm2, gate, [to_excite, needs.project[0]],
+        z2, norm2, gate, [to_excite, needs.project[0]], call.activation,
     )  # fmt: skip
     project = _pick(needs.project, grad_weight, sums3[1], sums3[0])
     if not to_excite:
         return Grads(None, expand, depthwise, excite, project)
-    q, sums2, *layer_grads = passes.excite_backward(
-        sums, slopes, pooled, hidden, gate,
-        layers.excite.reduce_weight, layers.excite.expand_weight, z2.shape[2] * z2.shape[3],
-    )  # fmt: skip
+    q, sums2, layer_grads = _excite_backward(passes, sums, saved, layers.excite, call)
     excite = _pick(needs.excite, *layer_grads)
     if not to_depthwise:
         return Grads(None, expand, depthwise, excite, project)
@@ -291,7 +328,7 @@ def backward(
     f, grad_weight, sums1 = passes.depthwise_backward(
         e, gate, q, z2, norm2, sums2 if second.training else None, h, norm1, layers.depthwise[0],
         added if layers.expand is None else None, call.stride[0], call.padding,
-        [to_expand, needs.depthwise[0]],
+        [to_expand, needs.depthwise[0]], call.activation,
     )  # fmt: skip
     depthwise = _pick(needs.depthwise, grad_weight, sums2[1], sums2[0])
     if layers.expand is None or not to_expand:

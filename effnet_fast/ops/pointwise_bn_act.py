@@ -1,4 +1,4 @@
-"""1x1 convolution, BatchNorm, SiLU, gate and residual.
+"""1x1 convolution, BatchNorm, activation, gate and residual.
 
 Training, and eval with gradients, run the reference composition.
 """
@@ -12,7 +12,7 @@ from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.gate import batch_norm
 from effnet_fast.ops.registration import autocast, empty_nhwc, register
-from effnet_fast.reference.pointwise_bn_act import check_arguments
+from effnet_fast.reference.pointwise_bn_act import ACT, activation_of, check_arguments
 
 
 def empty_eval(
@@ -24,8 +24,8 @@ def empty_eval(
     var: Tensor,
     gate: Tensor | None,
     residual: Tensor | None,
-    silu: bool,
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """y [N,Cout,H,W], unwritten."""
@@ -53,7 +53,8 @@ def pointwise_bn_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     *,
-    act: str | None = "silu",
+    act: str | None = ACT,
+    activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     training: bool = False,
@@ -69,7 +70,8 @@ def pointwise_bn_act(
         weight: [Cout,Cin,1,1] in x's dtype or fp32.
         bn_weight, bn_bias: [Cout] in x's dtype or fp32, or None for 1 and 0.
         running_mean, running_var: [Cout], updated in place when training; both may be None then.
-        act: "silu" or None.
+        act: "silu", "identity", "relu", "relu6", "hardswish", or None for "identity".
+        activation: the name that the other ops have for `act`; None to take `act`.
         gate: [N,Cin,1,1] or None.
         residual: [N,Cout,H,W] or None.
         training: normalise by the batch's statistics instead of the running ones.
@@ -89,14 +91,17 @@ def pointwise_bn_act(
     Source: Tan & Le (arXiv 1905.11946), section 4.
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
-    check_arguments(x, layer, act, gate, residual, training)
+    activation = activation_of(act, activation)
+    check_arguments(x, layer, gate, residual, training)
     x, _ = autocast(x)
     tensors = (*layer, gate, residual)
     inference = not (training or wants_gradient(x, *tensors))
-    chosen = resolve(backend, "pointwise_bn_act", OpArgs(x, tensors, inference=inference))
+    named = () if activation == "identity" else (activation,)  # every kernel can do without one
+    args = OpArgs(x, tensors, inference=inference, activations=named)
+    chosen = resolve(backend, "pointwise_bn_act", args)
     if chosen == "reference":
         return reference.pointwise_bn_act(
-            x, *layer, act=act, gate=gate, residual=residual,
+            x, *layer, activation=activation, gate=gate, residual=residual,
             training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
-    return eval_op(x, *layer, gate, residual, act == "silu", eps, chosen)
+    return eval_op(x, *layer, gate, residual, eps, activation, chosen)

@@ -1,9 +1,9 @@
-"""The head: 1x1 convolution, BatchNorm, SiLU, and the mean over H and W.
+"""The head: 1x1 convolution, BatchNorm, SiLU or another activation, and the mean over H and W.
 
 In inference on a GPU the map of the convolution's size never reaches memory; the CPU composes what
 it has. With gradients or batch statistics the convolution's output z alone is written, by the pass
-that expands in an MBConv: the means are a second pass over it, and backward, which needs the slope
-of SiLU at z and one number per image and channel, reads it in the products themselves.
+that expands in an MBConv: the means are a second pass over it, and backward, which needs the
+activation's slope at z and one number per image and channel, reads it in the products themselves.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.registration import autocast, channels_last, dense, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import Moves
+from effnet_fast.reference.activations import check_activation
 from effnet_fast.reference.arguments import Layer
 from effnet_fast.reference.pointwise_bn_silu_pool import check_arguments
 
@@ -34,6 +35,7 @@ def _empty_eval(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
@@ -51,6 +53,7 @@ def empty_grads(
     x: Tensor,
     weight: Tensor,
     wanted: list[bool],
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight, unwritten; [0] for what is not wanted."""
@@ -76,12 +79,12 @@ backward_op = register(
 
 
 def _forward(
-    x: Tensor, layer: Layer, training: bool, eps: float, backend: str
+    x: Tensor, layer: Layer, training: bool, eps: float, activation: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [N,Cout] in x's dtype, and what backward needs: z, norm, slopes."""
     run = passes(backend)
     z, norm = run.expand(x, *normalised_by(layer, training), eps)
-    pooled, slopes = run.squeeze(z, norm)
+    pooled, slopes = run.squeeze(z, norm, activation)
     return pooled.to(x.dtype), z, norm, slopes
 
 
@@ -99,13 +102,13 @@ class PointwiseBnSiluPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *layer, training, eps, backend, move = rest
-        y, z, norm, slopes = _forward(x, layer, training, eps, backend)
+        *layer, training, eps, activation, backend, move = rest
+        y, z, norm, slopes = _forward(x, layer, training, eps, activation, backend)
         if move is not None:
             move(norm)
         # No running statistics, which may move before backward: it reads norm.
         ctx.save_for_backward(x, *layer[:3], z, norm, slopes)
-        ctx.config = (training, eps, backend)
+        ctx.config = (training, eps, activation, backend)
         ctx.mark_non_differentiable(norm)
         return y, norm
 
@@ -113,7 +116,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
     @second_derivative.differentiable(second_derivative.pointwise_bn_silu_pool)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bn_weight, bn_bias, z, norm, slopes = ctx.saved_tensors
-        training, _, backend = ctx.config
+        training, _, activation, backend = ctx.config
         needs = ctx.needs_input_grad
         q = dense(grad_y, torch.float32) / (z.shape[2] * z.shape[3])
         sums = backward_sums(q, slopes)
@@ -121,7 +124,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
         if any(needs[:2]):
             grad_x, grad_weight = backward_op(
                 q, nhwc(z), norm, sums if training else None, channels_last(x), weight,
-                list(needs[:2]), backend,
+                list(needs[:2]), activation, backend,
             )  # fmt: skip
             grads = grad_x, grad_weight.to(weight.dtype)
         return (
@@ -129,7 +132,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
             grads[1] if needs[1] else None,
             sums[1].to(bn_weight.dtype) if needs[2] else None,
             sums[0].to(bn_bias.dtype) if needs[3] else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -137,13 +140,13 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,) = call.norms
     if call.infers:
-        return eval_op(x, *layer, norm.eps, call.backend)
+        return eval_op(x, *layer, norm.eps, call.activation, call.backend)
+    rest = (norm.training, norm.eps, call.activation, call.backend)
     move = Moves((norm, layer, (x.shape[0], layer[0].shape[0], *x.shape[2:])))
     if call.needs_grad:
-        rest = (norm.training, norm.eps, call.backend, move.inside)
-        y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest)
+        y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest, move.inside)
     else:
-        y, _, rows, _ = _forward(x, layer, norm.training, norm.eps, call.backend)
+        y, _, rows, _ = _forward(x, layer, *rest)
     move(rows)
     return y
 
@@ -159,9 +162,10 @@ def pointwise_bn_silu_pool(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """y = the mean over H and W of silu(bn(conv(x, weight))).
+    """y = the mean over H and W of silu(bn(conv(x, weight))), or of another activation.
 
     With gradients or batch statistics, only the convolution's output is written to memory; it is
     saved for backward with x and vectors.
@@ -175,6 +179,7 @@ def pointwise_bn_silu_pool(
         training: normalise by the batch's statistics instead of the running ones.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
+        activation: "silu", "identity", "relu", "relu6" or "hardswish".
         backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
 
     Returns:
@@ -188,12 +193,14 @@ def pointwise_bn_silu_pool(
     Source: Tan & Le (arXiv 1905.11946), table 1.
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_activation("activation", activation)
     check_arguments(x, layer, training)
     x, _ = autocast(x)
-    chosen = resolve(backend, "pointwise_bn_silu_pool", OpArgs(x, layer))
+    args = OpArgs(x, layer, activations=(activation,))
+    chosen = resolve(backend, "pointwise_bn_silu_pool", args)
     if chosen == "reference":
         return reference.pointwise_bn_silu_pool(
-            x, *layer, training=training, momentum=momentum, eps=eps
+            x, *layer, training=training, momentum=momentum, eps=eps, activation=activation
         )
-    norm = Norm(training, momentum, eps)
-    return apply(x, layer, call_of((norm,), (x, *layer[:3]), chosen))
+    norm, tensors = Norm(training, momentum, eps), (x, *layer[:3])
+    return apply(x, layer, call_of((norm,), tensors, chosen, activation=activation))

@@ -30,12 +30,14 @@ Again = Callable[[Any], tuple[Inputs, Callable[..., Tensor]]]
 def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of DwconvBnSilu."""
     x, weight, _, bn_weight, bn_bias, mean, var = ctx.saved_tensors
-    stride, padding, eps, training, _ = ctx.config
+    stride, padding, eps, training, activation, _ = ctx.config
     running = (None, None) if training else (mean, var)
 
     def function(*inputs: Any) -> Tensor:
-        geometry = {"stride": stride, "padding": padding}
-        return reference.dwconv_bn_silu(*inputs, *running, **geometry, training=training, eps=eps)
+        return reference.dwconv_bn_silu(
+            *inputs, *running, stride=stride, padding=padding,
+            training=training, eps=eps, activation=activation,
+        )  # fmt: skip
 
     return (x, weight, bn_weight, bn_bias), function
 
@@ -43,11 +45,13 @@ def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of PointwiseBnSiluPool."""
     *inputs, _, norm, _ = ctx.saved_tensors
-    training, eps, _ = ctx.config
+    training, eps, activation, _ = ctx.config
     running = (None, None) if training else (norm[MEAN], norm[VAR])
 
     def function(*inputs: Any) -> Tensor:
-        return reference.pointwise_bn_silu_pool(*inputs, *running, training=training, eps=eps)
+        return reference.pointwise_bn_silu_pool(
+            *inputs, *running, training=training, eps=eps, activation=activation
+        )
 
     return tuple(inputs), function
 
@@ -55,18 +59,20 @@ def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of StemConvBnSilu."""
     x, weight, _, norm, bn_weight, bn_bias = ctx.saved_tensors
-    stride, padding, eps, training, _ = ctx.config
+    stride, padding, eps, training, activation, _ = ctx.config
     running = (None, None) if training else (norm[MEAN], norm[VAR])
 
     def function(x: Tensor, *layer: Tensor | None) -> Tensor:
-        return compose(x, (*layer, *running), stride, padding, training, 0.0, eps)
+        return compose(x, (*layer, *running), stride, padding, training, 0.0, eps, activation)
 
     return (x, weight, bn_weight, bn_bias), function
 
 
 def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of SqueezeExcite."""
-    return ctx.saved_tensors[:5], reference.squeeze_excite
+    activation, gate, _ = ctx.config
+    function = functools.partial(reference.squeeze_excite, activation=activation, gate=gate)
+    return ctx.saved_tensors[:5], function
 
 
 def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
@@ -76,7 +82,10 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     saved, tensors = Saved(*unpacked[:count]), unpacked[count:]
     call = ctx.call
     modes, eps = zip(*((norm.training, norm.eps) for norm in call.norms), strict=True)
-    config = MBConvConfig(call.stride[0], call.padding, call.residual, eps)
+    config = MBConvConfig(
+        call.stride[0], call.padding, call.residual, eps,
+        activation=call.activation, se_activation=call.se_activation, gate=call.gate,
+    )  # fmt: skip
 
     def layer(tensors: tuple[Any, ...], norm: Tensor | None, training: bool) -> ConvParams:
         # In training the second run must not move the running statistics.
@@ -88,7 +97,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
         params = MBConvParams(
             None if tensors[0] is None else layer(tensors[:5], saved.norm1, modes[0]),
             layer(tensors[5:10], saved.norm2, modes[1]),
-            SqueezeExciteParams(*tensors[10:14]),
+            None if tensors[10] is None else SqueezeExciteParams(*tensors[10:14]),
             layer(tensors[14:], saved.norm3, modes[2]),
         )
         return reference.mbconv(x, params, config, training=modes, row_scale=saved.row_scale)

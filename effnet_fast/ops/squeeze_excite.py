@@ -16,6 +16,7 @@ from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.registration import empty_nhwc, register
+from effnet_fast.reference.activations import check_activation, check_gate
 from effnet_fast.reference.squeeze_excite import check_arguments
 
 
@@ -25,9 +26,11 @@ def empty_excite(
     reduce_bias: Tensor | None,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
+    activation: str,
+    gate_kind: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [N,R] before SiLU and gate [N,C] of pooled [N,C], fp32, unwritten."""
+    """hidden [N,R] before its activation and gate [N,C] of pooled [N,C], fp32, unwritten."""
     hidden = pooled.new_empty(pooled.shape[0], reduce_weight.shape[0], dtype=torch.float32)
     return hidden, torch.empty_like(pooled, dtype=torch.float32)
 
@@ -38,6 +41,8 @@ def empty_squeeze_excite(
     reduce_bias: Tensor | None,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
+    activation: str,
+    gate_kind: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [N,C,H,W], pooled [N,C], hidden [N,R], gate [N,C], unwritten."""
@@ -54,6 +59,8 @@ def empty_grads(
     pooled: Tensor,
     hidden: Tensor,
     gate: Tensor,
+    activation: str,
+    gate_kind: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, [R,C], [R], [C,R] and [C], unwritten."""
@@ -85,7 +92,8 @@ class SqueezeExcite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         y, *vectors = forward_op(*args)
-        *inputs, ctx.backend = args
+        *inputs, activation, gate_kind, backend = args
+        ctx.config = (activation, gate_kind, backend)
         ctx.save_for_backward(*inputs, *vectors)
         return y
 
@@ -94,14 +102,14 @@ class SqueezeExcite(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters, pooled, hidden, gate = ctx.saved_tensors
         grads = backward_op(
-            grad_y, x, parameters[0], parameters[2], pooled, hidden, gate, ctx.backend
+            grad_y, x, parameters[0], parameters[2], pooled, hidden, gate, *ctx.config
         )
         out: list[Tensor | None] = [grads[0] if ctx.needs_input_grad[0] else None]
         for grad, parameter, need in zip(
             grads[1:], parameters, ctx.needs_input_grad[1:5], strict=True
         ):
             out.append(grad.reshape(parameter.shape).to(parameter.dtype) if need else None)
-        return (*out, None)
+        return (*out, None, None, None)
 
 
 def squeeze_excite(
@@ -111,6 +119,8 @@ def squeeze_excite(
     expand_weight: Tensor,
     expand_bias: Tensor | None,
     *,
+    activation: str = "silu",
+    gate: str = "sigmoid",
     backend: str = "auto",
 ) -> Tensor:
     """y = x * sigmoid(expand(silu(reduce(mean of x over H and W)))).
@@ -123,6 +133,8 @@ def squeeze_excite(
         reduce_bias: [R], or None for 0.
         expand_weight: [C,R,1,1] or [C,R].
         expand_bias: [C], or None for 0.
+        activation: in the place of SiLU: "silu", "identity", "relu", "relu6" or "hardswish".
+        gate: in the place of the sigmoid: "sigmoid" or "hardsigmoid".
         backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
 
     Returns:
@@ -136,10 +148,13 @@ def squeeze_excite(
     Source: Hu et al. (arXiv 1709.01507), equations 2 to 4.
     """
     parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    check_activation("activation", activation)
+    check_gate("gate", gate)
     check_arguments(x, parameters)
-    chosen = resolve(backend, "squeeze_excite", OpArgs(x, parameters))
+    args = OpArgs(x, parameters, activations=(activation,), gate=gate)
+    chosen = resolve(backend, "squeeze_excite", args)
     if chosen == "reference":
-        return reference.squeeze_excite(x, *parameters)
+        return reference.squeeze_excite(x, *parameters, activation=activation, gate=gate)
     if wants_gradient(x, *parameters):
-        return SqueezeExcite.apply(x, *parameters, chosen)
-    return forward_op(x, *parameters, chosen)[0]
+        return SqueezeExcite.apply(x, *parameters, activation, gate, chosen)
+    return forward_op(x, *parameters, activation, gate, chosen)[0]

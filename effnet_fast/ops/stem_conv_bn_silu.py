@@ -1,4 +1,4 @@
-"""Dense convolution, BatchNorm and SiLU as one op: the stem.
+"""Dense convolution, BatchNorm and SiLU, or another activation, as one op: the stem.
 
 In eval one kernel. In training the convolution writes its raw output z and yields its statistics,
 a second pass writes y; saved for backward are x, z and vectors. Backward is one pass for the sums
@@ -24,6 +24,7 @@ from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, empty_normed, nhwc, register
 from effnet_fast.ops.statistics import Moves
+from effnet_fast.reference.activations import activation_backward, check_activation
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
 
@@ -49,6 +50,7 @@ def empty_eval(
     stride: Ints,
     padding: Sides,
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """y [N,Cout,Ho,Wo], unwritten."""
@@ -71,11 +73,11 @@ def empty_conv(
     return empty_normed(x, output_shape(x, weight, stride, padding))
 
 
-def _empty_silu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
+def _empty_silu(z: Tensor, norm: Tensor, activation: str, backend: str) -> Tensor:
     return empty_nhwc(z, z.shape)
 
 
-def empty_sums(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
+def empty_sums(grad_y: Tensor, z: Tensor, norm: Tensor, activation: str, backend: str) -> Tensor:
     """sums [2,Cout] of du and of du * zh, unwritten."""
     return z.new_empty((2, z.shape[1]), dtype=torch.float32)
 
@@ -89,6 +91,7 @@ def empty_weight_grad(
     weight: Tensor,
     stride: Ints,
     padding: Sides,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """The weight's gradient in fp32, unwritten; sums where BatchNorm normalises by the batch."""
@@ -130,12 +133,12 @@ def _grad_x(
     weight: Tensor,
     stride: Ints,
     padding: Sides,
+    activation: str,
 ) -> Tensor:
     """x's gradient, by PyTorch's own operators over dz written out."""
     scale, shift, mean, rstd, _ = (row.reshape(1, -1, 1, 1) for row in norm)
     u = z * scale + shift
-    s = torch.sigmoid(u)
-    du = grad_y * (s * (1 + u * (1 - s)))
+    du = activation_backward(grad_y.to(u.dtype), u, activation)
     if sums is not None:
         means = (sums / max(1, z.numel() // z.shape[1])).reshape(2, 1, -1, 1, 1)
         du = du - means[0] - (z - mean) * rstd * means[1]
@@ -157,31 +160,32 @@ class StemConvBnSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *arguments, move = rest
-        weight, bn_weight, bn_bias, mean, _, stride, padding, eps, backend = arguments
-        z, norm = conv_op(x, *arguments)
+        *layer, activation, backend = arguments
+        weight, bn_weight, bn_bias, mean, _, stride, padding, eps = layer
+        z, norm = conv_op(x, *layer, backend)
         if move is not None:
             move(norm)
         ctx.save_for_backward(x, weight, z, norm, bn_weight, bn_bias)
-        ctx.config = (stride, padding, eps, mean is None, backend)
+        ctx.config = (stride, padding, eps, mean is None, activation, backend)
         ctx.mark_non_differentiable(norm)
-        return silu_op(z, norm, backend), norm
+        return silu_op(z, norm, activation, backend), norm
 
     @staticmethod
     @second_derivative.differentiable(second_derivative.stem_conv_bn_silu)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, z, norm, bn_weight, bn_bias = ctx.saved_tensors
-        stride, padding, _, training, backend = ctx.config
+        stride, padding, _, training, activation, backend = ctx.config
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
         z, grad_y, sums = nhwc(z), nhwc(grad_y), None
         if need_gamma or need_beta or training:
-            sums = sums_op(grad_y, z, norm, backend)
+            sums = sums_op(grad_y, z, norm, activation, backend)
         inner = sums if training else None
         grad_x = grad_weight = None
         if need_x:
-            grad_x = _grad_x(grad_y, z, norm, inner, x, weight, stride, padding)
+            grad_x = _grad_x(grad_y, z, norm, inner, x, weight, stride, padding, activation)
         if need_weight:
             grad_weight = weight_backward_op(
-                grad_y, z, norm, inner, x, weight, stride, padding, backend
+                grad_y, z, norm, inner, x, weight, stride, padding, activation, backend
             ).to(weight.dtype)
             # PyTorch's layout of it
             if x.numel() and (is_nhwc(x) or is_nhwc(weight)):
@@ -191,23 +195,23 @@ class StemConvBnSilu(torch.autograd.Function):
             grad_weight,
             sums[1].to(bn_weight.dtype) if need_gamma and sums is not None else None,
             sums[0].to(bn_bias.dtype) if need_beta and sums is not None else None,
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
 def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     """The op on checked arguments."""
     (norm,) = call.norms
-    rest = (call.stride, call.padding, norm.eps, call.backend)
+    rest, last = (call.stride, call.padding, norm.eps), (call.activation, call.backend)
     if call.infers:
-        return eval_op(x, *layer, *rest)
+        return eval_op(x, *layer, *rest, *last)
     move = Moves((norm, layer, output_shape(x, layer[0], call.stride, call.padding)))
     args = (x, *normalised_by(layer, norm.training), *rest)
     if call.needs_grad:
-        y, rows = StemConvBnSilu.apply(*args, move.inside)
+        y, rows = StemConvBnSilu.apply(*args, *last, move.inside)
     else:
-        z, rows = conv_op(*args)
-        y = silu_op(z, rows, call.backend)
+        z, rows = conv_op(*args, call.backend)
+        y = silu_op(z, rows, *last)
     move(rows)
     return y
 
@@ -225,9 +229,10 @@ def stem_conv_bn_silu(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """y = silu(bn(conv(x, weight))) in one or two passes over memory.
+    """y = silu(bn(conv(x, weight))), or another activation, in one or two passes over memory.
 
     Args:
         x: [N,Cin,H,W], fp32 or bf16 (fp16 too on GPUs), any strides: an image needs no copy after
@@ -240,6 +245,7 @@ def stem_conv_bn_silu(
         training: normalise by the batch's statistics instead of the running ones.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
+        activation: "silu", "identity", "relu", "relu6" or "hardswish".
         backend: see `effnet_fast.use_backend`; "auto" takes the reference where no kernel fits.
 
     Returns:
@@ -253,12 +259,16 @@ def stem_conv_bn_silu(
     Source: Tan & Le (arXiv 1905.11946), table 1; Ioffe & Szegedy (arXiv 1502.03167).
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_activation("activation", activation)
     sides = check_arguments(x, layer, stride, padding, training)
     x, _ = autocast(x)
-    chosen = resolve(backend, "stem_conv_bn_silu", OpArgs(x, layer))
+    args = OpArgs(x, layer, activations=(activation,))
+    chosen = resolve(backend, "stem_conv_bn_silu", args)
     if chosen == "reference":
         return reference.stem_conv_bn_silu(
-            x, *layer, stride=stride, padding=sides, training=training, momentum=momentum, eps=eps
-        )
-    norm = Norm(training, momentum, eps)
-    return apply(x, layer, call_of((norm,), (x, *layer[:3]), chosen, (stride, stride), sides))
+            x, *layer, stride=stride, padding=sides, training=training, momentum=momentum, eps=eps,
+            activation=activation,
+        )  # fmt: skip
+    norm, geometry = Norm(training, momentum, eps), ((stride, stride), sides)
+    tensors = (x, *layer[:3])
+    return apply(x, layer, call_of((norm,), tensors, chosen, *geometry, activation=activation))

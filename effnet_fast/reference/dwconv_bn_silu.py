@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from effnet_fast.reference.activations import activate, check_activation
 from effnet_fast.reference.arguments import (
     Layer,
     Padding,
@@ -47,8 +48,9 @@ def dwconv_bn_silu(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    activation: str = "silu",
 ) -> Tensor:
-    """y = silu(bn(conv_dw(x, weight))).
+    """y = silu(bn(conv_dw(x, weight))), or another activation in the place of SiLU.
 
     Args:
         x: [N,C,H,W], any floating dtype and layout.
@@ -60,6 +62,7 @@ def dwconv_bn_silu(
         training: normalise by the batch's statistics instead of the running ones.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
+        activation: "silu", "identity", "relu", "relu6" or "hardswish".
 
     Returns:
         y [N,C,Ho,Wo] in x's dtype, Ho = (H + top + bottom - K) // stride + 1, Wo likewise.
@@ -67,13 +70,15 @@ def dwconv_bn_silu(
     Raises:
         TypeError: an argument that is not a floating-point tensor, or a padding of another type.
         ValueError: a shape, stride or padding out of range, a kernel larger than the padded
-            input, running statistics missing outside training, or one value per channel in it.
+            input, an unknown activation, running statistics missing outside training, or one value
+            per channel in it.
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_activation("activation", activation)
     left, right, top, bottom = check_arguments(x, layer, stride, padding, training)
     if left == right and top == bottom:
         z = F.conv2d(x, weight.to(x.dtype), None, stride, (top, left), groups=x.shape[1])
     else:
         x = F.pad(x, (left, right, top, bottom))
         z = F.conv2d(x, weight.to(x.dtype), None, stride, 0, groups=x.shape[1])
-    return F.silu(batch_norm(z, layer[1:], training, momentum, eps))
+    return activate(batch_norm(z, layer[1:], training, momentum, eps), activation)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from effnet_fast.reference.activations import check_activation, check_gate
 from effnet_fast.reference.arguments import Padding, check_image, check_shape, check_tensor
 from effnet_fast.reference.dwconv_bn_silu import check_arguments as check_depthwise
 from effnet_fast.reference.dwconv_bn_silu import dwconv_bn_silu
@@ -61,13 +62,13 @@ class MBConvParams:
     Args:
         expand: weight [C,Cin,1,1]; None where the block does not expand (C = Cin).
         depthwise: weight [C,1,K,K].
-        squeeze: see `SqueezeExciteParams`.
+        squeeze: see `SqueezeExciteParams`; None where the block has no squeeze-and-excitation.
         project: weight [Cout,C,1,1].
     """
 
     expand: ConvParams | None
     depthwise: ConvParams
-    squeeze: SqueezeExciteParams
+    squeeze: SqueezeExciteParams | None
     project: ConvParams
 
 
@@ -83,6 +84,10 @@ class MBConvConfig:
         eps: added to the variances of the expansion's, the depthwise and the projection's
             BatchNorm; a number stands for all three, here and below.
         momentum: share of the batch's statistics in the running ones.
+        activation: of the expansion and of the depthwise convolution: "silu", "identity", "relu",
+            "relu6" or "hardswish".
+        se_activation: of squeeze-and-excitation's first layer, likewise.
+        gate: of squeeze-and-excitation: "sigmoid" or "hardsigmoid".
     """
 
     stride: int = 1
@@ -90,6 +95,9 @@ class MBConvConfig:
     residual: bool = False
     eps: float | tuple[float, float, float] = 1e-5
     momentum: float | tuple[float, float, float] = 0.1
+    activation: str = "silu"
+    se_activation: str = "silu"
+    gate: str = "sigmoid"
 
 
 Training = bool | tuple[bool, bool, bool]
@@ -125,10 +133,13 @@ def check_arguments(
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     modes = three_modes(training)
+    check_activation("activation", config.activation)
+    check_activation("se_activation", config.se_activation)
+    check_gate("gate", config.gate)
     check_image(x)
     h = x
     if params.expand is not None:
-        check_pointwise(x, params.expand, "silu", None, None, modes[0])
+        check_pointwise(x, params.expand, None, None, modes[0])
         h = x[:, :1].expand(-1, params.expand.weight.shape[0], -1, -1)
     sides = check_depthwise(h, params.depthwise, config.stride, config.padding, modes[1])
     channels, kernel = params.depthwise.weight.shape[0], params.depthwise.weight.shape[-1]
@@ -136,8 +147,9 @@ def check_arguments(
     rows = (x.shape[2] + top + bottom - kernel) // config.stride + 1
     columns = (x.shape[3] + left + right - kernel) // config.stride + 1
     image = x[:1, :1, :1, :1].expand(x.shape[0], channels, rows, columns)
-    check_squeeze_excite(image, params.squeeze)
-    check_pointwise(image, params.project, None, None, None, modes[2])
+    if params.squeeze is not None:
+        check_squeeze_excite(image, params.squeeze)
+    check_pointwise(image, params.project, None, None, modes[2])
     out = (x.shape[0], params.project.weight.shape[0], rows, columns)
     if config.residual and out != tuple(x.shape):
         raise ValueError(f"a residual needs an output like x, {list(x.shape)}, not {list(out)}")
@@ -158,6 +170,8 @@ def mbconv(
 ) -> Tensor:
     """y = x + row_scale * bn(project(squeeze_excite(silu(bn(depthwise(silu(bn(expand(x)))))))).
 
+    A block may have no expansion and no squeeze-and-excitation, and another activation than SiLU.
+
     Args:
         x: [N,Cin,H,W], any floating dtype and layout.
         params: see `MBConvParams`.
@@ -171,18 +185,22 @@ def mbconv(
 
     Raises:
         TypeError: an argument that is not a floating-point tensor, or of another type than allowed.
-        ValueError: a shape, stride, padding or mode out of range.
+        ValueError: a shape, stride, padding or mode out of range, an unknown activation or gate.
     """
     sides = check_arguments(x, params, config, training, row_scale, memory)
     modes, eps, momentum = three_modes(training), three(config.eps), three(config.momentum)
-    h = x
+    h, activation = x, config.activation
     if params.expand is not None:
-        h = pointwise_bn_act(h, *params.expand, training=modes[0], eps=eps[0], momentum=momentum[0])
+        h = pointwise_bn_act(
+            h, *params.expand, activation=activation,
+            training=modes[0], eps=eps[0], momentum=momentum[0],
+        )  # fmt: skip
     h = dwconv_bn_silu(
-        h, *params.depthwise, stride=config.stride, padding=sides,
+        h, *params.depthwise, stride=config.stride, padding=sides, activation=activation,
         training=modes[1], eps=eps[1], momentum=momentum[1],
     )  # fmt: skip
-    h = squeeze_excite(h, *params.squeeze)
+    if params.squeeze is not None:
+        h = squeeze_excite(h, *params.squeeze, activation=config.se_activation, gate=config.gate)
     y = pointwise_bn_act(
         h, *params.project, act=None, training=modes[2], eps=eps[2], momentum=momentum[2]
     )

@@ -1,4 +1,4 @@
-"""1x1 convolution, batch normalisation, optional SiLU, gate and residual, in eager PyTorch.
+"""1x1 convolution, batch normalisation, activation, gate and residual, in eager PyTorch.
 
 Source: MBConv's expand and project layers, Tan & Le (arXiv 1905.11946), section 4.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from effnet_fast.reference.activations import activate, check_activation
 from effnet_fast.reference.arguments import (
     Layer,
     batch_norm,
@@ -17,18 +18,17 @@ from effnet_fast.reference.arguments import (
     check_tensor,
 )
 
-ACTS = ("silu", None)
+ACT = "silu"  # where neither `act` nor `activation` says another
 
 
 def check_arguments(
     x: Tensor,
     layer: Layer,
-    act: str | None,
     gate: Tensor | None,
     residual: Tensor | None,
     training: bool,
 ) -> None:
-    """Raises as `pointwise_bn_act` says."""
+    """Raises as `pointwise_bn_act` says of its tensors."""
     check_image(x)
     batch, in_channels, height, width = x.shape
     weight, *vectors = layer
@@ -38,8 +38,6 @@ def check_arguments(
             f"weight must be [Cout,Cin,1,1] with Cin = {in_channels} as in x, "
             f"got {list(weight.shape)}"
         )
-    if act not in ACTS:
-        raise ValueError(f"act must be one of {ACTS}, got {act!r}")
     channels = weight.shape[0]
     check_batch_norm(x.device, channels, vectors, training)
     if gate is not None:
@@ -50,6 +48,23 @@ def check_arguments(
         check_shape("residual", residual, (batch, channels, height, width))
 
 
+def activation_of(act: str | None, activation: str | None) -> str:
+    """The activation that the two arguments of `pointwise_bn_act` name.
+
+    Raises:
+        ValueError: an unknown name, or two that differ.
+    """
+    if act is not None:
+        check_activation("act", act)
+    named = "identity" if act is None else act
+    if activation is None:
+        return named
+    check_activation("activation", activation)
+    if act != ACT and named != activation:
+        raise ValueError(f"act is {act!r} and activation is {activation!r}: give one of the two")
+    return activation
+
+
 def pointwise_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -58,7 +73,8 @@ def pointwise_bn_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     *,
-    act: str | None = "silu",
+    act: str | None = ACT,
+    activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     training: bool = False,
@@ -72,7 +88,8 @@ def pointwise_bn_act(
         weight: [Cout,Cin,1,1], cast to x's dtype.
         bn_weight, bn_bias: [Cout], or None for 1 and 0.
         running_mean, running_var: [Cout], updated in place when training; both may be None then.
-        act: "silu" or None.
+        act: "silu", "identity", "relu", "relu6", "hardswish", or None for "identity".
+        activation: the name that the other ops have for `act`; None to take `act`.
         gate: [N,Cin,1,1] or None, cast to x's dtype.
         residual: [N,Cout,H,W] or None, cast to x's dtype.
         training: normalise by the batch's statistics instead of the running ones.
@@ -84,15 +101,15 @@ def pointwise_bn_act(
 
     Raises:
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: a wrong shape or act, running statistics missing outside training, or one
-            value per channel in it.
+        ValueError: a wrong shape, an unknown activation, an `act` that is neither its default nor
+            `activation`, running statistics missing outside training, or one value per channel in
+            it.
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
-    check_arguments(x, layer, act, gate, residual, training)
+    activation = activation_of(act, activation)
+    check_arguments(x, layer, gate, residual, training)
     if gate is not None:
         x = x * gate.to(x.dtype)
     z = F.conv2d(x, weight.to(x.dtype))
-    y = batch_norm(z, layer[1:], training, momentum, eps)
-    if act == "silu":
-        y = F.silu(y)
+    y = activate(batch_norm(z, layer[1:], training, momentum, eps), activation)
     return y if residual is None else y + residual.to(x.dtype)

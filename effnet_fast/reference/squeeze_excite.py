@@ -1,7 +1,8 @@
 """Squeeze-and-excitation in eager PyTorch.
 
 Source: Hu et al., "Squeeze-and-Excitation Networks" (arXiv 1709.01507), equations 2 to 4, with
-SiLU in place of ReLU as in Tan & Le (arXiv 1905.11946).
+SiLU in place of ReLU as in Tan & Le (arXiv 1905.11946); the hard-sigmoid as in Howard et al.
+(arXiv 1905.02244).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effnet_fast.reference.activations import activate, check_activation, check_gate, gate_of
 from effnet_fast.reference.arguments import Layer, check_image, check_shape, check_tensor
 
 
@@ -44,6 +46,9 @@ def squeeze_excite(
     reduce_bias: Tensor | None,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
+    *,
+    activation: str = "silu",
+    gate: str = "sigmoid",
 ) -> Tensor:
     """y = x * sigmoid(expand(silu(reduce(mean of x over H and W)))).
 
@@ -53,6 +58,8 @@ def squeeze_excite(
         reduce_bias: [R], or None for 0.
         expand_weight: [C,R,1,1] or [C,R].
         expand_bias: [C], or None for 0.
+        activation: in the place of SiLU: "silu", "identity", "relu", "relu6" or "hardswish".
+        gate: in the place of the sigmoid: "sigmoid" or "hardsigmoid".
 
     The two products run in the widest dtype among x and the parameters; the gate is cast back.
 
@@ -61,8 +68,10 @@ def squeeze_excite(
 
     Raises:
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: a wrong shape, or an empty image.
+        ValueError: a wrong shape, an empty image, an unknown activation or gate.
     """
+    check_activation("activation", activation)
+    check_gate("gate", gate)
     layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
     check_arguments(x, layers)
     dtype = x.dtype
@@ -70,9 +79,9 @@ def squeeze_excite(
         if parameter is not None:
             dtype = torch.promote_types(dtype, parameter.dtype)
     pooled = F.adaptive_avg_pool2d(x, 1).to(dtype)
-    hidden = F.silu(_conv1x1(pooled, reduce_weight, reduce_bias))
-    gate = torch.sigmoid(_conv1x1(hidden, expand_weight, expand_bias))
-    return x * gate.to(x.dtype)
+    hidden = activate(_conv1x1(pooled, reduce_weight, reduce_bias), activation)
+    factors = gate_of(_conv1x1(hidden, expand_weight, expand_bias), gate)
+    return x * factors.to(x.dtype)
 
 
 def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

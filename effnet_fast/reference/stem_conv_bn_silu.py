@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from effnet_fast.reference.activations import activate, check_activation
 from effnet_fast.reference.arguments import (
     Layer,
     Padding,
@@ -49,8 +50,9 @@ def stem_conv_bn_silu(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    activation: str = "silu",
 ) -> Tensor:
-    """y = silu(bn(conv(x, weight))).
+    """y = silu(bn(conv(x, weight))), or another activation in the place of SiLU.
 
     Args:
         x: [N,Cin,H,W], any floating dtype and layout.
@@ -62,6 +64,7 @@ def stem_conv_bn_silu(
         training: normalise by the batch's statistics instead of the running ones.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
+        activation: "silu", "identity", "relu", "relu6" or "hardswish".
 
     Returns:
         y [N,Cout,Ho,Wo] in x's dtype, Ho = (H + top + bottom - K) // stride + 1, Wo likewise.
@@ -69,11 +72,13 @@ def stem_conv_bn_silu(
     Raises:
         TypeError: an argument that is not a floating-point tensor, or a padding of another type.
         ValueError: a shape, stride or padding out of range, a kernel larger than the padded
-            input, running statistics missing outside training, or one value per channel in it.
+            input, an unknown activation, running statistics missing outside training, or one value
+            per channel in it.
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
+    check_activation("activation", activation)
     sides = check_arguments(x, layer, stride, padding, training)
-    return compose(x, layer, (stride, stride), sides, training, momentum, eps)
+    return compose(x, layer, (stride, stride), sides, training, momentum, eps, activation)
 
 
 def compose(
@@ -84,10 +89,11 @@ def compose(
     training: bool,
     momentum: float,
     eps: float,
+    activation: str,
 ) -> Tensor:
     """`stem_conv_bn_silu` unchecked, of weights [Cout,Cin,Kh,Kw] and strides over H and W."""
     left, right, top, bottom = padding
     if (left, top) != (right, bottom):
         x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
     z = F.conv2d(x, layer[0].to(x.dtype), None, tuple(stride), (top, left))
-    return F.silu(batch_norm(z, layer[1:], training, momentum, eps))
+    return activate(batch_norm(z, layer[1:], training, momentum, eps), activation)

@@ -7,11 +7,12 @@ the number of MAC "FLOPs"; here FLOPs are twice the MAC, as everywhere else.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from effnet_fast.models.variants import B0_STAGES, HEAD_RATIO, Stage, Variant
+from effnet_fast.models.variants import B0_STAGES, FUSED, HEAD_RATIO, MBCONV, Stage, Variant
 from effnet_fast.modules.layers import MBConvConfig
 from effnet_fast.scaling.checks import whole
 
@@ -21,7 +22,9 @@ class ConvShape(NamedTuple):
 
     Args:
         stage: 0 for the stem, 1 to n for the stages of blocks, n + 1 for head and classifier.
-        kind: "stem", "expand", "depthwise", "reduce", "excite", "project", "head", "classifier".
+        kind: "stem", "expand", "depthwise", "reduce", "excite", "project", "head", "classifier";
+            of a FusedMBConv "fused", its dense convolution before "project", or "dense", its only
+            one.
         in_channels, out_channels: channels of its input and output.
         kernel, stride: K of the square kernel, and its stride.
         groups: groups of the convolution.
@@ -104,16 +107,12 @@ def convolutions(
     stem = stages[0].in_channels
     yield ConvShape(0, "stem", in_chans, stem, 3, 2, 1, side, False, True, 1)
     for number, stage in enumerate(stages, 1):
-        first = MBConvConfig(
-            stage.expand_ratio, stage.kernel, stage.stride, stage.in_channels, stage.out_channels
-        )
-        yield from _block(number, first, side, 1)
+        first, *later = itertools.islice(variant.block_configs(stage), 2)
+        block = BLOCKS[stage.kind]
+        yield from block(number, first, side, 1)
         side = _output_side(side, stage.stride)
-        if stage.repeats > 1:
-            later = MBConvConfig(
-                stage.expand_ratio, stage.kernel, 1, stage.out_channels, stage.out_channels
-            )
-            yield from _block(number, later, side, stage.repeats - 1)
+        for config in later:
+            yield from block(number, config, side, stage.repeats - 1)
     last, head = len(stages) + 1, variant.head_channels
     channels = stages[-1].out_channels
     yield ConvShape(last, "head", channels, head, 1, 1, 1, side, False, True, 1)
@@ -125,19 +124,36 @@ def _output_side(side: int, stride: int) -> int:
     return -(-side // stride)
 
 
-def _block(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterator[ConvShape]:
+def _mbconv(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterator[ConvShape]:
     inner, squeezed = config.expanded_channels, config.squeeze_channels
     out = _output_side(side, config.stride)
     rows = [
         ("depthwise", inner, inner, config.kernel, config.stride, inner, out, False, True),
-        ("reduce", inner, squeezed, 1, 1, 1, 1, True, False),
-        ("excite", squeezed, inner, 1, 1, 1, 1, True, False),
         ("project", inner, config.out_channels, 1, 1, 1, out, False, True),
     ]
+    if config.squeeze:
+        rows[1:1] = [
+            ("reduce", inner, squeezed, 1, 1, 1, 1, True, False),
+            ("excite", squeezed, inner, 1, 1, 1, 1, True, False),
+        ]
     if inner != config.input_channels:
         rows.insert(0, ("expand", config.input_channels, inner, 1, 1, 1, side, False, True))
     for row in rows:
         yield ConvShape(stage, *row, repeats)
+
+
+def _fused_mbconv(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterator[ConvShape]:
+    channels, inner, width = config.input_channels, config.expanded_channels, config.out_channels
+    out = _output_side(side, config.stride)
+    kind, dense = ("dense", width) if inner == channels else ("fused", inner)
+    row = (channels, dense, config.kernel, config.stride, 1, out, False, True)
+    yield ConvShape(stage, kind, *row, repeats)
+    if kind == "fused":
+        yield ConvShape(stage, "project", inner, width, 1, 1, 1, out, False, True, repeats)
+
+
+# By kind of stage, the convolutions of its blocks.
+BLOCKS = {MBCONV: _mbconv, FUSED: _fused_mbconv}
 
 
 def count(
@@ -169,6 +185,9 @@ def unrounded_macs(
     width: float = 1.0,
     resolution: float = 224.0,
     stages: tuple[Stage, ...] = B0_STAGES,
+    squeeze: bool = True,
+    fixed_ends: bool = False,
+    head: int | None = None,
     num_classes: int = 1000,
     in_chans: int = 3,
 ) -> float:
@@ -184,20 +203,31 @@ def unrounded_macs(
         depth, width: multipliers of the repeats and channels of `stages`.
         resolution: side of the square images, pixels.
         stages, num_classes, in_chans: as for `custom_variant` and `count`.
+        squeeze, fixed_ends, head: as for `Variant`; what is fixed is not multiplied.
     """
     side = resolution / 2
-    total = 9 * in_chans * width * stages[0].in_channels * side**2
-    for stage in stages:
+    channels = (1.0 if fixed_ends else width) * stages[0].in_channels
+    total = 9 * in_chans * channels * side**2
+    for number, stage in enumerate(stages):
+        repeats = 1.0 if fixed_ends and number in (0, len(stages) - 1) else depth
+        out = width * stage.out_channels
         for index in range(stage.repeats):
-            channels = width * (stage.out_channels if index else stage.in_channels)
-            inner, out = channels * stage.expand_ratio, width * stage.out_channels
-            expand = channels * inner * side**2 if stage.expand_ratio != 1 else 0.0
+            inner = channels * stage.expand_ratio
+            if stage.kind == FUSED:
+                side /= 1 if index else stage.stride
+                project = inner * out if stage.expand_ratio != 1 else 0.0
+                dense = channels * (inner if project else out) * stage.kernel**2
+                total += repeats * (dense + project) * side**2
+                channels = out
+                continue
+            macs = channels * inner * side**2 if stage.expand_ratio != 1 else 0.0
             side /= 1 if index else stage.stride
-            depthwise = inner * stage.kernel**2 * side**2
-            total += depth * (expand + depthwise + 2 * inner * channels / 4 + inner * out * side**2)
-    last = width * stages[-1].out_channels
-    head = HEAD_RATIO * last
-    return total + last * head * side**2 + head * num_classes
+            macs += inner * (stage.kernel**2 + out) * side**2
+            macs += 2 * inner * channels / 4 if squeeze else 0.0
+            total += repeats * macs
+            channels = out
+    width_of_head = HEAD_RATIO * channels if head is None else head
+    return total + channels * width_of_head * side**2 + width_of_head * num_classes
 
 
 class Group(NamedTuple):
@@ -205,11 +235,13 @@ class Group(NamedTuple):
 
     Args:
         stage: as in `ConvShape`.
-        kind: "stem", "block" or "head".
+        kind: "stem", "block" (MBConv), "fused" or "dense" (FusedMBConv with and without a
+            projection), or "head".
         repeats: how many of them there are.
         convs: their convolutions by kind; the head's hold the classifier too.
         elements: for one image, of the input x, the depthwise convolution's input e (x where
-            nothing expands) and output d, and the output y; the stem and the head have x and y.
+            nothing expands) and output d, and the output y. The stem, the head and a dense block
+            have x and y, a fused one has d too, the output of its first convolution.
         residual: whether x is added to y.
     """
 
@@ -224,6 +256,11 @@ class Group(NamedTuple):
     def expands(self) -> bool:
         """Whether there is a 1x1 convolution before the depthwise one."""
         return "expand" in self.convs
+
+    @property
+    def squeezes(self) -> bool:
+        """Whether there is squeeze-and-excitation."""
+        return "reduce" in self.convs
 
     @property
     def parameters(self) -> int:
@@ -259,10 +296,10 @@ def _groups(
     convs: dict[str, ConvShape] = {}
     for conv in convolutions(variant, resolution, num_classes=num_classes, in_chans=in_chans):
         convs[conv.kind] = conv
-        if conv.kind not in ("stem", "project", "classifier"):
+        if conv.kind not in ("stem", "project", "dense", "classifier"):
             continue
         first, last = next(iter(convs.values())), convs.get("head", conv)
-        kind = first.kind if first.kind in ("stem", "head") else "block"
+        kind = first.kind if first.kind in ("stem", "fused", "dense", "head") else "block"
         y = last.activations
         sizes = {"x": x, "y": y}
         residual = False
@@ -271,6 +308,10 @@ def _groups(
             sizes["e"] = convs["expand"].activations if "expand" in convs else x
             sizes["d"] = depthwise.activations
             residual = depthwise.stride == 1 and first.in_channels == last.out_channels
+        elif kind in ("fused", "dense"):
+            if kind == "fused":
+                sizes["d"] = first.activations
+            residual = first.stride == 1 and first.in_channels == last.out_channels
         found.append(Group(conv.stage, kind, conv.repeats, convs, sizes, residual))
         x, convs = y, {}
     return tuple(found)

@@ -40,7 +40,8 @@ FEATURES = (
     "activation_bytes",
     "weight_bytes",
 )
-_MACS = {"expand": 1, "project": 1, "head": 1, "depthwise": 2, "stem": 3}  # index in FEATURES
+# Index in FEATURES; dense convolutions of many channels are products, as 1x1 ones are.
+_MACS = {"expand": 1, "project": 1, "head": 1, "fused": 1, "dense": 1, "depthwise": 2, "stem": 3}
 # Depth, width and resolution of the networks that are measured: along the paper's rule from a
 # fiftieth of B0 to B3, and beside it, so that depth, width and resolution have prices of their own.
 NETWORKS = (

@@ -3,7 +3,8 @@
 The count follows the steps of `memory_plans` through the network, block by block; the peak is the
 most that is alive at one time. It counts the bytes that PyTorch's allocator hands out. It does not
 count the interpreter and the libraries, memory that the C library keeps (glibc's heap: up to a
-fifth more, unless MALLOC_MMAP_THRESHOLD_ makes it map large blocks), and cuDNN's workspaces.
+fifth more, unless MALLOC_MMAP_THRESHOLD_ makes it map large blocks), cuDNN's workspaces, and with
+SAME padding the padded copies that stock's strided convolutions keep instead of their inputs.
 """
 
 from __future__ import annotations
@@ -139,18 +140,24 @@ def _sizes(group: Group, batch: int, dtype: torch.dtype, device: str) -> dict[st
     on_cpu = device == "cpu"
     averaged = batch * group.elements.get("d", group.elements["y"])
     sizes["f"] = averaged * FP32 if on_cpu and size < FP32 else 0
+    if group.kind == "fused":
+        inner = group.convs["fused"].out_channels
+        sizes |= {"w": 2 * inner * size, "N": NORM_VECTORS * inner * FP32}
+    wide = {"F": "d", "Y": "y"}
+    sizes |= {to: sizes[of] // size * FP32 for to, of in wide.items() if of in sizes}
     if group.kind != "block":
         return sizes
-    depthwise, reduce = group.convs["depthwise"], group.convs["reduce"]
-    inner, squeezed = depthwise.out_channels, reduce.out_channels
-    sizes |= {"c": batch * inner * size, "r": batch * squeezed * size, "i": sizes["e"]}
-    sizes |= {"C": batch * inner * FP32, "R": batch * squeezed * FP32}
+    inner = group.convs["depthwise"].out_channels
+    gated = inner if group.squeezes else 0
+    squeezed = group.convs["reduce"].out_channels if group.squeezes else 0
+    sizes |= {"c": batch * gated * size, "r": batch * squeezed * size, "i": sizes["e"]}
+    sizes |= {"C": batch * gated * FP32, "R": batch * squeezed * FP32}
     sizes |= {"u": 2 * inner * size, "w": 2 * inner * size}
     sizes["N"] = NORM_VECTORS * inner * FP32
     sizes["o"] = _padded_gradient(group, size) if on_cpu else 0
     matrix = inner * last.out_channels * (FP32 + (size if size < FP32 else 0))
     smaller = last.out_channels <= last.side**2
-    sizes["g"] = batch * matrix if smaller else sizes["d"]
+    sizes["g"] = (batch * matrix if smaller else sizes["d"]) if group.squeezes else 0
     return sizes
 
 
@@ -173,6 +180,8 @@ def _padded_gradient(group: Group, size: int) -> int:
 def _runs(step: Step, group: Group) -> bool:
     """Whether the block has what the step belongs to."""
     if step.op in ("expand", "narrow") and (step.op == "expand") != group.expands:
+        return False
+    if step.op == "squeeze_excite" and not group.squeezes:
         return False
     if step.name.startswith(("residual", "drop_path")):
         return group.residual
@@ -212,8 +221,7 @@ def _forward(sized: Sized, plan: MemoryPlan) -> tuple[int, int]:
     live = peak = _shared(sized) if plan.shared and not plan.block_backward else 0
     owed = 0
     for index, (group, sizes) in enumerate(sized):
-        steps = {"stem": plan.stem, "head": plan.head}.get(group.kind, plan.block)
-        left, most = _follow(steps, group, sizes)
+        left, most = _follow(plan.of(group.kind), group, sizes)
         live += group.repeats * left
         peak = max(peak, live - left + most)
         if not plan.block_backward:
@@ -228,8 +236,7 @@ def _backward(sized: Sized, plan: MemoryPlan, dtype: torch.dtype) -> int:
     """The most during the backward pass, above what stands at its start."""
     live = peak = expanded = filtered = 0
     for group, sizes in reversed(sized):
-        edges = {"stem": plan.stem_backward, "head": plan.head_backward}
-        left, most = _follow(edges.get(group.kind, plan.block_backward), group, sizes)
+        left, most = _follow(plan.backward_of(group.kind), group, sizes)
         if plan.shared and group.kind == "block":
             # The buffers grow from block to block; too large ones are freed after each.
             expanded = max(expanded, sizes["e"] if group.expands else 0)

@@ -2,8 +2,9 @@
 `count_memory`.
 
 A row is a step: what it belongs to, its name, the tensors that it takes and those that it frees
-when it is done. Rows of "expand" exist where a block expands, of "narrow" where it does not; rows
-named "residual" and "drop_path" where it has a residual, those named "plain" where it has none.
+when it is done. Rows of "expand" exist where a block expands, of "narrow" where it does not, of
+"squeeze_excite" where it has that; rows named "residual" and "drop_path" where it has a residual,
+those named "plain" where it has none.
 
     x e d y   the block's input, the tensors before and after the depthwise convolution, the output
     i         what the depthwise convolution reads: e, or x where nothing expands
@@ -12,16 +13,19 @@ named "residual" and "drop_path" where it has a residual, those named "plain" wh
     N V       its five vectors in fp32, over e or d, and over y
     f         an fp32 copy of d (the head's y), which PyTorch makes to average 16-bit values
     o         what oneDNN takes for the weight gradient of a depthwise convolution
+    F Y       d and y in fp32
     g         the weight with its gate applied, per image, or d where that is smaller
 
 What a training plan takes forward and does not free is what it saves for backward, and y. The
-stock rows are what PyTorch 2.13 does on the CPU.
+stock rows are what PyTorch 2.13 does on the CPU. Those of a FusedMBConv stand in `fused_tables`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from effnet_fast.scaling import fused_tables
 
 
 class Step(NamedTuple):
@@ -41,7 +45,8 @@ def _steps(table: str) -> Steps:
     return tuple(Step(op, name, *(t.replace("-", "") for t in ends)) for op, name, *ends in rows)
 
 
-# In-place SiLU keeps a copy of its input, the convolution behind it keeps its output.
+# In-place SiLU and ReLU6 keep a copy of their input, the convolution behind keeps their output. Of
+# ReLU, which no published network has, the output alone is kept: less than is counted.
 _STOCK_EXPAND = "expand conv_bn_silu eeeu -"
 _STOCK_EXPAND_BACKWARD = """
 expand          silu_bwd        e       ee
@@ -131,7 +136,7 @@ _FUSED_HEAD_BACKWARD = "edge pool_bwd C cc\nedge backward x xyVCCC"
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Steps forward and, in training, backward, of a block, of the stem and of the head."""
+    """Steps forward and, in training, backward, of an MBConv, of the stem and of the head."""
 
     block: Steps
     stem: Steps
@@ -142,6 +147,30 @@ class MemoryPlan:
     # Whether two buffers, of the sizes of e and d, serve all blocks and outlast the pass: in
     # inference the forward pass, in training the backward pass.
     shared: bool = False
+    # Of a FusedMBConv with a projection, and of one without.
+    fused: Steps = ()
+    dense: Steps = ()
+    fused_backward: Steps = ()
+    dense_backward: Steps = ()
+
+    def of(self, kind: str) -> Steps:
+        """The steps forward of a `counts.Group` of this kind."""
+        return getattr(self, kind)
+
+    def backward_of(self, kind: str) -> Steps:
+        """Its steps backward."""
+        return getattr(self, f"{kind}_backward")
+
+
+def _with_fused(key: tuple[str, str], plan: MemoryPlan) -> MemoryPlan:
+    fused, dense, fused_backward, dense_backward = map(_steps, fused_tables.STEPS[key])
+    return replace(
+        plan,
+        fused=fused,
+        dense=dense,
+        fused_backward=fused_backward,
+        dense_backward=dense_backward,
+    )
 
 
 def _training(block: str, backward: str, edge: str, edge_backward: str) -> MemoryPlan:
@@ -205,6 +234,7 @@ PLANS = {
         shared=True,
     ),
 }
+PLANS = {key: _with_fused(key, plan) for key, plan in PLANS.items()}
 MODES = ("inference", "training")
 
 

@@ -14,13 +14,16 @@ the one after it, and y its output:
 - training "fast": BN and SiLU applied by whoever reads, five passes over e and d forward and
   eleven backward;
 - training "lean": the same, with e computed again from x for the backward passes.
+
+Those of a FusedMBConv stand in `fused_tables`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from effnet_fast.models.variants import Variant
+from effnet_fast.scaling import fused_tables
 from effnet_fast.scaling.checks import whole
 from effnet_fast.scaling.counts import groups
 
@@ -29,7 +32,7 @@ from effnet_fast.scaling.counts import groups
 class Pass:
     """One pass over activations."""
 
-    op: str  # part of: "expand", "depthwise", "squeeze_excite", "project"
+    op: str  # part of: "expand", "depthwise", "squeeze_excite", "project", "fused", "dense"
     name: str  # what it does
     reads: str  # a letter for each tensor that it reads once: x, e, d, y
     writes: str  # the same of those that it writes
@@ -40,8 +43,9 @@ def _passes(table: str) -> tuple[Pass, ...]:
     return tuple(Pass(op, name, *(t.replace("-", "") for t in ends)) for op, name, *ends in rows)
 
 
-# Rows of "expand" exist where a block expands, rows named "residual" where it has a residual;
-# where it does not expand, e is x. The gate and other vectors per channel are not counted.
+# Rows of "expand" exist where a block expands, rows of "squeeze_excite" where it has that, rows
+# named "residual" where it has a residual; where it does not expand, e is x. Other activations move
+# as much as SiLU. The gate and other vectors per channel are not counted.
 _STOCK_FORWARD = """
 expand          convolution     x    e
 expand          bn              e    e
@@ -140,18 +144,29 @@ _HEAD_DATA = "edge data y x"  # the stem's input needs no gradient
 
 @dataclass(frozen=True)
 class TrafficPlan:
-    """Passes of a block, of the stem and of the head, and over the weights."""
+    """Passes of an MBConv, of the stem and of the head, and over the weights."""
 
     block: tuple[Pass, ...]
     stem: tuple[Pass, ...]
     head: tuple[Pass, ...]
     weight_passes: int
+    fused: tuple[Pass, ...] = ()  # of a FusedMBConv with a projection
+    dense: tuple[Pass, ...] = ()  # and of one without
+
+    def of(self, kind: str) -> tuple[Pass, ...]:
+        """The passes of a `counts.Group` of this kind."""
+        return getattr(self, kind)
 
 
 def _plan(block: str, edge: str, pool: str, weight_passes: int, extra: str = "") -> TrafficPlan:
     stem = _passes(edge)
     head = _passes(f"{edge}\n{pool}\n{extra}")
     return TrafficPlan(_passes(block), stem, head, weight_passes)
+
+
+def _with_fused(key: tuple[str, str], plan: TrafficPlan) -> TrafficPlan:
+    fused, dense = map(_passes, fused_tables.PASSES[key])
+    return replace(plan, fused=fused, dense=dense)
 
 
 # Weights: read forward; in training read again for the data gradient, and their gradients written.
@@ -169,6 +184,7 @@ PLANS = {
         _FAST_FORWARD + _RECOMPUTE + _FAST_BACKWARD, _FAST_EDGE, "edge pool y -", 4, _HEAD_DATA
     ),
 }
+PLANS = {key: _with_fused(key, plan) for key, plan in PLANS.items()}
 MODES = ("inference", "training")
 
 
@@ -225,10 +241,13 @@ def traffic(
     options = {"num_classes": num_classes, "in_chans": in_chans}
     rows = []
     for group in groups(variant, resolution, **options):
-        table = {"stem": chosen.stem, "head": chosen.head}.get(group.kind, chosen.block)
-        for row in table:
+        for row in chosen.of(group.kind):
             elements = moved_elements(
-                (row,), group.elements, expands=group.expands, residual=group.residual
+                (row,),
+                group.elements,
+                expands=group.expands,
+                residual=group.residual,
+                squeezes=group.squeezes,
             )
             if elements:
                 size = elements * group.repeats * batch * element_size
@@ -239,19 +258,26 @@ def traffic(
 
 
 def moved_elements(
-    rows: tuple[Pass, ...], sizes: dict[str, int], *, expands: bool, residual: bool
+    rows: tuple[Pass, ...],
+    sizes: dict[str, int],
+    *,
+    expands: bool,
+    residual: bool,
+    squeezes: bool = True,
 ) -> int:
     """Elements that the passes of one block read and write.
 
     Args:
         rows: passes of a `TrafficPlan`.
         sizes: elements of x, e, d and y.
-        expands, residual: whether the block has an expansion, and a residual.
+        expands, residual, squeezes: whether the block has an expansion, a residual, and
+            squeeze-and-excitation.
     """
     return sum(
         sizes[tensor]
         for row in rows
         if (expands or row.op != "expand")
+        and (squeezes or row.op != "squeeze_excite")
         and (residual or not row.name.startswith(("residual", "drop_path")))
         for tensor in row.reads + row.writes
     )

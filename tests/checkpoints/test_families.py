@@ -40,6 +40,10 @@ def test_names_tell(tmp_path, tiny, family):
         ("efficientnet_b0_ra-3dd342df.pth", "timm"),
         ("models--timm--tf_efficientnet_l2.ns_jft_in1k/snapshots/0a/model.bin", "timm_tf"),
         ("tf_efficientnet_runs/efficientnet_b0.pth", "timm"),
+        ("tf_efficientnet_lite0-0aa007d2.pth", "timm_tf"),
+        ("efficientnet_lite0_ra-37913777.pth", "timm"),
+        ("tf_efficientnetv2_s_21k-6337ad01.pth", "timm_tf"),
+        ("models--timm--efficientnetv2_m.untrained/model.bin", "timm"),
     ],
 )
 def test_files_tell_what_names_do_not(tmp_path, tiny, path, expected):
@@ -47,7 +51,9 @@ def test_files_tell_what_names_do_not(tmp_path, tiny, path, expected):
     assert found(state, tmp_path / path) == (expected, "")
 
 
-@pytest.mark.parametrize("path", ["last.pth", "efficientnet_runs/last.pth", "effnet/b0.pth"])
+@pytest.mark.parametrize(
+    "path", ["last.pth", "efficientnet_runs/last.pth", "effnet/b0.pth", "efficientnetv2_rw_s.pth"]
+)
 def test_what_nothing_tells_is_assumed_and_said(tmp_path, tiny, path):
     state = checkpoints.convert(tiny, "timm")
     assert found(state, tmp_path / path) == ("timm", UNTOLD)

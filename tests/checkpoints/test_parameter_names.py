@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,14 +16,14 @@ import tiers
 from effnet_fast import EfficientNet, checkpoints
 from effnet_fast.checkpoints import FAMILIES, NAMINGS
 from effnet_fast.models import VARIANTS, custom_variant
-from networks import TINY
+from networks import TINY, TINY_V2
 
-# lukemelas and timm have all sizes, torchvision none beyond B7.
+TINY_LITE = replace(VARIANTS["lite0"], name="tiny_lite", width=0.25, depth=0.5, resolution=48)
 SIZES = [
     pytest.param(family, *param.values, marks=param.marks)
     for family in peers.BUILDERS
     for param in tiers.networks(VARIANTS)
-    if family != "torchvision" or param.values[0] not in ("b8", "l2")
+    if peers.has(family, *param.values)
 ]
 PAIRS = [(a, b) for a in NAMINGS for b in NAMINGS if a != b]
 
@@ -40,10 +41,10 @@ def assert_same(actual, expected):
 
 
 @functools.cache
-def tiny_state():
+def tiny_state(variant=TINY):
     """All kinds of blocks; its first two stages have equal channels and kernels."""
     torch.manual_seed(0)
-    return EfficientNet(TINY, num_classes=4).state_dict()
+    return EfficientNet(variant, num_classes=4).state_dict()
 
 
 @pytest.fixture
@@ -63,8 +64,39 @@ def test_names_order_and_shapes_are_the_familys(family, size):
     assert list(shapes(back).items()) == list(shapes(ours).items())
 
 
+@pytest.fixture
+def tiny_v2():
+    """All kinds of FusedMBConv."""
+    return tiny_state(TINY_V2)
+
+
+def test_v2_round_trip(tiny_v2):
+    named = checkpoints.convert(tiny_v2, "timm")
+    assert "blocks.0.0.conv.weight" in named
+    assert "blocks.1.0.conv_exp.weight" in named
+    assert "blocks.3.0.conv_dw.weight" in named
+    assert_same(checkpoints.convert(named), tiny_v2)
+
+
+@pytest.mark.parametrize("to", ["lukemelas", "nvidia"])
+def test_families_without_v2(tiny_v2, to):
+    with pytest.raises(ValueError, match=f"{to} has no FusedMBConv, and so no names for"):
+        checkpoints.convert(tiny_v2, to)
+
+
+@pytest.mark.parametrize(("source", "to"), [("torchvision", "timm"), ("timm", "torchvision")])
+def test_a_missing_name_of_v2_moves_no_other(tiny_v2, source, to):
+    whole = checkpoints.convert(tiny_v2, source)
+    right = dict(zip(whole, checkpoints.convert(whole, to), strict=True))
+    for missing in whole:
+        state = {key: value for key, value in whole.items() if key != missing}
+        assert list(checkpoints.convert(state, to)) == [right[key] for key in state], missing
+
+
 @pytest.mark.parametrize(("source", "to"), PAIRS)
-def test_round_trip(tiny, source, to):
+@pytest.mark.parametrize("variant", [TINY, TINY_LITE], ids=lambda v: v.name)
+def test_round_trip(variant, source, to):
+    tiny = tiny_state(variant)
     named = checkpoints.convert(tiny, source)
     there = checkpoints.convert(named, to)
     assert there.keys() != named.keys()
@@ -135,6 +167,18 @@ def test_unknown_leaf_is_named(tiny):
         checkpoints.convert(state | {"conv_stem.weight_g": torch.ones(8)})
 
 
+def test_a_missing_projection_leaves_the_other_names():
+    """Without it the names of an expanded block of Lite are those of a plain one."""
+    state = tiny_state(TINY_LITE)
+    whole = checkpoints.convert(state, "timm")
+    right = dict(zip(state, whole, strict=True))
+    kept = {
+        key: value for key, value in state.items() if not key.startswith("features.3.0.block.2.")
+    }
+    assert len(kept) == len(state) - 6
+    assert list(checkpoints.convert(kept, "timm")) == [right[key] for key in kept]
+
+
 def test_refuses_wrong_arguments(tiny):
     with pytest.raises(ValueError, match=r"to must be one of torchvision, timm, .*, got 'keras'"):
         checkpoints.convert(tiny, "keras")
@@ -158,10 +202,15 @@ def test_missing_what_tells_stages_apart(tiny):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), source=st.sampled_from(list(FAMILIES)), to=st.sampled_from(list(FAMILIES)))
-def test_missing_names_never_move_others(data, source, to):
+@given(
+    data=st.data(),
+    variant=st.sampled_from([TINY, TINY_LITE]),
+    source=st.sampled_from(list(FAMILIES)),
+    to=st.sampled_from(list(FAMILIES)),
+)
+def test_missing_names_never_move_others(data, variant, source, to):
     """Whatever is missing, a tensor gets the name it has in the whole network, or an error."""
-    whole = checkpoints.convert(tiny_state(), source)
+    whole = checkpoints.convert(tiny_state(variant), source)
     right = dict(zip(whole, checkpoints.convert(whole, to), strict=True))
     dropped = data.draw(st.sets(st.sampled_from(list(whole)), max_size=12))
     state = {key: value for key, value in whole.items() if key not in dropped}

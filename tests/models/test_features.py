@@ -102,6 +102,13 @@ def test_published_channels_and_strides(name: str) -> None:
     assert info.get_dicts(idx=1)["module"] == "features.2"
 
 
+def test_channels_and_strides_of_v2() -> None:
+    info = FeatureInfo(describe(VARIANTS["v2_s"]))
+    assert info.channels() == [24, 48, 64, 160, 256]
+    assert info.reduction() == MAPS["reductions"]
+    assert info.module_name() == [f"features.{i}" for i in (1, 2, 3, 5, 6)]
+
+
 def test_maps_are_the_classifiers_own() -> None:
     model, features = classifier(), encoder()
     features.plan = False  # block by block, as the classifier with its hooks

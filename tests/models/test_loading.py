@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from effnet_fast import EfficientNet, EfficientNetFeatures, checkpoints
-from effnet_fast.checkpoints import FAMILIES, FAMILY_ENTRY, Checkpoint
+from effnet_fast.checkpoints import FAMILIES, FAMILY_ENTRY, NAMINGS, Checkpoint
 from effnet_fast.models import VARIANTS
 from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.loading import family_variant, published_variant
@@ -50,8 +50,15 @@ def norms(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        (family, size)
+        for family in FAMILIES
+        for size in VARIANTS
+        if "fused" in NAMINGS[FAMILIES[family].naming].blocks or not VARIANTS[size].has_fused
+    ],
+)
 def test_size_is_read_from_the_shapes(family, size):
     with torch.device("meta"):
         state = EfficientNet(size, num_classes=7, in_chans=2).state_dict()
@@ -79,6 +86,73 @@ def test_what_a_family_brings(family, size, padding, eps, momentum, resize):
     assert variant.mean == (0.485, 0.456, 0.406)
     other = family_variant(VARIANTS[size], Checkpoint({}, family, family, inception=True))
     assert other.mean == other.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "padding", "eps", "images"),
+    [
+        ("torchvision", "v2_s", "symmetric", 1e-3, (384, "bilinear", 0.485)),
+        ("torchvision", "v2_l", "symmetric", 1e-3, (480, "bicubic", 0.5)),
+        ("timm", "v2_l", "symmetric", 1e-5, (480, "bicubic", 0.485)),
+        ("timm_tf", "v2_s", "same", 1e-3, (384, "bicubic", 0.5)),
+    ],
+)
+def test_what_a_family_brings_to_v2(family, size, padding, eps, images):
+    variant = family_variant(VARIANTS[size], Checkpoint({}, family, family))
+    assert (variant.padding, variant.bn_eps, variant.bn_momentum) == (padding, eps, 0.1)
+    assert (variant.crop, variant.interpolation, variant.mean[0]) == images
+    assert variant.resize == variant.crop
+
+
+@pytest.mark.parametrize("family", ["lukemelas", "nvidia"])
+def test_families_without_v2(family):
+    with pytest.raises(ValueError, match=f"{family} has no FusedMBConv, and so no EfficientNetV2"):
+        family_variant(VARIANTS["v2_s"], Checkpoint({}, family, family))
+
+
+@pytest.mark.parametrize(
+    ("family", "padding", "eps", "momentum", "resize", "mean", "std"),
+    [
+        ("torchvision", "same", 1e-3, 0.01, 272, 127 / 255, 128 / 255),
+        ("timm", "symmetric", 1e-5, 0.1, 272, 0.485, 0.229),
+        ("timm_tf", "same", 1e-3, 0.1, 272, 0.5, 0.5),
+        ("lukemelas", "same", 1e-3, 0.01, 272, 127 / 255, 128 / 255),
+    ],
+)
+def test_what_a_family_brings_to_lite(family, padding, eps, momentum, resize, mean, std):
+    variant = family_variant(VARIANTS["lite1"], Checkpoint({}, family, family))
+    found = (variant.padding, variant.bn_eps, variant.bn_momentum, variant.resize)
+    assert found == (padding, eps, momentum, resize)
+    assert (variant.mean[0], variant.std[0]) == (mean, std)
+    assert (variant.activation, variant.squeeze, variant.head) == ("relu6", False, 1280)
+
+
+def test_lite_and_b0_are_told_apart(tmp_path):
+    """Their channels and repeats are the same."""
+    torch.manual_seed(0)
+    for size in ("b0", "lite0"):
+        state = EfficientNet(size, num_classes=CLASSES).state_dict()
+        for family in ("torchvision", "lukemelas"):
+            path = write(checkpoints.convert(state, family), tmp_path / f"{size}_{family}.pth")
+            model = EfficientNet.from_checkpoint(path)
+            assert model.variant.name == size
+            assert_same(model.state_dict(), state)
+            is_symmetric = (size, family) == ("b0", "torchvision")
+            assert model.variant.padding == ("symmetric" if is_symmetric else "same")
+
+
+def test_lite_saved_from_here_stays_lite(tmp_path):
+    """Its names are torchvision's, its padding and eps TensorFlow's; nothing warns."""
+    model = EfficientNet("lite0", num_classes=CLASSES)
+    path = write(model.state_dict(), tmp_path / "a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = EfficientNet.from_checkpoint(path)
+        checkpoints.load_into(model, path)
+    assert again.variant == model.variant
+    timm = write(checkpoints.convert(model.state_dict(), "timm"), tmp_path / "lite.pth")
+    with pytest.warns(UserWarning, match="networks of timm have padding='symmetric' and this"):
+        checkpoints.load_into(model, timm, "timm")
 
 
 @pytest.mark.slow

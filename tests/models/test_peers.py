@@ -17,6 +17,12 @@ from tolerances import assert_no_worse_than
 SIDES = (64, 65)  # SAME differs from symmetric padding at even sizes alone
 DOUBLE = 1e-10  # relative error of two orders of addition in float64
 IMAGES = 3
+FAMILIES_AND_SIZES = [
+    pytest.param(family, *param.values, marks=param.marks)
+    for family in peers.RUNNABLE
+    for param in tiers.some(PUBLISHED, ["b0"])
+    if peers.has(family, *param.values)
+]
 
 
 def save(state: dict[str, Tensor], family: str, folder: Path) -> Path:
@@ -36,8 +42,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", peers.RUNNABLE)
-@pytest.mark.parametrize("size", tiers.some(PUBLISHED, ["b0"]))
+@pytest.mark.parametrize(("family", "size"), FAMILIES_AND_SIZES)
 def test_logits(size, family, tmp_path):
     state = peers.state_of(family, size, SIDES[1])
     ours = EfficientNet.from_checkpoint(save(state, family, tmp_path), family=family).eval()

@@ -17,11 +17,12 @@ from effnet_fast import models
 from effnet_fast.models import VARIANTS, EfficientNet
 from networks import PARAMETERS
 
-HEADS = {"b0": (32, 1280), "b2": (32, 1408), "b4": (48, 1792), "b7": (64, 2560)}
+HEADS = {"b0": (32, 1280), "b2": (32, 1408), "b4": (48, 1792), "b7": (64, 2560), "v2_l": (32, 1280)}
 STAGE_CHANNELS = {
     "b0": [16, 24, 40, 80, 112, 192, 320],
     "b3": [24, 32, 48, 96, 136, 232, 384],
     "b7": [32, 48, 80, 160, 224, 384, 640],
+    "v2_m": [24, 48, 80, 160, 176, 304, 512],
 }
 REPEATS = {"b0": [1, 2, 2, 3, 3, 4, 1], "b4": [2, 4, 4, 6, 6, 8, 2], "b7": [4, 7, 7, 10, 10, 13, 4]}
 
@@ -105,7 +106,7 @@ class TestAgainstTorchvision:
         assert sum(p.numel() for p in ours.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", [*networks.PUBLISHED, "b8", "l2"])
+@pytest.mark.parametrize("name", [*networks.V1, "b8", "l2"])
 def test_parameter_count_by_closed_formula(name: str) -> None:
     variant = VARIANTS[name]
     with torch.device("meta"):
@@ -131,6 +132,7 @@ def test_preprocessing_is_that_of_torchvisions_weights(name: str) -> None:
     variant = VARIANTS[name]
     assert (variant.resize, variant.crop) == (preset.resize_size[0], preset.crop_size[0])
     assert variant.interpolation == preset.interpolation.value
+    assert (list(variant.mean), list(variant.std)) == (preset.mean, preset.std)
     assert weights.meta["num_params"] == PARAMETERS[name]
 
 
@@ -167,7 +169,8 @@ class TestArguments:
         for name in VARIANTS:
             function = getattr(models, f"efficientnet_{name}")
             assert function.__name__ == function.__qualname__ == f"efficientnet_{name}"
-            assert function.__doc__.startswith(f"EfficientNet-{name.upper()}")
+            title = "-".join(part.capitalize() for part in name.split("_"))
+            assert function.__doc__.startswith(f"EfficientNet-{title}, for images")
             assert pickle.loads(pickle.dumps(function)) is function
 
     def test_sizes(self) -> None:

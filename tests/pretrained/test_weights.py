@@ -21,9 +21,10 @@ from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import weights
 from effnet_fast.pretrained.weights import EfficientNet_B0_Weights, EfficientNet_B1_Weights
 from effnet_fast.scaling import count
+from networks import PUBLISHED
 
-NETWORKS = [f"efficientnet_b{i}" for i in range(8)]
-MEMBERS = [member for enum in weights.ENUMS.values() for member in enum]
+NETWORKS = [f"efficientnet_{name}" for name in PUBLISHED]
+MEMBERS = [member for enum in weights.ENUMS.values() for member in enum if not member.package]
 B0 = EfficientNet_B0_Weights.IMAGENET1K_V1
 STEM = "features.0.0.weight"
 
@@ -68,7 +69,7 @@ class TestEnums:
 
     @pytest.mark.parametrize("member", MEMBERS, ids=str)
     def test_facts_are_the_networks(self, member):
-        variant = VARIANTS[type(member).__name__[13:15].lower()]
+        variant = VARIANTS[type(member).__name__[13:].removesuffix("_Weights").lower()]
         assert member.meta["num_params"] == count(variant).parameters
         if member.name == "IMAGENET1K_V1":
             preset = (variant.crop, variant.resize, variant.interpolation)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_fast
 from effnet_fast.models import VARIANTS, Variant, custom_variant
-from effnet_fast.models.variants import B0_STAGES, Stage
+from effnet_fast.models.variants import B0_STAGES, FUSED, Stage
 from effnet_fast.scaling import (
     CompoundScaling,
     convolutions,
@@ -24,7 +24,7 @@ from effnet_fast.scaling import (
     published,
 )
 from effnet_fast.scaling.counts import unrounded_macs
-from networks import PARAMETERS
+from networks import LITES, PARAMETERS
 
 # Billions of multiply-adds, to three decimals: the meta data of torchvision 0.28's weights.
 # Stem, head, channels and repeats of the stages: tables of the public implementations.
@@ -37,9 +37,13 @@ PUBLISHED = {
     "b5": (10.266, 48, 2048, (24, 40, 64, 128, 176, 304, 512), (3, 5, 5, 7, 7, 9, 3)),
     "b6": (19.068, 56, 2304, (32, 40, 72, 144, 200, 344, 576), (3, 6, 6, 8, 8, 11, 3)),
     "b7": (37.746, 64, 2560, (32, 48, 80, 160, 224, 384, 640), (4, 7, 7, 10, 10, 13, 4)),
+    "v2_s": (8.366, 24, 1280, (24, 48, 64, 128, 160, 256), (2, 4, 4, 6, 9, 15)),
+    "v2_m": (24.582, 24, 1280, (24, 48, 80, 160, 176, 304, 512), (3, 5, 5, 7, 14, 18, 5)),
+    "v2_l": (56.080, 32, 1280, (32, 64, 96, 192, 224, 384, 640), (4, 7, 7, 10, 19, 25, 7)),
 }
 # What unrounded networks lack of depth * width**2 * resolution**2 times B0, by phi.
 SHORTFALL = {1: 0.0254, 2: 0.0463, 3: 0.0637, 5: 0.0905, 7: 0.1098}
+FUSED_TABLE = (Stage(1, 3, 1, 16, 24, 2, FUSED), Stage(4, 5, 2, 24, 32, 2, FUSED))
 OWN_TABLE = (Stage(1, 3, 2, 20, 12, 2), Stage(3, 7, 1, 12, 28, 3), Stage(4, 3, 2, 28, 36, 1))
 
 
@@ -52,9 +56,9 @@ def points() -> list[Variant]:
             resolution=draws.randrange(9, 260),
             stages=stages,
         )
-        for stages in (B0_STAGES, OWN_TABLE)
-        for _ in range(25)
-    ]
+        for stages, points in ((B0_STAGES, 25), (OWN_TABLE, 25), (FUSED_TABLE, 10))
+        for _ in range(points)
+    ] + [replace(VARIANTS[name], resolution=97) for name in LITES]
 
 
 def measured(variant: Variant, **options: int) -> tuple[int, int, int]:
@@ -91,7 +95,7 @@ def test_published(name: str) -> None:
 def test_rule_is_the_published_b0_and_nothing_else() -> None:
     for name, (variant, point) in published().items():
         same = count(variant) == count(point.variant)
-        assert same == (name == "b0")
+        assert same == (name in ("b0", "lite0"))
 
 
 @pytest.mark.slow
@@ -136,8 +140,20 @@ def growth(phi: float) -> tuple[float, float]:
     return unrounded_macs(**sizes) / unrounded_macs(), CompoundScaling().growth ** phi
 
 
-def test_unrounded_baseline_is_b0() -> None:
+def test_unrounded_baselines_are_b0_and_lite0() -> None:
     assert unrounded_macs() == count(VARIANTS["b0"]).macs
+    lite = {"squeeze": False, "fixed_ends": True, "head": 1280}
+    assert unrounded_macs(**lite) == count(VARIANTS["lite0"]).macs
+
+
+def test_what_lite_fixes_does_not_grow() -> None:
+    """Twice as wide: the stem and its stage's input stay, one side of the next ones doubles."""
+    stages = B0_STAGES[:1]
+    lite = {"stages": stages, "squeeze": False, "fixed_ends": True, "head": 10, "num_classes": 1}
+    pixels, stem = 112**2, 9 * 3 * 32
+    for width in (1.0, 2.0):
+        expected = pixels * (stem + 32 * (9 + 16 * width)) + pixels * 16 * width * 10 + 10
+        assert unrounded_macs(width=width, depth=3.0, **lite) == expected
 
 
 @settings(deadline=None)

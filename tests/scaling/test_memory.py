@@ -37,6 +37,7 @@ OWN = custom_variant(
     stages=(Stage(1, 3, 1, 24, 16, 2), Stage(4, 5, 2, 16, 32, 2), Stage(6, 3, 1, 32, 48, 1)),
     resolution=72,
 )
+LITE = replace(VARIANTS["lite0"], width=0.5, depth=0.5, resolution=96, padding="symmetric")
 HELD_INPUT = (Stage(1, 3, 1, 48, 16, 3), Stage(2, 3, 2, 16, 8, 1))
 WIDE_FIRST = (Stage(6, 3, 2, 32, 8, 1),)
 # batch, network: every kind of block, few and many images, a side that strides do not divide.
@@ -47,6 +48,7 @@ CASES = {
     "own_stages": (3, OWN),
     "deep": (2, custom_variant(width=0.4, depth=1.3, resolution=64)),
     "peak_in_first_stage": (2, custom_variant(stages=HELD_INPUT, resolution=96)),
+    "lite": (2, LITE),
     "peak_in_first_backward": (2, custom_variant(stages=WIDE_FIRST, resolution=96)),
     "b0": (2, VARIANTS["b0"]),
 }
@@ -167,6 +169,17 @@ def test_peak_of_inference(case: str, plan: str, dtype: torch.dtype) -> None:
     scratch.release()
     counted = count_memory(variant, "inference", plan, batch=batch, dtype=dtype)
     assert counted.peak == pytest.approx(peak, rel=PEAK_ERROR)
+
+
+@pytest.mark.slow
+def test_padded_copies_of_stock_are_few() -> None:
+    """They are not counted: the images', and a row and a column of each strided block's input."""
+    variant = replace(LITE, padding="same")
+    counted = count_memory(variant, "training", batch=2)
+    measured = saved_bytes(
+        network(variant, "stock", torch.float32).train(), images(variant, 2, torch.float32)
+    )
+    assert counted.saved < measured < 1.05 * counted.saved
 
 
 HIGH_WATER = """

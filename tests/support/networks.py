@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import efficientnet as torchvision_efficientnet
 
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
-from effnet_fast.models.variants import B0_STAGES
+from effnet_fast.models.variants import B0_STAGES, FUSED, MBCONV, Stage
 from tolerances import assert_parity
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 CALIBRATION_IMAGES = 8
 ALIKE = 1e-3  # relative rms; float32 errs by 1e-5 in these networks
-PUBLISHED = tuple(name for name in VARIANTS if name not in ("b8", "l2"))  # torchvision's
+V1 = tuple(f"b{i}" for i in range(8))  # torchvision's
+V2 = ("v2_s", "v2_m", "v2_l")
+PUBLISHED = (*V1, *V2)
+LITES = tuple(f"lite{i}" for i in range(5))
 PARAMETERS = {
     "b0": 5_288_548,
     "b1": 7_794_184,
@@ -39,11 +42,39 @@ PARAMETERS = {
     "b5": 30_389_784,
     "b6": 43_040_704,
     "b7": 66_347_960,
+    "lite0": 4_652_008,
+    "lite1": 5_416_680,
+    "lite2": 6_092_072,
+    "lite3": 8_197_096,
+    "lite4": 13_006_568,
+    "v2_s": 21_458_488,
+    "v2_m": 54_139_356,
+    "v2_l": 118_515_272,
 }
 # Ten blocks of every kind (with and without expansion, residual, stride) in a few milliseconds.
 TINY = replace(VARIANTS["b0"], name="tiny", width=0.25, depth=0.5, resolution=48)
+# Seven blocks: FusedMBConv with and without projection, residual and stride, and MBConv.
+TINY_V2 = replace(
+    VARIANTS["v2_s"],
+    name="tiny_v2",
+    resolution=48,
+    head=40,
+    baseline=(
+        Stage(1, 3, 1, 8, 8, 2, FUSED),
+        Stage(4, 3, 2, 8, 16, 2, FUSED),
+        Stage(4, 3, 2, 16, 24, 1, FUSED),
+        Stage(4, 3, 2, 24, 32, 2),
+    ),
+)
 # Four blocks, for what takes long per operator: compilers.
 MINI = replace(TINY, name="mini", depth=1.0, resolution=32, baseline=B0_STAGES[:3])
+
+
+CONFIGS = {
+    MBCONV: torchvision_efficientnet.MBConvConfig,
+    FUSED: torchvision_efficientnet.FusedMBConvConfig,
+}
+BLOCKS = (torchvision_efficientnet.MBConv, torchvision_efficientnet.FusedMBConv)
 
 
 def reduced_resolution(variant: Variant) -> int:
@@ -62,23 +93,23 @@ def torchvision_network(variant: Variant, **kwargs: object) -> nn.Module:
     if variant == VARIANTS.get(variant.name) and variant.name in PUBLISHED:
         return getattr(torchvision.models, f"efficientnet_{variant.name}")(**kwargs)
     stages = [
-        torchvision_efficientnet.MBConvConfig(
+        CONFIGS[stage.kind](
             stage.expand_ratio,
             stage.kernel,
             stage.stride,
             stage.in_channels,
             stage.out_channels,
             stage.repeats,
-            width_mult=variant.width,
-            depth_mult=variant.depth,
         )
-        for stage in variant.baseline
+        for stage in variant.stages
     ]
     kwargs.setdefault(
         "norm_layer",
         functools.partial(nn.BatchNorm2d, eps=variant.bn_eps, momentum=variant.bn_momentum),
     )
-    model = torchvision_efficientnet.EfficientNet(stages, variant.dropout, **kwargs)
+    model = torchvision_efficientnet.EfficientNet(
+        stages, variant.dropout, last_channel=variant.head, **kwargs
+    )
     if variant.padding == "same":
         pad_same(model)
     return model
@@ -107,7 +138,7 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
     """Makes a torchvision EfficientNet well-conditioned, in place; leaves it in eval mode."""
     momenta = {}
     for module in model.modules():
-        if isinstance(module, torchvision_efficientnet.MBConv):
+        if isinstance(module, BLOCKS):
             module.block[-1][1].weight.data.mul_(0.25)
     for module in model.train().modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -24,17 +24,25 @@ def _torchvision(size: str) -> nn.Module:
 def _timm(size: str) -> nn.Module:
     import timm
 
-    return timm.create_model(f"efficientnet_{size}")
+    return timm.create_model(f"efficientnet{_in_timm(size)}")
 
 
 def _timm_tf(size: str) -> nn.Module:
     import timm
 
-    return timm.create_model(f"tf_efficientnet_{size}")
+    return timm.create_model(f"tf_efficientnet{_in_timm(size)}")
+
+
+def _in_timm(size: str) -> str:
+    """How timm's names of networks end."""
+    return size if size.startswith("v2") else f"_{size}"
 
 
 def _lukemelas(size: str) -> nn.Module:
-    from efficientnet_pytorch import EfficientNet
+    if size.startswith("lite"):
+        from efficientnet_lite_pytorch import EfficientNet
+    else:
+        from efficientnet_pytorch import EfficientNet
 
     # Without an image size padding follows the input; with one it is that of the size given.
     return EfficientNet.from_name(f"efficientnet-{size}", image_size=None)
@@ -89,7 +97,18 @@ BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "lukemelas": _lukemelas,
     "nvidia": _nvidia,
 }
+# Sizes that a family lacks, by how their names begin.
+LACKING = {
+    "torchvision": ("b8", "l2", "lite"),
+    "lukemelas": ("v2",),
+    "nvidia": ("v2", "lite"),
+}
 RUNNABLE = tuple(family for family in BUILDERS if family != "nvidia")
+
+
+def has(family: str, size: str) -> bool:
+    """Whether the family has a network of that size."""
+    return not size.startswith(LACKING.get(family, ()))
 
 
 def skeleton(family: str, size: str) -> nn.Module:

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
+from effnet_fast.modules.fused_mbconv import FusedMBConv
+from effnet_fast.modules.layers import SqueezeExcitation
 
 
 @dataclass(frozen=True)
 class DenseShape:
-    """The first convolution, or the head's: K, stride, channels, sides of input and output."""
+    """The first convolution, one of a FusedMBConv, or the head's.
+
+    K, stride, channels, sides of input and output.
+    """
 
     channels: int
     out_channels: int
@@ -33,7 +38,7 @@ class BlockShape:
         size, out_size: sides, pixels.
         stride, kernel: of the depthwise convolution.
         channels: of the input, of the depthwise convolution, of the output.
-        squeezed: channels inside squeeze-and-excitation.
+        squeezed: channels inside squeeze-and-excitation, 0 where there is none.
         residual: whether the input is added to the output.
     """
 
@@ -55,8 +60,9 @@ class NetworkShapes:
     """A network's layers in order, repeated ones repeated."""
 
     stem: DenseShape
-    blocks: tuple[BlockShape, ...]
+    blocks: tuple[BlockShape, ...]  # the MBConv
     head: DenseShape
+    fused: tuple[tuple[DenseShape, ...], ...]  # of each FusedMBConv, dense [and project]
 
 
 @functools.cache
@@ -68,20 +74,27 @@ def shapes_of(variant: Variant | str, resolution: int | None = None) -> NetworkS
     size = resolution or variant.resolution
     stem = _dense(model.features[0][0], size)
     size = stem.out_size
-    blocks = []
+    blocks, fused = [], []
     for module in (block for stage in model.features[1:-1] for block in stage):
-        *_, depthwise, squeeze, project = module.block
-        conv = depthwise[0]
+        if isinstance(module, FusedMBConv):
+            dense, *project = module.block
+            first = _dense(dense[0], size)
+            size = first.out_size
+            fused.append((first, *(_dense(layer[0], size) for layer in project)))
+            continue
+        *before, project = module.block
+        squeeze = before.pop() if isinstance(before[-1], SqueezeExcitation) else None
+        conv = before[-1][0]
         out_size = _out_size(conv, size)
         channels = (module.block[0][0].in_channels, conv.out_channels, project[0].out_channels)
         blocks.append(
             BlockShape(
                 *(size, out_size, conv.stride[0], conv.kernel_size[0], channels),
-                *(squeeze.fc1.out_channels, module.use_res_connect),
+                *(squeeze.fc1.out_channels if squeeze else 0, module.use_res_connect),
             )
         )
         size = out_size
-    return NetworkShapes(stem, tuple(blocks), _dense(model.features[-1][0], size))
+    return NetworkShapes(stem, tuple(blocks), _dense(model.features[-1][0], size), tuple(fused))
 
 
 def _dense(conv: torch.nn.Conv2d, size: int) -> DenseShape:

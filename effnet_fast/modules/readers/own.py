@@ -16,25 +16,42 @@ from effnet_fast.reference.mbconv import SqueezeExciteParams
 _MISSING = object()
 _CONV_NAMES = ("weight", "bias")
 _BN_NAMES = (*_CONV_NAMES, "running_mean", "running_var")
-_CONV_BN = Part("0", (nn.Conv2d, Conv2dSame)), Part("1", (nn.BatchNorm2d,))
-_LAYER = structure.children_of(_CONV_BN, (*_CONV_BN, Part("2", (nn.SiLU,))))
+_ACTIVATION, _GATE = (structure.one_of(*k) for k in (structure.ACTIVATIONS, structure.GATES))
+_CONV_BN = (
+    Part("0", structure.one_of(nn.Conv2d, Conv2dSame)),
+    Part("1", structure.one_of(nn.BatchNorm2d)),
+)
+_LAYER = structure.children_of(_CONV_BN, (*_CONV_BN, Part("2", _ACTIVATION)))
 _EXCITE = structure.children_of((
-    Part("avgpool", (nn.AdaptiveAvgPool2d,)), Part("fc1", (nn.Conv2d,)), Part("fc2", (nn.Conv2d,)),
-    Part("activation", (nn.SiLU,)), Part("scale_activation", (nn.Sigmoid,)),
+    Part("avgpool", structure.one_of(nn.AdaptiveAvgPool2d)),
+    Part("fc1", structure.one_of(nn.Conv2d)), Part("fc2", structure.one_of(nn.Conv2d)),
+    Part("activation", _ACTIVATION), Part("scale_activation", _GATE),
 ))  # fmt: skip
 
+CONV: dict[type, structure.Children | None] = {layers.Conv2dNormActivation: _LAYER}
+_SE: dict[type, structure.Children | None] = {layers.SqueezeExcitation: _EXCITE}
 
-def _body(*kinds: type) -> list[Part]:
+
+def body(*kinds: dict[type, structure.Children | None]) -> list[Part]:
     """Layers in a row, and squeeze-excites."""
-    below = {layers.Conv2dNormActivation: _LAYER, layers.SqueezeExcitation: _EXCITE}
-    return [Part(str(index), (kind,), below[kind]) for index, kind in enumerate(kinds)]
+    return [Part(str(index), kind) for index, kind in enumerate(kinds)]
 
 
-_CONV, _SE = layers.Conv2dNormActivation, layers.SqueezeExcitation
-_BODIES = structure.children_of(_body(_CONV, _SE, _CONV), _body(_CONV, _CONV, _SE, _CONV))
-_BLOCK = structure.children_of(
-    (Part("block", (nn.Sequential,), _BODIES), Part("stochastic_depth", (StochasticDepth,)))
+# [expand,] depthwise, [squeeze-excite,] project; of three, the second is either.
+_BODIES = structure.children_of(
+    body(CONV, CONV), body(CONV, CONV | _SE, CONV), body(CONV, CONV, _SE, CONV)
 )
+_BLOCK = structure.children_of((
+    Part("block", {nn.Sequential: _BODIES}),
+    Part("stochastic_depth", structure.one_of(StochasticDepth)),
+))  # fmt: skip
+_RELU6 = (0.0, 6.0)
+
+
+def behind(place: str, refused: RefusedError) -> str:
+    """A reason with its place in front, unless it is about code that any place runs."""
+    text = str(refused)
+    return f"{place}{text}" if text[:1] in (" ", ".") else text
 
 
 def _refuse_tensor(name: str) -> RefusedError:
@@ -95,11 +112,21 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     return weight, bias, mean, var
 
 
-def _layer(module: nn.Module) -> structure.Layer:
+def _require_as_made(child: Any, name: str) -> None:
+    """Raises RefusedError where an activation or a gate computes something else than its name says.
+
+    SiLU and sigmoid need no such call: the code below them is in the tables of layers and blocks.
+    """
+    stock.ACTIVATIONS[name].require()
+    if name == "relu6" and (child.min_val, child.max_val) != _RELU6:
+        raise RefusedError(f" clamps to {child.min_val} and {child.max_val}, not to 0 and 6")
+
+
+def layer(module: nn.Module) -> structure.Layer:
     """Takes a Conv2dNormActivation apart, whose children are what is allowed."""
     children = module.__dict__["_modules"]
-    conv, bn, silu = children["0"], children["1"], "2" in children
-    child = "0"
+    conv, bn = children["0"], children["1"]
+    activation, child = "identity", "0"
     try:
         weight, bias = _conv_members(conv)
         if bias is not None:
@@ -111,24 +138,27 @@ def _layer(module: nn.Module) -> structure.Layer:
         vectors = _bn_members(bn, conv.out_channels)
         child = "0"
         kind, geometry = _conv_geometry(conv)
+        if "2" in children:
+            child = "2"
+            activation = structure.ACTIVATIONS[type(children[child])]
+            if activation != "silu":
+                _require_as_made(children[child], activation)
     except RefusedError as refused:
-        raise RefusedError(f".{child}{refused}") from None
-    if kind != POINTWISE and not silu:
-        raise RefusedError(" has no activation")
-    return structure.Layer(kind, conv, bn, silu, geometry, (weight, *vectors))
+        raise RefusedError(behind(f".{child}", refused)) from None
+    return structure.Layer(kind, conv, bn, activation, geometry, (weight, *vectors))
 
 
 def _named_layer(module: nn.Module) -> structure.Layer:
     """A layer that is no part of a block, with the class in front of a reason."""
     try:
         structure.require_children(module.__dict__["_modules"], _LAYER)
-        return _layer(module)
+        return layer(module)
     except RefusedError as refused:
-        raise RefusedError(f"{type(module).__name__}{refused}") from None
+        raise RefusedError(behind(type(module).__name__, refused)) from None
 
 
-def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
-    """Takes a SqueezeExcitation apart, whose children are what is allowed."""
+def _excite(module: nn.Module, channels: int) -> tuple[SqueezeExciteParams, str, str]:
+    """Parameters, activation and gate of a SqueezeExcitation with children that are allowed."""
     state = module.__dict__
     children = state["_modules"]
     if not state.keys().isdisjoint(children):
@@ -146,12 +176,20 @@ def _excite(module: nn.Module, channels: int) -> SqueezeExciteParams:
                 raise RefusedError(f".bias has shape {list(bias.shape)}, not {list(shape[:1])}")
             if weight.shape != shape or conv.stride != (1, 1) or conv.padding != (0, 0):
                 raise RefusedError(f" is not a 1x1 convolution of {channels} channels")
+        key = "activation"
+        activation = structure.ACTIVATIONS[type(children[key])]
+        if activation != "silu":
+            _require_as_made(children[key], activation)
+        key = "scale_activation"
+        gate = structure.GATES[type(children[key])]
+        if gate != "sigmoid":
+            _require_as_made(children[key], gate)
     except RefusedError as refused:
-        raise RefusedError(f".{key}{refused}") from None
+        raise RefusedError(behind(f".{key}", refused)) from None
     pooled = children["avgpool"].output_size
     if pooled not in (1, (1, 1)):
         raise RefusedError(f".avgpool pools to {pooled}")
-    return SqueezeExciteParams(*tensors)
+    return SqueezeExciteParams(*tensors), activation, gate
 
 
 def _block(module: layers.MBConv) -> structure.Block:
@@ -165,26 +203,30 @@ def _block(module: layers.MBConv) -> structure.Block:
             raise structure.hidden(state, own)
         structure.require_children(own, _BLOCK)
         drop_path, children = own["stochastic_depth"], own["block"].__dict__["_modules"]
-        *first, second, third, last = children
+        *first, last = children
+        third = first.pop() if type(children[first[-1]]) is layers.SqueezeExcitation else None
+        second = first.pop()
         expand = None
         for name in first:
-            expand = _layer(children[name])
+            expand = layer(children[name])
         name = second
-        depthwise = _layer(children[name])
+        depthwise = layer(children[name])
         channels = depthwise.conv.out_channels
-        name = third
-        excite = _excite(children[name], channels)
+        excite, se_activation, gate = None, "silu", "sigmoid"
+        if third is not None:
+            name = third
+            excite, se_activation, gate = _excite(children[name], channels)
         name = last
-        project = _layer(children[name])
+        project = layer(children[name])
     except RefusedError as refused:
-        place = f"block.{name}{refused}" if name else str(refused)[1:]
-        raise RefusedError(place) from None
+        raise RefusedError(behind(f"block.{name}", refused) if name else str(refused)[1:]) from None
     if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
         raise RefusedError("block.0 is not the pointwise layer before the depthwise one")
-    if expand and not expand.silu:
-        raise RefusedError("block.0 has no activation")
-    if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.silu:
+    if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.activates:
         raise RefusedError("block is not expand, depthwise, squeeze-excite, project")
+    if expand and expand.activation != depthwise.activation:
+        kinds = f"{expand.activation} and {depthwise.activation}"
+        raise RefusedError(f"block.0 and block.1 have different activations, {kinds}")
     if project.conv.in_channels != channels:
         raise RefusedError(f"block.{last} does not take {channels} channels")
     residual = bool(module.use_res_connect)
@@ -197,6 +239,8 @@ def _block(module: layers.MBConv) -> structure.Block:
         expand,
         depthwise,
         excite,
+        se_activation,
+        gate,
         project,
         residual,
         drop_path.p if drop_path.training else 0.0,

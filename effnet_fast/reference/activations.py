@@ -1,0 +1,112 @@
+"""The activations and gates that the ops know by name, in eager PyTorch and as kernels take them.
+
+Sources: SiLU: Elfwing et al. (arXiv 1702.03118); ReLU6: Sandler et al. (arXiv 1801.04381);
+hard-swish and hard-sigmoid: Howard et al. (arXiv 1905.02244), section 5.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NONE = float("nan")  # bounds nothing, since a comparison with NaN is false
+_SILU, _CLAMP, _HARDSWISH = range(3)  # csrc/common/activation.h
+
+
+class _Activation(NamedTuple):
+    kernel: tuple[int, float, float]  # kind, and the bounds of a clamp
+    activate: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  # of grad and u, which have one dtype
+
+
+def _silu_backward(grad: Tensor, u: Tensor) -> Tensor:
+    s = torch.sigmoid(u)
+    return grad * (s * (1 + u * (1 - s)))
+
+
+_aten = torch.ops.aten
+# The functions are looked up at each call: the reference is what PyTorch is at that moment.
+_ACTIVATIONS = {
+    "silu": _Activation((_SILU, _NONE, _NONE), lambda x: F.silu(x), _silu_backward),
+    "identity": _Activation((_CLAMP, _NONE, _NONE), lambda x: x, lambda grad, u: grad),
+    "relu": _Activation(
+        (_CLAMP, 0.0, _NONE),
+        lambda x: F.relu(x),
+        lambda grad, u: _aten.threshold_backward(grad, u, 0),
+    ),
+    "relu6": _Activation(
+        (_CLAMP, 0.0, 6.0),
+        lambda x: F.relu6(x),
+        lambda grad, u: _aten.hardtanh_backward(grad, u, 0.0, 6.0),
+    ),
+    "hardswish": _Activation(
+        (_HARDSWISH, _NONE, _NONE),
+        lambda x: F.hardswish(x),
+        lambda grad, u: _aten.hardswish_backward(grad, u),
+    ),
+}
+# Of each gate its kind in csrc/common/activation.h, and its function.
+_GATES: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "sigmoid": (0, lambda x: torch.sigmoid(x)),
+    "hardsigmoid": (1, lambda x: F.hardsigmoid(x)),
+}
+ACTIVATIONS = tuple(_ACTIVATIONS)
+GATES = tuple(_GATES)
+
+
+def _check(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_activation(name: str, value: object) -> None:
+    """Raises ValueError unless the argument of this name is one of ACTIVATIONS."""
+    _check(name, value, ACTIVATIONS)
+
+
+def check_gate(name: str, value: object) -> None:
+    """Raises ValueError unless the argument of this name is one of GATES."""
+    _check(name, value, GATES)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The activation of this name; x itself for "identity"."""
+    return _ACTIVATIONS[name].activate(x)
+
+
+def activation_backward(grad: Tensor, u: Tensor, name: str) -> Tensor:
+    """The gradient of u, `grad` that of the activation of u; both have one shape and dtype."""
+    return _ACTIVATIONS[name].backward(grad, u)
+
+
+def gate_of(x: Tensor, name: str) -> Tensor:
+    """The gate of this name, between 0 and 1."""
+    return _GATES[name][1](x)
+
+
+def kernel_activation(name: str) -> tuple[int, float, float]:
+    """An activation as kernels take it: its kind, and the lower and upper bound of a clamp.
+
+    A bound that is NaN bounds nothing.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _ACTIVATIONS:
+        check_activation("activation", name)
+    return _ACTIVATIONS[name].kernel
+
+
+def kernel_gate(name: str) -> int:
+    """A gate as kernels take it, its kind.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _GATES:
+        check_gate("gate", name)
+    return _GATES[name][0]
