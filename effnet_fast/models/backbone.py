@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,9 +27,10 @@ from effnet_fast.inference.parts import InferenceParts, methods_of
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.variants import VARIANTS, Variant
-from effnet_fast.modules import observed
+from effnet_fast.modules import in_turn, observed
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig, Sequential
 from effnet_fast.ops import scratch
+from effnet_fast.ops.layout import makes_nhwc
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +63,15 @@ def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last):
         return y
     return y.contiguous()
+
+
+def _makes_nhwc(weights: list[Tensor]) -> bool:
+    """`makes_nhwc` where operators are captured: torch.jit.trace warns of what is no constant."""
+    if not torch.jit.is_tracing():
+        return makes_nhwc(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return makes_nhwc(weights)
 
 
 # For calls from this file.
@@ -178,9 +189,20 @@ class Backbone(nn.Module):
         """
         return to_channels_last(x) if _is_captured(x) else x
 
-    def _finished(self, y: Tensor, x: Tensor) -> Tensor:
-        """A map y as a user sees it, in the layout that stock gives it for the images x."""
-        return laid_out_as(y, x) if _is_captured(x) else y
+    def _finished(self, y: Tensor, x: Tensor, stage: int = -1) -> Tensor:
+        """A map y as a user sees it, in the layout that stock gives it for the images x.
+
+        Args:
+            y: what a child of `features` gave.
+            x: the images.
+            stage: the place of that child, -1 for the last.
+        """
+        if torch.jit.is_scripting():  # which knows no strides of weights
+            return laid_out_as(y, x)
+        if not _is_captured(x):
+            return y
+        weights = in_turn.weights_of(list(self.features)[: stage + 1 or None])
+        return y if _makes_nhwc(weights) else laid_out_as(y, x)
 
     @contextlib.contextmanager
     def _execution(self) -> Iterator[None]:

@@ -253,7 +253,8 @@ class EfficientNet(Backbone):
         if stop_early and last < len(self.feature_info.stages):
             children = children[:last]
         y, maps = in_turn.run(children, self._prepared(x), taken)
-        return self._finished(y, x), [self._finished(m, x) for m in maps]
+        finished = [self._finished(m, x, i) for m, i in zip(maps, taken, strict=True)]
+        return self._finished(y, x, len(children) - 1), finished
 
     def get_classifier(self) -> nn.Module:
         """The layer that computes the logits, nn.Identity where num_classes is 0."""
@@ -383,10 +384,10 @@ class EfficientNetFeatures(Backbone):
             for index, stage in enumerate(self.features):
                 y = stage(y)
                 if index in self._taken:
-                    maps.append(y)
-        else:
-            maps = in_turn.run(self.features, y, self._taken)[1]
-        return [self._finished(m, x) for m in maps]
+                    maps.append(self._finished(y, x, index))
+            return maps
+        maps = in_turn.run(self.features, y, self._taken)[1]
+        return [self._finished(m, x, i) for m, i in zip(maps, self._taken, strict=True)]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -144,6 +144,14 @@ class Block(NamedTuple):
         return (*expand, *self.depthwise.tensors, *self.excite, *self.project.tensors)
 
 
+def weights_of(found: Layer | Block) -> list[Tensor]:
+    """The weights [Cout,Cin/groups,K,K] of the convolutions with a BatchNorm, in order."""
+    if isinstance(found, Layer):
+        return [found.tensors[0]]
+    layers = (found.expand, found.depthwise, found.project)
+    return [layer.tensors[0] for layer in layers if layer is not None]
+
+
 def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs | None:
     """The call of a module's op on x [N,C,H,W] that a backend has to run; None for another C."""
     if x.shape[1] != found.first.conv.in_channels:
