@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from effnet_fast.inference.network_spec import NetworkSpec, layers_of
-from effnet_fast.modules.structure import Geometry, Layer
-from effnet_fast.ops.layout import is_nhwc, to_nchw
+from effnet_fast.inference.network_spec import NetworkSpec
+from effnet_fast.modules.structure import Geometry, Layer, weights_of
+from effnet_fast.ops.layout import is_nhwc, makes_nhwc, to_nchw
 
 
 class TooSmallError(ValueError):
@@ -22,6 +22,7 @@ class Row:
     geometry: Geometry
     channels: int  # of that result
     tap: int  # the output that shows it, -1 for none
+    is_nhwc: bool  # whether a weight up to here makes stock's maps channels_last
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Sizes:
     in_channels: int  # of the images
     outputs: int  # channels of what comes out beside the taps, 0 for nothing
     rows: tuple[Row, ...]  # stem and blocks
-    is_nhwc: bool  # whether a weight makes stock's maps channels_last whatever the images
 
     def maps(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """(C, H, W) of every tap for images of this size.
@@ -49,8 +49,11 @@ class Sizes:
         return [found[tap] for tap in sorted(found)]
 
     def as_stock(self, maps: list[Tensor], x: Tensor) -> list[Tensor]:
-        """Maps [N,C,H,W] in the layout that stock gives them for images x."""
-        return maps if self.is_nhwc or is_nhwc(x) else [to_nchw(y) for y in maps]
+        """The maps [N,C,H,W] of all taps in the layout that stock gives them for images x."""
+        if is_nhwc(x):
+            return maps
+        last = {row.tap: row.is_nhwc for row in self.rows if row.tap >= 0}
+        return [y if last[tap] else to_nchw(y) for tap, y in zip(sorted(last), maps, strict=True)]
 
 
 def weight_of(layer: Layer) -> Tensor:
@@ -62,10 +65,13 @@ def weight_of(layer: Layer) -> Tensor:
 
 def sizes_of(spec: NetworkSpec) -> Sizes:
     """The sizes of a network that is being packed."""
-    rows = [Row(spec.stem.geometry, weight_of(spec.stem).shape[0], spec.stem_tap)]
-    rows += [Row(b.layers.spatial, weight_of(b.layers.last).shape[0], b.tap) for b in spec.blocks]
+    last = makes_nhwc([weight_of(spec.stem)])
+    rows = [Row(spec.stem.geometry, weight_of(spec.stem).shape[0], spec.stem_tap, last)]
+    for block in spec.blocks:
+        found = block.layers
+        last = last or makes_nhwc(weights_of(found))
+        rows.append(Row(found.spatial, weight_of(found.last).shape[0], block.tap, last))
     outputs = weight_of(spec.head).shape[0] if spec.head else 0
     if spec.linear is not None:
         outputs = spec.linear.weight.shape[0]
-    by_weight = any(is_nhwc(weight_of(layer)) for layer in layers_of(spec))
-    return Sizes(weight_of(spec.stem).shape[1], outputs, tuple(rows), by_weight)
+    return Sizes(weight_of(spec.stem).shape[1], outputs, tuple(rows))

@@ -23,11 +23,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from effnet_fast import backends
 from effnet_fast.inference.own_plan import OwnPlan
 from effnet_fast.inference.parts import InferenceParts, methods_of
+from effnet_fast.models.captured import (
+    is_captured,
+    laid_out_as,
+    to_channels_last,
+    weights_make_nhwc,
+)
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.stages import makers_of_stages
 from effnet_fast.models.variants import VARIANTS, Variant
-from effnet_fast.modules import observed
+from effnet_fast.modules import in_turn
 from effnet_fast.modules.layers import (
     ACTIVATION_LAYERS,
     Conv2dNormActivation,
@@ -40,33 +46,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MEMORY_MODES = ("fast", "lean")
-
-
-def to_channels_last(x: Tensor) -> Tensor:
-    """Images [N,C,H,W] without gaps in channels_last; anything else as it is."""
-    if x.dim() != 4 or not x.is_contiguous():
-        return x
-    if torch.jit.is_scripting():
-        return x.contiguous(memory_format=torch.channels_last)
-    if observed.in_transform():  # vmap has no channels_last
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _is_captured(x: Tensor) -> bool:
-    """Whether torch.compile, torch.export, FX, or TorchScript records what becomes of x."""
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():
-        return True
-    return observed.is_traced() or not isinstance(x, Tensor)
-
-
-def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """A map y without gaps if `to_channels_last` converts the images x; else as it is."""
-    if x.dim() != 4 or not x.is_contiguous():
-        return y
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return y
-    return y.contiguous()
 
 
 # For calls from this file.
@@ -183,11 +162,22 @@ class Backbone(nn.Module):
 
         Elsewhere `in_turn` decides about layouts.
         """
-        return to_channels_last(x) if _is_captured(x) else x
+        return to_channels_last(x) if is_captured(x) else x
 
-    def _finished(self, y: Tensor, x: Tensor) -> Tensor:
-        """A map y as a user sees it, in the layout that stock gives it for the images x."""
-        return laid_out_as(y, x) if _is_captured(x) else y
+    def _finished(self, y: Tensor, x: Tensor, stage: int = -1) -> Tensor:
+        """A map y as a user sees it, in the layout that stock gives it for the images x.
+
+        Args:
+            y: what a child of `features` gave.
+            x: the images.
+            stage: the place of that child, -1 for the last.
+        """
+        if torch.jit.is_scripting():  # which knows no strides of weights
+            return laid_out_as(y, x)
+        if not is_captured(x):
+            return y
+        weights = in_turn.weights_of(list(self.features)[: stage + 1 or None])
+        return y if weights_make_nhwc(weights) else laid_out_as(y, x)
 
     @contextlib.contextmanager
     def _execution(self) -> Iterator[None]:

@@ -253,7 +253,8 @@ class EfficientNet(Backbone):
         if stop_early and last < len(self.feature_info.stages):
             children = children[:last]
         y, maps = in_turn.run(children, self._prepared(x), taken)
-        return self._finished(y, x), [self._finished(m, x) for m in maps]
+        finished = [self._finished(m, x, i) for m, i in zip(maps, taken, strict=True)]
+        return self._finished(y, x, len(children) - 1), finished
 
     def get_classifier(self) -> nn.Module:
         """The layer that computes the logits, nn.Identity where num_classes is 0."""
@@ -377,16 +378,16 @@ class EfficientNetFeatures(Backbone):
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         """The maps of images x, in the layout that stock gives them."""
-        maps: list[Tensor] = []
         y = self._prepared(x)
-        if torch.jit.is_scripting():
-            for index, stage in enumerate(self.features):
-                y = stage(y)
-                if index in self._taken:
-                    maps.append(y)
-        else:
-            maps = in_turn.run(self.features, y, self._taken)[1]
-        return [self._finished(m, x) for m in maps]
+        if not torch.jit.is_scripting():
+            found = in_turn.run(self.features, y, self._taken)[1]
+            return [self._finished(m, x, i) for m, i in zip(found, self._taken, strict=True)]
+        maps: list[Tensor] = []
+        for index, stage in enumerate(self.features):
+            y = stage(y)
+            if index in self._taken:
+                maps.append(self._finished(y, x, index))
+        return maps
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

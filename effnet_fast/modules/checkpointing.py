@@ -2,7 +2,8 @@
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174). What
 torch.utils.checkpoint leaves to its caller is done here: the second run takes the backend of the
-first, and moves no running statistics a second time.
+first, runs every module as the first did (see `repetition`), and moves no running statistics a
+second time.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import checkpoint
 
 from effnet_fast import backends
+from effnet_fast.modules import repetition
 
 
 @contextlib.contextmanager
-def _second_run(module: nn.Module, backend: str) -> Iterator[None]:
-    """The backend of the first run, and BatchNorms that move copies of their buffers.
+def _second_run(
+    module: nn.Module, backend: str, choices: list[repetition.Choice]
+) -> Iterator[None]:
+    """The first run's backend and choices, and BatchNorms that move copies of their buffers.
 
     In training they normalise by the batch's statistics; what they move is nobody's concern then.
     """
@@ -35,7 +39,7 @@ def _second_run(module: nn.Module, backend: str) -> Iterator[None]:
     for norm, name, buffer in kept:
         setattr(norm, name, buffer.clone())
     try:
-        with backends.use_backend(backend):
+        with backends.use_backend(backend), repetition.repeating(choices):
             yield
     finally:
         for norm, name, buffer in kept:
@@ -45,12 +49,11 @@ def _second_run(module: nn.Module, backend: str) -> Iterator[None]:
 class _EverySecondRun(contextlib.AbstractContextManager[None]):
     """`_second_run` anew for each backward: a graph that is retained is run through again."""
 
-    def __init__(self, module: nn.Module, backend: str) -> None:
-        self.module = module
-        self.backend = backend
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
 
     def __enter__(self) -> None:
-        self.entered = _second_run(self.module, self.backend)
+        self.entered = _second_run(*self.arguments)
         self.entered.__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -60,13 +63,15 @@ class _EverySecondRun(contextlib.AbstractContextManager[None]):
 def _contexts(
     module: nn.Module, backend: str
 ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), _EverySecondRun(module, backend)
+    choices: list[repetition.Choice] = []
+    return repetition.recording(choices), _EverySecondRun(module, backend, choices)
 
 
 def run(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Tensor:
     """function(x), which runs `module`, keeping x and the random state alone for backward.
 
-    The second run, in backward, has the same random draws and updates no BatchNorms.
+    The second run, in backward, has the same random draws and updates no BatchNorms. What was fused
+    in the first is fused again: hooks and modes that have come since do not see it.
     """
     if torch.compiler.is_compiling():  # the compiled backward repeats no update of a buffer
         return checkpoint.checkpoint(function, x, use_reentrant=False)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
-from effnet_fast.modules import in_turn, observed, structure
+from effnet_fast.modules import in_turn, observed, repetition, structure
+from effnet_fast.modules.repetition import Choice
 from effnet_fast.modules.stochastic_depth import stochastic_depth
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
-from effnet_fast.ops.layout import is_nhwc, to_nchw, to_nhwc
+from effnet_fast.ops.layout import is_nhwc, makes_nhwc, to_nchw, to_nhwc
 from effnet_fast.ops.mbconv import apply as mbconv
 from effnet_fast.ops.mbconv_training import Layers
 from effnet_fast.ops.pointwise_bn_act import eval_op as pointwise_bn_act_eval
@@ -114,19 +115,31 @@ def run(module: Any, x: Tensor) -> Tensor:
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
-    if torch.compiler.is_compiling() or observed.wants_operators(x):
+    if torch.compiler.is_compiling():
         return module.forward_stock(x)
-    backend = backends.module_backend()
-    y = None if backend == "reference" else _run_fused(module, x, backend)
+    choices = repetition.thread
+    first = repetition.first_choice(module) if choices.repeated else None
+    if first is not None:
+        found, backend = first.found, first.backend
+    else:
+        backend = backends.module_backend()
+        is_stock = backend == "reference" or observed.wants_operators(x)
+        found = None if is_stock else _structure_of(module)
+    y = None if found is None else _run_fused(found, x, backend)
+    if choices.recorded is not None:
+        choices.recorded.append(Choice(module, None if y is None else found, backend))
     return module.forward_stock(x) if y is None else y
 
 
-def _run_fused(module: nn.Module, x: Tensor, backend: str) -> Tensor | None:
-    """The fused forward; None for the stock path, which may raise PyTorch's own error."""
+def _structure_of(module: nn.Module) -> structure.Layer | structure.Block | None:
     try:
-        found = structure.structure_of(module)
+        return structure.structure_of(module)
     except structure.RefusedError:
         return None
+
+
+def _run_fused(found: structure.Layer | structure.Block, x: Tensor, backend: str) -> Tensor | None:
+    """The fused forward; None for the stock path, which may raise PyTorch's own error."""
     given = _input(found, found.op, x, backend)
     if given is None:
         return None
@@ -137,17 +150,9 @@ def _run_fused(module: nn.Module, x: Tensor, backend: str) -> Tensor | None:
         y = _run_pointwise(found, given)
     elif _fits(found, given):
         y = _run_spatial(found, given)
-    if y is None or given.is_nhwc or in_turn.is_hidden() or _has_nhwc_weight(found):
+    if y is None or given.is_nhwc or in_turn.is_hidden() or makes_nhwc(structure.weights_of(found)):
         return y
     return to_nchw(y)
-
-
-def _has_nhwc_weight(found: structure.Layer | structure.Block) -> bool:
-    """Whether a convolution's weight makes the result of stock channels_last."""
-    if isinstance(found, structure.Layer):
-        return is_nhwc(found.tensors[0])
-    layers = (found.expand, found.depthwise, found.project)
-    return any(layer is not None and is_nhwc(layer.tensors[0]) for layer in layers)
 
 
 def poolable_layer(module: nn.Module) -> structure.Layer | None:

@@ -45,12 +45,12 @@ class Sequential(nn.Sequential):
     images and weights, channels_last where either is.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting() or torch.compiler.is_compiling():
             for module in self:
-                x = module(x)
-            return x
-        return in_turn.run(self, x)[0]
+                input = module(input)
+            return input
+        return in_turn.run(self, input)[0]
 
 
 SEQUENTIALS = (Sequential, nn.Sequential)
@@ -125,10 +125,10 @@ class Conv2dNormActivation(nn.Sequential):
             x = module(x)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self.forward_stock(x)
-        return fused_forward.run(self, x)
+            return self.forward_stock(input)
+        return fused_forward.run(self, input)
 
 
 class SqueezeExcitation(nn.Module):
@@ -162,8 +162,11 @@ class SqueezeExcitation(nn.Module):
         hidden = self.activation(self.fc1(self.avgpool(x)))
         return self.scale_activation(self.fc2(hidden))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate(x) * x
+    def forward(self, input: Tensor) -> Tensor:
+        return self.gate(input) * input
+
+
+in_turn.gates.add(SqueezeExcitation)
 
 
 @dataclass(frozen=True)
@@ -282,12 +285,12 @@ class ResidualBlock(nn.Module):
         y += x  # in place: keeps the body's dtype under autocast, and one tensor less alive
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self.forward_stock(x)
-        if self.grad_checkpointing and observed.can_run_again(x):
-            return checkpointing.run(partial(fused_forward.run, self), self, x)
-        return fused_forward.run(self, x)
+            return self.forward_stock(input)
+        if self.grad_checkpointing and observed.can_run_again(input):
+            return checkpointing.run(partial(fused_forward.run, self), self, input)
+        return fused_forward.run(self, input)
 
 
 class MBConv(ResidualBlock):

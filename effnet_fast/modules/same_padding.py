@@ -65,12 +65,12 @@ class Conv2dSame(nn.Conv2d):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         height = self.dilation[0] * (self.kernel_size[0] - 1) + 1
         width = self.dilation[1] * (self.kernel_size[1] - 1) + 1
-        top, bottom = same_padding(x.shape[2], height, self.stride[0])
-        left, right = same_padding(x.shape[3], width, self.stride[1])
-        return self._conv_forward(F.pad(x, (left, right, top, bottom)), self.weight, self.bias)
+        top, bottom = same_padding(input.shape[2], height, self.stride[0])
+        left, right = same_padding(input.shape[3], width, self.stride[1])
+        return self._conv_forward(F.pad(input, (left, right, top, bottom)), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, padding=same"

@@ -169,6 +169,12 @@ class Block(NamedTuple):
         return self.depthwise.activation
 
 
+def weights_of(found: Layer | Block | DenseBlock) -> list[Tensor]:
+    """The weights [Cout,Cin/groups,K,K] of the convolutions with a BatchNorm, in order."""
+    layers = (found,) if isinstance(found, Layer) else found.layers
+    return [layer.tensors[0] for layer in layers]
+
+
 def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs | None:
     """The call of a module's op on x [N,C,H,W] that a backend has to run; None for another C."""
     if x.shape[1] != found.first.conv.in_channels:

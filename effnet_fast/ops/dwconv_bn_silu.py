@@ -19,6 +19,7 @@ from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.gate import DEPTHWISE, batch_norm
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import Moves
+from effnet_fast.ops.unsaved import keep
 from effnet_fast.reference.activations import check_activation
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.dwconv_bn_silu import check_arguments
@@ -138,7 +139,9 @@ class DwconvBnSilu(torch.autograd.Function):
         y = bn_silu_op(z, bn_weight, bn_bias, mean, var, eps, activation, backend)
         if move is not None:
             move((mean, var))
-        ctx.save_for_backward(x, weight, z, bn_weight, bn_bias, mean, var)
+        shift = None if bn_bias is None else bn_bias.detach().clone()  # backward reads u
+        ctx.save_for_backward(x, weight, z, bn_weight, shift, mean, var)
+        keep(ctx, bn_bias)
         ctx.config = (stride, padding, eps, training, activation, backend)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -146,19 +149,19 @@ class DwconvBnSilu(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.dwconv_bn_silu)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, z, bn_weight, bn_bias, mean, var = ctx.saved_tensors
+        x, weight, z, bn_weight, shift, mean, var = ctx.saved_tensors
         stride, padding, eps, training, activation, backend = ctx.config
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
         wanted = [need_x, need_weight, need_gamma or need_beta]
         grad_x, grad_weight, sums = backward_op(
-            grad_y, channels_last(x), nhwc(z), weight, bn_weight, bn_bias, mean, var,
+            grad_y, channels_last(x), nhwc(z), weight, bn_weight, shift, mean, var,
             stride, padding, eps, training, wanted, activation, backend,
         )  # fmt: skip
         return (
             grad_x if need_x else None,
             grad_weight.to(weight.dtype) if need_weight else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
-            sums[0].to(bn_bias.dtype) if need_beta else None,
+            sums[0].to(shift.dtype) if need_beta else None,
             *(None,) * 9,
         )
 

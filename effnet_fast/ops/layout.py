@@ -1,11 +1,13 @@
 """The layout of images [N,C,H,W] as PyTorch sees it, and conversions whose gradients turn back.
 
 In a convolution of PyTorch the result is channels_last if the images or the weight are, and the
-layers behind it keep that; other layouts give contiguous results.
+layers behind it keep that; other layouts give contiguous results. A squeeze-excite gives its
+input's layout whatever its weights are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +30,15 @@ def is_nhwc(x: Tensor) -> bool:
     if sw < sc * c or sh < sw * w or sn < sh * h:
         return False
     return sc > 0 and sh * h != sc and x.numel() > 0
+
+
+def makes_nhwc(weights: Iterable[Tensor]) -> bool:
+    """Whether convolutions in a row give a channels_last result for images that are not.
+
+    Args:
+        weights: [Cout,Cin/groups,K,K] of each, without those of squeeze-excites.
+    """
+    return any(map(is_nhwc, weights))
 
 
 def is_batched(grad: Tensor) -> bool:

@@ -23,6 +23,7 @@ from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, backward, forward
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
 from effnet_fast.ops.statistics import Moves
+from effnet_fast.ops.unsaved import keep
 from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
@@ -75,6 +76,8 @@ PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var
 PER_EXCITE = 4
 _NO_LAYER = (None,) * PER_LAYER
 _NO_EXCITE = (None,) * PER_EXCITE
+# Of the flat list that an autograd Function takes, which are biases.
+_IS_BIAS = [place in (2, 7, 11, 13, 16) for place in range(3 * PER_LAYER + PER_EXCITE)]
 
 
 def _layers(tensors: tuple[Any, ...]) -> Layers:
@@ -100,6 +103,10 @@ def _without_statistics(layers: Layers) -> tuple[Any, ...]:
     return (*expand, *depthwise, *(layers.excite or _NO_EXCITE), *project)
 
 
+def _either(saved: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    return saved if bias is None else bias
+
+
 def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
     """The gradient in the shape and dtype of its tensor."""
     if grad is None:
@@ -117,13 +124,11 @@ def _needs(flags: tuple[bool, ...]) -> Needs:
 
 
 def _laid_out(saved: Saved) -> Saved:
-    """The images in the layout that they were saved in: hooks on saved tensors may change it."""
-    return saved._replace(
-        x=channels_last(saved.x),
-        z1=None if saved.z1 is None else nhwc(saved.z1),
-        z2=nhwc(saved.z2),
-        z3=nhwc(saved.z3),
-    )
+    """All in the layout that they were saved in: hooks on saved tensors may change it."""
+    x, z1, z2, z3, *vectors = saved
+    images = channels_last(x), None if z1 is None else nhwc(z1), nhwc(z2), nhwc(z3)
+    dense: Any = (None if v is None else v.contiguous() for v in vectors)
+    return Saved(*images, *dense)
 
 
 class MBConv(torch.autograd.Function):
@@ -144,7 +149,11 @@ class MBConv(torch.autograd.Function):
             move(saved.norm1, saved.norm2, saved.norm3)
         if call.memory == "lean":
             saved = saved._replace(z1=None)
-        ctx.save_for_backward(*saved, *_without_statistics(layers))
+        given = _without_statistics(layers)
+        ctx.save_for_backward(
+            *saved, *(None if b else t for t, b in zip(given, _IS_BIAS, strict=True))
+        )
+        keep(ctx, *(t if b else None for t, b in zip(given, _IS_BIAS, strict=True)))
         ctx.call = call
         norms = (saved.norm1, saved.norm2, saved.norm3)
         ctx.mark_non_differentiable(*(norm for norm in norms if norm is not None))
@@ -155,7 +164,9 @@ class MBConv(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         call, tensors = ctx.call, ctx.saved_tensors
         count = len(Saved._fields)
-        saved, layers = _laid_out(Saved(*tensors[:count])), _layers(tensors[count:])
+        saved = _laid_out(Saved(*tensors[:count]))
+        parameters: Any = tuple(map(_either, tensors[count:], ctx.biases))
+        layers = _layers(parameters)
         flags = ctx.needs_input_grad
         grad_y = nhwc(grad_y)
         with scratch.scope():
@@ -164,7 +175,7 @@ class MBConv(torch.autograd.Function):
             )
         none = (None, None)
         flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.excite, *grads.project)
-        return grads.x, None, None, None, *map(_like, (*flat, *none), tensors[count:])
+        return grads.x, None, None, None, *map(_like, (*flat, *none), parameters)
 
 
 def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Tensor:

@@ -322,7 +322,7 @@ def backward(
     if layers.expand is not None:
         if z1 is None:
             assert norm1 is not None
-            layer = (*layers.expand[:3], norm1[MEAN], norm1[VAR])
+            layer = (*layers.expand[:2], None, norm1[MEAN], norm1[VAR])  # z1 needs no bias
             z1 = passes.expand(x, *normalised_by(layer, False), first.eps)[0]
         h = z1
     f, grad_weight, sums1 = passes.depthwise_backward(

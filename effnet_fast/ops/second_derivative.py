@@ -19,6 +19,7 @@ from effnet_fast import reference
 from effnet_fast.ops.layout import is_batched
 from effnet_fast.ops.mbconv_training import Saved
 from effnet_fast.ops.norms import MEAN, VAR
+from effnet_fast.ops.unsaved import unchanged
 from effnet_fast.reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
 from effnet_fast.reference.stem_conv_bn_silu import compose
 
@@ -29,7 +30,7 @@ Again = Callable[[Any], tuple[Inputs, Callable[..., Tensor]]]
 
 def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of DwconvBnSilu."""
-    x, weight, _, bn_weight, bn_bias, mean, var = ctx.saved_tensors
+    x, weight, _, bn_weight, _, mean, var = ctx.saved_tensors
     stride, padding, eps, training, activation, _ = ctx.config
     running = (None, None) if training else (mean, var)
 
@@ -39,7 +40,7 @@ def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
             training=training, eps=eps, activation=activation,
         )  # fmt: skip
 
-    return (x, weight, bn_weight, bn_bias), function
+    return (x, weight, bn_weight, *unchanged(ctx)), function
 
 
 def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
@@ -53,33 +54,37 @@ def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
             *inputs, *running, training=training, eps=eps, activation=activation
         )
 
-    return tuple(inputs), function
+    return (*inputs, *unchanged(ctx)), function
 
 
 def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of StemConvBnSilu."""
-    x, weight, _, norm, bn_weight, bn_bias = ctx.saved_tensors
+    x, weight, _, norm, bn_weight = ctx.saved_tensors
     stride, padding, eps, training, activation, _ = ctx.config
     running = (None, None) if training else (norm[MEAN], norm[VAR])
 
     def function(x: Tensor, *layer: Tensor | None) -> Tensor:
         return compose(x, (*layer, *running), stride, padding, training, 0.0, eps, activation)
 
-    return (x, weight, bn_weight, bn_bias), function
+    return (x, weight, bn_weight, *unchanged(ctx)), function
 
 
 def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of SqueezeExcite."""
+    x, reduce_weight, expand_weight, *_ = ctx.saved_tensors
+    reduce_bias, expand_bias = unchanged(ctx)
     activation, gate, _ = ctx.config
     function = functools.partial(reference.squeeze_excite, activation=activation, gate=gate)
-    return ctx.saved_tensors[:5], function
+    return (x, reduce_weight, reduce_bias, expand_weight, expand_bias), function
 
 
 def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of MBConv."""
     count = len(Saved._fields)
     unpacked = ctx.saved_tensors  # once: checkpoints refuse a second time
-    saved, tensors = Saved(*unpacked[:count]), unpacked[count:]
+    saved = Saved(*unpacked[:count])
+    pairs = zip(unpacked[count:], unchanged(ctx), strict=True)
+    tensors = tuple(saved if bias is None else bias for saved, bias in pairs)
     call = ctx.call
     modes, eps = zip(*((norm.training, norm.eps) for norm in call.norms), strict=True)
     config = MBConvConfig(

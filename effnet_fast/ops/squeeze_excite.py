@@ -16,6 +16,7 @@ from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.registration import empty_nhwc, register
+from effnet_fast.ops.unsaved import keep
 from effnet_fast.reference.activations import check_activation, check_gate
 from effnet_fast.reference.squeeze_excite import check_arguments
 
@@ -92,18 +93,20 @@ class SqueezeExcite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         y, *vectors = forward_op(*args)
-        *inputs, activation, gate_kind, backend = args
-        ctx.config = (activation, gate_kind, backend)
-        ctx.save_for_backward(*inputs, *vectors)
+        x, reduce_weight, reduce_bias, expand_weight, expand_bias, *config = args
+        ctx.config = tuple(config)  # activation, gate, backend
+        ctx.save_for_backward(x, reduce_weight, expand_weight, *vectors)
+        keep(ctx, reduce_bias, expand_bias)
         return y
 
     @staticmethod
     @second_derivative.differentiable(second_derivative.squeeze_excite)
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters, pooled, hidden, gate = ctx.saved_tensors
-        grads = backward_op(
-            grad_y, x, parameters[0], parameters[2], pooled, hidden, gate, *ctx.config
-        )
+        x, reduce_weight, expand_weight, *vectors = ctx.saved_tensors
+        vectors = [v.contiguous() for v in vectors]  # hooks on saved tensors may change that
+        grads = backward_op(grad_y, x, reduce_weight, expand_weight, *vectors, *ctx.config)
+        reduce_bias, expand_bias = ctx.biases
+        parameters = reduce_weight, reduce_bias, expand_weight, expand_bias
         out: list[Tensor | None] = [grads[0] if ctx.needs_input_grad[0] else None]
         for grad, parameter, need in zip(
             grads[1:], parameters, ctx.needs_input_grad[1:5], strict=True

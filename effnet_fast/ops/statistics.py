@@ -117,13 +117,23 @@ def _update(
     correction = count / (count - 1) if count > 1 else 1.0
     with torch.no_grad():
         if mean.device.type == "cpu" and all(
-            v.dtype is torch.float32 and v.is_contiguous() and v.device == mean.device
+            v.dtype is torch.float32
+            and v.is_contiguous()
+            and v.device == mean.device
+            and not _is_negative(v)
             for v in (running_mean, running_var)
         ):
             move_op(running_mean, running_var, mean, var, correction, momentum)
             return
         for running, batch in ((running_mean, mean), (running_var, var * correction)):
+            if _is_negative(running):  # PyTorch's batch_norm moves a copy of it
+                continue
             # Not lerp, which makes NaN of an infinite statistic.
             moved = running.float().mul_(1.0 - momentum).add_(batch, alpha=momentum)
             if moved is not running:
                 running.copy_(moved)
+
+
+def _is_negative(tensor: Tensor) -> bool:
+    """Whether torch keeps its sign in a bit; torch.compile cannot ask."""
+    return not torch.compiler.is_compiling() and tensor.is_neg()

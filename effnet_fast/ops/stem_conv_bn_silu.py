@@ -24,6 +24,7 @@ from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, empty_normed, nhwc, register
 from effnet_fast.ops.statistics import Moves
+from effnet_fast.ops.unsaved import keep
 from effnet_fast.reference.activations import activation_backward, check_activation
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
@@ -165,7 +166,8 @@ class StemConvBnSilu(torch.autograd.Function):
         z, norm = conv_op(x, *layer, backend)
         if move is not None:
             move(norm)
-        ctx.save_for_backward(x, weight, z, norm, bn_weight, bn_bias)
+        ctx.save_for_backward(x, weight, z, norm, bn_weight)
+        keep(ctx, bn_bias)
         ctx.config = (stride, padding, eps, mean is None, activation, backend)
         ctx.mark_non_differentiable(norm)
         return silu_op(z, norm, activation, backend), norm
@@ -173,10 +175,11 @@ class StemConvBnSilu(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.stem_conv_bn_silu)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, z, norm, bn_weight, bn_bias = ctx.saved_tensors
+        x, weight, z, norm, bn_weight = ctx.saved_tensors
+        (bn_bias,) = ctx.biases
         stride, padding, _, training, activation, backend = ctx.config
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
-        z, grad_y, sums = nhwc(z), nhwc(grad_y), None
+        z, norm, grad_y, sums = nhwc(z), norm.contiguous(), nhwc(grad_y), None
         if need_gamma or need_beta or training:
             sums = sums_op(grad_y, z, norm, activation, backend)
         inner = sums if training else None

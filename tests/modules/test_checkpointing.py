@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -254,3 +255,99 @@ def test_pytorchs_own_checkpoint_moves_statistics_as_stock(
         results.append([b.double() for norm in norms for b in norm.buffers()])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+def hook(model: nn.Module) -> object:
+    return model.features[2][0].block[1][0].register_forward_hook(lambda *_: None)
+
+
+def unhook(model: nn.Module) -> None:
+    model.features[2][0].block[1][0]._forward_hooks.clear()
+
+
+def replace_layer(model: nn.Module) -> None:
+    model.features[2][0].block[1] = nn.Identity()
+
+
+def global_hook(model: nn.Module) -> object:
+    return nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+# What is done before forward, and what between forward and backward.
+CHANGES: dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]] = {
+    "hook comes": (lambda m: None, hook),
+    "hook goes": (hook, unhook),
+    "hook of all modules comes": (lambda m: None, global_hook),
+    "memory": (lambda m: None, lambda m: setattr(m, "memory", "lean")),
+    "memory of a block": (
+        lambda m: setattr(m, "memory", "lean"),
+        lambda m: setattr(m.features[2][0], "memory", "fast"),
+    ),
+    "backend": (lambda m: None, lambda m: setattr(m, "backend", "reference")),
+    "backend back": (
+        lambda m: setattr(m, "backend", "reference"),
+        lambda m: setattr(m, "backend", "auto"),
+    ),
+    "method": (
+        lambda m: None,
+        lambda m: setattr(m.features[2][0].block, "forward", m.features[2][0].block.forward),
+    ),
+    "layer replaced": (lambda m: None, replace_layer),
+}
+
+
+@pytest.mark.parametrize("retain", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_second_run_repeats_what_the_first_chose(name: str, retain: bool) -> None:
+    """The step is that of the network as it was in forward."""
+    before, between = CHANGES[name]
+    results = []
+    for changed in (True, False):
+        model = pair().train().actual
+        model.set_grad_checkpointing(changed)
+        before(model)
+        parameters = dict(model.named_parameters())
+        torch.manual_seed(0)
+        y = model(X).square().mean()
+        handle = between(model) if changed else None
+        try:
+            if retain:
+                y.backward(retain_graph=True)
+            y.backward()
+        finally:
+            if hasattr(handle, "remove"):
+                handle.remove()
+        results.append({k: p.grad for k, p in parameters.items()} | dict(model.named_buffers()))
+    assert results[0].keys() <= results[1].keys()
+    for key, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][key]), key
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["in_backward", "in_forward"])
+@pytest.mark.parametrize("kind", ["function", "dispatch", "use_backend"])
+def test_modes_in_one_of_the_runs(kind: str, first: bool) -> None:
+    class Functions(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return func(*args, **(kwargs or {}))
+
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return func(*args, **(kwargs or {}))
+
+    modes = {
+        "function": Functions,
+        "dispatch": Operators,
+        "use_backend": lambda: backends.use_backend("reference"),
+    }
+    results = []
+    for checkpoints in (True, False):
+        model = pair().train().actual
+        model.set_grad_checkpointing(checkpoints)
+        torch.manual_seed(0)
+        with modes[kind]() if first else contextlib.nullcontext():
+            y = model(X).square().mean()
+        with contextlib.nullcontext() if first or not checkpoints else modes[kind]():
+            y.backward()
+        results.append({k: p.grad for k, p in model.named_parameters()})
+        results[-1] |= dict(model.named_buffers())
+    assert all(torch.equal(t, results[1][k]) for k, t in results[0].items())

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from effnet_fast import backends
 from effnet_fast.modules import fused_forward, in_turn, layers
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig
-from effnet_fast.ops.layout import is_nhwc, to_nhwc
+from effnet_fast.ops.layout import is_nhwc, makes_nhwc, to_nhwc
 
 X = torch.randn(2, 16, 9, 8, generator=torch.Generator().manual_seed(0))
 
@@ -70,14 +70,25 @@ def test_alone_it_is_fused_and_gives_stock_layout(
 @pytest.mark.parametrize("reason", SEEN)
 def test_somebody_sees(reason: str) -> None:
     module = nn.Sequential(block(), block())
-    assert in_turn._look(module) == (False, False)
+    assert not in_turn._sees(module)
     SEEN[reason](module[1])
-    assert in_turn._look(module)[0]
+    assert in_turn._sees(module)
+
+
+def lay_out(conv: nn.Conv2d) -> None:
+    """Gives the weight strides that are channels_last and nothing else."""
+    conv.weight.data = conv.weight.detach().clone(memory_format=torch.channels_last)
 
 
 def test_weights_in_channels_last_are_noticed() -> None:
-    module = block().to(memory_format=torch.channels_last)
-    assert in_turn._look(module) == (False, True)
+    module = block()
+    assert not makes_nhwc(in_turn.weights_of([module, None]))
+    excite = module.block[-2]
+    for conv in (excite.fc1, excite.fc2):
+        lay_out(conv)
+    assert not makes_nhwc(in_turn.weights_of([module]))
+    lay_out(module.block[-1][0])
+    assert makes_nhwc(in_turn.weights_of([module]))
 
 
 def test_hidden_no_longer_than_the_call() -> None:
@@ -104,7 +115,7 @@ def test_modules_that_give_no_image() -> None:
 
 
 def test_channels_last_goes_through_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_turn, "_look", None)
+    monkeypatch.setattr(in_turn, "_sees", None)
     assert is_nhwc(layers.Sequential(block(), block())(to_nhwc(X)))
 
 

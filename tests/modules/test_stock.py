@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effnet_fast
+import surgery
 from edit_kinds import CLASSES, FUNCTIONS
 from effnet_fast import use_backend
 from effnet_fast.inference.cpu_engine import CpuEngine
@@ -28,7 +29,6 @@ from effnet_fast.modules import (
     structure,
 )
 from effnet_fast.modules.explain import explain
-import surgery
 from networks import MINI, assert_alike, calibrated_state, random_images, run_network
 
 X = random_images(2, 32)
@@ -336,3 +336,100 @@ def test_the_functions_that_ours_call_are_in_the_table() -> None:
     found = set(stock.NETWORK.originals)
     assert (same_padding, "same_padding") in found
     assert (stochastic_depth, "stochastic_depth") in found
+
+
+def double(module: nn.Module, name: str) -> Any:
+    """A property in place of a parameter, buffer or child, which stock would meet."""
+    if isinstance(getattr(module, name), nn.Module):
+        return property(lambda m: lambda x: m._modules[name](x) * 2)
+    return property(lambda m: (m._parameters if name in m._parameters else m._buffers)[name] * 2)
+
+
+def conv_of(model: nn.Module) -> nn.Module:
+    return model.features[2][0].block[1][0]
+
+
+def norm_of(model: nn.Module) -> nn.Module:
+    return model.features[2][0].block[1][1]
+
+
+# A class, a name that its instances have, and how to find one.
+HIDING: tuple[tuple[type, str, Callable[[nn.Module], nn.Module]], ...] = (
+    (nn.Conv2d, "weight", conv_of),
+    (nn.modules.conv._ConvNd, "weight", conv_of),
+    (nn.BatchNorm2d, "weight", norm_of),
+    (nn.modules.batchnorm._NormBase, "running_var", norm_of),
+    (layers.SqueezeExcitation, "fc1", lambda m: m.features[2][0].block[2]),
+    (nn.Linear, "weight", lambda m: m.classifier[1]),
+)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("kind", "name", "find"), HIDING, ids=lambda v: getattr(v, "__name__", v))
+def test_a_property_of_a_class(
+    kind: type,
+    name: str,
+    find: Callable[[nn.Module], nn.Module],
+    training: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = []
+    for backend in ("auto", "reference"):
+        model = network().train(training)
+        with use_backend(backend), torch.set_grad_enabled(training), monkeypatch.context() as patch:
+            torch.manual_seed(0)
+            before = model(X)
+            patch.setattr(kind, name, double(find(model), name), raising=False)
+            torch.manual_seed(0)
+            results.append({"y": model(X).detach()})
+            if not (training and name == "running_var"):
+                assert not torch.allclose(results[-1]["y"], before, rtol=1e-3)
+    assert_alike(*results)
+
+
+def test_other_attributes_of_a_class_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Conv2d, "own_attribute", 1, raising=False)
+    assert stock.NETWORK.replaced() is None
+    assert stock.NETWORK._holds()
+    monkeypatch.setattr(nn.Conv2d, "bias", None, raising=False)
+    assert stock.LAYER.replaced() == "Conv2d.bias hides what its instances have"
+    monkeypatch.undo()
+    assert stock.NETWORK.replaced() is None
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_replaced_code_of_a_function(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reloaders do: the function stays."""
+    model, calls = network().train(training), []
+    monkeypatch.setitem(nn.SiLU.forward.__globals__, "noted", calls)
+    with torch.set_grad_enabled(training):
+        model(X)
+        code = eval("lambda self, input: (noted.append(self), input.clamp(-1, 1))[1]").__code__
+        monkeypatch.setattr(nn.SiLU.forward, "__code__", code)
+        model(X)
+    silus = [m for m in model.modules() if type(m) is nn.SiLU]
+    assert len(calls) == len(silus)
+    assert stock.LAYER.replaced() == "the code of SiLU.forward is replaced"
+
+
+@pytest.mark.parametrize("name", ["conv", "batchnorm", "activation", "pooling", "linear"])
+def test_another_module_in_place_of_the_functions(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    class Noting:
+        def __getattr__(self, function: str) -> Any:
+            calls.append(function)
+            return getattr(F, function)
+
+    model = network()
+    with torch.no_grad():
+        model(X)
+        monkeypatch.setattr(getattr(nn.modules, name), "F", Noting())
+        count(model, X, calls)
+        ours = [*calls]
+        with use_backend("reference"):
+            count(model, X, calls)
+    assert ours == calls
+    assert calls
