@@ -19,14 +19,18 @@ PINS := -c constraints.txt --build-constraint constraints.txt
 BUILD_SOURCES := $(shell find csrc -type f ! -name '*.json') setup.py MANIFEST.in pyproject.toml constraints.txt
 NATIVE_SOURCES = $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# A photograph of a cat that is shipped inside scikit-image's wheel.
-PHOTO := import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / "data/chelsea.png")
+# Four photographs that the wheels of scikit-image and scikit-learn ship.
+PHOTOS := skimage/data/coffee.png skimage/data/camera.png \
+          sklearn/datasets/images/china.jpg sklearn/datasets/images/flower.jpg
+SITE := import os, sysconfig; print(os.path.relpath(sysconfig.get_paths()["platlib"]))
 
 .PHONY: demo test test-all durations bench docs report gpu reliability budgets mutants lint clean qemu
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0
-	$(BIN)/effnet-fast classify --model b0 "$$($(BIN)/python -c '$(PHOTO)')"
+	$(BIN)/effnet-fast bench --model lite0
+	SITE=$$($(BIN)/python -c '$(SITE)') && \
+	    $(BIN)/effnet-fast classify --compare --top 3 $(addprefix $$SITE/,$(PHOTOS))
 
 # Three tiers of tests: `pytest` alone is quick, `make test` adds what users run,
 # and `make test-all` runs what `make test` leaves out.
@@ -96,7 +100,7 @@ $(VENV)/.pip: constraints.txt
 
 $(VENV)/.demo: $(VENV)/.pip $(BUILD_SOURCES)
 	@echo "Installing into $(VENV): PyTorch is a large download, the kernels compile for a minute."
-	$(PIP) install -qq $(PINS) -e . scikit-image
+	$(PIP) install -qq $(PINS) -e '.[pretrained]' scikit-image scikit-learn
 	touch $@
 
 # With the CUDA kernels' host run (effnet_fast._C_simt) where nvcc is.

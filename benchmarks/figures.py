@@ -97,8 +97,8 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.what == "network":
-            network, _, side = row.case.upper().rpartition("_")
-            name = f"{network} at {side}, batch {row.batch}, {row.dtype}, {row.mode}"
+            network, _, side = row.case.rpartition("_")
+            name = f"{network.capitalize()} at {side}, batch {row.batch}, {row.dtype}, {row.mode}"
             groups.setdefault(name, []).append(row)
     bars: list[tuple[str, float, float]] = []
     for name, group in groups.items():

@@ -59,8 +59,11 @@ class Case:
 
 SMALL = Case("b0", 2, 128)
 CASES = {
-    ("inference", "cpu"): (Case("b0", 1), Case("b0", 8), Case("b4", 1), Case("b7", 1)),
-    ("training", "cpu"): (SMALL, Case("b0", 8)),
+    ("inference", "cpu"): (
+        *(Case("b0", 1), Case("b0", 8), Case("b4", 1), Case("b7", 1)),
+        *(Case("lite0", 1), Case("lite4", 1)),
+    ),
+    ("training", "cpu"): (SMALL, Case("b0", 8), Case("lite0", 8)),
     ("inference", "cuda"): (
         *(Case("b0", 1), Case("b0", 256), Case("b4", 1), Case("b4", 64)),
         *(Case("b7", 1), Case("b7", 16)),

@@ -171,7 +171,8 @@ def _timm(setup: Setup) -> Runner:
     import timm
 
     drops = {"drop_rate": 0.0, "drop_path_rate": 0.0}
-    model = timm.create_model(f"efficientnet_{setup.variant.name}", **drops)
+    prefix = "tf_" if setup.variant.padding == "same" else ""
+    model = timm.create_model(f"{prefix}efficientnet_{setup.variant.name}", **drops)
     return _foreign(setup, model, "timm")
 
 

@@ -105,7 +105,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def _network(case: str) -> str:
     name, _, side = case.rpartition("_")
-    return f"{name.upper()} at {side}"
+    return f"{name.capitalize()} at {side}"
 
 
 def _contestant(row: Row) -> str:

@@ -152,7 +152,8 @@ def network(variant: Variant, resolution: int, batch: int, mode: str, dtype: str
         unmatrix: sum(c.repeats * c.macs for c in convs if (c.kind in UNMATRIX) == unmatrix)
         for unmatrix in (False, True)
     }
-    silus = sum(c.repeats * c.activations for c in convs if c.kind in ACTIVATED)
+    activated = ACTIVATED if variant.activation == "silu" else ()  # a clamp costs next to nothing
+    silus = sum(c.repeats * c.activations for c in convs if c.kind in activated)
     return Work(
         bytes=sum(row.bytes for row in rows),
         dense_flops=FLOPS_PER_MAC[mode] * batch * macs[False],

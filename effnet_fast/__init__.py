@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MODELS = tuple(f"efficientnet_{size}" for size in (*(f"b{i}" for i in range(9)), "l2"))
-_WEIGHTS = tuple(f"EfficientNet_B{i}_Weights" for i in range(8))
+_SIZES = (*(f"b{i}" for i in range(9)), "l2", *(f"lite{i}" for i in range(5)))
+_MODELS = tuple(f"efficientnet_{size}" for size in _SIZES)
+_PUBLISHED = (*(f"B{i}" for i in range(8)), *(f"Lite{i}" for i in range(3)))
+_WEIGHTS = tuple(f"EfficientNet_{size}_Weights" for size in _PUBLISHED)
 _EXPORTS = {
     **dict.fromkeys(_MODELS, "models"),
     **dict.fromkeys((*_WEIGHTS, "get_model_weights", "get_weight"), "pretrained.weights"),
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
         EfficientNet_B5_Weights,
         EfficientNet_B6_Weights,
         EfficientNet_B7_Weights,
+        EfficientNet_Lite0_Weights,
+        EfficientNet_Lite1_Weights,
+        EfficientNet_Lite2_Weights,
         get_model_weights,
         get_weight,
     )

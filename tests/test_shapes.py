@@ -13,10 +13,11 @@ def _of_block(block: BlockShape) -> list[tuple[str, int, int, int, int, int]]:
     c, expanded, out = block.channels
     rows = [
         ("depthwise", expanded, expanded, block.kernel, block.stride, block.out_size),
-        ("reduce", expanded, block.squeezed, 1, 1, 1),
-        ("excite", block.squeezed, expanded, 1, 1, 1),
         ("project", expanded, out, 1, 1, block.out_size),
     ]
+    if block.squeezed:
+        rows.append(("reduce", expanded, block.squeezed, 1, 1, 1))
+        rows.append(("excite", block.squeezed, expanded, 1, 1, 1))
     return [("expand", c, expanded, 1, 1, block.size), *rows] if block.expands else rows
 
 

@@ -26,7 +26,8 @@ Image contiguous_image(Address data, int64_t c, int64_t h, int64_t w) {
 
 void dwconv_eval(const std::string& isa, const ShapeTuple& shape, bool is_bf16, bool weight_bf16,
                  Address x, const Strides& x_strides, Address weight, const BatchNorm& bn,
-                 double eps, Address y, Address pooled, int threads) {
+                 double eps, Address y, Address pooled, const ActivationTuple& activation,
+                 int threads) {
   const Kernels& kernels = kernels_for(isa);
   const DwconvShape s = dwconv_shape(shape);
   const BnVectors vectors(bn, eps, s.c);
@@ -42,6 +43,7 @@ void dwconv_eval(const std::string& isa, const ShapeTuple& shape, bool is_bf16, 
                             vectors.shift.data(),
                             partial.data(),
                             false,
+                            activation_of(activation),
                             workspace,
                             thread_count(threads)};
   launch(kernels.dwconv_forward, args);
@@ -67,6 +69,7 @@ void dwconv_train(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
                             nullptr,
                             partial.data(),
                             true,
+                            {},
                             workspace,
                             thread_count(threads)};
   launch(kernels.dwconv_forward, args);
@@ -80,7 +83,8 @@ void dwconv_train(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
 void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
                      bool weight_bf16, Address x, const Strides& x_strides, Address z,
                      Address grad_y, Address weight, const BatchNorm& bn, double eps, bool training,
-                     Address grad_x, Address grad_weight, Address sums, int threads) {
+                     Address grad_x, Address grad_weight, Address sums,
+                     const ActivationTuple& activation, int threads) {
   const Kernels& kernels = kernels_for(isa);
   const DwconvShape s = dwconv_shape(shape);
   const BnVectors vectors(bn, eps, s.c);
@@ -89,9 +93,16 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
   if (training || sums) {
     const int64_t chunks = pixel_chunks(pixels);
     const Partials partial(chunks * 2 * s.c);
-    BnReduceArgs reduce = {{1, s.c, pixels},     dtype_of(is_bf16),    at(z),
-                           at(grad_y),           vectors.scale.data(), vectors.shift.data(),
-                           at<float>(bn[2]),     vectors.rstd.data(),  partial.data(),
+    BnReduceArgs reduce = {{1, s.c, pixels},
+                           dtype_of(is_bf16),
+                           at(z),
+                           at(grad_y),
+                           vectors.scale.data(),
+                           vectors.shift.data(),
+                           at<float>(bn[2]),
+                           vectors.rstd.data(),
+                           partial.data(),
+                           activation_of(activation),
                            thread_count(threads)};
     launch(kernels.bn_backward_reduce, reduce);
     FoldArgs fold = {partial.data(), 1, chunks, 2 * s.c, 1.0f, totals.data(), threads};
@@ -118,6 +129,7 @@ void dwconv_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf
                              training ? means.data() : nullptr,
                              training ? means.data() + s.c : nullptr,
                              partial.data(),
+                             activation_of(activation),
                              workspace,
                              thread_count(threads)};
   launch(kernels.dwconv_backward, args);

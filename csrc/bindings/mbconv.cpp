@@ -17,7 +17,8 @@ using ProductShape = std::array<int64_t, 4>;
 
 void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is_bf16,
                       bool weight_bf16, Address x, Address x_norm, Address gate, Address weight,
-                      const BatchNorm& bn, double eps, Address z, Address norm, int threads) {
+                      const BatchNorm& bn, double eps, Address z, Address norm,
+                      const ActivationTuple& activation, int threads) {
   require_positive(shape);
   require(!gate || x_norm, "mbconv_pointwise: a gate needs the norm of x");
   const auto [n, hw, c, out] = shape;
@@ -36,18 +37,19 @@ void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is
                                at(weight),
                                at(z),
                                partial.data(),
+                               activation_of(activation),
                                workspace,
                                thread_count(threads)};
   launch(kernels.mbconv->pointwise_forward, args);
   make_norm(at<float>(norm), partial.data(), n, parts, out, hw, 1, bn, eps);
 }
 
-// sums [3,N,C]; e or grad_weight may be 0: not wanted.
+// sums [3,N,C]; e or grad_weight may be 0: not wanted. The activation is z2's.
 void mbconv_project_backward(const std::string& isa, const ProductShape& shape, bool is_bf16,
                              bool weight_bf16, Address grad_y, Address row_scale, Address z3,
                              Address norm3, Address sums3, Address weight, Address z2,
                              Address norm2, Address gate, Address e, Address sums,
-                             Address grad_weight, int threads) {
+                             Address grad_weight, const ActivationTuple& activation, int threads) {
   require_positive(shape);
   const auto [n, hw, c, out] = shape;
   const Kernels& kernels = kernels_for(isa);
@@ -74,6 +76,7 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
                               at(e),
                               partial.data(),
                               weight_partial,
+                              activation_of(activation),
                               workspace,
                               thread_count(threads)};
   launch(kernels.mbconv->project_backward, args);
@@ -88,9 +91,11 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
   launch(kernels.mbconv->fold_weight, fold);
 }
 
-// The gradient f of u1: f [N,HW,out], or q [N,out] of which f = q * silu'(u1); the other is 0.
+// The gradient f of u1: f [N,HW,out], or q [N,out] of which f = q * activation'(u1); the other is
+// 0.
 struct GradU {
   Address f, q;
+  Activation activation;
 };
 
 // grad_x or grad_weight may be 0: not wanted. shape: (n, hw, channels of x, channels of z1).
@@ -121,6 +126,7 @@ void expand_backward(const std::string& isa, const ProductShape& shape, bool is_
                              at(residual),
                              at(grad_x),
                              partial.data(),
+                             of.activation,
                              workspace,
                              thread_count(threads)};
   launch(kernels.mbconv->expand_backward, args);
@@ -134,21 +140,23 @@ void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, b
                             bool weight_bf16, Address f, Address z1, Address norm1, Address sums1,
                             Address weight, Address x, Address residual, Address grad_x,
                             Address grad_weight, int threads) {
-  expand_backward(isa, shape, is_bf16, weight_bf16, {f, 0}, z1, norm1, sums1, weight, x, residual,
-                  grad_x, grad_weight, threads);
+  expand_backward(isa, shape, is_bf16, weight_bf16, {f, 0, {}}, z1, norm1, sums1, weight, x,
+                  residual, grad_x, grad_weight, threads);
 }
 
 void pointwise_bn_silu_pool_backward(const std::string& isa, const ProductShape& shape,
                                      bool is_bf16, bool weight_bf16, Address q, Address z,
                                      Address norm, Address sums, Address weight, Address x,
-                                     Address grad_x, Address grad_weight, int threads) {
-  expand_backward(isa, shape, is_bf16, weight_bf16, {0, q}, z, norm, sums, weight, x, 0, grad_x,
-                  grad_weight, threads);
+                                     Address grad_x, Address grad_weight,
+                                     const ActivationTuple& activation, int threads) {
+  expand_backward(isa, shape, is_bf16, weight_bf16, {0, q, activation_of(activation)}, z, norm,
+                  sums, weight, x, 0, grad_x, grad_weight, threads);
 }
 
 void mbconv_depthwise(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
                       bool weight_bf16, Address x, Address x_norm, Address weight,
-                      const BatchNorm& bn, double eps, Address z, Address norm, int threads) {
+                      const BatchNorm& bn, double eps, Address z, Address norm,
+                      const ActivationTuple& activation, int threads) {
   const DwconvShape s = dwconv_shape(shape);
   const Kernels& kernels = kernels_for(isa);
   const int64_t chunks = host::depthwise_chunks(s.n, s.oh);
@@ -161,19 +169,22 @@ void mbconv_depthwise(const std::string& isa, const ShapeTuple& shape, bool is_b
                                at(weight),
                                at(z),
                                partial.data(),
+                               activation_of(activation),
                                workspace,
                                thread_count(threads)};
   launch(kernels.mbconv->depthwise_forward, args);
   make_norm(at<float>(norm), partial.data(), s.n, chunks, s.c, s.oh, s.ow, bn, eps);
 }
 
-// f, grad_weight may be 0: not wanted; sums [2,C] come with f where x_norm is given.
+// f, grad_weight may be 0: not wanted; sums [2,C] come with f where x_norm is given. gate and q are
+// both 0 without squeeze-and-excite. The activation is both z2's and x's.
 void mbconv_depthwise_backward(const std::string& isa, const ShapeTuple& shape, bool is_bf16,
                                bool weight_bf16, Address e, Address gate, Address q, Address z2,
                                Address norm2, Address sums2, Address x, Address x_norm,
                                Address residual, Address weight, Address f, Address grad_weight,
-                               Address sums, int threads) {
+                               Address sums, const ActivationTuple& activation, int threads) {
   const DwconvShape s = dwconv_shape(shape);
+  require(!gate == !q, "mbconv_depthwise_backward: gate and q come together");
   const Kernels& kernels = kernels_for(isa);
   const int64_t parts = s.n * host::depthwise_chunks(s.n, s.oh), taps = s.c * s.k * s.k;
   const GradParts grad(norm2, sums2, s.c, s.n * s.oh * s.ow);
@@ -196,6 +207,7 @@ void mbconv_depthwise_backward(const std::string& isa, const ShapeTuple& shape, 
                                 at(f),
                                 sums ? partial.data() : nullptr,
                                 weight_partial,
+                                activation_of(activation),
                                 workspace,
                                 thread_count(threads)};
   launch(kernels.mbconv->depthwise_backward, args);
@@ -208,9 +220,10 @@ void mbconv_depthwise_backward(const std::string& isa, const ShapeTuple& shape, 
 // (n, hw, c)
 using PlaneTuple = std::array<int64_t, 3>;
 
-// pooled [N,C]: means of a2; slopes [2,N,C]: the sums of silu'(u2) and of silu'(u2) * zh2.
+// pooled [N,C]: means of a2; slopes [2,N,C]: the sums of act'(u2) and of act'(u2) * zh2.
 void mbconv_squeeze(const std::string& isa, const PlaneTuple& shape, bool is_bf16, Address z,
-                    Address norm, Address pooled, Address slopes, int threads) {
+                    Address norm, Address pooled, Address slopes, const ActivationTuple& activation,
+                    int threads) {
   require_positive(shape);
   const auto [n, hw, c] = shape;
   const int64_t parts = host::pointwise_parts(hw);
@@ -222,6 +235,7 @@ void mbconv_squeeze(const std::string& isa, const PlaneTuple& shape, bool is_bf1
                             at(z),
                             norm_vectors(norm, c),
                             partial.data(),
+                            activation_of(activation),
                             thread_count(threads)};
   launch(kernels_for(isa).mbconv->squeeze, args);
   const float factors[3] = {1.0f / static_cast<float>(hw), 1.0f, 1.0f};

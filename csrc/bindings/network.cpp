@@ -57,6 +57,7 @@ class Fields {
     for (int64_t side : sides) require(side >= 0, "the padding must not be negative");
     return {!given, sides[0], sides[1], sides[2], sides[3]};
   }
+  Activation activation(const char* name) { return activation_of(take<ActivationTuple>(name)); }
   // (address, bytes) of a packed tensor.
   template <typename Layer, typename T>
   void tensor(const char* name, Described<Layer>& layer, const T*& to) {
@@ -85,6 +86,15 @@ Described<Product> product_of(Fields& fields) {
   return out;
 }
 
+Described<HeadLayer> head_of(Fields& fields) {
+  const Described<Product> product = product_of(fields);
+  Described<HeadLayer> out = {};
+  static_cast<Product&>(out) = product;
+  out.bytes = product.bytes;
+  out.activation = fields.activation("activation");
+  return out;
+}
+
 Described<StemLayer> stem_of(Fields& fields) {
   Described<StemLayer> out = {};
   out.in_channels = fields.size("in_channels");
@@ -93,6 +103,7 @@ Described<StemLayer> stem_of(Fields& fields) {
   out.kernel_w = fields.size("kernel_w");
   out.stride = fields.size("stride");
   out.padding = fields.padding();
+  out.activation = fields.activation("activation");
   fields.tensor("weight", out, out.weight);
   fields.tensor("shift", out, out.shift);
   const float* const end = out.weight + out.bytes.at(out.weight) / sizeof(float);
@@ -105,7 +116,7 @@ Described<BlockLayer> block_of(Fields& fields) {
   out.in_channels = fields.size("in_channels");
   out.channels = fields.size("channels");
   out.out_channels = fields.size("out_channels");
-  out.se_channels = fields.size("se_channels");
+  out.activation = fields.activation("activation");
   out.kernel = fields.size("kernel");
   out.stride = fields.size("stride");
   require(out.kernel <= kMaxKernel && out.stride <= 2, "network: kernel or stride is too large");
@@ -117,10 +128,15 @@ Described<BlockLayer> block_of(Fields& fields) {
           "network: a block without expansion keeps its channels");
   fields.tensor("filter", out, out.filter);
   fields.tensor("filter_shift", out, out.filter_shift);
-  fields.tensor("se_reduce_weight", out, out.se_reduce_weight);
-  fields.tensor("se_reduce_bias", out, out.se_reduce_bias);
-  fields.tensor("se_expand_weight", out, out.se_expand_weight);
-  fields.tensor("se_expand_bias", out, out.se_expand_bias);
+  if (fields.has("se_channels")) {
+    out.se_channels = fields.size("se_channels");
+    out.se_activation = fields.activation("se_activation");
+    out.gate_kind = gate_kind_of(fields.take<int>("gate_kind"));
+    fields.tensor("se_reduce_weight", out, out.se_reduce_weight);
+    fields.tensor("se_reduce_bias", out, out.se_reduce_bias);
+    fields.tensor("se_expand_weight", out, out.se_expand_weight);
+    fields.tensor("se_expand_bias", out, out.se_expand_bias);
+  }
   fields.product("project", out, out.project);
   if (fields.has("project_master")) fields.tensor("project_master", out, out.project_master);
   out.tap = fields.take<int64_t>("tap");
@@ -151,7 +167,7 @@ class Weights {
   int64_t bytes_, used_ = 0;
 };
 
-template <typename Layer>  // Product or StemLayer
+template <typename Layer>  // Product, HeadLayer or StemLayer
 Layer copied(Weights& weights, Described<Layer> layer) {
   weights.copy(layer, layer.weight, layer.shift);
   return layer;
@@ -159,9 +175,11 @@ Layer copied(Weights& weights, Described<Layer> layer) {
 
 BlockLayer copied(Weights& weights, Described<BlockLayer> layer) {
   if (layer.expands) weights.copy(layer, layer.expand.weight, layer.expand.shift);
-  weights.copy(layer, layer.filter, layer.filter_shift, layer.se_reduce_weight,
-               layer.se_reduce_bias, layer.se_expand_weight, layer.se_expand_bias,
-               layer.project.weight, layer.project.shift);
+  weights.copy(layer, layer.filter, layer.filter_shift);
+  if (layer.se_channels > 0)
+    weights.copy(layer, layer.se_reduce_weight, layer.se_reduce_bias, layer.se_expand_weight,
+                 layer.se_expand_bias);
+  weights.copy(layer, layer.project.weight, layer.project.shift);
   if (layer.project_master) weights.copy(layer, layer.project_master);
   return layer;
 }
@@ -182,7 +200,7 @@ class Network {
   // bytes: of all packed weights, each rounded up to a cache line.
   Network(const std::string& isa, bool bf16, int64_t bytes, const Described<StemLayer>& stem,
           int64_t stem_tap, const std::vector<Described<BlockLayer>>& blocks,
-          const std::optional<Described<Product>>& head,
+          const std::optional<Described<HeadLayer>>& head,
           const std::optional<Described<Product>>& classifier)
       : isa_(isa_for(isa)),
         bf16_(bf16),
@@ -244,7 +262,8 @@ class Network {
     args.x_dtype = dtype_of(x_bf16);
     std::copy(x_strides.begin(), x_strides.end(), args.x_strides);
     if (y.first)
-      args.y = Result{y.first, y.second}.data(n, (classifier_ ? classifier_ : head_)->out_channels);
+      args.y = Result{y.first, y.second}.data(
+          n, classifier_ ? classifier_->out_channels : head_->out_channels);
     args.taps = tap_data.data();
     args.stem_tap = stem_tap_;
     args.workspace = workspace;
@@ -255,7 +274,7 @@ class Network {
  private:
   // Before anything is copied from the caller's memory.
   void check(const Described<StemLayer>& stem, const std::vector<Described<BlockLayer>>& blocks,
-             const std::optional<Described<Product>>& head,
+             const std::optional<Described<HeadLayer>>& head,
              const std::optional<Described<Product>>& classifier) const {
     const NetworkChecks checks(bf16_);
     checks.stem(stem, stem.bytes);
@@ -279,7 +298,8 @@ class Network {
   size_t taps_;
   StemLayer stem_;
   std::vector<BlockLayer> blocks_;
-  std::optional<Product> head_, classifier_;
+  std::optional<HeadLayer> head_;
+  std::optional<Product> classifier_;
 };
 
 // A class of Python whose constructor takes a layer's fields by name.
@@ -304,12 +324,13 @@ void bind_network(py::module_& m) {
       "network_has_bf16", [](const std::string& isa) { return isa_for(isa).has_bf16_products; },
       "Whether the instruction set multiplies pairs of bf16.");
   bind_layer(m, "Product", product_of);
+  bind_layer(m, "HeadLayer", head_of);
   bind_layer(m, "StemLayer", stem_of);
   bind_layer(m, "BlockLayer", block_of);
   py::class_<Network>(m, "Network")
       .def(py::init<const std::string&, bool, int64_t, const Described<StemLayer>&, int64_t,
                     const std::vector<Described<BlockLayer>>&,
-                    const std::optional<Described<Product>>&,
+                    const std::optional<Described<HeadLayer>>&,
                     const std::optional<Described<Product>>&>())
       .def("run", &Network::run);
 }

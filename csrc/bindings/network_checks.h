@@ -38,14 +38,18 @@ class NetworkChecks {
     }
     holds(bytes, layer.filter, channels * layer.kernel * layer.kernel);
     holds(bytes, layer.filter_shift, channels);
-    holds(bytes, layer.se_reduce_weight, hidden * channels);
-    holds(bytes, layer.se_reduce_bias, hidden);
-    holds(bytes, layer.se_expand_weight, channels * hidden);
-    holds(bytes, layer.se_expand_bias, channels);
+    if (hidden > 0) {
+      holds(bytes, layer.se_reduce_weight, hidden * channels);
+      holds(bytes, layer.se_reduce_bias, hidden);
+      holds(bytes, layer.se_expand_weight, channels * hidden);
+      holds(bytes, layer.se_expand_bias, channels);
+    }
     product(layer.project, bytes);
     follows(layer.project, layer.channels, layer.out_channels);
-    require(bf16_ == (layer.project_master != nullptr), "network: project_master is for bf16");
-    if (bf16_)
+    const bool gated_bf16 = bf16_ && hidden > 0;
+    require(gated_bf16 == (layer.project_master != nullptr),
+            "network: project_master is for bf16 with squeeze-and-excite");
+    if (gated_bf16)
       holds(bytes, layer.project_master, padded(layer.out_channels) * padded(layer.channels));
     require(!layer.residual || (layer.stride == 1 && layer.in_channels == layer.out_channels),
             "network: a residual needs a stride of 1 and as many channels out as in");

@@ -121,37 +121,47 @@ void move_statistics(int64_t c, Address mean, Address var, Address running_mean,
 }
 
 // y = act(bn(z)) + residual over `pixels` rows of C; y may be z.
-void bn_act(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16, bool silu, Address z,
-            const BatchNorm& bn, double eps, Address residual, Address y, int threads) {
+void bn_act(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16, Address z,
+            const BatchNorm& bn, double eps, Address residual, Address y,
+            const ActivationTuple& activation, int threads) {
   require(pixels >= 0 && c > 0, "bn_act: the sizes must be positive");
   const BnVectors vectors(bn, eps, c);
-  AffineActArgs args = {{1, c, pixels},       dtype_of(is_bf16),    at(z), at(residual),
-                        vectors.scale.data(), vectors.shift.data(), at(y), silu,
-                        thread_count(threads)};
+  AffineActArgs args = {{1, c, pixels}, dtype_of(is_bf16),         at(z),
+                        at(residual),   vectors.scale.data(),      vectors.shift.data(),
+                        at(y),          activation_of(activation), thread_count(threads)};
   launch(kernels_for(isa).affine_act, args);
 }
 
-// y = silu(z * scale + shift) over `pixels` rows of C.
+// y = act(z * scale + shift) over `pixels` rows of C.
 void norm_silu(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16, Address z,
-               Address norm, Address y, int threads) {
+               Address norm, Address y, const ActivationTuple& activation, int threads) {
   require(pixels > 0 && c > 0, "norm_silu: the sizes must be positive");
   const NormVectors vectors = norm_vectors(norm, c);
   AffineActArgs args = {{1, c, pixels},       dtype_of(is_bf16), at(z), nullptr,
-                        vectors.scale,        vectors.shift,     at(y), true,
+                        vectors.scale,        vectors.shift,     at(y), activation_of(activation),
                         thread_count(threads)};
   launch(kernels_for(isa).affine_act, args);
 }
 
-// sums [2,C] of du = grad_y * silu'(u) and of du * zh over `pixels` rows of C.
+// sums [2,C] of du = grad_y * act'(u) and of du * zh over `pixels` rows of C.
 void norm_silu_sums(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16, Address grad_y,
-                    Address z, Address norm, Address sums, int threads) {
+                    Address z, Address norm, Address sums, const ActivationTuple& activation,
+                    int threads) {
   require(pixels > 0 && c > 0, "norm_silu_sums: the sizes must be positive");
   const NormVectors vectors = norm_vectors(norm, c);
   const int64_t chunks = host::pixel_chunks(pixels);
   const Partials partial(chunks * 2 * c);
-  BnReduceArgs args = {{1, c, pixels}, dtype_of(is_bf16),    at(z),        at(grad_y),
-                       vectors.scale,  vectors.shift,        vectors.mean, vectors.rstd,
-                       partial.data(), thread_count(threads)};
+  BnReduceArgs args = {{1, c, pixels},
+                       dtype_of(is_bf16),
+                       at(z),
+                       at(grad_y),
+                       vectors.scale,
+                       vectors.shift,
+                       vectors.mean,
+                       vectors.rstd,
+                       partial.data(),
+                       activation_of(activation),
+                       thread_count(threads)};
   launch(kernels_for(isa).bn_backward_reduce, args);
   fold_sums(partial.data(), chunks, 2 * c, at<float>(sums));
 }

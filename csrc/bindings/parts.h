@@ -11,12 +11,14 @@
 #include <new>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #define EFFNET_NAMESPACE host
+#include "common/activation.h"
 #include "common/geometry.h"
 #include "cpu/args.h"
 
@@ -35,6 +37,22 @@ inline void require(bool condition, const char* message) {
 }
 
 inline DType dtype_of(bool is_bf16) { return is_bf16 ? DType::kBFloat16 : DType::kFloat32; }
+
+// (kind, lo, hi), see common/activation.h.
+using ActivationTuple = std::tuple<int, float, float>;
+
+inline Activation activation_of(const ActivationTuple& given) {
+  const auto [kind, lo, hi] = given;
+  require(kind == kSilu || kind == kClamp || kind == kHardSwish,
+          "the kind of an activation must be 0 (silu), 1 (clamp) or 2 (hardswish)");
+  return {kind, lo, hi};
+}
+
+inline int gate_kind_of(int kind) {
+  require(kind == kSigmoid || kind == kHardSigmoid,
+          "the kind of a gate must be 0 (sigmoid) or 1 (hardsigmoid)");
+  return kind;
+}
 
 // Addresses of a BatchNorm's fp32 vectors [C]: weight, bias, mean, variance. 0 stands for a weight
 // of 1, a bias of 0; in training without mean and variance the batch's are taken.

@@ -25,7 +25,7 @@ void squeeze(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_b
 void excite(const std::string& isa, int64_t n, int64_t c, int64_t r, bool weight_bf16,
             Address pooled, Address se_reduce_weight, Address se_reduce_bias,
             Address se_expand_weight, Address se_expand_bias, Address hidden, Address gate,
-            int threads) {
+            const ActivationTuple& activation, int gate_kind, int threads) {
   require(n >= 0 && c > 0 && r > 0, "excite: the sizes must be positive");
   ExciteArgs args = {n,
                      c,
@@ -38,6 +38,8 @@ void excite(const std::string& isa, int64_t n, int64_t c, int64_t r, bool weight
                      at(se_expand_bias),
                      at<float>(hidden),
                      at<float>(gate),
+                     activation_of(activation),
+                     gate_kind_of(gate_kind),
                      workspace,
                      thread_count(threads)};
   launch(kernels_for(isa).excite, args);
@@ -48,7 +50,8 @@ void excite_backward(const std::string& isa, int64_t n, int64_t c, int64_t r, bo
                      Address se_reduce_weight, Address se_expand_weight,
                      Address grad_se_reduce_weight, Address grad_se_reduce_bias,
                      Address grad_se_expand_weight, Address grad_se_expand_bias,
-                     Address grad_pooled, int threads) {
+                     Address grad_pooled, const ActivationTuple& activation, int gate_kind,
+                     int threads) {
   require(n >= 0 && c > 0 && r > 0, "excite_backward: the sizes must be positive");
   const Partials grad_hidden(n * r);
   ExciteBackwardArgs args = {n,
@@ -67,6 +70,8 @@ void excite_backward(const std::string& isa, int64_t n, int64_t c, int64_t r, bo
                              at<float>(grad_se_expand_bias),
                              at<float>(grad_pooled),
                              grad_hidden.data(),
+                             activation_of(activation),
+                             gate_kind_of(gate_kind),
                              workspace,
                              thread_count(threads)};
   launch(kernels_for(isa).excite_backward, args);

@@ -46,6 +46,7 @@ void stem_conv(const std::string& isa, const StemTuple& shape, bool is_bf16, boo
                           nullptr,
                           at(z),
                           partial.data(),
+                          {},
                           workspace,
                           thread_count(threads)};
   launch(kernels_for(isa).stem_forward, args);
@@ -54,22 +55,31 @@ void stem_conv(const std::string& isa, const StemTuple& shape, bool is_bf16, boo
 
 void stem_eval(const std::string& isa, const StemTuple& shape, bool is_bf16, bool weight_bf16,
                Address x, const StemStrides& x_strides, Address weight, const BatchNorm& bn,
-               double eps, Address y, int threads) {
+               double eps, Address y, const ActivationTuple& activation, int threads) {
   const StemConvShape s = stem_shape(shape);
   require(bn[2] && bn[3], "stem: inference needs mean and variance");
   std::vector<float> norm(5 * s.out);
   make_norm(norm.data(), nullptr, 0, 0, s.out, 0, 0, bn, eps);
-  StemForwardArgs args = {
-      s,          dtype_of(is_bf16), dtype_of(weight_bf16), stem_image(x, x_strides),
-      at(weight), norm.data(),       norm.data() + s.out,   at(y),
-      nullptr,    workspace,         thread_count(threads)};
+  StemForwardArgs args = {s,
+                          dtype_of(is_bf16),
+                          dtype_of(weight_bf16),
+                          stem_image(x, x_strides),
+                          at(weight),
+                          norm.data(),
+                          norm.data() + s.out,
+                          at(y),
+                          nullptr,
+                          activation_of(activation),
+                          workspace,
+                          thread_count(threads)};
   launch(kernels_for(isa).stem_forward, args);
 }
 
 // grad_weight [out,C,Kh,Kw] in fp32; sums are 0 where BatchNorm does not normalise by the batch.
 void stem_weight_backward(const std::string& isa, const StemTuple& shape, bool is_bf16,
                           Address grad_y, Address z, Address norm, Address sums, Address x,
-                          const StemStrides& x_strides, Address grad_weight, int threads) {
+                          const StemStrides& x_strides, Address grad_weight,
+                          const ActivationTuple& activation, int threads) {
   const StemConvShape s = stem_shape(shape);
   const Kernels& kernels = kernels_for(isa);
   const int64_t columns = kernels.mbconv->padded(s.out), taps = s.kh * s.kw;
@@ -85,6 +95,7 @@ void stem_weight_backward(const std::string& isa, const StemTuple& shape, bool i
                            norm_vectors(norm, s.out).shift,
                            grad.vectors,
                            partial.data(),
+                           activation_of(activation),
                            workspace,
                            thread_count(threads)};
   launch(kernels.stem_backward, args);

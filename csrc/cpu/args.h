@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
+
 namespace effnet {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1 };
@@ -32,13 +34,14 @@ struct DwconvShape {
 struct DwconvForwardArgs {
   DwconvShape shape;
   DType dtype, weight_dtype;
-  Image x, y;          // y: silu(z * scale + shift) in eval, z in training
+  Image x, y;          // y: activation(z * scale + shift) in eval, z in training
   const void* weight;  // [C,1,K,K] contiguous
   const float* scale;  // [C], eval only
   const float* shift;  // [C], eval only
   float* partial;      // eval: sums of y [N,chunks,C]; training: (mean, M2, pivot)
                        // [N,chunks,3,C], the former two of z - pivot
   bool training;
+  Activation activation;  // eval only
   Workspace workspace;
   int threads;
 };
@@ -55,6 +58,7 @@ struct DwconvBackwardArgs {
   const float* du_mean;    // [C] dbeta / M, null in eval
   const float* duzh_mean;  // [C] dgamma / M, null in eval
   float* grad_weight;      // partials [N*chunks,C,K*K], null: not wanted
+  Activation activation;
   Workspace workspace;
   int threads;
 };
@@ -70,17 +74,18 @@ struct BnReduceArgs {
   const void *z, *grad_y;  // contiguous channels-last
   const float *scale, *shift, *mean, *rstd;
   float* partial;  // [chunks,2,C]: sum du, sum du * zh
+  Activation activation;
   int threads;
 };
 
-struct AffineActArgs {  // y = act(z * scale + shift) + residual, in place where y == z
+struct AffineActArgs {  // y = activation(z * scale + shift) + residual, in place where y == z
   PlaneShape shape;
   DType dtype;
   const void* z;
   const void* residual;  // or null
   const float *scale, *shift;
   void* y;
-  bool silu;
+  Activation activation;
   int threads;
 };
 
@@ -98,9 +103,11 @@ struct ExciteArgs {
   DType weight_dtype;
   const float* pooled;  // [N,C] means
   const void *se_reduce_weight, *se_reduce_bias, *se_expand_weight,
-      *se_expand_bias;  // [R,C] [R] [C,R] [C]
-  float* hidden;        // [N,R] before SiLU
-  float* gate;          // [N,C]
+      *se_expand_bias;    // [R,C] [R] [C,R] [C]
+  float* hidden;          // [N,R] before the activation
+  float* gate;            // [N,C]
+  Activation activation;  // of the reduction
+  int gate_kind;
   Workspace workspace;
   int threads;
 };
@@ -113,6 +120,8 @@ struct ExciteBackwardArgs {
   float *grad_se_reduce_weight, *grad_se_reduce_bias, *grad_se_expand_weight, *grad_se_expand_bias;
   float* grad_pooled;  // [N,C]
   float* grad_hidden;  // [N,R] workspace
+  Activation activation;
+  int gate_kind;
   Workspace workspace;
   int threads;
 };

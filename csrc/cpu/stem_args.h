@@ -19,7 +19,8 @@ struct StemImage {  // x [N,C,H,W] with any strides, in elements
   int64_t n_stride, c_stride, h_stride, w_stride;
 };
 
-// z = conv(x, weight) with the moments of each task as stored; or y = silu(z * scale + shift).
+// z = conv(x, weight) with the moments of each task as stored; or y = activation(z * scale +
+// shift).
 struct StemForwardArgs {
   StemConvShape shape;
   DType dtype, weight_dtype;
@@ -29,6 +30,7 @@ struct StemForwardArgs {
   const float* shift;  // [out]
   void* y;             // [N,OH,OW,out]
   float* partial;      // [N,chunks,3,out], chunks = row_chunks(oh); null: not wanted
+  Activation activation;
   Workspace workspace;
   int threads;
 };
@@ -42,6 +44,7 @@ struct StemBackwardArgs {
   const float* shift;      // of u = z * grad.scale + shift
   GradVectors grad;
   float* grad_weight;  // [tasks,Kh,Kw,C,out padded], tasks = stem_weight_tasks(n * oh, ...)
+  Activation activation;
   Workspace workspace;
   int threads;
 };

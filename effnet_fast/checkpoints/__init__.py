@@ -203,8 +203,9 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], format: str = "aut
 
 def _difference(model: nn.Module, family: Family) -> str:
     """What the family's networks compute with, where the model's variant has something else."""
-    expected = {"padding": family.padding, "bn_eps": family.bn_eps}
     variant = getattr(model, "variant", None)
+    family = family.of_blocks(getattr(variant, "squeeze", True))
+    expected = {"padding": family.padding, "bn_eps": family.bn_eps}
     found = {name: getattr(variant, name, None) for name in expected}
     return ", ".join(
         f"{name}={value!r} and this model {found[name]!r}"

@@ -2,17 +2,19 @@
 
 Sources: torchvision/models/efficientnet.py (0.28); timm/models/efficientnet.py (1.0);
 https://github.com/lukemelas/EfficientNet-PyTorch (0.7.1); NVIDIA DeepLearningExamples,
-PyTorch/Classification/ConvNets/image_classification/models/efficientnet.py.
+PyTorch/Classification/ConvNets/image_classification/models/efficientnet.py;
+https://pypi.org/project/efficientnet-lite-pytorch (0.1.0), whose names are lukemelas's.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 INCEPTION_MEAN = INCEPTION_STD = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Family:
             on the size.
         crop_border: pixels by which evaluation images are resized beyond the crop; None means
             torchvision's sizes.
+        mean, std: of images over [0, 1]; None means the size's own.
+        lite: how its networks without squeeze-and-excitation compute, where it is otherwise.
     """
 
     naming: str
@@ -33,19 +37,31 @@ class Family:
     bn_eps: float | None = None
     bn_momentum: float | None = None
     crop_border: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    lite: Family | None = None
+
+    def of_blocks(self, squeeze: bool) -> Family:
+        """The row of its networks with squeeze-and-excitation, or of those without."""
+        return self if squeeze or self.lite is None else self.lite
 
 
+_TIMM = Family("timm", "symmetric", 1e-5, 0.1)
+_TIMM_TF = Family("timm", "same", 1e-3, 0.1, 32)
 FAMILIES = MappingProxyType(
     {
-        "torchvision": Family("torchvision"),
-        "timm": Family("timm", "symmetric", 1e-5, 0.1),
-        "timm_tf": Family("timm", "same", 1e-3, 0.1, 32),
+        # torchvision has no Lite: under its names they are this package's.
+        "torchvision": Family("torchvision", lite=Family("torchvision", "same", 1e-3, 0.01)),
+        "timm": replace(_TIMM, lite=replace(_TIMM, mean=IMAGENET_MEAN, std=IMAGENET_STD)),
+        "timm_tf": replace(
+            _TIMM_TF, lite=replace(_TIMM_TF, mean=INCEPTION_MEAN, std=INCEPTION_STD)
+        ),
         "lukemelas": Family("lukemelas", "same", 1e-3, 0.01, 32),
         "nvidia": Family("nvidia", "symmetric", 1e-3, 0.01, 32),
     }
 )
 # timm's and lukemelas's names of a network, which files and folders bear.
-_NETWORK = re.compile(r"(?P<tf>tf_)?efficientnet[_-](?:b\d|l2)(?!\d)")
+_NETWORK = re.compile(r"(?P<tf>tf_)?efficientnet[_-](?:b\d|l2|lite\d)(?!\d)")
 # Trained with AdvProp, or by timm's later recipes, on images normalised to [-1, 1].
 _INCEPTION_NAME = re.compile(rf"^adv-efficientnet-b\d|{_NETWORK.pattern}[_.](?:ap(?![^-_.])|ra4_)")
 

@@ -21,8 +21,21 @@ from effnet_fast.checkpoints.families import FAMILIES, check_family
 SHOWN = 3  # names that an error message gives of each kind
 LONGEST = 200  # letters of such a name, which a file can make as long as it likes
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-# Whether each block of each stage expands: all that the list of modules depends on.
-Structure = list[list[bool]]
+_EXPAND, _DEPTHWISE = ("expand", "expand_norm"), ("depthwise", "depthwise_norm")
+_SQUEEZE, _PROJECT = ("reduce", "excite"), ("project", "project_norm")
+# What the modules of a block are, in their order, by the kind of block. Either all blocks of a
+# network have squeeze-and-excitation, or none has.
+KINDS = MappingProxyType(
+    {
+        "expanded": _EXPAND + _DEPTHWISE + _SQUEEZE + _PROJECT,
+        "plain": _DEPTHWISE + _SQUEEZE + _PROJECT,
+        "expanded_lite": _EXPAND + _DEPTHWISE + _PROJECT,
+        "plain_lite": _DEPTHWISE + _PROJECT,
+    }
+)
+# The kind of each block of each stage: all that the list of modules depends on.
+Structure = list[list[str]]
+Shapes = dict[str, list[torch.Size]]  # of a block's modules, of the weight if it is there
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,20 @@ class Naming:
 
     stem: tuple[str, str]  # convolution and norm
     block: str  # what names within a block begin with; {index} counts over all stages
-    expanded: tuple[str, ...]  # expand, norm, depthwise, norm, squeeze, excite, project, norm
-    plain: tuple[str, ...]  # the same without expansion
+    blocks: Mapping[str, tuple[str, ...]]  # by kind, what KINDS has, under the names in a block
     head: tuple[str, str]  # convolution and norm; {head} is the stage after the last, plus 1
     classifier: str  # the linear layer
     linear_se: bool = False  # whether squeeze and excite are linear layers
+
+    @property
+    def squeeze(self) -> frozenset[str]:
+        """The names of the two layers of squeeze-and-excitation, in any kind of block."""
+        return frozenset(
+            name
+            for kind, names in self.blocks.items()
+            for name, role in zip(names, KINDS[kind], strict=True)
+            if role in _SQUEEZE
+        )
 
     @property
     def stem_key(self) -> str:
@@ -48,6 +70,14 @@ class Naming:
         pattern = re.escape(self.block).replace(r"\{", "{").replace(r"\}", "}")
         pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", pattern)
         return re.compile(rf"{pattern}(?P<module>.+)\.\w+")
+
+
+def _blocks(
+    expanded: tuple[str, ...], plain: tuple[str, ...], **others: tuple[str, ...]
+) -> Mapping[str, tuple[str, ...]]:
+    """Names by kind; blocks without squeeze-and-excitation just lack it unless told otherwise."""
+    lite = {"expanded_lite": expanded[:4] + expanded[6:], "plain_lite": plain[:2] + plain[4:]}
+    return MappingProxyType({"expanded": expanded, "plain": plain, **lite, **others})
 
 
 _LUKEMELAS_BLOCK = (
@@ -63,35 +93,39 @@ NAMINGS = MappingProxyType(
         "torchvision": Naming(
             stem=("features.0.0", "features.0.1"),
             block="features.{after}.{block}.block.",
-            expanded=("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
-            plain=("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
+            blocks=_blocks(
+                expanded=("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
+                plain=("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
+                expanded_lite=("0.0", "0.1", "1.0", "1.1", "2.0", "2.1"),
+                plain_lite=("0.0", "0.1", "1.0", "1.1"),
+            ),
             head=("features.{head}.0", "features.{head}.1"),
             classifier="classifier.1",
         ),
         "timm": Naming(
             stem=("conv_stem", "bn1"),
             block="blocks.{stage}.{block}.",
-            expanded=(
-                *("conv_pw", "bn1", "conv_dw", "bn2"),
-                *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
+            blocks=_blocks(
+                expanded=(
+                    *("conv_pw", "bn1", "conv_dw", "bn2"),
+                    *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
+                ),
+                plain=("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2"),
             ),
-            plain=("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2"),
             head=("conv_head", "bn2"),
             classifier="classifier",
         ),
         "lukemelas": Naming(
             stem=("_conv_stem", "_bn0"),
             block="_blocks.{index}.",
-            expanded=_LUKEMELAS_BLOCK,
-            plain=_LUKEMELAS_BLOCK[2:],
+            blocks=_blocks(_LUKEMELAS_BLOCK, _LUKEMELAS_BLOCK[2:]),
             head=("_conv_head", "_bn1"),
             classifier="_fc",
         ),
         "nvidia": Naming(
             stem=("stem.conv", "stem.bn"),
             block="layers.{stage}.block{block}.",
-            expanded=_NVIDIA_BLOCK,
-            plain=_NVIDIA_BLOCK[2:],
+            blocks=_blocks(_NVIDIA_BLOCK, _NVIDIA_BLOCK[2:]),
             head=("features.conv", "features.bn"),
             classifier="classifier.fc",
             linear_se=True,
@@ -115,32 +149,55 @@ def naming_of(state: Mapping[str, Tensor]) -> str:
 
 
 def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
-    """Which blocks there are in each stage, and which of them expand.
+    """Which blocks there are in each stage, and of which kind they are.
 
     Raises:
         ValueError: the tensors that show it are missing.
     """
     rules = NAMINGS[naming]
     pattern = rules.block_pattern
-    telling = set(rules.expanded) - set(rules.plain)
-    found: dict[tuple[int, int], bool] = {}
-    for key in state:
+    found: dict[tuple[int, int], Shapes] = {}
+    for key, value in state.items():
         if match := pattern.fullmatch(key):
-            stage, block = _place(match)
-            expands = match["module"] in telling
-            found[stage, block] = found.get((stage, block), False) or expands
+            shapes = found.setdefault(_place(match), {}).setdefault(match["module"], [])
+            if key.endswith(".weight"):
+                shapes.append(value.shape)
+    squeezes = any(not rules.squeeze.isdisjoint(modules) for modules in found.values())
+    kinds = {place: _kind(rules, found[place], squeezes) for place in sorted(found)}
     if naming == "lukemelas":
-        return _split(state, [expands for _, expands in sorted(found.items())])
+        return _split(state, list(kinds.values()))
     stages: Structure = []
-    for (stage, block), expands in sorted(found.items()):
+    for (stage, block), kind in kinds.items():
         if stage < 0:  # torchvision's features.0 is the stem
             raise ValueError(f"no block belongs at {_prefix(rules, stage, block)}*")
         if stage > len(stages) or block > (len(stages[stage]) if stage < len(stages) else 0):
             raise ValueError(f"no tensors of the block before {_prefix(rules, stage, block)}*")
         if stage == len(stages):
             stages.append([])
-        stages[stage].append(expands)
+        stages[stage].append(kind)
     return stages
+
+
+def _kind(rules: Naming, modules: Shapes, squeezes: bool) -> str:
+    """The kind of block that these modules make up: it has most of them, and little beyond."""
+
+    def agreement(kind: str) -> tuple[int, int]:
+        roles = dict(zip(rules.blocks[kind], KINDS[kind], strict=True))
+        fitting = [m for m in modules if m in roles and _may_be(roles[m], modules[m])]
+        return len(fitting), -len(roles)
+
+    return max((k for k in KINDS if ("reduce" in KINDS[k]) == squeezes), key=agreement)
+
+
+def _may_be(role: str, shapes: list[torch.Size]) -> bool:
+    """Whether a convolution of this role has weights of these shapes.
+
+    Without squeeze-and-excitation names alone do not tell a depthwise convolution, which has a
+    group for every channel, from an expansion.
+    """
+    if role not in (_EXPAND[0], _DEPTHWISE[0], _PROJECT[0]):
+        return True
+    return all((s[1] == 1) == (role == _DEPTHWISE[0]) for s in shapes if len(s) == 4)
 
 
 def convert(
@@ -235,20 +292,20 @@ def _place(match: re.Match[str]) -> tuple[int, int]:
     return stage, int(groups["block"])
 
 
-def _split(state: Mapping[str, Tensor], blocks: list[bool]) -> Structure:
+def _split(state: Mapping[str, Tensor], blocks: list[str]) -> Structure:
     """Stages of blocks that are counted through: each begins where the shape of a block changes."""
     stages: Structure = []
     previous = None
-    for index, expands in enumerate(blocks):
+    for index, kind in enumerate(blocks):
         prefix = f"_blocks.{index}."
         keys = [f"{prefix}_project_conv.weight", f"{prefix}_depthwise_conv.weight"]
         if missing := [key for key in keys if key not in state]:
             raise ValueError(f"{missing[0]} is missing, without which stages cannot be told apart")
-        kind = (state[keys[0]].shape[:1], state[keys[1]].shape[2:], expands)
-        if kind != previous:
+        alike = (state[keys[0]].shape[:1], state[keys[1]].shape[2:], kind)
+        if alike != previous:
             stages.append([])
-            previous = kind
-        stages[-1].append(expands)
+            previous = alike
+        stages[-1].append(kind)
     return stages
 
 
@@ -262,9 +319,9 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
     yield from rules.stem
     index = 0
     for stage, blocks in enumerate(structure):
-        for block, expands in enumerate(blocks):
+        for block, kind in enumerate(blocks):
             prefix = _prefix(rules, stage, block, index)
-            yield from (f"{prefix}{m}" for m in (rules.expanded if expands else rules.plain))
+            yield from (f"{prefix}{module}" for module in rules.blocks[kind])
             index += 1
     yield from (name.format(head=len(structure) + 1) for name in rules.head)
     yield rules.classifier
@@ -273,7 +330,7 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
 def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, Tensor]:
     """The weights of squeeze-and-excitation as [R,C] for linear layers, else as [R,C,1,1]."""
     rules = NAMINGS[naming]
-    names = tuple(f".{name}.weight" for name in (*rules.expanded[4:6], *rules.plain[2:4]))
+    names = tuple(f".{name}.weight" for name in rules.squeeze)
     for key, value in state.items():
         if not key.endswith(names):
             continue

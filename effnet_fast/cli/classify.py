@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import sys
 import warnings
@@ -20,7 +21,8 @@ from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import images
 from effnet_fast.pretrained.weights import CATEGORIES, ENUMS, get_model_weights, get_weight
 
-DEFAULT_MODEL = "b0"
+DEFAULT_MODEL = "b0"  # of published weights that are named without a model
+PACKAGED_MODEL = "lite0"  # without --model and --weights: an installed package has its weights
 PUBLISHED_FAMILIES = ("auto", "torchvision")
 NAME = r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+"  # DEFAULT, EfficientNet_B0_Weights.DEFAULT
 CLASSES = 1000  # ImageNet's, where no weights say otherwise
@@ -39,7 +41,8 @@ def add_parser(subparsers: Any) -> None:
         "--weights",
         metavar="NAME|FILE",
         help="published weights by name (DEFAULT, IMAGENET1K_V1, EfficientNet_B3_Weights.DEFAULT), "
-        "or a file, .safetensors or .pth",
+        "or a file, .safetensors or .pth (default: Lite0's, and those of --model lite0 to lite2, "
+        "from an installed package; random ones of other models)",
     )
     parser.add_argument(
         "--family",
@@ -54,6 +57,11 @@ def add_parser(subparsers: Any) -> None:
         "for 1000 classes)",
     )
     parser.add_argument("--top", type=common.positive_int, default=5, help="how many classes")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="print stock PyTorch's probabilities beside those of the fused kernels",
+    )
     parser.add_argument("--backend", default="auto", help="auto, reference, cpu, cpu:avx2, ...")
     common.add_progress(parser)
     parser.set_defaults(run=run)
@@ -63,28 +71,52 @@ def run(arguments: argparse.Namespace) -> None:
     """Classifies the images one by one and prints all results at the end."""
     common.check_backend(arguments.backend)
     common.set_threads(arguments)
-    if arguments.weights is None:
-        process.note("no --weights: the weights are random, and the classes mean nothing")
     with common.bad_input(OSError, ValueError, NotImplementedError):
         network = _find_network(arguments)
         labels = _find_labels(network, arguments.labels)
+    if network.weights is None:
+        process.note("no --weights: the weights are random, and the classes mean nothing")
+    stock = _stock_of(network.model) if arguments.compare else None
     results = []
     with common.progress(arguments, len(arguments.images), "images") as bar:
         for path in arguments.images:
             with common.bad_input(OSError, ValueError):
                 x = network.preset(images.load(path))[None]
-            top = classify(network.model, x, arguments.top, labels)
+            top = classify(network.model, x, arguments.top, labels, stock)
             results.append({"path": path, "top": top})
             bar.update()
     if arguments.json:
         report = {"model": network.size, "backend": arguments.backend, "weights": network.weights}
         common.print_json({**report, "images": results})
     else:
-        for result in results:
-            print(result["path"])
-            for entry in result["top"]:
-                name = entry["label"] or f"class {entry['class']}"
-                print(f"  {entry['probability']:8.3%}  {name}")
+        (_print_compared if arguments.compare else _print)(results)
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        print(result["path"])
+        for entry in result["top"]:
+            print(f"  {entry['probability']:8.3%}  {_name(entry)}")
+
+
+def _print_compared(results: list[dict[str, Any]]) -> None:
+    shown = differ = 0
+    print("     fused     stock")
+    for result in results:
+        print(result["path"])
+        for entry in result["top"]:
+            fused, stock = (f"{entry[key]:.1%}" for key in ("probability", "stock_probability"))
+            print(f"  {fused:>8}  {stock:>8}  {_name(entry)}")
+            shown, differ = shown + 1, differ + (fused != stock)
+    print(
+        f"{differ} of {shown} percentages differ between the fused kernels and stock PyTorch"
+        if differ
+        else f"All {shown} percentages of the fused kernels are stock PyTorch's, to the last digit."
+    )
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return entry["label"] or f"class {entry['class']}"
 
 
 @dataclass(frozen=True)
@@ -103,37 +135,59 @@ class Classifier:
 
 
 def classify(
-    model: EfficientNet, x: Tensor, top: int, labels: list[str] | None
+    model: EfficientNet,
+    x: Tensor,
+    top: int,
+    labels: list[str] | None,
+    stock: EfficientNet | None = None,
 ) -> list[dict[str, Any]]:
     """The `top` likeliest classes of the one image in x [1,3,H,W], the likeliest first.
 
     Returns:
-        per class its index ("class"), its name or None ("label") and its "probability".
+        per class its index ("class"), its name or None ("label"), its "probability" and, where
+        `stock` is given, that network's ("stock_probability").
     """
     with torch.inference_mode():
         probabilities = model(x)[0].softmax(dim=0)
+        beside = None if stock is None else stock(x)[0].softmax(dim=0).tolist()
     values, classes = probabilities.topk(min(top, len(probabilities)))
     return [
-        {"class": index, "label": labels[index] if labels else None, "probability": value}
+        {
+            "class": index,
+            "label": labels[index] if labels else None,
+            "probability": value,
+            **({} if beside is None else {"stock_probability": beside[index]}),
+        }
         for index, value in zip(classes.tolist(), values.tolist(), strict=True)
     ]
 
 
+def _stock_of(model: EfficientNet) -> EfficientNet:
+    """The same weights, run by PyTorch."""
+    stock = copy.deepcopy(model)
+    stock.backend = "reference"
+    return stock
+
+
 def _find_network(arguments: argparse.Namespace) -> Classifier:
     """Takes --weights for a name where it is one, and for a file otherwise."""
-    text, backend = arguments.weights, arguments.backend
+    text = arguments.weights
     if text is not None:
         is_name = re.fullmatch(NAME, text) and not Path(text).is_file()
-        return (_published_network if is_name else _network_of_file)(arguments)
-    variant = VARIANTS[arguments.model or DEFAULT_MODEL]
-    model = common.build_model(variant, backend, CLASSES)
+        return _published_network(text, arguments) if is_name else _network_of_file(arguments)
+    size = arguments.model or PACKAGED_MODEL
+    enum = ENUMS.get(f"efficientnet_{size}")
+    if enum is not None and enum["DEFAULT"].package is not None:
+        return _published_network(f"{enum.__name__}.DEFAULT", arguments)
+    variant = VARIANTS[size]
+    model = common.build_model(variant, arguments.backend, CLASSES)
     return Classifier(model, variant.name, images.preset(variant), None)
 
 
-def _published_network(arguments: argparse.Namespace) -> Classifier:
-    text, size = arguments.weights, arguments.model
+def _published_network(text: str, arguments: argparse.Namespace) -> Classifier:
+    size = arguments.model
     if arguments.family not in PUBLISHED_FAMILIES:
-        raise ValueError(f"--weights {text} names torchvision's, not {arguments.family}'s")
+        raise ValueError(f"--weights {text} names published ones, not {arguments.family}'s")
     if "." not in text:
         text = f"{get_model_weights(f'efficientnet_{size or DEFAULT_MODEL}').__name__}.{text}"
     published = get_weight(text)

@@ -15,6 +15,7 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.inference.fold import folded
 from effnet_fast.modules import structure
+from effnet_fast.reference.activations import kernel_activation, kernel_gate
 
 UNIT = 16  # channels
 
@@ -84,15 +85,19 @@ def _product_words(weight: Tensor, layout: Format) -> Tensor:
     return _panels(pairs.transpose(1, 2), layout.tile_units)
 
 
-def _product(packed: Packed, weight: Tensor, shift: Tensor) -> Any:
+def _product_fields(packed: Packed, weight: Tensor, shift: Tensor) -> dict[str, Any]:
     outputs, inputs = weight.shape[:2]
     words = _product_words(weight.reshape(outputs, inputs), packed.format)
-    return native.load().Product(
-        in_channels=inputs,
-        out_channels=outputs,
-        weight=packed.keep(words.bfloat16() if packed.format.bf16 else words),
-        shift=packed.keep(_pad(shift, packed.format.padded(outputs))),
-    )
+    return {
+        "in_channels": inputs,
+        "out_channels": outputs,
+        "weight": packed.keep(words.bfloat16() if packed.format.bf16 else words),
+        "shift": packed.keep(_pad(shift, packed.format.padded(outputs))),
+    }
+
+
+def _product(packed: Packed, weight: Tensor, shift: Tensor) -> Any:
+    return native.load().Product(**_product_fields(packed, weight, shift))
 
 
 def _units(rows: Tensor, channels: int) -> Tensor:
@@ -117,9 +122,41 @@ def pack_stem(packed: Packed, layer: structure.Layer) -> None:
         kernel_w=kernel[1],
         stride=layer.geometry.stride[0],
         padding=_padding(layer),
+        activation=kernel_activation(layer.activation),
         weight=packed.keep(_units(weight.flatten(1), outputs)),
         shift=packed.keep(_pad(shift, outputs)),
     )
+
+
+def _excite_fields(
+    packed: Packed, block: structure.Block, project_weight: Tensor
+) -> dict[str, Any]:
+    """What a block with squeeze-and-excite has besides; project_weight [Cout,C,1,1] is folded."""
+    if block.excite is None:
+        return {}
+    channels = project_weight.shape[1]
+    padded = packed.format.padded(channels)
+    reduce_weight, reduce_bias, expand_weight, expand_bias = (
+        None if t is None else t.detach().float() for t in block.excite
+    )
+    assert reduce_weight is not None
+    assert expand_weight is not None
+    hidden = reduce_weight.shape[0]
+    reduce_bias = reduce_weight.new_zeros(hidden) if reduce_bias is None else reduce_bias
+    expand_bias = reduce_weight.new_zeros(channels) if expand_bias is None else expand_bias
+    fields: dict[str, Any] = {
+        "se_channels": hidden,
+        "se_activation": kernel_activation(block.se_activation),
+        "gate_kind": kernel_gate(block.gate),
+        "se_reduce_weight": packed.keep(_pad(reduce_weight.flatten(1), hidden, padded)),
+        "se_reduce_bias": packed.keep(reduce_bias),
+        "se_expand_weight": packed.keep(_units(expand_weight.flatten(1), padded)),
+        "se_expand_bias": packed.keep(_pad(expand_bias, padded)),
+    }
+    if packed.format.bf16:
+        words = _product_words(project_weight.flatten(1), packed.format)
+        fields["project_master"] = packed.keep(words)
+    return fields
 
 
 def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
@@ -128,19 +165,8 @@ def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
     weight, shift = folded(depthwise)
     channels = weight.shape[0]
     padded = layout.padded(channels)
-    se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias = (
-        None if t is None else t.detach().float() for t in block.excite
-    )
-    assert se_reduce_weight is not None
-    assert se_expand_weight is not None
-    hidden = se_reduce_weight.shape[0]
-    se_reduce_bias = shift.new_zeros(hidden) if se_reduce_bias is None else se_reduce_bias
-    se_expand_bias = shift.new_zeros(channels) if se_expand_bias is None else se_expand_bias
     project_weight, project_shift = folded(block.project)
-    in_channels, optional = channels, dict[str, Any]()
-    if layout.bf16:
-        words = _product_words(project_weight.flatten(1), layout)
-        optional["project_master"] = packed.keep(words)
+    in_channels, optional = channels, _excite_fields(packed, block, project_weight)
     if block.expand:
         expand_weight, expand_shift = folded(block.expand)
         in_channels = expand_weight.shape[1]
@@ -149,17 +175,13 @@ def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
         in_channels=in_channels,
         channels=channels,
         out_channels=project_weight.shape[0],
-        se_channels=hidden,
         kernel=weight.shape[-1],
         stride=depthwise.geometry.stride[0],
         padding=_padding(depthwise),
         residual=block.residual,
+        activation=kernel_activation(block.activation),
         filter=packed.keep(_units(weight.flatten(1), padded)),
         filter_shift=packed.keep(_pad(shift, padded)),
-        se_reduce_weight=packed.keep(_pad(se_reduce_weight.flatten(1), hidden, padded)),
-        se_reduce_bias=packed.keep(se_reduce_bias),
-        se_expand_weight=packed.keep(_units(se_expand_weight.flatten(1), padded)),
-        se_expand_bias=packed.keep(_pad(se_expand_bias, padded)),
         project=_product(packed, project_weight, project_shift),
         tap=tap,
         **optional,
@@ -169,7 +191,9 @@ def pack_block(packed: Packed, block: structure.Block, tap: int) -> None:
 
 def pack_head(packed: Packed, layer: structure.Layer) -> None:
     """Adds the last convolution, after which the pixels' mean is taken."""
-    packed.head = _product(packed, *folded(layer))
+    packed.head = native.load().HeadLayer(
+        **_product_fields(packed, *folded(layer)), activation=kernel_activation(layer.activation)
+    )
 
 
 def pack_classifier(packed: Packed, weight: Tensor, bias: Tensor | None) -> None:

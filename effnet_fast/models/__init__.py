@@ -1,4 +1,4 @@
-"""EfficientNet-B0 to B8 and L2 under torchvision's names and signature."""
+"""EfficientNet-B0 to B8, L2 and Lite0 to Lite4 under torchvision's names and signature."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from effnet_fast.models.old_forms import takes_old_forms
 from effnet_fast.models.placement import Placement
 from effnet_fast.models.published import find_published, load_published
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
-from effnet_fast.pretrained import weights as published_weights
-from effnet_fast.pretrained.weights import WeightsEnum
+from effnet_fast.pretrained.weights import ENUMS, WeightsEnum
 
 __all__ = [
     "VARIANTS",
@@ -37,6 +36,11 @@ __all__ = [
     "efficientnet_b7",
     "efficientnet_b8",
     "efficientnet_l2",
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "efficientnet_lite3",
+    "efficientnet_lite4",
 ]
 
 
@@ -136,13 +140,15 @@ def _entry_point(name: str) -> EntryPoint:
         return placement.build(make, load)
 
     build.__name__ = build.__qualname__ = f"efficientnet_{name}"
-    enum = f"EfficientNet_{name.upper()}_Weights"
-    published_set = f"None for random ones, or a member of `{enum}` or its name"
-    build.__doc__ = f"""EfficientNet-{name.upper()}, for images of about \
+    enum = ENUMS.get(build.__name__)
+    choices = "None: none are published"
+    if enum is not None:
+        choices = f"None for random ones, or a member of `{enum.__name__}` or its name"
+    build.__doc__ = f"""EfficientNet-{name.capitalize()}, for images of about \
 {variant.resolution} x {variant.resolution}.
 
     Args:
-        weights: {published_set if enum in vars(published_weights) else "None: none are published"}.
+        weights: {choices}.
         progress: shows a progress bar on stderr while weights are downloaded.
         num_classes: number of logits, or 0 for no classifier; published weights have 1000.
         in_chans: channels of the images; the stem of published weights is adapted to them, see
@@ -165,7 +171,7 @@ def _entry_point(name: str) -> EntryPoint:
             the published one.
         TypeError: weights of another network, or an argument of another type.
         RuntimeError: the device is not there.
-        OSError: the weights cannot be downloaded or read.
+        OSError: the weights cannot be downloaded, found or read.
 
     Source: Tan & Le, https://arxiv.org/abs/1905.11946.
     """
@@ -182,6 +188,11 @@ efficientnet_b6 = _entry_point("b6")
 efficientnet_b7 = _entry_point("b7")
 efficientnet_b8 = _entry_point("b8")
 efficientnet_l2 = _entry_point("l2")
+efficientnet_lite0 = _entry_point("lite0")
+efficientnet_lite1 = _entry_point("lite1")
+efficientnet_lite2 = _entry_point("lite2")
+efficientnet_lite3 = _entry_point("lite3")
+efficientnet_lite4 = _entry_point("lite4")
 
 
 @overload

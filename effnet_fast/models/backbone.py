@@ -27,7 +27,12 @@ from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.variants import VARIANTS, Variant
 from effnet_fast.modules import observed
-from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig, Sequential
+from effnet_fast.modules.layers import (
+    ACTIVATION_LAYERS,
+    Conv2dNormActivation,
+    MBConv,
+    Sequential,
+)
 from effnet_fast.ops import scratch
 
 if TYPE_CHECKING:
@@ -131,7 +136,8 @@ class Backbone(nn.Module):
         self._frozen_names = frozenset[str]()
         self._own_plan = OwnPlan()
 
-        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.SiLU)
+        activation = ACTIVATION_LAYERS[variant.activation]
+        conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=activation)
         makers: list[Callable[[], nn.Module]] = [
             partial(
                 conv,
@@ -331,15 +337,7 @@ def _stages(
     index = 0
     for stage in variant.stages:
         blocks: list[Callable[[], nn.Module]] = []
-        for repeat in range(stage.repeats):
-            config = MBConvConfig(
-                expand_ratio=stage.expand_ratio,
-                kernel=stage.kernel,
-                stride=stage.stride if repeat == 0 else 1,
-                input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
-                out_channels=stage.out_channels,
-                padding=variant.padding,
-            )
+        for config in variant.block_configs(stage):
             prob = stochastic_depth_prob * float(index) / variant.blocks
             blocks.append(partial(MBConv, config, prob, norm_layer))
             index += 1

@@ -24,6 +24,9 @@ from effnet_fast.models.input_channels import adapt_input_channels
 from effnet_fast.models.variants import VARIANTS, Variant
 
 STEM, CLASSIFIER = "features.0.0.weight", "classifier.1.weight"
+SQUEEZE = ".fc1."  # in the names of squeeze-and-excitation
+# The projection in a block with expansion and in one without, by whether blocks squeeze.
+PROJECTIONS = {True: ("3.0.weight", "2.0.weight"), False: ("2.0.weight", "1.0.weight")}
 PART = re.compile(r"(features\.\d+|classifier)\.")  # a network of features ends with one of them
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 Built = TypeVar("Built", bound=Backbone)
@@ -137,13 +140,15 @@ class _Uninitialised(TorchFunctionMode):
 
 def family_variant(variant: Variant, checkpoint: Checkpoint) -> Variant:
     """The variant as the checkpoint's family has it: padding, BN constants, preprocessing."""
-    family = FAMILIES[checkpoint.family]
+    family = FAMILIES[checkpoint.family].of_blocks(variant.squeeze)
     changes: dict[str, Any] = {"padding": family.padding}
     if family.bn_eps is not None:
         changes |= {"bn_eps": family.bn_eps, "bn_momentum": family.bn_momentum}
     if family.crop_border is not None:
         side = variant.resolution
         changes |= {"crop": side, "resize": side + family.crop_border}
+    if family.mean is not None:
+        changes |= {"mean": family.mean, "std": family.std}
     if checkpoint.inception:
         changes |= {"mean": INCEPTION_MEAN, "std": INCEPTION_STD}
     return replace(variant, **changes)
@@ -189,9 +194,11 @@ def _find_variant(
 
 
 def _variant_channels(variant: Variant) -> list[int]:
-    """Output channels of the stem, of every block behind the stage's number, and of the head."""
+    """Whether blocks squeeze, then output channels of the stem, of every block behind the stage's
+    number, and of the head."""
     blocks = ([i] + [s.out_channels] * s.repeats for i, s in enumerate(variant.stages, 1))
-    return [variant.stem_channels, *itertools.chain(*blocks), variant.head_channels]
+    ends = int(variant.squeeze), variant.stem_channels
+    return [*ends, *itertools.chain(*blocks), variant.head_channels]
 
 
 def _channels(state: Mapping[str, Tensor]) -> list[int]:
@@ -200,7 +207,9 @@ def _channels(state: Mapping[str, Tensor]) -> list[int]:
     def width(*names: str) -> list[int]:
         return [len(state[name]) for name in names if name in state and state[name].dim()][:1]
 
-    channels = width(STEM)
+    squeezes = any(SQUEEZE in key for key in state)
+    projections = PROJECTIONS[squeezes]
+    channels = [int(squeezes), *width(STEM)]
     for stage in itertools.count(1):
         prefix = f"features.{stage}.0.block."
         if not any(key.startswith(prefix) for key in state):
@@ -208,7 +217,7 @@ def _channels(state: Mapping[str, Tensor]) -> list[int]:
         channels.append(stage)
         for block in itertools.count():
             prefix = f"features.{stage}.{block}.block."
-            found = width(f"{prefix}3.0.weight", f"{prefix}2.0.weight")
+            found = width(*(f"{prefix}{projection}" for projection in projections))
             if not found:
                 break
             channels += found

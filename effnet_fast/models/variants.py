@@ -3,7 +3,9 @@
 Sources: Tan & Le (arXiv 1905.11946), table 1 for B0; width, depth, resolution and dropout of
 B1-B8 and L2 from https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet;
 BN constants and preprocessing of B0-B7 from torchvision 0.28's IMAGENET1K_V1 weights, those of B8
-and L2 as TensorFlow has them (a centre crop that leaves a border of 32 pixels).
+and L2 as TensorFlow has them (a centre crop that leaves a border of 32 pixels). Lite0 to Lite4
+are TensorFlow's in everything, with its padding and BN constants:
+https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite.
 """
 
 from __future__ import annotations
@@ -11,15 +13,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from types import MappingProxyType
+from typing import Any
 
-from effnet_fast.modules.layers import check_padding
+from effnet_fast.modules.layers import MBConvConfig, check_padding
 from effnet_fast.modules.widths import round_channels
+from effnet_fast.reference.activations import check_activation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 HEAD_RATIO = 4  # channels of the head over those of the last stage
 
 
@@ -51,7 +57,7 @@ class Variant:
     """One published network.
 
     Args:
-        name: "b0" to "b8" or "l2".
+        name: "b0" to "b8", "l2", or "lite0" to "lite4".
         width, depth: multipliers of B0's channels and repeats.
         resolution: side of the training images, pixels.
         dropout: drop probability before the classifier.
@@ -62,9 +68,14 @@ class Variant:
         padding: of the convolutions that stride: "symmetric", (K-1)//2 on both sides, or "same" as
             in TensorFlow.
         mean, std: of each channel of the training images over [0, 1], red green blue.
+        activation: of every layer that has one, as in `MBConvConfig`.
+        squeeze: whether its blocks have squeeze-and-excitation.
+        fixed_ends: whether the stem's channels and the repeats of the first and the last stage are
+            the baseline's, whatever the multipliers.
+        head: channels before the classifier; None means HEAD_RATIO times those of the last stage.
 
     Raises:
-        ValueError: an unknown padding.
+        ValueError: an unknown padding or activation.
     """
 
     name: str
@@ -81,14 +92,19 @@ class Variant:
     padding: str = "symmetric"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    activation: str = "silu"
+    squeeze: bool = True
+    fixed_ends: bool = False
+    head: int | None = None
 
     def __post_init__(self) -> None:
         check_padding(self.padding)
+        check_activation("activation", self.activation)
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The baseline's stages with widths and repeats scaled."""
-        return tuple(
+        scaled = [
             replace(
                 stage,
                 in_channels=round_channels(stage.in_channels * self.width),
@@ -96,7 +112,27 @@ class Variant:
                 repeats=math.ceil(stage.repeats * self.depth),
             )
             for stage in self.baseline
-        )
+        ]
+        if self.fixed_ends:
+            first, last = self.baseline[0], self.baseline[-1]
+            scaled[-1] = replace(scaled[-1], repeats=last.repeats)
+            ends = {"in_channels": first.in_channels, "repeats": first.repeats}
+            scaled[0] = replace(scaled[0], **ends)
+        return tuple(scaled)
+
+    def block_configs(self, stage: Stage) -> Iterator[MBConvConfig]:
+        """The geometry of each block of one of `stages`; those after the first are alike."""
+        for repeat in range(stage.repeats):
+            yield MBConvConfig(
+                expand_ratio=stage.expand_ratio,
+                kernel=stage.kernel,
+                stride=stage.stride if repeat == 0 else 1,
+                input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
+                out_channels=stage.out_channels,
+                padding=self.padding,
+                activation=self.activation,
+                squeeze=self.squeeze,
+            )
 
     @property
     def stem_channels(self) -> int:
@@ -106,7 +142,7 @@ class Variant:
     @property
     def head_channels(self) -> int:
         """Channels before the classifier."""
-        return HEAD_RATIO * self.stages[-1].out_channels
+        return self.head or HEAD_RATIO * self.stages[-1].out_channels
 
     @property
     def blocks(self) -> int:
@@ -114,6 +150,15 @@ class Variant:
         return sum(stage.repeats for stage in self.stages)
 
 
+_LITE: dict[str, Any] = {
+    "padding": "same",
+    "mean": LITE_MEAN,
+    "std": LITE_STD,
+    "activation": "relu6",
+    "squeeze": False,
+    "fixed_ends": True,
+    "head": 1280,
+}
 _ROWS = (
     #       name  width depth  res. drop  eps   mom. resize crop interpolation
     Variant("b0", 1.0, 1.0, 224, 0.2, 1e-5, 0.1, 256, 224, "bicubic"),
@@ -126,6 +171,11 @@ _ROWS = (
     Variant("b7", 2.0, 3.1, 600, 0.5, 1e-3, 0.01, 600, 600, "bicubic"),
     Variant("b8", 2.2, 3.6, 672, 0.5, 1e-3, 0.01, 704, 672, "bicubic"),
     Variant("l2", 4.3, 5.3, 800, 0.5, 1e-3, 0.01, 832, 800, "bicubic"),
+    Variant("lite0", 1.0, 1.0, 224, 0.2, 1e-3, 0.01, 256, 224, "bicubic", **_LITE),
+    Variant("lite1", 1.0, 1.1, 240, 0.2, 1e-3, 0.01, 272, 240, "bicubic", **_LITE),
+    Variant("lite2", 1.1, 1.2, 260, 0.3, 1e-3, 0.01, 292, 260, "bicubic", **_LITE),
+    Variant("lite3", 1.2, 1.4, 280, 0.3, 1e-3, 0.01, 312, 280, "bicubic", **_LITE),
+    Variant("lite4", 1.4, 1.8, 300, 0.3, 1e-3, 0.01, 332, 300, "bicubic", **_LITE),
 )
 VARIANTS = MappingProxyType({variant.name: variant for variant in _ROWS})
 

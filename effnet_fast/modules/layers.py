@@ -10,20 +10,26 @@ Source: Tan & Le (arXiv 1905.11946), table 1; names and draw order as torchvisio
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.modules import checkpointing, fused_forward, in_turn, observed
+from effnet_fast.modules import checkpointing, fused_forward, in_turn, observed, structure
 from effnet_fast.modules.same_padding import Conv2dSame
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 from effnet_fast.modules.widths import round_channels
+from effnet_fast.reference.activations import check_activation
 
 PADDINGS = ("symmetric", "same")
+# The module of each activation by its name; "identity" is the absence of one.
+ACTIVATION_LAYERS: Mapping[str, type[nn.Module] | None] = MappingProxyType(
+    {name: kind for kind, name in structure.ACTIVATIONS.items()} | {"identity": None}
+)
 
 
 def check_padding(padding: str) -> None:
@@ -170,6 +176,8 @@ class MBConvConfig:
         stride: stride of the depthwise convolution, 1 or 2.
         input_channels, out_channels: channels of the block's input and output.
         padding: of the depthwise convolution: "symmetric", (K-1)//2 on both sides, or "same".
+        activation: after the expansion and the depthwise convolution, one of ACTIVATION_LAYERS.
+        squeeze: whether there is squeeze-and-excitation.
 
     Raises:
         ValueError: a field out of its range.
@@ -181,6 +189,8 @@ class MBConvConfig:
     input_channels: int
     out_channels: int
     padding: str = "symmetric"
+    activation: str = "silu"
+    squeeze: bool = True
 
     def __post_init__(self) -> None:
         if self.stride not in (1, 2):
@@ -194,6 +204,7 @@ class MBConvConfig:
                 f"expand_ratio={self.expand_ratio}"
             )
         check_padding(self.padding)
+        check_activation("activation", self.activation)
 
     @property
     def expanded_channels(self) -> int:
@@ -216,11 +227,12 @@ def _mbconv_layers(
     norm_layer: Callable[..., nn.Module],
     se_layer: Callable[..., nn.Module],
 ) -> Iterator[nn.Module]:
-    """The block's layers in order: [expand,] depthwise, squeeze-excite, project."""
+    """The block's layers in order: [expand,] depthwise, [squeeze-excite,] project."""
     expanded = config.expanded_channels
+    activation = ACTIVATION_LAYERS[config.activation]
     conv = partial(Conv2dNormActivation, norm_layer=norm_layer)
     if expanded != config.input_channels:
-        yield conv(config.input_channels, expanded, kernel_size=1, activation_layer=nn.SiLU)
+        yield conv(config.input_channels, expanded, kernel_size=1, activation_layer=activation)
     yield conv(
         expanded,
         expanded,
@@ -228,14 +240,16 @@ def _mbconv_layers(
         stride=config.stride,
         padding="same" if config.padding == "same" else None,
         groups=expanded,
-        activation_layer=nn.SiLU,
+        activation_layer=activation,
     )
-    yield se_layer(expanded, config.squeeze_channels, activation=partial(nn.SiLU, inplace=True))
+    if config.squeeze:
+        inner = nn.Identity if activation is None else partial(activation, inplace=True)
+        yield se_layer(expanded, config.squeeze_channels, activation=inner)
     yield conv(expanded, config.out_channels, kernel_size=1, activation_layer=None)
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
+    """Inverted bottleneck, mostly with squeeze-and-excitation, x [N,Cin,H,W] -> y [N,Cout,Ho,Wo].
 
     Args:
         config: the block's geometry.

@@ -89,7 +89,7 @@ def fetch(url: str, folder: str | os.PathLike[str] | None = None, *, progress: b
             it.
         OSError: the folder cannot be written, or is full.
     """
-    name, prefix = _name_and_hash(url)
+    name, prefix = name_and_hash(url)
     path = (_hub_folder() if folder is None else Path(folder)) / name
     if path.exists():
         check_regular(path)
@@ -118,7 +118,12 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _name_and_hash(url: str) -> tuple[str, str]:
+def name_and_hash(url: str) -> tuple[str, str]:
+    """The name under which the file of an address is kept, and what its SHA-256 begins with.
+
+    Raises:
+        ValueError: nothing tells the hash.
+    """
     parts = urllib.parse.urlparse(url)
     name = os.path.basename(parts.path)
     if match := HASH_IN_FRAGMENT.fullmatch(parts.fragment):

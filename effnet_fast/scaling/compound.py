@@ -8,12 +8,13 @@ alpha * beta^2 * gamma^2 ~ 2, so that the multiply-adds grow by about 2^phi.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant, custom_variant
 from effnet_fast.scaling.checks import is_real, whole
 
 BASE_RESOLUTION = 224
+LIKE = ("padding", "activation", "squeeze", "fixed_ends", "head")  # of a Variant, beside its size
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class CompoundScaling:
         stages: tuple[Stage, ...] = B0_STAGES,
         base_resolution: int = BASE_RESOLUTION,
         multiple: int = 8,
+        like: Variant | None = None,
     ) -> Point:
         """The network at phi.
 
@@ -87,6 +89,8 @@ class CompoundScaling:
             stages: the baseline's table.
             base_resolution: side of the baseline's images, pixels.
             multiple: resolutions are rounded to the nearest multiple of this, at least one.
+            like: a network whose blocks, ends and padding it has, such as `VARIANTS["lite0"]`; None
+                means B0's.
 
         Raises:
             ValueError: phi not finite, or so far from 0 that no float holds the multipliers, or
@@ -105,6 +109,8 @@ class CompoundScaling:
             raise ValueError(f"phi = {phi:g} is too far from 0: no float holds its multipliers")
         rounded = max(1, math.floor(exact / multiple + 0.5)) * multiple
         variant = custom_variant(depth=depth, width=width, resolution=rounded, stages=stages)
+        if like is not None:
+            variant = replace(variant, **{name: getattr(like, name) for name in LIKE})
         return Point(phi, exact, variant)
 
 
@@ -124,12 +130,15 @@ def fit_phi(variant: Variant, scaling: CompoundScaling | None = None) -> float:
 
 
 def published(scaling: CompoundScaling | None = None) -> dict[str, tuple[Variant, Point]]:
-    """Every published network beside the formula's at the nearest phi: they were rounded by hand.
+    """Every network that was scaled from B0's table beside the formula's at the nearest phi: they
+    were rounded by hand.
 
     Returns:
         by name, the published network and the formula's point.
     """
     scaling = scaling or CompoundScaling()
     return {
-        name: (variant, scaling.at(fit_phi(variant, scaling))) for name, variant in VARIANTS.items()
+        name: (variant, scaling.at(fit_phi(variant, scaling), like=variant))
+        for name, variant in VARIANTS.items()
+        if variant.baseline == B0_STAGES
     }

@@ -7,6 +7,7 @@ the number of MAC "FLOPs"; here FLOPs are twice the MAC, as everywhere else.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -104,16 +105,11 @@ def convolutions(
     stem = stages[0].in_channels
     yield ConvShape(0, "stem", in_chans, stem, 3, 2, 1, side, False, True, 1)
     for number, stage in enumerate(stages, 1):
-        first = MBConvConfig(
-            stage.expand_ratio, stage.kernel, stage.stride, stage.in_channels, stage.out_channels
-        )
+        first, *later = itertools.islice(variant.block_configs(stage), 2)
         yield from _block(number, first, side, 1)
         side = _output_side(side, stage.stride)
-        if stage.repeats > 1:
-            later = MBConvConfig(
-                stage.expand_ratio, stage.kernel, 1, stage.out_channels, stage.out_channels
-            )
-            yield from _block(number, later, side, stage.repeats - 1)
+        for config in later:
+            yield from _block(number, config, side, stage.repeats - 1)
     last, head = len(stages) + 1, variant.head_channels
     channels = stages[-1].out_channels
     yield ConvShape(last, "head", channels, head, 1, 1, 1, side, False, True, 1)
@@ -130,10 +126,13 @@ def _block(stage: int, config: MBConvConfig, side: int, repeats: int) -> Iterato
     out = _output_side(side, config.stride)
     rows = [
         ("depthwise", inner, inner, config.kernel, config.stride, inner, out, False, True),
-        ("reduce", inner, squeezed, 1, 1, 1, 1, True, False),
-        ("excite", squeezed, inner, 1, 1, 1, 1, True, False),
         ("project", inner, config.out_channels, 1, 1, 1, out, False, True),
     ]
+    if config.squeeze:
+        rows[1:1] = [
+            ("reduce", inner, squeezed, 1, 1, 1, 1, True, False),
+            ("excite", squeezed, inner, 1, 1, 1, 1, True, False),
+        ]
     if inner != config.input_channels:
         rows.insert(0, ("expand", config.input_channels, inner, 1, 1, 1, side, False, True))
     for row in rows:
@@ -169,6 +168,9 @@ def unrounded_macs(
     width: float = 1.0,
     resolution: float = 224.0,
     stages: tuple[Stage, ...] = B0_STAGES,
+    squeeze: bool = True,
+    fixed_ends: bool = False,
+    head: int | None = None,
     num_classes: int = 1000,
     in_chans: int = 3,
 ) -> float:
@@ -184,20 +186,24 @@ def unrounded_macs(
         depth, width: multipliers of the repeats and channels of `stages`.
         resolution: side of the square images, pixels.
         stages, num_classes, in_chans: as for `custom_variant` and `count`.
+        squeeze, fixed_ends, head: as for `Variant`; what is fixed is not multiplied.
     """
     side = resolution / 2
-    total = 9 * in_chans * width * stages[0].in_channels * side**2
-    for stage in stages:
+    channels = (1.0 if fixed_ends else width) * stages[0].in_channels
+    total = 9 * in_chans * channels * side**2
+    for number, stage in enumerate(stages):
+        repeats = 1.0 if fixed_ends and number in (0, len(stages) - 1) else depth
+        out = width * stage.out_channels
         for index in range(stage.repeats):
-            channels = width * (stage.out_channels if index else stage.in_channels)
-            inner, out = channels * stage.expand_ratio, width * stage.out_channels
-            expand = channels * inner * side**2 if stage.expand_ratio != 1 else 0.0
+            inner = channels * stage.expand_ratio
+            macs = channels * inner * side**2 if stage.expand_ratio != 1 else 0.0
             side /= 1 if index else stage.stride
-            depthwise = inner * stage.kernel**2 * side**2
-            total += depth * (expand + depthwise + 2 * inner * channels / 4 + inner * out * side**2)
-    last = width * stages[-1].out_channels
-    head = HEAD_RATIO * last
-    return total + last * head * side**2 + head * num_classes
+            macs += inner * (stage.kernel**2 + out) * side**2
+            macs += 2 * inner * channels / 4 if squeeze else 0.0
+            total += repeats * macs
+            channels = out
+    width_of_head = HEAD_RATIO * channels if head is None else head
+    return total + channels * width_of_head * side**2 + width_of_head * num_classes
 
 
 class Group(NamedTuple):
@@ -224,6 +230,11 @@ class Group(NamedTuple):
     def expands(self) -> bool:
         """Whether there is a 1x1 convolution before the depthwise one."""
         return "expand" in self.convs
+
+    @property
+    def squeezes(self) -> bool:
+        """Whether there is squeeze-and-excitation."""
+        return "reduce" in self.convs
 
     @property
     def parameters(self) -> int:

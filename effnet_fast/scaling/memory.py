@@ -24,6 +24,8 @@ OPTIMIZER_TENSORS = 2  # Adam's moments, or RMSprop's with momentum
 PADDED = 16  # channels that oneDNN gives to each group of a depthwise convolution
 PADDED_FROM_KERNEL = 5  # smaller depthwise kernels have code of their own there
 FP32 = 4  # bytes
+COPYING = "silu"  # the activation that, in place, keeps a copy of its input
+COPIES = "klm"  # letters of those copies
 NORM_VECTORS = 5  # scale, shift, mean, rstd, variance
 
 
@@ -89,6 +91,8 @@ def count_memory(
     chosen = PLANS[mode, plan]
     rows = groups(variant, resolution, num_classes=num_classes, in_chans=in_chans)
     sized = [(g, _sizes(g, batch, dtype, device)) for g in rows]
+    if variant.activation != COPYING:
+        sized = [(g, sizes | dict.fromkeys(COPIES, 0)) for g, sizes in sized]
     trained = sum(g.repeats * g.parameters for g in rows) * dtype.itemsize
     parameters = trained + _statistics(rows, dtype)
     images = batch * rows[0].elements["x"] * dtype.itemsize
@@ -139,18 +143,21 @@ def _sizes(group: Group, batch: int, dtype: torch.dtype, device: str) -> dict[st
     on_cpu = device == "cpu"
     averaged = batch * group.elements.get("d", group.elements["y"])
     sizes["f"] = averaged * FP32 if on_cpu and size < FP32 else 0
+    sizes["m"] = sizes["y"]
     if group.kind != "block":
         return sizes
-    depthwise, reduce = group.convs["depthwise"], group.convs["reduce"]
-    inner, squeezed = depthwise.out_channels, reduce.out_channels
-    sizes |= {"c": batch * inner * size, "r": batch * squeezed * size, "i": sizes["e"]}
-    sizes |= {"C": batch * inner * FP32, "R": batch * squeezed * FP32}
+    sizes |= {"i": sizes["e"], "k": sizes["e"], "l": sizes["d"]}
+    inner = group.convs["depthwise"].out_channels
+    gated = inner if group.squeezes else 0
+    squeezed = group.convs["reduce"].out_channels if group.squeezes else 0
+    sizes |= {"c": batch * gated * size, "r": batch * squeezed * size}
+    sizes |= {"C": batch * gated * FP32, "R": batch * squeezed * FP32}
     sizes |= {"u": 2 * inner * size, "w": 2 * inner * size}
     sizes["N"] = NORM_VECTORS * inner * FP32
     sizes["o"] = _padded_gradient(group, size) if on_cpu else 0
     matrix = inner * last.out_channels * (FP32 + (size if size < FP32 else 0))
     smaller = last.out_channels <= last.side**2
-    sizes["g"] = batch * matrix if smaller else sizes["d"]
+    sizes["g"] = (batch * matrix if smaller else sizes["d"]) if group.squeezes else 0
     return sizes
 
 
@@ -173,6 +180,8 @@ def _padded_gradient(group: Group, size: int) -> int:
 def _runs(step: Step, group: Group) -> bool:
     """Whether the block has what the step belongs to."""
     if step.op in ("expand", "narrow") and (step.op == "expand") != group.expands:
+        return False
+    if step.op == "squeeze_excite" and not group.squeezes:
         return False
     if step.name.startswith(("residual", "drop_path")):
         return group.residual

@@ -2,11 +2,13 @@
 `count_memory`.
 
 A row is a step: what it belongs to, its name, the tensors that it takes and those that it frees
-when it is done. Rows of "expand" exist where a block expands, of "narrow" where it does not; rows
-named "residual" and "drop_path" where it has a residual, those named "plain" where it has none.
+when it is done. Rows of "expand" exist where a block expands, of "narrow" where it does not, of
+"squeeze_excite" where it has that; rows named "residual" and "drop_path" where it has a residual,
+those named "plain" where it has none.
 
     x e d y   the block's input, the tensors before and after the depthwise convolution, the output
     i         what the depthwise convolution reads: e, or x where nothing expands
+    k l m     copies of e, d and y that SiLU in place keeps of its input; other activations keep none
     c r       a value per image and channel, expanded (the head's) or squeezed; C R in fp32
     u w v     mean and variance of the BatchNorm over e, d and y
     N V       its five vectors in fp32, over e or d, and over y
@@ -42,9 +44,9 @@ def _steps(table: str) -> Steps:
 
 
 # In-place SiLU keeps a copy of its input, the convolution behind it keeps its output.
-_STOCK_EXPAND = "expand conv_bn_silu eeeu -"
+_STOCK_EXPAND = "expand conv_bn_silu eeku -"
 _STOCK_EXPAND_BACKWARD = """
-expand          silu_bwd        e       ee
+expand          silu_bwd        e       ek
 expand          bn_bwd          ee      eeeu
 expand          conv_bwd        x       ex
 expand          residual_bwd    -       y
@@ -61,7 +63,7 @@ project         conv_bwd        d       yd
 """
 _STOCK = f"""
 {_STOCK_EXPAND}
-depthwise       conv_bn_silu    dddw    -
+depthwise       conv_bn_silu    ddlw    -
 squeeze_excite  squeeze         fc      f
 squeeze_excite  excite          rrc     -
 squeeze_excite  scale           d       -
@@ -72,7 +74,7 @@ _STOCK_BACKWARD = f"""
 squeeze_excite  scale_bwd       dd      ddd
 squeeze_excite  excite_bwd      -       ccrr
 squeeze_excite  squeeze_bwd     d       d
-depthwise       silu_bwd        d       dd
+depthwise       silu_bwd        d       dl
 depthwise       bn_bwd          dd      dddw
 depthwise       conv_bwd        io      oid
 {_STOCK_EXPAND_BACKWARD}
@@ -115,9 +117,9 @@ _LEAN_BACKWARD = _FAST_BACKWARD.replace(
     "depthwise       backward",
     "expand          recompute       e       -\ndepthwise       backward",
 )
-_STOCK_EDGE = "edge conv_bn_silu yyyv -"
+_STOCK_EDGE = "edge conv_bn_silu yymv -"
 # BatchNorm sums 16-bit gradients in fp32 copies.
-_STOCK_EDGE_BACKWARD = "edge silu_bwd y yy\nedge bn_sums yf f\nedge bn_bwd y yyyv"
+_STOCK_EDGE_BACKWARD = "edge silu_bwd y ym\nedge bn_sums yf f\nedge bn_bwd y yyyv"
 _FAST_EDGE = "edge convolution yv -\nedge finish y -"
 _FAST_EDGE_BACKWARD = "edge bn_silu_bwd y yyv"
 _FUSED_STEM, _FUSED_STEM_BACKWARD = "edge convolution yV -\nedge finish y -", "edge backward - yyV"

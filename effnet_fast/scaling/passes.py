@@ -40,8 +40,9 @@ def _passes(table: str) -> tuple[Pass, ...]:
     return tuple(Pass(op, name, *(t.replace("-", "") for t in ends)) for op, name, *ends in rows)
 
 
-# Rows of "expand" exist where a block expands, rows named "residual" where it has a residual;
-# where it does not expand, e is x. The gate and other vectors per channel are not counted.
+# Rows of "expand" exist where a block expands, rows of "squeeze_excite" where it has that, rows
+# named "residual" where it has a residual; where it does not expand, e is x. Another activation than
+# SiLU moves as much. The gate and other vectors per channel are not counted.
 _STOCK_FORWARD = """
 expand          convolution     x    e
 expand          bn              e    e
@@ -228,7 +229,11 @@ def traffic(
         table = {"stem": chosen.stem, "head": chosen.head}.get(group.kind, chosen.block)
         for row in table:
             elements = moved_elements(
-                (row,), group.elements, expands=group.expands, residual=group.residual
+                (row,),
+                group.elements,
+                expands=group.expands,
+                residual=group.residual,
+                squeezes=group.squeezes,
             )
             if elements:
                 size = elements * group.repeats * batch * element_size
@@ -239,19 +244,26 @@ def traffic(
 
 
 def moved_elements(
-    rows: tuple[Pass, ...], sizes: dict[str, int], *, expands: bool, residual: bool
+    rows: tuple[Pass, ...],
+    sizes: dict[str, int],
+    *,
+    expands: bool,
+    residual: bool,
+    squeezes: bool = True,
 ) -> int:
     """Elements that the passes of one block read and write.
 
     Args:
         rows: passes of a `TrafficPlan`.
         sizes: elements of x, e, d and y.
-        expands, residual: whether the block has an expansion, and a residual.
+        expands, residual, squeezes: whether the block has an expansion, a residual, and
+            squeeze-and-excitation.
     """
     return sum(
         sizes[tensor]
         for row in rows
         if (expands or row.op != "expand")
+        and (squeezes or row.op != "squeeze_excite")
         and (residual or not row.name.startswith(("residual", "drop_path")))
         for tensor in row.reads + row.writes
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from effnet_fast.models.variants import B0_STAGES, VARIANTS, Stage, Variant
-from effnet_fast.scaling.accuracy import estimate_top1
+from effnet_fast.scaling.accuracy import estimate_top1, is_scaled_b0
 from effnet_fast.scaling.budget import fit
 from effnet_fast.scaling.compound import BASE_RESOLUTION, CompoundScaling, Point
 from effnet_fast.scaling.conditions import Conditions
@@ -96,5 +96,5 @@ def compare(
 
 def _top1(variant: Variant) -> float | None:
     smallest = min(variant.depth, variant.width, variant.resolution / BASE_RESOLUTION)
-    known = variant.baseline == B0_STAGES and smallest >= 1.0
+    known = is_scaled_b0(variant) and smallest >= 1.0
     return estimate_top1(variant) if known else None

@@ -40,6 +40,8 @@ def test_names_tell(tmp_path, tiny, family):
         ("efficientnet_b0_ra-3dd342df.pth", "timm"),
         ("models--timm--tf_efficientnet_l2.ns_jft_in1k/snapshots/0a/model.bin", "timm_tf"),
         ("tf_efficientnet_runs/efficientnet_b0.pth", "timm"),
+        ("tf_efficientnet_lite0-0aa007d2.pth", "timm_tf"),
+        ("efficientnet_lite0_ra-37913777.pth", "timm"),
     ],
 )
 def test_files_tell_what_names_do_not(tmp_path, tiny, path, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,14 +16,17 @@ import tiers
 from effnet_fast import EfficientNet, checkpoints
 from effnet_fast.checkpoints import FAMILIES, NAMINGS
 from effnet_fast.models import VARIANTS, custom_variant
-from networks import TINY
+from networks import LITES, PUBLISHED, TINY
 
-# lukemelas and timm have all sizes, torchvision none beyond B7.
+TINY_LITE = replace(VARIANTS["lite0"], name="tiny_lite", width=0.25, depth=0.5, resolution=48)
+
+# lukemelas and timm have all sizes, torchvision none beyond B7, NVIDIA no Lite.
 SIZES = [
     pytest.param(family, *param.values, marks=param.marks)
     for family in peers.BUILDERS
     for param in tiers.networks(VARIANTS)
-    if family != "torchvision" or param.values[0] not in ("b8", "l2")
+    if (family != "torchvision" or param.values[0] in PUBLISHED)
+    and (family != "nvidia" or param.values[0] not in LITES)
 ]
 PAIRS = [(a, b) for a in NAMINGS for b in NAMINGS if a != b]
 
@@ -40,10 +44,10 @@ def assert_same(actual, expected):
 
 
 @functools.cache
-def tiny_state():
+def tiny_state(variant=TINY):
     """All kinds of blocks; its first two stages have equal channels and kernels."""
     torch.manual_seed(0)
-    return EfficientNet(TINY, num_classes=4).state_dict()
+    return EfficientNet(variant, num_classes=4).state_dict()
 
 
 @pytest.fixture
@@ -64,7 +68,9 @@ def test_names_order_and_shapes_are_the_familys(family, size):
 
 
 @pytest.mark.parametrize(("source", "to"), PAIRS)
-def test_round_trip(tiny, source, to):
+@pytest.mark.parametrize("variant", [TINY, TINY_LITE], ids=lambda v: v.name)
+def test_round_trip(variant, source, to):
+    tiny = tiny_state(variant)
     named = checkpoints.convert(tiny, source)
     there = checkpoints.convert(named, to)
     assert there.keys() != named.keys()
@@ -158,10 +164,15 @@ def test_missing_what_tells_stages_apart(tiny):
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), source=st.sampled_from(list(FAMILIES)), to=st.sampled_from(list(FAMILIES)))
-def test_missing_names_never_move_others(data, source, to):
+@given(
+    data=st.data(),
+    variant=st.sampled_from([TINY, TINY_LITE]),
+    source=st.sampled_from(list(FAMILIES)),
+    to=st.sampled_from(list(FAMILIES)),
+)
+def test_missing_names_never_move_others(data, variant, source, to):
     """Whatever is missing, a tensor gets the name it has in the whole network, or an error."""
-    whole = checkpoints.convert(tiny_state(), source)
+    whole = checkpoints.convert(tiny_state(variant), source)
     right = dict(zip(whole, checkpoints.convert(whole, to), strict=True))
     dropped = data.draw(st.sets(st.sampled_from(list(whole)), max_size=12))
     state = {key: value for key, value in whole.items() if key not in dropped}

@@ -96,7 +96,7 @@ def test_prints_names_and_top(folder, capsys):
 
 @pytest.mark.slow
 def test_without_weights_says_that_labels_mean_nothing(folder, capsys):
-    report, notes = classify([folder / "a.png"], capsys)
+    report, notes = classify([folder / "a.png", "--model", "b0"], capsys)
     assert notes == NO_WEIGHTS_NOTE
     assert report["weights"] is None
     assert len(report["images"][0]["top"]) == 5

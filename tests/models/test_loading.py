@@ -81,6 +81,51 @@ def test_what_a_family_brings(family, size, padding, eps, momentum, resize):
     assert other.mean == other.std == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("family", "padding", "eps", "momentum", "resize", "mean", "std"),
+    [
+        ("torchvision", "same", 1e-3, 0.01, 272, 127 / 255, 128 / 255),
+        ("timm", "symmetric", 1e-5, 0.1, 272, 0.485, 0.229),
+        ("timm_tf", "same", 1e-3, 0.1, 272, 0.5, 0.5),
+        ("lukemelas", "same", 1e-3, 0.01, 272, 127 / 255, 128 / 255),
+    ],
+)
+def test_what_a_family_brings_to_lite(family, padding, eps, momentum, resize, mean, std):
+    variant = family_variant(VARIANTS["lite1"], Checkpoint({}, family, family))
+    found = (variant.padding, variant.bn_eps, variant.bn_momentum, variant.resize)
+    assert found == (padding, eps, momentum, resize)
+    assert (variant.mean[0], variant.std[0]) == (mean, std)
+    assert (variant.activation, variant.squeeze, variant.head) == ("relu6", False, 1280)
+
+
+def test_lite_and_b0_are_told_apart(tmp_path):
+    """Their channels and repeats are the same."""
+    torch.manual_seed(0)
+    for size in ("b0", "lite0"):
+        state = EfficientNet(size, num_classes=CLASSES).state_dict()
+        for family in ("torchvision", "lukemelas"):
+            path = write(checkpoints.convert(state, family), tmp_path / f"{size}_{family}.pth")
+            model = EfficientNet.from_checkpoint(path)
+            assert model.variant.name == size
+            assert_same(model.state_dict(), state)
+            is_symmetric = (size, family) == ("b0", "torchvision")
+            assert model.variant.padding == ("symmetric" if is_symmetric else "same")
+
+
+def test_lite_saved_from_here_stays_lite(tmp_path):
+    """Its names are torchvision's, its padding and eps TensorFlow's; nothing warns."""
+    model = EfficientNet("lite0", num_classes=CLASSES)
+    path = write(model.state_dict(), tmp_path / "a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = EfficientNet.from_checkpoint(path)
+        checkpoints.load_into(model, path)
+    assert again.variant == model.variant
+    with pytest.warns(UserWarning, match="networks of timm have padding='symmetric' and this"):
+        timm = write(checkpoints.convert(model.state_dict(), "timm"), tmp_path / "lite.pth")
+        checkpoints.load_into(model, timm, "timm")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("family", FAMILIES)

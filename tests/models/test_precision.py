@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import networks
 from effnet_fast import use_backend
 from effnet_fast.models import EfficientNetFeatures
-from networks import TINY, Trio, pair, random_images, run_network, trio
-from tolerances import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_no_worse_than
+from halves import assert_errors, without_random_layers
+from networks import TINY, pair, random_images, run_network, trio
 
 X = random_images(4, 48)
 MORE = random_images(16, 48)  # the largest error of a few in bf16 is one logit's chance
@@ -21,45 +21,6 @@ MORE = random_images(16, 48)  # the largest error of a few in bf16 is one logit'
 TOLERANCES = {torch.float16: 0.03, torch.bfloat16: 0.2, torch.float64: 1e-9}
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-
-
-def without_random_layers(model: nn.Module) -> None:
-    """bf16 and fp32 draws differ."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
-            module.p = 0.0
-
-
-def assert_errors(
-    run: Callable[[nn.Module], dict[str, Tensor]], models: Trio, x: Tensor = X
-) -> None:
-    """Holds all tensors of a kind together to the rule of parity, with the floor of float32.
-
-    One bias of a squeeze-and-excitation alone is a matter of luck. Each counts in units of its
-    size, or of a hundredth of the largest of its kind: some vanish but for rounding.
-    """
-    actual, stock = run(models.actual), run(models.stock)
-    exact = run_network(models.exact, x.double(), backward="grad x" in stock)
-    assert list(actual) == list(stock)
-    kinds: dict[str, list[str]] = {}
-    for name, tensor in actual.items():
-        assert tensor.dtype is stock[name].dtype, name
-        if tensor.is_floating_point():
-            kinds.setdefault(name.split(" ")[0], []).append(name)
-        else:
-            assert torch.equal(tensor, stock[name]), name
-    for kind, names in kinds.items():
-        sizes = {name: networks.rms(exact[name]) for name in names}
-        units = {name: size + 0.01 * max(sizes.values()) for name, size in sizes.items()}
-        factor = GRADIENT_FACTOR if kind == "grad" else OUTPUT_FACTOR
-        together = (
-            torch.cat([results[name].double().flatten() / units[name] for name in names])
-            for results in (actual, stock, exact)
-        )
-        try:
-            assert_no_worse_than(*together, factor, dtype=torch.float32)
-        except AssertionError as error:
-            raise AssertionError(f"{kind}: {error}") from error
 
 
 @pytest.mark.slow
@@ -86,7 +47,7 @@ def test_autocast_without_gradients(dtype: torch.dtype) -> None:
         with torch.no_grad(), torch.autocast("cpu", dtype):
             return {"y": model(X)}
 
-    assert_errors(run, models)
+    assert_errors(run, models, X)
 
 
 @pytest.mark.slow
@@ -97,7 +58,7 @@ def test_half_precision_networks(dtype: torch.dtype, training: bool) -> None:
     models = trio().apply(without_random_layers).train(training)
     for model in (models.actual, models.stock):
         model.to(dtype)
-    assert_errors(lambda model: run_network(model, X.to(dtype)), models)
+    assert_errors(lambda model: run_network(model, X.to(dtype)), models, X)
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ class TestArguments:
         for name in VARIANTS:
             function = getattr(models, f"efficientnet_{name}")
             assert function.__name__ == function.__qualname__ == f"efficientnet_{name}"
-            assert function.__doc__.startswith(f"EfficientNet-{name.upper()}")
+            assert function.__doc__.startswith(f"EfficientNet-{name.capitalize()}")
             assert pickle.loads(pickle.dumps(function)) is function
 
     def test_sizes(self) -> None:

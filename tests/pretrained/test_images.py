@@ -46,6 +46,8 @@ def test_preprocess_matches_torchvision(variant, size):
         crop_size=variant.crop,
         resize_size=variant.resize,
         interpolation=InterpolationMode(variant.interpolation),
+        mean=variant.mean,
+        std=variant.std,
     )
     expected = preset(image)[None]
     actual = images.preset(variant)(image)[None]

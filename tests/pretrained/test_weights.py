@@ -23,7 +23,7 @@ from effnet_fast.pretrained.weights import EfficientNet_B0_Weights, EfficientNet
 from effnet_fast.scaling import count
 
 NETWORKS = [f"efficientnet_b{i}" for i in range(8)]
-MEMBERS = [member for enum in weights.ENUMS.values() for member in enum]
+MEMBERS = [member for enum in weights.ENUMS.values() for member in enum if not member.package]
 B0 = EfficientNet_B0_Weights.IMAGENET1K_V1
 STEM = "features.0.0.weight"
 

@@ -24,7 +24,7 @@ from effnet_fast.scaling import (
     published,
 )
 from effnet_fast.scaling.counts import unrounded_macs
-from networks import PARAMETERS
+from networks import LITES, PARAMETERS
 
 # Billions of multiply-adds, to three decimals: the meta data of torchvision 0.28's weights.
 # Stem, head, channels and repeats of the stages: tables of the public implementations.
@@ -54,7 +54,7 @@ def points() -> list[Variant]:
         )
         for stages in (B0_STAGES, OWN_TABLE)
         for _ in range(25)
-    ]
+    ] + [replace(VARIANTS[name], resolution=97) for name in LITES]
 
 
 def measured(variant: Variant, **options: int) -> tuple[int, int, int]:
@@ -91,7 +91,7 @@ def test_published(name: str) -> None:
 def test_rule_is_the_published_b0_and_nothing_else() -> None:
     for name, (variant, point) in published().items():
         same = count(variant) == count(point.variant)
-        assert same == (name == "b0")
+        assert same == (name in ("b0", "lite0"))
 
 
 @pytest.mark.slow
@@ -136,8 +136,20 @@ def growth(phi: float) -> tuple[float, float]:
     return unrounded_macs(**sizes) / unrounded_macs(), CompoundScaling().growth ** phi
 
 
-def test_unrounded_baseline_is_b0() -> None:
+def test_unrounded_baselines_are_b0_and_lite0() -> None:
     assert unrounded_macs() == count(VARIANTS["b0"]).macs
+    lite = {"squeeze": False, "fixed_ends": True, "head": 1280}
+    assert unrounded_macs(**lite) == count(VARIANTS["lite0"]).macs
+
+
+def test_what_lite_fixes_does_not_grow() -> None:
+    """Twice as wide: the stem and its stage's input stay, one side of the next ones doubles."""
+    stages = B0_STAGES[:1]
+    lite = {"stages": stages, "squeeze": False, "fixed_ends": True, "head": 10, "num_classes": 1}
+    pixels, stem = 112**2, 9 * 3 * 32
+    for width in (1.0, 2.0):
+        expected = pixels * (stem + 32 * (9 + 16 * width)) + pixels * 16 * width * 10 + 10
+        assert unrounded_macs(width=width, depth=3.0, **lite) == expected
 
 
 @settings(deadline=None)

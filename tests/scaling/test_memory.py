@@ -47,6 +47,7 @@ CASES = {
     "own_stages": (3, OWN),
     "deep": (2, custom_variant(width=0.4, depth=1.3, resolution=64)),
     "peak_in_first_stage": (2, custom_variant(stages=HELD_INPUT, resolution=96)),
+    "lite": (2, replace(VARIANTS["lite0"], width=0.5, depth=0.5, resolution=96)),
     "peak_in_first_backward": (2, custom_variant(stages=WIDE_FIRST, resolution=96)),
     "b0": (2, VARIANTS["b0"]),
 }

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 CALIBRATION_IMAGES = 8
 ALIKE = 1e-3  # relative rms; float32 errs by 1e-5 in these networks
-PUBLISHED = tuple(name for name in VARIANTS if name not in ("b8", "l2"))  # torchvision's
+PUBLISHED = tuple(f"b{i}" for i in range(8))  # torchvision's
+LITES = tuple(f"lite{i}" for i in range(5))
 PARAMETERS = {
     "b0": 5_288_548,
     "b1": 7_794_184,
@@ -39,6 +40,11 @@ PARAMETERS = {
     "b5": 30_389_784,
     "b6": 43_040_704,
     "b7": 66_347_960,
+    "lite0": 4_652_008,
+    "lite1": 5_416_680,
+    "lite2": 6_092_072,
+    "lite3": 8_197_096,
+    "lite4": 13_006_568,
 }
 # Ten blocks of every kind (with and without expansion, residual, stride) in a few milliseconds.
 TINY = replace(VARIANTS["b0"], name="tiny", width=0.25, depth=0.5, resolution=48)

@@ -34,7 +34,10 @@ def _timm_tf(size: str) -> nn.Module:
 
 
 def _lukemelas(size: str) -> nn.Module:
-    from efficientnet_pytorch import EfficientNet
+    if size.startswith("lite"):
+        from efficientnet_lite_pytorch import EfficientNet
+    else:
+        from efficientnet_pytorch import EfficientNet
 
     # Without an image size padding follows the input; with one it is that of the size given.
     return EfficientNet.from_name(f"efficientnet-{size}", image_size=None)

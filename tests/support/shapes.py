@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from effnet_fast.models import VARIANTS, EfficientNet, Variant
+from effnet_fast.modules.layers import SqueezeExcitation
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class BlockShape:
         size, out_size: sides, pixels.
         stride, kernel: of the depthwise convolution.
         channels: of the input, of the depthwise convolution, of the output.
-        squeezed: channels inside squeeze-and-excitation.
+        squeezed: channels inside squeeze-and-excitation, 0 where there is none.
         residual: whether the input is added to the output.
     """
 
@@ -70,14 +71,15 @@ def shapes_of(variant: Variant | str, resolution: int | None = None) -> NetworkS
     size = stem.out_size
     blocks = []
     for module in (block for stage in model.features[1:-1] for block in stage):
-        *_, depthwise, squeeze, project = module.block
-        conv = depthwise[0]
+        *before, project = module.block
+        squeeze = before.pop() if isinstance(before[-1], SqueezeExcitation) else None
+        conv = before[-1][0]
         out_size = _out_size(conv, size)
         channels = (module.block[0][0].in_channels, conv.out_channels, project[0].out_channels)
         blocks.append(
             BlockShape(
                 *(size, out_size, conv.stride[0], conv.kernel_size[0], channels),
-                *(squeeze.fc1.out_channels, module.use_res_connect),
+                *(squeeze.fc1.out_channels if squeeze else 0, module.use_res_connect),
             )
         )
         size = out_size

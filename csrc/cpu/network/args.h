@@ -28,34 +28,44 @@ struct Padding {
   int64_t left, right, top, bottom;
 };
 
+struct HeadLayer : Product {
+  Activation activation;
+};
+
 struct StemLayer {
   int64_t in_channels, out_channels, kernel_h, kernel_w, stride;
   Padding padding;
   const float* weight;  // [units][Cin * Kh * Kw][16]
   const float* shift;
   bool finite;  // whether all weights are
+  Activation activation;
 };
 
 struct BlockLayer {
-  int64_t in_channels, channels, out_channels, se_channels;  // channels: of the depthwise one
+  int64_t in_channels, channels, out_channels;  // channels: of the depthwise one
+  int64_t se_channels;                          // 0: no squeeze-and-excite
   int64_t kernel, stride;
   Padding padding;
   bool expands, residual;
+  Activation activation, se_activation;  // of expansion and depthwise convolution; of the reduction
+  int gate_kind;
   Product expand;
   const float* filter;  // [units][K * K][16]
   const float* filter_shift;
-  const float *se_reduce_weight, *se_reduce_bias;  // [R][channels rounded up to a unit], [R]
-  const float *se_expand_weight, *se_expand_bias;  // [units][R][16]
+  // Null without squeeze-and-excite: [R][channels rounded up to a unit], [R]; [units][R][16],
+  // likewise.
+  const float *se_reduce_weight, *se_reduce_bias, *se_expand_weight, *se_expand_bias;
   Product project;
-  const float* project_master;  // bf16: the same words' weights in fp32, [..][units * 16][2]
-  int64_t tap;                  // index of the output that shows this block's result, or -1
+  const float*
+      project_master;  // bf16 with a gate: these words' weights in fp32, [..][units * 16][2]
+  int64_t tap;         // index of the output that shows this block's result, or -1
 };
 
 struct NetworkArgs {
   const StemLayer* stem;
   const BlockLayer* blocks;
   int64_t block_count;
-  const Product* head;        // null: nothing but taps is wanted
+  const HeadLayer* head;      // null: nothing but taps is wanted
   const Product* classifier;  // null: the output is the pooled head
   bool bf16;                  // of the activations and packed weights
   bool amx;

@@ -1,13 +1,14 @@
 // Squeeze-and-excite of a block in inference, from the sums that the depthwise pass left.
 //
-// Computes: gate = sigmoid(W2 silu(W1 mean + b1) + b2), and multiplies by it the smaller of the
-//           projection's operand and, per image, its weights
+// Computes: gate = g(W2 act(W1 mean + b1) + b2), g sigmoid or hard sigmoid, and multiplies by it
+//           the smaller of the projection's operand and, per image, its weights
 // Layout:   W1 [R][channels], W2 [units][R][16]; operand and weights as in args.h
 // Bytes:    W1, W2 and twice the smaller of operand and weights
 // FLOPs:    4 R C per image, and 1 per element of what is scaled
 // Source:   Hu, Shen, Sun 2018, "Squeeze-and-Excitation Networks"
 // Truth:    effnet_fast/reference/squeeze_excite.py
 #include "cpu/network/layers.h"
+#include "cpu/simd/activations.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -44,7 +45,7 @@ Vec gate_of(const BlockLayer& layer, const float* hidden, int64_t unit, int part
     if (i < end) even += load(weight + i * kUnit) * splat(hidden[i]), i++;
     sum += even + odd;
   }
-  return sigmoid(sum);
+  return gate_value(layer.gate_kind, sum);
 }
 
 // Rows of the projection's weights that belong to one unit of its operand.
@@ -99,7 +100,7 @@ void run_excite(const BlockLayer& layer, const BlockShape& shape, int64_t images
     const Range rows = shared ? team.part(r) : Range{0, r};
     for (int64_t i = rows.begin; i < rows.end; i++) {
       const float h = dot(layer.se_reduce_weight + i * channels, means, channels);
-      hidden[n * r + i] = silu(splat(h + layer.se_reduce_bias[i]))[0];
+      hidden[n * r + i] = activated(layer.se_activation, h + layer.se_reduce_bias[i]);
     }
   }
   if (shared) team.wait();

@@ -1,11 +1,14 @@
-// Expansion and depthwise convolution of a block in inference, by row bands that stay in cache; the
-// first block without expansion forms the stem's rows for itself.
+// Expansion and depthwise convolution of a block in inference, by row bands that stay in cache. The
+// first block without expansion forms the stem's rows for itself; a block without
+// squeeze-and-excite projects its rows at once where one thread has all of their channels.
 //
-// Computes: y = silu(dw(silu(x W1 + b1)) + b2), BatchNorm folded into W1, dw and the shifts, and
+// Computes: y = act(dw(act(x W1 + b1)) + b2), BatchNorm folded into W1, dw and the shifts, and
 //           the sums of y over the rows of each step
 // Layout:   blocks of one cache line, see args.h; expanded rows fp32 in a ring per thread
-// Bytes:    x once per group of channels, y once; the expanded tensor never leaves the L2 cache
-// FLOPs:    2 Cin + 2 K^2 + about 30 for two SiLU, per expanded element
+// Bytes:    x once per group of channels, y once; the expanded tensor never leaves the L2 cache,
+// nor
+//           does y where it is projected at once
+// FLOPs:    2 Cin + 2 K^2 + about 30 for two SiLU or 4 for two clamps, per expanded element
 // Source:   original
 // Truth:    effnet_fast/reference/{pointwise_bn_act,dwconv_bn_silu}.py
 #include "cpu/network/stem.h"
@@ -20,16 +23,17 @@ constexpr int kMaxOutputs = 14;  // of a tile: as many chains of FMA, 5 weights,
 constexpr int kMaxOutputs = 8;
 #endif
 
-// Outputs [0, TILE) of one row and channel vector, stored as T kBlock apart; returns their sum.
-// rows[i]: row i of the window at the first column; TAPS = 0 takes the kernel size at run time.
-template <int TAPS, int STEP, int TILE, typename T>
+// Outputs [0, TILE) of one row and channel vector, stored as T kBlock apart; returns their sum
+// where POOLS. rows[i]: row i of the window at the first column; TAPS = 0 takes the kernel size at
+// run time.
+template <int TAPS, int STEP, int TILE, typename T, typename A, bool POOLS>
 EFFNET_NOINLINE Vec filter_tile(T* out, const float* const* rows, int64_t column,
-                                const float* weight, const float* shift, int64_t taps) {
+                                const float* weight, const float* shift, const BlockLayer& layer) {
   Vec sum[TILE];
   const Vec start = load(shift);
 #pragma GCC unroll 16
   for (int t = 0; t < TILE; t++) sum[t] = start;
-  const int64_t kernel = TAPS ? TAPS : taps;
+  const int64_t kernel = TAPS ? TAPS : layer.kernel;
   for (int64_t i = 0; i < kernel; i++, weight += kernel * kUnit) {
     const float* const in = rows[i] + column;
     if constexpr (TAPS > 0) {
@@ -53,22 +57,24 @@ EFFNET_NOINLINE Vec filter_tile(T* out, const float* const* rows, int64_t column
       }
     }
   }
+  const A act(layer.activation);
   Vec total = {};
 #pragma GCC unroll 16
   for (int t = 0; t < TILE; t++) {
-    const Vec y = silu_as<T>(sum[t]);
+    const Vec y = activate_as<T>(act, sum[t]);
     store(out + t * kBlock<T>, y);
-    total += y;
+    if constexpr (POOLS) total += y;
   }
   return total;
 }
 
 template <typename T>
-using FilterTile = Vec (*)(T*, const float* const*, int64_t, const float*, const float*, int64_t);
+using FilterTile = Vec (*)(T*, const float* const*, int64_t, const float*, const float*,
+                           const BlockLayer&);
 
-template <typename T, int TAPS, int STEP>
+template <typename T, typename A, bool POOLS, int TAPS, int STEP>
 FilterTile<T> filter_tile_of(int64_t outputs) {
-#define EFFNET_TILE(n) filter_tile<TAPS, STEP, n, T>
+#define EFFNET_TILE(n) filter_tile<TAPS, STEP, n, T, A, POOLS>
   static constexpr FilterTile<T> tiles[] = {
       EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),  EFFNET_TILE(4),
       EFFNET_TILE(5),  EFFNET_TILE(6),  EFFNET_TILE(7),  EFFNET_TILE(8),
@@ -84,15 +90,23 @@ FilterTile<T> filter_tile_of(int64_t outputs) {
 template <typename T>
 using ChooseTile = FilterTile<T> (*)(int64_t);
 
-template <typename T>
+template <typename T, typename A, bool POOLS, int TAPS>
+ChooseTile<T> tiles_of(int64_t stride) {
+  return stride == 1 ? filter_tile_of<T, A, POOLS, TAPS, 1> : filter_tile_of<T, A, POOLS, TAPS, 2>;
+}
+
+template <typename T, typename A, bool POOLS>
 ChooseTile<T> tiles_for(int64_t kernel, int64_t stride) {
-  if (kernel == 3) return stride == 1 ? filter_tile_of<T, 3, 1> : filter_tile_of<T, 3, 2>;
-  if (kernel == 5) return stride == 1 ? filter_tile_of<T, 5, 1> : filter_tile_of<T, 5, 2>;
-  return stride == 1 ? filter_tile_of<T, 0, 1> : filter_tile_of<T, 0, 2>;
+  // Hard-swish takes the kernel size at run time: tiles of its own would be as much code again.
+  if constexpr (!std::is_same_v<A, HardSwish>) {
+    if (kernel == 3) return tiles_of<T, A, POOLS, 3>(stride);
+    if (kernel == 5) return tiles_of<T, A, POOLS, 5>(stride);
+  }
+  return tiles_of<T, A, POOLS, 0>(stride);
 }
 
 // What a thread keeps while it goes down the rows of one image and group of channels.
-template <typename T>
+template <typename T, typename A, bool POOLS>
 struct Band {
   const BlockLayer& layer;
   const BlockShape& shape;
@@ -162,6 +176,7 @@ struct Band {
 
   void expand_piece(const Activations<T>& x, Range pixels, bool fetch,
                     const int32_t* offsets) const {
+    const A act(layer.activation);
     for (int64_t i = panels.begin; i < panels.end; i++) {
       const Panel panel(i, units_of<T>(layer.channels));
       float* const ring = unit_ring(panel.unit);
@@ -176,7 +191,7 @@ struct Band {
 #pragma GCC unroll 4
                             for (int part = 0; part < kParts; part++)
                               store(out + to[p] + part * kLanes,
-                                    silu_as<T>(load(in + part * kLanes)));
+                                    activate_as<T>(act, load(in + part * kLanes)));
                         }
                       });
     }
@@ -196,19 +211,18 @@ struct Band {
     }
   }
 
-  // Output rows of one step from the ring.
-  void filter(const Activations<T>& y, int64_t step, float* partial) const {
+  // Output rows from the ring, to y, which begins with row `first`; the sums of y to partial.
+  void filter(const Activations<T>& y, Range rows, int64_t first, float* partial) const {
     const int64_t kernel = layer.kernel, ow = shape.horizontal.out, stride = layer.stride;
-    const Range rows = {step * shape.rows, min_of(shape.vertical.out, (step + 1) * shape.rows)};
-    const ChooseTile<T> tile_of = tiles_for<T>(kernel, stride);
+    const ChooseTile<T> tile_of = tiles_for<T, A, POOLS>(kernel, stride);
     const int64_t tiles = ceil_div(ow, kMaxOutputs), least = ow / tiles, larger = ow % tiles;
     const float* window[kMaxKernel];
     for (int64_t unit = group.begin; unit < group.end; unit++) {
       T* const out = y.unit(unit);
       if (unit >= units) {
-        for (int64_t p = rows.begin * ow; p < rows.end * ow; p++)
+        for (int64_t p = (rows.begin - first) * ow; p < (rows.end - first) * ow; p++)
           std::memset(out + p * kBlock<T>, 0, sizeof(T) * kUnit);
-        std::memset(partial + unit * kUnit, 0, sizeof(float) * kUnit);
+        if (POOLS) std::memset(partial + unit * kUnit, 0, sizeof(float) * kUnit);
         continue;
       }
       const float* const weight = layer.filter + unit * kernel * kernel * kUnit;
@@ -220,18 +234,66 @@ struct Band {
           const int64_t top = row * stride - shape.vertical.before;
           for (int64_t i = 0; i < kernel; i++)
             window[i] = unit_ring(unit) + row_offset(top + i) + lane;
-          T* to = out + row * ow * kBlock<T> + lane;
+          T* to = out + (row - first) * ow * kBlock<T> + lane;
           for (int64_t i = 0, column = 0; i < tiles; i++) {
             const int64_t outputs = least + (i < larger);
-            total += tile_of(outputs)(to, window, column, weight + lane, shift, kernel);
+            total += tile_of(outputs)(to, window, column, weight + lane, shift, layer);
             to += outputs * kBlock<T>, column += outputs * stride * kUnit;
           }
         }
-        store(partial + unit * kUnit + lane, total);
+        if (POOLS) store(partial + unit * kUnit + lane, total);
       }
     }
   }
 };
+
+template <typename T, typename A, bool POOLS>
+bool run(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
+         const BlockMemory<T>& memory, int64_t l2, bool amx, Team team, StemRows<T>* stem,
+         int64_t first) {
+  const int64_t units = units_of<T>(layer.channels), panels = Panel::count(units);
+  // As many channels as the L2 cache has room for beside a step's rows of x. Where rows are few, a
+  // team divides the channels: dividing rows computes the halo twice.
+  const int64_t rows_of_x = shape.slots * shape.w * words_of<T>(layer.in_channels);
+  const int64_t room = max_of(l2 / 8, l2 * 5 / 8 - rows_of_x * 4) / 4;
+  const int64_t fitting = min_of(room, memory.ring_floats) / shape.unit_ring();  // units
+  int64_t groups = ceil_div(panels, max_of(1, (fitting - kMaxUnits) / kTileUnits + 1));
+  const int64_t halo = layer.kernel - layer.stride;
+  const bool few_rows = shape.h < 12 * halo * team.size || shape.steps < team.size;
+  if (x.count % team.size && few_rows) groups = ceil_div(groups, team.size) * team.size;
+  groups = min_of(groups, panels);
+  const bool projects = groups == 1 && projects_rows<T>(layer);
+  const Range part = team.part(groups * x.count * shape.steps);
+  if (stem) stem->begin();
+  for (int64_t i = part.begin, next_row = 0; i < part.end; i++) {
+    const int64_t step = i % shape.steps, n = i / shape.steps % x.count;
+    const Range of_group = part_of(panels, groups, i / shape.steps / x.count);
+    const Range group = Panel::units_of(of_group, units);
+    const Band<T, A, POOLS> band = {
+        layer, shape, memory, stem, amx, ceil_div(layer.channels, kUnit), of_group, group};
+    const Range rows = {step * shape.rows, min_of(shape.vertical.out, (step + 1) * shape.rows)};
+    const int64_t top = rows.begin * layer.stride - shape.vertical.before;
+    const int64_t bottom = (rows.end - 1) * layer.stride - shape.vertical.before + layer.kernel;
+    if (i == part.begin || step == 0) {
+      band.clear_borders();
+      next_row = top;
+    }
+    band.fill({x[n], shape.in_pixels(), layer.in_channels}, first + n, next_row, bottom);
+    next_row = bottom;
+    float* const partial = memory.partial + (n * shape.steps + step) * units * kUnit;
+    if (!projects) {
+      T* const filtered = memory.filtered + n * memory.filtered_size;
+      band.filter({filtered, shape.pixels(), layer.channels}, rows, 0, partial);
+      continue;
+    }
+    const int64_t ow = shape.horizontal.out;
+    const Activations<T> filtered = {memory.rows, rows.size() * ow, layer.channels};
+    band.filter(filtered, rows, rows.begin, partial);
+    project_pixels<T>(layer, filtered, {x[n], shape.pixels(), layer.out_channels},
+                      {y[n], shape.pixels(), layer.out_channels}, rows.begin * ow, amx);
+  }
+  return projects;
+}
 
 }  // namespace
 
@@ -254,46 +316,22 @@ BlockShape::BlockShape(const BlockLayer& layer, int64_t h, int64_t w)
 }
 
 template <typename T>
-void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
+bool run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
                 const BlockMemory<T>& memory, int64_t l2, bool amx, Team team, StemRows<T>* stem,
                 int64_t first) {
-  const int64_t units = units_of<T>(layer.channels), panels = Panel::count(units);
-  // As many channels as the L2 cache has room for beside a step's rows of x. Where rows are few, a
-  // team divides the channels: dividing rows computes the halo twice.
-  const int64_t rows_of_x = shape.slots * shape.w * words_of<T>(layer.in_channels);
-  const int64_t room = max_of(l2 / 8, l2 * 5 / 8 - rows_of_x * 4) / 4;
-  const int64_t fitting = min_of(room, memory.ring_floats) / shape.unit_ring();  // units
-  int64_t groups = ceil_div(panels, max_of(1, (fitting - kMaxUnits) / kTileUnits + 1));
-  const int64_t halo = layer.kernel - layer.stride;
-  const bool few_rows = shape.h < 12 * halo * team.size || shape.steps < team.size;
-  if (x.count % team.size && few_rows) groups = ceil_div(groups, team.size) * team.size;
-  groups = min_of(groups, panels);
-  const Range part = team.part(groups * x.count * shape.steps);
-  if (stem) stem->begin();
-  for (int64_t i = part.begin, next_row = 0; i < part.end; i++) {
-    const int64_t step = i % shape.steps, n = i / shape.steps % x.count;
-    const Range of_group = part_of(panels, groups, i / shape.steps / x.count);
-    const Range group = Panel::units_of(of_group, units);
-    const Band<T> band = {layer,    shape, memory, stem, amx, ceil_div(layer.channels, kUnit),
-                          of_group, group};
-    const int64_t top = step * shape.rows * layer.stride - shape.vertical.before;
-    const int64_t last = min_of(shape.vertical.out, (step + 1) * shape.rows) - 1;
-    const int64_t bottom = last * layer.stride - shape.vertical.before + layer.kernel;
-    if (i == part.begin || step == 0) {
-      band.clear_borders();
-      next_row = top;
-    }
-    band.fill({x[n], shape.in_pixels(), layer.in_channels}, first + n, next_row, bottom);
-    next_row = bottom;
-    band.filter({memory.filtered + n * memory.filtered_size, shape.pixels(), layer.channels}, step,
-                memory.partial + (n * shape.steps + step) * units * kUnit);
-  }
+  return with_activation(layer.activation, [&]<typename A>() {
+    // Beside a clamp the sums would be felt, beside a SiLU they are not.
+    if constexpr (std::is_same_v<A, Clamp>)
+      if (layer.se_channels == 0)
+        return run<T, A, false>(layer, shape, x, y, memory, l2, amx, team, stem, first);
+    return run<T, A, true>(layer, shape, x, y, memory, l2, amx, team, stem, first);
+  });
 }
 
-template void run_filter(const BlockLayer&, const BlockShape&, Images<float>,
+template bool run_filter(const BlockLayer&, const BlockShape&, Images<float>, Images<float>,
                          const BlockMemory<float>&, int64_t, bool, Team, StemRows<float>*, int64_t);
 #if defined(__AVX512BF16__)
-template void run_filter(const BlockLayer&, const BlockShape&, Images<bf16>,
+template bool run_filter(const BlockLayer&, const BlockShape&, Images<bf16>, Images<bf16>,
                          const BlockMemory<bf16>&, int64_t, bool, Team, StemRows<bf16>*, int64_t);
 #endif
 

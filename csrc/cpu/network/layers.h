@@ -42,6 +42,7 @@ struct BlockMemory {
   float* weights;  // [images] gated projection weights
   float* ring;     // of this thread: expanded rows, then the offset of each pixel in them
   float* pooled;  // of this thread: [units * 16], as many for the gate, kOwnHidden where not shared
+  T* rows;        // of this thread: a step's rows of filtered, where they are projected at once
   int64_t ring_floats;
   int64_t filtered_size, weights_size;  // from one image to the next, in elements and words
 };
@@ -59,20 +60,25 @@ void run_stem(const NetworkArgs& args, const StemShape& shape, int64_t first, Im
               float* scratch, Team team);
 template <typename T>
 class StemRows;
-// stem: where not null, image n of x is what it makes of image first + n.
+// stem: where not null, image n of x is what it makes of image first + n. Returns whether it has
+// projected as well: y is then complete, and filtered is not there.
 template <typename T>
-void run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x,
+bool run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
                 const BlockMemory<T>& memory, int64_t l2, bool amx, Team team, StemRows<T>* stem,
                 int64_t first);
+// Pixels of y from `first` on, of which `in` has the depthwise results.
+template <typename T>
+void project_pixels(const BlockLayer& layer, const Activations<T>& in, const Activations<T>& x,
+                    const Activations<T>& y, int64_t first, bool amx);
 template <typename T>
 void run_excite(const BlockLayer& layer, const BlockShape& shape, int64_t images,
                 const BlockMemory<T>& memory, Team team);
 template <typename T>
 void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
                  const BlockMemory<T>& memory, int64_t l2, bool amx, Team team);
-// Convolution, SiLU and mean over the pixels: pooled [C / block][images][block].
+// Convolution, activation and mean over the pixels: pooled [C / block][images][block].
 template <typename T>
-void run_head(const Product& head, int64_t pixels, Images<T> x, Activations<T> pooled,
+void run_head(const HeadLayer& head, int64_t pixels, Images<T> x, Activations<T> pooled,
               int64_t first, bool amx, Team team);
 // y [images][out_channels] of pooled features.
 template <typename T>
@@ -85,7 +91,16 @@ void run_tap(int64_t channels, int64_t pixels, Images<T> x, float* y, Team team)
 // Whether the gate rides on the projection's weights rather than on its operand.
 template <typename T>
 inline bool gates_weights(const BlockLayer& layer, const BlockShape& shape) {
-  return units_of<T>(layer.out_channels) * kUnit <= shape.pixels();
+  return layer.se_channels > 0 && units_of<T>(layer.out_channels) * kUnit <= shape.pixels();
+}
+
+constexpr int64_t kCut = 512;  // words of K that a projection takes at once, of more near as many
+
+// Whether rows may be projected as soon as they are filtered: no gate has to wait for all of them,
+// and the products are added up in the same order.
+template <typename T>
+inline bool projects_rows(const BlockLayer& layer) {
+  return layer.se_channels == 0 && words_of<T>(layer.channels) <= kCut;
 }
 
 }  // namespace EFFNET_ISA

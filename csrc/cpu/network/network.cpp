@@ -81,6 +81,10 @@ class Network {
       // At the least the rings of the widest panel fit, whatever the caches.
       ring_ = max_of(ring_, kMaxUnits * shape.unit_ring());
       offsets_ = max_of(offsets_, shape.slots * shape.w);
+      if (projects_rows<T>(layer)) {
+        const int64_t pixels = shape.rows * shape.horizontal.out;
+        rows_ = max_of(rows_, floats_of<T>(Activations<T>::size(pixels, layer.channels)));
+      }
       means_ = max_of(means_, 2 * units_of<T>(layer.channels) * kUnit + kOwnHidden);
     }
     ring_ = max_of(ring_, args.l2 * 5 / 8 / 4);
@@ -141,7 +145,8 @@ class Network {
     const int64_t n = args_.n, pooled = Activations<T>::size(n, pooled_channels_);
     boundary_.data = reinterpret_cast<T*>(arena.take(floats_of<T>(boundary_.stride * n)));
     pooled_ = {reinterpret_cast<T*>(arena.take(floats_of<T>(pooled))), n, pooled_channels_};
-    thread_floats_ = (ring_ + offsets_ + means_ + stem_.scratch(*args_.stem)) / kUnit * kUnit + 64;
+    const int64_t scratch = stem_.scratch(*args_.stem);
+    thread_floats_ = (rows_ + ring_ + offsets_ + means_ + scratch) / kUnit * kUnit + 64;
     threads_at_ = arena.take(thread_floats_ * args_.threads);
   }
 
@@ -152,8 +157,9 @@ class Network {
             partial_at_ + slot * phase.partial,
             hidden_at_ + slot * phase.hidden,
             weights_at_ + slot * phase.weights,
-            own,
-            own + ring_ + offsets_,
+            own + rows_,
+            own + rows_ + ring_ + offsets_,
+            reinterpret_cast<T*>(own),
             ring_,
             phase.filtered,
             phase.weights};
@@ -189,13 +195,17 @@ class Network {
       const BlockLayer& layer = args_.blocks[i];
       const BlockShape& shape = shapes_[i];
       const Images<T> x = narrow(i, first, count, slot), y = narrow(i + 1, first, count, slot);
-      run_filter(layer, shape, x, at, args_.l2, args_.amx, team,
-                 i == 0 && joins_stem() ? &stem : nullptr, first);
+      const bool projected = run_filter(layer, shape, x, y, at, args_.l2, args_.amx, team,
+                                        i == 0 && joins_stem() ? &stem : nullptr, first);
       team.wait();
-      run_excite(layer, shape, count, at, team);
-      team.wait();
-      run_project(layer, shape, x, y, at, args_.l2, args_.amx, team);
-      team.wait();
+      if (layer.se_channels > 0) {
+        run_excite(layer, shape, count, at, team);
+        team.wait();
+      }
+      if (!projected) {
+        run_project(layer, shape, x, y, at, args_.l2, args_.amx, team);
+        team.wait();
+      }
       tap(layer.tap, layer.out_channels, shape.pixels(), y, first, team);
     }
   }
@@ -234,7 +244,7 @@ class Network {
   int64_t early_blocks_ = 0;  // early blocks, for which each thread has an image of its own
   Phase<T> early_, late_;
   int64_t pixels_, pooled_channels_ = 0;
-  int64_t ring_ = 0, offsets_ = 0, means_ = 0, thread_floats_ = 0;
+  int64_t rows_ = 0, ring_ = 0, offsets_ = 0, means_ = 0, thread_floats_ = 0;  // of a thread
   Images<T> boundary_ = {nullptr, 0, 0};  // of all images; without early blocks none
   T *narrow_at_[2], *filtered_at_;
   float *partial_at_, *hidden_at_, *weights_at_, *threads_at_;

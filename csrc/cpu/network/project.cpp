@@ -1,6 +1,6 @@
 // Projection of a block in inference, and what follows the last block: head, pool, classifier.
 //
-// Computes: y = x W + b, BatchNorm folded in, + residual; head: mean over pixels of silu(x W + b)
+// Computes: y = x W + b, BatchNorm folded in, + residual; head: mean over pixels of act(x W + b)
 // Layout:   blocks of one cache line and packed weights, see args.h
 // Bytes:    x once per panel of output channels from cache, weights once per thread, y once
 // FLOPs:    2 Cin per element of y
@@ -34,6 +34,22 @@ EFFNET_INLINE void store_panel(const Activations<T>& y, const Activations<T>& x,
 }  // namespace
 
 template <typename T>
+void project_pixels(const BlockLayer& layer, const Activations<T>& in, const Activations<T>& x,
+                    const Activations<T>& y, int64_t first, bool amx) {
+  const int64_t units = units_of<T>(layer.out_channels);
+  for (int64_t i = 0; i < Panel::count(units); i++) {
+    const Panel panel(i, units);
+    multiply_chunks(in, {0, in.pixels}, layer.project, panel, amx, i == 0,
+                    [&](int64_t pixel, int64_t count, const float* results) {
+                      if (layer.residual)
+                        store_panel<T, true>(y, x, panel, first + pixel, count, results);
+                      else
+                        store_panel<T, false>(y, x, panel, first + pixel, count, results);
+                    });
+  }
+}
+
+template <typename T>
 void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
                  const BlockMemory<T>& memory, int64_t l2, bool amx, Team team) {
   const int64_t pixels = shape.pixels(), units = units_of<T>(layer.out_channels);
@@ -41,7 +57,6 @@ void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, 
   const bool own_weights = gates_weights<T>(layer, shape);
   // A part of the operand stays in the L2 cache while the panels of weights pass by, each once: K
   // is cut where a part of it would have few pixels.
-  constexpr int64_t kCut = 512;
   const int64_t k_parts = ceil_div(words, kCut), k_words = ceil_div(words, k_parts * kUnit) * kUnit;
   // The results of one panel fit the thread's memory.
   const int64_t fitting = memory.ring_floats / (kMaxUnits * kUnit);  // pixels times panels
@@ -83,9 +98,12 @@ void run_project(const BlockLayer& layer, const BlockShape& shape, Images<T> x, 
   }
 }
 
-template <typename T>
-void run_head(const Product& head, int64_t pixels, Images<T> x, Activations<T> pooled,
-              int64_t first_image, bool amx, Team team) {
+namespace {
+
+template <typename T, typename A>
+void pool_panels(const HeadLayer& head, int64_t pixels, Images<T> x, Activations<T> pooled,
+                 int64_t first_image, bool amx, Team team) {
+  const A act(head.activation);
   const int64_t units = units_of<T>(head.out_channels), panels = Panel::count(units);
   const float factor = 1.0f / static_cast<float>(pixels);
   const Range part = team.part(panels * x.count);
@@ -98,13 +116,24 @@ void run_head(const Product& head, int64_t pixels, Images<T> x, Activations<T> p
                       const int64_t vectors = panel.units * kParts;
                       for (int64_t p = 0; p < count; p++)
                         for (int64_t v = 0; v < vectors; v++)
-                          sums[v] += silu_as<T>(load(results + (p * vectors + v) * kLanes));
+                          sums[v] +=
+                              activate_as<T>(act, load(results + (p * vectors + v) * kLanes));
                     });
     for (int64_t u = 0; u < panel.units; u++)
       for (int part = 0; part < kParts; part++)
         store(pooled.unit(panel.unit + u) + (first_image + n) * kBlock<T> + part * kLanes,
               sums[u * kParts + part] * factor);
   }
+}
+
+}  // namespace
+
+template <typename T>
+void run_head(const HeadLayer& head, int64_t pixels, Images<T> x, Activations<T> pooled,
+              int64_t first_image, bool amx, Team team) {
+  with_activation(head.activation, [&]<typename A>() {
+    pool_panels<T, A>(head, pixels, x, pooled, first_image, amx, team);
+  });
 }
 
 template <typename T>
@@ -138,11 +167,14 @@ void run_tap(int64_t channels, int64_t pixels, Images<T> x, float* y, Team team)
   }
 }
 
-#define EFFNET_LAYERS(T)                                                                           \
-  template void run_project(const BlockLayer&, const BlockShape&, Images<T>, Images<T>,            \
-                            const BlockMemory<T>&, int64_t, bool, Team);                           \
-  template void run_head(const Product&, int64_t, Images<T>, Activations<T>, int64_t, bool, Team); \
-  template void run_classifier(const Product&, Activations<T>, float*, bool, Team);                \
+#define EFFNET_LAYERS(T)                                                                        \
+  template void project_pixels(const BlockLayer&, const Activations<T>&, const Activations<T>&, \
+                               const Activations<T>&, int64_t, bool);                           \
+  template void run_project(const BlockLayer&, const BlockShape&, Images<T>, Images<T>,         \
+                            const BlockMemory<T>&, int64_t, bool, Team);                        \
+  template void run_head(const HeadLayer&, int64_t, Images<T>, Activations<T>, int64_t, bool,   \
+                         Team);                                                                 \
+  template void run_classifier(const Product&, Activations<T>, float*, bool, Team);             \
   template void run_tap(int64_t, int64_t, Images<T>, float*, Team);
 EFFNET_LAYERS(float)
 #if defined(__AVX512BF16__)

@@ -1,12 +1,12 @@
-// The stem: a small dense convolution of the image, BatchNorm and SiLU.
+// The stem: a small dense convolution of the image, BatchNorm and activation.
 //
-// Computes: y = silu(conv(x, W) + b), BatchNorm folded in
+// Computes: y = act(conv(x, W) + b), BatchNorm folded in
 // Layout:   x [N,Cin,H,W] with any strides, fp32 or bf16; W [units][Cin * Kh * Kw][16]; y in blocks
 //           of one cache line, see args.h
 // Bytes:    x about once, y once; y never reaches memory where the first block takes its rows
-// FLOPs:    2 Cin Kh Kw + about 15 per element of y
+// FLOPs:    2 Cin Kh Kw + about 15 per element of y with SiLU, 2 with clamp
 // Source:   original
-// Truth:    effnet_fast/reference/pointwise_bn_act.py, as conv2d + batch_norm + silu
+// Truth:    effnet_fast/reference/pointwise_bn_act.py, as conv2d + batch_norm + activation
 #include "cpu/network/stem.h"
 
 namespace effnet {

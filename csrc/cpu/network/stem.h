@@ -102,6 +102,13 @@ class StemRows {
   // Writes units [begin, end) of the row: pixels `step` elements apart from row_of(unit) on.
   template <typename RowOf>
   void write(Range units, int64_t step, const RowOf& row_of) const {
+    with_activation(layer_.activation,
+                    [&]<typename A>() { write_with(A(layer_.activation), units, step, row_of); });
+  }
+
+ private:
+  template <typename A, typename RowOf>
+  void write_with(const A& act, Range units, int64_t step, const RowOf& row_of) const {
     alignas(64) float buffer[kTilePixels * kTileUnits * kUnit];
     const int64_t ow = shape_.horizontal.out;
     for (int64_t p = 0; p < ow; p += kTilePixels)
@@ -120,14 +127,13 @@ class StemRows {
           for (int64_t i = 0; i < min_of(kTilePixels, ow - p); i++) {
 #pragma GCC unroll 4
             for (int part = 0; part < kParts; part++)
-              store(to + part * kLanes, silu_as<T>(load(in + part * kLanes)));
+              store(to + part * kLanes, activate_as<T>(act, load(in + part * kLanes)));
             in += at_once * kUnit, to += step;
           }
         }
       }
   }
 
- private:
   // A pixel from its taps inside of the image: of an infinite weight 0 * x is NaN.
   void without_padding(float* out, int64_t unit, int64_t pixel) const {
     const float* weight = layer_.weight + unit * taps_ * kUnit;

@@ -1,6 +1,6 @@
-// Depthwise convolution with BatchNorm and SiLU, forward.
+// Depthwise convolution with BatchNorm and activation, forward.
 //
-// Computes: eval      y = silu(conv(x, weight) * scale + shift), and the sums of y over each chunk
+// Computes: eval      y = act(conv(x, weight) * scale + shift), and the sums of y over each chunk
 //           training  z = conv(x, weight), and (mean, M2) of z - pivot, as stored, over
 //           each chunk, with the pivot
 // Layout:   channels-last, any strides over N, H, W
@@ -10,11 +10,14 @@
 //           vectors of fp32 inside the image are read where they lie. All else (borders, bf16,
 //           channels that do not fill a vector) is copied first into a patch that stays in L1
 // Bytes:    x once (K - 1 rows more per group, from the L2 cache), y once
-// FLOPs:    2 * K * K per output, and about 20 for the SiLU
+// FLOPs:    2 * K * K per output, and about 20 for SiLU, 4 for clamp
 // Source:   original; Chan, Golub, LeVeque 1983 for merging (count, mean, M2)
 // Truth:    effnet_fast/reference/dwconv_bn_silu.py
 #include "cpu/kernels.h"
 #include "cpu/ops/dwconv_tiles.h"
+#include "cpu/simd/activations.h"
+
+#include <type_traits>
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -23,6 +26,9 @@ namespace {
 constexpr int64_t kMaxRows = 8;          // output rows of a tile
 constexpr int64_t kMaxRowsBeyondL2 = 2;  // the same where an image does not fit L2
 constexpr int64_t kTileBytes = 1 << 20;  // x of a tile, all channels of a block
+
+// In training, in an activation's place.
+struct Statistics {};
 
 struct Task {
   const DwconvForwardArgs& args;
@@ -74,7 +80,7 @@ EFFNET_INLINE void merge_statistics(const Vec* z, int64_t count, float* sums) {
 
 // Output columns [ow, ow + TILE) of a group's rows. `ahead`: x where the next tile begins to read
 // what this one has not read.
-template <typename T, int K, int STEP, bool TRAINING, int TILE>
+template <typename T, int K, int STEP, typename A, int TILE>
 EFFNET_NOINLINE void run_tile(const Task& task, const Group& group, int64_t ow, const T* ahead,
                               int64_t count) {
   const DwconvForwardArgs& args = task.args;
@@ -96,16 +102,17 @@ EFFNET_NOINLINE void run_tile(const Task& task, const Group& group, int64_t ow, 
       Vec acc[TILE] = {};
       for (int64_t kh = row.kh_begin; kh < row.kh_end; kh++, from += in.row)
         correlate<K, STEP, TILE>(acc, from, in.pixel, weight + kh * k * kLanes, k);
-      if constexpr (TRAINING) {
+      if constexpr (std::is_same_v<A, Statistics>) {
 #pragma GCC unroll 8
         for (int t = 0; t < TILE; t++) acc[t] = as_stored<T>(acc[t]);
         merge_statistics<TILE>(acc, count + i * TILE, sums);
       } else {
         const Vec scale = load(task.scale + v * kLanes), shift = load(task.shift + v * kLanes);
+        const A act(args.activation);
         Vec pool = load(sums);
 #pragma GCC unroll 8
         for (int t = 0; t < TILE; t++) {
-          acc[t] = as_stored<T>(silu(acc[t] * scale + shift));
+          acc[t] = as_stored<T>(act.value(acc[t] * scale + shift));
           pool += acc[t];
         }
         store(sums, pool);
@@ -120,7 +127,7 @@ EFFNET_NOINLINE void run_tile(const Task& task, const Group& group, int64_t ow, 
   }
 }
 
-template <typename T, int K, int STEP, bool TRAINING>
+template <typename T, int K, int STEP, typename A>
 void run_rows(const Task& task, Range rows) {
   const DwconvShape& s = task.args.shape;
   const RowTiles tiles(s.ow);
@@ -143,9 +150,8 @@ void run_rows(const Task& task, Range rows) {
       else if (task.fetch_ahead && i + 1 < groups)
         ahead = pixel<T>(task.args.x, task.n, min_of(below, s.h - group.size * STEP), 0);
       if (ahead) ahead += task.block.c0;
-      with_tile(size, [&]<int TILE>() {
-        run_tile<T, K, STEP, TRAINING, TILE>(task, group, ow, ahead, count);
-      });
+      with_tile(size,
+                [&]<int TILE>() { run_tile<T, K, STEP, A, TILE>(task, group, ow, ahead, count); });
       ow += size;
       count += size * group.size;
     }
@@ -162,7 +168,7 @@ void write_partials(const Task& task, int64_t chunk) {
               load(task.sums + (v * 3 + plane) * kLanes), task.block.lanes(v));
 }
 
-template <typename T, int K, int STEP, bool TRAINING>
+template <typename T, int K, int STEP, typename A>
 bool forward(const DwconvForwardArgs& args) {
   const DwconvShape& s = args.shape;
   const int64_t chunks = row_chunks(s.oh), kk = s.k * s.k;
@@ -184,35 +190,37 @@ bool forward(const DwconvForwardArgs& args) {
     const Task task = {args, block, n, fetch_ahead, weight, scale, shift, sums, at};
     std::memset(sums, 0, sizeof(float) * static_cast<size_t>(at - sums));
     pack_weight(weight, args.weight, args.weight_dtype, kk, block);
-    if (!TRAINING) {
+    if (!args.training) {
       pack_vector(scale, args.scale, block);
       pack_vector(shift, args.shift, block);
     }
-    run_rows<T, K, STEP, TRAINING>(task, part_of(s.oh, chunks, chunk));
+    run_rows<T, K, STEP, A>(task, part_of(s.oh, chunks, chunk));
     write_partials(task, chunk);
   }
   return true;
 }
 
-template <typename T, int K, int STEP>
-bool by_mode(const DwconvForwardArgs& args) {
-  return args.training ? forward<T, K, STEP, true>(args) : forward<T, K, STEP, false>(args);
+template <typename T, typename A>
+bool by_shape(const DwconvForwardArgs& args) {
+  const bool dense = args.shape.stride == 1;
+  // Hard-swish takes the kernel size at run time: the tiles of its own would be a third more code.
+  if constexpr (!std::is_same_v<A, HardSwish>) {
+    if (args.shape.k == 3) return dense ? forward<T, 3, 1, A>(args) : forward<T, 3, 2, A>(args);
+    if (args.shape.k == 5) return dense ? forward<T, 5, 1, A>(args) : forward<T, 5, 2, A>(args);
+  }
+  return dense ? forward<T, 0, 1, A>(args) : forward<T, 0, 2, A>(args);
 }
 
 template <typename T>
-bool by_shape(const DwconvForwardArgs& args) {
-  const int64_t k = args.shape.k;
-  if (args.shape.stride == 1)
-    return k == 3   ? by_mode<T, 3, 1>(args)
-           : k == 5 ? by_mode<T, 5, 1>(args)
-                    : by_mode<T, 0, 1>(args);
-  return k == 3 ? by_mode<T, 3, 2>(args) : k == 5 ? by_mode<T, 5, 2>(args) : by_mode<T, 0, 2>(args);
+bool by_mode(const DwconvForwardArgs& args) {
+  if (args.training) return by_shape<T, Statistics>(args);
+  return with_activation(args.activation, [&]<typename A>() { return by_shape<T, A>(args); });
 }
 
 }  // namespace
 
 bool dwconv_forward(const DwconvForwardArgs& args) {
-  return args.dtype == DType::kFloat32 ? by_shape<float>(args) : by_shape<bf16>(args);
+  return args.dtype == DType::kFloat32 ? by_mode<float>(args) : by_mode<bf16>(args);
 }
 
 }  // namespace EFFNET_ISA

@@ -1,13 +1,12 @@
-// Depthwise convolution with BatchNorm and SiLU, backward: data and weight gradients in one pass.
+// Depthwise convolution with BatchNorm and activation, backward: data and weight in one pass.
 //
-// Computes: du = grad_y * silu'(z * scale + shift)
+// Computes: du = grad_y * act'(z * scale + shift)
 //           dz = scale * (du - mean(du) - zh * mean(du * zh))
 //           grad_x = conv_transpose(dz, weight), grad_weight = correlate(x, dz)
 //           (eval: the two means are absent)
 // Layout:   channels-last, any strides over N, H, W
 // Tiling:   a task owns a group of images' chunks of up to 16 rows and a block of channels, and
-// goes
-//           through groups of 4 rows of dz. dz is formed once per element, in the order of
+//           goes through groups of 4 rows of dz. dz is formed once per element, in the order of
 //           addresses, into planes of fp32 in the L2 cache, one per row and channel vector; then
 //           each channel vector's planes yield its rows of grad_x and, with x read as in the
 //           forward pass, its part of the weight gradient
@@ -17,6 +16,7 @@
 // Truth:    effnet_fast/reference/dwconv_bn_silu.py
 #include "cpu/kernels.h"
 #include "cpu/ops/dwconv_tiles.h"
+#include "cpu/simd/activations.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -45,10 +45,12 @@ struct Layout {
 struct Task {
   const DwconvBackwardArgs& args;
   const Layout& layout;
+  void (*stage_dz)(const Task&, int64_t oh);  // of this call's activation
   ChannelBlock block;
   int64_t n, chunk;
   bool fetch_ahead;  // x comes from further than the L2 cache
-  float *patch, *planes, *weight, *flipped, *grad_weight, *vectors;
+  float *patch, *planes = nullptr, *weight = nullptr, *flipped = nullptr;
+  float *grad_weight = nullptr, *vectors = nullptr;
 
   // Rows of dz go round `layout.rows` slots.
   int64_t slot(int64_t oh) const { return oh % layout.rows; }
@@ -91,7 +93,7 @@ void pack_vectors(const Task& task) {
 
 // Forms row oh of dz between zero columns, in the order of addresses. Meanwhile the rows of x that
 // its weight gradient is the first to meet are fetched, where they lie beyond the L2 cache.
-template <typename T>
+template <typename T, typename A>
 void stage_dz(const Task& task, int64_t oh) {
   const DwconvBackwardArgs& args = task.args;
   const int64_t vecs = task.block.vecs, pitch = task.layout.pitch * kLanes;
@@ -103,9 +105,10 @@ void stage_dz(const Task& task, int64_t oh) {
     for (int64_t j = 0; j < begin; j++) store(planes + v * pitch + j * kLanes, Vec{});
     for (int64_t j = end; j < task.layout.pitch; j++) store(planes + v * pitch + j * kLanes, Vec{});
   }
+  const A act(args.activation);
   const auto form = [&](const float* vectors, Vec zv, Vec dy) {
     const Vec scale = load(vectors + kScale * kLanes);
-    const Vec du = dy * silu_grad(zv * scale + load(vectors + kShift * kLanes));
+    const Vec du = dy * act.slope(zv * scale + load(vectors + kShift * kLanes));
     return scale * du + ((zv - load(vectors + kMean * kLanes)) * load(vectors + kSlope * kLanes) +
                          load(vectors + kOffset * kLanes));
   };
@@ -327,7 +330,7 @@ void run_chunk(const Task& task) {
   }
   for (int64_t oh = rows.begin; oh < rows.end; oh += kGroupRows) {
     const Range group = {oh, min_of(rows.end, oh + kGroupRows)};
-    for (int64_t i = group.begin; i < group.end; i++) stage_dz<T>(task, i);
+    for (int64_t i = group.begin; i < group.end; i++) task.stage_dz(task, i);
     const Range with_weight = {max_of(group.begin, own.begin), min_of(group.end, own.end)};
     if (weight && with_weight.size() > 0) add_grad_weight<T, K, STEP>(task, with_weight);
     // The rows of grad_x whose dz is complete.
@@ -348,6 +351,7 @@ bool backward(const DwconvBackwardArgs& args) {
   const Blocks blocks(s.c, tasks, args.threads, kPlaneBytes / (layout.floats_per_vec * 4));
   const int64_t floats = layout.patch + blocks.vecs * layout.floats_per_vec;
   const bool fetch_ahead = args.grad_weight && beyond_l2(s, s.n, sizeof(T));
+  const auto stage = with_activation(args.activation, []<typename A>() { return &stage_dz<T, A>; });
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)
@@ -355,8 +359,7 @@ bool backward(const DwconvBackwardArgs& args) {
     const int64_t part = index / blocks.count;
     const ChannelBlock block = blocks[index % blocks.count];
     float* at = scratch + thread_index() * floats;
-    Task task = {args,    layout,  block,   0,      part % layout.chunks, fetch_ahead, at, nullptr,
-                 nullptr, nullptr, nullptr, nullptr};
+    Task task = {args, layout, stage, block, 0, part % layout.chunks, fetch_ahead, at};
     task.planes = task.patch + layout.patch;
     task.weight = task.planes + layout.rows * block.vecs * layout.pitch * kLanes;
     task.flipped = task.weight + kk * block.vecs * kLanes;

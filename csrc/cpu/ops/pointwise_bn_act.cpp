@@ -1,21 +1,24 @@
-// The epilogue of a pointwise convolution: BatchNorm as an affine map, SiLU and the residual.
+// The epilogue of a pointwise convolution: BatchNorm as an affine map, the activation and the
+// residual.
 //
-// Computes: y = act(z * scale + shift) + residual, act silu or identity; y may be z
+// Computes: y = act(z * scale + shift) + residual; y may be z
 // Layout:   contiguous channels-last
 // Bytes:    z once, residual once, y once
-// FLOPs:    about 20 per element with SiLU, 2 or 3 without
+// FLOPs:    about 20 per element with SiLU, 4 or 5 with clamp
 // Source:   original
 // Truth:    effnet_fast/reference/pointwise_bn_act.py
 #include "cpu/kernels.h"
+#include "cpu/simd/activations.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-template <typename T, bool SILU, bool RESIDUAL>
+template <typename T, typename A, bool RESIDUAL>
 bool run(const AffineActArgs& args) {
   const int64_t c = args.shape.c, pixels = args.shape.n * args.shape.hw;
   const bool large = pixels * c > 8192;
+  const A act(args.activation);
 #pragma omp parallel for num_threads(args.threads) schedule(static) if (large)
   for (int64_t p = 0; p < pixels; p++) {
     const T* z = static_cast<const T*>(args.z) + p * c;
@@ -24,7 +27,7 @@ bool run(const AffineActArgs& args) {
     for (int64_t i = 0; i < c; i += kLanes) {
       const int64_t lanes = min_of(kLanes, c - i);
       Vec u = load_n(z + i, lanes) * load_n(args.scale + i, lanes) + load_n(args.shift + i, lanes);
-      if constexpr (SILU) u = silu(u);
+      u = act.value(u);
       if constexpr (RESIDUAL) u += load_n(residual + i, lanes);
       store_n(y + i, u, lanes);
     }
@@ -34,8 +37,9 @@ bool run(const AffineActArgs& args) {
 
 template <typename T>
 bool by_mode(const AffineActArgs& args) {
-  if (args.residual) return args.silu ? run<T, true, true>(args) : run<T, false, true>(args);
-  return args.silu ? run<T, true, false>(args) : run<T, false, false>(args);
+  return with_activation(args.activation, [&]<typename A>() {
+    return args.residual ? run<T, A, true>(args) : run<T, A, false>(args);
+  });
 }
 
 }  // namespace

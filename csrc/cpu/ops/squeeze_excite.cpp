@@ -1,7 +1,7 @@
 // Squeeze-and-excite: pooled mean, two small layers, gate; forward and backward.
 //
-// Computes: pooled = mean_hw(x), hidden = W1 pooled + b1, gate = sigmoid(W2 silu(hidden) + b2),
-//           y = x * gate; backward the sums of x * grad_y, then
+// Computes: pooled = mean_hw(x), hidden = W1 pooled + b1, gate = g(W2 act(hidden) + b2) with g
+//           sigmoid or hard sigmoid, y = x * gate; backward the sums of x * grad_y, then
 //           grad_x = grad_y * gate + grad_pooled / (H * W)
 // Layout:   contiguous channels-last; weights [R,C] and [C,R]; vectors over (n, c) in fp32
 // Bytes:    forward x twice (once where the producer pooled) and y; backward x, grad_y twice and
@@ -10,6 +10,7 @@
 // Source:   Hu, Shen, Sun 2018, "Squeeze-and-Excitation Networks"
 // Truth:    effnet_fast/reference/squeeze_excite.py
 #include "cpu/kernels.h"
+#include "cpu/simd/activations.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -104,15 +105,15 @@ bool run_excite(const ExciteArgs& args) {
   const W* se_reduce_weight = static_cast<const W*>(args.se_reduce_weight);
   const W* se_expand_weight = static_cast<const W*>(args.se_expand_weight);
   const bool is_bf16 = sizeof(W) == 2, large = args.n * c * r > kParallelFrom;
-  float* const activated = args.workspace(args.n * r);
-  if (!activated) return false;
+  float* const values = args.workspace(args.n * r);
+  if (!values) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static) if (large)
   for (int64_t index = 0; index < args.n * r; index++) {
     const int64_t n = index / r, j = index % r;
     const float bias = args.se_reduce_bias ? load_scalar(args.se_reduce_bias, is_bf16, j) : 0.0f;
     const float h = dot(se_reduce_weight + j * c, args.pooled + n * c, c) + bias;
     args.hidden[index] = h;
-    activated[index] = silu(splat(h))[0];
+    values[index] = activated(args.activation, h);
   }
 #pragma omp parallel for num_threads(args.threads) schedule(static) if (large)
   for (int64_t index = 0; index < args.n * ceil_div(c, kLanes); index++) {
@@ -122,9 +123,9 @@ bool run_excite(const ExciteArgs& args) {
     for (int64_t l = 0; l < lanes; l++) {
       const float bias =
           args.se_expand_bias ? load_scalar(args.se_expand_bias, is_bf16, i + l) : 0.0f;
-      logits[l] = dot(se_expand_weight + (i + l) * r, activated + n * r, r) + bias;
+      logits[l] = dot(se_expand_weight + (i + l) * r, values + n * r, r) + bias;
     }
-    store_n(args.gate + n * c + i, sigmoid(load(logits)), lanes);
+    store_n(args.gate + n * c + i, gate_value(args.gate_kind, load(logits)), lanes);
   }
   return true;
 }
@@ -137,10 +138,10 @@ bool run_excite_backward(const ExciteBackwardArgs& args) {
   const W* se_expand_weight = static_cast<const W*>(args.se_expand_weight);
   float* const grad_logit = args.workspace(n * (c + 2 * r));
   if (!grad_logit) return false;
-  float *const activated = grad_logit + n * c, *const block_sums = activated + n * r;
+  float *const values = grad_logit + n * c, *const block_sums = values + n * r;
   for (int64_t i = 0; i < n * c; i++)
-    grad_logit[i] = args.grad_gate[i] * args.gate[i] * (1.0f - args.gate[i]);
-  for (int64_t i = 0; i < n * r; i++) activated[i] = silu(splat(args.hidden[i]))[0];
+    grad_logit[i] = gate_grad(args.gate_kind, args.grad_gate[i], args.gate[i]);
+  for (int64_t i = 0; i < n * r; i++) values[i] = activated(args.activation, args.hidden[i]);
   std::memset(args.grad_hidden, 0, sizeof(float) * n * r);
   std::memset(args.grad_pooled, 0, sizeof(float) * n * c);
 #pragma omp parallel num_threads(args.threads)
@@ -151,7 +152,7 @@ bool run_excite_backward(const ExciteBackwardArgs& args) {
       float bias = 0.0f;
       std::memset(row, 0, sizeof(float) * r);
       for (int64_t b = 0; b < n; b++) {
-        add_scaled(row, activated + b * r, grad_logit[b * c + i], r);
+        add_scaled(row, values + b * r, grad_logit[b * c + i], r);
         bias += grad_logit[b * c + i];
       }
       args.grad_se_expand_bias[i] = bias;
@@ -166,7 +167,7 @@ bool run_excite_backward(const ExciteBackwardArgs& args) {
           add_scaled(sums, se_expand_weight + i * r, grad_logit[b * c + i], r);
         add_scaled(row, sums, 1.0f, r);
       }
-      for (int64_t j = 0; j < r; j++) row[j] *= silu_grad(splat(args.hidden[b * r + j]))[0];
+      for (int64_t j = 0; j < r; j++) row[j] *= slope_of(args.activation, args.hidden[b * r + j]);
       for (int64_t j = 0; j < r; j++)
         add_scaled(args.grad_pooled + b * c, se_reduce_weight + j * c, row[j], c);
     }

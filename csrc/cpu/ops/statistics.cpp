@@ -2,21 +2,23 @@
 // backward.
 //
 // Computes: sums; Chan's merge of (count, mean, M2); sum du and sum du * zh over all pixels with
-//           du = grad_y * silu'(z * scale + shift), zh = (z - mean) * rstd
+//           du = grad_y * act'(z * scale + shift), zh = (z - mean) * rstd
 // Layout:   partials [parts,C], tensors contiguous channels-last
 // Source:   Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance"
 #include "cpu/kernels.h"
+#include "cpu/simd/activations.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-template <typename T>
+template <typename T, typename A>
 bool reduce(const BnReduceArgs& args) {
   const int64_t c = args.shape.c, pixels = args.shape.hw;
   const int64_t chunks = pixel_chunks(pixels);
   const T* const all_z = static_cast<const T*>(args.z);
   const T* const all_dy = static_cast<const T*>(args.grad_y);
+  const A act(args.activation);
   constexpr int64_t kBlock = 8;  // pixels per visit of a channel vector: as many open streams
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -36,7 +38,7 @@ bool reduce(const BnReduceArgs& args) {
         for (int64_t p = begin; p < stop; p++) {
           const Vec z = load_n(all_z + p * c + i, lanes);
           const Vec dy = load_n(all_dy + p * c + i, lanes);
-          const Vec du = dy * silu_grad(z * scale + shift);
+          const Vec du = dy * act.slope(z * scale + shift);
           du_sum += du;
           duzh_sum += du * ((z - mean) * rstd);
         }
@@ -51,7 +53,9 @@ bool reduce(const BnReduceArgs& args) {
 }  // namespace
 
 bool bn_backward_reduce(const BnReduceArgs& args) {
-  return args.dtype == DType::kFloat32 ? reduce<float>(args) : reduce<bf16>(args);
+  return with_activation(args.activation, [&]<typename A>() {
+    return args.dtype == DType::kFloat32 ? reduce<float, A>(args) : reduce<bf16, A>(args);
+  });
 }
 
 bool fold_sum(const FoldArgs& args) {

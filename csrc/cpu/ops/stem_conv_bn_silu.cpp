@@ -1,23 +1,23 @@
-// The stem: a small dense convolution of the image, its statistics or BatchNorm with SiLU, and its
-// weight gradient.
+// The stem: a small dense convolution of the image, its statistics or BatchNorm with an activation,
+// and its weight gradient.
 //
 // Computes: forward   z = conv(x, weight) and (mean, M2) of z - pivot, as stored, over each task;
-//                     or y = silu(z * scale + shift)
+//                     or y = act(z * scale + shift)
 //           backward  dweight = sum over pixels of dz x^T with
-//                     dz = scale * grad_y * silu'(u) + (z - mean) * slope + offset
+//                     dz = scale * grad_y * act'(u) + (z - mean) * slope + offset
 // Layout:   x with any strides; z, y, grad_y channels-last without gaps
 // Tiling:   a task owns output rows. The input rows under one of them are laid out in fp32, pixel
 //           by pixel with their zeros around, in a ring that the next row goes on with; a tile of
 //           pixels times 2 vectors of output channels, or of taps times 2 vectors, is multiplied
 //           from there
 // Bytes:    forward x once, z once; backward grad_y, z, x once
-// FLOPs:    2 * C * Kh * Kw per element of z; about 25 more where SiLU or its slope is taken
+// FLOPs:    2 * C * Kh * Kw per element of z; about 25 for SiLU or its slope, 4 for clamp
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
 // Truth:    effnet_fast/reference/stem_conv_bn_silu.py
-#include "cpu/stem_args.h"
-
 #include "cpu/kernels.h"
+#include "cpu/simd/activations.h"
 #include "cpu/simd/moments.h"
+#include "cpu/stem_args.h"
 
 #include "common/stem_split.h"
 
@@ -177,8 +177,12 @@ EFFNET_INLINE void finish_tile(const float* tile, T* y, int64_t pixels, const St
     const float* from = tile + v * kLanes;
     if (args.scale) {
       const Vec scale = load_n(args.scale + c, lanes), shift = load_n(args.shift + c, lanes);
-      for (int64_t p = 0; p < pixels; p++)
-        store_n(y + p * out + c, silu(load(from + p * VECS * kLanes) * scale + shift), lanes);
+      with_activation(args.activation, [&]<typename A>() {
+        const A act(args.activation);
+        for (int64_t p = 0; p < pixels; p++)
+          store_n(y + p * out + c, act.value(load(from + p * VECS * kLanes) * scale + shift),
+                  lanes);
+      });
       continue;
     }
     if (!moments) {
@@ -265,9 +269,10 @@ bool forward(const StemForwardArgs& args) {
 }
 
 // dz of a row of `pixels` into groups [pixels][VECS * kLanes], zero in lanes beyond the channels.
-template <typename T>
+template <typename T, typename A>
 void form_dz(float* dz, const StemBackwardArgs& args, const T* grad_y, const T* z, int64_t pixels) {
   const int64_t out = args.shape.out, vecs = ceil_div(out, kLanes);
+  const A act(args.activation);
   for (int64_t begin = 0; begin < pixels; begin += kBlock) {
     const int64_t end = min_of(pixels, begin + kBlock);
     for (int64_t v = 0; v < vecs; v++) {
@@ -282,7 +287,7 @@ void form_dz(float* dz, const StemBackwardArgs& args, const T* grad_y, const T* 
       fetch<kBlock>(grad_y + end * out + v * kLanes * kBlock);
       for (int64_t p = begin; p < end; p++) {
         const Vec value = load_n(z + p * out + c, lanes);
-        const Vec du = load_n(grad_y + p * out + c, lanes) * silu_grad(value * scale + shift);
+        const Vec du = load_n(grad_y + p * out + c, lanes) * act.slope(value * scale + shift);
         store(to + p * width, du * scale + ((value - mean) * slope + offset));
       }
     }
@@ -359,6 +364,7 @@ bool backward(const StemBackwardArgs& args) {
   const int64_t floats = row_floats + whole_lines(s.ow * padded(s.out));
   float* const memory = args.workspace(args.threads * floats);
   if (!memory) return false;
+  const auto form = with_activation(args.activation, []<typename A>() { return &form_dz<T, A>; });
 #pragma omp parallel num_threads(args.threads)
   {
     float* const own_memory = memory + omp_get_thread_num() * floats;
@@ -371,7 +377,7 @@ bool backward(const StemBackwardArgs& args) {
       const Range own = part_of(s.n * s.oh, tasks, task);
       for (int64_t row = own.begin; row < own.end; row++) {
         const int64_t first = row * s.ow * s.out;
-        form_dz(dz, args, at<T>(args.grad_y, first), at<T>(args.z, first), s.ow);
+        form(dz, args, at<T>(args.grad_y, first), at<T>(args.z, first), s.ow);
         rows.move_to(row / s.oh, row % s.oh);
         backward_row(grad, s, rows, dz);
       }

@@ -17,17 +17,18 @@ struct GradVectors {
   const float *scale, *mean, *slope, *offset;
 };
 
-// z = conv(x, weight), or of a * gate, a = silu(x * scale + shift); and (mean, M2, pivot) of each
+// z = conv(x, weight), or of a * gate, a = act(x * scale + shift); and (mean, M2, pivot) of each
 // task as stored.
 struct PointwiseForwardArgs {
   int64_t n, hw, c, out;  // channels of x and of z
   DType dtype, weight_dtype;
-  const void* x;       // [N,HW,C]
-  NormVectors norm;    // scale null: x is taken as it is
-  const float* gate;   // [N,C] or null; null where norm.scale is
-  const void* weight;  // [out,C]
-  void* z;             // [N,HW,out]
-  float* partial;      // [N,parts,3,out], parts = pointwise_parts(hw); null: not wanted
+  const void* x;          // [N,HW,C]
+  NormVectors norm;       // scale null: x is taken as it is
+  const float* gate;      // [N,C] or null; null where norm.scale is
+  const void* weight;     // [out,C]
+  void* z;                // [N,HW,out]
+  float* partial;         // [N,parts,3,out], parts = pointwise_parts(hw); null: not wanted
+  Activation activation;  // of x, where norm.scale is
   Workspace workspace;
   int threads;
 };
@@ -42,10 +43,11 @@ struct ProjectBackwardArgs {
   const void* weight;       // [out,C]
   const void* z2;           // [N,HW,C]
   NormVectors norm;         // of z2
-  const float* gate;        // [N,C]
+  const float* gate;        // [N,C]; null without squeeze-and-excite
   void* e;                  // [N,HW,C]; null: not wanted
   float* sums;              // [N,parts,3,C]
   float* grad_weight;       // [tasks,out,C padded]; null: not wanted
+  Activation activation;    // of z2
   Workspace workspace;
   int threads;
 };
@@ -54,15 +56,16 @@ struct ProjectBackwardArgs {
 struct ExpandBackwardArgs {
   int64_t n, hw, c, out;  // channels of x and of z1
   DType dtype, weight_dtype;
-  const void *f, *z1;    // [N,HW,out]; f null where q is not
-  const float* q;        // [N,out] or null: f = q * silu'(u1)
-  const float* shift;    // with q: of u1 = z1 * grad.scale + shift
-  GradVectors grad;      // of z1
-  const void* weight;    // [out,C]
-  const void* x;         // [N,HW,C]
-  const void* residual;  // [N,HW,C] or null
-  void* grad_x;          // [N,HW,C]; null: not wanted
-  float* grad_weight;    // [tasks,C,out padded]; null: not wanted
+  const void *f, *z1;     // [N,HW,out]; f null where q is not
+  const float* q;         // [N,out] or null: f = q * act'(u1)
+  const float* shift;     // with q: of u1 = z1 * grad.scale + shift
+  GradVectors grad;       // of z1
+  const void* weight;     // [out,C]
+  const void* x;          // [N,HW,C]
+  const void* residual;   // [N,HW,C] or null
+  void* grad_x;           // [N,HW,C]; null: not wanted
+  float* grad_weight;     // [tasks,C,out padded]; null: not wanted
+  Activation activation;  // with q: of z1
   Workspace workspace;
   int threads;
 };
@@ -76,26 +79,27 @@ struct FoldWeightArgs {
   int threads;
 };
 
-// z = conv_dw(a, weight), a = x or silu(x * scale + shift), and (mean, M2, pivot) of each task.
+// z = conv_dw(a, weight), a = x or act(x * scale + shift), and (mean, M2, pivot) of each task.
 struct DepthwiseForwardArgs {
   DwconvShape shape;
   DType dtype, weight_dtype;
-  const void* x;       // [N,H,W,C]
-  NormVectors norm;    // scale null: x is taken as it is
-  const void* weight;  // [C,1,K,K]
-  void* z;             // [N,OH,OW,C]
-  float* partial;      // [N,chunks,3,C], chunks = depthwise_chunks(n, oh); null: not wanted
+  const void* x;          // [N,H,W,C]
+  NormVectors norm;       // scale null: x is taken as it is
+  const void* weight;     // [C,1,K,K]
+  void* z;                // [N,OH,OW,C]
+  float* partial;         // [N,chunks,3,C], chunks = depthwise_chunks(n, oh); null: not wanted
+  Activation activation;  // of x, where norm.scale is
   Workspace workspace;
   int threads;
 };
 
-// f = da * silu'(u1) and its sums, or da + residual where x is taken as it is; partial weight
+// f = da * act'(u1) and its sums, or da + residual where x is taken as it is; partial weight
 // gradients.
 struct DepthwiseBackwardArgs {
   DwconvShape shape;
   DType dtype, weight_dtype;
   const void *e, *z2;     // [N,OH,OW,C]
-  const float *gate, *q;  // [N,C]: du2 = (e * gate + q) * silu'(u2)
+  const float *gate, *q;  // [N,C]: du2 = (e * gate + q) * act'(u2); null without squeeze-and-excite
   const float* shift;     // of u2 = z2 * grad.scale + shift
   GradVectors grad;       // of z2
   const void* x;          // [N,H,W,C]
@@ -105,17 +109,19 @@ struct DepthwiseBackwardArgs {
   void* f;                // [N,H,W,C]; null: not wanted
   float* sums;            // [N,chunks,2,C]; null where norm.scale is
   float* grad_weight;     // [N,chunks,C,K*K]; null: not wanted
+  Activation activation;  // of x and of z2
   Workspace workspace;
   int threads;
 };
 
-// The sums of silu(u), silu'(u), silu'(u) * zh over each task's pixels of an image.
+// The sums of act(u), act'(u), act'(u) * zh over each task's pixels of an image.
 struct MBConvSqueezeArgs {
   int64_t n, hw, c;
   DType dtype;
   const void* z;     // [N,HW,C]
   NormVectors norm;  // of z
   float* partial;    // [N,parts,3,C], parts = pointwise_parts(hw)
+  Activation activation;
   int threads;
 };
 

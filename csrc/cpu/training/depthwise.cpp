@@ -1,18 +1,21 @@
 // Depthwise convolution of MBConv in training, forward.
 //
-// Computes: z = conv(a, weight), a = x or silu(x * scale + shift), zero beyond the image;
+// Computes: z = conv(a, weight), a = x or act(x * scale + shift), zero beyond the image;
 //           (mean, M2) of z - pivot, as stored, over each task, with the pivot, where wanted
 // Layout:   channels-last without gaps
 // Tiling:   a task owns a chunk of one image's output rows and a block of channels. It goes through
 //           groups of rows; a is formed once per element, in the order of addresses, into planes in
 //           the L2 cache, from which tiles of up to 8 columns are correlated in registers
 // Bytes:    x once (K - 1 rows more per chunk), z once
-// FLOPs:    2 * K * K per output, about 20 per element of an activated x
+// FLOPs:    2 * K * K per output, about 20 per element of an activated x, 4 with clamp
 // Source:   original
 // Truth:    tests/support/reference_passes.py (depthwise)
+#include "cpu/simd/activations.h"
 #include "cpu/simd/moments.h"
 #include "cpu/training/kernels.h"
 #include "cpu/training/rings.h"
+
+#include <type_traits>
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -20,8 +23,14 @@ namespace {
 
 constexpr int64_t kGroup = 4;  // output rows computed from one state of the ring
 
+// Where x is taken as it is, in an activation's place.
+struct AsItIs {
+  explicit AsItIs(const Activation&) {}
+};
+
 struct Task {
   const DepthwiseForwardArgs& args;
+  void (*stage_row)(const Task&, int64_t h);  // of this call's activation
   ChannelBlock block;
   Ring ring;
   int64_t n, width;         // width: columns of x that are met
@@ -31,19 +40,20 @@ struct Task {
 };
 
 // Forms row h of a, and fetches that of the next group.
-template <typename T, bool ACTIVATED>
+template <typename T, typename A>
 void stage_row(const Task& task, int64_t h) {
   const DwconvShape& s = task.args.shape;
   const T* x = static_cast<const T*>(task.args.x) + (task.n * s.h + h) * s.w * s.c + task.block.c0;
   float* const plane = task.ring.plane(task.ring.slot(h), 0) + s.pad_l * kLanes;
   const int64_t pitch = task.ring.pitch * kLanes;
   const int64_t ahead = kGroup * s.stride * s.w * s.c;
+  const A act(task.args.activation);
   for_row(task.block, task.width, [&](int64_t v, int64_t lanes, int64_t j) {
     fetch<1>(x + ahead + j * s.c + v * kLanes);
     Vec a = load_n(x + j * s.c + v * kLanes, lanes);
-    if constexpr (ACTIVATED) {
+    if constexpr (!std::is_same_v<A, AsItIs>) {
       const float* vectors = task.vectors + v * 2 * kLanes;
-      a = silu(a * load(vectors) + load(vectors + kLanes));
+      a = act.value(a * load(vectors) + load(vectors + kLanes));
     }
     store(plane + v * pitch + j * kLanes, a);
   });
@@ -85,8 +95,7 @@ void run_rows(const Task& task, Range rows) {
     const Range group = {begin, min_of(rows.end, begin + kGroup)};
     const int64_t first = max_of(0, group.begin * STEP - s.pad_t);
     const int64_t below = min_of(s.h, (group.end - 1) * STEP - s.pad_t + s.k);
-    for (staged = max_of(staged, first); staged < below; staged++)
-      task.args.norm.scale ? stage_row<T, true>(task, staged) : stage_row<T, false>(task, staged);
+    for (staged = max_of(staged, first); staged < below; staged++) task.stage_row(task, staged);
     int64_t ow = 0;
     for (int64_t tile = 0; tile < tiles.count; tile++) {
       const int64_t size = tile < tiles.wide ? tiles.size : tiles.size - 1;
@@ -119,6 +128,9 @@ bool run(const DepthwiseForwardArgs& args) {
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
   const bool stream = streams<T>(args.z, s.n * s.oh * s.ow * s.c, s.c);
+  auto* stage = &stage_row<T, AsItIs>;
+  if (args.norm.scale)
+    stage = with_activation(args.activation, []<typename A>() { return &stage_row<T, A>; });
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t index = 0; index < s.n * chunks * blocks.count; index++) {
     const ChannelBlock block = blocks[index % blocks.count];
@@ -126,9 +138,9 @@ bool run(const DepthwiseForwardArgs& args) {
     float* const own = scratch + omp_get_thread_num() * floats;
     float* const at = own + block.vecs * kMomentFloats;
     Moments* const moments = args.partial ? reinterpret_cast<Moments*>(own) : nullptr;
-    Task task = {args,          block,   {at, ring_rows, block.vecs, pitch},
-                 part / chunks, width,   moments,
-                 stream,        nullptr, nullptr};
+    Task task = {args,          stage,  block,   {at, ring_rows, block.vecs, pitch},
+                 part / chunks, width,  moments, stream,
+                 nullptr,       nullptr};
     task.weight = at + task.ring.floats();
     task.vectors = task.weight + kk * block.vecs * kLanes;
     task.ring.clear_borders(min_of(s.pad_l, pitch), min_of(s.pad_l + width, pitch));

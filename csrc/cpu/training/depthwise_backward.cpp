@@ -1,18 +1,19 @@
 // Depthwise convolution of MBConv, backward: data and weight gradients in one pass.
 //
-// Computes: du2 = (e * gate + q) * silu'(u2), dz2 = scale * du2 + (z2 - mean) * slope + offset,
-//           f = conv_transpose(dz2, weight) * silu'(u1) with sum f and sum f * zh1 per channel, or
+// Computes: du2 = (e * gate + q) * act'(u2), dz2 = scale * du2 + (z2 - mean) * slope + offset,
+//           f = conv_transpose(dz2, weight) * act'(u1) with sum f and sum f * zh1 per channel, or
 //           conv_transpose(dz2, weight) + residual where x is taken as it is,
 //           grad_weight = correlate(a, dz2)
 // Layout:   channels-last without gaps
 // Tiling:   a task owns a chunk of one image's rows and a block of channels, and goes through
-//           groups of rows of dz2. dz2, a and silu'(u1) are formed once per element, in the order
+//           groups of rows of dz2. dz2, a and act'(u1) are formed once per element, in the order
 //           of addresses, into planes in the L2 cache; each channel vector's planes then yield its
 //           part of the weight gradient and its rows of f
 // Bytes:    e, z2, x once, f once; x a second time from the cache, for zh1
 // FLOPs:    4 * K * K per output, about 50 per element
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
 // Truth:    tests/support/reference_passes.py (depthwise_backward)
+#include "cpu/simd/activations.h"
 #include "cpu/training/kernels.h"
 #include "cpu/training/rings.h"
 
@@ -53,26 +54,37 @@ struct Geometry {
                        kLanes) {}
 };
 
+struct Task;
+struct Stages {  // of one activation: each forms a row
+  void (*dz)(const Task&, int64_t oh);
+  void (*a)(const Task&, int64_t h);
+};
+
 struct Task {
   const DepthwiseBackwardArgs& args;
+  const Stages& stages;
   const Geometry& geometry;
   ChannelBlock block;
   Ring dz, a, slope;
   int64_t n, part;
-  bool stream;                                             // f goes past the caches
-  float *weight, *flipped, *grad_weight, *vectors, *sums;  // sums: [v][2][kLanes]
+  bool stream;  // f goes past the caches
+  float *weight = nullptr, *flipped = nullptr, *grad_weight = nullptr;
+  float *vectors = nullptr, *sums = nullptr;  // sums: [v][2][kLanes]
 };
 
 void pack_vectors(const Task& task) {
   const DepthwiseBackwardArgs& args = task.args;
   const int64_t row = task.n * args.shape.c;
-  const float* from[kVectors] = {args.grad.scale,  args.shift,      args.grad.mean, args.grad.slope,
-                                 args.grad.offset, args.gate + row, args.q + row,   args.norm.scale,
-                                 args.norm.shift,  args.norm.mean,  args.norm.rstd};
+  const float* const gate = args.gate ? args.gate + row : nullptr;
+  const float* const q = args.q ? args.q + row : nullptr;
+  const float* from[kVectors] = {
+      args.grad.scale, args.shift,      args.grad.mean, args.grad.slope, args.grad.offset, gate, q,
+      args.norm.scale, args.norm.shift, args.norm.mean, args.norm.rstd};
   for (int64_t v = 0; v < task.block.vecs; v++)
     for (int64_t i = 0; i < kVectors; i++)
       store(task.vectors + (v * kVectors + i) * kLanes,
-            from[i] ? load_n(from[i] + task.block.c0 + v * kLanes, task.block.lanes(v)) : Vec{});
+            from[i] ? load_n(from[i] + task.block.c0 + v * kLanes, task.block.lanes(v))
+                    : splat(i == kGate ? 1.0f : 0.0f));
 }
 
 template <typename T>
@@ -82,7 +94,7 @@ const T* row_of(const void* image, const Task& task, int64_t h, int64_t rows, in
 }
 
 // Forms row oh of dz2, and fetches that of the next group.
-template <typename T>
+template <typename T, typename A>
 void stage_dz(const Task& task, int64_t oh) {
   const DwconvShape& s = task.args.shape;
   const T* z = row_of<T>(task.args.z2, task, oh, s.oh, s.ow);
@@ -90,6 +102,7 @@ void stage_dz(const Task& task, int64_t oh) {
   float* const plane = task.dz.plane(task.dz.slot(oh), 0) + task.geometry.dz_left * kLanes;
   const int64_t pitch = task.dz.pitch * kLanes;
   const int64_t ahead = kGroup * s.ow * s.c;
+  const A act(task.args.activation);
   for_row(task.block, s.ow, [&](int64_t v, int64_t lanes, int64_t j) {
     const float* vectors = task.vectors + v * kVectors * kLanes;
     const auto vector = [&](int i) { return load(vectors + i * kLanes); };
@@ -97,14 +110,14 @@ void stage_dz(const Task& task, int64_t oh) {
     fetch<1>(e + ahead + j * s.c + v * kLanes);
     const Vec zv = load_n(z + j * s.c + v * kLanes, lanes);
     const Vec grad = load_n(e + j * s.c + v * kLanes, lanes) * vector(kGate) + vector(kQ);
-    const Vec du = grad * silu_grad(zv * vector(kScale) + vector(kShift));
+    const Vec du = grad * act.slope(zv * vector(kScale) + vector(kShift));
     store(plane + v * pitch + j * kLanes,
           vector(kScale) * du + ((zv - vector(kMean)) * vector(kSlope) + vector(kOffset)));
   });
 }
 
-// Forms row h of a, and of silu'(u1) where x is activated; fetches as stage_dz does.
-template <typename T>
+// Forms row h of a, and of act'(u1) where x is activated; fetches as stage_dz does.
+template <typename T, typename A>
 void stage_a(const Task& task, int64_t h) {
   const DwconvShape& s = task.args.shape;
   const T* x = row_of<T>(task.args.x, task, h, s.h, s.w);
@@ -118,12 +131,13 @@ void stage_a(const Task& task, int64_t h) {
     return;
   }
   const int64_t ahead = kGroup * s.stride * s.w * s.c;
+  const A act(task.args.activation);
   for_row(task.block, s.w, [&](int64_t v, int64_t lanes, int64_t j) {
     fetch<1>(x + ahead + j * s.c + v * kLanes);
     const float* vectors = task.vectors + v * kVectors * kLanes;
     const Vec u = load_n(x + j * s.c + v * kLanes, lanes) * load(vectors + kScale1 * kLanes) +
                   load(vectors + kShift1 * kLanes);
-    const SiluAndSlope activated = silu_and_slope(u);
+    const ValueAndSlope activated = act.both(u);
     store(a + v * pitch + j * kLanes, activated.value);
     store(slope + v * pitch + j * kLanes, activated.slope);
   });
@@ -291,11 +305,11 @@ void run_chunk(const Task& task, int64_t chunk) {
   }
   int64_t staged = 0;  // rows of a before this one are there, or of no use
   const auto stage_until = [&](int64_t first, int64_t end) {
-    for (staged = max_of(staged, first); staged < end; staged++) stage_a<T>(task, staged);
+    for (staged = max_of(staged, first); staged < end; staged++) task.stages.a(task, staged);
   };
   for (int64_t oh = rows.begin; oh < rows.end; oh += kGroup) {
     const Range group = {oh, min_of(rows.end, oh + kGroup)};
-    for (int64_t i = group.begin; i < group.end; i++) stage_dz<T>(task, i);
+    for (int64_t i = group.begin; i < group.end; i++) task.stages.dz(task, i);
     const Range with_weight = {max_of(group.begin, own.begin), min_of(group.end, own.end)};
     if (weight && with_weight.size() > 0) {
       stage_until(max_of(0, with_weight.begin * STEP - s.pad_t),
@@ -333,26 +347,16 @@ bool run(const DepthwiseBackwardArgs& args) {
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
   const bool stream = streams<T>(args.f, s.n * s.h * s.w * s.c, s.c);
+  const Stages stages = with_activation(
+      args.activation, []<typename A>() { return Stages{stage_dz<T, A>, stage_a<T, A>}; });
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t index = 0; index < parts * blocks.count; index++) {
     const int64_t part = index / blocks.count;
     const ChannelBlock block = blocks[index % blocks.count];
     const int64_t vecs = block.vecs;
     float* at = scratch + omp_get_thread_num() * floats;
-    Task task = {args,
-                 g,
-                 block,
-                 {at, g.dz_rows, vecs, g.dz_pitch},
-                 {nullptr, g.a_rows, vecs, g.a_pitch},
-                 {nullptr, g.a_rows, vecs, g.a_pitch},
-                 part / g.chunks,
-                 part,
-                 stream,
-                 nullptr,
-                 nullptr,
-                 nullptr,
-                 nullptr,
-                 nullptr};
+    const Ring dz = {at, g.dz_rows, vecs, g.dz_pitch}, a = {nullptr, g.a_rows, vecs, g.a_pitch};
+    Task task = {args, stages, g, block, dz, a, a, part / g.chunks, part, stream};
     task.a.data = at + task.dz.floats();
     task.slope.data = task.a.data + task.a.floats();
     task.weight = task.slope.data + task.slope.floats();

@@ -1,15 +1,16 @@
 // The passes of MBConv that read images once and multiply nothing: squeeze, and the block's end.
 //
-// Computes: squeeze          per (n,c) the sums of a2 = silu(u2), of silu'(u2), of silu'(u2) * zh2
+// Computes: squeeze          per (n,c) the sums of a2 = act(u2), of act'(u2), of act'(u2) * zh2
 //           finish           y = (z * scale + shift) * row_scale + residual
 //           finish_backward  per channel the sums of du and du * zh, du = row_scale * grad_y
 // Layout:   channels-last without gaps
 // Tiling:   a task owns some pixels of one image and goes through them a few at a time, in the
 //           order of addresses
 // Bytes:    every input once, y once
-// FLOPs:    about 25 per element of z2, 4 of z3
+// FLOPs:    about 25 per element of z2, 12 with clamp; 4 of z3
 // Source:   original
 // Truth:    tests/support/reference_passes.py
+#include "cpu/simd/activations.h"
 #include "cpu/training/kernels.h"
 #include "cpu/training/panel_product.h"
 
@@ -31,9 +32,10 @@ EFFNET_INLINE void add_n(float* sums, Vec value, int64_t lanes) {
   store_n(sums, load_n(sums, lanes) + value, lanes);
 }
 
-template <typename T>
+template <typename T, typename A>
 bool squeeze(const MBConvSqueezeArgs& args) {
   const int64_t c = args.c, parts = pointwise_parts(args.hw);
+  const A act(args.activation);
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t task = 0; task < args.n * parts; task++) {
     const T* z = static_cast<const T*>(args.z) + task / parts * args.hw * c;
@@ -48,7 +50,7 @@ bool squeeze(const MBConvSqueezeArgs& args) {
       Vec sum0 = {}, sum1 = {}, sum2 = {};
       for (int64_t p = begin; p < end; p++) {
         const Vec zv = load_n(z + p * c + i, lanes), u = zv * scale + shift;
-        const SiluAndSlope activated = silu_and_slope(u);
+        const ValueAndSlope activated = act.both(u);
         sum0 += activated.value;
         sum1 += activated.slope;
         sum2 += activated.slope * ((zv - mean) * rstd);
@@ -115,7 +117,9 @@ bool finish_backward(const MBConvFinishArgs& args) {
 }  // namespace
 
 bool mbconv_squeeze(const MBConvSqueezeArgs& args) {
-  return args.dtype == DType::kFloat32 ? squeeze<float>(args) : squeeze<bf16>(args);
+  return with_activation(args.activation, [&]<typename A>() {
+    return args.dtype == DType::kFloat32 ? squeeze<float, A>(args) : squeeze<bf16, A>(args);
+  });
 }
 
 bool mbconv_finish(const MBConvFinishArgs& args) {

@@ -1,15 +1,17 @@
 // Pointwise convolutions of MBConv in training, forward: expansion and projection.
 //
-// Computes: z = conv(a, weight), a = x, or silu(x * scale + shift), or that times the image's gate;
+// Computes: z = conv(a, weight), a = x, or act(x * scale + shift), or that times the image's gate;
 //           (mean, M2) of z - pivot, as stored, over each task, with the pivot, where wanted
 // Layout:   channels-last without gaps
 // Tiling:   a task owns a part of one image's pixels and goes through chunks of a few dozen. A
 //           chunk's operand is formed once, in the order of addresses, into panels in the L2 cache;
 //           panels of 2 vectors of output channels are multiplied from there
 // Bytes:    x once, z once
-// FLOPs:    2 * C * out per pixel, about 20 per element of an activated x
+// FLOPs:    2 * C * out per pixel, about 20 per element of an activated x, 4 with
+//           clamp
 // Source:   original
 // Truth:    tests/support/reference_passes.py (expand, project)
+#include "cpu/simd/activations.h"
 #include "cpu/simd/moments.h"
 #include "cpu/training/kernels.h"
 #include "cpu/training/panel_product.h"
@@ -18,21 +20,29 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-// Forms the operand of a chunk of pixels that begins at x.
+// Forms the operand of a chunk of pixels that begins at x; gate [C] of its image or null.
 template <typename T>
-void stage(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs& args,
-           const float* gate) {
+using Stage = void (*)(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs& args,
+                       const float* gate);
+
+template <typename T>
+void stage_as_it_is(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs& args,
+                    const float*) {
   const int64_t c = args.c;
-  if (!args.norm.scale) {
-    for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
-      store(panels + at, load_n(x + p * c + i, lanes));
-    });
-    return;
-  }
+  for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
+    store(panels + at, load_n(x + p * c + i, lanes));
+  });
+}
+
+template <typename T, typename A>
+void stage_activated(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs& args,
+                     const float* gate) {
+  const int64_t c = args.c;
+  const A act(args.activation);
   for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
     const Vec u = load_n(x + p * c + i, lanes) * load_n(args.norm.scale + i, lanes) +
                   load_n(args.norm.shift + i, lanes);
-    Vec a = silu(u);
+    Vec a = act.value(u);
     if (gate) a *= load_n(gate + i, lanes);
     store(panels + at, a);
   });
@@ -91,6 +101,9 @@ bool run(const PointwiseForwardArgs& args) {
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
   const bool stream = streams<T>(args.z, args.n * args.hw * out, out);
+  Stage<T> stage = stage_as_it_is<T>;
+  if (args.norm.scale)
+    stage = with_activation(args.activation, []<typename A>() { return &stage_activated<T, A>; });
 #pragma omp parallel num_threads(args.threads)
   {
     float* const at = packed + weight_floats + omp_get_thread_num() * floats;

@@ -2,20 +2,21 @@
 // pass.
 //
 // Computes: project  dz3 = scale * (row_scale * grad_y) + (z3 - mean) * slope + offset,
-//                    e = dz3 W3, per (n,c) the sums of e * a2, e * silu'(u2), e * silu'(u2) * zh2,
+//                    e = dz3 W3, per (n,c) the sums of e * a2, e * act'(u2), e * act'(u2) * zh2,
 //                    dW3 = sum over pixels of dz3 (g * a2)^T
 //           expand   dz1 likewise of f and z1, dx = dz1 W1 + residual, dW1 = sum of dz1 x^T; for
-//                    the head f = q * silu'(u1) with a q for each image and channel
+//                    the head f = q * act'(u1) with a q for each image and channel
 // Layout:   channels-last without gaps
 // Tiling:   a task owns a group of images, or a part of one, and a weight gradient of its own; it
 //           goes through chunks of a few dozen pixels, whose operands are formed once, in the order
 //           of addresses, into panels in the L2 cache that serve all products
 // Bytes:    project: grad_y, z3, z2 once, e once; expand: f, z1, x, residual once, dx once;
 //           the head has no f
-// FLOPs:    4 * C * out per pixel, about 30 per element of z2
+// FLOPs:    4 * C * out per pixel, about 30 per element of z2, 12 with clamp
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
 // Truth:    tests/support/reference_passes.py (project_backward,
 //           expand_backward, pooled_backward)
+#include "cpu/simd/activations.h"
 #include "cpu/training/kernels.h"
 #include "cpu/training/panel_product.h"
 
@@ -46,25 +47,30 @@ void stage_dz(float* panels, const T* grad, const T* z, int64_t pixels, int64_t 
               });
 }
 
-// With du = q * silu'(z * scale + shift), q [C] of the chunk's image.
-template <typename T>
-void stage_dz_pooled(float* panels, const float* q, const float* shift, const T* z, int64_t pixels,
-                     int64_t c, const GradVectors& vectors) {
-  stage_dz_of(panels, z, pixels, c, vectors, 1.0f,
+// With du = q * act'(z * scale + shift), q [C] of the chunk's image.
+template <typename T, typename A>
+void stage_dz_pooled(float* panels, const float* q, const T* z, int64_t pixels,
+                     const ExpandBackwardArgs& args) {
+  const A act(args.activation);
+  const float* const shift = args.shift;
+  stage_dz_of(panels, z, pixels, args.out, args.grad, 1.0f,
               [&](Vec value, Vec scale, int64_t i, int64_t, int64_t lanes) {
                 const Vec u = value * scale + load_n(shift + i, lanes);
-                return load_n(q + i, lanes) * silu_grad(u);
+                return load_n(q + i, lanes) * act.slope(u);
               });
 }
 
-// a = silu(u) into panels, and where wanted its slope silu'(u).
-template <typename T>
-void stage_activated(float* a, float* slope, const T* z, int64_t pixels, int64_t c,
-                     const NormVectors& norm) {
+// a = act(u) into panels, and where wanted its slope act'(u).
+template <typename T, typename A>
+void stage_activated(float* a, float* slope, const T* z, int64_t pixels,
+                     const ProjectBackwardArgs& args) {
+  const int64_t c = args.c;
+  const NormVectors& norm = args.norm;
+  const A act(args.activation);
   for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
     const Vec u = load_n(z + p * c + i, lanes) * load_n(norm.scale + i, lanes) +
                   load_n(norm.shift + i, lanes);
-    const SiluAndSlope activated = silu_and_slope(u);
+    const ValueAndSlope activated = act.both(u);
     store(a + at, activated.value);
     if (slope) store(slope + at, activated.slope);
   });
@@ -117,11 +123,15 @@ struct ProjectScratch {
 
 // The pixels [own.begin, own.end) of image n.
 template <typename T>
-void project_image(const ProjectBackwardArgs& args, const float* packed, const ProjectScratch& at,
-                   int64_t n, Range own, float* sums, float* grad_weight, bool fresh, bool stream) {
+using StageActivated = void (*)(float*, float*, const T*, int64_t, const ProjectBackwardArgs&);
+
+template <typename T>
+void project_image(const ProjectBackwardArgs& args, StageActivated<T> stage, const float* packed,
+                   const ProjectScratch& at, int64_t n, Range own, float* sums, float* grad_weight,
+                   bool fresh, bool stream) {
   const int64_t c = args.c, out = args.out, size = chunk_pixels(own.size(), c);
   const float row_scale = args.row_scale ? args.row_scale[n] : 1.0f;
-  for (int64_t i = 0; i < c; i += kLanes)
+  for (int64_t i = 0; args.gate && i < c; i += kLanes)
     store(at.gate + i, load_n(args.gate + n * c + i, min_of(kLanes, c - i)));
   if (args.e) std::memset(sums, 0, sizeof(float) * static_cast<size_t>(3 * c));
   for (int64_t begin = own.begin; begin < own.end; begin += size) {
@@ -135,15 +145,15 @@ void project_image(const ProjectBackwardArgs& args, const float* packed, const P
                 (grad_weight ? grad_tiles(out, c) : 0));
     stage_dz(at.dz, static_cast<const T*>(args.grad_y) + first * out,
              static_cast<const T*>(args.z3) + first * out, pixels, out, args.grad, row_scale);
-    stage_activated(at.a, args.e ? at.slope : nullptr, static_cast<const T*>(args.z2) + first * c,
-                    pixels, c, args.norm);
+    stage(at.a, args.e ? at.slope : nullptr, static_cast<const T*>(args.z2) + first * c, pixels,
+          args);
     if (args.e)
       for_panels(packed, out, c, [&]<int VECS>(int64_t v, const float* weight) {
         product_panel<VECS>(at.panel, at.dz, pixels, weight, out, ahead);
         finish_e<T, VECS>(at.panel, args, first, pixels, v, at.a, at.slope, sums, stream);
       });
     if (grad_weight)
-      add_grad_weight(grad_weight, at.dz, out, at.a, c, pixels, at.gate,
+      add_grad_weight(grad_weight, at.dz, out, at.a, c, pixels, args.gate ? at.gate : nullptr,
                       !fresh || begin > own.begin, ahead);
   }
 }
@@ -156,6 +166,8 @@ bool project(const ProjectBackwardArgs& args) {
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
   const bool stream = streams<T>(args.e, args.n * args.hw * c, c);
+  const StageActivated<T> stage =
+      with_activation(args.activation, []<typename A>() { return &stage_activated<T, A>; });
 #pragma omp parallel num_threads(args.threads)
   {
     const ProjectScratch at(packed + weight_floats + omp_get_thread_num() * floats, c, out);
@@ -166,7 +178,7 @@ bool project(const ProjectBackwardArgs& args) {
       const Range images = part_of(args.n, split.groups, task / split.parts);
       const int64_t part = task % split.parts;
       for (int64_t n = images.begin; n < images.end; n++)
-        project_image<T>(args, packed, at, n, part_of(args.hw, split.parts, part),
+        project_image<T>(args, stage, packed, at, n, part_of(args.hw, split.parts, part),
                          args.sums + (n * split.parts + part) * 3 * c, grad_weight,
                          n == images.begin, stream);
     }
@@ -202,8 +214,11 @@ struct ExpandScratch {
 };
 
 template <typename T>
-void expand_image(const ExpandBackwardArgs& args, const float* packed, const ExpandScratch& at,
-                  int64_t n, Range own, float* grad_weight, bool fresh) {
+using StagePooled = void (*)(float*, const float*, const T*, int64_t, const ExpandBackwardArgs&);
+
+template <typename T>
+void expand_image(const ExpandBackwardArgs& args, StagePooled<T> stage, const float* packed,
+                  const ExpandScratch& at, int64_t n, Range own, float* grad_weight, bool fresh) {
   const int64_t c = args.c, out = args.out, size = chunk_pixels(own.size(), out);
   for (int64_t begin = own.begin; begin < own.end; begin += size) {
     const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
@@ -217,7 +232,7 @@ void expand_image(const ExpandBackwardArgs& args, const float* packed, const Exp
     ahead.start((args.grad_x ? product_tiles(pixels, out, c) : 0) +
                 (grad_weight ? grad_tiles(c, out) : 0));
     if (args.q)
-      stage_dz_pooled(at.dz, args.q + n * out, args.shift, z + first * out, pixels, out, args.grad);
+      stage(at.dz, args.q + n * out, z + first * out, pixels, args);
     else
       stage_dz(at.dz, f + first * out, z + first * out, pixels, out, args.grad, 1.0f);
     if (args.grad_x)
@@ -240,6 +255,8 @@ bool expand(const ExpandBackwardArgs& args) {
   const int64_t c = args.c, out = args.out, partial = padded(c) * padded(out);
   const WeightSplit split(args.n, args.hw, partial);
   const int64_t weight_floats = packed_floats(out, c), floats = ExpandScratch::floats(c, out);
+  const StagePooled<T> stage =
+      with_activation(args.activation, []<typename A>() { return &stage_dz_pooled<T, A>; });
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
 #pragma omp parallel num_threads(args.threads)
@@ -252,7 +269,7 @@ bool expand(const ExpandBackwardArgs& args) {
       const Range images = part_of(args.n, split.groups, task / split.parts);
       const Range own = part_of(args.hw, split.parts, task % split.parts);
       for (int64_t n = images.begin; n < images.end; n++)
-        expand_image<T>(args, packed, at, n, own, grad_weight, n == images.begin);
+        expand_image<T>(args, stage, packed, at, n, own, grad_weight, n == images.begin);
     }
   }
   return true;

@@ -92,7 +92,13 @@ def network_json(
     """
     exact = exact_resolution or float(variant.resolution)
     unrounded = unrounded_macs(
-        depth=variant.depth, width=variant.width, resolution=exact, stages=variant.baseline
+        depth=variant.depth,
+        width=variant.width,
+        resolution=exact,
+        stages=variant.baseline,
+        squeeze=variant.squeeze,
+        fixed_ends=variant.fixed_ends,
+        head=variant.head,
     )
     return {
         "width": variant.width,

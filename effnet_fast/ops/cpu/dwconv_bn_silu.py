@@ -1,4 +1,4 @@
-"""Depthwise convolution, BatchNorm and SiLU on the CPU's kernels."""
+"""Depthwise convolution, BatchNorm and activation on the CPU's kernels."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from effnet_fast.ops.registration import (
     native_weight,
     nhwc,
 )
+from effnet_fast.reference.activations import kernel_activation
 from effnet_fast.reference.arguments import Sides
 
 
@@ -36,6 +37,7 @@ def compute_eval(
     stride: int,
     padding: Sides,
     eps: float,
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Writes y [N,C,Ho,Wo], NHWC without gaps, and its means pooled [N,C]; returns both.
@@ -49,16 +51,15 @@ def compute_eval(
         isa_of(backend), filter_shape(x, y, weight, stride, padding),
         x.dtype is BF16, weight.dtype is BF16,
         x.data_ptr(), pixel_strides(x), weight.data_ptr(), vectors, eps,
-        y.data_ptr(), pooled.data_ptr(), torch.get_num_threads(),
+        y.data_ptr(), pooled.data_ptr(), kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return y, pooled
 
 
 def dwconv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The registered op."""
-    *bn, stride, padding, eps, backend = rest
     results = empty_eval(x, weight, *rest)
-    return compute_eval(*results, x, weight, bn, stride, padding, eps, backend)
+    return compute_eval(*results, x, weight, rest[:4], *rest[4:])
 
 
 def dwconv_statistics(
@@ -79,15 +80,16 @@ def dwconv_statistics(
 
 def bn_silu(z: Tensor, *rest: Any) -> Tensor:
     """The registered op."""
-    *bn, eps, backend = rest
+    *bn, eps, activation, backend = rest
     y = empty_nhwc(z, z.shape)
     if y.numel() == 0:
         return y
     _kept, vectors = native_vectors(bn)
     z = nhwc(z)
     native.load().bn_act(
-        isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype is BF16, True,
-        z.data_ptr(), vectors, eps, 0, y.data_ptr(), torch.get_num_threads(),
+        isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype is BF16,
+        z.data_ptr(), vectors, eps, 0, y.data_ptr(), kernel_activation(activation),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -96,7 +98,7 @@ def dwconv_bn_silu_backward(
     grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op."""
-    *bn, stride, padding, eps, training, wanted, backend = rest
+    *bn, stride, padding, eps, training, wanted, activation, backend = rest
     grads = empty_grads(grad_y, x, z, weight, *rest)
     if z.numel() == 0:
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
@@ -108,6 +110,6 @@ def dwconv_bn_silu_backward(
         isa_of(backend), filter_shape(x, z, weight, stride, padding),
         x.dtype is BF16, weight.dtype is BF16, x.data_ptr(), pixel_strides(x), z.data_ptr(),
         grad_y.data_ptr(), weight.data_ptr(), vectors, eps, training, grad_x, grad_weight,
-        sums, torch.get_num_threads(),
+        sums, kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return grads

@@ -27,6 +27,7 @@ from effnet_fast.ops.registration import (
     native_weight,
     nhwc,
 )
+from effnet_fast.reference.activations import kernel_activation, kernel_gate
 
 
 def _product_shape(x: Tensor, channels: int) -> tuple[int, int, int, int]:
@@ -41,7 +42,7 @@ def _pointwise(
     weight: Tensor,
     rest: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
-    *bn, eps, backend = rest
+    *bn, eps, activation, backend = rest
     channels = weight.shape[0]
     z, norm = empty_normed(x, (x.shape[0], channels, *x.shape[2:]))
     if z.numel() == 0:
@@ -50,17 +51,18 @@ def _pointwise(
     native.load().mbconv_pointwise(
         isa_of(backend), _product_shape(x, channels), x.dtype is BF16, weight.dtype is BF16,
         *addresses(x, x_norm, gate, weight), vectors, eps, z.data_ptr(), norm.data_ptr(),
-        torch.get_num_threads(),
+        kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return z, norm
 
 
 def mbconv_expand(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _pointwise(x, None, None, weight, rest)
+    *bn_and_eps, backend = rest
+    return _pointwise(x, None, None, weight, (*bn_and_eps, "identity", backend))
 
 
 def mbconv_project(
-    z2: Tensor, norm2: Tensor, gate: Tensor, weight: Tensor, *rest: Any
+    z2: Tensor, norm2: Tensor, gate: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     return _pointwise(z2, norm2, gate, weight, rest)
 
@@ -74,7 +76,8 @@ def _pointer(tensor: Tensor, wanted: bool) -> int:
 
 
 def mbconv_project_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grad_y, row_scale, z3, norm3, sums3, weight, z2, norm2, gate, wanted, backend = args
+    grad_y, row_scale, z3, norm3, sums3, weight, z2, norm2, gate, wanted, *last = args
+    activation, backend = last
     e, sums = _none(z2, z2.dtype), _none(z2)
     if wanted[0]:
         e = scratch.empty_nhwc("e", z2, z2.shape)
@@ -88,7 +91,7 @@ def mbconv_project_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight.dtype is BF16,
         *addresses(grad_y, row_scale, z3, norm3, sums3, weight, z2, norm2, gate),
         _pointer(e, wanted[0]), sums.data_ptr(), _pointer(grad_weight, wanted[1]),
-        torch.get_num_threads(),
+        kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return e, sums, grad_weight
 
@@ -112,7 +115,7 @@ def mbconv_expand_backward(*args: Any) -> tuple[Tensor, Tensor]:
 def mbconv_depthwise(
     x: Tensor, x_norm: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    *bn, stride, padding, eps, backend = rest
+    *bn, stride, padding, eps, activation, backend = rest
     z, norm = empty_normed(x, output_shape(x, weight.shape[-1], stride, padding))
     if z.numel() == 0:
         return z, norm.zero_()
@@ -120,14 +123,14 @@ def mbconv_depthwise(
     native.load().mbconv_depthwise(
         isa_of(backend), filter_shape(x, z, weight, stride, padding), x.dtype is BF16,
         weight.dtype is BF16, *addresses(x, x_norm, weight), vectors, eps, z.data_ptr(),
-        norm.data_ptr(), torch.get_num_threads(),
+        norm.data_ptr(), kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return z, norm
 
 
 def mbconv_depthwise_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     e, gate, q, z2, norm2, sums2, x, x_norm, weight, residual, *rest = args
-    stride, padding, wanted, backend = rest
+    stride, padding, wanted, activation, backend = rest
     f, sums = _none(x, x.dtype), _none(x)
     summed = wanted[0] and x_norm is not None
     if wanted[0]:  # without x_norm it is the gradient of x, and stays
@@ -144,7 +147,7 @@ def mbconv_depthwise_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight.dtype is BF16,
         *addresses(e, gate, q, z2, norm2, sums2, x, x_norm, residual, weight),
         _pointer(f, wanted[0]), _pointer(grad_weight, wanted[1]), _pointer(sums, summed),
-        torch.get_num_threads(),
+        kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return f, grad_weight, sums
 
@@ -154,14 +157,15 @@ def _plane(x: Tensor) -> tuple[int, int, int]:
     return n, h * w, c
 
 
-def mbconv_squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def mbconv_squeeze(z: Tensor, norm: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
     pooled = z.new_empty(z.shape[:2], dtype=torch.float32)
     slopes = z.new_empty((2, *z.shape[:2]), dtype=torch.float32)
     if z.numel() == 0:
         return pooled.zero_(), slopes.zero_()
     native.load().mbconv_squeeze(
         isa_of(backend), _plane(z), z.dtype is BF16, z.data_ptr(), norm.data_ptr(),
-        pooled.data_ptr(), slopes.data_ptr(), torch.get_num_threads(),
+        pooled.data_ptr(), slopes.data_ptr(), kernel_activation(activation),
+        torch.get_num_threads(),
     )  # fmt: skip
     return pooled, slopes
 
@@ -194,7 +198,8 @@ def mbconv_finish_backward(
 
 
 def mbconv_excite_backward(*args: Any) -> tuple[Tensor, ...]:
-    sums, slopes, pooled, hidden, gate, reduce_weight, expand_weight, pixels, backend = args
+    sums, slopes, pooled, hidden, gate, reduce_weight, expand_weight, pixels, *last = args
+    activation, gate_kind, backend = last
     (n, c), r = pooled.shape, hidden.shape[1]
     q, sums2 = torch.empty_like(pooled), pooled.new_empty(2, c)
     shapes = ((r, c), (r,), (c, r), (c,))
@@ -206,7 +211,8 @@ def mbconv_excite_backward(*args: Any) -> tuple[Tensor, ...]:
     extension.excite_backward(
         isa_of(backend), n, c, r, layers[0].dtype is BF16,
         pooled.data_ptr(), hidden.data_ptr(), gate.data_ptr(), sums.data_ptr(), *at,
-        *(grad.data_ptr() for grad in grads), q.data_ptr(), torch.get_num_threads(),
+        *(grad.data_ptr() for grad in grads), q.data_ptr(), kernel_activation(activation),
+        kernel_gate(gate_kind), torch.get_num_threads(),
     )  # fmt: skip
     extension.mbconv_excite_sums(
         n, c, pixels, q.data_ptr(), gate.data_ptr(), sums.data_ptr(), slopes.data_ptr(),

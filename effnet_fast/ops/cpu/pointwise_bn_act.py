@@ -1,7 +1,7 @@
-"""1x1 convolution, BatchNorm, SiLU, gate and residual on the CPU.
+"""1x1 convolution, BatchNorm, activation, gate and residual on the CPU.
 
 The product is torch's own, so that its last bits may depend on the number of threads. In eval the
-gate and BN's scale ride on the weight where that is smaller than the image, and BN, SiLU and the
+gate and BN's scale ride on the weight where that is smaller than the image, and BN, activation and
 residual are one in-place pass over the product. Nothing is kept between calls, so an edited weight
 cannot go stale (docs/decisions/inference.md compares it with a cached folded weight).
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.ops.pointwise_bn_act import empty_eval
 from effnet_fast.ops.registration import BF16, empty_nhwc, isa_of, native_vectors, nhwc
+from effnet_fast.reference.activations import kernel_activation
 
 TILE_CHANNELS = 32  # bf16 values in a row of a tile
 
@@ -83,8 +84,8 @@ def compute(
     bn: Sequence[Tensor | None],
     gate: Tensor | None,
     residual: Tensor | None,
-    silu: bool,
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """Writes y [N,Cout,H,W], NHWC without gaps, and returns it; bn is weight, bias, mean, var."""
@@ -94,9 +95,9 @@ def compute(
     added = None if residual is None else nhwc(residual.to(x.dtype))
     _kept, vectors = native_vectors(bn)
     native.load().bn_act(
-        isa_of(backend), y.numel() // y.shape[1], y.shape[1], y.dtype is BF16, silu,
+        isa_of(backend), y.numel() // y.shape[1], y.shape[1], y.dtype is BF16,
         y.data_ptr(), vectors, eps, 0 if added is None else added.data_ptr(), y.data_ptr(),
-        torch.get_num_threads(),
+        kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from effnet_fast.backends import native
 from effnet_fast.ops.registration import BF16, addresses, empty_nhwc, isa_of, native_layers, nhwc
 from effnet_fast.ops.squeeze_excite import empty_excite, empty_grads
+from effnet_fast.reference.activations import kernel_activation, kernel_gate
 
 
 def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The registered op."""
-    *parameters, backend = rest
+    *parameters, activation, gate_kind, backend = rest
     hidden, gate = empty_excite(pooled, *rest)
     if pooled.numel() == 0:
         return hidden.zero_(), gate
@@ -22,7 +23,8 @@ def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     layers, at = native_layers(parameters)
     native.load().excite(
         isa_of(backend), n, c, hidden.shape[1], layers[0].dtype is BF16,
-        pooled.data_ptr(), *at, hidden.data_ptr(), gate.data_ptr(), torch.get_num_threads(),
+        pooled.data_ptr(), *at, hidden.data_ptr(), gate.data_ptr(), kernel_activation(activation),
+        kernel_gate(gate_kind), torch.get_num_threads(),
     )  # fmt: skip
     return hidden, gate
 
@@ -53,7 +55,7 @@ def squeeze_excite(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The registered op."""
-    reduce_weight, expand_weight, pooled, hidden, gate, backend = rest
+    reduce_weight, expand_weight, pooled, hidden, gate, activation, gate_kind, backend = rest
     grads = empty_grads(grad_y, x, *rest)
     if x.numel() == 0:
         for grad in grads:
@@ -70,7 +72,7 @@ def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tens
     extension.excite_backward(
         isa, *pooled.shape, hidden.shape[1], layers[0].dtype is BF16,
         *addresses(pooled, hidden, gate, grad_gate), *at, *addresses(*grads[1:], grad_pooled),
-        threads,
+        kernel_activation(activation), kernel_gate(gate_kind), threads,
     )  # fmt: skip
     grad_pooled /= sizes[2]
     extension.gate(

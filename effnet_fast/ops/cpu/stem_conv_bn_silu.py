@@ -1,4 +1,4 @@
-"""Dense convolution, BatchNorm and SiLU on the CPU's kernels: the stem."""
+"""Dense convolution, BatchNorm and activation on the CPU's kernels: the stem."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from effnet_fast.ops.registration import (
     nhwc,
 )
 from effnet_fast.ops.stem_conv_bn_silu import empty_conv, empty_eval, empty_sums, empty_weight_grad
+from effnet_fast.reference.activations import kernel_activation
 from effnet_fast.reference.arguments import Sides
 
 
@@ -28,7 +29,7 @@ def _shape(x: Tensor, weight: Tensor, z: Tensor, stride: Ints, padding: Sides) -
 
 def stem_conv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """The registered op."""
-    *bn, stride, padding, eps, backend = rest
+    *bn, stride, padding, eps, activation, backend = rest
     y = empty_eval(x, weight, *rest)
     if y.numel() == 0:
         return y
@@ -36,7 +37,7 @@ def stem_conv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     native.load().stem_eval(
         isa_of(backend), _shape(x, weight, y, stride, padding), x.dtype is BF16,
         weight.dtype is BF16, x.data_ptr(), x.stride(), weight.data_ptr(), vectors, eps,
-        y.data_ptr(), torch.get_num_threads(),
+        y.data_ptr(), kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -56,34 +57,37 @@ def stem_conv(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return z, norm
 
 
-def norm_silu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
+def norm_silu(z: Tensor, norm: Tensor, activation: str, backend: str) -> Tensor:
     """The registered op."""
     y = empty_nhwc(z, z.shape)
     if y.numel():
         z = nhwc(z)
         native.load().norm_silu(
             isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype is BF16, z.data_ptr(),
-            norm.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+            norm.data_ptr(), y.data_ptr(), kernel_activation(activation), torch.get_num_threads(),
         )  # fmt: skip
     return y
 
 
-def norm_silu_sums(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
+def norm_silu_sums(
+    grad_y: Tensor, z: Tensor, norm: Tensor, activation: str, backend: str
+) -> Tensor:
     """The registered op."""
-    sums = empty_sums(grad_y, z, norm, backend)
+    sums = empty_sums(grad_y, z, norm, activation, backend)
     if z.numel() == 0:
         return sums.zero_()
     grad_y, z = nhwc(grad_y), nhwc(z)
     native.load().norm_silu_sums(
         isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype is BF16, grad_y.data_ptr(),
-        z.data_ptr(), norm.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+        z.data_ptr(), norm.data_ptr(), sums.data_ptr(), kernel_activation(activation),
+        torch.get_num_threads(),
     )  # fmt: skip
     return sums
 
 
 def stem_weight_backward(grad_y: Tensor, z: Tensor, *rest: Any) -> Tensor:
     """The registered op."""
-    norm, sums, x, weight, stride, padding, backend = rest
+    norm, sums, x, weight, stride, padding, activation, backend = rest
     grad = empty_weight_grad(grad_y, z, *rest)
     if z.numel() == 0:
         return grad.zero_()
@@ -91,6 +95,6 @@ def stem_weight_backward(grad_y: Tensor, z: Tensor, *rest: Any) -> Tensor:
     native.load().stem_weight_backward(
         isa_of(backend), _shape(x, weight, z, stride, padding), x.dtype is BF16, grad_y.data_ptr(),
         z.data_ptr(), norm.data_ptr(), address(sums), x.data_ptr(), x.stride(), grad.data_ptr(),
-        torch.get_num_threads(),
+        kernel_activation(activation), torch.get_num_threads(),
     )  # fmt: skip
     return grad
