@@ -1,8 +1,8 @@
 // The activations and gates that the CUDA kernels apply, and their slopes.
 //
-// Kernels in which it costs SiLU at most 2% of its instructions choose as they run:
-// `with_activation` is one branch that every thread of a launch takes alike, outside of the loops
-// over elements. The others are templates over the form; docs/decisions/cuda.md has the counts.
+// Kernels in which that costs SiLU next to nothing choose as they run: `with_activation` is one
+// branch that every thread of a launch takes alike, outside of the loops over elements. The
+// depthwise kernels are templates over the form; docs/decisions/cuda.md has the counts.
 #pragma once
 
 #include "common/activation.h"
@@ -14,6 +14,7 @@ namespace cuda {
 // value(u) is a, slope(u) is da / du; add_value(u, sum) adds a to sum and returns da / du, with
 // what they share formed once.
 struct SiluForm {
+  static constexpr bool kNanAtInfinity = true;  // the slope, as stock's
   __device__ explicit SiluForm(const Activation&) {}
   __device__ __forceinline__ float value(float u) const { return silu(u); }
   __device__ __forceinline__ float slope(float u) const { return silu_grad(u); }
@@ -26,6 +27,7 @@ struct SiluForm {
 
 // Of a NaN the value stays NaN and the slope is 1; at a bound the slope is 0. All as stock.
 struct ClampForm {
+  static constexpr bool kNanAtInfinity = false;
   float lo, hi;
   __device__ explicit ClampForm(const Activation& a) : lo(a.lo), hi(a.hi) {}
   __device__ __forceinline__ float value(float u) const {

@@ -2,7 +2,7 @@
 //
 // Computes: a = x, or act(before(x)); z = conv(a, weight); with `after` y = act(after(z)) and the
 //           sums of y over each chunk, else y = z and (count, pivot, mean, M2) of z, both of y as
-//           stored; act is SiLU or clamp(lo, hi)
+//           stored; act is SiLU or clamp(lo, hi), for each of which the kernels are compiled
 // Layout:   channels-last, x with any strides over N, H, W; y without gaps
 // Tiling:   a block owns up to 64 channels of a strip of columns, and goes down it in bands of rows
 //           and from image to image. The next band's rows arrive in shared memory, 16 bytes a copy,
@@ -79,9 +79,8 @@ __device__ void copy_rows(const Params& p, const Shared<T>& shared, const Place&
 
 // act(x * scale + shift) of what this thread has copied; padding stays 0.
 template <typename T, int S, typename Form>
-__device__ __forceinline__ void activate_rows(const Params& p, const Shared<T>& shared,
-                                              const Place& place, const Cursor& at,
-                                              const Form& form) {
+__device__ void activate_rows(const Params& p, const Shared<T>& shared, const Place& place,
+                              const Cursor& at, const Form& form) {
   const DwconvShape& s = p.args.shape;
   const Window& w = p.window;
   const int rows = at.whole ? w.rows : w.fresh, skipped = w.rows - rows;
@@ -165,10 +164,10 @@ __device__ __forceinline__ void add_moments(Moments& m, const float (&z)[TR][TC]
 }
 
 // Writes a tile of outputs, and adds it to the thread's sums.
-template <typename T, int TR, int TC>
+template <typename T, int TR, int TC, typename Form>
 __device__ __forceinline__ void finish_tile(const Params& p, const Place& place,
                                             const Shared<T>& shared, const Lane& lane, int64_t n,
-                                            int oh, int ow, float2 (&z)[TR][TC]) {
+                                            int oh, int ow, const Form& form, float2 (&z)[TR][TC]) {
   const DwconvShape& s = p.args.shape;
   const int rows = min_of(TR, static_cast<int>(s.oh) - oh);
   const int cols = min_of(TC, static_cast<int>(s.ow) - ow);
@@ -181,17 +180,13 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Place& place,
     shift = pair_at(shared.after_shift + lane.channel);
   }
 #pragma unroll
-  for (int i = 0; i < TR; i++) {
-    if (activates)  // a row at a time: all at once would take too many registers
-      with_activation(p.args.activation, [&](const auto& form) {
-#pragma unroll
-        for (int t = 0; t < TC; t++) {
-          z[i][t].x = form.value(z[i][t].x * scale.x + shift.x);
-          z[i][t].y = form.value(z[i][t].y * scale.y + shift.y);
-        }
-      });
+  for (int i = 0; i < TR; i++)
 #pragma unroll
     for (int t = 0; t < TC; t++) {
+      if (activates) {
+        z[i][t].x = form.value(z[i][t].x * scale.x + shift.x);
+        z[i][t].y = form.value(z[i][t].y * scale.y + shift.y);
+      }
       z[i][t] = rounded<T>(z[i][t]);
       if (i < rows && t < cols) {
         store_pair(y + (i * s.ow + t) * s.c, z[i][t], s.c - c, p.paired);
@@ -199,7 +194,6 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Place& place,
         pool.y += z[i][t].y;
       }
     }
-  }
   Moments* sums = shared.sums + lane.position * p.window.channels + lane.channel;
   if (activates) {
     sums[0].count += pool.x;
@@ -260,12 +254,13 @@ __device__ void load_affine(float* scale, float* shift, const BatchNorm& bn, int
   }
 }
 
-template <typename T, int K, int S, int TR, int TC>
+template <typename T, int K, int S, int TR, int TC, typename Form>
 __global__ void __launch_bounds__(kBoundThreads<K>, 2) dwconv_bn_silu_fwd_kernel(const Params p) {
   const DwconvShape& s = p.args.shape;
   const Place place = place_of(p.grid, s, p.args.tile);
   const Lane lane(p.args.tile);
   const Shared<T> shared(p.window);
+  const Form form(p.args.activation);
   const int channels = p.window.channels;
   const int band_begin = static_cast<int>(place.row_chunk * p.args.tile.bands);
   const int band_end = static_cast<int>(min_of(band_begin + p.args.tile.bands, p.grid.bands));
@@ -285,16 +280,14 @@ __global__ void __launch_bounds__(kBoundThreads<K>, 2) dwconv_bn_silu_fwd_kernel
   while (at.n < place.n_end) {
     const Cursor next = at.next(p.window, band_begin, band_end);
     cp_async_wait<0>();
-    if (p.args.before.mean)
-      with_activation(p.args.activation,
-                      [&](const auto& form) { activate_rows<T, S>(p, shared, place, at, form); });
+    if (p.args.before.mean) activate_rows<T, S>(p, shared, place, at, form);
     sync_threads();
     if (next.n < place.n_end) copy_rows<T, S>(p, shared, place, next);
     const int oh = static_cast<int>((at.band * p.args.tile.ny + lane.y) * TR);
     if (oh < s.oh && ow < s.ow) {
       float2 z[TR][TC];
       convolve<T, K, S, TR, TC>(p.window, shared.ring, at.slot, lane, weight, z);
-      finish_tile<T, TR, TC>(p, place, shared, lane, at.n, oh, ow, z);
+      finish_tile<T, TR, TC>(p, place, shared, lane, at.n, oh, ow, form, z);
     }
     if (pools && next.n != at.n) {
       sync_threads();
@@ -322,7 +315,7 @@ Window window_of(const DwconvGrid& grid, const Tile& t) {
   return w;
 }
 
-template <typename T, int K, int S, int TR, int TC>
+template <typename T, int K, int S, int TR, int TC, typename Form>
 void run(const DwconvForwardArgs& args, const Queue& queue) {
   const DwconvShape& s = args.shape;
   Params p = {args, dwconv_forward_grid(s, args.tile), {}, false, false};
@@ -331,25 +324,31 @@ void run(const DwconvForwardArgs& args, const Queue& queue) {
   p.paired = s.c % 2 == 0 && aligned(args.y, 2 * sizeof(T));
   const int threads = static_cast<int>(args.tile.lanes * args.tile.nx * args.tile.ny);
   const DeviceGuard guard(queue.device);
-  launch("dwconv_bn_silu_fwd", dwconv_bn_silu_fwd_kernel<T, K, S, TR, TC>,
+  launch("dwconv_bn_silu_fwd", dwconv_bn_silu_fwd_kernel<T, K, S, TR, TC, Form>,
          grid_of(p.grid.channel_blocks * p.grid.parts, 1, 1, threads,
                  shared_bytes(p.window, sizeof(T), K * K, args.tile), queue.stream),
          p);
 }
 
-template <typename T>
+template <typename T, typename Form>
 void by_tile(const DwconvForwardArgs& args, const Queue& queue) {
   const int64_t k = args.shape.k, stride = args.shape.stride;
   const int64_t rows = args.tile.rows, cols = args.tile.cols;
   const bool square = rows == 4 && cols == 4, flat = rows == 2 && cols == 7;
   const bool half = rows == 2 && cols == 4;
-  if (k == 3 && stride == 1 && square) return run<T, 3, 1, 4, 4>(args, queue);
-  if (k == 3 && stride == 1 && flat) return run<T, 3, 1, 2, 7>(args, queue);
-  if (k == 5 && stride == 1 && square) return run<T, 5, 1, 4, 4>(args, queue);
-  if (k == 5 && stride == 1 && flat) return run<T, 5, 1, 2, 7>(args, queue);
-  if (k == 3 && stride == 2 && half) return run<T, 3, 2, 2, 4>(args, queue);
-  if (k == 5 && stride == 2 && half) return run<T, 5, 2, 2, 4>(args, queue);
+  if (k == 3 && stride == 1 && square) return run<T, 3, 1, 4, 4, Form>(args, queue);
+  if (k == 3 && stride == 1 && flat) return run<T, 3, 1, 2, 7, Form>(args, queue);
+  if (k == 5 && stride == 1 && square) return run<T, 5, 1, 4, 4, Form>(args, queue);
+  if (k == 5 && stride == 1 && flat) return run<T, 5, 1, 2, 7, Form>(args, queue);
+  if (k == 3 && stride == 2 && half) return run<T, 3, 2, 2, 4, Form>(args, queue);
+  if (k == 5 && stride == 2 && half) return run<T, 5, 2, 2, 4, Form>(args, queue);
   require(false, "dwconv forward: tiles of 4x4 and 2x7 at stride 1, 2x4 at stride 2 are supported");
+}
+
+template <typename T>
+void by_activation(const DwconvForwardArgs& args, const Queue& queue) {
+  if (args.activation.kind == kSilu) return by_tile<T, SiluForm>(args, queue);
+  by_tile<T, ClampForm>(args, queue);
 }
 
 }  // namespace
@@ -368,9 +367,9 @@ int64_t dwconv_forward_shared_bytes(const DwconvShape& s, DType dtype, const Til
 
 void launch_dwconv_bn_silu_fwd(const DwconvForwardArgs& args, const Queue& queue) {
   check_activation(args.activation);
-  if (args.dtype == DType::kFloat32) return by_tile<float>(args, queue);
-  if (args.dtype == DType::kFloat16) return by_tile<__half>(args, queue);
-  by_tile<__nv_bfloat16>(args, queue);
+  if (args.dtype == DType::kFloat32) return by_activation<float>(args, queue);
+  if (args.dtype == DType::kFloat16) return by_activation<__half>(args, queue);
+  by_activation<__nv_bfloat16>(args, queue);
 }
 
 }  // namespace cuda

@@ -121,6 +121,7 @@ __device__ void form_dz(const Params& p, const Shared<T>& shared, const Place& p
     shift[i] = exists && p.args.shift ? load(p.args.shift + at.n * s.c + c + i) : 0.0f;
   }
   const float* vectors = shared.dz + walk.channel;
+  const bool centres = Form::kNanAtInfinity || p.args.sums;
   for (; walk.row < rows.count; walk.next()) {
     if (!view.inside(rows.top + walk.row, rows.left + walk.col)) continue;
     int slot = at.slot + rows.skipped + walk.row;
@@ -145,7 +146,9 @@ __device__ void form_dz(const Params& p, const Shared<T>& shared, const Place& p
       for (int i = 0; i < H; i++) {
         const float g = fmaf(grad[i], gate[half * H + i], shift[half * H + i]);
         const float du = g * form.slope(fmaf(z[i], scale[i], bias[i]));
-        grad[i] = fmaf(scale[i], du, fmaf(z[i] - mean[i], slope[i], offset[i]));
+        // An infinite z times a slope of 0 is NaN, as SiLU's du is in any case.
+        const float rest = centres ? fmaf(z[i] - mean[i], slope[i], offset[i]) : 0.0f;
+        grad[i] = fmaf(scale[i], du, rest);
       }
       store_shared(piece + half, pack<T, uint2>(grad));
     }

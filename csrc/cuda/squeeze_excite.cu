@@ -104,10 +104,9 @@ __global__ void __launch_bounds__(kThreads) excite_expand_kernel(const ExciteArg
     }
 #pragma unroll
     for (int j = 0; j < kImages; j++) {
-      const float logit = warp_sum(sum[j]) + (bias ? to_float(bias[c]) : 0.0f);
+      const float u = warp_sum(sum[j]) + (bias ? to_float(bias[c]) : 0.0f);
       if (lane != j || j >= images) continue;
-      with_gate(a.gate_kind,
-                [&](const auto& gate) { a.gate[(n0 + j) * a.c + c] = gate.value(logit); });
+      with_gate(a.gate_kind, [&](const auto& gate) { a.gate[(n0 + j) * a.c + c] = gate.value(u); });
     }
   }
 }

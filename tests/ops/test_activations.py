@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from test_transforms import second_derivatives
 from torch import Tensor
 
+from activation_calls import INF, NAN, kinds_of, one_pixel, special
 from cases import MBCONV_CASES, find
 from effnet_fast import ops, reference
-from effnet_fast.reference.activations import ACTIVATIONS, GATES, kernel_activation
+from effnet_fast.reference.activations import ACTIVATIONS, kernel_activation
 from mbconv_blocks import BlockCall, block_call, params_of
 from mbconv_blocks import run as run_block
 from parity import (
@@ -38,14 +38,6 @@ OTHERS = [name for name in ACTIVATIONS if name != "silu"]
 ANY_RUN = runs((FP32, BF16), INSTRUCTION_SETS)
 ANY_ACTIVATION = pytest.mark.parametrize("activation", OTHERS)
 TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-INF, NAN = math.inf, math.nan
-
-
-def kinds_of(call: Call, activation: str) -> list[dict[str, str]]:
-    """The activation, with each gate where the op has one."""
-    if call.op != "squeeze_excite":
-        return [{"activation": activation}]
-    return [{"activation": activation, "gate": gate} for gate in GATES]
 
 
 @ANY_RUN
@@ -83,30 +75,6 @@ def test_parity_notices_another_activation(name: str) -> None:
         results = run(given, "cpu", wanted=wanted), run(call, wanted=wanted)
         with pytest.raises(AssertionError, match="error"):
             assert_parity(*results, run(call, double=True, wanted=wanted), torch.float32)
-
-
-def around(bound: float, dtype: torch.dtype) -> list[float]:
-    given = torch.tensor([bound], dtype=dtype)
-    sides = [torch.nextafter(given, torch.full_like(given, side)) for side in (INF, -INF)]
-    return torch.cat([given, *sides]).tolist()
-
-
-def special(dtype: torch.dtype) -> Tensor:
-    """The bounds and their neighbours, both zeros, infinities and NaN, one per image [N,1,1,1]."""
-    numbers = [x for bound in (0.0, 6.0, 3.0, -3.0) for x in around(bound, dtype)]
-    return torch.tensor([*numbers, -0.0, INF, -INF, NAN, 100.0, -100.0], dtype=dtype).reshape(
-        -1, 1, 1, 1
-    )
-
-
-def one_pixel(op: str, values: Tensor, activation: str) -> Call:
-    """An op whose BatchNorm changes nothing, on images of one pixel of one channel."""
-    one, zero = torch.ones(1, dtype=values.dtype), torch.zeros(1, dtype=values.dtype)
-    weight = one.reshape(1, 1, 1, 1)
-    tensors = {"x": values, "weight": weight, "bn_weight": one, "bn_bias": zero}
-    tensors |= {"running_mean": zero, "running_var": one}
-    options = {"stride": 1} if op in ("dwconv_bn_silu", "stem_conv_bn_silu") else {}
-    return Call(op, tensors, {**options, "eps": 0.0, "activation": activation})
 
 
 @ANY_RUN
