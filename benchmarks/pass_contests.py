@@ -61,7 +61,7 @@ def squeeze(case: SqueezeExciteCase, dtype: str, device: str) -> Contest:
         return (F.silu(t.normed()).mean((2, 3)).to(t.gamma.dtype),)
 
     def ours(backend: str) -> tuple[Tensor, ...]:
-        return (excitation.squeeze(t.z, t.bn(), backend)[0],)
+        return (excitation.squeeze(t.z, t.bn(), "silu", backend)[0],)
 
     return _contest("mbconv_squeeze", case, dtype, device, t, ours, stock, passes=1, silus=1)
 
@@ -74,7 +74,8 @@ def finish(case: SqueezeExciteCase, dtype: str, device: str) -> Contest:
         return (t.normed() * t.keep.to(t.z.dtype).view(-1, 1, 1, 1) + t.x,)
 
     def ours(backend: str) -> tuple[Tensor, ...]:
-        return (depthwise.bn_act(t.z, t.bn(), backend, silu=False, keep=t.keep, residual=t.x),)
+        more = {"keep": t.keep, "residual": t.x}
+        return (depthwise.bn_act(t.z, t.bn(), "identity", backend, **more),)
 
     return _contest("mbconv_finish", case, dtype, device, t, ours, stock, passes=3)
 
@@ -89,7 +90,9 @@ def bn_sums(case: SqueezeExciteCase, dtype: str, device: str) -> Contest:
         return tuple(v.sum((0, 2, 3)).to(t.gamma.dtype) for v in (du, du * zh))
 
     def ours(backend: str) -> tuple[Tensor, ...]:
-        sums = statistics.channel_sums(backend, statistics.BN_SILU, t.z, t.grad_y, t.bn())
+        sums = statistics.channel_sums(
+            backend, statistics.BN_ACT, t.z, t.grad_y, t.bn(), activation="silu"
+        )
         return tuple(sums.unbind())
 
     return _contest("bn_sums", case, dtype, device, t, ours, stock, passes=2, silus=1)

@@ -78,9 +78,13 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "own_hook": (lambda m: m.register_forward_hook(print), "it has a hook"),
     "patched": (lambda m: surgery.patch_forward(m.features[2], 2.0), "features.2 has a patch"),
     "patched_whole": (lambda m: surgery.patch_forward(m, 2.0), "its forward is patched"),
-    "relu": (
-        lambda m: surgery.set_item(m.features[0], 2, nn.ReLU()),
-        "features.0: .*.2 is ReLU, not SiLU",
+    "tanh": (
+        lambda m: surgery.set_item(m.features[0], 2, nn.Tanh()),
+        "features.0: .*.2 is Tanh, not SiLU",
+    ),
+    "other_relu6": (
+        lambda m: surgery.set_item(m.features[0], 2, surgery.relu6_up_to(4.0)),
+        "features.0: .*.2 clamps to 0.0 and 4.0, not to 0 and 6",
     ),
     "stage": (lambda m: surgery.set_item(m.features, 3, nn.Identity()), "features.3 is Id"),
     "class": (

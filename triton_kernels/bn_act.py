@@ -1,6 +1,6 @@
 """BatchNorm's passes over a stored tensor: forward, the sums of its backward, and dz.
 
-Computes: y = act(bn(z)) * row_scale[n] + residual;
+Computes: y = act(bn(z)) * row_scale[n] + residual, act being SiLU or clamp(lo, hi);
           sums of du and du * zh over all rows, with du = row_scale * grad * act'(u);
           dz = scale * (du - mean(du) - zh * mean(du * zh)), the means absent in eval, with
           du = (grad * gate[n, c] + offset[n, c]) * act'(u)
@@ -23,9 +23,24 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import add_exactly, load_norm, load_vector, silu, silu_grad, sum_rows
+from .elementwise import (
+    activated,
+    activation_slope,
+    add_exactly,
+    load_norm,
+    load_vector,
+    sum_rows,
+)
 from .folds import fold_sums
-from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
+from .launching import (
+    activation_constants,
+    dense,
+    empty_fp32,
+    empty_nhwc,
+    launch,
+    nhwc,
+    units,
+)
 
 
 @triton.jit
@@ -46,8 +61,8 @@ def image_of(first, row, pixels):
 
 @triton.jit(do_not_specialize=["rows", "pixels", "channel_units"])
 def bn_act_fwd_kernel(
-    z, y, norm, row_scale, residual, rows, pixels, channel_units,
-    VEC: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    z, y, norm, row_scale, residual, lo, hi, rows, pixels, channel_units,
+    VEC: tl.constexpr, ACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     channels = channel_units * VEC
     first, row, c, row_inside, c_inside = tile_of(rows, channels, BP, BC)
@@ -56,9 +71,7 @@ def bn_act_fwd_kernel(
     start = first * channels
     value = tl.load(z + start + at, mask=inside, other=0.0).to(tl.float32)
     scale, shift, _, _ = load_norm(norm, channels, c, c_inside)
-    value = value * scale[None, :] + shift[None, :]
-    if SILU:
-        value = silu(value)
+    value = activated(value * scale[None, :] + shift[None, :], lo, hi, ACT)
     if row_scale is not None:
         image = image_of(first, row, pixels)
         value *= tl.load(row_scale + image, mask=row_inside, other=0.0).to(tl.float32)[:, None]
@@ -69,8 +82,8 @@ def bn_act_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows", "pixels", "channel_units", "RUN"])
 def bn_sums_kernel(
-    grad, z, partial, norm, row_scale, rows, pixels, channel_units,
-    RUN, VEC: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    grad, z, partial, norm, row_scale, lo, hi, rows, pixels, channel_units,
+    RUN, VEC: tl.constexpr, ACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """partial [runs,2,C]: sums of du and du * zh over runs of rows.
 
@@ -91,8 +104,7 @@ def bn_sums_kernel(
         at = row[:, None] * channels + c[None, :]
         value = tl.load(z + first * channels + at, mask=inside, other=0.0).to(tl.float32)
         du = tl.load(grad + first * channels + at, mask=inside, other=0.0).to(tl.float32)
-        if SILU:
-            du *= silu_grad(value * scale[None, :] + shift[None, :])
+        du *= activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
         if row_scale is not None:
             image = image_of(first, row, pixels)
             du *= tl.load(row_scale + image, mask=row_inside, other=0.0).to(tl.float32)[:, None]
@@ -107,9 +119,9 @@ def bn_sums_kernel(
 
 @triton.jit(do_not_specialize=["inverse", "rows", "pixels", "channel_units"])
 def bn_act_bwd_kernel(
-    grad, z, dz, norm, sums, inverse, gate, offset,
+    grad, z, dz, norm, sums, inverse, gate, offset, lo, hi,
     rows, pixels, channel_units,
-    VEC: tl.constexpr, SILU: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    VEC: tl.constexpr, ACT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dz of grad, with the totals sums [2,C] of du and du * zh, times `inverse` their means."""
     channels = channel_units * VEC
@@ -124,8 +136,7 @@ def bn_act_bwd_kernel(
         vector_at = image_of(first, row, pixels)[:, None] * channels + c[None, :]
         du *= tl.load(gate + vector_at, mask=inside, other=0.0)
         du += tl.load(offset + vector_at, mask=inside, other=0.0)
-    if SILU:
-        du *= silu_grad(value * scale[None, :] + shift[None, :])
+    du *= activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
     if sums is not None:
         du_mean = load_vector(sums, c, c_inside, 0.0) * inverse
         slope = load_vector(sums + channels, c, c_inside, 0.0) * inverse
@@ -146,7 +157,7 @@ def _grid(rows: int, channels: int, config: dict[str, int]) -> tuple[int]:
 def launch_bn_act_fwd(
     z: Tensor,
     norm: Tensor,
-    silu: bool,
+    activation: str,
     row_scale: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
@@ -161,13 +172,14 @@ def launch_bn_act_fwd(
     z = nhwc(z)
     y = empty_nhwc(z, z.shape) if out is None else out
     rows, pixels, channels = _sizes(z)
+    act, bounds = activation_constants(activation)
     config = tuning.config("bn_act", z, c=channels)
     vec, channel_units = units(channels)
     launch(
         bn_act_fwd_kernel, _grid(rows, channels, config), z.device,
-        (z, y, norm, dense(row_scale), None if residual is None else nhwc(residual),
+        (z, y, norm, dense(row_scale), None if residual is None else nhwc(residual), *bounds,
          rows, pixels, channel_units),
-        config, VEC=vec, SILU=silu,
+        config, VEC=vec, ACT=act,
     )  # fmt: skip
     return y
 
@@ -176,20 +188,21 @@ def launch_bn_sums(
     grad: Tensor,
     z: Tensor,
     norm: Tensor,
-    silu: bool,
+    activation: str,
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """Sums [2,C], fp32, of du and du * zh with du = row_scale * grad * act'(u)."""
     z, grad = nhwc(z), nhwc(grad)
     rows, pixels, channels = _sizes(z)
+    act, bounds = activation_constants(activation)
     config = tuning.config("bn_sums", z, c=channels, m=rows)
     runs = triton.cdiv(rows, config["RUN"])
     partial = empty_fp32(z, 1, runs, 2 * channels)
     vec, channel_units = units(channels)
     launch(
         bn_sums_kernel, (runs, triton.cdiv(channels, config["BC"])), z.device,
-        (grad, z, partial, norm, dense(row_scale), rows, pixels, channel_units),
-        config, VEC=vec, SILU=silu,
+        (grad, z, partial, norm, dense(row_scale), *bounds, rows, pixels, channel_units),
+        config, VEC=vec, ACT=act,
     )  # fmt: skip
     return fold_sums(partial).view(2, channels)
 
@@ -198,7 +211,7 @@ def launch_bn_act_bwd(
     grad: Tensor,
     z: Tensor,
     norm: Tensor,
-    silu: bool,
+    activation: str,
     sums: Tensor | None,
     *,
     gate: Tensor | None = None,
@@ -213,12 +226,13 @@ def launch_bn_act_bwd(
     z, grad = nhwc(z), nhwc(grad)
     dz = empty_nhwc(z, z.shape)
     rows, pixels, channels = _sizes(z)
+    act, bounds = activation_constants(activation)
     config = tuning.config("bn_act", z, c=channels)
     vec, channel_units = units(channels)
     launch(
         bn_act_bwd_kernel, _grid(rows, channels, config), z.device,
         (grad, z, dz, norm, dense(sums), 1.0 / max(rows, 1),
-         dense(gate), dense(offset), rows, pixels, channel_units),
-        config, VEC=vec, SILU=silu,
+         dense(gate), dense(offset), *bounds, rows, pixels, channel_units),
+        config, VEC=vec, ACT=act,
     )  # fmt: skip
     return dz

@@ -1,8 +1,9 @@
 """Depthwise convolution, backward: the gradients of its input and of its weight from dz.
 
-Computes: da = conv_transpose(dz, weight); grad_x = da + residual, or with BN and SiLU before the
-          convolution f = da * silu'(u) + residual and the sums of f and f * zh;
-          grad_weight = correlate(in(x), dz), in(x) = x or silu(bn(x))
+Computes: da = conv_transpose(dz, weight); grad_x = da + residual, or with BN and act before the
+          convolution f = da * act'(u) + residual and the sums of f and f * zh;
+          grad_weight = correlate(in(x), dz), in(x) = x or act(bn(x)); act
+          is SiLU or clamp(lo, hi)
 Shapes:   dz [N,C,Ho,Wo], x and f [N,C,H,W], weight [C,1,K,K], sums [2,C]
 Dtypes:   dz/x/f fp32|fp16|bf16, weight x's or fp32; accumulation, grad_weight and sums fp32
 Layout:   channels_last; x with any strides over N, H, W, the others without gaps
@@ -24,9 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import load_norm, silu, silu_grad
+from .elementwise import activated, activation_slope, load_norm
 from .folds import fold_sums
-from .launching import empty_fp32, empty_nhwc, launch, nhwc, pixel_strides, units
+from .launching import (
+    activation_constants,
+    empty_fp32,
+    empty_nhwc,
+    launch,
+    nhwc,
+    pixel_strides,
+    units,
+)
 
 PROGRAMS = 2048  # of the weight gradient: a GPU's worth, and few enough partials
 
@@ -35,9 +44,10 @@ PROGRAMS = 2048  # of the weight gradient: a GPU's worth, and few enough partial
     "pixels", "height", "width", "out_height", "out_width", "channel_units", "left", "top", "RUN",
 ])  # fmt: skip
 def dwconv_bwd_data_kernel(
-    dz, weight, grad_x, z, norm, residual, partial,
+    dz, weight, grad_x, z, norm, residual, partial, lo, hi,
     pixels, height, width, out_height, out_width, channel_units, left, top, RUN,
-    VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, ACT: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """grad_x [pixels,C] of dz; z is the BN's input, laid out like grad_x; partial [runs,2,C]."""
     channels = channel_units * VEC
@@ -71,7 +81,7 @@ def dwconv_bwd_data_kernel(
         at = pixel[:, None] * channels + c[None, :]
         if norm is not None:
             value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-            acc *= silu_grad(value * scale[None, :] + shift[None, :])
+            acc *= activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
             f = tl.where(inside, acc.to(grad_x.dtype.element_ty).to(tl.float32), 0.0)
             f_sum += f
             product_sum += tl.where(inside, f * ((value - mean[None, :]) * rstd[None, :]), 0.0)
@@ -89,9 +99,10 @@ def dwconv_bwd_data_kernel(
     "out_width", "channel_units", "left", "top",
 ])  # fmt: skip
 def dwconv_bwd_weight_kernel(
-    dz, x, partial, norm, stride_n, stride_h, stride_w,
+    dz, x, partial, norm, lo, hi, stride_n, stride_h, stride_w,
     pixels, run, height, width, out_height, out_width, channel_units, left, top,
-    VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, ACT: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """partial [runs,K*K,C]; a pixel is an image, a row of dz and a column of x.
 
@@ -116,7 +127,7 @@ def dwconv_bwd_weight_kernel(
         inside = exists[:, None] & c_inside[None, :]
         a = tl.load(x + at[:, None] + c[None, :], mask=inside, other=0.0).to(tl.float32)
         if norm is not None:
-            a = silu(a * scale[None, :] + shift[None, :])
+            a = activated(a * scale[None, :] + shift[None, :], lo, hi, ACT)
             a = tl.where(inside, a, 0.0)
         added = ()
         for kw in tl.static_range(K):
@@ -152,6 +163,7 @@ def launch_dwconv_bwd_data(
     padding: Sequence[int],
     *,
     norm: Tensor | None = None,
+    activation: str = "identity",
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the convolution's input, or of the BN in front of it.
@@ -175,12 +187,13 @@ def launch_dwconv_bwd_data(
     fused = norm is not None
     partial = empty_fp32(x, 1, runs, 2 * channels) if fused else None
     vec, channel_units = units(channels)
+    act, bounds = activation_constants(activation)
     launch(
         dwconv_bwd_data_kernel, (runs, triton.cdiv(channels, config["BC"])), x.device,
         (dz, taps(weight), grad_x, nhwc(x) if fused else None, norm,
-         None if residual is None else nhwc(residual), partial, pixels, height, width,
+         None if residual is None else nhwc(residual), partial, *bounds, pixels, height, width,
          *dz.shape[2:], channel_units, padding[0], padding[2]),
-        config, VEC=vec, K=kernel, STRIDE=stride,
+        config, VEC=vec, K=kernel, STRIDE=stride, ACT=act,
     )  # fmt: skip
     return grad_x, None if partial is None else fold_sums(partial).view(2, channels)
 
@@ -193,6 +206,7 @@ def launch_dwconv_bwd_weight(
     padding: Sequence[int],
     *,
     norm: Tensor | None = None,
+    activation: str = "identity",
 ) -> Tensor:
     """grad_weight [C,1,K,K] in fp32; the arguments as of `launch_dwconv_bwd_data`."""
     dz = nhwc(dz)
@@ -206,11 +220,12 @@ def launch_dwconv_bwd_weight(
     runs = max(1, triton.cdiv(pixels, run)) if run else 1
     partial = empty_fp32(x, 1, runs, kernel * kernel * channels)
     vec, channel_units, *strides = units(channels, *pixel_strides(x))
+    act, bounds = activation_constants(activation)
     launch(
         dwconv_bwd_weight_kernel, (runs, blocks, kernel), x.device,
-        (dz, x, partial, norm, *strides, pixels, run,
+        (dz, x, partial, norm, *bounds, *strides, pixels, run,
          height, width, out_height, out_width, channel_units, padding[0], padding[2]),
-        config, VEC=vec, K=kernel, STRIDE=stride,
+        config, VEC=vec, K=kernel, STRIDE=stride, ACT=act,
     )  # fmt: skip
     by_tap = fold_sums(partial).view(kernel * kernel, channels)
     return by_tap.t().contiguous().view(channels, 1, kernel, kernel)

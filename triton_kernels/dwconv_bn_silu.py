@@ -1,7 +1,8 @@
-"""Depthwise convolution with BatchNorm and SiLU, forward.
+"""Depthwise convolution with BatchNorm and an activation, forward.
 
-Computes: z = conv_dw(in(x), weight) with in(x) = x or silu(bn(x)), padding being 0 after it;
-          y = z and its (count, mean, M2) by tile, or y = silu(bn(z)) and its sums by tile
+Computes: z = conv_dw(in(x), weight) with in(x) = x or act(bn(x)), padding being 0 after it;
+          y = z and its (count, mean, M2) by tile, or y = act(bn(z)) and its sums by tile; act is
+          SiLU or clamp(lo, hi)
 Shapes:   x [N,C,H,W], weight [C,1,K,K], y [N,C,Ho,Wo]
 Dtypes:   x/y fp32|fp16|bf16, weight x's or fp32, vectors any; accumulation fp32
 Layout:   channels_last, any strides over N, H, W
@@ -25,9 +26,19 @@ from torch import Tensor
 from . import tuning
 from .bn_act import launch_bn_act_bwd, launch_bn_act_fwd, launch_bn_sums
 from .dwconv_backward import launch_dwconv_bwd_data, launch_dwconv_bwd_weight, taps
-from .elementwise import load_affine, load_norm, silu, store_statistics
+from .elementwise import activated, load_affine, load_norm, store_statistics
 from .folds import fold_statistics, fold_sums, launch_norm
-from .launching import NO_BN, BatchNorm, dense, empty_fp32, empty_nhwc, launch, pixel_strides, units
+from .launching import (
+    NO_BN,
+    BatchNorm,
+    activation_constants,
+    dense,
+    empty_fp32,
+    empty_nhwc,
+    launch,
+    pixel_strides,
+    units,
+)
 
 Sides = Sequence[int]  # left, right, top, bottom
 
@@ -52,10 +63,10 @@ def rows_statistics(stored, total, count, oh, ow, height, width, c_inside, R: tl
     "out_width", "channel_units", "left", "top", "strips", "columns",
 ])  # fmt: skip
 def dwconv_fwd_kernel(
-    x, weight, y, in_norm, bn_weight, bn_bias, mean, var, eps, partial, sums,
+    x, weight, y, in_norm, bn_weight, bn_bias, mean, var, eps, partial, sums, lo, hi,
     stride_n, stride_h, stride_w, height, width, out_height, out_width, channel_units, left, top,
     strips, columns,
-    VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
+    VEC: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, ACT: tl.constexpr,
     R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """weight [K*K,C] fp32; partial [tiles,4,C] and sums [tiles,C] where given, tiles by image.
@@ -88,7 +99,7 @@ def dwconv_fwd_kernel(
             value = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
             if in_norm is not None:
                 value = value * in_scale[None, :] + in_shift[None, :]
-                value = tl.where(inside, silu(value), 0.0)
+                value = tl.where(inside, activated(value, lo, hi, ACT), 0.0)
             values = values + (value,)
         reached = ()
         for r in tl.static_range(R):
@@ -109,7 +120,8 @@ def dwconv_fwd_kernel(
         acc = accs[r]
         inside = (ow < tl.where(oh + r < out_height, out_width, 0))[:, None] & c_inside[None, :]
         if mean is not None:
-            acc = silu((acc - centre[None, :]) * scale[None, :] + shift[None, :])
+            acc = (acc - centre[None, :]) * scale[None, :] + shift[None, :]
+            acc = activated(acc, lo, hi, ACT)
         rounded = acc.to(y.dtype.element_ty)
         out_row = y + ((n * out_height + oh + r) * out_width) * channels
         tl.store(out_row + ow[:, None] * channels + c[None, :], rounded, mask=inside)
@@ -144,6 +156,7 @@ def launch_dwconv_fwd(
     in_norm: Tensor | None = None,
     bn: BatchNorm = NO_BN,
     eps: float = 0.0,
+    activation: str = "identity",
     statistics: bool = False,
     pool: bool = False,
     packed: Tensor | None = None,
@@ -151,8 +164,8 @@ def launch_dwconv_fwd(
     """y [N,C,Ho,Wo] as the file's head says.
 
     Args:
-        in_norm: of the BN, with SiLU, applied to x as it is loaded, or None.
-        bn, eps: BN and SiLU applied to the convolution, where the mean is given.
+        in_norm: of the BN, with the activation, applied to x as it is loaded, or None.
+        bn, eps: BN and activation applied to the convolution, where the mean is given.
         packed: what `taps` makes of the weight, None to have it made.
 
     Returns:
@@ -171,13 +184,14 @@ def launch_dwconv_fwd(
     partial = empty_fp32(x, tiles, 4, channels) if statistics else None
     sums = empty_fp32(x, n, strips * columns, channels) if pool else None
     vec, channel_units, *strides = units(channels, *pixel_strides(x))
+    act, bounds = activation_constants(activation)
     launch(
         dwconv_fwd_kernel, (tiles, triton.cdiv(channels, config["BC"])), x.device,
         (x, taps(weight) if packed is None else packed, y, in_norm, *map(dense, bn), eps,
-         partial, sums,
+         partial, sums, *bounds,
          *strides, height, width, out_height, out_width, channel_units, padding[0], padding[2],
          strips, columns),
-        config, VEC=vec, K=kernel, STRIDE=stride,
+        config, VEC=vec, K=kernel, STRIDE=stride, ACT=act,
     )  # fmt: skip
     pooled = None if sums is None else fold_sums(sums, 1.0 / max(1, out_height * out_width))
     return y, partial, pooled
@@ -193,11 +207,14 @@ def dwconv_bn_silu_eval(
     stride: int,
     padding: Sides,
     eps: float,
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op of this name."""
     bn = (bn_weight, bn_bias, mean, var)
-    y, _, pooled = launch_dwconv_fwd(x, weight, stride, padding, bn=bn, eps=eps, pool=True)
+    y, _, pooled = launch_dwconv_fwd(
+        x, weight, stride, padding, bn=bn, eps=eps, activation=activation, pool=True
+    )
     assert pooled is not None
     return y, pooled
 
@@ -220,10 +237,11 @@ def bn_silu(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """The op of this name."""
-    return launch_bn_act_fwd(z, launch_norm(bn_weight, bn_bias, mean, var, eps), silu=True)
+    return launch_bn_act_fwd(z, launch_norm(bn_weight, bn_bias, mean, var, eps), activation)
 
 
 def dwconv_bn_silu_backward(
@@ -240,6 +258,7 @@ def dwconv_bn_silu_backward(
     eps: float,
     training: bool,
     wanted: Sequence[bool],
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name."""
@@ -248,10 +267,10 @@ def dwconv_bn_silu_backward(
     none = x.new_empty(0)
     sums, grad_x, grad_weight = none, none.clone(), none.clone()
     if want_sums or (training and (want_x or want_weight)):
-        sums = launch_bn_sums(grad_y, z, norm, silu=True)
+        sums = launch_bn_sums(grad_y, z, norm, activation)
     if want_x or want_weight:
         totals = sums if training else None
-        dz = launch_bn_act_bwd(grad_y, z, norm, True, totals)
+        dz = launch_bn_act_bwd(grad_y, z, norm, activation, totals)
         if want_x:
             grad_x, _ = launch_dwconv_bwd_data(dz, weight, x, stride, padding)
         if want_weight:

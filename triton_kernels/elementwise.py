@@ -23,6 +23,67 @@ def silu_grad(u):
 
 
 @triton.jit
+def clamp(u, lo, hi):
+    """u between lo and hi, a bound that is None bounding nothing; NaN stays NaN."""
+    if lo is not None:
+        u = tl.where(u < lo, lo, u)
+    if hi is not None:
+        u = tl.where(u > hi, hi, u)
+    return u
+
+
+@triton.jit
+def activated(u, lo, hi, ACT: tl.constexpr):
+    """act(u), by what `launching.activation_constants` makes of the activation's name."""
+    if ACT == "silu":
+        return silu(u)
+    else:
+        return clamp(u, lo, hi)
+
+
+@triton.jit
+def activation_slope(u, lo, hi, ACT: tl.constexpr):
+    """act'(u): of a clamp 0 at a bound, 1 for NaN."""
+    if ACT == "silu":
+        return silu_grad(u)
+    else:
+        slope = tl.full(u.shape, 1.0, tl.float32)
+        if lo is not None:
+            slope = tl.where(u <= lo, 0.0, slope)
+        if hi is not None:
+            slope = tl.where(u >= hi, 0.0, slope)
+        return slope
+
+
+@triton.jit
+def activated_with_slope(u, lo, hi, ACT: tl.constexpr):
+    """act(u) and act'(u), with what they share formed once."""
+    if ACT == "silu":
+        s = sigmoid(u)
+        return u * s, s * (1.0 + u * (1.0 - s))
+    else:
+        return clamp(u, lo, hi), activation_slope(u, lo, hi, ACT)
+
+
+@triton.jit
+def gate_of(logit, GATE: tl.constexpr):
+    """The gate: sigmoid(logit), or clamp(logit + 3, 0, 6) / 6."""
+    if GATE == "sigmoid":
+        return sigmoid(logit)
+    else:
+        return clamp(logit + 3.0, 0.0, 6.0) * (1.0 / 6.0)
+
+
+@triton.jit
+def grad_through_gate(grad, gate, GATE: tl.constexpr):
+    """The logit's gradient from the gate's."""
+    if GATE == "sigmoid":
+        return grad * gate * (1.0 - gate)
+    else:
+        return tl.where((gate > 0.0) & (gate < 1.0), grad * (1.0 / 6.0), 0.0)
+
+
+@triton.jit
 def load_vector(vector, c, mask, absent: tl.constexpr):
     """vector[c] in fp32, `absent` where there is none or c is masked."""
     if vector is None:

@@ -1,7 +1,7 @@
 """Expansion and depthwise convolution of an MBConv in one, for inference: no expanded tensor.
 
-Computes: e = silu(bn(x weight^T)), 0 in the padding; y = silu(bn(conv_dw(e, taps))), and the sums
-          of y by tile
+Computes: e = act(bn(x weight^T)), 0 in the padding; y = act(bn(conv_dw(e, taps))), and the sums
+          of y by tile; act is SiLU or clamp(lo, hi) with act(0) = 0
 Shapes:   x [N,Cin,H,W], weight [C,Cin], taps [C,1,K,K], y [N,C,Ho,Wo]
 Dtypes:   x/y fp16|bf16, and in the interpreter fp32, for which registers do not suffice; weight
           x's or fp32, vectors any; e rounded as if it were stored; accumulation fp32
@@ -11,7 +11,8 @@ Tiling:   a program owns BC channels and a strip of one image's y, `run` rows hi
           registers, and each of the K shifts along the row is a product with a matrix of zeros and
           ones, which copies 16-bit values exactly and takes its operand from registers. So e is
           formed (run + K - S) / run * P / (OUT * S) times and never K times. A NaN or an infinity
-          spreads over the tile's row, as the gate then spreads it over the image
+          spreads over the tile's row, as the gate then spreads it over the image: the kernel is
+          for blocks with such a gate alone
 Bytes:    x once per channel tile (from L2 after the first), y once
 FLOPs:    2 * (Cin + P / S * K) per value of e formed, 2 * K * K per output
 Source:   original
@@ -29,9 +30,19 @@ from torch import Tensor
 from . import expand_choice
 from .dwconv_backward import taps as taps_of
 from .dwconv_bn_silu import out_size
-from .elementwise import load_affine
+from .elementwise import clamp, load_affine
 from .folds import fold_sums
-from .launching import INTERPRETS, dense, dot_precision, empty_fp32, empty_nhwc, launch, nhwc, units
+from .launching import (
+    INTERPRETS,
+    activation_constants,
+    dense,
+    dot_precision,
+    empty_fp32,
+    empty_nhwc,
+    launch,
+    nhwc,
+    units,
+)
 
 Layer = Sequence[Tensor]  # weight, bn_weight, bn_bias, mean, var; some None
 
@@ -47,6 +58,15 @@ def quick_silu(u):
 
 
 @triton.jit
+def quickly_activated(u, lo, hi, ACT: tl.constexpr):
+    """As `elementwise.activated`."""
+    if ACT == "silu":
+        return quick_silu(u)
+    else:
+        return clamp(u, lo, hi)
+
+
+@triton.jit
 def folded_affine(weight, bias, mean, var, eps, c, mask):
     """scale and shift of BN: u = z * scale + shift."""
     centre, scale, shift = load_affine(weight, bias, mean, var, eps, c, mask)
@@ -59,11 +79,11 @@ def folded_affine(weight, bias, mean, var, eps, c, mask):
 ])  # fmt: skip
 def expand_dwconv_fwd_kernel(
     x, weight, in_weight, in_bias, in_mean, in_var, in_eps,
-    taps, bn_weight, bn_bias, mean, var, eps, y, sums,
+    taps, bn_weight, bn_bias, mean, var, eps, y, sums, lo, hi,
     height, width, out_height, out_width, in_units, out_units,
     left, top, strips, columns, run,
     VEC: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
-    P: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    ACT: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """taps [K*K,C] fp32; sums [tiles,C], tiles by image."""
     BW: tl.constexpr = P // STRIDE
@@ -106,7 +126,7 @@ def expand_dwconv_fwd_kernel(
             z = tl.dot(matrix, tl.trans(pixels), input_precision=PRECISION)
             # Of a row outside, z is 0 and so is e; of a column outside, no product takes e.
             u = z * in_scale[:, None] + tl.where(row_inside, in_shift, 0.0)[:, None]
-            e = quick_silu(u).to(x.dtype.element_ty)
+            e = quickly_activated(u, lo, hi, ACT).to(x.dtype.element_ty)
             for kw in tl.static_range(K):
                 select = (p[:, None] == out[None, :] * STRIDE + kw) & column_inside[:, None]
                 value = tl.dot(e, select.to(x.dtype.element_ty), input_precision="ieee")
@@ -120,7 +140,7 @@ def expand_dwconv_fwd_kernel(
                 accs = reached
         oh = first + t - (OPEN - 1)
         u = accs[OPEN - 1] * scale[:, None] + shift[:, None]
-        value = quick_silu(u)
+        value = quickly_activated(u, lo, hi, ACT)
         kept = ow < tl.where(oh >= first, own_width, 0)
         total += tl.sum(tl.where(kept[None, :], value, 0.0), 1)
         y_row = y + ((n * out_height + oh) * out_width) * channels
@@ -151,6 +171,7 @@ def launch_expand_dwconv_fwd(
     stride: int,
     padding: Sequence[int],
     eps: Sequence[float],
+    activation: str,
     *,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -159,6 +180,7 @@ def launch_expand_dwconv_fwd(
     Args:
         padding: left, right, top, bottom.
         eps: of the two BatchNorms.
+        activation: after both.
         packed: `taps` of the depthwise weight where they are there already.
 
     Raises:
@@ -181,13 +203,14 @@ def launch_expand_dwconv_fwd(
     y = empty_nhwc(x, (n, channels, out_height, out_width))
     sums = empty_fp32(x, n, strips * columns, channels)
     vec, in_units, out_units = units(in_channels, channels)
+    act, bounds = activation_constants(activation)
     launch(
         expand_dwconv_fwd_kernel, (n * strips * columns * channel_tiles,), x.device,
         (x, weight.contiguous(), *map(dense, expand[1:]), eps[0],
          taps_of(taps) if packed is None else packed, *map(dense, depthwise[1:]), eps[1], y, sums,
-         height, width, out_height, out_width, in_units, out_units,
+         *bounds, height, width, out_height, out_width, in_units, out_units,
          padding[0], padding[2], strips, columns, triton.cdiv(out_height, max(1, strips))),
         config, VEC=vec, PRECISION=dot_precision(x.dtype), K=kernel, STRIDE=stride,
-        BK=max(16, triton.next_power_of_2(in_channels)),
+        ACT=act, BK=max(16, triton.next_power_of_2(in_channels)),
     )  # fmt: skip
     return y, fold_sums(sums, 1.0 / max(1, out_height * out_width))

@@ -8,6 +8,7 @@ accesses of 128 bits, and one compiled kernel still serves every count that VEC 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
+from effnet_fast.reference.activations import kernel_activation
+
 Kernel = Any  # triton.JITFunction, or its interpreted form
 BatchNorm = Sequence[Tensor | None]  # weight, bias, mean, var [C]
 NO_BN: BatchNorm = (None,) * 4
 VEC = 8  # channels: 16 bytes in 16-bit types
+_ACTS = ("silu", "clamp")  # by kind of csrc/common/activation.h
 
 
 @triton.jit
@@ -61,6 +65,23 @@ def start(
     """Runs a kernel; where launches are recorded instead of run, this is replaced."""
     # Multiply and add may fuse: a Triton release is to change the default.
     kernel[grid](*args, **constants, enable_fp_fusion=True)
+
+
+def activation_constants(activation: str) -> tuple[str, tuple[float | None, float | None]]:
+    """An activation as kernels take it: their constant ACT, and their arguments lo and hi.
+
+    A bound is None where there is none: a build for the identity has nothing of it, and the builds
+    for SiLU have no bounds.
+
+    Raises:
+        ValueError: no kernel has the activation.
+    """
+    kind, *bounds = kernel_activation(activation)
+    if kind >= len(_ACTS):
+        known = " and ".join(_ACTS)
+        raise ValueError(f"activation: the Triton kernels have {known}, got {activation!r}")
+    lo, hi = (None if math.isnan(bound) else bound for bound in bounds)
+    return _ACTS[kind], (lo, hi)
 
 
 def units(*sizes: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """A whole MBConv for inference: expand, depthwise with the pool's sums, excite, project.
 
-Computes: y = bn(project(gate * silu(bn(depthwise(silu(bn(expand(x)))))))) + x
+Computes: y = bn(project(gate * act(bn(depthwise(act(bn(expand(x)))))))) + x, perhaps without gate
 Shapes:   x [N,Cin,H,W], y [N,Cout,Ho,Wo]
 Dtypes:   x/y fp32|fp16|bf16, parameters x's or fp32
 Layout:   channels_last
@@ -35,6 +35,14 @@ def is_joined_quicker(
     return expand_choice.is_joined_quicker(shape, expand_choice.tile_of(x, shape)[1])
 
 
+def spreads_everywhere(se_activation: str | None, gate: str | None) -> bool:
+    """Whether a squeeze-and-excite makes NaN of an image that holds a NaN or an infinity.
+
+    `expand_dwconv` may then spread them too. Names are None where there is none.
+    """
+    return se_activation == "silu" and gate == "sigmoid"
+
+
 def mbconv_eval(
     x: Tensor,
     expand: Layer,
@@ -45,6 +53,9 @@ def mbconv_eval(
     padding: Sequence[int],
     eps: Sequence[float],
     residual: bool,
+    activation: str,
+    se_activation: str,
+    gate_kind: str,
     backend: str,
     *,
     fused: bool | None = None,
@@ -53,21 +64,32 @@ def mbconv_eval(
 
     Args:
         fused: whether expansion and depthwise convolution are one kernel; None for what
-            `expand_choice` makes of the shape.
+            `expand_choice` makes of the shape, where the block lets them be one.
     """
-    if expand and (
-        is_joined_quicker(x, expand, depthwise, stride, padding) if fused is None else fused
-    ):
-        h, pooled = launch_expand_dwconv_fwd(x, expand, depthwise, stride, padding, eps)
+    if fused is None:
+        fused = (
+            len(expand) > 0
+            and len(excite_layers) > 0
+            and spreads_everywhere(se_activation, gate_kind)
+            and is_joined_quicker(x, expand, depthwise, stride, padding)
+        )
+    pooled: Tensor | None
+    if fused:
+        h, pooled = launch_expand_dwconv_fwd(x, expand, depthwise, stride, padding, eps, activation)
     else:
         h = x
         if expand:
-            h, _ = launch_pointwise_fwd(h, expand[0], bn=expand[1:], eps=eps[0], silu=True)
+            h, _ = launch_pointwise_fwd(
+                h, expand[0], bn=expand[1:], eps=eps[0], activation=activation
+            )
         h, _, pooled = launch_dwconv_fwd(
-            h, depthwise[0], stride, padding, bn=depthwise[1:], eps=eps[1], pool=True
-        )
-    assert pooled is not None
-    _, gate = excite(pooled, *excite_layers, backend)
+            h, depthwise[0], stride, padding, bn=depthwise[1:], eps=eps[1], activation=activation,
+            pool=len(excite_layers) > 0,
+        )  # fmt: skip
+    gate = None
+    if excite_layers:
+        assert pooled is not None
+        _, gate = excite(pooled, *excite_layers, se_activation, gate_kind, backend)
     return launch_pointwise_fwd(
         h, project[0], gate=gate, bn=project[1:], eps=eps[2], residual=x if residual else None
     )[0]

@@ -6,7 +6,7 @@ Dtypes:   images fp32|fp16|bf16, vectors and sums fp32; sums2 is added up in fp6
 Layout:   channels_last; vectors without gaps
 Tiling:   of the files that hold the kernels; here alone: sums2, BC channels a program
 Bytes:    of the passes; the depthwise backward writes dz2 and reads it back, because forming it
-          once per tap would cost K * K evaluations of SiLU's slope
+          once per tap would cost K * K evaluations of the slope
 FLOPs:    of the passes
 Source:   original
 Truth:    tests/support/reference_passes.py
@@ -94,35 +94,40 @@ def mbconv_depthwise(
     stride: int,
     padding: Sequence[int],
     eps: float,
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op of this name."""
     z, partial, _ = launch_dwconv_fwd(
-        x, weight, stride, padding, in_norm=x_norm, statistics=mean is None
-    )
+        x, weight, stride, padding, in_norm=x_norm, statistics=mean is None,
+        activation="identity" if x_norm is None else activation,
+    )  # fmt: skip
     return z, _norm(partial, bn_weight, bn_bias, mean, var, eps)
 
 
-def mbconv_squeeze(z: Tensor, norm: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def mbconv_squeeze(z: Tensor, norm: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
     """The op of this name."""
-    sums = launch_squeeze(z, norm=norm)
+    sums = launch_squeeze(z, norm=norm, activation=activation)
     return sums[0] / max(1, z.shape[2] * z.shape[3]), sums[1:].clone()
 
 
 def mbconv_project(
     z2: Tensor,
     norm2: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     weight: Tensor,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op of this name."""
-    z, partial = launch_pointwise_fwd(z2, weight, gate=gate, in_norm=norm2, statistics=mean is None)
+    z, partial = launch_pointwise_fwd(
+        z2, weight, gate=gate, in_norm=norm2, activation=activation, statistics=mean is None
+    )
     return z, _norm(partial, bn_weight, bn_bias, mean, var, eps)
 
 
@@ -130,14 +135,14 @@ def mbconv_finish(
     z: Tensor, norm: Tensor, row_scale: Tensor | None, residual: Tensor | None, backend: str
 ) -> Tensor:
     """The op of this name."""
-    return launch_bn_act_fwd(z, norm, silu=False, row_scale=row_scale, residual=residual)
+    return launch_bn_act_fwd(z, norm, "identity", row_scale=row_scale, residual=residual)
 
 
 def mbconv_finish_backward(
     grad_y: Tensor, row_scale: Tensor | None, z: Tensor, norm: Tensor, backend: str
 ) -> Tensor:
     """The op of this name."""
-    return launch_bn_sums(grad_y, z, norm, silu=False, row_scale=row_scale)
+    return launch_bn_sums(grad_y, z, norm, "identity", row_scale=row_scale)
 
 
 def mbconv_project_backward(
@@ -149,21 +154,22 @@ def mbconv_project_backward(
     weight: Tensor,
     z2: Tensor,
     norm2: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     wanted: Sequence[bool],
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name."""
     e, sums, grad_weight = z2.new_empty(0), empty_fp32(z2, 0), empty_fp32(z2, 0)
     if wanted[0]:
         e, by_image = launch_pointwise_bwd_data(
-            grad_y, z3, norm3, sums3, weight, row_scale=row_scale, z2=z2, norm2=norm2
+            grad_y, z3, norm3, sums3, weight, activation, row_scale=row_scale, z2=z2, norm2=norm2
         )
         assert by_image is not None
         sums = by_image
     if wanted[1]:
         grad_weight = launch_pointwise_bwd_weight(
-            grad_y, z3, norm3, sums3, z2, row_scale=row_scale, in_norm=norm2, gate=gate
+            grad_y, z3, norm3, sums3, z2, activation, row_scale=row_scale, in_norm=norm2, gate=gate
         ).view(weight.shape)
     return e, sums, grad_weight
 
@@ -177,10 +183,14 @@ def mbconv_excite_backward(
     reduce_weight: Tensor,
     expand_weight: Tensor,
     pixels: int,
+    activation: str,
+    gate_kind: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op of this name."""
-    q, parameters = excite_gradients(sums[0], reduce_weight, expand_weight, pooled, hidden, gate)
+    q, parameters = excite_gradients(
+        sums[0], reduce_weight, expand_weight, pooled, hidden, gate, activation, gate_kind
+    )
     q.div_(max(1, pixels))
     images, channels = gate.shape
     sums2 = empty_fp32(gate, 2, channels)
@@ -193,8 +203,8 @@ def mbconv_excite_backward(
 
 def mbconv_depthwise_backward(
     e: Tensor,
-    gate: Tensor,
-    q: Tensor,
+    gate: Tensor | None,
+    q: Tensor | None,
     z2: Tensor,
     norm2: Tensor,
     sums2: Tensor | None,
@@ -205,20 +215,22 @@ def mbconv_depthwise_backward(
     stride: int,
     padding: Sequence[int],
     wanted: Sequence[bool],
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name."""
     f, grad_weight, sums = x.new_empty(0), empty_fp32(x, 0), empty_fp32(x, 0)
-    dz = launch_bn_act_bwd(e, z2, norm2, True, sums2, gate=gate, offset=q)
+    dz = launch_bn_act_bwd(e, z2, norm2, activation, sums2, gate=gate, offset=q)
+    of_x = "identity" if x_norm is None else activation
     if wanted[0]:
         f, by_channel = launch_dwconv_bwd_data(
-            dz, weight, x, stride, padding, norm=x_norm,
+            dz, weight, x, stride, padding, norm=x_norm, activation=of_x,
             residual=residual if x_norm is None else None,
         )  # fmt: skip
         sums = sums if by_channel is None else by_channel
     if wanted[1]:
         grad_weight = launch_dwconv_bwd_weight(
-            dz, x, weight.shape[-1], stride, padding, norm=x_norm
+            dz, x, weight.shape[-1], stride, padding, norm=x_norm, activation=of_x
         )
     return f, grad_weight, sums
 
@@ -237,7 +249,10 @@ def mbconv_expand_backward(
     """The op of this name."""
     grad_x, grad_weight = x.new_empty(0), empty_fp32(x, 0)
     if wanted[0]:
-        grad_x, _ = launch_pointwise_bwd_data(f, z1, norm1, sums1, weight, residual=residual)
+        grad_x, _ = launch_pointwise_bwd_data(
+            f, z1, norm1, sums1, weight, "identity", residual=residual
+        )
     if wanted[1]:
-        grad_weight = launch_pointwise_bwd_weight(f, z1, norm1, sums1, x).view(weight.shape)
+        grad_weight = launch_pointwise_bwd_weight(f, z1, norm1, sums1, x, "identity")
+        grad_weight = grad_weight.view(weight.shape)
     return grad_x, grad_weight

@@ -2,10 +2,11 @@
 
 Computes: dz = scale * (du - mean(du) - zh * mean(du * zh)), du = row_scale[n] * grad, formed as
           grad and z are loaded; the means are absent in eval; for the head, whose pixels are
-          averaged, du = q[n, c] * silu'(u), without a grad;
-          grad_x = dz weight + residual, and for an x = silu(bn(z2)) * gate the sums per image and
-          channel of e * a2, e * silu'(u2), e * silu'(u2) * zh2, with e = grad_x as stored;
-          grad_weight = dz^T in(x), in(x) = x or silu(bn(x)), times gate[n, c] where there is one
+          averaged, du = q[n, c] * act'(u), without a grad;
+          grad_x = dz weight + residual, and for an x = act(bn(z2)) * gate the sums per image and
+          channel of e * a2, e * act'(u2), e * act'(u2) * zh2, with e = grad_x as stored;
+          grad_weight = dz^T in(x), in(x) = x or act(bn(x)), times gate[n, c] where there is one;
+          act is SiLU or clamp(lo, hi)
 Shapes:   grad/z [N,Cout,H,W], q [N,Cout], weight [Cout,Cin], x/grad_x/z2 [N,Cin,H,W],
           gate [N,Cin], row_scale [N], sums [3,N,Cin]
 Dtypes:   images fp32|fp16|bf16, weight x's or fp32; dz is rounded to x's dtype for the product;
@@ -30,9 +31,18 @@ from torch import Tensor
 
 from . import tuning
 from .bn_act import image_of
-from .elementwise import load_norm, load_vector, sigmoid, silu_grad
+from .elementwise import activated_with_slope, activation_slope, load_norm, load_vector
 from .folds import fold_segments, fold_sums, segments_of
-from .launching import dense, dot_precision, empty_fp32, empty_nhwc, launch, nhwc, units
+from .launching import (
+    activation_constants,
+    dense,
+    dot_precision,
+    empty_fp32,
+    empty_nhwc,
+    launch,
+    nhwc,
+    units,
+)
 from .pointwise_bn_act import load_operand
 
 PROGRAMS = 512  # of the weight gradient: about two waves of a large GPU
@@ -40,8 +50,8 @@ PROGRAMS = 512  # of the weight gradient: about two waves of a large GPU
 
 @triton.jit
 def load_dz(
-    grad, q, z, norm, sums, inverse, row_scale, first, pixels, at, c, image, inside, c_inside,
-    channels,
+    grad, q, z, norm, sums, inverse, row_scale, lo, hi, first, pixels, at, c, image, inside,
+    c_inside, channels, ACT: tl.constexpr,
 ):  # fmt: skip
     """A tile [rows,C] of dz from row `first` on in fp32, 0 where it is not `inside`.
 
@@ -52,7 +62,7 @@ def load_dz(
     scale, shift, mean, rstd = load_norm(norm, channels, c, c_inside)
     if q is not None:
         own = (image - first // pixels).to(tl.int32)[:, None] * channels + c[None, :]
-        du = silu_grad(value * scale[None, :] + shift[None, :])
+        du = activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
         du *= tl.load(q + first // pixels * channels + own, mask=c_inside[None, :], other=0.0)
     else:
         du = tl.load(grad + start + at, mask=inside, other=0.0).to(tl.float32)
@@ -66,13 +76,15 @@ def load_dz(
 
 
 @triton.jit
-def store_image_sums(partial, e, z2, norm2, c, image, inside, c_inside, images, segments, channels):
-    """The sums of e * a2, e * silu'(u2), e * silu'(u2) * zh2 over a tile's rows of each image."""
+def store_image_sums(
+    partial, e, z2, norm2, lo, hi, c, image, inside, c_inside, images, segments, channels,
+    ACT: tl.constexpr,
+):  # fmt: skip
+    """The sums of e * a2, e * act'(u2), e * act'(u2) * zh2 over a tile's rows of each image."""
     scale, shift, mean, rstd = load_norm(norm2, channels, c, c_inside)
-    u = z2 * scale[None, :] + shift[None, :]
-    s = sigmoid(u)
-    by_a = tl.where(inside, e * (u * s), 0.0)
-    by_slope = tl.where(inside, e * (s * (1.0 + u * (1.0 - s))), 0.0)
+    a, slope = activated_with_slope(z2 * scale[None, :] + shift[None, :], lo, hi, ACT)
+    by_a = tl.where(inside, e * a, 0.0)
+    by_slope = tl.where(inside, e * slope, 0.0)
     by_zh = tl.where(inside, by_slope * ((z2 - mean[None, :]) * rstd[None, :]), 0.0)
     for segment in range(images):
         own = (image == segment)[:, None]
@@ -87,8 +99,8 @@ def store_image_sums(partial, e, z2, norm2, c, image, inside, c_inside, images, 
 ])  # fmt: skip
 def pointwise_bwd_data_kernel(
     grad, q, z, norm, sums, inverse, row_scale, weight, grad_x, residual, z2, norm2, partial,
-    rows, pixels, segments, in_units, out_units,
-    VEC: tl.constexpr, PRECISION: tl.constexpr,
+    lo, hi, rows, pixels, segments, in_units, out_units,
+    VEC: tl.constexpr, PRECISION: tl.constexpr, ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """grad_x [rows,Cin], and partial [tiles,segments,3,Cin] where it is given."""
@@ -107,9 +119,9 @@ def pointwise_bwd_data_kernel(
         k = k0 + tl.arange(0, BK)
         k_inside = k < channels
         dz = load_dz(
-            grad, q, z, norm, sums, inverse, row_scale, first, pixels,
+            grad, q, z, norm, sums, inverse, row_scale, lo, hi, first, pixels,
             row[:, None] * channels + k[None, :], k, image,
-            row_inside[:, None] & k_inside[None, :], k_inside, channels,
+            row_inside[:, None] & k_inside[None, :], k_inside, channels, ACT,
         )  # fmt: skip
         b = tl.load(
             weight + k[:, None] * in_channels + n[None, :],
@@ -128,16 +140,16 @@ def pointwise_bwd_data_kernel(
         before = tl.load(z2 + start + at, mask=inside, other=0.0).to(tl.float32)
         store_image_sums(
             partial + tile.to(tl.int64) * segments * 3 * in_channels, stored.to(tl.float32),
-            before, norm2, n, image - first // pixels, inside, n_inside,
-            (last // pixels - first // pixels + 1).to(tl.int32), segments, in_channels,
+            before, norm2, lo, hi, n, image - first // pixels, inside, n_inside,
+            (last // pixels - first // pixels + 1).to(tl.int32), segments, in_channels, ACT,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["inverse", "rows", "run", "pixels", "in_units", "out_units"])
 def pointwise_bwd_weight_kernel(
     grad, q, z, norm, sums, inverse, row_scale, x, in_norm, gate, partial,
-    rows, run, pixels, in_units, out_units,
-    VEC: tl.constexpr, PRECISION: tl.constexpr,
+    lo, hi, rows, run, pixels, in_units, out_units,
+    VEC: tl.constexpr, PRECISION: tl.constexpr, ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partial [runs,Cout,Cin]: dz^T in(x) over runs of rows."""
@@ -155,15 +167,16 @@ def pointwise_bwd_weight_kernel(
         row_inside = row < rows - first
         image = tl.minimum(image_of(first, row, pixels), (rows - 1) // pixels)
         dz = load_dz(
-            grad, q, z, norm, sums, inverse, row_scale, first, pixels,
+            grad, q, z, norm, sums, inverse, row_scale, lo, hi, first, pixels,
             row[:, None] * channels + n[None, :], n, image,
-            row_inside[:, None] & n_inside[None, :], n_inside, channels,
+            row_inside[:, None] & n_inside[None, :], n_inside, channels, ACT,
         )  # fmt: skip
         at = row[:, None] * in_channels + k[None, :]
         inside = row_inside[:, None] & k_inside[None, :]
         a = load_operand(
-            x + first * in_channels, gate, in_norm, at, k, image, inside, k_inside, in_channels
-        )
+            x + first * in_channels, gate, in_norm, lo, hi, at, k, image, inside, k_inside,
+            in_channels, ACT,
+        )  # fmt: skip
         acc = tl.dot(
             tl.trans(dz.to(x.dtype.element_ty)), a.to(x.dtype.element_ty), acc,
             input_precision=PRECISION,
@@ -179,6 +192,7 @@ def launch_pointwise_bwd_data(
     norm: Tensor,
     sums: Tensor | None,
     weight: Tensor,
+    activation: str,
     *,
     q: Tensor | None = None,
     row_scale: Tensor | None = None,
@@ -190,7 +204,8 @@ def launch_pointwise_bwd_data(
 
     Args:
         grad: the gradient of u, or None with q.
-        q: [N,Cout], of which the gradient of u is q * silu'(u).
+        q: [N,Cout], of which the gradient of u is q * act'(u).
+        activation: act, of u with q and of bn(z2).
         norm, sums: of the BN behind the convolution; sums are the totals [2,Cout] of du and
             du * zh, None where it does not normalise by the batch.
         residual: like grad_x, added.
@@ -203,14 +218,15 @@ def launch_pointwise_bwd_data(
     tiles = triton.cdiv(rows, config["BM"])
     segments = segments_of(pixels, config["BM"]) if rows else 1
     partial = None if z2 is None else empty_fp32(z, tiles, segments, 3, in_channels)
+    act, bounds = activation_constants(activation)
     vec, in_units, out_units = units(in_channels, channels)
     launch(
         pointwise_bwd_data_kernel, (tiles * triton.cdiv(in_channels, config["BN"]),), z.device,
         (grad, dense(q), z, norm, sums, 1.0 / max(rows, 1), dense(row_scale),
          weight.contiguous(), grad_x, None if residual is None else nhwc(residual),
-         None if z2 is None else nhwc(z2), norm2, partial, rows, pixels, segments,
+         None if z2 is None else nhwc(z2), norm2, partial, *bounds, rows, pixels, segments,
          in_units, out_units),
-        config, VEC=vec, PRECISION=dot_precision(z.dtype),
+        config, VEC=vec, PRECISION=dot_precision(z.dtype), ACT=act,
     )  # fmt: skip
     if partial is None:
         return grad_x, None
@@ -223,6 +239,7 @@ def launch_pointwise_bwd_weight(
     norm: Tensor,
     sums: Tensor | None,
     x: Tensor,
+    activation: str,
     *,
     q: Tensor | None = None,
     row_scale: Tensor | None = None,
@@ -232,7 +249,7 @@ def launch_pointwise_bwd_weight(
     """grad_weight [Cout,Cin] in fp32; the arguments as of `launch_pointwise_bwd_data`.
 
     Args:
-        x: [N,Cin,H,W], what the product read before `in_norm`, SiLU and `gate` [N,Cin].
+        x: [N,Cin,H,W], what the product read before `in_norm`, act and `gate` [N,Cin].
     """
     grad, z, x = None if grad is None else nhwc(grad), nhwc(z), nhwc(x)
     n, channels, h, w = z.shape
@@ -243,11 +260,12 @@ def launch_pointwise_bwd_weight(
     run = triton.cdiv(steps, max(1, min(PROGRAMS // tiles, triton.cdiv(steps, 4))))
     runs = triton.cdiv(steps, max(1, run))
     partial = empty_fp32(z, 1, runs, channels * in_channels)
+    act, bounds = activation_constants(activation)
     vec, in_units, out_units = units(in_channels, channels)
     launch(
         pointwise_bwd_weight_kernel, (tiles, runs), z.device,
         (grad, dense(q), z, norm, sums, 1.0 / max(rows, 1), dense(row_scale), x, in_norm,
-         dense(gate), partial, rows, run * config["BM"], h * w, in_units, out_units),
-        config, VEC=vec, PRECISION=dot_precision(z.dtype),
+         dense(gate), partial, *bounds, rows, run * config["BM"], h * w, in_units, out_units),
+        config, VEC=vec, PRECISION=dot_precision(z.dtype), ACT=act,
     )  # fmt: skip
     return fold_sums(partial).view(channels, in_channels)

@@ -1,7 +1,8 @@
-"""1x1 convolution with BatchNorm, SiLU, gate and residual: a matrix product with what surrounds it.
+"""1x1 convolution with BatchNorm, activation, gate, residual: a product with what surrounds it.
 
-Computes: z = in(x) weight^T with in(x) = x, or silu(bn(x)), times gate[n, k] where there is one;
-          y = z and its (count, mean, M2) by tile, or y = act(bn(z)) + residual
+Computes: z = in(x) weight^T with in(x) = x, or act(bn(x)), times gate[n, k] where there is one;
+          y = z and its (count, mean, M2) by tile, or y = act(bn(z)) + residual; act is
+          SiLU or clamp(lo, hi)
 Shapes:   x [N,Cin,H,W], weight [Cout,Cin], gate [N,Cin], y and residual [N,Cout,H,W]
 Dtypes:   x/y fp32|fp16|bf16, weight x's or fp32, vectors any; accumulation fp32, fp32 products
           IEEE unless torch.backends.cuda.matmul allows tf32
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from . import tuning
 from .bn_act import image_of
-from .elementwise import load_affine, load_norm, silu, store_statistics, tile_statistics
+from .elementwise import activated, load_affine, load_norm, store_statistics, tile_statistics
 from .launching import (
     NO_BN,
     BatchNorm,
+    activation_constants,
     dense,
     dot_precision,
     empty_fp32,
@@ -37,12 +39,14 @@ from .launching import (
 
 
 @triton.jit
-def load_operand(x, gate, norm, at, k, image, inside, k_inside, channels):
+def load_operand(
+    x, gate, norm, lo, hi, at, k, image, inside, k_inside, channels, ACT: tl.constexpr
+):
     """A tile [BM,BK] of in(x) in fp32 from x + at; 0 where it is not `inside`."""
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if norm is not None:
         scale, shift, _, _ = load_norm(norm, channels, k, k_inside)
-        value = silu(value * scale[None, :] + shift[None, :])
+        value = activated(value * scale[None, :] + shift[None, :], lo, hi, ACT)
     if gate is not None:
         factor_at = image[:, None] * channels + k[None, :]
         value *= tl.load(gate + factor_at, mask=inside, other=0.0).to(tl.float32)
@@ -52,8 +56,8 @@ def load_operand(x, gate, norm, at, k, image, inside, k_inside, channels):
 @triton.jit(do_not_specialize=["eps", "rows", "pixels", "in_units", "out_units"])
 def pointwise_fwd_kernel(
     x, weight, y, gate, residual, in_norm, bn_weight, bn_bias, mean, var, eps, partial,
-    rows, pixels, in_units, out_units,
-    VEC: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
+    lo, hi, rows, pixels, in_units, out_units,
+    VEC: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y [rows,Cout], and where partial [tiles,4,Cout] is given the statistics of y's tiles."""
@@ -77,7 +81,7 @@ def pointwise_fwd_kernel(
             a = tl.load(x_tile + at, mask=inside, other=0.0)
         else:
             a = load_operand(
-                x_tile, gate, in_norm, at, k, image, inside, k_inside, in_channels
+                x_tile, gate, in_norm, lo, hi, at, k, image, inside, k_inside, in_channels, ACT
             ).to(x.dtype.element_ty)  # fmt: skip
         b = tl.load(
             weight + c[None, :] * in_channels + k[:, None],
@@ -87,9 +91,7 @@ def pointwise_fwd_kernel(
     y_inside = row_inside[:, None] & c_inside[None, :]
     if mean is not None:
         centre, scale, shift = load_affine(bn_weight, bn_bias, mean, var, eps, c, c_inside)
-        acc = (acc - centre[None, :]) * scale[None, :] + shift[None, :]
-        if SILU:
-            acc = silu(acc)
+        acc = activated((acc - centre[None, :]) * scale[None, :] + shift[None, :], lo, hi, ACT)
     at = row[:, None] * channels + c[None, :]
     if residual is not None:
         acc += tl.load(residual + first * channels + at, mask=y_inside, other=0.0).to(tl.float32)
@@ -109,16 +111,16 @@ def launch_pointwise_fwd(
     in_norm: Tensor | None = None,
     bn: BatchNorm = NO_BN,
     eps: float = 0.0,
-    silu: bool = False,
+    activation: str = "identity",
     residual: Tensor | None = None,
     statistics: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y [N,Cout,H,W] as the file's head says, and partial statistics [tiles,4,Cout] if asked for.
 
     Args:
-        in_norm: of the BN, with SiLU, applied to x as it is loaded, or None.
+        in_norm: of the BN, with the activation, applied to x as it is loaded, or None.
         bn, eps: BN applied to the product, where the mean is given.
-        silu: SiLU after `bn`.
+        activation: after `in_norm` and after `bn`.
     """
     x = nhwc(x)
     n, in_channels, h, w = x.shape
@@ -131,12 +133,13 @@ def launch_pointwise_fwd(
     tiles = triton.cdiv(rows, config["BM"])
     partial = empty_fp32(x, tiles, 4, channels) if statistics else None
     vec, in_units, out_units = units(in_channels, channels)
+    act, bounds = activation_constants(activation)
     launch(
         pointwise_fwd_kernel, (tiles * triton.cdiv(channels, config["BN"]),), x.device,
         (x, weight.contiguous(), y, dense(gate), None if residual is None else nhwc(residual),
-         in_norm, *map(dense, bn), eps, partial,
+         in_norm, *map(dense, bn), eps, partial, *bounds,
          rows, h * w, in_units, out_units),
-        config, VEC=vec, SILU=silu, PRECISION=dot_precision(x.dtype),
+        config, VEC=vec, ACT=act, PRECISION=dot_precision(x.dtype),
     )  # fmt: skip
     return y, partial
 
@@ -150,12 +153,12 @@ def pointwise_bn_act_eval(
     var: Tensor,
     gate: Tensor | None,
     residual: Tensor | None,
-    silu: bool,
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """The op of this name."""
     return launch_pointwise_fwd(
-        x, weight, gate=gate, bn=(bn_weight, bn_bias, mean, var), eps=eps, silu=silu,
-        residual=residual,
+        x, weight, gate=gate, bn=(bn_weight, bn_bias, mean, var), eps=eps,
+        activation=activation, residual=residual,
     )[0]  # fmt: skip

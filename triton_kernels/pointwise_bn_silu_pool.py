@@ -1,7 +1,8 @@
-"""The head: 1x1 convolution, BatchNorm, SiLU and the mean over each image's pixels.
+"""The head: 1x1 convolution, BatchNorm, activation and the mean over each image's pixels.
 
-Computes: y[n] = mean over pixels of silu(bn(x weight^T)), in inference; backward of the passes of
-          training, by the products of pointwise_backward.py
+Computes: y[n] = mean over pixels of act(bn(x weight^T)), in inference, act being SiLU or
+          clamp(lo, hi); backward of the passes of training, by the products of
+          pointwise_backward.py
 Shapes:   x [N,Cin,H,W], weight [Cout,Cin,1,1], y [N,Cout]
 Dtypes:   x/y fp32|fp16|bf16, weight x's or fp32, vectors any; accumulation fp32, fp32 products
           IEEE unless torch.backends.cuda.matmul allows tf32
@@ -25,20 +26,28 @@ from torch import Tensor
 
 from . import tuning
 from .bn_act import image_of
-from .elementwise import load_affine, silu
+from .elementwise import activated, load_affine
 from .folds import fold_segments, segments_of
-from .launching import dense, dot_precision, empty_fp32, launch, nhwc, units
+from .launching import (
+    activation_constants,
+    dense,
+    dot_precision,
+    empty_fp32,
+    launch,
+    nhwc,
+    units,
+)
 from .pointwise_backward import launch_pointwise_bwd_data, launch_pointwise_bwd_weight
 
 
 @triton.jit(do_not_specialize=["eps", "rows", "pixels", "segments", "in_units", "out_units"])
 def pointwise_pool_fwd_kernel(
-    x, weight, bn_weight, bn_bias, mean, var, eps, partial,
+    x, weight, bn_weight, bn_bias, mean, var, eps, partial, lo, hi,
     rows, pixels, segments, in_units, out_units,
-    VEC: tl.constexpr, PRECISION: tl.constexpr,
+    VEC: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """partial [tiles,segments,1,Cout]: sums of silu(u) over a tile's rows of each image."""
+    """partial [tiles,segments,1,Cout]: sums of act(u) over a tile's rows of each image."""
     in_channels, channels = in_units * VEC, out_units * VEC
     tiles = tl.cdiv(channels, BN)
     tile = tl.program_id(0) // tiles
@@ -61,7 +70,7 @@ def pointwise_pool_fwd_kernel(
         )  # fmt: skip
         acc = tl.dot(a, b.to(x.dtype.element_ty), acc, input_precision=PRECISION)
     centre, scale, shift = load_affine(bn_weight, bn_bias, mean, var, eps, c, c_inside)
-    value = silu((acc - centre[None, :]) * scale[None, :] + shift[None, :])
+    value = activated((acc - centre[None, :]) * scale[None, :] + shift[None, :], lo, hi, ACT)
     last = tl.minimum(rows - 1, first + BM - 1)
     image = image_of(first, row, pixels) - first // pixels
     out = partial + tile.to(tl.int64) * segments * channels + c
@@ -79,6 +88,7 @@ def pointwise_bn_silu_pool_eval(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """The op of this name."""
@@ -91,11 +101,12 @@ def pointwise_bn_silu_pool_eval(
     tiles, segments = triton.cdiv(rows, config["BM"]), segments_of(pixels, config["BM"])
     partial = empty_fp32(x, tiles, segments, 1, channels)
     vec, in_units, out_units = units(in_channels, channels)
+    act, bounds = activation_constants(activation)
     launch(
         pointwise_pool_fwd_kernel, (tiles * triton.cdiv(channels, config["BN"]),), x.device,
         (x, weight.contiguous(), *map(dense, (bn_weight, bn_bias, mean, var)), eps, partial,
-         rows, pixels, segments, in_units, out_units),
-        config, VEC=vec, PRECISION=dot_precision(x.dtype),
+         *bounds, rows, pixels, segments, in_units, out_units),
+        config, VEC=vec, ACT=act, PRECISION=dot_precision(x.dtype),
     )  # fmt: skip
     sums = fold_segments(partial, n, pixels, config["BM"])
     return sums[0].div_(pixels).to(x.dtype)
@@ -109,12 +120,14 @@ def pointwise_bn_silu_pool_backward(
     x: Tensor,
     weight: Tensor,
     wanted: Sequence[bool],
+    activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op of this name."""
     grad_x, grad_weight = x.new_empty(0), empty_fp32(x, 0)
     if wanted[0]:
-        grad_x, _ = launch_pointwise_bwd_data(None, z, norm, sums, weight, q=q)
+        grad_x, _ = launch_pointwise_bwd_data(None, z, norm, sums, weight, activation, q=q)
     if wanted[1]:
-        grad_weight = launch_pointwise_bwd_weight(None, z, norm, sums, x, q=q).view(weight.shape)
+        grad_weight = launch_pointwise_bwd_weight(None, z, norm, sums, x, activation, q=q)
+        grad_weight = grad_weight.view(weight.shape)
     return grad_x, grad_weight

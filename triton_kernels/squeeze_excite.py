@@ -1,9 +1,10 @@
 """Squeeze-and-excite: sums over an image's pixels, two small layers, the gate; and backward.
 
-Computes: pooled = mean over H, W of x, and for x = silu(bn(z)) also S3 = sum of silu'(u) and
-          S4 = sum of silu'(u) * zh; hidden = W1 pooled + b1, gate = sigmoid(W2 silu(hidden) + b2),
+Computes: pooled = mean over H, W of x, and for x = act(bn(z)) also S3 = sum of act'(u) and
+          S4 = sum of act'(u) * zh; hidden = W1 pooled + b1, gate = sigmoid(W2 act(hidden) + b2),
           y = x * gate; backward the sums of x * grad_y and
-          grad_x = grad_y * gate + grad_pooled / (H * W)
+          grad_x = grad_y * gate + grad_pooled / (H * W); act is SiLU or clamp(lo, hi), the
+          sigmoid perhaps hard
 Shapes:   x/z/y [N,C,H,W], pooled/gate [N,C], hidden [N,R], W1 [R,C], W2 [C,R]
 Dtypes:   x/z/y fp32|fp16|bf16, parameters any; vectors over (n, c) and accumulation fp32, the
           layers' products IEEE
@@ -25,17 +26,34 @@ from torch import Tensor
 
 from . import tuning
 from .bn_act import image_of, tile_of
-from .elementwise import load_norm, load_vector, sigmoid, silu, silu_grad
+from .elementwise import (
+    activated,
+    activated_with_slope,
+    activation_slope,
+    gate_of,
+    grad_through_gate,
+    load_norm,
+    load_vector,
+)
 from .folds import fold_sums
-from .launching import dense, empty_fp32, empty_nhwc, launch, nhwc, units
+from .launching import (
+    activation_constants,
+    dense,
+    empty_fp32,
+    empty_nhwc,
+    launch,
+    nhwc,
+    units,
+)
 
 
 @triton.jit(do_not_specialize=["pixels", "channel_units", "RUN"])
 def squeeze_kernel(
-    x, grad, partial, norm, pixels, channel_units, RUN,
-    VEC: tl.constexpr, FIELDS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    x, grad, partial, norm, lo, hi, pixels, channel_units, RUN,
+    VEC: tl.constexpr, FIELDS: tl.constexpr, ACT: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """partial [N,runs,F,C]: sums of x; of x * grad; or of silu(u), silu'(u), silu'(u) * zh."""
+    """partial [N,runs,F,C]: sums of x; of x * grad; or of act(u), act'(u), act'(u) * zh."""
     channels = channel_units * VEC
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     c_inside = c < channels
@@ -54,9 +72,9 @@ def squeeze_kernel(
         value = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
         if norm is not None:
             u = value * scale[None, :] + shift[None, :]
-            s = sigmoid(u)
-            slope = tl.where(inside, s * (1.0 + u * (1.0 - s)), 0.0)
-            total += tl.where(inside, u * s, 0.0)
+            a, slope = activated_with_slope(u, lo, hi, ACT)
+            slope = tl.where(inside, slope, 0.0)
+            total += tl.where(inside, a, 0.0)
             slope_total += slope
             product_total += tl.where(
                 inside, slope * ((value - mean[None, :]) * rstd[None, :]), 0.0
@@ -91,13 +109,13 @@ def gate_kernel(
 
 
 @triton.jit
-def excite_operand(value, kind: tl.constexpr, other):
-    """An operand as its product takes it: itself, silu(it), or it * other * (1 - other)."""
+def excite_operand(value, kind: tl.constexpr, other, lo, hi, ACT: tl.constexpr, GATE: tl.constexpr):
+    """An operand as its product takes it: itself, act(it), or its gradient through a gate."""
     value = value.to(tl.float32)
-    if kind == "silu":
-        value = silu(value)
+    if kind == "activated":
+        value = activated(value, lo, hi, ACT)
     if kind == "gate_grad":
-        value = value * other * (1.0 - other)
+        value = grad_through_gate(value, other, GATE)
     return value
 
 
@@ -105,11 +123,13 @@ def excite_operand(value, kind: tl.constexpr, other):
     "out_i", "out_j", "inner", "a_i", "a_k", "b_k", "b_j",
 ])  # fmt: skip
 def excite_kernel(
-    a, a_gate, b, bias, hidden, out, row_sums, out_i, out_j, inner, a_i, a_k, b_k, b_j,
-    A_KIND: tl.constexpr, B_KIND: tl.constexpr, SIGMOID: tl.constexpr,
+    a, a_gate, b, bias, hidden, out, row_sums, lo, hi,
+    out_i, out_j, inner, a_i, a_k, b_k, b_j,
+    A_KIND: tl.constexpr, B_KIND: tl.constexpr, GATED: tl.constexpr,
+    ACT: tl.constexpr, GATE: tl.constexpr,
     BI: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [I,J] = a [I,K] b [K,J] + bias [J], through sigmoid, or times silu'(hidden [I,J]).
+    """out [I,J] = a [I,K] b [K,J] + bias [J], made a gate, or times act'(hidden [I,J]).
 
     a_gate is laid out like a; row_sums [I], where given, are the sums of a over K.
     """
@@ -125,28 +145,34 @@ def excite_kernel(
         gate = 0.0
         if a_gate is not None:
             gate = tl.load(a_gate + a_at, mask=a_inside, other=0.0)
-        a_value = excite_operand(a_value, A_KIND, gate)
+        a_value = excite_operand(a_value, A_KIND, gate, lo, hi, ACT, GATE)
         b_inside = (k < inner)[:, None] & (j < out_j)[None, :]
         b_value = tl.load(b + k[:, None] * b_k + j[None, :] * b_j, mask=b_inside, other=0.0)
-        acc = tl.dot(a_value, excite_operand(b_value, B_KIND, 0.0), acc, input_precision="ieee")
+        b_value = excite_operand(b_value, B_KIND, 0.0, lo, hi, ACT, GATE)
+        acc = tl.dot(a_value, b_value, acc, input_precision="ieee")
         total += tl.sum(a_value, 1)
     inside = (i < out_i)[:, None] & (j < out_j)[None, :]
     at = i[:, None] * out_j + j[None, :]
     acc += load_vector(bias, j, j < out_j, 0.0)[None, :]
-    if SIGMOID:
-        acc = sigmoid(acc)
+    if GATED:
+        acc = gate_of(acc, GATE)
     if hidden is not None:
-        acc *= silu_grad(tl.load(hidden + at, mask=inside, other=0.0))
+        acc *= activation_slope(tl.load(hidden + at, mask=inside, other=0.0), lo, hi, ACT)
     tl.store(out + at, acc, mask=inside)
     if row_sums is not None:
         tl.store(row_sums + i, total, mask=i < tl.where(tl.program_id(1) == 0, out_i, 0))
 
 
-def launch_squeeze(x: Tensor, grad: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
+def launch_squeeze(
+    x: Tensor,
+    grad: Tensor | None = None,
+    norm: Tensor | None = None,
+    activation: str = "identity",
+) -> Tensor:
     """Sums over the pixels of each image, fp32 [F,N,C].
 
-    F = 1: of x, or of x * grad where grad is given. F = 3, with the norm of a BN over x = z: of
-    silu(u), silu'(u) and silu'(u) * zh.
+    F = 1: of x, or of x * grad where grad is given. F = 3, with the norm of a BN over x = z and an
+    activation: of act(u), act'(u) and act'(u) * zh.
     """
     x = nhwc(x)
     n, channels, h, w = x.shape
@@ -155,10 +181,11 @@ def launch_squeeze(x: Tensor, grad: Tensor | None = None, norm: Tensor | None = 
     runs = triton.cdiv(h * w, config["RUN"])
     partial = empty_fp32(x, n, runs, fields * channels)
     vec, channel_units = units(channels)
+    act, bounds = activation_constants(activation)
     launch(
         squeeze_kernel, (runs, triton.cdiv(channels, config["BC"]), n), x.device,
-        (x, None if grad is None else nhwc(grad), partial, norm, h * w, channel_units),
-        config, VEC=vec, FIELDS=fields,
+        (x, None if grad is None else nhwc(grad), partial, norm, *bounds, h * w, channel_units),
+        config, VEC=vec, FIELDS=fields, ACT=act,
     )  # fmt: skip
     sums = fold_sums(partial).view(n, fields, channels)
     return sums.transpose(0, 1).clone(memory_format=torch.contiguous_format)
@@ -186,7 +213,9 @@ def launch_excite(
     bias: Tensor | None = None,
     a_kind: str = "plain",
     b_kind: str = "plain",
-    sigmoid: bool = False,
+    activation: str = "identity",
+    gate_kind: str = "sigmoid",
+    gated: bool = False,
     gate: Tensor | None = None,
     hidden: Tensor | None = None,
     row_sums: bool = False,
@@ -195,22 +224,25 @@ def launch_excite(
 
     Args:
         bias: [J], added.
-        a_kind, b_kind: "plain", "silu" of the operand, or (a) "gate_grad": a * gate * (1 - gate).
-        sigmoid: applied at the end.
+        a_kind, b_kind: "plain", "activated", or (a) "gate_grad": a the gate's gradient, taken
+            through it.
+        activation, gate_kind: of those, of `gated` and of `hidden`.
+        gated: whether the product becomes a gate in the end.
         gate: with a's strides.
-        hidden: [I,J], by whose silu' the product is multiplied.
+        hidden: [I,J], by whose act' the product is multiplied.
     """
     (rows, inner), columns = a.shape, b.shape[1]
     out = empty_fp32(a, rows, columns)
     sums = empty_fp32(a, rows) if row_sums else None
     assert gate is None or gate.stride() == a.stride()
     config = tuning.config("excite", out, i=rows, j=columns, k=inner)
+    act, bounds = activation_constants(activation)
     launch(
         excite_kernel, (triton.cdiv(rows, config["BI"]), triton.cdiv(columns, config["BJ"])),
         a.device,
-        (a, gate, b, dense(bias), hidden, out, sums, rows, columns, inner, *a.stride(),
+        (a, gate, b, dense(bias), hidden, out, sums, *bounds, rows, columns, inner, *a.stride(),
          *b.stride()),
-        config, A_KIND=a_kind, B_KIND=b_kind, SIGMOID=sigmoid,
+        config, A_KIND=a_kind, B_KIND=b_kind, GATED=gated, ACT=act, GATE=gate_kind,
     )  # fmt: skip
     return out, sums
 
@@ -221,12 +253,17 @@ def excite(
     reduce_bias: Tensor | None,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
+    activation: str,
+    gate_kind: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The op of this name."""
     reduce, expand = reduce_weight.flatten(1), expand_weight.flatten(1)
     hidden, _ = launch_excite(pooled, reduce.t(), bias=reduce_bias)
-    gate, _ = launch_excite(hidden, expand.t(), bias=expand_bias, a_kind="silu", sigmoid=True)
+    gate, _ = launch_excite(
+        hidden, expand.t(), bias=expand_bias, a_kind="activated", activation=activation,
+        gate_kind=gate_kind, gated=True,
+    )  # fmt: skip
     return hidden, gate
 
 
@@ -237,13 +274,19 @@ def excite_gradients(
     pooled: Tensor,
     hidden: Tensor,
     gate: Tensor,
+    activation: str,
+    gate_kind: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """grad_pooled [N,C], and the gradients of both weights (2-D) and biases in their order."""
     reduce, expand = reduce_weight.flatten(1), expand_weight.flatten(1)
-    grad_hidden, _ = launch_excite(grad_gate, expand, a_kind="gate_grad", gate=gate, hidden=hidden)
+    grad_hidden, _ = launch_excite(
+        grad_gate, expand, a_kind="gate_grad", activation=activation, gate_kind=gate_kind,
+        gate=gate, hidden=hidden,
+    )  # fmt: skip
     grad_expand, grad_expand_bias = launch_excite(
-        grad_gate.t(), hidden, a_kind="gate_grad", gate=gate.t(), b_kind="silu", row_sums=True
-    )
+        grad_gate.t(), hidden, a_kind="gate_grad", b_kind="activated", activation=activation,
+        gate_kind=gate_kind, gate=gate.t(), row_sums=True,
+    )  # fmt: skip
     grad_reduce, grad_reduce_bias = launch_excite(grad_hidden.t(), pooled, row_sums=True)
     grad_pooled, _ = launch_excite(grad_hidden, reduce)
     assert grad_reduce_bias is not None
@@ -257,11 +300,16 @@ def squeeze_excite(
     reduce_bias: Tensor | None,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
+    activation: str,
+    gate_kind: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op of this name."""
     pooled = launch_squeeze(x)[0].div_(x.shape[2] * x.shape[3])
-    hidden, gate = excite(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, backend)
+    hidden, gate = excite(
+        pooled, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate_kind,
+        backend,
+    )  # fmt: skip
     return launch_gate(x, gate), pooled, hidden, gate
 
 
@@ -273,12 +321,14 @@ def squeeze_excite_backward(
     pooled: Tensor,
     hidden: Tensor,
     gate: Tensor,
+    activation: str,
+    gate_kind: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op of this name."""
     grad_gate = launch_squeeze(x, grad_y)[0]
     grad_pooled, parameters = excite_gradients(
-        grad_gate, reduce_weight, expand_weight, pooled, hidden, gate
+        grad_gate, reduce_weight, expand_weight, pooled, hidden, gate, activation, gate_kind
     )
     grad_pooled.div_(x.shape[2] * x.shape[3])
     return launch_gate(grad_y, gate, grad_pooled), *parameters

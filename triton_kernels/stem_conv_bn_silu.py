@@ -1,9 +1,9 @@
-"""The stem: a small dense convolution, BatchNorm and SiLU, forward and its weight's gradient.
+"""The stem: a small dense convolution, BatchNorm and activation, forward and its weight's gradient.
 
-Computes: z = conv(x, weight); z and its (count, mean, M2) by tile, or y = silu(bn(z));
+Computes: z = conv(x, weight); z and its (count, mean, M2) by tile, or y = act(bn(z));
           grad_weight = sum over pixels of dz x^T, formed as grad and z are loaded:
-          dz = scale * (du - mean(du) - zh * mean(du * zh)), du = grad * silu'(u), the means
-          absent in eval
+          dz = scale * (du - mean(du) - zh * mean(du * zh)), du = grad * act'(u), the means
+          absent in eval; act is SiLU or clamp(lo, hi)
 Shapes:   x [N,Cin,H,W], weight and grad_weight [Cout,Cin,Kh,Kw], z/y/grad [N,Cout,Ho,Wo]
 Dtypes:   images fp32|fp16|bf16, weight x's or fp32, vectors any; dz is rounded to x's dtype for the
           product; accumulation and grad_weight fp32, fp32 products IEEE unless
@@ -30,11 +30,11 @@ from torch import Tensor
 from . import tuning
 from .bn_act import launch_bn_act_fwd, launch_bn_sums
 from .elementwise import (
+    activated,
+    activation_slope,
     load_affine,
     load_norm,
     load_vector,
-    silu,
-    silu_grad,
     store_statistics,
     tile_statistics,
 )
@@ -42,6 +42,7 @@ from .folds import fold_norm, fold_sums, launch_norm
 from .launching import (
     NO_BN,
     BatchNorm,
+    activation_constants,
     dense,
     dot_precision,
     empty_fp32,
@@ -92,11 +93,12 @@ def weight_offset(k, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
     "stride_h", "stride_w", "top", "left", "out_units",
 ])  # fmt: skip
 def stem_fwd_kernel(
-    x, weight, y, bn_weight, bn_bias, mean, var, eps, partial,
+    x, weight, y, bn_weight, bn_bias, mean, var, eps, partial, lo, hi,
     rows, pixels, columns, height, width, n_step, c_step, h_step, w_step,
     stride_h, stride_w, top, left, out_units,
     CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y [rows,Cout], and where partial [tiles,4,Cout] is given the statistics of y's tiles."""
     channels = out_units * VEC
@@ -122,7 +124,7 @@ def stem_fwd_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if mean is not None:
         centre, scale, shift = load_affine(bn_weight, bn_bias, mean, var, eps, n, n_inside)
-        acc = silu((acc - centre[None, :]) * scale[None, :] + shift[None, :])
+        acc = activated((acc - centre[None, :]) * scale[None, :] + shift[None, :], lo, hi, ACT)
     inside = row_inside[:, None] & n_inside[None, :]
     stored = acc.to(y.dtype.element_ty)
     tl.store(y + first * channels + row[:, None] * channels + n[None, :], stored, mask=inside)
@@ -133,12 +135,14 @@ def stem_fwd_kernel(
 
 
 @triton.jit
-def load_dz(grad, z, norm, sums, inverse, at, n, inside, n_inside, channels):
+def load_dz(
+    grad, z, norm, sums, inverse, lo, hi, at, n, inside, n_inside, channels, ACT: tl.constexpr
+):
     """A tile [rows,Cout] of dz in fp32, 0 where it is not `inside`."""
     scale, shift, mean, rstd = load_norm(norm, channels, n, n_inside)
     value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
     du = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    du *= silu_grad(value * scale[None, :] + shift[None, :])
+    du *= activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
     if sums is not None:
         du_mean = load_vector(sums, n, n_inside, 0.0) * inverse
         slope = load_vector(sums + channels, n, n_inside, 0.0) * inverse
@@ -152,11 +156,12 @@ def load_dz(grad, z, norm, sums, inverse, at, n, inside, n_inside, channels):
     "w_step", "stride_h", "stride_w", "top", "left", "out_units",
 ])  # fmt: skip
 def stem_bwd_weight_kernel(
-    grad, z, norm, sums, inverse, x, partial,
+    grad, z, norm, sums, inverse, x, partial, lo, hi,
     rows, run, pixels, columns, height, width, n_step, c_step, h_step, w_step,
     stride_h, stride_w, top, left, out_units,
     CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """partial [runs,Cout,Cin,Kh,Kw]: dz^T x over runs of rows."""
     channels = out_units * VEC
@@ -175,8 +180,8 @@ def stem_bwd_weight_kernel(
         )
         dz = load_dz(
             grad + first * channels, z + first * channels, norm, sums, inverse,
-            row[:, None] * channels + n[None, :], n, row_inside[:, None] & n_inside[None, :],
-            n_inside, channels,
+            lo, hi, row[:, None] * channels + n[None, :], n,
+            row_inside[:, None] & n_inside[None, :], n_inside, channels, ACT,
         )  # fmt: skip
         a = load_taps(
             x, h, w, origin, row_inside, k, height, width, c_step, h_step, w_step, CIN, KH, KW
@@ -218,6 +223,7 @@ def launch_stem_fwd(
     *,
     bn: BatchNorm = NO_BN,
     eps: float = 0.0,
+    activation: str = "identity",
     statistics: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y [N,Cout,Ho,Wo] as the file's head says, and partial statistics [tiles,4,Cout] if asked for.
@@ -225,7 +231,7 @@ def launch_stem_fwd(
     Args:
         stride: over rows and columns.
         padding: (left, right, top, bottom).
-        bn, eps: BN and SiLU are applied to the product where the mean is given.
+        bn, eps: BN and activation are applied to the product where the mean is given.
     """
     y = empty_nhwc(x, _output_shape(x, weight, stride, padding))
     n, channels, oh, ow = y.shape
@@ -234,12 +240,13 @@ def launch_stem_fwd(
     tiles = triton.cdiv(rows, config["BM"])
     partial = empty_fp32(x, tiles, 4, channels) if statistics else None
     vec, out_units = units(channels)
+    act, bounds = activation_constants(activation)
     launch(
         stem_fwd_kernel, (tiles * triton.cdiv(channels, config["BN"]),), x.device,
-        (x, weight.contiguous(), y, *map(dense, bn), eps, partial,
+        (x, weight.contiguous(), y, *map(dense, bn), eps, partial, *bounds,
          rows, *_geometry(x, y, stride, padding), out_units),
         config, CIN=x.shape[1], KH=weight.shape[2], KW=weight.shape[3], VEC=vec,
-        PRECISION=dot_precision(x.dtype),
+        ACT=act, PRECISION=dot_precision(x.dtype),
     )  # fmt: skip
     return y, partial
 
@@ -254,11 +261,12 @@ def stem_conv_bn_silu_eval(
     stride: Sequence[int],
     padding: Sequence[int],
     eps: float,
+    activation: str,
     backend: str,
 ) -> Tensor:
     """The op of this name."""
     bn = (bn_weight, bn_bias, mean, var)
-    return launch_stem_fwd(x, weight, stride, padding, bn=bn, eps=eps)[0]
+    return launch_stem_fwd(x, weight, stride, padding, bn=bn, eps=eps, activation=activation)[0]
 
 
 def stem_conv(
@@ -281,14 +289,16 @@ def stem_conv(
     return z, fold_norm(partial, bn_weight, bn_bias, eps)
 
 
-def norm_silu(z: Tensor, norm: Tensor, backend: str) -> Tensor:
+def norm_silu(z: Tensor, norm: Tensor, activation: str, backend: str) -> Tensor:
     """The op of this name."""
-    return launch_bn_act_fwd(z, norm, silu=True)
+    return launch_bn_act_fwd(z, norm, activation)
 
 
-def norm_silu_sums(grad_y: Tensor, z: Tensor, norm: Tensor, backend: str) -> Tensor:
+def norm_silu_sums(
+    grad_y: Tensor, z: Tensor, norm: Tensor, activation: str, backend: str
+) -> Tensor:
     """The op of this name."""
-    return launch_bn_sums(grad_y, z, norm, silu=True)
+    return launch_bn_sums(grad_y, z, norm, activation)
 
 
 def stem_weight_backward(
@@ -300,6 +310,7 @@ def stem_weight_backward(
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
+    activation: str,
     backend: str,
 ) -> Tensor:
     """The op of this name."""
@@ -313,11 +324,12 @@ def stem_weight_backward(
     runs = triton.cdiv(steps, max(1, run))
     partial = empty_fp32(z, 1, runs, channels * taps)
     vec, out_units = units(channels)
+    act, bounds = activation_constants(activation)
     launch(
         stem_bwd_weight_kernel, (tiles, runs), z.device,
-        (grad_y, z, norm, sums, 1.0 / max(rows, 1), x, partial,
+        (grad_y, z, norm, sums, 1.0 / max(rows, 1), x, partial, *bounds,
          rows, run * config["BM"], *_geometry(x, z, stride, padding), out_units),
         config, CIN=x.shape[1], KH=weight.shape[2], KW=weight.shape[3], VEC=vec,
-        PRECISION=dot_precision(z.dtype),
+        ACT=act, PRECISION=dot_precision(z.dtype),
     )  # fmt: skip
     return fold_sums(partial).view(weight.shape)

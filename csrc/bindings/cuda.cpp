@@ -23,7 +23,8 @@ using Address = uintptr_t;
 using Strides = std::array<int64_t, 3>;  // over n, h, w in elements
 // weight, bias, mean, variance, 0 where absent; dtype of the first two and of the others; eps
 using BnTuple = std::tuple<std::array<Address, 4>, int, int, float>;
-using QueueTuple = std::pair<int, Address>;  // device, stream
+using QueueTuple = std::pair<int, Address>;             // device, stream
+using ActivationTuple = std::tuple<int, float, float>;  // kind, lo, hi
 
 template <typename T = void>
 T* address(Address a) {
@@ -35,6 +36,10 @@ Queue queue_of(const QueueTuple& q) { return {q.first, address(q.second)}; }
 DType dtype_of(int dtype) {
   if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be 0, 1 or 2");
   return static_cast<DType>(dtype);
+}
+
+Activation activation_of(const ActivationTuple& a) {
+  return {std::get<0>(a), std::get<1>(a), std::get<2>(a)};
 }
 
 // (n, c, h, w, oh, ow, k, stride, pad_left, pad_top)
@@ -78,32 +83,34 @@ int64_t dwconv_shared_bytes(const ShapeTuple& shape, int dtype, const TileTuple&
 void dwconv_fwd(const QueueTuple& queue, const ShapeTuple& shape, int dtype, int weight_dtype,
                 const TileTuple& tile, Address x, const Strides& x_strides, Address weight,
                 const BnTuple& before, const BnTuple& after, Address y, Address partial,
-                float factor) {
-  launch_dwconv_bn_silu_fwd({shape_of(shape), dtype_of(dtype), dtype_of(weight_dtype),
-                             tile_of(tile), image_of(x, x_strides), address(weight), bn_of(before),
-                             bn_of(after), address(y), address<float>(partial), factor},
-                            queue_of(queue));
+                float factor, const ActivationTuple& activation) {
+  launch_dwconv_bn_silu_fwd(
+      {shape_of(shape), dtype_of(dtype), dtype_of(weight_dtype), tile_of(tile),
+       image_of(x, x_strides), address(weight), bn_of(before), bn_of(after), address(y),
+       address<float>(partial), factor, activation_of(activation)},
+      queue_of(queue));
 }
 
 void dwconv_bwd(const QueueTuple& queue, const ShapeTuple& shape, int dtype, int weight_dtype,
                 const TileTuple& tile, Address x, const Strides& x_strides, const BnTuple& before,
                 Address grad_y, Address z, Address gate, Address shift, const BnTuple& after,
-                Address sums, double count, Address weight, Address grad_x, Address partial) {
+                Address sums, double count, Address weight, Address grad_x, Address partial,
+                const ActivationTuple& activation) {
   launch_dwconv_bn_silu_bwd(
       {shape_of(shape), dtype_of(dtype), dtype_of(weight_dtype), tile_of(tile),
        image_of(x, x_strides), bn_of(before), address(grad_y), address(z), address<float>(gate),
        address<float>(shift), bn_of(after), address<float>(sums), count, address(weight),
-       address(grad_x), address<float>(partial)},
+       address(grad_x), address<float>(partial), activation_of(activation)},
       queue_of(queue));
 }
 
 void reduce(const QueueTuple& queue, const std::array<int64_t, 4>& sizes, int dtype, int what,
             Address x, Address grad_y, const BnTuple& bn, Address keep, float factor,
-            Address partial) {
+            Address partial, const ActivationTuple& activation) {
   if (what < 0 || what > 4) throw std::invalid_argument("reduction must be 0 to 4");
   launch_reduce({sizes[0], sizes[1], sizes[2], sizes[3], dtype_of(dtype),
                  static_cast<Reduction>(what), address(x), address(grad_y), bn_of(bn),
-                 address<float>(keep), factor, address<float>(partial)},
+                 address<float>(keep), factor, address<float>(partial), activation_of(activation)},
                 queue_of(queue));
 }
 
@@ -126,9 +133,10 @@ void merge_moments(const QueueTuple& queue, Address partial, int64_t parts, int6
 
 // sizes: n, c, hw.
 void bn_act(const QueueTuple& queue, const std::array<int64_t, 3>& sizes, int dtype, Address z,
-            Address residual, const BnTuple& bn, Address keep, bool silu, Address y) {
+            Address residual, const BnTuple& bn, Address keep, Address y,
+            const ActivationTuple& activation) {
   launch_bn_act({sizes[0], sizes[1], sizes[2], dtype_of(dtype), address(z), address(residual),
-                 bn_of(bn), address<float>(keep), silu, address(y)},
+                 bn_of(bn), address<float>(keep), activation_of(activation), address(y)},
                 queue_of(queue));
 }
 
@@ -143,12 +151,13 @@ void gate(const QueueTuple& queue, const std::array<int64_t, 3>& sizes, int dtyp
 void excite_fwd(const QueueTuple& queue, const std::array<int64_t, 4>& sizes, int weight_dtype,
                 Address pooled, Address se_reduce_weight, Address se_reduce_bias,
                 Address se_expand_weight, Address se_expand_bias, Address partial, Address hidden,
-                Address gate) {
-  launch_excite_fwd({sizes[0], sizes[1], sizes[2], sizes[3], dtype_of(weight_dtype),
-                     address<float>(pooled), address(se_reduce_weight), address(se_reduce_bias),
-                     address(se_expand_weight), address(se_expand_bias), address<float>(partial),
-                     address<float>(hidden), address<float>(gate)},
-                    queue_of(queue));
+                Address gate, const ActivationTuple& activation, int gate_kind) {
+  launch_excite_fwd(
+      {sizes[0], sizes[1], sizes[2], sizes[3], dtype_of(weight_dtype), address<float>(pooled),
+       address(se_reduce_weight), address(se_reduce_bias), address(se_expand_weight),
+       address(se_expand_bias), address<float>(partial), address<float>(hidden),
+       address<float>(gate), activation_of(activation), gate_kind},
+      queue_of(queue));
 }
 
 // sizes: n, c, r; grads: se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias.
@@ -156,7 +165,8 @@ void excite_bwd(const QueueTuple& queue, const std::array<int64_t, 3>& sizes, in
                 Address pooled, Address hidden, Address gate, Address grad_gate,
                 Address se_reduce_weight, Address se_expand_weight, Address partial,
                 Address grad_hidden, const std::array<Address, 4>& grads, Address grad_pooled,
-                float factor, Address grad_sums, Address squeeze_sums, Address grad_bn) {
+                float factor, Address grad_sums, Address squeeze_sums, Address grad_bn,
+                const ActivationTuple& activation, int gate_kind) {
   launch_excite_bwd({sizes[0],
                      sizes[1],
                      sizes[2],
@@ -177,7 +187,9 @@ void excite_bwd(const QueueTuple& queue, const std::array<int64_t, 3>& sizes, in
                      factor,
                      address<float>(grad_sums),
                      address<float>(squeeze_sums),
-                     address<float>(grad_bn)},
+                     address<float>(grad_bn),
+                     activation_of(activation),
+                     gate_kind},
                     queue_of(queue));
 }
 

@@ -104,6 +104,8 @@ class Gate {
         if (PySequence_Size(given) != rule.size)
           refuse(PyExc_ValueError, rule, "must have " + std::to_string(rule.size) + " flags");
         return;
+      case Kind::kName:
+        return check_name(rule, given);
       case Kind::kCount:
         if (integer(given) < 0) refuse(PyExc_ValueError, rule, "must not be negative");
         return;
@@ -122,6 +124,17 @@ class Gate {
         read_integers(rule, given, 4, 0, call->padding);
         call->sides = call->padding;
     }
+  }
+
+  void check_name(const Rule& rule, PyObject* given) const {
+    std::string allowed;
+    for (const std::string& name : rule.names) {
+      if (PyUnicode_Check(given) && PyUnicode_CompareWithASCIIString(given, name.c_str()) == 0)
+        return;
+      allowed += (allowed.empty() ? "" : ", ") + name;
+    }
+    const auto shown = py::repr(py::reinterpret_borrow<py::object>(given)).cast<std::string>();
+    refuse(PyExc_ValueError, rule, "is " + shown + ", allowed are " + allowed);
   }
 
   void read_integers(const Rule& rule, PyObject* given, Py_ssize_t count, int64_t least,

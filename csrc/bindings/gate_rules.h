@@ -4,6 +4,7 @@
 // stand, shape, layout, and the argument with which it is None. Letters of a shape stand for sizes
 // that are the same wherever they occur in a call; a last * for any number of sizes of 1. A list
 // has the rules of its tensors; "?EC" in front of them allows an empty list, without which E is C.
+// "name silu relu" is a string, one of these words.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +29,7 @@ enum class Kind {
   kStrides,   // height and width, of at least 1
   kSides,     // left, right, top, bottom padding
   kResidual,  // whether x is added to what comes out
+  kName,      // one of `names`
 };
 enum class Numbers {
   kImage,   // the same for all images of a call, one of the backend's
@@ -52,6 +54,7 @@ struct Rule {
   int64_t partner = -1;  // its place
   int64_t size = 0;
   std::vector<Rule> below;
+  std::vector<std::string> names;
 };
 
 template <typename T>
@@ -73,7 +76,7 @@ const Words<Layout> kLayouts = {{"any", Layout::kAny},
 const Words<Kind> kKinds = {{"any", Kind::kAny},       {"count", Kind::kCount},
                             {"stride", Kind::kStride}, {"strides", Kind::kStrides},
                             {"sides", Kind::kSides},   {"residual", Kind::kResidual},
-                            {"flags", Kind::kFlags}};
+                            {"flags", Kind::kFlags},   {"name", Kind::kName}};
 const Words<int> kDtypes = {{"float32", kFloat32}, {"bfloat16", kBFloat16}, {"float16", kFloat16}};
 const Words<std::vector<int32_t>> kDevices = {{"cpu", {1}}, {"cuda", {2, 10}}};  // 10: ROCm
 
@@ -97,7 +100,10 @@ Rule rule_of(const std::string& name, const py::handle& given) {
   std::string word;
   words >> word;
   if (take(kKinds, word, &rule.kind)) {
-    words >> rule.size;
+    if (rule.kind == Kind::kName)
+      while (words >> word) rule.names.push_back(word);
+    else
+      words >> rule.size;
     return rule;
   }
   rule.optional = word.back() == '?';

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/activation.h"
+
 namespace effnet {
 namespace cuda {
 
@@ -61,12 +63,13 @@ struct DwconvForwardArgs {
   Tile tile;
   Image x;
   const void* weight;  // [C,1,K,K]
-  BatchNorm before;    // of x, followed by SiLU; optional
-  BatchNorm after;     // followed by SiLU; without it z is written as it is
+  BatchNorm before;    // of x, followed by the activation; optional
+  BatchNorm after;     // followed by the activation; without it z is written as it is
   void* y;             // [N,C,OH,OW]
-  float* partial;      // after: factor * sums of y [N,chunks,C]
+  float* partial;      // after: factor * sums of y [N,chunks,C], null: unwanted
                        // else: (count, pivot, mean, M2) of z - pivot [parts,4,C]
   float factor;
+  Activation activation;
 };
 
 struct DwconvBackwardArgs {
@@ -74,23 +77,24 @@ struct DwconvBackwardArgs {
   DType dtype, weight_dtype;
   Tile tile;
   Image x;
-  BatchNorm before;           // of x, followed by SiLU; optional
-  const void *grad_y, *z;     // [N,C,OH,OW]; y = silu(after(z))
-  const float *gate, *shift;  // [N,C]: du = (grad_y * gate + shift) * silu'(u); null for 1 and 0
+  BatchNorm before;           // of x, followed by the activation; optional
+  const void *grad_y, *z;     // [N,C,OH,OW]; y = act(after(z))
+  const float *gate, *shift;  // [N,C]: du = (grad_y * gate + shift) * act'(u); null for 1 and 0
   BatchNorm after;
   const float* sums;   // [2,C]: sum du, sum du * zh, where BN is in training; else null
   double count;        // values per channel that the sums are of
   const void* weight;  // [C,1,K,K]
-  void* grad_x;        // [N,C,H,W], of x before `before` and SiLU, less BN's part; null: unwanted
+  void* grad_x;        // [N,C,H,W], of x before `before` and act, less BN's part; null: unwanted
   float* partial;      // [parts,K*K+2,C]: weight gradient, sum f, sum f * zh of grad_x = f; or null
+  Activation activation;
 };
 
 // Per-channel sums over the pixels of each image, a partial for each chunk of them.
 enum class Reduction : int {
   kSum = 0,      // sum x
   kProduct = 1,  // sum x * grad_y
-  kSqueeze = 2,  // u = bn(x): sum silu(u), sum silu'(u), sum silu'(u) * zh
-  kBnSilu = 3,   // du = grad_y * silu'(u): sum du, sum du * zh
+  kSqueeze = 2,  // u = bn(x): sum act(u), sum act'(u), sum act'(u) * zh
+  kBnAct = 3,    // du = grad_y * act'(u): sum du, sum du * zh
   kBn = 4,       // dy = grad_y * keep[n]: sum dy, sum dy * zh
 };
 
@@ -102,7 +106,8 @@ struct ReduceArgs {
   BatchNorm bn;
   const float* keep;  // [N] or null
   float factor;
-  float* partial;  // [N,chunks,sums,C], times factor
+  float* partial;         // [N,chunks,sums,C], times factor
+  Activation activation;  // of kSqueeze and kBnAct
 };
 
 // y = act(bn(z)) * keep[n] + residual
@@ -112,7 +117,7 @@ struct BnActArgs {
   const void *z, *residual;  // residual may be null
   BatchNorm bn;
   const float* keep;  // [N] or null
-  bool silu;
+  Activation activation;
   void* y;
 };
 
@@ -132,8 +137,10 @@ struct ExciteArgs {
   const void *se_reduce_weight, *se_reduce_bias, *se_expand_weight,
       *se_expand_bias;  // [R,C] [R] [C,R] [C]
   float* partial;       // [splits,N,R]
-  float* hidden;        // [N,R] before SiLU
+  float* hidden;        // [N,R] before the activation
   float* gate;          // [N,C]
+  Activation activation;
+  int gate_kind;
 };
 
 struct ExciteBackwardArgs {
@@ -146,11 +153,13 @@ struct ExciteBackwardArgs {
   float *grad_se_reduce_weight, *grad_se_reduce_bias, *grad_se_expand_weight, *grad_se_expand_bias;
   float* grad_pooled;  // [N,C], times factor
   float factor;
-  // Optional: grad_sums [2,N,C], S1 = sum e * silu'(u) and S2 = sum e * silu'(u) * zh;
-  // squeeze_sums [2,N,C], S3 = sum silu'(u) and S4 = sum silu'(u) * zh; of them grad_bn [2,C],
+  // Optional: grad_sums [2,N,C], S1 = sum e * act'(u) and S2 = sum e * act'(u) * zh;
+  // squeeze_sums [2,N,C], S3 = sum act'(u) and S4 = sum act'(u) * zh; of them grad_bn [2,C],
   // sum_n gate * S1 + grad_pooled * S3 and sum_n gate * S2 + grad_pooled * S4.
   const float *grad_sums, *squeeze_sums;
   float* grad_bn;
+  Activation activation;  // of hidden
+  int gate_kind;
 };
 
 // out[o * out_o + r * out_r + c * out_c] = sum over p of partial[o,p,first_row + r,c], p in a fixed

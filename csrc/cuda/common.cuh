@@ -1,6 +1,7 @@
-// What several kernels share: small arithmetic, and BatchNorm as the kernels apply it.
+// What several kernels share: small arithmetic, activations, and BatchNorm as the kernels apply it.
 #pragma once
 
+#include "cuda/activation.cuh"
 #include "cuda/args.h"
 #include "cuda/primitives.cuh"
 

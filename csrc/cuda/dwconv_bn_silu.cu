@@ -1,8 +1,8 @@
-// Depthwise convolution with BatchNorm and SiLU, forward.
+// Depthwise convolution with BatchNorm and an activation, forward.
 //
-// Computes: a = x, or silu(before(x)); z = conv(a, weight); with `after` y = silu(after(z)) and the
+// Computes: a = x, or act(before(x)); z = conv(a, weight); with `after` y = act(after(z)) and the
 //           sums of y over each chunk, else y = z and (count, pivot, mean, M2) of z, both of y as
-//           stored
+//           stored; act is SiLU or clamp(lo, hi)
 // Layout:   channels-last, x with any strides over N, H, W; y without gaps
 // Tiling:   a block owns up to 64 channels of a strip of columns, and goes down it in bands of rows
 //           and from image to image. The next band's rows arrive in shared memory, 16 bytes a copy,
@@ -10,7 +10,7 @@
 //           registers, so that a staged element is read from shared memory once per row of tiles
 //           and per (TC + K - 1) / TC columns
 // Bytes:    x once ((K - 1) columns more per strip, from the L2 cache), y once
-// FLOPs:    2 * K * K per output, about 10 for each SiLU
+// FLOPs:    2 * K * K per output, about 10 for each SiLU, 4 for each clamp
 // Source:   original; Chan, Golub, LeVeque 1983 for merging moments
 // Truth:    effnet_fast/reference/dwconv_bn_silu.py
 #include "cuda/dwconv_tiles.cuh"
@@ -77,10 +77,11 @@ __device__ void copy_rows(const Params& p, const Shared<T>& shared, const Place&
   cp_async_commit();
 }
 
-// silu(x * scale + shift) of what this thread has copied; padding stays 0.
-template <typename T, int S>
-__device__ void activate_rows(const Params& p, const Shared<T>& shared, const Place& place,
-                              const Cursor& at) {
+// act(x * scale + shift) of what this thread has copied; padding stays 0.
+template <typename T, int S, typename Form>
+__device__ __forceinline__ void activate_rows(const Params& p, const Shared<T>& shared,
+                                              const Place& place, const Cursor& at,
+                                              const Form& form) {
   const DwconvShape& s = p.args.shape;
   const Window& w = p.window;
   const int rows = at.whole ? w.rows : w.fresh, skipped = w.rows - rows;
@@ -101,7 +102,7 @@ __device__ void activate_rows(const Params& p, const Shared<T>& shared, const Pl
     load_floats(scale, shared.scale + walk.channel);
     load_floats(shift, shared.shift + walk.channel);
 #pragma unroll
-    for (int i = 0; i < kVector<T>; i++) v[i] = silu(v[i] * scale[i] + shift[i]);
+    for (int i = 0; i < kVector<T>; i++) v[i] = form.value(v[i] * scale[i] + shift[i]);
     store_shared(piece, pack<T, uint4>(v));
   }
 }
@@ -180,13 +181,17 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Place& place,
     shift = pair_at(shared.after_shift + lane.channel);
   }
 #pragma unroll
-  for (int i = 0; i < TR; i++)
+  for (int i = 0; i < TR; i++) {
+    if (activates)  // a row at a time: all at once would take too many registers
+      with_activation(p.args.activation, [&](const auto& form) {
+#pragma unroll
+        for (int t = 0; t < TC; t++) {
+          z[i][t].x = form.value(z[i][t].x * scale.x + shift.x);
+          z[i][t].y = form.value(z[i][t].y * scale.y + shift.y);
+        }
+      });
 #pragma unroll
     for (int t = 0; t < TC; t++) {
-      if (activates) {
-        z[i][t].x = silu(z[i][t].x * scale.x + shift.x);
-        z[i][t].y = silu(z[i][t].y * scale.y + shift.y);
-      }
       z[i][t] = rounded<T>(z[i][t]);
       if (i < rows && t < cols) {
         store_pair(y + (i * s.ow + t) * s.c, z[i][t], s.c - c, p.paired);
@@ -194,6 +199,7 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Place& place,
         pool.y += z[i][t].y;
       }
     }
+  }
   Moments* sums = shared.sums + lane.position * p.window.channels + lane.channel;
   if (activates) {
     sums[0].count += pool.x;
@@ -214,8 +220,9 @@ __device__ __forceinline__ void clear_sums(Moments* sums, const Lane& lane, int 
   sums[lane.position * channels + lane.channel + 1] = Moments{};
 }
 
-// Sums of y over the block's part of image n, the positions in order.
+// Sums of y over the block's part of image n, the positions in order, where they are wanted.
 __device__ void write_pool(const Params& p, const Place& place, const Moments* sums, int64_t n) {
+  if (!p.args.partial) return;
   const int channels = p.window.channels, positions = block_dim_x() * 2 / channels;
   for (int i = thread_x(); i < channels && place.c0 + i < p.args.shape.c; i += block_dim_x()) {
     float sum = 0.0f;
@@ -278,7 +285,9 @@ __global__ void __launch_bounds__(kBoundThreads<K>, 2) dwconv_bn_silu_fwd_kernel
   while (at.n < place.n_end) {
     const Cursor next = at.next(p.window, band_begin, band_end);
     cp_async_wait<0>();
-    if (p.args.before.mean) activate_rows<T, S>(p, shared, place, at);
+    if (p.args.before.mean)
+      with_activation(p.args.activation,
+                      [&](const auto& form) { activate_rows<T, S>(p, shared, place, at, form); });
     sync_threads();
     if (next.n < place.n_end) copy_rows<T, S>(p, shared, place, next);
     const int oh = static_cast<int>((at.band * p.args.tile.ny + lane.y) * TR);
@@ -358,6 +367,7 @@ int64_t dwconv_forward_shared_bytes(const DwconvShape& s, DType dtype, const Til
 }
 
 void launch_dwconv_bn_silu_fwd(const DwconvForwardArgs& args, const Queue& queue) {
+  check_activation(args.activation);
   if (args.dtype == DType::kFloat32) return by_tile<float>(args, queue);
   if (args.dtype == DType::kFloat16) return by_tile<__half>(args, queue);
   by_tile<__nv_bfloat16>(args, queue);

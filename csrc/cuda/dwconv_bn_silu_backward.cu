@@ -1,9 +1,11 @@
-// Depthwise convolution with BatchNorm and SiLU, backward: data and weight gradient in one pass.
+// Depthwise convolution with BatchNorm and an activation, backward: data and weight gradient in one
+// pass.
 //
-// Computes: du = (grad_y * gate + shift) * silu'(after(z))
+// Computes: du = (grad_y * gate + shift) * act'(after(z))
 //           dz = scale * (du - mean(du) - zh * mean(du * zh))    (eval: the two means are absent)
-//           a = x, or silu(before(x)); da = conv_transpose(dz, weight), dW = correlate(a, dz)
-//           grad_x = f = da * silu'(before(x)), or da; sum f and sum f * zh of x
+//           a = x, or act(before(x)); da = conv_transpose(dz, weight), dW = correlate(a, dz)
+//           grad_x = f = da * act'(before(x)), or da; sum f and sum f * zh of x; act is SiLU or
+//           clamp(lo, hi), for each of which the kernels are compiled
 // Layout:   channels-last, x with any strides over N, H, W; all else without gaps
 // Tiling:   a block owns up to 64 channels of a strip of columns of x, and goes down it in bands of
 //           rows and from image to image. grad_y and z of the next band arrive in shared memory
@@ -69,10 +71,11 @@ __device__ __forceinline__ void correlate(const Window& w, const T* ring, int sl
 
 // One band: a of the thread's tile, its gradients, and f written. `ih` and `iw` are the tile's
 // first pixel in the image; those before it are below 0.
-template <typename T, int K, int S, int TR, int TC>
+template <typename T, int K, int S, int TR, int TC, typename Form>
 __device__ __forceinline__ void run_tile(const Params& p, const Shared<T>& shared,
                                          const Place& place, const Lane& lane, const Cursor& at,
-                                         int parity, int ih, int iw, float2 (&dw)[K * K]) {
+                                         int parity, int ih, int iw, const Form& form,
+                                         float2 (&dw)[K * K]) {
   const DwconvShape& s = p.args.shape;
   const Window& w = p.window;
   const float* before = shared.before + lane.channel;
@@ -93,8 +96,8 @@ __device__ __forceinline__ void run_tile(const Params& p, const Shared<T>& share
       if (!activates) continue;
       const float2 scale = pair_at(before + kBeforeScale * w.channels);
       const float2 shift = pair_at(before + kBeforeShift * w.channels);
-      a[i][j].x = inside(i, j) ? silu(a[i][j].x * scale.x + shift.x) : 0.0f;
-      a[i][j].y = inside(i, j) ? silu(a[i][j].y * scale.y + shift.y) : 0.0f;
+      a[i][j].x = inside(i, j) ? form.value(a[i][j].x * scale.x + shift.x) : 0.0f;
+      a[i][j].y = inside(i, j) ? form.value(a[i][j].y * scale.y + shift.y) : 0.0f;
       a[i][j] = rounded<T>(a[i][j]);
     }
   correlate<T, K, S, TR, TC>(w, shared.ring, at.slot, lane, shared.weight + lane.channel, a, da,
@@ -115,8 +118,8 @@ __device__ __forceinline__ void run_tile(const Params& p, const Shared<T>& share
         const float2 mean = pair_at(before + kBeforeMean * w.channels);
         const float2 rstd = pair_at(before + kBeforeRstd * w.channels);
         const float2 z = pair_at(x + i * p.x_pitch + j * w.channels);
-        f.x *= silu_grad(z.x * scale.x + shift.x);
-        f.y *= silu_grad(z.y * scale.y + shift.y);
+        f.x *= form.slope(z.x * scale.x + shift.x);
+        f.y *= form.slope(z.y * scale.y + shift.y);
         zh = make_float2((z.x - mean.x) * rstd.x, (z.y - mean.y) * rstd.y);
       }
       f = rounded<T>(f);
@@ -175,7 +178,7 @@ __device__ void write_sums(const Params& p, const Place& place, const Lane& lane
   write(TAPS + 1, sum_fzh);
 }
 
-template <typename T, int K, int S, int TR, int TC>
+template <typename T, int K, int S, int TR, int TC, typename Form>
 __global__ void __launch_bounds__(kMaxThreads, K == 3 ? 2 : 1)
     dwconv_bn_silu_bwd_kernel(const Params p) {
   const DwconvShape& s = p.args.shape;
@@ -183,6 +186,7 @@ __global__ void __launch_bounds__(kMaxThreads, K == 3 ? 2 : 1)
   const Place place = place_of(p.grid, s, t);
   const Lane lane(t);
   const Shared<T> shared(p);
+  const Form form(p.args.activation);
   const int band_begin = static_cast<int>(place.row_chunk * t.bands);
   const int band_end = static_cast<int>(min_of(band_begin + t.bands, p.grid.bands));
   Cursor at = {place.n_begin, band_begin, 0, true};
@@ -200,12 +204,12 @@ __global__ void __launch_bounds__(kMaxThreads, K == 3 ? 2 : 1)
   while (at.n < place.n_end) {
     const Cursor next = at.next(p.window, band_begin, band_end);
     cp_async_wait<0>();
-    form_dz<T, K, S>(p, shared, place, at);
+    form_dz<T, K, S>(p, shared, place, at, form);
     sync_threads();
     if (next.n < place.n_end) copy_band<T, K, S>(p, shared, place, next, 1 - parity);
     const int ih = static_cast<int>(p.top - s.pad_t + (at.band * t.ny + lane.y) * TR);
     if (ih < s.h && iw < s.w)
-      run_tile<T, K, S, TR, TC>(p, shared, place, lane, at, parity, ih, iw, dw);
+      run_tile<T, K, S, TR, TC>(p, shared, place, lane, at, parity, ih, iw, form, dw);
     at = next;
     parity = 1 - parity;
   }
@@ -224,7 +228,7 @@ Window window_of(const DwconvShape& s, const DwconvGrid& grid, const Tile& t) {
   return w;
 }
 
-template <typename T, int K, int S, int TR, int TC>
+template <typename T, int K, int S, int TR, int TC, typename Form>
 void run(const DwconvBackwardArgs& args, const Queue& queue) {
   const DwconvShape& s = args.shape;
   Params p = {};
@@ -241,21 +245,27 @@ void run(const DwconvBackwardArgs& args, const Queue& queue) {
   p.inverse_count = static_cast<float>(1.0 / args.count);
   const int threads = static_cast<int>(args.tile.lanes * args.tile.nx * args.tile.ny);
   const DeviceGuard guard(queue.device);
-  launch("dwconv_bn_silu_bwd", dwconv_bn_silu_bwd_kernel<T, K, S, TR, TC>,
+  launch("dwconv_bn_silu_bwd", dwconv_bn_silu_bwd_kernel<T, K, S, TR, TC, Form>,
          grid_of(p.grid.channel_blocks * p.grid.parts, 1, 1, threads,
                  shared_bytes(p.window, sizeof(T), K * K, args.tile), queue.stream),
          p);
 }
 
-template <typename T>
+template <typename T, typename Form>
 void by_tile(const DwconvBackwardArgs& args, const Queue& queue) {
   const int64_t k = args.shape.k, stride = args.shape.stride;
   require(args.tile.rows == 2 && args.tile.cols == 4,
           "dwconv backward: tiles of 2x4 are supported");
-  if (k == 3 && stride == 1) return run<T, 3, 1, 2, 4>(args, queue);
-  if (k == 5 && stride == 1) return run<T, 5, 1, 2, 4>(args, queue);
-  if (k == 3) return run<T, 3, 2, 2, 4>(args, queue);
-  run<T, 5, 2, 2, 4>(args, queue);
+  if (k == 3 && stride == 1) return run<T, 3, 1, 2, 4, Form>(args, queue);
+  if (k == 5 && stride == 1) return run<T, 5, 1, 2, 4, Form>(args, queue);
+  if (k == 3) return run<T, 3, 2, 2, 4, Form>(args, queue);
+  run<T, 5, 2, 2, 4, Form>(args, queue);
+}
+
+template <typename T>
+void by_activation(const DwconvBackwardArgs& args, const Queue& queue) {
+  if (args.activation.kind == kSilu) return by_tile<T, SiluForm>(args, queue);
+  by_tile<T, ClampForm>(args, queue);
 }
 
 }  // namespace
@@ -270,9 +280,10 @@ int64_t dwconv_backward_shared_bytes(const DwconvShape& s, DType dtype, const Ti
 }
 
 void launch_dwconv_bn_silu_bwd(const DwconvBackwardArgs& args, const Queue& queue) {
-  if (args.dtype == DType::kFloat32) return by_tile<float>(args, queue);
-  if (args.dtype == DType::kFloat16) return by_tile<__half>(args, queue);
-  by_tile<__nv_bfloat16>(args, queue);
+  check_activation(args.activation);
+  if (args.dtype == DType::kFloat32) return by_activation<float>(args, queue);
+  if (args.dtype == DType::kFloat16) return by_activation<__half>(args, queue);
+  by_activation<__nv_bfloat16>(args, queue);
 }
 
 }  // namespace cuda

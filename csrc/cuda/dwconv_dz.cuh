@@ -103,9 +103,9 @@ __device__ void copy_band(const Params& p, const Shared<T>& shared, const Place&
 }
 
 // dz of what this thread has copied, in the place of grad_y; padding stays 0.
-template <typename T, int K, int S>
+template <typename T, int K, int S, typename Form>
 __device__ void form_dz(const Params& p, const Shared<T>& shared, const Place& place,
-                        const Cursor& at) {
+                        const Cursor& at, const Form& form) {
   constexpr int V = kVector<T>;
   const DwconvShape& s = p.args.shape;
   const Window& w = p.window;
@@ -144,7 +144,7 @@ __device__ void form_dz(const Params& p, const Shared<T>& shared, const Place& p
 #pragma unroll
       for (int i = 0; i < H; i++) {
         const float g = fmaf(grad[i], gate[half * H + i], shift[half * H + i]);
-        const float du = g * silu_grad(fmaf(z[i], scale[i], bias[i]));
+        const float du = g * form.slope(fmaf(z[i], scale[i], bias[i]));
         grad[i] = fmaf(scale[i], du, fmaf(z[i] - mean[i], slope[i], offset[i]));
       }
       store_shared(piece + half, pack<T, uint2>(grad));

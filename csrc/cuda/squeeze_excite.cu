@@ -1,6 +1,7 @@
 // Squeeze-and-excite: two small layers and the gate, forward and backward.
 //
-// Computes: hidden = W1 pooled + b1, gate = sigmoid(W2 silu(hidden) + b2), y = x * gate;
+// Computes: hidden = W1 pooled + b1, gate = sigmoid(W2 act(hidden) + b2), y = x * gate, the
+//           sigmoid perhaps hard and act SiLU or clamp(lo, hi);
 //           backward of the layers: from the gate's gradient those of W1, b1, W2, b2 and pooled,
 //           and with the sums of an MBConv's squeeze and project passes those of BN2
 // Layout:   contiguous channels-last; weights [R,C] and [C,R]; vectors over (n, c) in fp32
@@ -70,22 +71,22 @@ __global__ void __launch_bounds__(kThreads) excite_reduce_kernel(const ExciteArg
   a.partial[(split * a.n + n0 + j) * a.r + r0 + i] = all;
 }
 
-// hidden from its splits, and the gate of 32 channels. Shared memory: silu(hidden) [images,R].
+// hidden from its splits, and the gate of 32 channels. Shared memory: act(hidden) [images,R].
 template <typename W>
 __global__ void __launch_bounds__(kThreads) excite_expand_kernel(const ExciteArgs a) {
-  float* const activated = dynamic_shared<float>();
+  float* const reduced = dynamic_shared<float>();
   const int64_t c0 = block_x() * kGateRows, n0 = block_y() * kImages;
   const int64_t images = min_of(a.n - n0, int64_t{kImages});
   const W* se_reduce_bias = static_cast<const W*>(a.se_reduce_bias);
   for (int64_t i = thread_x(); i < kImages * a.r; i += kThreads) {
     if (i >= images * a.r) {
-      activated[i] = 0.0f;
+      reduced[i] = 0.0f;
       continue;
     }
     float h = se_reduce_bias ? to_float(se_reduce_bias[i % a.r]) : 0.0f;
     for (int64_t split = 0; split < a.splits; split++)
       h += load(a.partial + (split * a.n + n0) * a.r + i);
-    activated[i] = silu(h);
+    reduced[i] = activated(a.activation, h);
     if (block_x() == 0) a.hidden[n0 * a.r + i] = h;
   }
   sync_threads();
@@ -99,12 +100,12 @@ __global__ void __launch_bounds__(kThreads) excite_expand_kernel(const ExciteArg
     for (int64_t r = lane; r < a.r; r += kWarp) {
       const float w = to_float(weight[c * a.r + r]);
 #pragma unroll
-      for (int j = 0; j < kImages; j++) sum[j] = fmaf(w, activated[j * a.r + r], sum[j]);
+      for (int j = 0; j < kImages; j++) sum[j] = fmaf(w, reduced[j * a.r + r], sum[j]);
     }
 #pragma unroll
     for (int j = 0; j < kImages; j++) {
       const float logit = warp_sum(sum[j]) + (bias ? to_float(bias[c]) : 0.0f);
-      if (lane == j && j < images) a.gate[(n0 + j) * a.c + c] = sigmoid(logit);
+      if (lane == j && j < images) a.gate[(n0 + j) * a.c + c] = gate_of(a.gate_kind, logit);
     }
   }
 }
@@ -129,7 +130,7 @@ __device__ __forceinline__ void fill(Plane& tile, const Quad& at, const Value& v
 __device__ __forceinline__ float grad_logit(const ExciteBackwardArgs& a, int64_t n, int64_t c) {
   if (n >= a.n || c >= a.c) return 0.0f;
   const float gate = load(a.gate + n * a.c + c);
-  return load(a.grad_gate + n * a.c + c) * gate * (1.0f - gate);
+  return grad_through_gate(a.gate_kind, load(a.grad_gate + n * a.c + c), gate);
 }
 
 // dW2 and db2 of 32 channels x 32 hidden ones; and these channels' part of W2^T grad_logit.
@@ -137,7 +138,7 @@ template <typename W>
 __global__ void __launch_bounds__(kThreads) excite_bwd_expand_kernel(const ExciteBackwardArgs a) {
   EFFNET_SHARED(float, weight, [kSide][kSide + 1]);
   EFFNET_SHARED(float, logit, [kSide][kSide + 1]);
-  EFFNET_SHARED(float, activated, [kSide][kSide + 1]);
+  EFFNET_SHARED(float, reduced, [kSide][kSide + 1]);
   const int64_t c0 = block_x() * kSide, r0 = block_y() * kSide;
   const W* se_expand_weight = static_cast<const W*>(a.se_expand_weight);
   Quad grad;
@@ -148,16 +149,16 @@ __global__ void __launch_bounds__(kThreads) excite_bwd_expand_kernel(const Excit
   });
   for (int64_t n0 = 0; n0 < a.n; n0 += kSide) {
     fill(logit, grad, [&](int n, int c) { return grad_logit(a, n0 + n, c0 + c); });
-    fill(activated, grad, [&](int n, int r) {
+    fill(reduced, grad, [&](int n, int r) {
       const bool exists = n0 + n < a.n && r0 + r < a.r;
-      return exists ? silu(load(a.hidden + (n0 + n) * a.r + r0 + r)) : 0.0f;
+      return exists ? activated(a.activation, load(a.hidden + (n0 + n) * a.r + r0 + r)) : 0.0f;
     });
     sync_threads();
     Quad part;
     for (int k = 0; k < kSide; k++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        grad.sum[i] = fmaf(logit[k][grad.row(i)], activated[k][grad.x], grad.sum[i]);
+        grad.sum[i] = fmaf(logit[k][grad.row(i)], reduced[k][grad.x], grad.sum[i]);
         part.sum[i] = fmaf(logit[part.row(i)][k], weight[k][part.x], part.sum[i]);
       }
       if (thread_x() < kSide) bias += logit[k][thread_x()];
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) excite_bwd_expand_kernel(const Excit
     a.grad_se_expand_bias[c0 + thread_x()] = bias;
 }
 
-// grad_hidden[n,r] = silu'(hidden) * the sum of the channels' parts
+// grad_hidden[n,r] = act'(hidden) * the sum of the channels' parts
 __global__ void __launch_bounds__(kThreads) excite_bwd_hidden_kernel(const ExciteBackwardArgs a) {
   EFFNET_SHARED(float, sums, [kWarps][kWarp]);
   const int lane = thread_x() % kWarp, slice = thread_x() / kWarp;
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) excite_bwd_hidden_kernel(const Excit
   if (slice != 0 || i >= all) return;
   sum = 0.0f;
   for (int k = 0; k < kWarps; k++) sum += sums[k][lane];
-  a.grad_hidden[i] = sum * silu_grad(load(a.hidden + i));
+  a.grad_hidden[i] = sum * slope_of(a.activation, load(a.hidden + i));
 }
 
 // dpooled of 32 channels, and BN2's gradients where their sums are given.
@@ -368,6 +369,8 @@ void launch_gate(const GateArgs& a, const Queue& queue) {
 void launch_excite_fwd(const ExciteArgs& a, const Queue& queue) {
   require(a.n > 0 && a.c > 0 && a.r > 0, "excite: every size must be positive");
   require(a.splits > 0 && a.splits <= a.c, "excite: splits must be 1 to C");
+  check_activation(a.activation);
+  check_gate(a.gate_kind);
   const DeviceGuard guard(queue.device);
   if (a.weight_dtype == DType::kFloat32) return run_excite_fwd<float>(a, queue);
   if (a.weight_dtype == DType::kFloat16) return run_excite_fwd<__half>(a, queue);
@@ -376,6 +379,8 @@ void launch_excite_fwd(const ExciteArgs& a, const Queue& queue) {
 
 void launch_excite_bwd(const ExciteBackwardArgs& a, const Queue& queue) {
   require(a.n > 0 && a.c > 0 && a.r > 0, "excite_backward: every size must be positive");
+  check_activation(a.activation);
+  check_gate(a.gate_kind);
   const DeviceGuard guard(queue.device);
   if (a.weight_dtype == DType::kFloat32) return run_excite_bwd<float>(a, queue);
   if (a.weight_dtype == DType::kFloat16) return run_excite_bwd<__half>(a, queue);

@@ -23,13 +23,13 @@ constexpr int kMomentSlices = 16;  // the same of moments, whose doubles take mo
 constexpr int kUnroll = 4;         // pixels that a thread loads at once
 
 template <Reduction R>
-constexpr int kSums = R == Reduction::kSqueeze                         ? 3
-                      : R == Reduction::kBnSilu || R == Reduction::kBn ? 2
-                                                                       : 1;
+constexpr int kSums = R == Reduction::kSqueeze                        ? 3
+                      : R == Reduction::kBnAct || R == Reduction::kBn ? 2
+                                                                      : 1;
 
-template <Reduction R>
+template <Reduction R, typename Form>
 __device__ __forceinline__ void accumulate(float (&sums)[kSums<R>], float x, float grad_y,
-                                           const Affine& bn, float keep) {
+                                           const Affine& bn, float keep, const Form& form) {
   if constexpr (R == Reduction::kSum) {
     sums[0] += x;
   } else if constexpr (R == Reduction::kProduct) {
@@ -41,14 +41,13 @@ __device__ __forceinline__ void accumulate(float (&sums)[kSums<R>], float x, flo
       sums[0] += dy;
       sums[1] = fmaf(dy, zh, sums[1]);
     } else {
-      const float u = fmaf(x, bn.scale, bn.shift), s = sigmoid(u);
-      const float slope = silu_grad(u, s);
+      const float u = fmaf(x, bn.scale, bn.shift);
       if constexpr (R == Reduction::kSqueeze) {
-        sums[0] = fmaf(u, s, sums[0]);
+        const float slope = form.add_value(u, sums[0]);
         sums[1] += slope;
         sums[2] = fmaf(slope, zh, sums[2]);
       } else {
-        const float du = grad_y * slope;
+        const float du = grad_y * form.slope(u);
         sums[0] += du;
         sums[1] = fmaf(du, zh, sums[1]);
       }
@@ -78,16 +77,17 @@ __device__ void write_partial(const ReduceArgs& a, const ChannelGrid& grid, cons
 }
 
 // Without a number of blocks ptxas makes room for more of them, and spills.
-template <typename T, Reduction R>
+template <typename T, Reduction R, typename Form>
 __global__ void __launch_bounds__(kChannelThreads, 2)
     reduce_kernel(const ReduceArgs a, const ChannelGrid grid) {
   constexpr int V = kVector<T>, SUMS = kSums<R>;
   constexpr bool kReadsGrad =
-      R == Reduction::kProduct || R == Reduction::kBnSilu || R == Reduction::kBn;
+      R == Reduction::kProduct || R == Reduction::kBnAct || R == Reduction::kBn;
   const Pixels at(grid, V);
   const int64_t c = at.c0 + at.piece * V;
   const int channels = static_cast<int>(min_of(a.c - c, int64_t{V}));
   float sums[V][SUMS] = {};
+  const Form form(a.activation);
   if (channels > 0) {
     Affine bn[V] = {};
     if constexpr (R != Reduction::kSum && R != Reduction::kProduct) {
@@ -115,29 +115,35 @@ __global__ void __launch_bounds__(kChannelThreads, 2)
         if constexpr (kReadsGrad) unpack<T>(pg[k], vg);
 #pragma unroll
         for (int i = 0; i < V; i++)
-          accumulate<R>(sums[i], vx[i], kReadsGrad ? vg[i] : 0.0f, bn[i], keep);
+          accumulate<R>(sums[i], vx[i], kReadsGrad ? vg[i] : 0.0f, bn[i], keep, form);
       }
     }
   }
   write_partial<T, SUMS>(a, grid, at, sums);
 }
 
-template <typename T, Reduction R>
+template <typename T, Reduction R, typename Form>
 void run_reduce(const ReduceArgs& a, const Queue& queue) {
   const ChannelGrid grid =
       channel_grid(a.n, a.c, a.hw, a.chunks, kVector<T>, aligned(a.x, 16) && aligned(a.grad_y, 16));
   const int64_t shared = int64_t{grid.rows} * grid.pieces * kVector<T> * 4;
-  launch("reduce", reduce_kernel<T, R>,
+  launch("reduce", reduce_kernel<T, R, Form>,
          grid_of(grid.blocks, 1, 1, grid.rows * grid.pieces, shared, queue.stream), a, grid);
+}
+
+template <typename T, Reduction R>
+void by_activation(const ReduceArgs& a, const Queue& queue) {
+  if (a.activation.kind == kSilu) return run_reduce<T, R, SiluForm>(a, queue);
+  run_reduce<T, R, ClampForm>(a, queue);
 }
 
 template <typename T>
 void by_reduction(const ReduceArgs& a, const Queue& queue) {
-  if (a.what == Reduction::kSum) return run_reduce<T, Reduction::kSum>(a, queue);
-  if (a.what == Reduction::kProduct) return run_reduce<T, Reduction::kProduct>(a, queue);
-  if (a.what == Reduction::kSqueeze) return run_reduce<T, Reduction::kSqueeze>(a, queue);
-  if (a.what == Reduction::kBnSilu) return run_reduce<T, Reduction::kBnSilu>(a, queue);
-  run_reduce<T, Reduction::kBn>(a, queue);
+  if (a.what == Reduction::kSum) return run_reduce<T, Reduction::kSum, NoForm>(a, queue);
+  if (a.what == Reduction::kProduct) return run_reduce<T, Reduction::kProduct, NoForm>(a, queue);
+  if (a.what == Reduction::kSqueeze) return by_activation<T, Reduction::kSqueeze>(a, queue);
+  if (a.what == Reduction::kBnAct) return by_activation<T, Reduction::kBnAct>(a, queue);
+  run_reduce<T, Reduction::kBn, NoForm>(a, queue);
 }
 
 __global__ void __launch_bounds__(kFoldWidth* kFoldSlices, 1) fold_sum_kernel(const FoldSumArgs a) {
@@ -201,6 +207,7 @@ std::string probe(int device) {
 void launch_reduce(const ReduceArgs& a, const Queue& queue) {
   require(a.n > 0 && a.c > 0 && a.hw > 0 && a.chunks > 0 && a.chunks <= a.hw,
           "reduce: sizes must be positive, and no more chunks than pixels");
+  check_activation(a.activation);
   const DeviceGuard guard(queue.device);
   if (a.dtype == DType::kFloat32) return by_reduction<float>(a, queue);
   if (a.dtype == DType::kFloat16) return by_reduction<__half>(a, queue);

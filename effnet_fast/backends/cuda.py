@@ -63,7 +63,8 @@ def _size_reason(backend: str, op: str, args: OpArgs) -> str | None:
 
 # Over packed weights a 1x1 convolution is PyTorch's product, and a kernel of every build after it.
 _PACKED_AS = {"pointwise_bn_act": "squeeze_excite"}
-_ACTIVATIONS, _GATES = ("silu",), ("sigmoid",)
+_ACTIVATIONS = ("silu", "identity", "relu", "relu6")  # SiLU and clamps
+_GATES = ("sigmoid", "hardsigmoid")
 CUDA = Backend(
     *("cuda", CUDA_DTYPES, ("cuda",), _cuda_reason, _PACKED_AS),
     activations=_ACTIVATIONS,

@@ -59,5 +59,7 @@ def _reason(op: str, args: OpArgs | None, isa: str) -> str | None:
 
 # On a CPU in the interpreter.
 TRITON = Backend(
-    "triton", TRITON_DTYPES, ("cuda", "cpu"), _reason, activations=("silu",), gates=("sigmoid",)
+    *("triton", TRITON_DTYPES, ("cuda", "cpu"), _reason),
+    activations=("silu", "identity", "relu", "relu6"),  # SiLU and clamps
+    gates=("sigmoid", "hardsigmoid", None),
 )

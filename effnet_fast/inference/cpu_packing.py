@@ -144,7 +144,7 @@ def _excite_fields(
     hidden = reduce_weight.shape[0]
     reduce_bias = reduce_weight.new_zeros(hidden) if reduce_bias is None else reduce_bias
     expand_bias = reduce_weight.new_zeros(channels) if expand_bias is None else expand_bias
-    fields = {
+    fields: dict[str, Any] = {
         "se_channels": hidden,
         "se_activation": kernel_activation(block.se_activation),
         "gate_kind": kernel_gate(block.gate),

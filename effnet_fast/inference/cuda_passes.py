@@ -1,7 +1,7 @@
 """The packed passes on the CUDA kernels, and on their run on the CPU.
 
-There is no kernel for dense and 1x1 convolutions: the product is PyTorch's own, and shift, SiLU and
-residual are one kernel over it.
+There is no kernel for dense and 1x1 convolutions: the product is PyTorch's own, and shift,
+activation and residual are one kernel over it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Convolution(_Shifted, packed_passes.Convolution):
         if (left, top) != (right, bottom):  # PyTorch pads alike on both sides
             x, left, top = F.pad(x, (left, right, top, bottom)), 0, 0
         z = nhwc(F.conv2d(x, self.weight, None, self.geometry.stride, (top, left)))
-        return dwconv.bn_act(z, self.bn, self.backend, silu=True)
+        return dwconv.bn_act(z, self.bn, self.activation, self.backend)
 
 
 class Product(_Shifted, packed_passes.Product):
@@ -54,7 +54,7 @@ class Product(_Shifted, packed_passes.Product):
         n, c, h, w = x.shape
         z = F.linear(x.permute(0, 2, 3, 1).reshape(n * h * w, c), self.weight)
         z = z.view(n, h, w, -1).permute(0, 3, 1, 2)
-        return dwconv.bn_act(z, self.bn, self.backend, silu=self.silu, residual=residual)
+        return dwconv.bn_act(z, self.bn, self.activation, self.backend, residual=residual)
 
 
 class Depthwise(_Shifted, packed_passes.Depthwise):
@@ -63,22 +63,33 @@ class Depthwise(_Shifted, packed_passes.Depthwise):
     def pack(self, weight: Tensor, shift: Tensor) -> None:
         super().pack(weight.to(self.dtype).contiguous(), shift)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, pools: bool = True) -> tuple[Tensor, Tensor | None]:
         stride, sides = self.geometry.stride[0], self.geometry.sides(*x.shape[2:])
         y = empty_nhwc(x, output_shape(x, self.geometry.kernel[0], stride, sides))
-        (pooled,) = dwconv.forward(y, x, self.weight, stride, sides, self.backend, after=self.bn)
-        return y, pooled
+        pooled = dwconv.forward(
+            y, x, self.weight, stride, sides, self.activation, self.backend,
+            after=self.bn, pools=pools,
+        )  # fmt: skip
+        return y, pooled[0] if pools else None
 
 
 class Excite(packed_passes.Excite):
     """Biases have the weights' dtype."""
 
-    def __init__(self, backend: str, layers: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
-        super().__init__(backend, layers, *(dtype,) * 4)
+    def __init__(
+        self,
+        backend: str,
+        layers: tuple[Tensor | None, ...],
+        dtype: torch.dtype,
+        activation: str,
+        gate: str,
+    ) -> None:
+        super().__init__(backend, layers, (dtype,) * 4, activation, gate)
 
     def __call__(self, pooled: Tensor) -> Tensor:
         w1, b1, w2, b2 = self.layers
-        return squeeze_excite.excite(pooled, w1, b1, w2, b2, self.backend)[1]
+        kinds = (self.activation, self.gate)
+        return squeeze_excite.excite(pooled, w1, b1, w2, b2, *kinds, self.backend)[1]
 
 
 def pool(x: Tensor, backend: str) -> Tensor:

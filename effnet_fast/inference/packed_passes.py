@@ -149,13 +149,15 @@ class Depthwise(Pass):
         self.geometry, self.dtype, self.activation = geometry, dtype, activation
         self.pack(weight, shift)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y [N,C,Ho,Wo], pooled [N,C] fp32."""
+    def __call__(self, x: Tensor, pools: bool = True) -> tuple[Tensor, Tensor | None]:
+        """y [N,C,Ho,Wo], pooled [N,C] fp32; None for the latter where nothing `pools`."""
         raise NotImplementedError
 
-    def after(self, expand: Product, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The pass over what the expansion gives."""
-        return self(expand(x))
+    def after(
+        self, expand: Product, excite: Excite | None, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The pass over what the expansion gives, before `excite`."""
+        return self(expand(x), excite is not None)
 
 
 class Excite(Pass):
@@ -212,6 +214,9 @@ class MBConv:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [N,Cout,Ho,Wo] of x [N,Cin,H,W]."""
-        h, pooled = self.depthwise.after(self.expand, x) if self.expand else self.depthwise(x)
-        gate = None if self.excite is None else self.excite(pooled)
+        if self.expand:
+            h, pooled = self.depthwise.after(self.expand, self.excite, x)
+        else:
+            h, pooled = self.depthwise(x, self.excite is not None)
+        gate = None if self.excite is None or pooled is None else self.excite(pooled)
         return self.project(h, gate, x if self.residual else None)

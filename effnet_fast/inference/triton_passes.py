@@ -25,7 +25,9 @@ class Convolution(_Shifted, packed_passes.Convolution):
 
     def __call__(self, x: Tensor) -> Tensor:
         stride, sides = self.geometry.stride, self.geometry.sides(*x.shape[2:])
-        return launch_stem_fwd(x, self.weight, stride, sides, bn=self.vectors)[0]
+        return launch_stem_fwd(
+            x, self.weight, stride, sides, bn=self.vectors, activation=self.activation
+        )[0]
 
 
 class Product(_Shifted, packed_passes.Product):
@@ -35,8 +37,9 @@ class Product(_Shifted, packed_passes.Product):
         self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         return launch_pointwise_fwd(
-            x, self.weight, gate=gate, bn=self.vectors, silu=self.silu, residual=residual
-        )[0]
+            x, self.weight, gate=gate, bn=self.vectors, activation=self.activation,
+            residual=residual,
+        )[0]  # fmt: skip
 
 
 class Depthwise(_Shifted, packed_passes.Depthwise):
@@ -46,34 +49,45 @@ class Depthwise(_Shifted, packed_passes.Depthwise):
         super().pack(weight, shift)
         self.taps = self.keep(taps(weight))
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, pools: bool = True) -> tuple[Tensor, Tensor | None]:
         stride, sides = self.geometry.stride[0], self.geometry.sides(*x.shape[2:])
         y, _, pooled = launch_dwconv_fwd(
-            x, self.weight, stride, sides, bn=self.vectors, pool=True, packed=self.taps
-        )
-        assert pooled is not None
+            x, self.weight, stride, sides, bn=self.vectors, activation=self.activation,
+            pool=pools, packed=self.taps,
+        )  # fmt: skip
         return y, pooled
 
-    def after(self, expand: packed_passes.Product, x: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(expand, Product):
+    def after(
+        self, expand: packed_passes.Product, excite: packed_passes.Excite | None, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        kinds = (None, None) if excite is None else (excite.activation, excite.gate)
+        if isinstance(expand, Product) and mbconv.spreads_everywhere(*kinds):
             layers = (expand.weight, *expand.vectors), (self.weight, *self.vectors)
             stride, sides = self.geometry.stride[0], self.geometry.sides(*x.shape[2:])
             if mbconv.is_joined_quicker(x, *layers, stride, sides):
                 return expand_dwconv.launch_expand_dwconv_fwd(
-                    x, *layers, stride, sides, (0.0, 0.0), packed=self.taps
+                    x, *layers, stride, sides, (0.0, 0.0), self.activation, packed=self.taps
                 )
-        return super().after(expand, x)
+        return super().after(expand, excite, x)
 
 
 class Excite(packed_passes.Excite):
     """Biases are fp32."""
 
-    def __init__(self, backend: str, layers: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
-        super().__init__(backend, layers, *(dtype, torch.float32) * 2)
+    def __init__(
+        self,
+        backend: str,
+        layers: tuple[Tensor | None, ...],
+        dtype: torch.dtype,
+        activation: str,
+        gate: str,
+    ) -> None:
+        super().__init__(backend, layers, (dtype, torch.float32) * 2, activation, gate)
 
     def __call__(self, pooled: Tensor) -> Tensor:
         w1, b1, w2, b2 = self.layers
-        return squeeze_excite.excite(pooled, w1, b1, w2, b2, self.backend)[1]
+        kinds = (self.activation, self.gate)
+        return squeeze_excite.excite(pooled, w1, b1, w2, b2, *kinds, self.backend)[1]
 
 
 def pool(x: Tensor, backend: str) -> Tensor:

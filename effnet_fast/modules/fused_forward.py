@@ -157,8 +157,9 @@ def poolable_layer(module: nn.Module) -> structure.Layer | None:
         found = structure.structure_of(module)
     except structure.RefusedError:
         return None
-    is_layer = isinstance(found, structure.Layer) and found.kind == structure.POINTWISE
-    return found if is_layer and found.activates else None
+    if isinstance(found, structure.Layer) and found.kind == structure.POINTWISE and found.activates:
+        return found
+    return None
 
 
 def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:

@@ -15,11 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.backends import native
+from effnet_fast.reference.activations import ACTIVATIONS, GATES
 
 # A list of tensors has a rule for each.
 Rule = str | list[str]
 Rules = Mapping[str, Rule]
 
+# What arguments of these names are in every op.
+NAMES: Rules = {
+    "activation": f"name {' '.join(ACTIVATIONS)}",
+    "se_activation": f"name {' '.join(ACTIVATIONS)}",
+    "gate_kind": f"name {' '.join(GATES)}",
+}
 # The geometry of a depthwise convolution, and of any other.
 DEPTHWISE: Rules = {"stride": "stride", "padding": "sides"}
 CONVOLUTION: Rules = {"stride": "strides", "padding": "sides"}

@@ -220,8 +220,8 @@ def mbconv(
     """y = x + row_scale * bn(project(squeeze_excite(silu(bn(depthwise(silu(bn(expand(x)))))))).
 
     A block may have no expansion and no squeeze-and-excitation, and another activation than SiLU.
-    In training BN and activation are never written to memory: saved for backward are x, the raw outputs
-    of the three convolutions, and vectors.
+    In training BN and activation are never written to memory: saved for backward are x, the raw
+    outputs of the three convolutions, and vectors.
 
     Args:
         x: [N,Cin,H,W], fp32 or bf16, channels_last for the "cpu" backend. Under autocast it is cast

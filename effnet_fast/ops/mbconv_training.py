@@ -1,7 +1,7 @@
 """MBConv in training as a sequence of passes: what each computes, their order, what is kept.
 
-BN and activation are never written: a producer gives its raw output z and its norm, the consumer applies
-them as it loads. The caller gives the passes: a backend's, or in tests the reference's.
+BN and activation are never written: a producer gives its raw output z and its norm, the consumer
+applies them as it loads. The caller gives the passes: a backend's, or in tests the reference's.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class Passes(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """f [N,C,H,W] = da1 * act'(u1), dW2, sums1; wanted: f with its sums, and dW2.
 
-        du2 = (e * g + q) * act'(u2), e * act'(u2) without gate and q. Without x_norm f is dx, the residual's gradient included,
-        and has no sums.
+        du2 = (e * g + q) * act'(u2), e * act'(u2) without gate and q. Without x_norm f is dx, the
+        residual's gradient included, and has no sums.
         """
 
     def expand_backward(

@@ -142,16 +142,15 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     (norm,) = call.norms
     if call.infers:
         return eval_op(x, *layer, norm.eps, call.activation, call.backend)
+    rest = (norm.training, norm.eps, call.activation, call.backend)
     shape = (x.shape[0], layer[0].shape[0], *x.shape[2:])
     move = Moves()
     if norm.training:
         check_values_per_channel(shape)
         move = Moves((norm, layer, shape))
     if call.needs_grad:
-        rest = (norm.training, norm.eps, call.activation, call.backend, move.inside())
-        y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest)
+        y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest, move.inside())
     else:
-        rest = (norm.training, norm.eps, call.activation, call.backend)
         y, _, rows, _ = _forward(x, layer, *rest)
     move(statistics_of(rows))
     return y

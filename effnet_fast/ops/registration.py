@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effnet_fast import backends
 from effnet_fast.backends import native
-from effnet_fast.ops.gate import Rule, Rules, gate
+from effnet_fast.ops.gate import NAMES, Rule, Rules, gate
 from effnet_fast.ops.norms import NORM_ROWS
 
 Ints = Sequence[int]
@@ -56,10 +56,12 @@ def register(
     Args:
         name: see `launchers` for what launches it.
         fake: makes the results, unwritten.
-        rules: what the arguments must be, see `gate`; every tensor has one.
+        rules: what the arguments must be, see `gate`; every tensor has one, and NAMES has those of
+            activations and gates.
         contract: whose arguments and results the op has, where that is not the fake.
     """
     arguments = [*_arguments(contract or fake), "backend"]
+    rules = {**NAMES, **rules}
     RULES[name] = {argument: rules.get(argument, "any") for argument in arguments}
 
     @functools.cache

@@ -56,5 +56,7 @@ def pointwise_bn_silu_pool(
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)
     check_activation("activation", activation)
     check_arguments(x, layer, training)
-    norm = {"training": training, "momentum": momentum, "eps": eps}
-    return pointwise_bn_act(x, *layer, activation=activation, **norm).mean((2, 3))
+    y = pointwise_bn_act(
+        x, *layer, activation=activation, training=training, momentum=momentum, eps=eps
+    )
+    return y.mean((2, 3))

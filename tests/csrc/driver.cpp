@@ -20,6 +20,7 @@
 #include "common/geometry.h"
 #include "cpu/args.h"
 #include "cpu/isa_dispatch.h"
+#include "excite.h"
 #include "mbconv.h"
 #include "mbconv_depthwise.h"
 #include "network_problem.h"
@@ -79,12 +80,13 @@ void test_dwconv_forward(const Problem& problem, bool training, int threads) {
                             training ? nullptr : shift.floats(),
                             partial.floats(),
                             training,
+                            activation,
                             workspace,
                             threads};
   launch("dwconv_forward", kernels->dwconv_forward, args);
   if (!training)
     for (int64_t i = 0; i < y.size(); i++)
-      exact[i] = silu(exact[i] * scale[i % p.c] + shift[i % p.c]);
+      exact[i] = act(exact[i] * scale[i % p.c] + shift[i % p.c]);
   expect(training ? "z" : "y", y, exact);
   if (training) {
     Doubles exact_mean, exact_var;
@@ -119,13 +121,13 @@ void test_dwconv_backward(const Problem& problem, bool training, bool data, bool
   Tensor partial(parts * 2 * p.c), sums(2 * p.c), means(2 * p.c);
   BnReduceArgs reduce = {{1, p.c, pixels}, problem.dtype,  z.data(),      grad_y.data(),
                          scale.floats(),   shift.floats(), mean.floats(), rstd.floats(),
-                         partial.floats(), threads};
+                         partial.floats(), activation,     threads};
   launch("bn_backward_reduce", kernels->bn_backward_reduce, reduce);
   fold_sum(partial, 1, parts, 2 * p.c, 1, sums, threads);
   Doubles exact_sums(2 * p.c), dz(z.size()), zh(z.size());
   for (int64_t i = 0; i < z.size(); i++) {
     const int64_t c = i % p.c;
-    dz[i] = grad_y[i] * silu_grad(z[i] * scale[c] + shift[c]);
+    dz[i] = grad_y[i] * act_slope(z[i] * scale[c] + shift[c]);
     zh[i] = (z[i] - mean[c]) * rstd[c];
     exact_sums[c] += dz[i];
     exact_sums[p.c + c] += dz[i] * zh[i];
@@ -157,6 +159,7 @@ void test_dwconv_backward(const Problem& problem, bool training, bool data, bool
                              training ? means.floats() : nullptr,
                              training ? means.floats() + p.c : nullptr,
                              weight ? grad_parts.floats() : nullptr,
+                             activation,
                              workspace,
                              threads};
   launch("dwconv_backward", kernels->dwconv_backward, args);
@@ -214,8 +217,7 @@ void test_planes(const PlaneShape& s, DType dtype, int threads) {
   const int64_t size = s.n * s.hw * s.c, chunks = pixel_chunks(s.hw);
   Tensor x(size, dtype, -3, 3), other(size, dtype, -1, 1);
   Tensor scale(s.c, DType::kFloat32, 0.5, 1.5), shift(s.c, DType::kFloat32, -1, 1);
-  for (int mode = 0; mode < 4; mode++) {
-    const bool act = mode & 1, add = mode & 2;
+  for (bool add : {false, true}) {
     Tensor y(x);  // in place
     AffineActArgs args = {{1, s.c, s.n * s.hw},
                           dtype,
@@ -224,13 +226,13 @@ void test_planes(const PlaneShape& s, DType dtype, int threads) {
                           scale.floats(),
                           shift.floats(),
                           y.data(),
-                          act,
+                          activation,
                           threads};
     launch("affine_act", kernels->affine_act, args);
     Doubles exact(size);
     for (int64_t i = 0; i < size; i++) {
       const double u = x[i] * scale[i % s.c] + shift[i % s.c];
-      exact[i] = (act ? silu(u) : u) + (add ? other[i] : 0);
+      exact[i] = act(u) + (add ? other[i] : 0);
     }
     expect("affine_act", y, exact);
   }
@@ -255,93 +257,24 @@ void test_planes(const PlaneShape& s, DType dtype, int threads) {
   }
 }
 
-// The two layers' inputs.
-struct Excite {
-  int64_t n, c, r;
-  Tensor pooled, w1, b1, w2, b2, grad_gate;
-  Excite(int64_t n, int64_t c, int64_t r, DType dtype)
-      : n(n),
-        c(c),
-        r(r),
-        pooled(n * c, DType::kFloat32, -1, 1),
-        w1(r * c, dtype, -0.5, 0.5),
-        b1(r, dtype, -1, 1),
-        w2(c * r, dtype, -0.5, 0.5),
-        b2(c, dtype, -1, 1),
-        grad_gate(n * c, DType::kFloat32, -1, 1) {}
-};
-
-void test_excite(const Excite& e, bool bias, int threads) {
-  context = "excite " + std::to_string(e.n) + "x" + std::to_string(e.c) + "x" + std::to_string(e.r);
-  const int64_t n = e.n, c = e.c, r = e.r;
-  Tensor hidden(n * r), gate(n * c);
-  ExciteArgs args = {n,
-                     c,
-                     r,
-                     e.w1.dtype(),
-                     e.pooled.floats(),
-                     e.w1.data(),
-                     bias ? e.b1.data() : nullptr,
-                     e.w2.data(),
-                     bias ? e.b2.data() : nullptr,
-                     hidden.floats(),
-                     gate.floats(),
-                     workspace,
-                     threads};
-  launch("excite", kernels->excite, args);
-  Doubles h(n * r), g(n * c), gh(n * r), gl(n * c);
-  Doubles gp(n * c), gw1(r * c), gb1(r), gw2(c * r), gb2(c);
-  for (int64_t b = 0; b < n; b++) {
-    for (int64_t j = 0; j < r; j++) {
-      h[b * r + j] = bias ? e.b1[j] : 0;
-      for (int64_t i = 0; i < c; i++) h[b * r + j] += e.w1[j * c + i] * e.pooled[b * c + i];
-    }
-    for (int64_t i = 0; i < c; i++) {
-      double logit = bias ? e.b2[i] : 0;
-      for (int64_t j = 0; j < r; j++) logit += e.w2[i * r + j] * silu(h[b * r + j]);
-      g[b * c + i] = sigmoid(logit);
-      gl[b * c + i] = e.grad_gate[b * c + i] * g[b * c + i] * (1 - g[b * c + i]);
-      gb2[i] += gl[b * c + i];
-      for (int64_t j = 0; j < r; j++) {
-        gw2[i * r + j] += gl[b * c + i] * silu(h[b * r + j]);
-        gh[b * r + j] += gl[b * c + i] * e.w2[i * r + j] * silu_grad(h[b * r + j]);
-      }
-    }
-    for (int64_t j = 0; j < r; j++) {
-      gb1[j] += gh[b * r + j];
-      for (int64_t i = 0; i < c; i++) {
-        gw1[j * c + i] += gh[b * r + j] * e.pooled[b * c + i];
-        gp[b * c + i] += gh[b * r + j] * e.w1[j * c + i];
-      }
+// What SiLU has been tested with, on fewer threads.
+void test_other_activations(bool bf16_products, bool amx) {
+  constexpr int kFew = 2;
+  for (int i = 0; i < 3; i++) {
+    activation = kOtherActivations[i];
+    gate_kind = i % 2 ? kSigmoid : kHardSigmoid;
+    for (DType dtype : kDTypes) {
+      test_dwconv(dtype, dtype, kFew);
+      test_mbconv(dtype, kFew);
+      for (const PlaneShape& shape : kPlanes) test_planes(shape, dtype, kFew);
+      test_excite(dtype, kFew);
+      test_stem(dtype, dtype, kFew);
+      const bool narrow = dtype == DType::kBFloat16;
+      for (int threads : kNetworkThreads)
+        for (bool excites : {false, true})
+          test_network(dtype, narrow && bf16_products, narrow && amx, excites, threads);
     }
   }
-  expect("hidden", hidden, h);
-  expect("gate", gate, g);
-  Tensor grad_w1(r * c), grad_b1(r), grad_w2(c * r), grad_b2(c), grad_pooled(n * c), scratch(n * r);
-  ExciteBackwardArgs back = {n,
-                             c,
-                             r,
-                             e.w1.dtype(),
-                             e.pooled.floats(),
-                             hidden.floats(),
-                             gate.floats(),
-                             e.grad_gate.floats(),
-                             e.w1.data(),
-                             e.w2.data(),
-                             grad_w1.floats(),
-                             grad_b1.floats(),
-                             grad_w2.floats(),
-                             grad_b2.floats(),
-                             grad_pooled.floats(),
-                             scratch.floats(),
-                             workspace,
-                             threads};
-  launch("excite_backward", kernels->excite_backward, back);
-  expect("grad_se_reduce_weight", grad_w1, gw1);
-  expect("grad_se_reduce_bias", grad_b1, gb1);
-  expect("grad_se_expand_weight", grad_w2, gw2);
-  expect("grad_se_expand_bias", grad_b2, gb2);
-  expect("grad_pooled", grad_pooled, gp);
 }
 
 }  // namespace
@@ -364,11 +297,7 @@ int main(int argc, char** argv) {
       test_dwconv(dtype, dtype, threads);
       test_mbconv(dtype, threads);
       for (const PlaneShape& shape : kPlanes) test_planes(shape, dtype, threads);
-      for (bool bias : {false, true}) {
-        test_excite(Excite(2, 5, 3, dtype), bias, threads);
-        test_excite(Excite(3, 37, 19, dtype), bias, threads);
-        test_excite(Excite(1, 200, 90, dtype), bias, threads);
-      }
+      test_excite(dtype, threads);
     }
   test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
   for (int threads : kThreads) test_checksum(threads);
@@ -377,12 +306,15 @@ int main(int argc, char** argv) {
     test_depthwise_streams(2);
   }
   for (int threads : kNetworkThreads) {
-    test_network(DType::kFloat32, false, false, threads);
-    test_network(DType::kBFloat16, isa == "avx512_bf16", amx, threads);
+    for (bool excites : {false, true}) {
+      test_network(DType::kFloat32, false, false, excites, threads);
+      test_network(DType::kBFloat16, isa == "avx512_bf16", amx, excites, threads);
+    }
   }
   for (DType dtype : kDTypes)
     for (int threads : kThreads) test_stem(dtype, dtype, threads);
   test_stem(DType::kBFloat16, DType::kFloat32, 2);
+  test_other_activations(isa == "avx512_bf16", amx);
   std::printf("%s: %d of %d tensors are wrong\n", argv[1], failures, comparisons);
   return failures ? 1 : 0;
 }

@@ -119,9 +119,33 @@ void launch(const char* what, bool (*kernel)(const Args&), const Args& args) {
   failures++;
 }
 
+// Activations whose tests follow those of SiLU: a clamp, ReLU, hard-swish.
+constexpr float kUnbounded = std::numeric_limits<float>::quiet_NaN();
+constexpr Activation kOtherActivations[] = {
+    {kClamp, -0.3f, 0.9f}, {kClamp, 0.0f, kUnbounded}, {kHardSwish, kUnbounded, kUnbounded}};
+
+// The activation and the gate of the kernels that run now.
+inline Activation activation = {kSilu, kUnbounded, kUnbounded};
+inline int gate_kind = kSigmoid;
+
 inline double sigmoid(double u) { return 1 / (1 + std::exp(-u)); }
-inline double silu(double u) { return u * sigmoid(u); }
-inline double silu_grad(double u) { return sigmoid(u) * (1 + u * (1 - sigmoid(u))); }
+inline double hard_sigmoid(double u) { return std::fmin(std::fmax(u + 3, 0), 6) / 6; }
+inline double act(double u) {
+  if (activation.kind == kSilu) return u * sigmoid(u);
+  if (activation.kind == kHardSwish) return u * hard_sigmoid(u);
+  return u < activation.lo ? activation.lo : u > activation.hi ? activation.hi : u;
+}
+inline double act_slope(double u) {
+  if (activation.kind == kSilu) return sigmoid(u) * (1 + u * (1 - sigmoid(u)));
+  if (activation.kind == kHardSwish) return u <= -3 ? 0 : u < 3 ? u / 3 + 0.5 : 1;
+  return u <= activation.lo || u >= activation.hi ? 0 : 1;
+}
+inline double gate_of(double x) { return gate_kind == kHardSigmoid ? hard_sigmoid(x) : sigmoid(x); }
+// The gate's slope, of the gate.
+inline double gate_slope(double gate) {
+  if (gate_kind == kHardSigmoid) return gate > 0 && gate < 1 ? 1.0 / 6 : 0;
+  return gate * (1 - gate);
+}
 
 }  // namespace driver
 }  // namespace effnet

@@ -69,12 +69,14 @@ inline Tensor summed(const Tensor& partial, int64_t n, int64_t parts, int64_t co
   return out;
 }
 
-// What a caller may leave out: what is read besides, the data's result, the weight gradient.
+// What a caller may leave out: what is read besides, the data's result, the weight gradient, the
+// gate.
 struct Wanted {
-  bool added, data, weight;
+  bool added, data, weight, gate;
 };
-inline const Wanted kEverything = {true, true, true};
-inline const Wanted kWanted[] = {{false, true, false}, {false, false, true}};
+inline const Wanted kEverything = {true, true, true, true};
+inline const Wanted kWanted[] = {
+    {false, true, false, true}, {false, false, true, true}, {true, true, true, false}};
 
 struct Pixels {
   int64_t n, hw, c, out;
@@ -84,9 +86,9 @@ struct Pixels {
 inline const Pixels kPixels[] = {{2, 5, 3, 7},     {1, 131, 19, 33},  {3, 16, 40, 5},
                                  {2, 460, 34, 17}, {1, 20, 300, 280}, {1, 18, 404, 24}};
 
-// z and its moments; activated and gated as the projection is, or plain as the expansion.
-inline void test_pointwise_forward(const Pixels& p, DType dtype, bool activated, bool moments,
-                                   int threads) {
+// z and its moments; activated and perhaps gated as the projection is, or plain as the expansion.
+inline void test_pointwise_forward(const Pixels& p, DType dtype, bool activated, bool gated,
+                                   bool moments, int threads) {
   const Tensor x(p.n * p.hw * p.c, dtype, -2, 2), weight(p.out * p.c, dtype, -0.5, 0.5);
   const Tensor gate(p.n * p.c, DType::kFloat32, 0, 1);
   const Norm norm(p.c);
@@ -100,16 +102,17 @@ inline void test_pointwise_forward(const Pixels& p, DType dtype, bool activated,
                                dtype,
                                x.data(),
                                activated ? norm.vectors() : NormVectors{},
-                               activated ? gate.floats() : nullptr,
+                               gated ? gate.floats() : nullptr,
                                weight.data(),
                                z.data(),
                                moments ? partial.floats() : nullptr,
+                               activation,
                                workspace,
                                threads};
   launch("pointwise_forward", kernels->mbconv->pointwise_forward, args);
   Doubles exact(z.size()), a = values(x);
   for (int64_t i = 0; activated && i < x.size(); i++)
-    a[i] = silu(norm.u(a[i], i % p.c)) * gate[i / (p.hw * p.c) * p.c + i % p.c];
+    a[i] = act(norm.u(a[i], i % p.c)) * (gated ? gate[i / (p.hw * p.c) * p.c + i % p.c] : 1);
   const Doubles w = values(weight);
   for (int64_t i = 0; i < p.n * p.hw; i++)
     for (int64_t o = 0; o < p.out; o++)
@@ -150,17 +153,18 @@ inline void test_project_backward(const Pixels& p, DType dtype, Wanted wanted, i
                               weight.data(),
                               z2.data(),
                               norm2.vectors(),
-                              gate.floats(),
+                              wanted.gate ? gate.floats() : nullptr,
                               wanted.data ? e.data() : nullptr,
                               partial_sums.floats(),
                               wanted.weight ? partial.floats() : nullptr,
+                              activation,
                               workspace,
                               threads};
   launch("project_backward", kernels->mbconv->project_backward, args);
   Doubles exact(e.size()), grad(p.out * p.c), sums(3 * p.n * p.c), a = values(z2);
   const Doubles w = values(weight);
   for (int64_t i = 0; i < z2.size(); i++)
-    a[i] = silu(norm2.u(a[i], i % p.c)) * gate[i / (p.hw * p.c) * p.c + i % p.c];
+    a[i] = act(norm2.u(a[i], i % p.c)) * (wanted.gate ? gate[i / (p.hw * p.c) * p.c + i % p.c] : 1);
   for (int64_t i = 0; i < pixels; i++)
     for (int64_t o = 0; o < p.out; o++) {
       const double du = grad_y[i * p.out + o] * (wanted.added ? row_scale[i / p.hw] : 1);
@@ -176,15 +180,15 @@ inline void test_project_backward(const Pixels& p, DType dtype, Wanted wanted, i
   expect("e", e, exact, 1);
   for (int64_t i = 0; i < pixels * p.c; i++) {
     const int64_t n = i / (p.hw * p.c), c = i % p.c;
-    const double u = norm2.u(z2[i], c), term = e[i] * silu_grad(u);
-    sums[(3 * n) * p.c + c] += e[i] * silu(u);
+    const double u = norm2.u(z2[i], c), term = e[i] * act_slope(u);
+    sums[(3 * n) * p.c + c] += e[i] * act(u);
     sums[(3 * n + 1) * p.c + c] += term;
     sums[(3 * n + 2) * p.c + c] += term * norm2.zh(z2[i], c);
   }
   expect("sums of e", summed(partial_sums, p.n, split.parts, 3 * p.c), sums, p.hw);
 }
 
-// f as given, or q * silu'(u1) as the head has it.
+// f as given, or q * act'(u1) as the head has it.
 inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, bool pooled,
                                  int threads) {
   const int64_t pixels = p.n * p.hw;
@@ -212,6 +216,7 @@ inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, bo
                              wanted.added ? residual.data() : nullptr,
                              wanted.data ? grad_x.data() : nullptr,
                              wanted.weight ? partial.floats() : nullptr,
+                             activation,
                              workspace,
                              threads};
   launch("expand_backward", kernels->mbconv->expand_backward, args);
@@ -222,7 +227,7 @@ inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, bo
     for (int64_t o = 0; o < p.out; o++) {
       const double z = z1[i * p.out + o];
       const double du =
-          pooled ? q[i / p.hw * p.out + o] * silu_grad(norm.u(z, o)) : f[i * p.out + o];
+          pooled ? q[i / p.hw * p.out + o] * act_slope(norm.u(z, o)) : f[i * p.out + o];
       const double dz = norm.dz(du, z, o);
       for (int64_t c = 0; c < p.c; c++) {
         exact[i * p.c + c] += dz * w[o * p.c + c];
@@ -240,8 +245,8 @@ inline void test_elementwise(const Pixels& p, DType dtype, bool added, int threa
   const Tensor row_scale(p.n, DType::kFloat32, 0, 2);
   const Norm norm(p.c);
   Tensor y(size, dtype), three(p.n * parts * 3 * p.c), two(p.n * parts * 2 * p.c);
-  MBConvSqueezeArgs squeeze = {p.n,    p.hw, p.c, dtype, z.data(), norm.vectors(), three.floats(),
-                               threads};
+  MBConvSqueezeArgs squeeze = {
+      p.n, p.hw, p.c, dtype, z.data(), norm.vectors(), three.floats(), activation, threads};
   launch("squeeze", kernels->mbconv->squeeze, squeeze);
   MBConvFinishArgs finish = {p.n,
                              p.hw,
@@ -263,9 +268,9 @@ inline void test_elementwise(const Pixels& p, DType dtype, bool added, int threa
     const double u = norm.u(z[i], c), scale = added ? row_scale[n] : 1, zh = norm.zh(z[i], c);
     exact[i] = u * scale + (added ? other[i] : 0);
     double* const three_sums = three_exact.data() + n * 3 * p.c + c;
-    three_sums[0] += silu(u);
-    three_sums[p.c] += silu_grad(u);
-    three_sums[2 * p.c] += silu_grad(u) * zh;
+    three_sums[0] += act(u);
+    three_sums[p.c] += act_slope(u);
+    three_sums[2 * p.c] += act_slope(u) * zh;
     double* const two_sums = two_exact.data() + n * 2 * p.c + c;
     two_sums[0] += other[i] * scale;
     two_sums[p.c] += other[i] * scale * zh;
@@ -280,7 +285,7 @@ inline void test_streams(int threads) {
   context = "mbconv 1x14400x96";
   const DType dtype = DType::kFloat32;
   for (bool moments : {false, true})
-    test_pointwise_forward({1, 14400, 4, 96}, dtype, false, moments, threads);
+    test_pointwise_forward({1, 14400, 4, 96}, dtype, false, false, moments, threads);
   test_project_backward({1, 14400, 96, 4}, dtype, kEverything, threads);
 }
 
@@ -288,9 +293,11 @@ inline void test_mbconv(DType dtype, int threads) {
   for (const Pixels& p : kPixels) {
     context = "mbconv " + std::to_string(p.n) + "x" + std::to_string(p.hw) + "x" +
               std::to_string(p.c) + "x" + std::to_string(p.out);
-    for (bool activated : {false, true})
-      for (bool moments : {false, true})
-        test_pointwise_forward(p, dtype, activated, moments, threads);
+    for (bool moments : {false, true}) {
+      test_pointwise_forward(p, dtype, false, false, moments, threads);
+      test_pointwise_forward(p, dtype, true, true, moments, threads);
+    }
+    test_pointwise_forward(p, dtype, true, false, true, threads);
     test_project_backward(p, dtype, kEverything, threads);
     for (bool pooled : {false, true}) test_expand_backward(p, dtype, kEverything, pooled, threads);
     for (bool added : {false, true}) test_elementwise(p, dtype, added, threads);

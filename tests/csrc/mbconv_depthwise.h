@@ -30,7 +30,7 @@ inline void test_depthwise(const Problem& problem, bool activated, Wanted wanted
     return ((n * p.h + h) * p.w + rest / problem.pixel) * p.c + rest % problem.pixel;
   };
   Doubles a(x.size()), exact(out);
-  for (int64_t i = 0; i < x.size(); i++) a[i] = activated ? silu(norm1.u(x[i], i % p.c)) : x[i];
+  for (int64_t i = 0; i < x.size(); i++) a[i] = activated ? act(norm1.u(x[i], i % p.c)) : x[i];
   problem.for_products([&](int64_t at, int64_t weight, int64_t to) {
     exact[to] += a[index(at)] * problem.weight[weight];
   });
@@ -44,6 +44,7 @@ inline void test_depthwise(const Problem& problem, bool activated, Wanted wanted
                                   problem.weight.data(),
                                   z.data(),
                                   wanted.data ? partial.floats() : nullptr,
+                                  activation,
                                   workspace,
                                   threads};
   launch("depthwise_forward", kernels->mbconv->depthwise_forward, forward);
@@ -57,8 +58,8 @@ inline void test_depthwise(const Problem& problem, bool activated, Wanted wanted
                                 problem.weight.dtype(),
                                 e.data(),
                                 z2.data(),
-                                gate.floats(),
-                                q.floats(),
+                                wanted.gate ? gate.floats() : nullptr,
+                                wanted.gate ? q.floats() : nullptr,
                                 norm2.shift.floats(),
                                 norm2.grads(),
                                 x.data(),
@@ -68,19 +69,21 @@ inline void test_depthwise(const Problem& problem, bool activated, Wanted wanted
                                 wanted.data ? f.data() : nullptr,
                                 activated && wanted.data ? sums.floats() : nullptr,
                                 wanted.weight ? taps.floats() : nullptr,
+                                activation,
                                 workspace,
                                 threads};
   launch("depthwise_backward", kernels->mbconv->depthwise_backward, args);
   Doubles da(x.size()), grad(p.c * p.k * p.k), sums_exact(2 * p.c);
   problem.for_products([&](int64_t at, int64_t weight, int64_t to) {
     const int64_t c = to % p.c, nc = to / (out / p.n) * p.c + c;
-    const double du = (e[to] * gate[nc] + q[nc]) * silu_grad(norm2.u(z2[to], c));
+    const double da2 = wanted.gate ? e[to] * gate[nc] + q[nc] : e[to];
+    const double du = da2 * act_slope(norm2.u(z2[to], c));
     const double dz = norm2.dz(du, z2[to], c);
     da[index(at)] += dz * problem.weight[weight];
     grad[weight] += dz * a[index(at)];
   });
   for (int64_t i = 0; i < x.size(); i++)
-    da[i] = activated ? da[i] * silu_grad(norm1.u(x[i], i % p.c))
+    da[i] = activated ? da[i] * act_slope(norm1.u(x[i], i % p.c))
                       : da[i] + (wanted.added ? residual[i] : 0);
   if (wanted.weight) expect("grad_weight", summed(taps, 1, p.n * chunks, p.c * p.k * p.k), grad, 4);
   if (!wanted.data) return;

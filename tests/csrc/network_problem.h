@@ -17,7 +17,7 @@ namespace effnet {
 namespace driver {
 
 struct BlockSizes {
-  int64_t in, channels, out, squeeze, kernel, stride;
+  int64_t in, channels, out, squeeze, kernel, stride;  // squeeze = 0: no squeeze-and-excite
   bool residual, same;
 };
 
@@ -122,9 +122,9 @@ inline void before_and_out(bool same, int64_t size, int64_t k, int64_t stride, i
   before = std::max<int64_t>(0, (out - 1) * stride + k - size) / 2;
 }
 
-// A convolution of k x k, dense or depthwise, its shift, and SiLU where wanted.
+// A convolution of k x k, dense or depthwise, its shift, and the activation where wanted.
 inline Maps convolve(Maps& x, const Folded& layer, int64_t k, int64_t stride, bool same,
-                     bool depthwise, bool act) {
+                     bool depthwise, bool activates) {
   int64_t top, left, oh, ow;
   before_and_out(same, x.h, k, stride, top, oh);
   before_and_out(same, x.w, k, stride, left, ow);
@@ -144,7 +144,7 @@ inline Maps convolve(Maps& x, const Folded& layer, int64_t k, int64_t stride, bo
         for (int64_t i = 0; !depthwise && i < channels; i++) sums[o] += weight[i * kk] * in[i];
       }
     }
-    for (int64_t o = 0; act && o < layer.out; o++) sums[o] = silu(sums[o]);
+    for (int64_t o = 0; activates && o < layer.out; o++) sums[o] = act(sums[o]);
   }
   return y;
 }
@@ -172,11 +172,13 @@ struct BlockProblem {
   Maps run(Maps x) const {
     Maps h = expands() ? convolve(x, expand, 1, 1, false, false, true) : x;
     h = convolve(h, filter, size.kernel, size.stride, size.same, true, true);
-    Maps pooled = mean_of(h);
-    Maps hidden = convolve(pooled, reduce, 1, 1, false, false, true);
-    const Maps gate = convolve(hidden, excite, 1, 1, false, false, false);
-    for (int64_t i = 0; i < h.n * h.h * h.w * h.c; i++)
-      h.data[i] *= sigmoid(gate.data[i / (h.h * h.w * h.c) * h.c + i % h.c]);
+    if (size.squeeze > 0) {
+      Maps pooled = mean_of(h);
+      Maps hidden = convolve(pooled, reduce, 1, 1, false, false, true);
+      const Maps gate = convolve(hidden, excite, 1, 1, false, false, false);
+      for (int64_t i = 0; i < h.n * h.h * h.w * h.c; i++)
+        h.data[i] *= gate_of(gate.data[i / (h.h * h.w * h.c) * h.c + i % h.c]);
+    }
     Maps y = convolve(h, project, 1, 1, false, false, false);
     if (size.residual)
       for (size_t i = 0; i < y.data.size(); i++) y.data[i] += x.data[i];
@@ -188,7 +190,7 @@ struct BlockProblem {
     const int64_t out = to.packing.padded(size.out);
     BlockLayer layer = {};
     layer.in_channels = size.in, layer.channels = size.channels, layer.out_channels = size.out;
-    layer.se_channels = size.squeeze;
+    layer.activation = activation;
     layer.kernel = size.kernel, layer.stride = size.stride;
     layer.padding = {size.same, side, side, side, side};
     layer.expands = expands(), layer.residual = size.residual;
@@ -197,13 +199,17 @@ struct BlockProblem {
                       to.rows(expand.shift, 1, padded)};
     layer.filter = to.units(filter.weight, size.channels);
     layer.filter_shift = to.rows(filter.shift, 1, padded);
-    layer.se_reduce_weight = to.rows(reduce.weight, size.squeeze, padded);
-    layer.se_reduce_bias = to.rows(reduce.shift, 1, size.squeeze);
-    layer.se_expand_weight = to.units(excite.weight, size.channels);
-    layer.se_expand_bias = to.rows(excite.shift, 1, padded);
+    layer.se_channels = size.squeeze;
+    if (size.squeeze > 0) {
+      layer.se_activation = activation, layer.gate_kind = gate_kind;
+      layer.se_reduce_weight = to.rows(reduce.weight, size.squeeze, padded);
+      layer.se_reduce_bias = to.rows(reduce.shift, 1, size.squeeze);
+      layer.se_expand_weight = to.units(excite.weight, size.channels);
+      layer.se_expand_bias = to.rows(excite.shift, 1, padded);
+    }
     layer.project = {size.channels, size.out, to.product(project.weight, size.out),
                      to.rows(project.shift, 1, out)};
-    if (to.packing.bf16)
+    if (to.packing.bf16 && size.squeeze > 0)
       layer.project_master = static_cast<const float*>(to.product(project.weight, size.out, true));
     layer.tap = tap;
     return layer;
@@ -211,15 +217,17 @@ struct BlockProblem {
 };
 
 // Runs the network on images in fp32 or bf16 and compares logits and two maps.
-inline void test_network(DType dtype, bool bf16, bool amx, int threads) {
+inline void test_network(DType dtype, bool bf16, bool amx, bool excites, int threads) {
   constexpr int64_t kImages = 3, kHeight = 45, kWidth = 50, kColours = 3, kStem = 19, kHead = 75;
   constexpr int64_t kClasses = 7;
   // The first goes through its ring in several steps, the last cuts K and shares the excitation.
-  const BlockSizes sizes[] = {{kStem, kStem, 12, 5, 3, 1, false, false},
-                              {12, 72, 40, 3, 5, 2, false, true},
-                              {40, 101, 40, 10, 5, 1, true, false},
-                              {40, 1040, 40, 24, 5, 2, false, false}};
-  context = std::string("network") + (bf16 ? " bf16" : " fp32") + " on " + std::to_string(threads);
+  BlockSizes sizes[] = {{kStem, kStem, 12, 5, 3, 1, false, false},
+                        {12, 72, 40, 3, 5, 2, false, true},
+                        {40, 101, 40, 10, 5, 1, true, false},
+                        {40, 1040, 40, 24, 5, 2, false, false}};
+  for (BlockSizes& size : sizes) size.squeeze *= excites;
+  context = std::string("network") + (excites ? "" : " without excitation") +
+            (bf16 ? " bf16" : " fp32") + " on " + std::to_string(threads);
   const Folded stem(kStem, kColours * 9), head(kHead, 40), classifier(kClasses, kHead);
   const std::vector<BlockProblem> blocks(std::begin(sizes), std::end(sizes));
 
@@ -250,11 +258,13 @@ inline void test_network(DType dtype, bool bf16, bool amx, int threads) {
                                 {false, 1, 1, 1, 1},
                                 packed.units(stem.weight, kStem),
                                 packed.rows(stem.shift, 1, packed.packing.padded(kStem)),
-                                true};
+                                true,
+                                activation};
   std::vector<BlockLayer> layers;
   for (const BlockProblem& block : blocks)
     layers.push_back(block.packed(packed, layers.size() == 1 ? 1 : -1));
-  const Product head_layer = product(head), classifier_layer = product(classifier);
+  const HeadLayer head_layer = {product(head), activation};
+  const Product classifier_layer = product(classifier);
   Tensor y(kImages * kClasses), stem_tap(static_cast<int64_t>(stem_map.size()));
   Tensor block_tap(static_cast<int64_t>(block_map.size()));
   float* const taps[] = {stem_tap.floats(), block_tap.floats()};

@@ -149,6 +149,9 @@ const DwconvCase kDwconv[] = {
     {"k5_same", {1, 10, 6, 11, 3, 6, 5, 2, 2, 1}, {2, 4, 8, 2, 1, 1, 1}, {2, 4, 8, 1, 3, 1, 1}, 0},
 };
 
+// SiLU and ReLU6.
+const Activation kActivations[] = {{kSilu, 0.0f, 0.0f}, {kClamp, 0.0f, 6.0f}};
+
 void forward(const DwconvCase& at, DType dtype, DType weight_dtype) {
   const DwconvShape& s = at.shape;
   const int64_t pixel = s.c + at.gap;
@@ -166,14 +169,19 @@ void forward(const DwconvCase& at, DType dtype, DType weight_dtype) {
   args.weight = weight.data();
   args.y = y.data();
   args.factor = 0.25f;
-  for (int prologue = 0; prologue < 2; prologue++) {
-    args.before = prologue ? before.all() : BatchNorm{};
-    args.after = {};
-    args.partial = moments.floats();
-    check("forward, raw", launch_dwconv_bn_silu_fwd, args, {&y, &moments});
-    args.after = after.all();
-    args.partial = pooled.floats();
-    check("forward, activated", launch_dwconv_bn_silu_fwd, args, {&y, &pooled});
+  for (const Activation& activation : kActivations) {
+    args.activation = activation;
+    for (int prologue = 0; prologue < 2; prologue++) {
+      args.before = prologue ? before.all() : BatchNorm{};
+      args.after = {};
+      args.partial = moments.floats();
+      check("forward, raw", launch_dwconv_bn_silu_fwd, args, {&y, &moments});
+      args.after = after.all();
+      args.partial = pooled.floats();
+      check("forward, activated", launch_dwconv_bn_silu_fwd, args, {&y, &pooled});
+    }
+    args.partial = nullptr;
+    check("forward, without sums", launch_dwconv_bn_silu_fwd, args, {&y});
   }
   Tensor mean(s.c), var(s.c);
   MergeMomentsArgs fold = {};
@@ -206,11 +214,16 @@ void backward(const DwconvCase& at, DType dtype, DType weight_dtype) {
   args.weight = weight.data();
   args.grad_x = grad_x.data();
   args.partial = partial.floats();
-  check("backward, eval", launch_dwconv_bn_silu_bwd, args, {&grad_x, &partial});
-  args.before = before.all();
-  args.gate = gate.floats(), args.shift = shift.floats();
-  args.sums = sums.floats();
-  check("backward, training", launch_dwconv_bn_silu_bwd, args, {&grad_x, &partial});
+  for (const Activation& activation : kActivations) {
+    args.activation = activation;
+    args.before = {};
+    args.gate = args.shift = args.sums = nullptr;
+    check("backward, eval", launch_dwconv_bn_silu_bwd, args, {&grad_x, &partial});
+    args.before = before.all();
+    args.gate = gate.floats(), args.shift = shift.floats();
+    args.sums = sums.floats();
+    check("backward, training", launch_dwconv_bn_silu_bwd, args, {&grad_x, &partial});
+  }
   args.partial = nullptr;
   check("backward, data", launch_dwconv_bn_silu_bwd, args, {&grad_x});
   args.partial = partial.floats(), args.grad_x = nullptr;
@@ -256,7 +269,10 @@ void reduce(const PlaneCase& at, DType dtype) {
     if (what == 4) args.keep = keep.floats();
     args.factor = 0.5f;
     args.partial = partial.floats();
-    check(("reduction " + std::to_string(what)).c_str(), launch_reduce, args, {&partial});
+    for (const Activation& activation : kActivations) {
+      args.activation = activation;
+      check(("reduction " + std::to_string(what)).c_str(), launch_reduce, args, {&partial});
+    }
   }
 }
 
@@ -274,9 +290,12 @@ void elementwise(const PlaneCase& at, DType dtype) {
     act.dtype = dtype;
     act.z = x.data(), act.y = y.data();
     act.bn = norm.all();
-    act.silu = !all;
     if (all) act.residual = residual.data(), act.keep = keep.floats();
-    check(all ? "bn, keep, residual" : "bn, silu", launch_bn_act, act, {&y});
+    const Activation identity = {kClamp, std::nanf(""), std::nanf("")};
+    for (const Activation& activation : {kActivations[0], kActivations[1], identity}) {
+      act.activation = activation;
+      check(all ? "bn, keep, residual" : "bn", launch_bn_act, act, {&y});
+    }
     GateArgs gated = {};
     gated.n = at.n, gated.c = at.c, gated.hw = at.hw;
     gated.dtype = dtype;
@@ -306,7 +325,10 @@ void excite(const ExciteCase& at, DType dtype) {
   forward.se_reduce_weight = w1.data(), forward.se_reduce_bias = b1.data();
   forward.se_expand_weight = w2.data(), forward.se_expand_bias = b2.data();
   forward.partial = splits.floats(), forward.hidden = hidden.floats(), forward.gate = gate.floats();
-  check("excite", launch_excite_fwd, forward, {&splits, &hidden, &gate});
+  for (int kind : {kHardSigmoid, kSigmoid}) {
+    forward.activation = kActivations[kind], forward.gate_kind = kind;
+    check("excite", launch_excite_fwd, forward, {&splits, &hidden, &gate});
+  }
 
   const Tensor grad_gate(n * c, DType::kFloat32, -1.0f, 1.0f);
   const Tensor grad_sums(2 * n * c, DType::kFloat32, -1.0f, 1.0f);
@@ -329,8 +351,11 @@ void excite(const ExciteCase& at, DType dtype) {
       back.grad_sums = grad_sums.floats(), back.squeeze_sums = squeeze_sums.floats();
       back.grad_bn = bn->floats();
     }
-    check(bn ? "excite backward, bn" : "excite backward", launch_excite_bwd, back,
-          {&partial, &grad_hidden, &grad_w1, &grad_b1, &grad_w2, &grad_b2, &grad_pooled, bn});
+    for (int kind : {kSigmoid, kHardSigmoid}) {
+      back.activation = kActivations[kind], back.gate_kind = kind;
+      check(bn ? "excite backward, bn" : "excite backward", launch_excite_bwd, back,
+            {&partial, &grad_hidden, &grad_w1, &grad_b1, &grad_w2, &grad_b2, &grad_pooled, bn});
+    }
   }
 }
 

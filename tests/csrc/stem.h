@@ -68,10 +68,11 @@ inline void test_stem_forward(const StemProblem& problem, const Norm& norm, bool
                           activated ? norm.shift.floats() : nullptr,
                           y.data(),
                           activated ? nullptr : partial.floats(),
+                          activation,
                           workspace,
                           threads};
   launch("stem_forward", kernels->stem_forward, args);
-  for (int64_t i = 0; activated && i < y.size(); i++) exact[i] = silu(norm.u(exact[i], i % s.out));
+  for (int64_t i = 0; activated && i < y.size(); i++) exact[i] = act(norm.u(exact[i], i % s.out));
   expect(activated ? "y" : "z", y, exact);
   if (!activated) expect_moments(partial, y, chunks, s.oh, s.ow, s.out);
 }
@@ -82,20 +83,13 @@ inline void test_stem_backward(const StemProblem& problem, const Norm& norm, int
   const int64_t tasks = host::stem_weight_tasks(s.n * s.oh, depth * columns);
   Tensor z(problem.out_size(), problem.dtype, -2, 2), grad_y(z.size(), problem.dtype, -1, 1);
   Tensor partial(tasks * depth * columns), grad(s.out * depth);
-  StemBackwardArgs args = {s,
-                           problem.dtype,
-                           problem.image(),
-                           grad_y.data(),
-                           z.data(),
-                           norm.shift.floats(),
-                           norm.grads(),
-                           partial.floats(),
-                           workspace,
-                           threads};
+  StemBackwardArgs args = {s,          problem.dtype,       problem.image(), grad_y.data(),
+                           z.data(),   norm.shift.floats(), norm.grads(),    partial.floats(),
+                           activation, workspace,           threads};
   launch("stem_backward", kernels->stem_backward, args);
   Doubles dz(z.size()), exact(grad.size()), sums(grad.size());
   for (int64_t i = 0; i < z.size(); i++) {
-    const double du = grad_y[i] * silu_grad(norm.u(z[i], i % s.out));
+    const double du = grad_y[i] * act_slope(norm.u(z[i], i % s.out));
     dz[i] = norm.dz(du, z[i], i % s.out);
   }
   problem.for_products(

@@ -15,49 +15,13 @@ import tiers
 from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase
 from effnet_fast import use_backend
 from effnet_fast.backends import native
-from effnet_fast.models import VARIANTS, EfficientNetFeatures
-from effnet_fast.modules.layers import (
-    Conv2dNormActivation,
-    MBConv,
-    MBConvConfig,
-    SqueezeExcitation,
-)
-from networks import PUBLISHED, TINY, random_images, reduced_resolution, trio
+from effnet_fast.models import VARIANTS
+from networks import PUBLISHED, random_images, reduced_resolution, trio
+from one_block import network_of, randomise
 from tolerances import assert_no_worse_than
 
 ISAS = native.load().isas()
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def network_of(case: MBConvCase) -> EfficientNetFeatures:
-    """A stem that keeps the size and this block, whose result is the only map."""
-    model = EfficientNetFeatures(TINY, out_indices=(0,))
-    config = MBConvConfig(case.expanded / case.c, case.k, case.stride, case.c, case.out)
-    block = MBConv(config, 0.0, nn.BatchNorm2d)
-    layer = functools.partial(Conv2dNormActivation, activation_layer=nn.SiLU)
-    expand = [layer(case.c, case.expanded, 1)] if case.expanded != case.c else []
-    depthwise = layer(case.expanded, case.expanded, case.k, case.stride, groups=case.expanded)
-    squeeze = SqueezeExcitation(case.expanded, case.r, nn.SiLU)
-    project = layer(case.expanded, case.out, 1, activation_layer=None)
-    block.block = nn.Sequential(*expand, depthwise, squeeze, project)
-    block.use_res_connect = case.residual
-    model.features = nn.Sequential(layer(3, case.c, 3), nn.Sequential(block))
-    model._taken = [1]
-    return model
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Weights that keep the variance at about 1, and statistics of every size."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor in (module.weight, module.running_var):
-                    tensor.uniform_(0.5, 1.5)
-                for tensor in (module.bias, module.running_mean):
-                    tensor.normal_(std=0.3)
-    return model.eval()
 
 
 @functools.lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ from effnet_fast.inference import cpu_packing
 from effnet_fast.inference.network_spec import spec_of
 from effnet_fast.inference.sizes import weight_of
 from effnet_fast.models import EfficientNet
+from effnet_fast.reference.activations import kernel_activation
 from networks import TINY
 
 
@@ -46,9 +47,10 @@ def native_network(
     weight = network.linear.weight[:, :features]
     cpu_packing.pack_classifier(packed, weight, network.linear.bias)
     if head_channels is not None:
-        packed.head = extension.Product(
+        packed.head = extension.HeadLayer(
             in_channels=weight_of(network.head).shape[1],
             out_channels=head_channels,
+            activation=kernel_activation("silu"),
             weight=packed.keep(torch.zeros(4)),
             shift=packed.keep(torch.zeros(4)),
         )
@@ -143,12 +145,12 @@ def test_packed_tensors_have_the_size_of_their_layers() -> None:
         native_network((-1, -1, -1), features=319)
 
 
-def product(**changed: Any) -> Any:
+def product(kind: str = "Product", **changed: Any) -> Any:
     """A product of 16 x 16, and what is changed of it; None leaves a field out."""
     kept = torch.zeros(256)
     tensor = kept.data_ptr(), kept.nbytes
     fields = {"in_channels": 16, "out_channels": 16, "weight": tensor, "shift": tensor} | changed
-    return native.load().Product(**{k: v for k, v in fields.items() if v is not None})
+    return getattr(native.load(), kind)(**{k: v for k, v in fields.items() if v is not None})
 
 
 @pytest.mark.parametrize(
@@ -174,3 +176,17 @@ def test_sizes_and_layers_are_checked() -> None:
         native.load().BlockLayer()
     with pytest.raises(TypeError, match="incompatible constructor arguments"):
         native.load().Network("", False, 0, product(), -1, [], None, None)
+
+
+def test_unknown_kinds_of_activations_and_gates() -> None:
+    product("HeadLayer", activation=kernel_activation("relu6"))
+    for kind in (-1, 3):
+        with pytest.raises(ValueError, match=r"must be 0 \(silu\), 1 \(clamp\)"):
+            product("HeadLayer", activation=(kind, 0.0, 6.0))
+    with pytest.raises(TypeError, match="HeadLayer's activation is of a wrong type"):
+        product("HeadLayer", activation="relu6")
+    vector = torch.zeros(16).data_ptr()
+    excite = native.load().excite
+    for gate in (-1, 2):
+        with pytest.raises(ValueError, match=r"must be 0 \(sigmoid\) or 1 \("):
+            excite("", 1, 1, 1, False, *[vector] * 7, kernel_activation("silu"), gate, 1)

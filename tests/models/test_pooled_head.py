@@ -157,7 +157,7 @@ OBSERVERS: dict[str, Callable[[Any], object]] = {
     "patched_pool": lambda m: setattr(m.avgpool, "forward", m.avgpool.forward),
     "patched_features": lambda m: setattr(m.features, "forward", m.features.forward),
     "other_norm": lambda m: m.features[-1].__setitem__(1, nn.GroupNorm(1, m.num_features)),
-    "other_activation": lambda m: m.features[-1].__setitem__(2, nn.ReLU()),
+    "other_activation": lambda m: m.features[-1].__setitem__(2, nn.Tanh()),
     "appended": lambda m: m.features.append(nn.Identity()),
     "max_pooling": lambda m: m.reset_classifier(5, "max"),
 }

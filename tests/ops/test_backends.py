@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from effnet_fast import ops
 from effnet_fast.backends import (
     BACKENDS,
     OPS,
+    Backend,
     OpArgs,
     can_run,
     cpu,
@@ -28,6 +30,7 @@ from effnet_fast.backends import (
     triton,
     use_backend,
 )
+from effnet_fast.backends.base import kernel_reason
 from effnet_fast.modules.explain import explain as explain_module
 from effnet_fast.modules.layers import Conv2dNormActivation
 from parity import SAMPLES, Call, assert_same, dwconv_call, run, sample, with_gradients
@@ -279,7 +282,12 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "se_bias": ("squeeze_excite", {"expand_bias": torch.ones(9)}, ValueError, "expand_bias must"),
     "pw_weight": ("pointwise_eval", {"weight": torch.ones(40, 24, 3, 3)}, ValueError, "weight"),
     "pw_gate": ("pointwise_eval", {"gate": torch.ones(2, 40)}, ValueError, "gate must have shape"),
-    "pw_act": ("pointwise_eval", {"act": "relu"}, ValueError, "act must be one of"),
+    "pw_act": (
+        "pointwise_eval",
+        {"act": "tanh"},
+        ValueError,
+        "act must be one of silu, identity, relu",
+    ),
     "head_weight": ("head_train", {"weight": torch.ones(21, 36, 1, 1)}, ValueError, "Cin = 37"),
     "head_empty": ("head_train", {"x": torch.ones(1, 37, 0, 5)}, ValueError, "H and W of at"),
     "pw_residual": (
@@ -289,6 +297,63 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         r"residual must have shape \[2, 24, 7, 7\]",
     ),
 }
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@ANY_SAMPLE
+def test_unknown_names_are_listed(name: str, backend: str) -> None:
+    call = sample(name)
+    function = functools.partial(getattr(ops, call.op), **call.tensors, backend=backend)
+    for bad in ("tanh", "SiLU", None, 6):
+        known = "silu, identity, relu, relu6, hardswish"
+        if bad is not None or call.op != "pointwise_bn_act":  # whose None is the `act`
+            with pytest.raises(ValueError, match=f"activation must be one of {known}, got {bad!r}"):
+                function(activation=bad)
+        if call.op == "squeeze_excite":
+            with pytest.raises(ValueError, match=f"gate must be one of sigmoid, hardsigm.*{bad!r}"):
+                function(gate=bad)
+
+
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_act_and_activation_are_one(act: str | None) -> None:
+    call = sample("pointwise_eval")
+    run_act = functools.partial(ops.pointwise_bn_act, **call.tensors)
+    expected = run_act(act=act)
+    assert torch.equal(run_act(activation=act or "identity"), expected)
+    assert torch.equal(run_act(act=act, activation=act or "identity"), expected)
+    with pytest.raises(ValueError, match="activation is 'relu6': give one of the two"):
+        run_act(act=act, activation="relu6")
+
+
+def _no_kernels(name: str) -> Backend:
+    """A backend with this name and SiLU alone, whatever else it has."""
+    return Backend(
+        *(name, cpu.NATIVE_DTYPES, ("cpu",), lambda *_: None), activations=("silu",),
+        gates=("sigmoid",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ({"activations": ("silu", "relu6")}, "the activation is relu6; the b backend has silu"),
+        ({"gate": "hardsigmoid"}, "the gate is hardsigmoid; the b backend has sigmoid"),
+        ({"gate": None}, "the b backend has no kernel for blocks without squeeze-excite"),
+        ({}, None),
+        ({"activations": ()}, None),
+    ],
+)
+def test_what_a_backend_has_stands_in_its_table(kinds: dict[str, Any], words: str | None) -> None:
+    args = OpArgs(sample("dwconv_eval").x, **kinds)
+    assert kernel_reason(_no_kernels("b"), "dwconv_bn_silu", args) == words
+
+
+def test_auto_leaves_what_a_backend_lacks_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.CPU, "activations", ("silu",))
+    call = sample("dwconv_train").with_options(activation="hardswish")
+    assert_same(run(call, "auto"), run(call))
+    with pytest.raises(RuntimeError, match="'cpu' cannot run dwconv_bn_silu: the activation is ha"):
+        run(call, "cpu")
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])

@@ -5,7 +5,7 @@ z1 is the expansion's output, e the gradient of what the projection reads: a2 * 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,9 +18,11 @@ from effnet_fast.ops.cuda import squeeze_excite as excitation
 from effnet_fast.ops.cuda import statistics
 from effnet_fast.ops.cuda.launching import Bn
 from effnet_fast.ops.registration import empty_nhwc
+from effnet_fast.reference.activations import activate, activation_backward, gate_of
 from parity import (
     CUDA_BACKENDS,
     NEEDS_SIMT,
+    SPREAD,
     Results,
     assert_parity,
     channels_last,
@@ -42,12 +44,28 @@ SHAPES = {
     "k5_c_odd": (2, 37, 17, 21, 5, 1, (2, 2, 2, 2), 9),
     "k3_stride_2": (9, 70, 9, 7, 3, 2, (1, 1, 1, 1), 4),  # more images than a block folds at once
 }
+
+
+class Kinds(NamedTuple):
+    """What follows the convolutions and the first layer of the gate, and makes the gate."""
+
+    activation: str = "silu"
+    se_activation: str = "silu"
+    gate: str = "sigmoid"
+
+
+SILU, CLAMPS = Kinds(), Kinds("relu6", "relu", "hardsigmoid")
+ANY_KIND = pytest.mark.parametrize("kinds", [SILU, CLAMPS], ids=["silu", "clamps"])
 ANY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 PARAMETERS = ("gamma1", "beta1", "weight", "gamma2", "beta2", "w1", "b1", "w2", "b2")
 
 
-def inputs(shape: tuple[Any, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """z1, e and the parameters; the convolution's weight in dtype, all other ones fp32."""
+def inputs(shape: tuple[Any, ...], dtype: torch.dtype, kinds: Kinds = SILU) -> dict[str, Tensor]:
+    """z1, e and the parameters; the convolution's weight in dtype, all other ones fp32.
+
+    Many values meet the bounds of the kinds that have some.
+    """
+    spread, wide = SPREAD.get(kinds.activation, 1.0), SPREAD.get(kinds.gate, 1.0)
     n, c, h, w, k, stride, (left, right, top, bottom), r = shape
     draws = torch.Generator().manual_seed(3)
     oh, ow = (h + top + bottom - k) // stride + 1, (w + left + right - k) // stride + 1
@@ -61,13 +79,15 @@ def inputs(shape: tuple[Any, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         "weight": (normal(c, 1, k, k).sign() * (0.5 + normal(c, 1, k, k).abs()) / k).to(dtype),
     }
     for i in ("1", "2"):
-        tensors["gamma" + i] = normal(c).abs() + 0.5
+        tensors["gamma" + i] = (normal(c).abs() + 0.5) * spread
         tensors["beta" + i] = 0.3 * normal(c)
     tensors |= {"w1": normal(r, c) / c**0.5, "b1": 0.3 * normal(r)}
-    return tensors | {"w2": normal(c, r) / r**0.5, "b2": 0.3 * normal(c)}
+    return tensors | {"w2": wide * normal(c, r) / r**0.5, "b2": wide * 0.3 * normal(c)}
 
 
-def autograd(shape: tuple[Any, ...], tensors: dict[str, Tensor], double: bool) -> Results:
+def autograd(
+    shape: tuple[Any, ...], tensors: dict[str, Tensor], double: bool, kinds: Kinds = SILU
+) -> Results:
     """The same of eager PyTorch: stock's arithmetic in z1's dtype, or float64."""
     stride, padding = shape[5:7]
     leaves = {
@@ -76,16 +96,18 @@ def autograd(shape: tuple[Any, ...], tensors: dict[str, Tensor], double: bool) -
     }
     t = leaves
 
-    def bn_silu(z: Tensor, i: str) -> Tensor:
-        return F.silu(F.batch_norm(z, None, None, t["gamma" + i], t["beta" + i], True, 0.1, EPS))
+    def bn_act(z: Tensor, i: str) -> Tensor:
+        u = F.batch_norm(z, None, None, t["gamma" + i], t["beta" + i], True, 0.1, EPS)
+        return activate(u, kinds.activation)
 
-    a1 = bn_silu(t["z1"], "1")
+    a1 = bn_act(t["z1"], "1")
     z2 = F.conv2d(F.pad(a1, padding), t["weight"], None, stride, 0, 1, shape[1])
-    a2 = bn_silu(z2, "2")
+    a2 = bn_act(z2, "2")
     # As stock's squeeze-and-excitation with fp32 parameters would, under autocast's promotion.
     pooled = a2.mean((2, 3)).to(t["w1"].dtype)
     hidden = F.linear(pooled, t["w1"], t["b1"])
-    gate = F.linear(F.silu(hidden), t["w2"], t["b2"]).sigmoid()
+    logit = F.linear(activate(hidden, kinds.se_activation), t["w2"], t["b2"])
+    gate = gate_of(logit, kinds.gate)
     out = a2 * gate[:, :, None, None].to(a2.dtype)
     out.backward(t["e"])
     grads = {f"grad {name}": t[name].grad for name in (*PARAMETERS, "z1")}
@@ -100,18 +122,22 @@ def batch_bn(z: Tensor, gamma: Tensor, beta: Tensor) -> Bn:
     return Bn((gamma, beta, mean, var), EPS)
 
 
-def project_sums(e: Tensor, z2: Tensor, bn: Bn) -> Tensor:
-    """[3,N,C]: what the projection's data pass yields, sums of e * (a, silu'(u), silu'(u) * zh)."""
+def project_sums(e: Tensor, z2: Tensor, bn: Bn, activation: str) -> Tensor:
+    """[3,N,C]: what the projection's data pass yields, sums of e * (a, act'(u), act'(u) * zh)."""
     gamma, beta, mean, var = (v.view(1, -1, 1, 1) for v in bn.vectors)
     zh = (z2.float() - mean) / (var + EPS).sqrt()
     u = zh * gamma + beta
-    s = u.sigmoid()
-    slope = s * (1 + u * (1 - s))
-    return torch.stack([(e.float() * v).sum((2, 3)) for v in (u * s, slope, slope * zh)])
+    a, slope = activate(u, activation), activation_backward(torch.ones_like(u), u, activation)
+    return torch.stack([(e.float() * v).sum((2, 3)) for v in (a, slope, slope * zh)])
 
 
 def chain(
-    shape: tuple[Any, ...], tensors: dict[str, Tensor], backend: str, *, shift: bool = True
+    shape: tuple[Any, ...],
+    tensors: dict[str, Tensor],
+    backend: str,
+    kinds: Kinds = SILU,
+    *,
+    shift: bool = True,
 ) -> Results:
     """The passes' results; without `shift` backward lacks dpooled / (H * W)."""
     stride, padding = shape[5:7]
@@ -120,18 +146,21 @@ def chain(
     z1, e = t["z1"], t["e"]
     bn1 = batch_bn(z1, t["gamma1"], t["beta1"])
     z2 = empty_nhwc(z1, e.shape)
-    mean, var = depthwise.forward(z2, z1, t["weight"], stride, padding, backend, before=bn1)
+    mean, var = depthwise.forward(
+        z2, z1, t["weight"], stride, padding, kinds.activation, backend, before=bn1
+    )
     bn2 = Bn((t["gamma2"], t["beta2"], mean, var), EPS)
-    pooled, *squeezed = excitation.squeeze(z2, bn2, backend)
+    pooled, *squeezed = excitation.squeeze(z2, bn2, kinds.activation, backend)
     layers = (t["w1"], t["b1"], t["w2"], t["b2"])
-    hidden, gate = excitation.excite(pooled, *layers, backend)
-    s0, *sums = project_sums(e, z2, bn2)
+    hidden, gate = excitation.excite(pooled, *layers, *kinds[1:], backend)
+    s0, *sums = project_sums(e, z2, bn2, kinds.activation)
     dw1, db1, dw2, db2, q, grad_bn = excitation.excite_backward(
-        s0, pooled, hidden, gate, t["w1"], t["w2"], 1.0 / (e.shape[2] * e.shape[3]), backend,
+        s0, pooled, hidden, gate, t["w1"], t["w2"], 1.0 / (e.shape[2] * e.shape[3]),
+        *kinds[1:], backend,
         grad_sums=torch.stack(sums), squeeze_sums=torch.stack(squeezed),
     )  # fmt: skip
     f, dweight, grad_before = depthwise.backward(
-        e, z2, z1, t["weight"], bn2, grad_bn, stride, padding, backend,
+        e, z2, z1, t["weight"], bn2, grad_bn, stride, padding, kinds.activation, backend,
         before=bn1, gate=gate, shift=q if shift else None,
     )  # fmt: skip
     gamma, _, mean1, var1 = (v.view(1, -1, 1, 1) for v in bn1.vectors)
@@ -151,11 +180,14 @@ def chain(
 
 @ANY_BACKEND
 @ANY_DTYPE
+@ANY_KIND
 @ANY_SHAPE
-def test_training_chain(shape: tuple[Any, ...], dtype: torch.dtype, backend: str) -> None:
-    tensors = inputs(shape, dtype)
-    stock, exact = autograd(shape, tensors, False), autograd(shape, tensors, True)
-    assert_parity(chain(shape, tensors, backend), stock, exact, dtype)
+def test_training_chain(
+    shape: tuple[Any, ...], kinds: Kinds, dtype: torch.dtype, backend: str
+) -> None:
+    tensors = inputs(shape, dtype, kinds)
+    stock, exact = (autograd(shape, tensors, double, kinds) for double in (False, True))
+    assert_parity(chain(shape, tensors, backend, kinds), stock, exact, dtype)
 
 
 @NEEDS_SIMT
@@ -176,25 +208,26 @@ def test_the_chain_notices_a_missing_shift() -> None:
 
 @ANY_BACKEND
 @ANY_DTYPE
+@ANY_KIND
 @ANY_SHAPE
 def test_inference_with_a_norm_before(
-    shape: tuple[Any, ...], dtype: torch.dtype, backend: str
+    shape: tuple[Any, ...], kinds: Kinds, dtype: torch.dtype, backend: str
 ) -> None:
-    """silu(bn2(conv(silu(bn1(z1))))) and its mean, in one pass."""
+    """act(bn2(conv(act(bn1(z1))))) and its mean, in one pass."""
     stride, padding = shape[5:7]
-    tensors = inputs(shape, dtype)
+    tensors = inputs(shape, dtype, kinds)
     stats = {i: (0.2 * torch.randn(shape[1]), torch.rand(shape[1]) + 0.5) for i in ("1", "2")}
 
     def eager(double: bool) -> tuple[Tensor, Tensor]:
         def cast(v: Tensor) -> Tensor:
             return v.double() if double else v
 
-        def bn_silu(z: Tensor, i: str) -> Tensor:
+        def bn_act(z: Tensor, i: str) -> Tensor:
             vectors = [cast(v) for v in (*stats[i], tensors["gamma" + i], tensors["beta" + i])]
-            return F.silu(F.batch_norm(z, *vectors, False, 0.1, EPS))
+            return activate(F.batch_norm(z, *vectors, False, 0.1, EPS), kinds.activation)
 
-        a1 = F.pad(bn_silu(cast(tensors["z1"]), "1"), padding)
-        y = bn_silu(F.conv2d(a1, cast(tensors["weight"]), None, stride, 0, 1, shape[1]), "2")
+        a1 = F.pad(bn_act(cast(tensors["z1"]), "1"), padding)
+        y = bn_act(F.conv2d(a1, cast(tensors["weight"]), None, stride, 0, 1, shape[1]), "2")
         return y, y.mean((2, 3)).to(torch.float64 if double else torch.float32)
 
     device = device_of(backend, tensors["z1"])
@@ -205,8 +238,9 @@ def test_inference_with_a_norm_before(
     }
     y = empty_nhwc(t["z1"], t["e"].shape)
     (pooled,) = depthwise.forward(
-        y, t["z1"], t["weight"], stride, padding, backend, before=norms["1"], after=norms["2"]
-    )
+        y, t["z1"], t["weight"], stride, padding, kinds.activation, backend,
+        before=norms["1"], after=norms["2"],
+    )  # fmt: skip
     (stock, stock_pooled), (exact, exact_pooled) = eager(False), eager(True)
     assert_no_worse_than(y.cpu(), stock, exact)
     assert_no_worse_than(pooled.cpu(), stock_pooled, exact_pooled, dtype=dtype)
@@ -237,7 +271,7 @@ def test_finish(c: int, dtype: torch.dtype, backend: str) -> None:
     device = device_of(backend, z)
     bn = batch_bn(z.to(device), gamma.to(device), beta.to(device))
     y = depthwise.bn_act(
-        z.to(device), bn, backend, silu=False, keep=keep.to(device), residual=x.to(device)
+        z.to(device), bn, "identity", backend, keep=keep.to(device), residual=x.to(device)
     )
     images = (z.to(device), grad_y.to(device))
     sums = statistics.channel_sums(backend, statistics.BN, *images, bn, keep.to(device))

@@ -118,7 +118,7 @@ def test_pooled_mean_of_y(name: str, dtypes: Dtypes, backend: str) -> None:
     """The mean over H and W that squeeze-and-excite takes from the eval kernel."""
     call = dwconv_call(case(name), dtypes)
     pad = (call.options["padding"] or (call.tensors["weight"].shape[-1] - 1) // 2,) * 4
-    options = (call.options["stride"], pad, 1e-5, backend)
+    options = (call.options["stride"], pad, 1e-5, "silu", backend)
     device = device_of(backend, call.x)
     y, pooled = eval_op(*(on_device(t, device) for t in call.tensors.values()), *options)
     y, pooled = y.cpu(), pooled.cpu()
@@ -134,7 +134,7 @@ def test_silu_has_no_bias(backend: str) -> None:
     """Errors of one sign add up from layer to layer, where those of chance cancel."""
     pixels = torch.rand(8, 1, 160, 1000) * 2 + torch.arange(-8.0, 8.0, 2).view(8, 1, 1, 1)
     none, zero, one = None, torch.zeros(1), torch.ones(1)
-    y = torch.ops.effnet_fast.bn_silu(pixels, none, none, zero, one, 0.0, backend)
+    y = torch.ops.effnet_fast.bn_silu(pixels, none, none, zero, one, 0.0, "silu", backend)
     exact = F.silu(pixels.double())
     relative = ((y - exact) / exact.abs().clamp_min(1e-30)).mean((1, 2, 3))
     assert relative.abs().max() < SILU_BIAS * torch.finfo(torch.float32).eps, relative

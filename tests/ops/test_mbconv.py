@@ -50,7 +50,8 @@ def block(case: MBConvCase, dtypes: Dtypes) -> tuple[Tensor, Parts]:
 def run_op(case: MBConvCase, x: Tensor, parts: Parts, backend: str) -> Tensor:
     padding = ((case.k - 1) // 2,) * 4
     with poisoned():
-        return eval_op(x, *parts.values(), case.stride, padding, EPS, case.residual, backend)
+        kinds = ("silu", "silu", "sigmoid", backend)
+        return eval_op(x, *parts.values(), case.stride, padding, EPS, case.residual, *kinds)
 
 
 def run_reference(case: MBConvCase, x: Tensor, parts: Parts) -> Tensor:

@@ -76,17 +76,17 @@ def test_launchers(backend: Backend) -> None:
 def stem_arguments(op: str, x: Tensor, others: list[Any]) -> tuple[Any, ...]:
     geometry = ((2, 2), (0, 1, 0, 1))
     if op == "stem_conv_bn_silu_eval":
-        return (x, *others, *geometry, 1e-5, "cpu")
+        return (x, *others, *geometry, 1e-5, "silu", "cpu")
     given = (x, *others[:3], None, None, *geometry, 1e-5, "cpu")
     if op == "stem_conv":
         return given
     z, norm = torch.ops.effnet_fast.stem_conv(*given)
     if op == "norm_silu":
-        return (z, norm, "cpu")
-    sums = torch.ops.effnet_fast.norm_silu_sums(z, z, norm, "cpu")
+        return (z, norm, "silu", "cpu")
+    sums = torch.ops.effnet_fast.norm_silu_sums(z, z, norm, "silu", "cpu")
     if op == "norm_silu_sums":
-        return (z, z, norm, "cpu")
-    return (z, z, norm, sums, x, others[0], *geometry, "cpu")
+        return (z, z, norm, "silu", "cpu")
+    return (z, z, norm, sums, x, others[0], *geometry, "silu", "cpu")
 
 
 def arguments(op: str, call: Call) -> tuple[Any, ...]:
@@ -94,7 +94,7 @@ def arguments(op: str, call: Call) -> tuple[Any, ...]:
     tensors = call.tensors
     x, others = call.x, list(tensors.values())[1:]
     if op == "dwconv_bn_silu_eval":
-        return (x, *others, 1, PADDING, 1e-5, "cpu")
+        return (x, *others, 1, PADDING, 1e-5, "silu", "cpu")
     if call.op == "stem_conv_bn_silu":
         return stem_arguments(op, x, others)
     if op == "mbconv_eval":
@@ -102,35 +102,36 @@ def arguments(op: str, call: Call) -> tuple[Any, ...]:
         expand = [others[0].new_ones(c, c, 1, 1), *others[1:]]
         squeeze = [others[0].new_ones(3, c), None, others[0].new_ones(c, 3), None]
         layers = (expand, others, squeeze, expand)
-        return (x, *layers, 1, PADDING, [1e-5] * 3, True, "cpu")
+        return (x, *layers, 1, PADDING, [1e-5] * 3, True, "silu", "silu", "sigmoid", "cpu")
     if op == "dwconv_statistics":
         return (x, tensors["weight"], 1, PADDING, "cpu")
     if op == "pointwise_bn_act_eval":
-        return (x, *others, False, 1e-5, "cpu")
+        return (x, *others, 1e-5, "identity", "cpu")
     if op == "pointwise_bn_silu_pool_eval":
-        return (x, *others, 1e-5, "cpu")
+        return (x, *others, 1e-5, "silu", "cpu")
     if op == "pointwise_bn_silu_pool_backward":
         weight, gamma, beta = others[:3]
         z, norm = torch.ops.effnet_fast.mbconv_expand(
             x, weight, gamma, beta, None, None, 1e-5, "cpu"
         )
         q, sums = torch.ones(z.shape[:2]), torch.ones(2, norm.shape[1])
-        return (q, z, norm, sums, x, weight, [True, True], "cpu")
+        return (q, z, norm, sums, x, weight, [True, True], "silu", "cpu")
+    kinds = ("silu", "sigmoid", "cpu")
     if op == "squeeze_excite":
-        return (x, *others, "cpu")
+        return (x, *others, *kinds)
     if call.op == "squeeze_excite":
-        y, pooled, hidden, gate = torch.ops.effnet_fast.squeeze_excite(x, *others, "cpu")
+        y, pooled, hidden, gate = torch.ops.effnet_fast.squeeze_excite(x, *others, *kinds)
         if op == "excite":
-            return (pooled, *others, "cpu")
-        return (y, x, others[0], others[2], pooled, hidden, gate, "cpu")
+            return (pooled, *others, *kinds)
+        return (y, x, others[0], others[2], pooled, hidden, gate, *kinds)
     z, mean, var = torch.ops.effnet_fast.dwconv_statistics(x, tensors["weight"], 1, PADDING, "cpu")
     if op == "move_statistics":
         return (torch.zeros_like(mean), torch.ones_like(var), mean, var, 1.5, 0.25)
     bn = (tensors["bn_weight"], tensors["bn_bias"], mean, var)
     if op == "bn_silu":
-        return (z, *bn, 1e-5, "cpu")
+        return (z, *bn, 1e-5, "silu", "cpu")
     wanted = [True, True, True]
-    return (z, x, z, tensors["weight"], *bn, 1, PADDING, 1e-5, True, wanted, "cpu")
+    return (z, x, z, tensors["weight"], *bn, 1, PADDING, 1e-5, True, wanted, "silu", "cpu")
 
 
 @pytest.mark.slow
@@ -156,16 +157,18 @@ def test_opcheck_without_optional_tensors() -> None:
 @pytest.mark.parametrize("wanted", [[True, False, False], [False, True, False], [False] * 3])
 def test_opcheck_of_pruned_gradients(wanted: list[bool]) -> None:
     args = list(arguments("dwconv_bn_silu_backward", sample("dwconv_train")))
-    args[-2] = wanted
+    args[-3] = wanted
     torch.library.opcheck(torch.ops.effnet_fast.dwconv_bn_silu_backward.default, tuple(args))
 
 
 @pytest.mark.parametrize("wanted", [[True, False], [False, True], [False, False]])
 def test_opcheck_of_pruned_gradients_of_the_head(wanted: list[bool]) -> None:
     op = "pointwise_bn_silu_pool_backward"
-    *args, _, backend = arguments(op, sample("head_train"))
+    *args, _, activation, backend = arguments(op, sample("head_train"))
     args[3] = None  # sums: of a BatchNorm that does not normalise by the batch
-    torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, (*args, wanted, backend))
+    torch.library.opcheck(
+        getattr(torch.ops.effnet_fast, op).default, (*args, wanted, activation, backend)
+    )
 
 
 @pytest.mark.slow
@@ -211,7 +214,9 @@ def test_meta_tensors(op: str) -> None:
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-def passes_arguments(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+def passes_arguments(
+    dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch, **kinds: Any
+) -> dict[str, tuple[Any, ...]]:
     """The arguments that one step of a block calls each pass with."""
     seen: dict[str, tuple[Any, ...]] = {}
     passes = mbconv_passes.passes("cpu")
@@ -225,7 +230,7 @@ def passes_arguments(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> dict[st
             return op(*args)
 
         monkeypatch.setattr(passes, name, record)
-    call = block_call(find(MBCONV_CASES, "c_odd_stride_2"), dtypes, dropped=True)
+    call = block_call(find(MBCONV_CASES, "c_odd_stride_2"), dtypes, dropped=True, **kinds)
     run_block(call, effnet_fast.ops.mbconv, backend="cpu")
     return seen
 
@@ -236,6 +241,16 @@ def passes_arguments(dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> dict[st
 def test_opcheck_of_passes(op: str, dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     args = passes_arguments(dtypes, monkeypatch)[op]
     torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, args)
+
+
+@pytest.mark.slow
+def test_opcheck_of_passes_without_squeeze_excite(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = passes_arguments(FP32, monkeypatch, squeeze=False, activation="relu6")
+    assert set(seen) == {
+        op for op in PASSES_OF_MBCONV if "squeeze" not in op and "excite" not in op
+    }
+    for op, args in seen.items():
+        torch.library.opcheck(getattr(torch.ops.effnet_fast, op).default, args)
 
 
 @pytest.mark.slow

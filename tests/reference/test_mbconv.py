@@ -11,9 +11,10 @@ from torch import Tensor
 
 import reference_passes
 from cases import MBCONV_CASES, MBConvCase, find
-from effnet_fast import reference
+from effnet_fast import ops, reference
 from effnet_fast.ops import mbconv_training
 from effnet_fast.ops.call import Norm, call_of
+from effnet_fast.reference.activations import ACTIVATIONS
 from effnet_fast.reference.mbconv import MBConvConfig, MBConvParams, three_modes
 from mbconv_blocks import EPS, BlockCall, block_call, params_of, run
 from parity import FP32, Results, random_like
@@ -34,7 +35,10 @@ def staged(
     norms = tuple(
         Norm(mode, 0.0, eps) for mode, eps in zip(three_modes(call.training), EPS, strict=True)
     )
-    how = call_of(norms, (), "", (config.stride,) * 2, padding, config.residual)
+    how = call_of(
+        norms, (), "", (config.stride,) * 2, padding, config.residual, call.memory,
+        config.activation, config.se_activation, config.gate,
+    )  # fmt: skip
     x, row_scale = tensors["x"], tensors["row_scale"]
     y, saved = mbconv_training.forward(passes, x, row_scale, layers, how)
     if call.memory == "lean":
@@ -42,8 +46,10 @@ def staged(
     grads = mbconv_training.backward(passes, random_like(y), saved, layers, how, needs)
     results = {"y": y, "grad x": grads.x}
     for name in ("expand", "depthwise", "squeeze", "project"):
-        fields = list(type(getattr(params, name) or params.project)._fields)
+        part = getattr(params, name)
+        fields = () if part is None else part._fields
         found = getattr(grads, "excite" if name == "squeeze" else name)
+        assert fields or found == (None,) * len(found)
         for field, grad in zip(fields, found, strict=False):
             results[f"grad {name}.{field}"] = grad
     return results
@@ -92,6 +98,29 @@ def test_absent_parameters_and_lean_memory(name: str, change: Any) -> None:
 def test_drop_path(name: str) -> None:
     call = block_call(find(MBCONV_CASES, name), FP32, dropped=True)
     assert_equal(staged(call), run(call, double=True))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, training: bool) -> None:
+    """With and without squeeze-excite and expansion; its own activation is another."""
+    others = {
+        "se_activation": ACTIVATIONS[ACTIVATIONS.index(activation) - 1],
+        "gate": "hardsigmoid",
+    }
+    for name in ("c_odd_stride_2", "no_expansion_residual"):
+        for kinds in ({}, others, {"squeeze": False}):
+            case = find(MBCONV_CASES, name)
+            call = block_call(case, FP32, training, activation=activation, **kinds)
+            assert ("grad squeeze.reduce_weight" in run(call)) == ("squeeze" not in kinds)
+            assert_equal(staged(call), run(call, double=True))
+
+
+def test_a_block_without_squeeze_excite_has_no_pass_for_it() -> None:
+    call, counting = block_call(find(MBCONV_CASES, "c_eq_vector"), FP32, squeeze=False), Counting()
+    staged(call, counting)
+    assert {"squeeze", "excite", "excite_backward"}.isdisjoint(counting.ran)
+    assert len(counting.ran) == 4 + 4
 
 
 def test_asymmetric_padding() -> None:
@@ -202,6 +231,25 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     arguments |= {"config": call.config, "training": True} | change
     with pytest.raises(error, match=message):
         reference.mbconv(**arguments)
+
+
+NAMES = "silu, identity, relu, relu6, hardswish"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"activation": "tanh"}, f"activation must be one of {NAMES}, got 'tanh'"),
+        ({"activation": None}, f"activation must be one of {NAMES}, got None"),
+        ({"se_activation": "SiLU"}, f"se_activation must be one of {NAMES}, got 'SiLU'"),
+        ({"gate": "silu"}, "gate must be one of sigmoid, hardsigmoid, got 'silu'"),
+    ],
+)
+def test_unknown_names(config: dict[str, Any], message: str) -> None:
+    call = block_call(find(MBCONV_CASES, "c_eq_vector"), FP32)
+    for function in (reference.mbconv, ops.mbconv):
+        with pytest.raises(ValueError, match=message):
+            function(call.x, params_of(call.tensors), replace(call.config, **config), training=True)
 
 
 def test_wrong_squeeze_weight() -> None:

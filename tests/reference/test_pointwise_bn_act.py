@@ -152,7 +152,9 @@ BAD = {
     "weight_3x3": ({"weight": torch.ones(4, 3, 3, 3)}, ValueError, r"\[Cout,Cin,1,1\]"),
     "weight_integer": ({"weight": torch.ones(4, 3, 1, 1).long()}, TypeError, "floating dtype"),
     "bn_bias_size": ({"bn_bias": torch.ones(3)}, ValueError, r"bn_bias .*\[4\], got \[3\]"),
-    "act": ({"act": "relu"}, ValueError, "act must be one of .*'silu', None.*got 'relu'"),
+    "act": ({"act": "tanh"}, ValueError, "act must be one of silu, identity, .*got 'tanh'"),
+    "activation": ({"activation": "gelu"}, ValueError, "activation must be one of .*got 'gelu'"),
+    "both": ({"act": None, "activation": "relu"}, ValueError, "act is None and activation is 'rel"),
     "gate_shape": ({"gate": torch.ones(2, 3)}, ValueError, r"gate .*\[2, 3, 1, 1\], got \[2, 3\]"),
     "gate_type": ({"gate": 0.5}, TypeError, "gate must be a tensor, got float"),
     "residual_shape": (

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import reference_passes
 from effnet_fast.ops.pointwise_bn_silu_pool import backward_sums
 from effnet_fast.reference import pointwise_bn_silu_pool
+from effnet_fast.reference.activations import ACTIVATIONS
+from parity import SPREAD
 from reference_passes import pooled_backward as backward
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -56,30 +58,34 @@ def test_gradcheck(training: bool) -> None:
 
 
 @MODES
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-def test_backward_from_what_is_kept(affine: bool, training: bool) -> None:
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "plain"])
+def test_backward_from_what_is_kept(activation: str, training: bool) -> None:
     """z, norm and two sums per image and channel give every gradient that autograd gives."""
     args = arguments(shape=(3, 5, 4, 3))
-    if not affine:
+    if activation == "plain":
+        activation = "silu"
         args |= {"bn_weight": None, "bn_bias": None}
+    else:
+        args["bn_weight"] = args["bn_weight"] * SPREAD.get(activation, 1.0)
     names = [k for k in ("x", "weight", "bn_weight", "bn_bias") if args[k] is not None]
     leaves = {k: args[k].clone().requires_grad_() for k in names}
-    y = pointwise_bn_silu_pool(**args | leaves, training=training)
+    y = pointwise_bn_silu_pool(**args | leaves, training=training, activation=activation)
     grad_y = torch.randn_like(y)
     exact = dict(zip(names, torch.autograd.grad(y, list(leaves.values()), grad_y), strict=True))
 
     args = args | {"running_mean": None, "running_var": None} if training else args
     z, norm = reference_passes.expand(*args.values(), 1e-5)
-    pooled, slopes = reference_passes.squeeze(z, norm)
+    pooled, slopes = reference_passes.squeeze(z, norm, activation)
     q = grad_y / 12
     sums = backward_sums(q, slopes)
     given = (z, norm, sums if training else None, args["x"], args["weight"])
-    grad_x, grad_weight = backward(q, *given, [True, True])
+    grad_x, grad_weight = backward(q, *given, [True, True], activation)
     actual = {"x": grad_x, "weight": grad_weight, "bn_weight": sums[1], "bn_bias": sums[0]}
     torch.testing.assert_close(pooled, y.detach(), rtol=1e-13, atol=1e-13)
     for name, grad in exact.items():
         torch.testing.assert_close(actual[name], grad, rtol=1e-12, atol=1e-12)
-    one, other = backward(q, *given, [True, False]), backward(q, *given, [False, True])
+    one = backward(q, *given, [True, False], activation)
+    other = backward(q, *given, [False, True], activation)
     assert torch.equal(one[0], grad_x)
     assert torch.equal(other[1], grad_weight)
     assert one[1].numel() == other[0].numel() == 0

@@ -60,6 +60,19 @@ OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
 OPTIONS = ("num_warps", "num_stages")
 
 
+class Kinds(NamedTuple):
+    """A block's activations and gate; the latter two are None without squeeze-and-excite."""
+
+    activation: str
+    se_activation: str | None
+    gate: str | None
+
+
+SILU = Kinds("silu", "silu", "sigmoid")
+LITE = Kinds("relu6", None, None)
+MOBILE = Kinds("relu", "relu", "hardsigmoid")
+
+
 class Build(NamedTuple):
     """One kernel with its constants: what Triton compiles once.
 
@@ -133,8 +146,9 @@ def _vectors(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def run_training(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
+def run_training(block: BlockShape, batch: int, dtype: torch.dtype, kinds: Kinds = SILU) -> None:
     """Every pass of a block's training step, on meta tensors; parameters in fp32."""
+    activation, *se_kinds = kinds
     c, e, out = block.channels
     k, stride, r = block.kernel, block.stride, block.squeezed
     sides = ((k - 1) // 2,) * 4
@@ -145,33 +159,42 @@ def run_training(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
     if block.expands:
         h, norm = mbconv_passes.mbconv_expand(x, _vectors(e, c, 1, 1), *bn, 1e-3, "triton")
     weight = _vectors(e, 1, k, k)
-    z2, norm2 = mbconv_passes.mbconv_depthwise(h, norm, weight, *bn, stride, sides, 1e-3, "triton")
-    pooled, slopes = mbconv_passes.mbconv_squeeze(z2, norm2, "triton")
+    z2, norm2 = mbconv_passes.mbconv_depthwise(
+        h, norm, weight, *bn, stride, sides, 1e-3, activation, "triton"
+    )
     layers = (_vectors(r, e), _vectors(r), _vectors(e, r), _vectors(e))
-    hidden, gate = squeeze_excite.excite(pooled, *layers, "triton")
+    gate = q = None
+    sums2 = _vectors(2, e)
+    if kinds.gate:
+        pooled, slopes = mbconv_passes.mbconv_squeeze(z2, norm2, activation, "triton")
+        hidden, gate = squeeze_excite.excite(pooled, *layers, *se_kinds, "triton")
     project, bn3 = _vectors(out, e, 1, 1), (_vectors(out), _vectors(out), None, None)
-    z3, norm3 = mbconv_passes.mbconv_project(z2, norm2, gate, project, *bn3, 1e-3, "triton")
+    z3, norm3 = mbconv_passes.mbconv_project(
+        z2, norm2, gate, project, *bn3, 1e-3, activation, "triton"
+    )
     keep, added = (rows, x) if block.residual else (None, None)
     y = mbconv_passes.mbconv_finish(z3, norm3, keep, added, "triton")
     sums3 = mbconv_passes.mbconv_finish_backward(y, keep, z3, norm3, "triton")
     both = [True, True]
     grad, sums, _ = mbconv_passes.mbconv_project_backward(
-        y, keep, z3, norm3, sums3, project, z2, norm2, gate, both, "triton"
+        y, keep, z3, norm3, sums3, project, z2, norm2, gate, both, activation, "triton"
     )
-    q, sums2, *_ = mbconv_passes.mbconv_excite_backward(
-        sums, slopes, pooled, hidden, gate, layers[0], layers[2], 1, "triton"
-    )
+    if kinds.gate:
+        q, sums2, *_ = mbconv_passes.mbconv_excite_backward(
+            sums, slopes, pooled, hidden, gate, layers[0], layers[2], 1, *se_kinds, "triton"
+        )
     residual = y if block.residual else None
     f, _, sums1 = mbconv_passes.mbconv_depthwise_backward(
-        grad, gate, q, z2, norm2, sums2, h, norm, weight, residual, stride, sides, both, "triton"
-    )
+        grad, gate, q, z2, norm2, sums2, h, norm, weight, residual, stride, sides, both,
+        activation, "triton",
+    )  # fmt: skip
     if block.expands:
         mbconv_passes.mbconv_expand_backward(
             f, h, norm, sums1, x, _vectors(e, c, 1, 1), residual, both, "triton"
         )
 
 
-def run_inference(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
+def run_inference(block: BlockShape, batch: int, dtype: torch.dtype, kinds: Kinds = SILU) -> None:
     """A block's inference, on meta tensors, both ways; parameters in x's dtype."""
     c, e, out = block.channels
     k, r = block.kernel, block.squeezed
@@ -179,14 +202,16 @@ def run_inference(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
     def layer(*shape: int) -> list[Tensor]:
         return [v.to(dtype) for v in (_vectors(*shape), *(_vectors(shape[0]),) * 4)]
 
-    squeeze = (_vectors(r, e), _vectors(r), _vectors(e, r), _vectors(e))
+    squeeze = (_vectors(r, e), _vectors(r), _vectors(e, r), _vectors(e)) if kinds.gate else ()
     joins = block.expands and c <= expand_choice.MAX_CHANNELS and dtype != torch.float32
+    names = [kind or "identity" for kind in kinds[:2]] + [kinds.gate or "sigmoid"]
     ways = (False, True) if joins else (False,)
     for fused in ways:
         mbconv.mbconv_eval(
             _image(batch, c, block.size, dtype), layer(e, c, 1, 1) if block.expands else [],
             layer(e, 1, k, k), [v.to(dtype) for v in squeeze], layer(out, e, 1, 1),
-            block.stride, ((k - 1) // 2,) * 4, (1e-3,) * 3, block.residual, "triton", fused=fused,
+            block.stride, ((k - 1) // 2,) * 4, (1e-3,) * 3, block.residual, *names, "triton",
+            fused=fused,
         )  # fmt: skip
 
 
@@ -196,16 +221,18 @@ def run_deployed(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
     k, r = block.kernel, block.squeezed
     geometry = Geometry((k, k), (block.stride,) * 2, ((k - 1) // 2,) * 2)
 
-    def product(rows: int, columns: int, silu: bool) -> packed_passes.Product:
+    def product(rows: int, columns: int, activation: str) -> packed_passes.Product:
         weight = _vectors(rows, columns).to(dtype)
-        return triton_passes.Product("triton", weight, _vectors(rows), silu)
+        return triton_passes.Product("triton", weight, _vectors(rows), activation)
 
     layers = (_vectors(r, e), _vectors(r), _vectors(e, r), _vectors(e))
     packed = packed_passes.MBConv(
-        product(e, c, True) if block.expands else None,
-        triton_passes.Depthwise("triton", _vectors(e, 1, k, k), _vectors(e), geometry, dtype),
-        triton_passes.Excite("triton", layers, dtype),
-        product(out, e, False),
+        product(e, c, "silu") if block.expands else None,
+        triton_passes.Depthwise(
+            "triton", _vectors(e, 1, k, k), _vectors(e), geometry, dtype, "silu"
+        ),
+        triton_passes.Excite("triton", layers, dtype, "silu", "sigmoid"),
+        product(out, e, "identity"),
         block.residual,
     )
     packed(_image(batch, c, block.size, dtype))
@@ -217,17 +244,16 @@ def run_ops(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
     sides = ((k - 1) // 2,) * 4
     x, weight, bn = _image(batch, e, block.size, dtype), _vectors(e, 1, k, k), (_vectors(e),) * 4
     z, *_ = dwconv_bn_silu.dwconv_statistics(x, weight, stride, sides, "triton")
-    dwconv_bn_silu.bn_silu(z, *bn, 1e-3, "triton")
+    dwconv_bn_silu.bn_silu(z, *bn, 1e-3, "silu", "triton")
     dwconv_bn_silu.dwconv_bn_silu_backward(
-        z, x, z, weight, *bn, stride, sides, 1e-3, True, [True] * 3, "triton"
+        z, x, z, weight, *bn, stride, sides, 1e-3, True, [True] * 3, "silu", "triton"
     )
     layers = (_vectors(block.squeezed, e), None, _vectors(e, block.squeezed), None)
-    y, pooled, hidden, gate = squeeze_excite.squeeze_excite(z, *layers, "triton")
-    squeeze_excite.squeeze_excite_backward(
-        y, z, layers[0], layers[2], pooled, hidden, gate, "triton"
-    )
+    kinds = ("silu", "sigmoid", "triton")
+    y, pooled, hidden, gate = squeeze_excite.squeeze_excite(z, *layers, *kinds)
+    squeeze_excite.squeeze_excite_backward(y, z, layers[0], layers[2], pooled, hidden, gate, *kinds)
     pointwise_bn_act.pointwise_bn_act_eval(
-        z, _vectors(2 * e, e, 1, 1), *(_vectors(2 * e),) * 4, None, None, True, 1e-3, "triton"
+        z, _vectors(2 * e, e, 1, 1), *(_vectors(2 * e),) * 4, None, None, 1e-3, "silu", "triton"
     )
 
 
@@ -237,14 +263,14 @@ def run_head(variant: str, batch: int, dtype: torch.dtype) -> None:
     x = _image(batch, head.channels, head.size, dtype)
     tensors = (_vectors(head.out_channels, head.channels), *(_vectors(head.out_channels),) * 4)
     pointwise_bn_silu_pool.pointwise_bn_silu_pool_eval(
-        x, *(t.to(dtype) for t in tensors), 1e-3, "triton"
+        x, *(t.to(dtype) for t in tensors), 1e-3, "silu", "triton"
     )
     weight, *bn = tensors[:3]
     z, norm = mbconv_passes.mbconv_expand(x, weight, *bn, None, None, 1e-3, "triton")
-    pooled, _ = mbconv_passes.mbconv_squeeze(z, norm, "triton")
+    pooled, _ = mbconv_passes.mbconv_squeeze(z, norm, "silu", "triton")
     for sums in (norm[:2], None):
         pointwise_bn_silu_pool.pointwise_bn_silu_pool_backward(
-            pooled, z, norm, sums, x, weight, [True, True], "triton"
+            pooled, z, norm, sums, x, weight, [True, True], "silu", "triton"
         )
 
 
@@ -256,17 +282,19 @@ def run_stem(variant: str, batch: int, dtype: torch.dtype, training: bool) -> No
     geometry = ((2, 2), (1, 1, 1, 1))
     if not training:
         tensors = (t.to(dtype) for t in (weight, *bn))
-        stem_conv_bn_silu.stem_conv_bn_silu_eval(x, *tensors, *geometry, 1e-3, "triton")
+        stem_conv_bn_silu.stem_conv_bn_silu_eval(x, *tensors, *geometry, 1e-3, "silu", "triton")
         shift = _vectors(stem.out_channels)
         packed = Geometry((3, 3), (2, 2), (1, 1))
-        triton_passes.Convolution("triton", weight.to(dtype), shift, packed)(x)
+        triton_passes.Convolution("triton", weight.to(dtype), shift, packed, "silu")(x)
         return
     given = (*bn[:2], None, None)
     z, norm = stem_conv_bn_silu.stem_conv(x, weight, *given, *geometry, 1e-3, "triton")
-    y = stem_conv_bn_silu.norm_silu(z, norm, "triton")
-    sums = stem_conv_bn_silu.norm_silu_sums(y, z, norm, "triton")
+    y = stem_conv_bn_silu.norm_silu(z, norm, "silu", "triton")
+    sums = stem_conv_bn_silu.norm_silu_sums(y, z, norm, "silu", "triton")
     for means in (sums, None):
-        stem_conv_bn_silu.stem_weight_backward(y, z, norm, means, x, weight, *geometry, "triton")
+        stem_conv_bn_silu.stem_weight_backward(
+            y, z, norm, means, x, weight, *geometry, "silu", "triton"
+        )
 
 
 @functools.cache

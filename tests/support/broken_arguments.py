@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drawn_arguments import Draw, TensorRule
+from effnet_fast.ops.gate import NAMES
 
 FAKE = FakeTensorMode()
 # REFUSED: the call must raise. SAME: it raises, or gives what clean arguments give.
@@ -23,6 +24,7 @@ SCALARS: dict[str, dict[str, tuple[Any, ...]]] = {
     "sides": {"sides": ([-1, 0, 0, 0], [0, 0, 0, -9], [1 << 40] * 4)},
     "flags": {"flags 2": ([], [True]), "flags 3": ([], [True, True])},
     "count": {"count": (-1, -(1 << 40))},
+    "name": dict.fromkeys(NAMES.values(), ("tanh", "", "SiLU", "silu ", "sigmoid6")),
     "backend": {"any": ("auto", "reference", "cpu:mips", "", "cuda", "CPU")},
 }
 

@@ -31,7 +31,7 @@ TABLE = ROOT / "csrc/cuda/budgets.json"
 CACHE = ROOT / "build/budgets"
 FLAGS = compiling.setup_module().NVCC_FLAGS
 ARCHS = ("80", "90", "100", "120")
-MAX_INSTANCES = 80
+MAX_INSTANCES = 110
 JOBS = 2
 # Loads of 16 bytes from global memory, to registers or straight to shared memory.
 VECTOR_LOAD = re.compile(r"\bLDG(STS)?\.E\.(\S*\.)?128\b")

@@ -97,7 +97,7 @@ class Draw:
         self.residual = rng.random() < 0.3 and (sizes["P"], sizes["Q"]) == (sizes["H"], sizes["W"])
         if self.residual:
             sizes["O"] = sizes["C"]
-        self.expands = rng.random() < 0.6
+        self.expands, self.excites = rng.random() < 0.6, rng.random() < 0.7
         if not self.expands and "expand" in self.rules:
             sizes["E"] = sizes["C"]
         return stride, sides
@@ -115,13 +115,15 @@ class Draw:
     def _value(self, name: str, rule: Any) -> Any:
         rng = self.rng
         if isinstance(rule, list):
-            if rule[0][0] == "?" and not self.expands:
+            if (rule[0] == "?EC" and not self.expands) or (rule[0] == "?EE" and not self.excites):
                 return []
             return [self._tensor_or_none(str(r)) for r in rule if r[0] != "?"]
         if TensorRule.of(rule):
             return self._tensor_or_none(rule)
         if name == "backend":
             return rng.choice(self.backends)
+        if rule.startswith("name "):
+            return rng.choice(rule.split()[1:])
         words = {
             "stride": lambda: self.stride[0],
             "strides": lambda: list(self.stride),
@@ -135,7 +137,6 @@ class Draw:
         }
         others: dict[str, Callable[[], Any]] = {
             "eps": lambda: 1e-5,
-            "silu": lambda: rng.random() < 0.5,
             "training": lambda: rng.random() < 0.5,
             "correction": lambda: 1.5,
             "momentum": lambda: 0.25,

@@ -19,7 +19,7 @@ from effnet_fast.reference.mbconv import (
     SqueezeExciteParams,
     Training,
 )
-from parity import RUNNING, Dtypes, Results, channels_last, random_like
+from parity import RUNNING, SPREAD, Dtypes, Results, channels_last, random_like
 
 EPS = (1e-3, 1e-4, 1e-5)
 MOMENTUM = (0.1, 0.2, 0.3)
@@ -65,11 +65,17 @@ def block_call(
     padding: Any = None,
     memory: str = "fast",
     seed: int = 0,
+    squeeze: bool = True,
+    activation: str = "silu",
+    se_activation: str = "silu",
+    gate: str = "sigmoid",
 ) -> BlockCall:
     """mbconv on random values; every z has a variance of about 1.
 
     Args:
         dropped: whether drop-path drops the first image's body and scales the others.
+        squeeze: whether it has a squeeze-and-excite.
+        activation, se_activation, gate: as `MBConvConfig` has them; what has bounds meets them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -83,17 +89,23 @@ def block_call(
         positive = torch.rand(2, out, generator=generator) + 0.5
         return ConvParams(weight, positive[0], 0.3 * normal(out), 0.3 * normal(out), positive[1])
 
+    def activated(layer: ConvParams) -> ConvParams:
+        assert layer.bn_weight is not None
+        return layer._replace(bn_weight=layer.bn_weight * SPREAD.get(activation, 1.0))
+
+    wide = SPREAD.get(gate, 1.0)
+    expand = activated(layer(case.expanded, case.c, 1)) if case.expanded != case.c else None
     layers: dict[str, Any] = {
-        "expand": layer(case.expanded, case.c, 1) if case.expanded != case.c else None,
-        "depthwise": layer(case.expanded, 1, case.k),
-        "squeeze": SqueezeExciteParams(
-            normal(case.r, case.expanded, 1, 1) / case.expanded**0.5,
-            0.3 * normal(case.r),
-            normal(case.expanded, case.r, 1, 1) / case.r**0.5,
-            0.3 * normal(case.expanded),
-        ),
-        "project": layer(case.out, case.expanded, 1),
+        "expand": expand,
+        "depthwise": activated(layer(case.expanded, 1, case.k)),
     }
+    excite = SqueezeExciteParams(
+        normal(case.r, case.expanded, 1, 1) / case.expanded**0.5,
+        0.3 * normal(case.r),
+        wide * normal(case.expanded, case.r, 1, 1) / case.r**0.5,
+        wide * 0.3 * normal(case.expanded),
+    )
+    layers |= {"squeeze": excite if squeeze else None, "project": layer(case.out, case.expanded, 1)}
     tensors: dict[str, Tensor | None] = {
         "x": channels_last(normal(case.n, case.c, case.h, case.w).to(dtypes.x))
     }
@@ -104,7 +116,8 @@ def block_call(
     row_scale = torch.full((case.n,), 1.25)
     row_scale[:1] = 0.0
     tensors["row_scale"] = row_scale if dropped else None
-    config = MBConvConfig(case.stride, padding, case.residual, EPS, MOMENTUM)
+    kinds = (activation, se_activation, gate)
+    config = MBConvConfig(case.stride, padding, case.residual, EPS, MOMENTUM, *kinds)
     return BlockCall(tensors, config, training, memory)
 
 
@@ -114,7 +127,7 @@ def params_of(tensors: dict[str, Any]) -> MBConvParams:
     parts = {}
     for name in LAYERS:
         kind = kinds.get(name, ConvParams)
-        given = name != "expand" or "expand.weight" in tensors
+        given = f"{name}.{kind._fields[0]}" in tensors
         parts[name] = kind(*(tensors[f"{name}.{f}"] for f in kind._fields)) if given else None
     return MBConvParams(**parts)
 

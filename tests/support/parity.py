@@ -31,6 +31,8 @@ from effnet_fast import ops, reference
 from effnet_fast.backends import can_run, native
 
 RUNNING = ("running_mean", "running_var")
+# Factor of what goes into an activation or a gate of bounds, so that many values meet them.
+SPREAD = {"relu6": 3.0, "hardswish": 2.0, "hardsigmoid": 4.0}
 VECTOR = 128  # numbers that the smallest vector has over the draws of `check_over_draws`
 Results = dict[str, Tensor]
 assert_parity = functools.partial(tolerances.assert_parity, strides=True)
@@ -160,6 +162,17 @@ class Call:
 
     def with_options(self, **options: Any) -> Call:
         return replace(self, options=self.options | options)
+
+    def activated(self, **kinds: str) -> Call:
+        """With another activation or gate, whose bounds many values meet."""
+        before = {"activation": ("bn_weight", "reduce_weight"), "gate": ("expand_weight",)}
+        factors = {
+            name: SPREAD.get(value, 1.0) for kind, value in kinds.items() for name in before[kind]
+        }
+        wider = {
+            k: t * factors[k] for k, t in self.tensors.items() if t is not None and k in factors
+        }
+        return self.with_tensors(**wider).with_options(**kinds)
 
     @property
     def x(self) -> Tensor:

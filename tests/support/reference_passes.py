@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast.ops.norms import MEAN, RSTD, SCALE, SHIFT
+from effnet_fast.reference.activations import activate, gate_of
 from effnet_fast.reference.arguments import Sides
 
 
@@ -39,10 +40,18 @@ def _affine(z: Tensor, norm: Tensor) -> Tensor:
     return _wide(z) * _along_c(norm[SCALE]) + _along_c(norm[SHIFT])
 
 
-def _slope(u: Tensor) -> Tensor:
-    """silu'(u)."""
-    s = torch.sigmoid(u)
-    return s * (1 + u * (1 - s))
+def _slope(u: Tensor, activation: str) -> Tensor:
+    """act'(u), by autograd of PyTorch's own function."""
+    with torch.enable_grad():
+        leaf = u.detach().requires_grad_()
+        return torch.autograd.grad(activate(leaf, activation).sum(), leaf)[0]
+
+
+def _gate_slope(gate: Tensor, kind: str) -> Tensor:
+    """The derivative of the gate, given its value."""
+    if kind == "sigmoid":
+        return gate * (1 - gate)
+    return ((gate > 0) & (gate < 1)).to(gate.dtype) / 6
 
 
 def _sums(du: Tensor, z: Tensor, norm: Tensor) -> Tensor:
@@ -93,8 +102,12 @@ def expand(
     return z, normalise(z, bn_weight, bn_bias, mean, var, eps)
 
 
-def _activated(x: Tensor, x_norm: Tensor | None) -> Tensor:
-    return _wide(x) if x_norm is None else F.silu(_affine(x, x_norm))
+def _activated(x: Tensor, x_norm: Tensor | None, activation: str) -> Tensor:
+    return _wide(x) if x_norm is None else activate(_affine(x, x_norm), activation)
+
+
+def _gated(a: Tensor, gate: Tensor | None) -> Tensor:
+    return a if gate is None else a * _per_image(gate)
 
 
 def _pad(x: Tensor, padding: Sides) -> Tensor:
@@ -112,19 +125,20 @@ def depthwise(
     stride: int,
     padding: Sides,
     eps: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """z2 = conv_dw(a, weight [E,1,K,K]), norm2; a = silu(bn(x)), or x where x_norm is None."""
-    a = _pad(_activated(x, x_norm), padding)
+    """z2 = conv_dw(a, weight [E,1,K,K]), norm2; a = act(bn(x)), or x where x_norm is None."""
+    a = _pad(_activated(x, x_norm, activation), padding)
     z = F.conv2d(a, weight.to(a.dtype), None, stride, 0, groups=x.shape[1]).to(x.dtype)
     return z, normalise(z, bn_weight, bn_bias, mean, var, eps)
 
 
-def squeeze(z: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """pooled [N,E] = mean a2; slopes [2,N,E] = sum silu'(u2) and sum silu'(u2) * zh2."""
+def squeeze(z: Tensor, norm: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """pooled [N,E] = mean a2; slopes [2,N,E] = sum act'(u2) and sum act'(u2) * zh2."""
     u = _affine(z, norm)
-    slope = _slope(u)
+    slope = _slope(u, activation)
     sums = torch.stack([slope.sum((2, 3)), (slope * _normalised(z, norm)).sum((2, 3))])
-    return F.silu(u).mean((2, 3)), sums
+    return activate(u, activation).mean((2, 3)), sums
 
 
 def excite(
@@ -133,28 +147,32 @@ def excite(
     reduce_bias: Tensor | None,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
+    activation: str,
+    gate_kind: str,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [N,R] = W1 pooled + b1, gate [N,E] = sigmoid(W2 silu(hidden) + b2)."""
+    """hidden [N,R] = W1 pooled + b1, gate [N,E] = sigmoid(W2 silu(hidden) + b2), or others."""
     dtype = pooled.dtype
     biases = [None if b is None else b.to(dtype) for b in (reduce_bias, expand_bias)]
     hidden = F.linear(pooled, reduce_weight.flatten(1).to(dtype), biases[0])
-    logits = F.linear(F.silu(hidden), expand_weight.flatten(1).to(dtype), biases[1])
-    return hidden, torch.sigmoid(logits)
+    a = activate(hidden, activation)
+    logits = F.linear(a, expand_weight.flatten(1).to(dtype), biases[1])
+    return hidden, gate_of(logits, gate_kind)
 
 
 def project(
     z2: Tensor,
     norm2: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     weight: Tensor,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     """z3 = conv(g * a2, weight [Cout,E,1,1]), norm3."""
-    a = F.silu(_affine(z2, norm2)) * _per_image(gate)
+    a = _gated(activate(_affine(z2, norm2), activation), gate)
     z = F.conv2d(a, weight.to(a.dtype)).to(z2.dtype)
     return z, normalise(z, bn_weight, bn_bias, mean, var, eps)
 
@@ -186,26 +204,27 @@ def project_backward(
     weight: Tensor,
     z2: Tensor,
     norm2: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     wanted: list[bool],
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """e [N,E,H,W] = dz3 W3, sums [3,N,E], dW3; an empty tensor for what is not wanted.
 
-    sums: sum e * a2, sum e * silu'(u2), sum e * silu'(u2) * zh2; wanted: e with its sums, and dW3.
+    sums: sum e * a2, sum e * act'(u2), sum e * act'(u2) * zh2; wanted: e with its sums, and dW3.
     """
     dz = _grad_z(_grad_u3(grad_y, row_scale), z3, norm3, sums3)
     u = _affine(z2, norm2)
-    a = F.silu(u)
+    a = activate(u, activation)
     none = a.new_empty(0)
     e, sums, grad_weight = z2.new_empty(0), none, none
     if wanted[0]:
         kernel = weight.to(dz.dtype).reshape(*weight.shape[:2], 1, 1)
         e = F.conv_transpose2d(dz, kernel).to(z2.dtype)
-        wide, slope = _wide(e), _slope(u)
+        wide, slope = _wide(e), _slope(u, activation)
         terms = (wide * a, wide * slope, wide * slope * _normalised(z2, norm2))
         sums = torch.stack([term.sum((2, 3)) for term in terms])
     if wanted[1]:
-        grad_weight = torch.einsum("nohw,nchw->oc", dz, a * _per_image(gate)).reshape(weight.shape)
+        grad_weight = torch.einsum("nohw,nchw->oc", dz, _gated(a, gate)).reshape(weight.shape)
     return e, sums, grad_weight
 
 
@@ -218,15 +237,17 @@ def excite_backward(
     reduce_weight: Tensor,
     expand_weight: Tensor,
     pixels: int,
+    activation: str,
+    gate_kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q [N,E] = dpooled / pixels, sums2 [2,E], and the gradients of the four parameters.
 
     sums [3,N,E] as `project_backward` gives them, slopes [2,N,E] as `squeeze`; pixels = H * W.
     The weights' gradients are [R,E] and [E,R].
     """
-    logits = sums[0] * gate * (1 - gate)
+    logits = sums[0] * _gate_slope(gate, gate_kind)
     wide = [w.flatten(1).to(gate.dtype) for w in (reduce_weight, expand_weight)]
-    grad_hidden = logits @ wide[1] * _slope(hidden)
+    grad_hidden = logits @ wide[1] * _slope(hidden, activation)
     q = grad_hidden @ wide[0] / pixels
     sums2 = torch.stack([(gate * sums[i + 1] + q * slopes[i]).sum(0) for i in range(2)])
     return (
@@ -234,15 +255,15 @@ def excite_backward(
         sums2,
         grad_hidden.t() @ pooled,
         grad_hidden.sum(0),
-        logits.t() @ F.silu(hidden),
+        logits.t() @ activate(hidden, activation),
         logits.sum(0),
     )
 
 
 def depthwise_backward(
     e: Tensor,
-    gate: Tensor,
-    q: Tensor,
+    gate: Tensor | None,
+    q: Tensor | None,
     z2: Tensor,
     norm2: Tensor,
     sums2: Tensor | None,
@@ -253,15 +274,18 @@ def depthwise_backward(
     stride: int,
     padding: Sides,
     wanted: list[bool],
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """f [N,E,H,W], dW2, sums1 [2,E]; an empty tensor for what is not wanted.
 
-    du2 = (e * g + q) * silu'(u2). f = du1 = da1 * silu'(u1); where x_norm is None it is dx, the
+    du2 = (e * g + q) * act'(u2). f = du1 = da1 * act'(u1); where x_norm is None it is dx, the
     residual's gradient included, without sums. wanted: f with its sums, and dW2.
     """
-    du = (_wide(e) * _per_image(gate) + _per_image(q)) * _slope(_affine(z2, norm2))
+    da = _gated(_wide(e), gate)
+    da = da if q is None else da + _per_image(q)
+    du = da * _slope(_affine(z2, norm2), activation)
     dz = _grad_z(du, z2, norm2, sums2)
-    a = _pad(_activated(x, x_norm), padding).detach().requires_grad_()
+    a = _pad(_activated(x, x_norm, activation), padding).detach().requires_grad_()
     kernel = weight.to(a.dtype).detach().requires_grad_()
     with torch.enable_grad():
         z = F.conv2d(a, kernel, None, stride, 0, groups=x.shape[1])
@@ -272,7 +296,7 @@ def depthwise_backward(
         left, _, top, _ = padding
         f = grad_a[:, :, top : top + x.shape[2], left : left + x.shape[3]]
         if x_norm is not None:
-            f = (f * _slope(_affine(x, x_norm))).to(x.dtype)
+            f = (f * _slope(_affine(x, x_norm), activation)).to(x.dtype)
             sums = _sums(_wide(f), x, x_norm)
         elif residual is not None:
             f = f + residual
@@ -309,11 +333,12 @@ def pooled_backward(
     x: Tensor,
     weight: Tensor,
     wanted: list[bool],
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     """The head: grad_x = dz weight, grad_weight = dz^T x; an empty tensor for what is not wanted.
 
     q [N,C] is the gradient of y over H * W; sums are None where BatchNorm does not normalise by
     the batch.
     """
-    du = _per_image(q) * _slope(_affine(z, norm))
+    du = _per_image(q) * _slope(_affine(z, norm), activation)
     return expand_backward(du, z, norm, sums, x, weight, None, wanted)

@@ -11,6 +11,8 @@ from torch.ao import quantization
 from torch.ao.nn import qat
 from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
+from effnet_fast.modules.layers import MBConv, SqueezeExcitation
+
 
 class DoubledConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
@@ -108,3 +110,27 @@ def legacy_weight_norm(conv: nn.Conv2d) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         nn.utils.weight_norm(conv)
+
+
+def set_activations(model: nn.Module, kind: type[nn.Module], squeeze: bool = True) -> None:
+    """Replaces every SiLU, or every sigmoid where `kind` is a gate, in place.
+
+    Args:
+        kind: called with inplace=True.
+        squeeze: whether blocks keep their squeeze-and-excite.
+    """
+    before: type[nn.Module] = nn.Sigmoid if kind is nn.Hardsigmoid else nn.SiLU
+    for parent in list(model.modules()):
+        if not squeeze and isinstance(parent, MBConv):
+            kept = [m for m in parent.block if not isinstance(m, SqueezeExcitation)]
+            parent.block = nn.Sequential(*kept)
+        for name, child in list(parent.named_children()):
+            if type(child) is before:
+                setattr(parent, name, kind(inplace=True))
+
+
+def relu6_up_to(bound: float) -> nn.ReLU6:
+    """A ReLU6 whose upper bound was changed by hand."""
+    module = nn.ReLU6()
+    module.max_val = bound
+    return module

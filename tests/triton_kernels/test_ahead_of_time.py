@@ -21,9 +21,12 @@ pytest.importorskip("triton")
 import ahead_of_time
 from ahead_of_time import (
     BATCHES,
+    LITE,
+    MOBILE,
     PRODUCTS,
     TARGETS,
     Build,
+    Kinds,
     builds,
     builds_of,
     compile_build,
@@ -31,6 +34,8 @@ from ahead_of_time import (
     record,
     resources,
     run_deployed,
+    run_inference,
+    run_training,
 )
 from effnet_fast.triton_kernels import launching
 from shapes import shapes_of
@@ -103,6 +108,22 @@ def test_deployed_blocks_within_budget() -> None:
     for block in list(dict.fromkeys(shapes_of("b0").blocks))[:2]:
         launched |= record(lambda block=block: run_deployed(block, 256, torch.bfloat16))
     assert {build.name for build in launched} >= {"pointwise_fwd_kernel", "dwconv_fwd_kernel"}
+    for build, function in launched.items():
+        found = resources(compile_build(function, build, 90))
+        registers, shared = BUDGETS["90"][build.name]
+        assert found.spilled == 0, f"{build} spills {found.spilled} bytes"
+        assert found.registers <= registers, f"{build}: {found.registers} registers"
+        assert found.shared <= shared, f"{build}: {found.shared} bytes of shared memory"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [LITE, MOBILE], ids=["lite", "mobile"])
+def test_clamps_within_budget(kinds: Kinds) -> None:
+    """Without squeeze-and-excite, and with a hard gate: no more than SiLU's builds, on sm_90."""
+    block = next(block for block in shapes_of("b0").blocks if block.expands)
+    launched = record(lambda: run_training(block, 256, torch.bfloat16, kinds))
+    launched |= record(lambda: run_inference(block, 256, torch.bfloat16, kinds))
+    assert ("excite_kernel" in {build.name for build in launched}) == (kinds.gate is not None)
     for build, function in launched.items():
         found = resources(compile_build(function, build, 90))
         registers, shared = BUDGETS["90"][build.name]

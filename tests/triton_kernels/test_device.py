@@ -113,7 +113,8 @@ def test_fused_expansion(case: MBConvCase, dtype: torch.dtype) -> None:
     from effnet_fast.triton_kernels.mbconv import mbconv_eval  # needs triton
 
     layers = (params.expand, params.depthwise, params.squeeze, params.project)
-    options = (case.stride, ((case.k - 1) // 2,) * 4, mbconv_blocks.EPS, case.residual, "triton")
+    kinds = ("silu", "silu", "sigmoid", "triton")
+    options = (case.stride, ((case.k - 1) // 2,) * 4, mbconv_blocks.EPS, case.residual, *kinds)
     stock, exact = (
         mbconv_blocks.run(call, wanted=(), double=double)["y"] for double in (False, True)
     )

@@ -154,7 +154,7 @@ def _named_layer(module: nn.Module) -> structure.Layer:
 
 
 def _excite(module: nn.Module, channels: int) -> tuple[SqueezeExciteParams, str, str]:
-    """Parameters, activation and gate of a SqueezeExcitation, whose children are what is allowed."""
+    """Parameters, activation and gate of a SqueezeExcitation with children that are allowed."""
     state = module.__dict__
     children = state["_modules"]
     structure.refuse_hidden(state, *children)
@@ -213,7 +213,9 @@ def _block(module: layers.MBConv) -> structure.Block:
         name = last
         project = _layer(children[name])
     except RefusedError as refused:
-        raise RefusedError(_behind(f"block.{name}", refused) if name else str(refused)[1:]) from None
+        raise RefusedError(
+            _behind(f"block.{name}", refused) if name else str(refused)[1:]
+        ) from None
     if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
         raise RefusedError("block.0 is not the pointwise layer before the depthwise one")
     if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.activates:

@@ -157,9 +157,7 @@ def _plane(x: Tensor) -> tuple[int, int, int]:
     return n, h * w, c
 
 
-def mbconv_squeeze(
-    z: Tensor, norm: Tensor, activation: str, backend: str
-) -> tuple[Tensor, Tensor]:
+def mbconv_squeeze(z: Tensor, norm: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
     pooled = z.new_empty(z.shape[:2], dtype=torch.float32)
     slopes = z.new_empty((2, *z.shape[:2]), dtype=torch.float32)
     if z.numel() == 0:

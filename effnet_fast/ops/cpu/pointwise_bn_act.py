@@ -1,8 +1,8 @@
 """1x1 convolution, BatchNorm, activation, gate and residual on the CPU.
 
 The product is torch's own, so that its last bits may depend on the number of threads. In eval the
-gate and BN's scale ride on the weight where that is smaller than the image, and BN, the activation and
-the residual are one in-place pass over the product. Nothing is kept between calls, so an edited weight
+gate and BN's scale ride on the weight where that is smaller than the image, and BN, activation and
+residual are one in-place pass over the product. Nothing is kept between calls, so an edited weight
 cannot go stale (docs/decisions/inference.md compares it with a cached folded weight).
 """
 

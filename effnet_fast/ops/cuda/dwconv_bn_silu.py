@@ -1,8 +1,8 @@
-"""Depthwise convolution, BatchNorm and SiLU on the CUDA kernels.
+"""Depthwise convolution, BatchNorm and activation on the CUDA kernels.
 
 `forward` and `backward` are the passes as a fused MBConv uses them: x may be the raw output of the
-convolution before, whose BatchNorm and SiLU are then applied as it is read. The registered ops are
-special cases of them.
+convolution before, whose BatchNorm and activation are then applied as it is read. The registered
+ops are special cases of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from effnet_fast.ops.cuda.launching import DTYPES, Bn, launchers, queue, scratch
 from effnet_fast.ops.cuda.tiles import Tile, filling, tile_for
 from effnet_fast.ops.dwconv_bn_silu import empty_grads, output_shape, pixel_strides
 from effnet_fast.ops.registration import address, empty_nhwc, native_weight, nhwc
+from effnet_fast.reference.activations import kernel_activation
 from effnet_fast.reference.arguments import Sides
 
 
@@ -65,35 +66,43 @@ def forward(
     weight: Tensor,
     stride: int,
     padding: Sides,
+    activation: str,
     backend: str,
     *,
     before: Bn | None = None,
     after: Bn | None = None,
+    pools: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor, ...]:
     """Writes y [N,C,Ho,Wo], NHWC without gaps; returns its pooled mean, or its moments.
 
     Args:
-        before: BatchNorm of x, followed by SiLU; None to take x as it is.
-        after: BatchNorm of the convolution's output, followed by SiLU; None to write that output.
+        activation: that follows the BatchNorms.
+        before: BatchNorm of x, followed by the activation; None to take x as it is.
+        after: BatchNorm of the convolution's output, followed by the activation; None to write
+            that output.
+        pools: whether the mean of what follows `after` is wanted.
         tile: another tile than the table's.
 
     Returns:
-        with `after` pooled [N,C]; else mean and biased variance [C]; all fp32.
+        with `after` pooled [N,C], or nothing; else mean and biased variance [C]; all fp32.
     """
     n, c = x.shape[:2]
     cut = plan(backend, "forward", x, weight.shape[-1], stride, padding, tile)
     weight = native_weight(weight, x)
     rows = (n, cut.chunks, c) if after else (cut.parts, 4, c)
-    partial, before = scratch(x, *rows), before or Bn(None)
+    partial = scratch(x, *rows) if pools or after is None else None
+    before = before or Bn(None)
     pixels = y.shape[2] * y.shape[3]
     factor = 1.0 / pixels if cut.chunks == 1 else 1.0
     end = after or Bn(None)
     launchers(backend).dwconv_fwd(
         queue(x), cut.shape, DTYPES[x.dtype], DTYPES[weight.dtype], cut.tile,
         x.data_ptr(), pixel_strides(x), weight.data_ptr(), before.arguments,
-        end.arguments, y.data_ptr(), partial.data_ptr(), factor,
+        end.arguments, y.data_ptr(), address(partial), factor, kernel_activation(activation),
     )  # fmt: skip
+    if partial is None:
+        return ()
     if after is None:
         return statistics.moments(backend, partial)
     if cut.chunks == 1:
@@ -112,6 +121,7 @@ def backward(
     sums: Tensor | None,
     stride: int,
     padding: Sides,
+    activation: str,
     backend: str,
     *,
     before: Bn | None = None,
@@ -120,13 +130,14 @@ def backward(
     wanted: Sequence[bool] = (True, True),
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of y = silu(after(conv(silu(before(x)), weight))).
+    """Gradients of y = act(after(conv(act(before(x)), weight))).
 
     Args:
         grad_y, z: [N,C,Ho,Wo], NHWC without gaps; z is the convolution's output.
         sums: [2,C], sum of du and of du * zh, du being the gradient of after's output; None where
             its statistics are constants.
-        before: BatchNorm of x, followed by SiLU; None where x was taken as it is.
+        activation: act.
+        before: BatchNorm of x, followed by act; None where x was taken as it is.
         gate, shift: [N,C] fp32, the gradient of y is grad_y * gate + shift; None for 1 and 0.
         wanted: whether grad_x, and whether grad_weight and grad_before are.
         tile: another tile than the table's.
@@ -148,7 +159,7 @@ def backward(
         x.data_ptr(), pixel_strides(x), before.arguments,
         grad_y.data_ptr(), z.data_ptr(), address(gate), address(shift),
         after.arguments, address(sums), count, weight.data_ptr(),
-        address(grad_x), address(partial),
+        address(grad_x), address(partial), kernel_activation(activation),
     )  # fmt: skip
     if partial is None:
         return grad_x, None, None
@@ -163,11 +174,11 @@ def backward(
 
 def dwconv_bn_silu_eval(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The registered op."""
-    *bn, stride, padding, eps, backend = rest
+    *bn, stride, padding, eps, activation, backend = rest
     y = empty_nhwc(x, output_shape(x, weight.shape[-1], stride, padding))
     if y.numel() == 0:
         return y, scratch(x, *x.shape[:2]).zero_()
-    (pooled,) = forward(y, x, weight, stride, padding, backend, after=Bn(bn, eps))
+    (pooled,) = forward(y, x, weight, stride, padding, activation, backend, after=Bn(bn, eps))
     return y, pooled
 
 
@@ -179,16 +190,16 @@ def dwconv_statistics(
     if z.numel() == 0:
         mean = scratch(x, x.shape[1]).zero_()
         return z, mean, mean.clone()
-    mean, var = forward(z, x, weight, stride, padding, backend)
+    mean, var = forward(z, x, weight, stride, padding, "identity", backend)
     return z, mean, var
 
 
 def bn_act(
     z: Tensor,
     bn: Bn,
+    activation: str,
     backend: str,
     *,
-    silu: bool,
     keep: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -201,34 +212,36 @@ def bn_act(
     if y.numel():
         launchers(backend).bn_act(
             queue(z), (n, c, h * w), DTYPES[z.dtype], z.data_ptr(), address(residual),
-            bn.arguments, address(keep), silu, y.data_ptr(),
+            bn.arguments, address(keep), y.data_ptr(), kernel_activation(activation),
         )  # fmt: skip
     return y
 
 
 def bn_silu(z: Tensor, *rest: Any) -> Tensor:
     """The registered op."""
-    *bn, eps, backend = rest
-    return bn_act(nhwc(z), Bn(bn, eps), backend, silu=True)
+    *bn, eps, activation, backend = rest
+    return bn_act(nhwc(z), Bn(bn, eps), activation, backend)
 
 
 def dwconv_bn_silu_backward(
     grad_y: Tensor, x: Tensor, z: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered op."""
-    *vectors, stride, padding, eps, training, wanted, backend = rest
+    *vectors, stride, padding, eps, training, wanted, activation, backend = rest
     if z.numel() == 0:
         grads = empty_grads(grad_y, x, z, weight, *rest)
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
     grad_y, z, bn = nhwc(grad_y), nhwc(z), Bn(vectors, eps)
     sums = None
     if training or wanted[2]:
-        sums = statistics.channel_sums(backend, statistics.BN_SILU, z, grad_y, bn)
+        sums = statistics.channel_sums(
+            backend, statistics.BN_ACT, z, grad_y, bn, activation=activation
+        )
     grad_x = grad_weight = None
     if wanted[0] or wanted[1]:
         grad_x, grad_weight, _ = backward(
-            grad_y, z, x, weight, bn, sums if training else None, stride, padding, backend,
-            wanted=wanted[:2],
+            grad_y, z, x, weight, bn, sums if training else None, stride, padding, activation,
+            backend, wanted=wanted[:2],
         )  # fmt: skip
     return (
         x.new_empty(0) if grad_x is None else grad_x,

@@ -11,6 +11,7 @@ from effnet_fast.ops.cuda import statistics
 from effnet_fast.ops.cuda.launching import DTYPES, Bn, launchers, queue, scratch
 from effnet_fast.ops.registration import address, dense, empty_nhwc, native_layers, nhwc
 from effnet_fast.ops.squeeze_excite import empty_excite, empty_grads, empty_squeeze_excite
+from effnet_fast.reference.activations import kernel_activation, kernel_gate
 
 # Channels of a part of the first layer: one block's, which its threads go through in steps of 256.
 LEAST_CHANNELS, MOST_CHANNELS = 256, 1024
@@ -19,10 +20,11 @@ BLOCKS = 2 * 132  # of the first layer, where the shape has them: two on a multi
 SIDE = 32  # channels of a block in backward
 
 
-def squeeze(z: Tensor, bn: Bn, backend: str) -> Tensor:
-    """[3,N,C] of z [N,C,H,W] and u = bn(z): mean silu(u), sum silu'(u), sum silu'(u) * zh."""
+def squeeze(z: Tensor, bn: Bn, activation: str, backend: str) -> Tensor:
+    """[3,N,C] of z [N,C,H,W] and u = bn(z): mean act(u), sum act'(u), sum act'(u) * zh."""
+    factor = 1.0 / (z.shape[2] * z.shape[3])
     return statistics.image_sums(
-        backend, statistics.SQUEEZE, z, bn=bn, factor=1.0 / (z.shape[2] * z.shape[3])
+        backend, statistics.SQUEEZE, z, bn=bn, factor=factor, activation=activation
     )
 
 
@@ -34,8 +36,8 @@ def splits_of(n: int, c: int, r: int) -> int:
 
 
 def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """The registered op: hidden [N,R] before SiLU and gate [N,C] of pooled [N,C], all fp32."""
-    *parameters, backend = rest
+    """The registered op: hidden [N,R] as its product is and gate [N,C] of pooled [N,C], in fp32."""
+    *parameters, activation, gate_kind, backend = rest
     pooled = dense(pooled, torch.float32)
     hidden, gate = empty_excite(pooled, *rest)
     if pooled.numel() == 0:
@@ -49,6 +51,7 @@ def excite(pooled: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         queue(pooled), (n, c, r, splits), DTYPES[layers[0].dtype],
         pooled.data_ptr(), *at,
         partial.data_ptr(), hidden.data_ptr(), gate.data_ptr(),
+        kernel_activation(activation), kernel_gate(gate_kind),
     )  # fmt: skip
     return hidden, gate
 
@@ -61,6 +64,8 @@ def excite_backward(
     reduce_weight: Tensor,
     expand_weight: Tensor,
     factor: float,
+    activation: str,
+    gate_kind: str,
     backend: str,
     *,
     grad_sums: Tensor | None = None,
@@ -71,8 +76,9 @@ def excite_backward(
     Args:
         grad_gate, pooled, gate: [N,C]; hidden [N,R]; all fp32 without gaps.
         factor: 1 / (H * W).
+        activation, gate_kind: of hidden, and what makes the gate.
         grad_sums, squeeze_sums: [2,N,C] for BatchNorm's gradients in an MBConv: sums of
-            e * silu'(u) and e * silu'(u) * zh, and the latter two of `squeeze`.
+            e * act'(u) and e * act'(u) * zh, and the latter two of `squeeze`.
 
     Returns:
         gradients of reduce_weight [R,C], its bias [R], expand_weight [C,R], its bias [C]; that of
@@ -93,6 +99,7 @@ def excite_backward(
         *at, partial.data_ptr(), grad_hidden.data_ptr(),
         tuple(grad.data_ptr() for grad in grads), grad_pooled.data_ptr(), factor,
         address(grad_sums), address(squeeze_sums), address(grad_bn),
+        kernel_activation(activation), kernel_gate(gate_kind),
     )  # fmt: skip
     return (*grads, grad_pooled, grad_bn)
 
@@ -122,7 +129,7 @@ def squeeze_excite(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The registered op."""
-    reduce_weight, expand_weight, pooled, hidden, gate, backend = rest
+    reduce_weight, expand_weight, pooled, hidden, gate, activation, gate_kind, backend = rest
     if x.numel() == 0:
         grads = empty_grads(grad_y, x, *rest)
         for grad in grads:
@@ -132,7 +139,7 @@ def squeeze_excite_backward(grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tens
     grad_gate = statistics.image_sums(backend, statistics.PRODUCT, x, grad_y)[0]
     *of_layers, grad_pooled, _ = excite_backward(
         grad_gate, pooled, hidden, gate, reduce_weight, expand_weight,
-        1.0 / (x.shape[2] * x.shape[3]), backend,
+        1.0 / (x.shape[2] * x.shape[3]), activation, gate_kind, backend,
     )  # fmt: skip
     grad_x = empty_nhwc(x, x.shape)
     return apply_gate(grad_y, gate, grad_pooled, grad_x, backend), *of_layers

@@ -32,8 +32,9 @@ def fused(call: BlockCall) -> Results:
     assert params.expand is not None
     sides = sides_of(call, params.depthwise.weight.shape[-1])
     y, pooled = expand_dwconv.launch_expand_dwconv_fwd(
-        call.x, params.expand, params.depthwise, call.config.stride, sides, EPS
-    )
+        call.x, params.expand, params.depthwise, call.config.stride, sides, EPS,
+        call.config.activation,
+    )  # fmt: skip
     return {"y": y, "pooled": pooled}
 
 
@@ -41,11 +42,13 @@ def composed(call: BlockCall, double: bool) -> Results:
     tensors = {k: t.double() if double and t is not None else t for k, t in call.tensors.items()}
     params, x = params_of(tensors), tensors["x"]
     assert params.expand is not None
-    e = reference.pointwise_bn_act(x, *params.expand, eps=EPS[0])
+    activation = call.config.activation
+    e = reference.pointwise_bn_act(x, *params.expand, eps=EPS[0], activation=activation)
     sides = sides_of(call, params.depthwise.weight.shape[-1])
     y = reference.dwconv_bn_silu(
-        e, *params.depthwise, stride=call.config.stride, padding=sides, eps=EPS[1]
-    )
+        e, *params.depthwise, stride=call.config.stride, padding=sides, eps=EPS[1],
+        activation=activation,
+    )  # fmt: skip
     pooled = y.mean((2, 3)) if y.numel() else y.new_zeros(y.shape[:2])
     return {"y": y, "pooled": pooled.double() if double else pooled.float()}
 
@@ -58,6 +61,12 @@ def check(call: BlockCall) -> None:
 @pytest.mark.parametrize("name", some(NAMES, ("c_odd_k3_stride_2", "w_gt_tile_k5")))
 def test_matches_reference(name: str, dtypes: Dtypes) -> None:
     check(block_call(find(MBCONV_CASES, name), dtypes, False))
+
+
+@pytest.mark.parametrize("activation", some(("relu6", "relu", "identity"), ("relu6",)))
+def test_other_activations(activation: str) -> None:
+    call = block_call(find(MBCONV_CASES, "w_gt_tile_k5"), FP16, False, activation=activation)
+    check(call)
 
 
 @pytest.mark.exhaustive
@@ -79,10 +88,11 @@ def test_strips(name: str, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def block(call: BlockCall, **options: bool) -> Tensor:
     params = params_of(call.tensors)
     sides = sides_of(call, params.depthwise.weight.shape[-1])
-    layers = (params.expand or [], params.depthwise, params.squeeze, params.project)
+    layers = (params.expand or [], params.depthwise, params.squeeze or [], params.project)
     config = call.config
+    kinds = (config.activation, config.se_activation, config.gate)
     return mbconv.mbconv_eval(
-        call.x, *layers, config.stride, sides, EPS, config.residual, "triton", **options
+        call.x, *layers, config.stride, sides, EPS, config.residual, *kinds, "triton", **options
     )
 
 
@@ -112,6 +122,20 @@ def test_the_model_decides(answer: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(called) == 1
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [{"squeeze": False}, {"se_activation": "relu"}, {"gate": "hardsigmoid"}],
+    ids=str,
+)
+def test_a_block_whose_gate_does_not_spread_a_nan(
+    kinds: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its expansion and its depthwise convolution stay apart."""
+    monkeypatch.setattr(expand_choice, "is_joined_quicker", lambda shape, tile: True)
+    monkeypatch.delattr(mbconv, "launch_expand_dwconv_fwd")
+    block(block_call(find(MBCONV_CASES, "c_odd_k3_stride_2"), FP16, False, **kinds))
+
+
 @pytest.mark.exhaustive
 def test_two_runs_are_equal() -> None:
     call = block_call(find(MBCONV_CASES, "c_eq_vector"), FP16, False)
@@ -136,7 +160,7 @@ def test_too_many_channels() -> None:
     x = torch.zeros(1, 136, 4, 4).contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="x has 136 channels, allowed are up to 128"):
         expand_dwconv.launch_expand_dwconv_fwd(
-            x, params.expand, params.depthwise, 1, (1, 1, 1, 1), EPS
+            x, params.expand, params.depthwise, 1, (1, 1, 1, 1), EPS, "silu"
         )
 
 

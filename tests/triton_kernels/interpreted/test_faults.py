@@ -22,13 +22,28 @@ def check(call: BlockCall) -> None:
 
 
 @triton.jit
-def relu(u):
+def relu(u, lo, hi, ACT: tl.constexpr):
     return tl.maximum(u, 0.0)
 
 
 @triton.jit
-def sigmoid_only(u):
+def sigmoid_only(u, lo, hi, ACT: tl.constexpr):
     return 1.0 / (1.0 + tl.exp(-u))
+
+
+@triton.jit
+def open_clamp(u, lo, hi):
+    return u
+
+
+@triton.jit
+def slope_of_one(u, lo, hi, ACT: tl.constexpr):
+    return u * 0.0 + 1.0
+
+
+@triton.jit
+def half_gate_gradient(grad, gate, GATE: tl.constexpr):
+    return grad * (1.0 / 6.0)
 
 
 @triton.jit
@@ -44,40 +59,53 @@ def without_deviation(z, mask, count):
 
 @triton.jit
 def without_means(
-    grad, q, z, norm, sums, inverse, row_scale, first, pixels, at, c, image, inside, c_in, channels
-):
+    grad, q, z, norm, sums, inverse, row_scale, lo, hi, first, pixels, at, c, image, inside, c_in,
+    channels, ACT: tl.constexpr,
+):  # fmt: skip
     du = tl.load(grad + first * channels + at, mask=inside, other=0.0).to(tl.float32)
     return du * tl.load(norm + c, mask=c_in, other=0.0)[None, :]
 
 
 FAULTS = (
-    ("pointwise_bn_act", "silu", relu),
-    ("dwconv_bn_silu", "silu", relu),
-    ("dwconv_backward", "silu", relu),
-    ("dwconv_backward", "silu_grad", sigmoid_only),
-    ("bn_act", "silu_grad", sigmoid_only),
+    ("pointwise_bn_act", "activated", relu),
+    ("dwconv_bn_silu", "activated", relu),
+    ("dwconv_backward", "activated", relu),
+    ("dwconv_backward", "activation_slope", sigmoid_only),
+    ("bn_act", "activation_slope", sigmoid_only),
     ("bn_act", "image_of", first_image),
     ("pointwise_bn_act", "image_of", first_image),
     ("pointwise_backward", "image_of", first_image),
     ("pointwise_backward", "load_dz", without_means),
     ("pointwise_bn_act", "tile_statistics", without_deviation),
-    ("squeeze_excite", "silu", relu),
-    ("squeeze_excite", "silu_grad", sigmoid_only),
+    ("squeeze_excite", "activated", relu),
+    ("squeeze_excite", "activation_slope", sigmoid_only),
 )
+# The same with ReLU6 and a hard sigmoid in the place of SiLU and sigmoid.
+CLAMP_FAULTS = (
+    ("elementwise", "clamp", open_clamp),
+    ("dwconv_backward", "activation_slope", slope_of_one),
+    ("bn_act", "activation_slope", slope_of_one),
+    ("elementwise", "activation_slope", slope_of_one),
+    ("squeeze_excite", "grad_through_gate", half_gate_gradient),
+)
+CLAMPED = {"activation": "relu6", "se_activation": "relu6", "gate": "hardsigmoid"}
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "fault"),
-    [pytest.param(*row, id=f"{row[0]}-{row[1]}") for row in FAULTS],
+    ("module", "name", "fault", "kinds"),
+    [
+        *(pytest.param(*row, {}, id=f"{row[0]}-{row[1]}") for row in FAULTS),
+        *(pytest.param(*row, CLAMPED, id=f"{row[0]}-{row[1]}-relu6") for row in CLAMP_FAULTS),
+    ],
 )
 def test_a_wrong_function_is_noticed(
-    module: str, name: str, fault: object, monkeypatch: pytest.MonkeyPatch
+    module: str, name: str, fault: object, kinds: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         importlib.import_module(f"effnet_fast.triton_kernels.{module}"), name, fault
     )
     with pytest.raises(AssertionError):
-        check(block_call(find(MBCONV_CASES, "c_odd_k3_stride_2"), FP32, dropped=True))
+        check(block_call(find(MBCONV_CASES, "c_odd_k3_stride_2"), FP32, dropped=True, **kinds))
 
 
 @pytest.mark.exhaustive

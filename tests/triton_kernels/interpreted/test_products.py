@@ -90,7 +90,8 @@ def test_mbconv_eval(name: str, dtypes: Dtypes) -> None:
     params = params_of(call.tensors)
     padding = ((case.k - 1) // 2,) * 4
     layers = (params.expand or [], params.depthwise, params.squeeze, params.project)
-    y = mbconv_eval(call.x, *layers, case.stride, padding, EPS, case.residual, "triton")
+    kinds = ("silu", "silu", "sigmoid")
+    y = mbconv_eval(call.x, *layers, case.stride, padding, EPS, case.residual, *kinds, "triton")
     stock, exact = (run_block(call, wanted=(), double=double)["y"] for double in (False, True))
     assert_parity({"y": y}, {"y": stock}, {"y": exact}, dtypes.x)
 
@@ -115,12 +116,12 @@ def test_head_of_one_gradient_at_a_time() -> None:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [("pointwise_backward", "silu_grad"), ("pointwise_backward", "image_of")],
+    [("pointwise_backward", "activation_slope"), ("pointwise_backward", "image_of")],
 )
 def test_a_wrong_function_in_the_head_is_noticed(
     module: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faults = {"silu_grad": sigmoid_only, "image_of": first_image}
+    faults = {"activation_slope": sigmoid_only, "image_of": first_image}
     owner = importlib.import_module(f"effnet_fast.triton_kernels.{module}")
     monkeypatch.setattr(owner, name, faults[name])
     with pytest.raises(AssertionError, match="grad x"):
@@ -128,7 +129,7 @@ def test_a_wrong_function_in_the_head_is_noticed(
 
 
 @triton.jit
-def sigmoid_only(u):
+def sigmoid_only(u, lo, hi, ACT: tl.constexpr):
     return 1.0 / (1.0 + tl.exp(-u))
 
 

@@ -100,7 +100,7 @@ def test_auto_takes_other_backends_here() -> None:
 
 
 @triton.jit
-def sigmoid_only(u):
+def sigmoid_only(u, lo, hi, ACT: tl.constexpr):
     return 1.0 / (1.0 + tl.exp(-u))
 
 
@@ -110,7 +110,9 @@ def in_order(k, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr):
 
 
 @triton.jit
-def without_means(grad, z, norm, sums, inverse, at, n, inside, n_inside, channels):
+def without_means(
+    grad, z, norm, sums, inverse, lo, hi, at, n, inside, n_inside, channels, ACT: tl.constexpr
+):
     du = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     return du * tl.load(norm + n, mask=n_inside, other=0.0)[None, :]
 
@@ -122,7 +124,7 @@ def without_deviation(z, mask, count):
 
 
 FAULTS = {
-    "silu_grad": sigmoid_only,
+    "activation_slope": sigmoid_only,
     "weight_offset": in_order,
     "load_dz": without_means,
     "tile_statistics": without_deviation,
