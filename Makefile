@@ -27,8 +27,8 @@ SITE := import os, sysconfig; print(os.path.relpath(sysconfig.get_paths()["platl
 .PHONY: demo test test-all durations bench docs report gpu reliability budgets mutants lint clean qemu
 
 demo: $(VENV)/.demo
-	$(BIN)/effnet-fast bench --model b0
-	$(BIN)/effnet-fast bench --model lite0
+	$(BIN)/effnet-fast bench --model b0 --rounds 3
+	$(BIN)/effnet-fast bench --model lite0 --rounds 3
 	SITE=$$($(BIN)/python -c '$(SITE)') && \
 	    $(BIN)/effnet-fast classify --compare --top 3 $(addprefix $$SITE/,$(PHOTOS))
 
