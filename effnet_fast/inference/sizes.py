@@ -69,7 +69,7 @@ def sizes_of(spec: NetworkSpec) -> Sizes:
     rows = [Row(spec.stem.geometry, weight_of(spec.stem).shape[0], spec.stem_tap, last)]
     for block in spec.blocks:
         found = block.layers
-        last = last or makes_nhwc(weights_of(found))
+        last = last or makes_nhwc(weights_of(found.layers))
         rows.append(Row(found.spatial, weight_of(found.last).shape[0], block.tap, last))
     outputs = weight_of(spec.head).shape[0] if spec.head else 0
     if spec.linear is not None:

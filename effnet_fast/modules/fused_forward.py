@@ -150,7 +150,12 @@ def _run_fused(found: structure.Layer | structure.Block, x: Tensor, backend: str
         y = _run_pointwise(found, given)
     elif _fits(found, given):
         y = _run_spatial(found, given)
-    if y is None or given.is_nhwc or in_turn.is_hidden() or makes_nhwc(structure.weights_of(found)):
+    if (
+        y is None
+        or given.is_nhwc
+        or in_turn.is_hidden()
+        or makes_nhwc(structure.weights_of(found.layers))
+    ):
         return y
     return to_nchw(y)
 

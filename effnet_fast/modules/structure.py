@@ -106,6 +106,11 @@ class Layer(NamedTuple):
         return self
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Itself, as of a block that has several."""
+        return (self,)
+
+    @property
     def spatial(self) -> Geometry:
         """Of the convolution that looks at neighbours."""
         return self.geometry
@@ -169,9 +174,8 @@ class Block(NamedTuple):
         return self.depthwise.activation
 
 
-def weights_of(found: Layer | Block | DenseBlock) -> list[Tensor]:
-    """The weights [Cout,Cin/groups,K,K] of the convolutions with a BatchNorm, in order."""
-    layers = (found,) if isinstance(found, Layer) else found.layers
+def weights_of(layers: Iterable[Layer]) -> list[Tensor]:
+    """The weights [Cout,Cin/groups,K,K] of convolutions."""
     return [layer.tensors[0] for layer in layers]
 
 
