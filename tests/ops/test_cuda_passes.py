@@ -22,7 +22,6 @@ from effnet_fast.reference.activations import activate, activation_backward, gat
 from parity import (
     CUDA_BACKENDS,
     NEEDS_SIMT,
-    SPREAD,
     Results,
     assert_parity,
     channels_last,
