@@ -1,6 +1,6 @@
 """Which backend runs an op: the caller's choice, and what each backend can do."""
 
-from effnet_fast.backends.base import OPS, Backend, OpArgs, block_kinds, is_channels_last
+from effnet_fast.backends.base import OPS, Backend, OpArgs, is_channels_last
 from effnet_fast.backends.choice import (
     BACKENDS,
     TEST_BACKENDS,
@@ -34,7 +34,6 @@ __all__ = [
     "Backend",
     "OpArgs",
     "backend_of",
-    "block_kinds",
     "can_run",
     "choose",
     "current_backend",

@@ -33,16 +33,6 @@ class OpArgs(NamedTuple):
     gate: str | None = "sigmoid"  # of a squeeze-and-excite; None for a block that has none
 
 
-def block_kinds(
-    excite: object, activation: str, se_activation: str, gate: str
-) -> tuple[tuple[str, ...], str | None]:
-    """Activations and gate of an MBConv, as `OpArgs` has them; excite is None where there is none.
-
-    activation is that of its convolutions.
-    """
-    return ((activation,), None) if excite is None else ((activation, se_activation), gate)
-
-
 # Why a backend cannot run (op, args, instruction set), None where it can. Without args it is asked
 # about the op in general.
 Reason = Callable[[str, OpArgs | None, str], str | None]

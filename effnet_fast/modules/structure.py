@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from effnet_fast.backends import OpArgs, block_kinds
+from effnet_fast.backends import OpArgs
 from effnet_fast.modules.same_padding import same_padding
 from effnet_fast.ops.call import NO_NORM, Call, Norm, call_of
 from effnet_fast.reference.mbconv import SqueezeExciteParams
@@ -168,9 +168,10 @@ def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs | None:
             kinds = ((), "sigmoid")  # every kernel can do without
         if found.kind != DEPTHWISE:  # PyTorch's own convolution takes any kernel
             return OpArgs(x, found.parameters, (1, 1), 1, inference, *kinds)
+    elif found.excite is None:
+        kinds = ((found.depthwise.activation,), None)
     else:
-        activation = found.depthwise.activation
-        kinds = block_kinds(found.excite, activation, found.se_activation, found.gate)
+        kinds = ((found.depthwise.activation, found.se_activation), found.gate)
     geometry = found.spatial
     return OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference, *kinds)
 

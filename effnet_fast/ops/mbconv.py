@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import OpArgs, block_kinds, current_backend, resolve
+from effnet_fast.backends import OpArgs, current_backend, resolve
 from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import check_values_per_channel, output_shape
@@ -250,8 +250,11 @@ def mbconv(
     squeeze = params.squeeze
     tensors = (*(params.expand or ()), *params.depthwise, *(squeeze or ()), *params.project)
     kernel = (params.depthwise.weight.shape[2], params.depthwise.weight.shape[3])
-    kinds = block_kinds(squeeze, config.activation, config.se_activation, config.gate)
-    args = OpArgs(x, tensors, kernel, config.stride, False, *kinds)
+    if squeeze is None:
+        activations, gate = (config.activation,), None
+    else:
+        activations, gate = (config.activation, config.se_activation), config.gate
+    args = OpArgs(x, tensors, kernel, config.stride, False, activations, gate)
     chosen = resolve(backend, "mbconv", args)
     if row_scale is not None and row_scale.requires_grad and torch.is_grad_enabled():
         chosen = _without_kernel(backend, "row_scale requires a gradient, which only it gives")

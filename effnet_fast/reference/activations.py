@@ -7,7 +7,7 @@ hard-swish and hard-sigmoid: Howard et al. (arXiv 1905.02244), section 5.2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,18 @@ _ACTIVATIONS = {
         lambda grad, u: _aten.hardswish_backward(grad, u),
     ),
 }
+
+
+def _hardsigmoid(x: Tensor) -> Tensor:
+    """F.hardsigmoid, which PyTorch differentiates once alone, and by a sixth rounded to fp32."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (F.relu6(wide + 3) / 6).to(x.dtype)
+
+
 # Of each gate its kind in csrc/common/activation.h, and its function.
 _GATES: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "sigmoid": (0, lambda x: torch.sigmoid(x)),
-    "hardsigmoid": (1, lambda x: F.hardsigmoid(x)),
+    "hardsigmoid": (1, _hardsigmoid),
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)
 GATES = tuple(_GATES)
@@ -88,25 +96,27 @@ def gate_of(x: Tensor, name: str) -> Tensor:
     return _GATES[name][1](x)
 
 
-def kernel_activation(name: str) -> tuple[int, float, float]:
-    """An activation as kernels take it: its kind, and the lower and upper bound of a clamp.
+class _Known(dict[str, Any]):
+    """A table whose missing keys are refused as an argument of this name is."""
 
-    A bound that is NaN bounds nothing.
+    def __init__(self, rows: dict[str, Any], check: Callable[[str, object], None], name: str):
+        super().__init__(rows)
+        self._check, self._name = check, name
 
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in _ACTIVATIONS:
-        check_activation("activation", name)
-    return _ACTIVATIONS[name].kernel
+    def __missing__(self, key: object) -> NoReturn:
+        self._check(self._name, key)
+        raise KeyError(key)
 
 
-def kernel_gate(name: str) -> int:
-    """A gate as kernels take it, its kind.
+# Looked up at each launch, behind the gate that has checked the name: no function of Python's.
+kernel_activation: Callable[[str], tuple[int, float, float]] = _Known(
+    {name: row.kernel for name, row in _ACTIVATIONS.items()}, check_activation, "activation"
+).__getitem__
+"""An activation as kernels take it: its kind, and the lower and upper bound of a clamp.
 
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in _GATES:
-        check_gate("gate", name)
-    return _GATES[name][0]
+A bound that is NaN bounds nothing. An unknown name is a ValueError, here and below.
+"""
+kernel_gate: Callable[[str], int] = _Known(
+    {name: row[0] for name, row in _GATES.items()}, check_gate, "gate"
+).__getitem__
+"""A gate as kernels take it, its kind."""

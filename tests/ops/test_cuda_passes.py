@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tiers
+from activated import SPREAD
 from effnet_fast.ops.cuda import dwconv_bn_silu as depthwise
 from effnet_fast.ops.cuda import squeeze_excite as excitation
 from effnet_fast.ops.cuda import statistics
@@ -22,7 +23,6 @@ from effnet_fast.reference.activations import activate, activation_backward, gat
 from parity import (
     CUDA_BACKENDS,
     NEEDS_SIMT,
-    SPREAD,
     Results,
     assert_parity,
     channels_last,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import reference_passes
+from activated import SPREAD
 from effnet_fast.ops.pointwise_bn_silu_pool import backward_sums
 from effnet_fast.reference import pointwise_bn_silu_pool
 from effnet_fast.reference.activations import ACTIVATIONS
-from parity import SPREAD
 from reference_passes import pooled_backward as backward
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from activated import SPREAD
 from allocations import poisoned
 from cases import MBConvCase
 from effnet_fast import reference
@@ -19,7 +20,7 @@ from effnet_fast.reference.mbconv import (
     SqueezeExciteParams,
     Training,
 )
-from parity import RUNNING, SPREAD, Dtypes, Results, channels_last, random_like
+from parity import RUNNING, Dtypes, Results, channels_last, random_like
 
 EPS = (1e-3, 1e-4, 1e-5)
 MOMENTUM = (0.1, 0.2, 0.3)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import activated
 import tiers
 import tolerances
 from allocations import poisoned
@@ -31,8 +32,6 @@ from effnet_fast import ops, reference
 from effnet_fast.backends import can_run, native
 
 RUNNING = ("running_mean", "running_var")
-# Factor of what goes into an activation or a gate of bounds, so that many values meet them.
-SPREAD = {"relu6": 3.0, "hardswish": 2.0, "hardsigmoid": 4.0}
 VECTOR = 128  # numbers that the smallest vector has over the draws of `check_over_draws`
 Results = dict[str, Tensor]
 assert_parity = functools.partial(tolerances.assert_parity, strides=True)
@@ -165,14 +164,8 @@ class Call:
 
     def activated(self, **kinds: str) -> Call:
         """With another activation or gate, whose bounds many values meet."""
-        before = {"activation": ("bn_weight", "reduce_weight"), "gate": ("expand_weight",)}
-        factors = {
-            name: SPREAD.get(value, 1.0) for kind, value in kinds.items() for name in before[kind]
-        }
-        wider = {
-            k: t * factors[k] for k, t in self.tensors.items() if t is not None and k in factors
-        }
-        return self.with_tensors(**wider).with_options(**kinds)
+        tensors, options = activated.activated(self.tensors, self.options, kinds)
+        return replace(self, tensors=tensors, options=options)
 
     @property
     def x(self) -> Tensor:
@@ -263,11 +256,7 @@ def nchw_copy(x: Tensor) -> Tensor:
 
 
 def check(
-    call: Call,
-    backend: str,
-    *,
-    wanted: Sequence[str] | None = None,
-    grad_y: Tensor | None = None,
+    call: Call, backend: str, *, wanted: Sequence[str] | None = None, grad_y: Tensor | None = None
 ) -> Results:
     """Holds one call to the rule of parity; returns what the backend gave."""
     actual = run(call, backend, wanted=wanted, grad_y=grad_y)
@@ -377,9 +366,8 @@ def stem_call(case: StemCase, dtypes: Dtypes = FP32, training: bool = False) -> 
     weight = torch.randn(sizes, generator=generator) / (case.k * case.c**0.5)
     bn = _bn(case.out, dtypes.parameters, generator)
     options = {"stride": case.stride, "padding": case.padding, "training": training}
-    return Call(
-        "stem_conv_bn_silu", {"x": x, "weight": weight.to(dtypes.parameters), **bn}, options
-    )
+    tensors = {"x": x, "weight": weight.to(dtypes.parameters), **bn}
+    return Call("stem_conv_bn_silu", tensors, options)
 
 
 SAMPLES = (

@@ -218,7 +218,7 @@ def _block(module: layers.MBConv) -> structure.Block:
         ) from None
     if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
         raise RefusedError("block.0 is not the pointwise layer before the depthwise one")
-    if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.activates:
+    if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.activation != "identity":
         raise RefusedError("block is not expand, depthwise, squeeze-excite, project")
     if expand and expand.activation != depthwise.activation:
         kinds = f"{expand.activation} and {depthwise.activation}"
