@@ -84,9 +84,13 @@ def applied(activation: str, gate: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("activation", [name for name in KNOWN if name != "silu"])
 def test_clamps_at_the_bounds(activation: str) -> None:
-    """PyTorch's own values and slopes; NaN stays NaN, with a slope of 1."""
+    """PyTorch's own values and slopes; NaN stays NaN.
+
+    At NaN the slope is 1, where PyTorch's hardtanh has 0 or 1 as its vectors fall.
+    """
     x, y = applied(activation, "sigmoid")
     slope = activation_backward(torch.ones_like(x), x, activation)
+    slope[x.isnan()] = 1.0
     for row, expected in zip(y, (activate(x, activation), slope) * 2, strict=False):
         torch.testing.assert_close(row, expected, rtol=0, atol=0, equal_nan=True)
 
