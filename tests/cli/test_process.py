@@ -226,7 +226,7 @@ def test_weights_that_are_no_numbers_give_null(monkeypatch, tmp_path: Path, caps
         return model
 
     monkeypatch.setattr(common, "build_model", spoiled)
-    assert cli.main(["classify", str(tmp_path / "a.png"), "--json"]) == 0
+    assert cli.main(["classify", "--model", "b0", str(tmp_path / "a.png"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
     assert report["images"][0]["top"][0]["probability"] is None
 

@@ -47,7 +47,7 @@ def test_ops(activation: str, dtypes: Dtypes, backend: str) -> None:
     for name in (*SAMPLES, "head_eval"):
         call = sample(name, dtypes)
         for kinds in kinds_of(call, activation):
-            given = call.activated(**kinds)
+            given = call.activated(apart=True, **kinds)
             actual = check(given, backend, wanted=with_gradients(call))
             if with_gradients(call) is None and not call.options.get("training"):
                 without = run(given, backend, wanted=())
@@ -124,6 +124,7 @@ BLOCKS: list[dict[str, Any]] = [
 ANY_BLOCK = pytest.mark.parametrize(
     "kinds", BLOCKS, ids=lambda kinds: "-".join(map(str, kinds.values()))
 )
+
 SHAPES = ("c_odd_stride_2", "no_expansion_residual", "c_eq_vector")
 
 
@@ -145,7 +146,9 @@ def check_block(call: BlockCall, backend: str = "cpu", **options: Any) -> None:
 @ANY_BLOCK
 def test_blocks(kinds: dict[str, Any], training: bool, dtypes: Dtypes, backend: str) -> None:
     for name in SHAPES:
-        call = block(name, dtypes, training, dropped=name == "c_eq_vector", **kinds)
+        call = block(
+            name, dtypes, training, dropped=name == "c_eq_vector", apart=True, seed=1, **kinds
+        )
         check_block(call, backend)
         if not training and name != "c_eq_vector":  # one call, without what training keeps
             check_block(call, backend, wanted=())

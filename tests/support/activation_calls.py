@@ -22,6 +22,9 @@ def kinds_of(call: Call, activation: str) -> list[dict[str, str]]:
 
 def _around(bound: float, dtype: torch.dtype) -> list[float]:
     given = torch.tensor([bound], dtype=dtype)
+    if bound == 0.0:  # beside it are subnormal numbers, which bf16's own kernels take for 0
+        tiny = torch.finfo(dtype).tiny
+        return [0.0, tiny, -tiny]
     sides = [torch.nextafter(given, torch.full_like(given, side)) for side in (INF, -INF)]
     return torch.cat([given, *sides]).tolist()
 
