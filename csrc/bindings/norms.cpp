@@ -84,7 +84,7 @@ GradParts::GradParts(Address norm, Address sums, int64_t c, int64_t count) : val
     values[i] = static_cast<float>(scale * v.rstd[i] * weight[i]);
     values[c + i] = static_cast<float>(scale * bias[i]);
   }
-  vectors = {v.scale, v.mean, values.data(), values.data() + c};
+  vectors = {v.scale, v.mean, sums ? values.data() : nullptr, sums ? values.data() + c : nullptr};
 }
 
 void fold_sums(const float* partial, int64_t parts, int64_t c, float* out) {

@@ -24,7 +24,8 @@ NormVectors norm_vectors(Address norm, int64_t c);
 void make_norm(float* norm, const float* partial, int64_t n, int64_t chunks, int64_t c,
                int64_t rows, int64_t columns, const BatchNorm& bn, double eps);
 
-// dz = scale * du + (z - mean) * slope + offset, from norm and sums over `count` values a channel.
+// dz = scale * du + (z - mean) * slope + offset, from norm and sums over `count` values a channel;
+// without sums dz = scale * du.
 struct GradParts {
   std::vector<float> values;
   GradVectors vectors;

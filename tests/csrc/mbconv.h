@@ -21,13 +21,15 @@ struct Norm {
   NormVectors vectors() const {
     return {scale.floats(), shift.floats(), mean.floats(), rstd.floats()};
   }
-  GradVectors grads() const {
-    return {scale.floats(), mean.floats(), slope.floats(), offset.floats()};
+  // by_batch: whether the two means are subtracted.
+  GradVectors grads(bool by_batch = true) const {
+    return {scale.floats(), mean.floats(), by_batch ? slope.floats() : nullptr,
+            by_batch ? offset.floats() : nullptr};
   }
   double u(double z, int64_t i) const { return z * scale[i] + shift[i]; }
   double zh(double z, int64_t i) const { return (z - mean[i]) * rstd[i]; }
-  double dz(double du, double z, int64_t i) const {
-    return scale[i] * du + (z - mean[i]) * slope[i] + offset[i];
+  double dz(double du, double z, int64_t i, bool by_batch = true) const {
+    return scale[i] * du + (by_batch ? (z - mean[i]) * slope[i] + offset[i] : 0);
   }
 };
 
@@ -69,8 +71,8 @@ inline Tensor summed(const Tensor& partial, int64_t n, int64_t parts, int64_t co
   return out;
 }
 
-// What a caller may leave out: what is read besides, the data's result, the weight gradient, the
-// gate.
+// What a caller may leave out: what is read besides and BatchNorm's two means, the data's result,
+// the weight gradient, the gate.
 struct Wanted {
   bool added, data, weight, gate;
 };
@@ -149,7 +151,7 @@ inline void test_project_backward(const Pixels& p, DType dtype, Wanted wanted, i
                               grad_y.data(),
                               z3.data(),
                               wanted.added ? row_scale.floats() : nullptr,
-                              norm3.grads(),
+                              norm3.grads(wanted.added),
                               weight.data(),
                               z2.data(),
                               norm2.vectors(),
@@ -168,7 +170,7 @@ inline void test_project_backward(const Pixels& p, DType dtype, Wanted wanted, i
   for (int64_t i = 0; i < pixels; i++)
     for (int64_t o = 0; o < p.out; o++) {
       const double du = grad_y[i * p.out + o] * (wanted.added ? row_scale[i / p.hw] : 1);
-      const double dz = norm3.dz(du, z3[i * p.out + o], o);
+      const double dz = norm3.dz(du, z3[i * p.out + o], o, wanted.added);
       for (int64_t c = 0; c < p.c; c++) {
         exact[i * p.c + c] += dz * w[o * p.c + c];
         grad[o * p.c + c] += dz * a[i * p.c + c];
@@ -210,7 +212,7 @@ inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, bo
                              z1.data(),
                              pooled ? q.floats() : nullptr,
                              norm.shift.floats(),
-                             norm.grads(),
+                             norm.grads(wanted.added),
                              weight.data(),
                              x.data(),
                              wanted.added ? residual.data() : nullptr,
@@ -228,7 +230,7 @@ inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, bo
       const double z = z1[i * p.out + o];
       const double du =
           pooled ? q[i / p.hw * p.out + o] * act_slope(norm.u(z, o)) : f[i * p.out + o];
-      const double dz = norm.dz(du, z, o);
+      const double dz = norm.dz(du, z, o, wanted.added);
       for (int64_t c = 0; c < p.c; c++) {
         exact[i * p.c + c] += dz * w[o * p.c + c];
         grad[o * p.c + c] += dz * of_x[i * p.c + c];

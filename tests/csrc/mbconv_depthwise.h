@@ -61,7 +61,7 @@ inline void test_depthwise(const Problem& problem, bool activated, Wanted wanted
                                 wanted.gate ? gate.floats() : nullptr,
                                 wanted.gate ? q.floats() : nullptr,
                                 norm2.shift.floats(),
-                                norm2.grads(),
+                                norm2.grads(wanted.added),
                                 x.data(),
                                 vectors,
                                 wanted.added ? residual.data() : nullptr,
@@ -78,7 +78,7 @@ inline void test_depthwise(const Problem& problem, bool activated, Wanted wanted
     const int64_t c = to % p.c, nc = to / (out / p.n) * p.c + c;
     const double da2 = wanted.gate ? e[to] * gate[nc] + q[nc] : e[to];
     const double du = da2 * act_slope(norm2.u(z2[to], c));
-    const double dz = norm2.dz(du, z2[to], c);
+    const double dz = norm2.dz(du, z2[to], c, wanted.added);
     da[index(at)] += dz * problem.weight[weight];
     grad[weight] += dz * a[index(at)];
   });

@@ -77,20 +77,29 @@ inline void test_stem_forward(const StemProblem& problem, const Norm& norm, bool
   if (!activated) expect_moments(partial, y, chunks, s.oh, s.ow, s.out);
 }
 
-inline void test_stem_backward(const StemProblem& problem, const Norm& norm, int threads) {
+inline void test_stem_backward(const StemProblem& problem, const Norm& norm, bool by_batch,
+                               int threads) {
   const StemConvShape& s = problem.s;
   const int64_t columns = kernels->mbconv->padded(s.out), depth = s.kh * s.kw * s.c;
   const int64_t tasks = host::stem_weight_tasks(s.n * s.oh, depth * columns);
   Tensor z(problem.out_size(), problem.dtype, -2, 2), grad_y(z.size(), problem.dtype, -1, 1);
   Tensor partial(tasks * depth * columns), grad(s.out * depth);
-  StemBackwardArgs args = {s,          problem.dtype,       problem.image(), grad_y.data(),
-                           z.data(),   norm.shift.floats(), norm.grads(),    partial.floats(),
-                           activation, workspace,           threads};
+  StemBackwardArgs args = {s,
+                           problem.dtype,
+                           problem.image(),
+                           grad_y.data(),
+                           z.data(),
+                           norm.shift.floats(),
+                           norm.grads(by_batch),
+                           partial.floats(),
+                           activation,
+                           workspace,
+                           threads};
   launch("stem_backward", kernels->stem_backward, args);
   Doubles dz(z.size()), exact(grad.size()), sums(grad.size());
   for (int64_t i = 0; i < z.size(); i++) {
     const double du = grad_y[i] * act_slope(norm.u(z[i], i % s.out));
-    dz[i] = norm.dz(du, z[i], i % s.out);
+    dz[i] = norm.dz(du, z[i], i % s.out, by_batch);
   }
   problem.for_products(
       [&](int64_t x, int64_t weight, int64_t out) { exact[weight] += dz[out] * problem.x[x]; });
@@ -120,7 +129,7 @@ inline void test_stem(DType dtype, DType weight_dtype, int threads) {
       const StemProblem problem(s, nchw, dtype, weight_dtype);
       const Norm norm(s.out);
       for (bool activated : {false, true}) test_stem_forward(problem, norm, activated, threads);
-      test_stem_backward(problem, norm, threads);
+      test_stem_backward(problem, norm, nchw, threads);
     }
 }
 

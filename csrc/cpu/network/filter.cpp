@@ -24,9 +24,9 @@ constexpr int kMaxOutputs = 8;
 #endif
 
 // Outputs [0, TILE) of one row and channel vector, stored as T kBlock apart; returns their sum
-// where POOLS. rows[i]: row i of the window at the first column; TAPS = 0 takes the kernel size at
-// run time.
-template <int TAPS, int STEP, int TILE, typename T, typename A, bool POOLS>
+// where the block has squeeze-and-excite. rows[i]: row i of the window at the first column; TAPS =
+// 0 takes the kernel size at run time.
+template <int TAPS, int STEP, int TILE, typename T, typename A>
 EFFNET_NOINLINE Vec filter_tile(T* out, const float* const* rows, int64_t column,
                                 const float* weight, const float* shift, const BlockLayer& layer) {
   Vec sum[TILE];
@@ -58,13 +58,19 @@ EFFNET_NOINLINE Vec filter_tile(T* out, const float* const* rows, int64_t column
     }
   }
   const A act(layer.activation);
+  constexpr bool kHides = std::is_same_v<A, Silu>;  // the time of the sum, wanted or not
   Vec total = {};
 #pragma GCC unroll 16
   for (int t = 0; t < TILE; t++) {
     const Vec y = activate_as<T>(act, sum[t]);
     store(out + t * kBlock<T>, y);
-    if constexpr (POOLS) total += y;
+    if constexpr (kHides)
+      total += y;
+    else
+      sum[t] = y;
   }
+#pragma GCC unroll 16
+  for (int t = 0; t < TILE && !kHides && layer.se_channels > 0; t++) total += sum[t];
   return total;
 }
 
@@ -72,9 +78,9 @@ template <typename T>
 using FilterTile = Vec (*)(T*, const float* const*, int64_t, const float*, const float*,
                            const BlockLayer&);
 
-template <typename T, typename A, bool POOLS, int TAPS, int STEP>
+template <typename T, typename A, int TAPS, int STEP>
 FilterTile<T> filter_tile_of(int64_t outputs) {
-#define EFFNET_TILE(n) filter_tile<TAPS, STEP, n, T, A, POOLS>
+#define EFFNET_TILE(n) filter_tile<TAPS, STEP, n, T, A>
   static constexpr FilterTile<T> tiles[] = {
       EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),  EFFNET_TILE(4),
       EFFNET_TILE(5),  EFFNET_TILE(6),  EFFNET_TILE(7),  EFFNET_TILE(8),
@@ -90,23 +96,23 @@ FilterTile<T> filter_tile_of(int64_t outputs) {
 template <typename T>
 using ChooseTile = FilterTile<T> (*)(int64_t);
 
-template <typename T, typename A, bool POOLS, int TAPS>
+template <typename T, typename A, int TAPS>
 ChooseTile<T> tiles_of(int64_t stride) {
-  return stride == 1 ? filter_tile_of<T, A, POOLS, TAPS, 1> : filter_tile_of<T, A, POOLS, TAPS, 2>;
+  return stride == 1 ? filter_tile_of<T, A, TAPS, 1> : filter_tile_of<T, A, TAPS, 2>;
 }
 
-template <typename T, typename A, bool POOLS>
+template <typename T, typename A>
 ChooseTile<T> tiles_for(int64_t kernel, int64_t stride) {
   // Hard-swish takes the kernel size at run time: tiles of its own would be as much code again.
   if constexpr (!std::is_same_v<A, HardSwish>) {
-    if (kernel == 3) return tiles_of<T, A, POOLS, 3>(stride);
-    if (kernel == 5) return tiles_of<T, A, POOLS, 5>(stride);
+    if (kernel == 3) return tiles_of<T, A, 3>(stride);
+    if (kernel == 5) return tiles_of<T, A, 5>(stride);
   }
-  return tiles_of<T, A, POOLS, 0>(stride);
+  return tiles_of<T, A, 0>(stride);
 }
 
 // What a thread keeps while it goes down the rows of one image and group of channels.
-template <typename T, typename A, bool POOLS>
+template <typename T, typename A>
 struct Band {
   const BlockLayer& layer;
   const BlockShape& shape;
@@ -214,7 +220,7 @@ struct Band {
   // Output rows from the ring, to y, which begins with row `first`; the sums of y to partial.
   void filter(const Activations<T>& y, Range rows, int64_t first, float* partial) const {
     const int64_t kernel = layer.kernel, ow = shape.horizontal.out, stride = layer.stride;
-    const ChooseTile<T> tile_of = tiles_for<T, A, POOLS>(kernel, stride);
+    const ChooseTile<T> tile_of = tiles_for<T, A>(kernel, stride);
     const int64_t tiles = ceil_div(ow, kMaxOutputs), least = ow / tiles, larger = ow % tiles;
     const float* window[kMaxKernel];
     for (int64_t unit = group.begin; unit < group.end; unit++) {
@@ -222,7 +228,7 @@ struct Band {
       if (unit >= units) {
         for (int64_t p = (rows.begin - first) * ow; p < (rows.end - first) * ow; p++)
           std::memset(out + p * kBlock<T>, 0, sizeof(T) * kUnit);
-        if (POOLS) std::memset(partial + unit * kUnit, 0, sizeof(float) * kUnit);
+        std::memset(partial + unit * kUnit, 0, sizeof(float) * kUnit);
         continue;
       }
       const float* const weight = layer.filter + unit * kernel * kernel * kUnit;
@@ -241,13 +247,13 @@ struct Band {
             to += outputs * kBlock<T>, column += outputs * stride * kUnit;
           }
         }
-        if (POOLS) store(partial + unit * kUnit + lane, total);
+        store(partial + unit * kUnit + lane, total);
       }
     }
   }
 };
 
-template <typename T, typename A, bool POOLS>
+template <typename T, typename A>
 bool run(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T> y,
          const BlockMemory<T>& memory, int64_t l2, bool amx, Team team, StemRows<T>* stem,
          int64_t first) {
@@ -269,8 +275,8 @@ bool run(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Images<T
     const int64_t step = i % shape.steps, n = i / shape.steps % x.count;
     const Range of_group = part_of(panels, groups, i / shape.steps / x.count);
     const Range group = Panel::units_of(of_group, units);
-    const Band<T, A, POOLS> band = {
-        layer, shape, memory, stem, amx, ceil_div(layer.channels, kUnit), of_group, group};
+    const Band<T, A> band = {layer,    shape, memory, stem, amx, ceil_div(layer.channels, kUnit),
+                             of_group, group};
     const Range rows = {step * shape.rows, min_of(shape.vertical.out, (step + 1) * shape.rows)};
     const int64_t top = rows.begin * layer.stride - shape.vertical.before;
     const int64_t bottom = (rows.end - 1) * layer.stride - shape.vertical.before + layer.kernel;
@@ -320,11 +326,7 @@ bool run_filter(const BlockLayer& layer, const BlockShape& shape, Images<T> x, I
                 const BlockMemory<T>& memory, int64_t l2, bool amx, Team team, StemRows<T>* stem,
                 int64_t first) {
   return with_activation(layer.activation, [&]<typename A>() {
-    // Beside a clamp the sums would be felt, beside a SiLU they are not.
-    if constexpr (std::is_same_v<A, Clamp>)
-      if (layer.se_channels == 0)
-        return run<T, A, false>(layer, shape, x, y, memory, l2, amx, team, stem, first);
-    return run<T, A, true>(layer, shape, x, y, memory, l2, amx, team, stem, first);
+    return run<T, A>(layer, shape, x, y, memory, l2, amx, team, stem, first);
   });
 }
 

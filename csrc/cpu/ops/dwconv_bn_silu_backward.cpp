@@ -27,7 +27,8 @@ constexpr int64_t kGroupRows = 4;                // rows of dz formed at a time
 constexpr int64_t kDataRows = 2 * kGroupRows;    // rows of grad_x written at a time
 constexpr int64_t kPlaneBytes = 512 << 10;       // planes of dz of a task
 
-// Per channel: u = z * scale + shift, dz = scale * du + (z - mean) * slope + offset.
+// Per channel: u = z * scale + shift, dz = scale * du + (z - mean) * slope + offset, the latter two
+// by the batch alone.
 enum { kScale, kShift, kMean, kSlope, kOffset, kVectors };
 
 struct Layout {
@@ -81,19 +82,16 @@ void pack_vectors(const Task& task) {
     store(out + kScale * kLanes, scale);
     store(out + kShift * kLanes, load_n(args.shift + c, lanes));
     store(out + kMean * kLanes, load_n(args.mean + c, lanes));
-    Vec slope = {}, offset = {};
-    if (args.du_mean) {
-      slope = -scale * load_n(args.rstd + c, lanes) * load_n(args.duzh_mean + c, lanes);
-      offset = -scale * load_n(args.du_mean + c, lanes);
-    }
-    store(out + kSlope * kLanes, slope);
-    store(out + kOffset * kLanes, offset);
+    if (!args.du_mean) continue;
+    store(out + kSlope * kLanes,
+          -scale * load_n(args.rstd + c, lanes) * load_n(args.duzh_mean + c, lanes));
+    store(out + kOffset * kLanes, -scale * load_n(args.du_mean + c, lanes));
   }
 }
 
 // Forms row oh of dz between zero columns, in the order of addresses. Meanwhile the rows of x that
 // its weight gradient is the first to meet are fetched, where they lie beyond the L2 cache.
-template <typename T, typename A>
+template <typename T, typename A, bool BY_BATCH>
 void stage_dz(const Task& task, int64_t oh) {
   const DwconvBackwardArgs& args = task.args;
   const int64_t vecs = task.block.vecs, pitch = task.layout.pitch * kLanes;
@@ -109,6 +107,7 @@ void stage_dz(const Task& task, int64_t oh) {
   const auto form = [&](const float* vectors, Vec zv, Vec dy) {
     const Vec scale = load(vectors + kScale * kLanes);
     const Vec du = dy * act.slope(zv * scale + load(vectors + kShift * kLanes));
+    if constexpr (!BY_BATCH) return scale * du;  // 0 times an infinite z would be NaN
     return scale * du + ((zv - load(vectors + kMean * kLanes)) * load(vectors + kSlope * kLanes) +
                          load(vectors + kOffset * kLanes));
   };
@@ -351,7 +350,9 @@ bool backward(const DwconvBackwardArgs& args) {
   const Blocks blocks(s.c, tasks, args.threads, kPlaneBytes / (layout.floats_per_vec * 4));
   const int64_t floats = layout.patch + blocks.vecs * layout.floats_per_vec;
   const bool fetch_ahead = args.grad_weight && beyond_l2(s, s.n, sizeof(T));
-  const auto stage = with_activation(args.activation, []<typename A>() { return &stage_dz<T, A>; });
+  const auto stage = with_activation(args.activation, [&]<typename A>() {
+    return args.du_mean ? &stage_dz<T, A, true> : &stage_dz<T, A, false>;
+  });
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
 #pragma omp parallel for num_threads(args.threads) schedule(static)

@@ -15,9 +15,8 @@
 // Source:   original; Ioffe and Szegedy 2015, section 3, for the gradient through BatchNorm
 // Truth:    effnet_fast/reference/stem_conv_bn_silu.py
 #include "cpu/kernels.h"
+#include "cpu/ops/stem_rows.h"
 #include "cpu/simd/activations.h"
-#include "cpu/simd/moments.h"
-#include "cpu/stem_args.h"
 
 #include "common/stem_split.h"
 
@@ -27,80 +26,14 @@ namespace {
 
 constexpr int kVecs = 2;  // vectors of output channels side by side
 #if defined(__AVX512F__)
-constexpr int kPixels = 14, kTaps = 12;  // 28 and 24 accumulators of 32 registers
+constexpr int kTaps = 12;  // 24 accumulators of 32 registers
 #else
-constexpr int kPixels = 6, kTaps = 5;
+constexpr int kTaps = 5;
 #endif
 constexpr int64_t kChain = 128;  // products added up in one chain: longer ones lose digits
 constexpr int64_t kBlock = 8;    // pixels per visit of a channel vector
 
 EFFNET_INLINE int64_t padded(int64_t c) { return ceil_div(c, kLanes) * kLanes; }
-
-template <typename T>
-EFFNET_INLINE const T* at(const void* data, int64_t i) {
-  return static_cast<const T*>(data) + i;
-}
-
-// The input rows under a row of the output, [Kh][pixels][C] in fp32, zero where x has no pixel.
-template <typename T>
-class Rows {
- public:
-  Rows(const StemConvShape& s, const StemImage& x, float* memory)
-      : s_(s), x_(x), memory_(memory), length_(length(s)) {
-    std::memset(memory, 0, sizeof(float) * static_cast<size_t>(floats(s)));
-    held_ = reinterpret_cast<int64_t*>(memory + (s.kh + 1) * length_);
-    forget();
-  }
-  static int64_t length(const StemConvShape& s) {
-    // The last tile may be computed beyond the row's end.
-    const int64_t reached = (s.ow + kPixels - 2) * s.stride_w + s.kw;
-    return whole_lines(max_of(s.pad_l + s.w, reached) * s.c + kLanes);
-  }
-  static int64_t floats(const StemConvShape& s) {
-    return (s.kh + 1) * length(s) + whole_lines(2 * s.kh);
-  }
-  // Makes row oy of image n the current one.
-  void move_to(int64_t n, int64_t oy) {
-    if (n != image_) forget();
-    image_ = n, first_ = oy * s_.stride_h - s_.pad_t;
-    for (int64_t iy = max_of(first_, 0); iy < min_of(first_ + s_.kh, s_.h); iy++) {
-      const int64_t slot = iy % s_.kh;
-      if (held_[slot] == iy) continue;
-      held_[slot] = iy;
-      copy(memory_ + slot * length_ + s_.pad_l * s_.c, n, iy);
-    }
-  }
-  bool has(int64_t ky) const { return first_ + ky >= 0 && first_ + ky < s_.h; }
-  // Row ky of the kernel over the current row, from its first output pixel's first tap.
-  const float* operator[](int64_t ky) const {
-    return memory_ + (has(ky) ? (first_ + ky) % s_.kh : s_.kh) * length_;
-  }
-
- private:
-  void forget() {
-    for (int64_t i = 0; i < s_.kh; i++) held_[i] = -1;
-  }
-  void copy(float* to, int64_t n, int64_t iy) const {
-    const T* from = at<T>(x_.data, n * x_.n_stride + iy * x_.h_stride);
-    const int64_t count = s_.w * s_.c;
-    if (x_.w_stride == s_.c && (x_.c_stride == 1 || s_.c == 1)) {
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const int64_t lanes = min_of(kLanes, count - i);
-        store_n(to + i, load_n(from + i, lanes), lanes);
-      }
-      return;
-    }
-    for (int64_t c = 0; c < s_.c; c++)
-      for (int64_t i = 0; i < s_.w; i++)
-        to[i * s_.c + c] = load_scalar(from + c * x_.c_stride, sizeof(T) == 2, i * x_.w_stride);
-  }
-
-  const StemConvShape& s_;
-  const StemImage& x_;
-  float* memory_;
-  int64_t* held_;  // which input row each slot has
-  int64_t length_, image_ = -1, first_ = 0;
-};
 
 // Calls f.template operator()<VECS>(first vector) for groups of the output channels' vectors.
 template <typename F>
@@ -269,7 +202,7 @@ bool forward(const StemForwardArgs& args) {
 }
 
 // dz of a row of `pixels` into groups [pixels][VECS * kLanes], zero in lanes beyond the channels.
-template <typename T, typename A>
+template <typename T, typename A, bool BY_BATCH>
 void form_dz(float* dz, const StemBackwardArgs& args, const T* grad_y, const T* z, int64_t pixels) {
   const int64_t out = args.shape.out, vecs = ceil_div(out, kLanes);
   const A act(args.activation);
@@ -281,14 +214,15 @@ void form_dz(float* dz, const StemBackwardArgs& args, const T* grad_y, const T* 
       float* const to = dz + first * kLanes * pixels + (v - first) * kLanes;
       const Vec scale = load_n(args.grad.scale + c, lanes), shift = load_n(args.shift + c, lanes);
       const Vec mean = load_n(args.grad.mean + c, lanes);
-      const Vec slope = load_n(args.grad.slope + c, lanes);
-      const Vec offset = load_n(args.grad.offset + c, lanes);
+      const Vec slope = BY_BATCH ? load_n(args.grad.slope + c, lanes) : Vec{};
+      const Vec offset = BY_BATCH ? load_n(args.grad.offset + c, lanes) : Vec{};
       fetch<kBlock>(z + end * out + v * kLanes * kBlock);
       fetch<kBlock>(grad_y + end * out + v * kLanes * kBlock);
       for (int64_t p = begin; p < end; p++) {
         const Vec value = load_n(z + p * out + c, lanes);
         const Vec du = load_n(grad_y + p * out + c, lanes) * act.slope(value * scale + shift);
-        store(to + p * width, du * scale + ((value - mean) * slope + offset));
+        const Vec means = BY_BATCH ? (value - mean) * slope + offset : Vec{};
+        store(to + p * width, du * scale + means);
       }
     }
   }
@@ -364,7 +298,9 @@ bool backward(const StemBackwardArgs& args) {
   const int64_t floats = row_floats + whole_lines(s.ow * padded(s.out));
   float* const memory = args.workspace(args.threads * floats);
   if (!memory) return false;
-  const auto form = with_activation(args.activation, []<typename A>() { return &form_dz<T, A>; });
+  const auto form = with_activation(args.activation, [&]<typename A>() {
+    return args.grad.slope ? &form_dz<T, A, true> : &form_dz<T, A, false>;
+  });
 #pragma omp parallel num_threads(args.threads)
   {
     float* const own_memory = memory + omp_get_thread_num() * floats;

@@ -12,7 +12,8 @@ struct NormVectors {
 };
 
 // dz = scale * du + (z - mean) * slope + offset: BatchNorm's backward with its two means. All [C];
-// slope and offset are 0 where BatchNorm does not normalise by the batch.
+// slope and offset are null where BatchNorm does not normalise by the batch: 0 times an infinite z
+// would be NaN, where the slope of an activation may be finite.
 struct GradVectors {
   const float *scale, *mean, *slope, *offset;
 };

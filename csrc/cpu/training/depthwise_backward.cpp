@@ -94,7 +94,7 @@ const T* row_of(const void* image, const Task& task, int64_t h, int64_t rows, in
 }
 
 // Forms row oh of dz2, and fetches that of the next group.
-template <typename T, typename A>
+template <typename T, typename A, bool BY_BATCH>
 void stage_dz(const Task& task, int64_t oh) {
   const DwconvShape& s = task.args.shape;
   const T* z = row_of<T>(task.args.z2, task, oh, s.oh, s.ow);
@@ -111,8 +111,9 @@ void stage_dz(const Task& task, int64_t oh) {
     const Vec zv = load_n(z + j * s.c + v * kLanes, lanes);
     const Vec grad = load_n(e + j * s.c + v * kLanes, lanes) * vector(kGate) + vector(kQ);
     const Vec du = grad * act.slope(zv * vector(kScale) + vector(kShift));
-    store(plane + v * pitch + j * kLanes,
-          vector(kScale) * du + ((zv - vector(kMean)) * vector(kSlope) + vector(kOffset)));
+    Vec dz = vector(kScale) * du;
+    if constexpr (BY_BATCH) dz += (zv - vector(kMean)) * vector(kSlope) + vector(kOffset);
+    store(plane + v * pitch + j * kLanes, dz);
   });
 }
 
@@ -347,8 +348,9 @@ bool run(const DepthwiseBackwardArgs& args) {
   float* const scratch = args.workspace(floats * args.threads);
   if (!scratch) return false;
   const bool stream = streams<T>(args.f, s.n * s.h * s.w * s.c, s.c);
-  const Stages stages = with_activation(
-      args.activation, []<typename A>() { return Stages{stage_dz<T, A>, stage_a<T, A>}; });
+  const Stages stages = with_activation(args.activation, [&]<typename A>() {
+    return Stages{args.grad.slope ? stage_dz<T, A, true> : stage_dz<T, A, false>, stage_a<T, A>};
+  });
 #pragma omp parallel for num_threads(args.threads) schedule(static)
   for (int64_t index = 0; index < parts * blocks.count; index++) {
     const int64_t part = index / blocks.count;

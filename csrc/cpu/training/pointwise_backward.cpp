@@ -28,6 +28,13 @@ namespace {
 template <typename T, typename F>
 EFFNET_INLINE void stage_dz_of(float* panels, const T* z, int64_t pixels, int64_t c,
                                const GradVectors& vectors, float row_scale, const F& du) {
+  if (!vectors.slope) {
+    for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
+      const Vec value = load_n(z + p * c + i, lanes), scale = load_n(vectors.scale + i, lanes);
+      store(panels + at, du(value, scale, i, p, lanes) * (scale * row_scale));
+    });
+    return;
+  }
   for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
     const Vec value = load_n(z + p * c + i, lanes), scale = load_n(vectors.scale + i, lanes);
     const Vec centred = value - load_n(vectors.mean + i, lanes);
