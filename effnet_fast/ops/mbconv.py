@@ -250,10 +250,10 @@ def mbconv(
     squeeze = params.squeeze
     tensors = (*(params.expand or ()), *params.depthwise, *(squeeze or ()), *params.project)
     kernel = (params.depthwise.weight.shape[2], params.depthwise.weight.shape[3])
+    activations: tuple[str, ...] = (config.activation, config.se_activation)
+    gate: str | None = config.gate
     if squeeze is None:
-        activations, gate = (config.activation,), None
-    else:
-        activations, gate = (config.activation, config.se_activation), config.gate
+        activations, gate = activations[:1], None
     args = OpArgs(x, tensors, kernel, config.stride, False, activations, gate)
     chosen = resolve(backend, "mbconv", args)
     if row_scale is not None and row_scale.requires_grad and torch.is_grad_enabled():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tiers
+from activated import SPREAD
 from effnet_fast.ops.cuda import dwconv_bn_silu as depthwise
 from effnet_fast.ops.cuda import squeeze_excite as excitation
 from effnet_fast.ops.cuda import statistics
