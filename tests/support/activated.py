@@ -21,23 +21,17 @@ APART = {
     "hardswish": (-6.0, 0.0, 6.0),
     "hardsigmoid": (-6.0, 0.0, 6.0),
 }
-ALIVE = {"relu": (3.0,), "relu6": (3.0,), "hardswish": (0.0, 6.0)}
 NARROW = 0.3
 # Before which of an op's activations and gates its parameters stand.
 _BEFORE = {"activation": ("bn_weight", "reduce_weight"), "gate": ("expand_weight",)}
 
 
-def apart(
-    weight: Tensor, bias: Tensor | None, kind: str, alive: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias [C] before an activation or gate, for values apart from its bounds.
-
-    alive: no channel is constant, as in front of a BatchNorm, which would blow up its rounding.
-    """
+def _apart(weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias [C] before an activation or gate, for values apart from its bounds."""
     if kind not in APART:
         return weight, bias
     count = weight.shape[0]
-    values = torch.tensor((ALIVE if alive else APART)[kind]).repeat(count)[:count]
+    values = torch.tensor(APART[kind]).repeat(count)[:count]
     return weight * NARROW, values.to(weight.dtype)
 
 
@@ -57,7 +51,7 @@ def activated(
             for name in _BEFORE[option]:
                 weight, bias = tensors.get(name), name.replace("weight", "bias")
                 if weight is not None:
-                    tensors[name], tensors[bias] = apart(weight, tensors[bias], kind)
+                    tensors[name], tensors[bias] = _apart(weight, tensors[bias], kind)
         if "act" in options:
             kinds = {"act": kinds["activation"]}
         return tensors, options | kinds

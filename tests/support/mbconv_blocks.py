@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import activated
 from activated import SPREAD
 from allocations import poisoned
 from cases import MBConvCase
@@ -71,7 +70,6 @@ def block_call(
     activation: str = "silu",
     se_activation: str = "silu",
     gate: str = "sigmoid",
-    apart: bool = False,
 ) -> BlockCall:
     """mbconv on random values; every z has a variance of about 1.
 
@@ -79,7 +77,6 @@ def block_call(
         dropped: whether drop-path drops the first image's body and scales the others.
         squeeze: whether it has a squeeze-and-excite.
         activation, se_activation, gate: as `MBConvConfig` has them; what has bounds meets them.
-        apart: whether it keeps apart from them instead.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -93,22 +90,15 @@ def block_call(
         positive = torch.rand(2, out, generator=generator) + 0.5
         return ConvParams(weight, positive[0], 0.3 * normal(out), 0.3 * normal(out), positive[1])
 
-    def before_activation(layer: ConvParams, alive: bool = False) -> ConvParams:
+    def activated(layer: ConvParams) -> ConvParams:
         assert layer.bn_weight is not None
-        if apart:
-            weight, bias = activated.apart(layer.bn_weight, layer.bn_bias, activation, alive)
-            return layer._replace(bn_weight=weight, bn_bias=bias)
         return layer._replace(bn_weight=layer.bn_weight * SPREAD.get(activation, 1.0))
 
-    wide = 1.0 if apart else SPREAD.get(gate, 1.0)
-    expand = (
-        before_activation(layer(case.expanded, case.c, 1), True)
-        if case.expanded != case.c
-        else None
-    )
+    wide = SPREAD.get(gate, 1.0)
+    expand = activated(layer(case.expanded, case.c, 1)) if case.expanded != case.c else None
     layers: dict[str, Any] = {
         "expand": expand,
-        "depthwise": before_activation(layer(case.expanded, 1, case.k)),
+        "depthwise": activated(layer(case.expanded, 1, case.k)),
     }
     excite = SqueezeExciteParams(
         normal(case.r, case.expanded, 1, 1) / case.expanded**0.5,
@@ -116,9 +106,6 @@ def block_call(
         wide * normal(case.expanded, case.r, 1, 1) / case.r**0.5,
         wide * 0.3 * normal(case.expanded),
     )
-    if apart:
-        first = activated.apart(*excite[:2], se_activation)
-        excite = SqueezeExciteParams(*first, *activated.apart(*excite[2:], gate))
     layers |= {"squeeze": excite if squeeze else None, "project": layer(case.out, case.expanded, 1)}
     tensors: dict[str, Tensor | None] = {
         "x": channels_last(normal(case.n, case.c, case.h, case.w).to(dtypes.x))
