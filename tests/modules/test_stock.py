@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effnet_fast
+import surgery
 from edit_kinds import CLASSES, FUNCTIONS
 from effnet_fast import use_backend
 from effnet_fast.inference.cpu_engine import CpuEngine
@@ -28,7 +29,6 @@ from effnet_fast.modules import (
     structure,
 )
 from effnet_fast.modules.explain import explain
-import surgery
 from networks import MINI, assert_alike, calibrated_state, random_images, run_network
 
 X = random_images(2, 32)
