@@ -162,8 +162,7 @@ def test_a_gate_without_a_norm_is_refused() -> None:
     x, weight = torch.zeros(1, 4, 2, 2), torch.zeros(4, 4)
     gate, z, norm = torch.ones(1, 4), torch.zeros(1, 4, 2, 2), torch.zeros(5, 4)
     tensors = x.data_ptr(), 0, gate.data_ptr(), weight.data_ptr()
-    silu = (0, 0.0, 0.0)
-    rest = (0, 0, 0, 0), 1e-5, z.data_ptr(), norm.data_ptr(), silu, 1
+    rest = (0, 0, 0, 0), 1e-5, z.data_ptr(), norm.data_ptr(), (0, 0.0, 0.0), 1
     with pytest.raises(ValueError, match="a gate needs the norm of x"):
         native.load().mbconv_pointwise("", (1, 4, 4, 4), False, False, *tensors, *rest)
 
