@@ -23,7 +23,8 @@ from torch import Tensor
 
 from effnet_fast.pretrained.images import ImageClassification
 from effnet_fast.pretrained.packages import Package
-from effnet_fast.pretrained.sets import (
+from effnet_fast.pretrained.tables import (
+    HOST,
     LITE_BORDER,
     LITE_MEAN,
     LITE_RECIPE,
@@ -34,7 +35,6 @@ from effnet_fast.pretrained.sets import (
     Row,
 )
 
-HOST = "https://download.pytorch.org/models/"
 CATEGORIES = Path(__file__).with_name("imagenet_categories.txt").read_text("utf-8").splitlines()
 
 Member = TypeVar("Member", bound="WeightsEnum")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import effnet_fast
 from effnet_fast.pretrained import images
-from effnet_fast.pretrained.sets import LITE_BORDER, LITE_MEAN, LITE_STD
+from effnet_fast.pretrained.tables import LITE_BORDER, LITE_MEAN, LITE_STD
 from networks import Trio
 
 # What a photograph shows: the package that ships it, its file, and the class that Lite0 names.

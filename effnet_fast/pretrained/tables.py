@@ -1,12 +1,10 @@
-"""What is known of the published weights: files, accuracies, sizes and preprocessing.
-
-Sources: see `weights`.
-"""
+"""The published sets of weights as data: files, accuracies and what their images need."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+HOST = "https://download.pytorch.org/models/"
 REFERENCES = "https://github.com/pytorch/vision/tree/main/references/classification"
 V1_RECIPE = f"{REFERENCES}#efficientnet-v1"
 LITE_RECIPE = "https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite"
@@ -15,8 +13,6 @@ V2_RECIPE = "https://github.com/pytorch/vision/issues/3995#new-recipe-with-lr-wd
 
 
 class Row(NamedTuple):
-    """One set that has a file at torchvision's host."""
-
     file: str  # under HOST, without efficientnet_ and .pth; its end is the SHA-256's beginning
     top1: float  # per cent of ImageNet-1K's validation images, at this crop
     top5: float
@@ -66,8 +62,6 @@ ROWS = {
 
 
 class LiteRow(NamedTuple):
-    """One set that comes in a package."""
-
     size: str  # "lite0"
     hash: str  # the file's SHA-256 begins so
     top1: float  # per cent, of TensorFlow's checkpoint
