@@ -25,8 +25,8 @@ from torch import Tensor
 from . import tuning
 from .elementwise import (
     activated,
-    activation_slope,
     add_exactly,
+    grad_through,
     load_norm,
     load_vector,
     sum_rows,
@@ -104,7 +104,7 @@ def bn_sums_kernel(
         at = row[:, None] * channels + c[None, :]
         value = tl.load(z + first * channels + at, mask=inside, other=0.0).to(tl.float32)
         du = tl.load(grad + first * channels + at, mask=inside, other=0.0).to(tl.float32)
-        du *= activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
+        du = grad_through(du, value * scale[None, :] + shift[None, :], lo, hi, ACT)
         if row_scale is not None:
             image = image_of(first, row, pixels)
             du *= tl.load(row_scale + image, mask=row_inside, other=0.0).to(tl.float32)[:, None]
@@ -136,7 +136,7 @@ def bn_act_bwd_kernel(
         vector_at = image_of(first, row, pixels)[:, None] * channels + c[None, :]
         du *= tl.load(gate + vector_at, mask=inside, other=0.0)
         du += tl.load(offset + vector_at, mask=inside, other=0.0)
-    du *= activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
+    du = grad_through(du, value * scale[None, :] + shift[None, :], lo, hi, ACT)
     if sums is not None:
         du_mean = load_vector(sums, c, c_inside, 0.0) * inverse
         slope = load_vector(sums + channels, c, c_inside, 0.0) * inverse

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .elementwise import activated, activation_slope, load_norm
+from .elementwise import activated, grad_through, load_norm
 from .folds import fold_sums
 from .launching import (
     activation_constants,
@@ -81,7 +81,7 @@ def dwconv_bwd_data_kernel(
         at = pixel[:, None] * channels + c[None, :]
         if norm is not None:
             value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-            acc *= activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
+            acc = grad_through(acc, value * scale[None, :] + shift[None, :], lo, hi, ACT)
             f = tl.where(inside, acc.to(grad_x.dtype.element_ty).to(tl.float32), 0.0)
             f_sum += f
             product_sum += tl.where(inside, f * ((value - mean[None, :]) * rstd[None, :]), 0.0)

@@ -24,7 +24,7 @@ def silu_grad(u):
 
 @triton.jit
 def clamp(u, lo, hi):
-    """u between lo and hi, a bound that is None bounding nothing; NaN stays NaN."""
+    """u between lo and hi, a bound that is None or NaN bounding nothing; NaN stays NaN."""
     if lo is not None:
         u = tl.where(u < lo, lo, u)
     if hi is not None:
@@ -53,6 +53,19 @@ def activation_slope(u, lo, hi, ACT: tl.constexpr):
         if hi is not None:
             slope = tl.where(u >= hi, 0.0, slope)
         return slope
+
+
+@triton.jit
+def grad_through(grad, u, lo, hi, ACT: tl.constexpr):
+    """u's gradient from that of act(u): behind a bound 0, whatever grad is, as PyTorch's."""
+    if ACT == "silu":
+        return grad * silu_grad(u)
+    else:
+        if lo is not None:
+            grad = tl.where(u <= lo, 0.0, grad)
+        if hi is not None:
+            grad = tl.where(u >= hi, 0.0, grad)
+        return grad
 
 
 @triton.jit

@@ -70,18 +70,18 @@ def start(
 def activation_constants(activation: str) -> tuple[str, tuple[float | None, float | None]]:
     """An activation as kernels take it: their constant ACT, and their arguments lo and hi.
 
-    A bound is None where there is none: a build for the identity has nothing of it, and the builds
-    for SiLU have no bounds.
+    SiLU and the identity have no bounds, which are None then, and a build each. All other clamps
+    share one: of a bound that is NaN no comparison is true.
 
     Raises:
         ValueError: no kernel has the activation.
     """
-    kind, *bounds = kernel_activation(activation)
+    kind, lo, hi = kernel_activation(activation)
     if kind >= len(_ACTS):
         known = " and ".join(_ACTS)
         raise ValueError(f"activation: the Triton kernels have {known}, got {activation!r}")
-    lo, hi = (None if math.isnan(bound) else bound for bound in bounds)
-    return _ACTS[kind], (lo, hi)
+    bounds = (None, None) if math.isnan(lo) and math.isnan(hi) else (lo, hi)
+    return _ACTS[kind], bounds
 
 
 def units(*sizes: int) -> tuple[int, ...]:

@@ -29,8 +29,8 @@ from .bn_act import image_of, tile_of
 from .elementwise import (
     activated,
     activated_with_slope,
-    activation_slope,
     gate_of,
+    grad_through,
     grad_through_gate,
     load_norm,
     load_vector,
@@ -157,7 +157,7 @@ def excite_kernel(
     if GATED:
         acc = gate_of(acc, GATE)
     if hidden is not None:
-        acc *= activation_slope(tl.load(hidden + at, mask=inside, other=0.0), lo, hi, ACT)
+        acc = grad_through(acc, tl.load(hidden + at, mask=inside, other=0.0), lo, hi, ACT)
     tl.store(out + at, acc, mask=inside)
     if row_sums is not None:
         tl.store(row_sums + i, total, mask=i < tl.where(tl.program_id(1) == 0, out_i, 0))

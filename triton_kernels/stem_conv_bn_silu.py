@@ -31,7 +31,7 @@ from . import tuning
 from .bn_act import launch_bn_act_fwd, launch_bn_sums
 from .elementwise import (
     activated,
-    activation_slope,
+    grad_through,
     load_affine,
     load_norm,
     load_vector,
@@ -142,7 +142,7 @@ def load_dz(
     scale, shift, mean, rstd = load_norm(norm, channels, n, n_inside)
     value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
     du = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    du *= activation_slope(value * scale[None, :] + shift[None, :], lo, hi, ACT)
+    du = grad_through(du, value * scale[None, :] + shift[None, :], lo, hi, ACT)
     if sums is not None:
         du_mean = load_vector(sums, n, n_inside, 0.0) * inverse
         slope = load_vector(sums + channels, n, n_inside, 0.0) * inverse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from activation_calls import kinds_of, one_pixel, special
+from activation_calls import exactly_convolved, kinds_of, one_pixel, special
 from effnet_fast import ops
 from effnet_fast.backends import CUDA, OpArgs
 from effnet_fast.backends.base import kernel_reason
@@ -36,7 +36,7 @@ SAMPLES = ("dwconv_eval", "dwconv_train", "squeeze_excite")
 def test_ops(activation: str, dtypes: Dtypes, backend: str) -> None:
     """Outputs, gradients and statistics; and the inference of the depthwise convolution."""
     for name in SAMPLES:
-        call = sample(name, dtypes)
+        call = exactly_convolved(sample(name, dtypes))
         for kinds in kinds_of(call, activation):
             check(call.activated(apart=True, **kinds), backend)
     check(sample("dwconv_eval", dtypes).activated(activation=activation), backend, wanted=())
@@ -66,9 +66,10 @@ def test_at_the_bounds(activation: str, dtypes: Dtypes, backend: str) -> None:
     for y in (actual["y"], plain["y"]):
         assert_same_places(y, stock["y"])
         torch.testing.assert_close(y, stock["y"], equal_nan=True)
-    numbers = ~call.x.isnan()
-    assert torch.equal(actual["grad x"][numbers], stock["grad x"][numbers])
-    assert float(actual["grad x"][~numbers]) == 1.0
+    # Stock's BatchNorm makes 0 of a subnormal bf16.
+    normal = (call.x.abs() >= torch.finfo(dtypes.x).tiny) | (call.x == 0)
+    assert torch.equal(actual["grad x"][normal], stock["grad x"][normal])
+    assert float(actual["grad x"][call.x.isnan()]) == 1.0
 
 
 @NEEDS_SIMT

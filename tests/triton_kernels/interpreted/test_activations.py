@@ -20,6 +20,7 @@ from effnet_fast.triton_kernels.elementwise import (
     activated_with_slope,
     activation_slope,
     gate_of,
+    grad_through,
     grad_through_gate,
 )
 from effnet_fast.triton_kernels.launching import activation_constants
@@ -59,9 +60,9 @@ BLOCKS = [
 
 @triton.jit
 def apply_kernel(x, y, lo, hi, SIZE: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr):
-    """y [6,SIZE]: act, its slope, both again, the gate, and what of a gradient of 1 goes through.
+    """y [7,SIZE]: act, its slope, both again, and what of a gradient of 1 goes through it.
 
-    The last takes x as the gate.
+    Then the gate, and what of a gradient of 1 goes through a gate of x.
     """
     at = tl.arange(0, SIZE)
     u = tl.load(x + at)
@@ -70,13 +71,15 @@ def apply_kernel(x, y, lo, hi, SIZE: tl.constexpr, ACT: tl.constexpr, GATE: tl.c
     value, slope = activated_with_slope(u, lo, hi, ACT)
     tl.store(y + 2 * SIZE + at, value)
     tl.store(y + 3 * SIZE + at, slope)
-    tl.store(y + 4 * SIZE + at, gate_of(u, GATE))
-    tl.store(y + 5 * SIZE + at, grad_through_gate(u * 0.0 + 1.0, u, GATE))
+    one = tl.full([SIZE], 1.0, tl.float32)
+    tl.store(y + 4 * SIZE + at, grad_through(one, u, lo, hi, ACT))
+    tl.store(y + 5 * SIZE + at, gate_of(u, GATE))
+    tl.store(y + 6 * SIZE + at, grad_through_gate(one, u, GATE))
 
 
 def applied(activation: str, gate: str) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.tensor(VALUES + [0.5] * (32 - len(VALUES)))
-    y = torch.empty(6, 32)
+    y = torch.empty(7, 32)
     act, bounds = activation_constants(activation)
     apply_kernel[1,](x, y, *bounds, SIZE=32, ACT=act, GATE=gate)
     return x, y
@@ -91,18 +94,17 @@ def test_clamps_at_the_bounds(activation: str) -> None:
     x, y = applied(activation, "sigmoid")
     slope = activation_backward(torch.ones_like(x), x, activation)
     slope[x.isnan()] = 1.0
-    for row, expected in zip(y, (activate(x, activation), slope) * 2, strict=False):
+    for row, expected in zip(y, (*(activate(x, activation), slope) * 2, slope), strict=False):
         torch.testing.assert_close(row, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_hard_gate_at_the_bounds() -> None:
     x, y = applied("relu", "hardsigmoid")
-    torch.testing.assert_close(y[4], F.hardsigmoid(x), equal_nan=True)
-    assert torch.equal(y[4] == 1, x >= 3)
-    assert torch.equal(y[4] == 0, x <= -3)
+    torch.testing.assert_close(y[5], F.hardsigmoid(x), equal_nan=True)
+    assert torch.equal(y[5] == 1, x >= 3)
+    assert torch.equal(y[5] == 0, x <= -3)
     inside = torch.where((x > 0) & (x < 1), 1.0 / 6.0, 0.0)
-    finite = x.isfinite()
-    torch.testing.assert_close(y[5][finite], inside[finite])
+    torch.testing.assert_close(y[6], inside)
 
 
 @pytest.mark.parametrize("dtypes", some((FP32, FP16), (FP32,)))

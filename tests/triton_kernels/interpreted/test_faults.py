@@ -27,8 +27,8 @@ def relu(u, lo, hi, ACT: tl.constexpr):
 
 
 @triton.jit
-def sigmoid_only(u, lo, hi, ACT: tl.constexpr):
-    return 1.0 / (1.0 + tl.exp(-u))
+def sigmoid_only(grad, u, lo, hi, ACT: tl.constexpr):
+    return grad / (1.0 + tl.exp(-u))
 
 
 @triton.jit
@@ -39,6 +39,11 @@ def open_clamp(u, lo, hi):
 @triton.jit
 def slope_of_one(u, lo, hi, ACT: tl.constexpr):
     return u * 0.0 + 1.0
+
+
+@triton.jit
+def all_of_it(grad, u, lo, hi, ACT: tl.constexpr):
+    return grad
 
 
 @triton.jit
@@ -70,21 +75,21 @@ FAULTS = (
     ("pointwise_bn_act", "activated", relu),
     ("dwconv_bn_silu", "activated", relu),
     ("dwconv_backward", "activated", relu),
-    ("dwconv_backward", "activation_slope", sigmoid_only),
-    ("bn_act", "activation_slope", sigmoid_only),
+    ("dwconv_backward", "grad_through", sigmoid_only),
+    ("bn_act", "grad_through", sigmoid_only),
     ("bn_act", "image_of", first_image),
     ("pointwise_bn_act", "image_of", first_image),
     ("pointwise_backward", "image_of", first_image),
     ("pointwise_backward", "load_dz", without_means),
     ("pointwise_bn_act", "tile_statistics", without_deviation),
     ("squeeze_excite", "activated", relu),
-    ("squeeze_excite", "activation_slope", sigmoid_only),
+    ("squeeze_excite", "grad_through", sigmoid_only),
 )
 # The same with ReLU6 and a hard sigmoid in the place of SiLU and sigmoid.
 CLAMP_FAULTS = (
     ("elementwise", "clamp", open_clamp),
-    ("dwconv_backward", "activation_slope", slope_of_one),
-    ("bn_act", "activation_slope", slope_of_one),
+    ("dwconv_backward", "grad_through", all_of_it),
+    ("bn_act", "grad_through", all_of_it),
     ("elementwise", "activation_slope", slope_of_one),
     ("squeeze_excite", "grad_through_gate", half_gate_gradient),
 )

@@ -100,8 +100,8 @@ def test_auto_takes_other_backends_here() -> None:
 
 
 @triton.jit
-def sigmoid_only(u, lo, hi, ACT: tl.constexpr):
-    return 1.0 / (1.0 + tl.exp(-u))
+def sigmoid_only(grad, u, lo, hi, ACT: tl.constexpr):
+    return grad / (1.0 + tl.exp(-u))
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def without_deviation(z, mask, count):
 
 
 FAULTS = {
-    "activation_slope": sigmoid_only,
+    "grad_through": sigmoid_only,
     "weight_offset": in_order,
     "load_dz": without_means,
     "tile_statistics": without_deviation,
