@@ -38,7 +38,7 @@ def test_ops(activation: str, dtypes: Dtypes, backend: str) -> None:
     for name in SAMPLES:
         call = exactly_convolved(sample(name, dtypes))
         for kinds in kinds_of(call, activation):
-            check(call.activated(apart=True, **kinds), backend)
+            check(call.activated(**kinds), backend)
     check(sample("dwconv_eval", dtypes).activated(activation=activation), backend, wanted=())
 
 

@@ -162,9 +162,9 @@ class Call:
     def with_options(self, **options: Any) -> Call:
         return replace(self, options=self.options | options)
 
-    def activated(self, *, apart: bool = False, **kinds: str) -> Call:
-        """With another activation or gate, whose bounds many values meet, or none."""
-        tensors, options = activated.activated(self.tensors, self.options, kinds, apart)
+    def activated(self, **kinds: str) -> Call:
+        """With another activation or gate, whose bounds many values meet."""
+        tensors, options = activated.activated(self.tensors, self.options, kinds)
         return replace(self, tensors=tensors, options=options)
 
     @property
