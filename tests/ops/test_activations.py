@@ -35,12 +35,15 @@ from second_derivatives import second_derivatives
 from tiers import AVAILABLE
 from tolerances import assert_same_places
 
-SLOW_RUNS = [(BF16, "cpu"), *((FP32, name) for name in AVAILABLE[:2])]
 OTHERS = [name for name in ACTIVATIONS if name != "silu"]
-# tests/csrc runs the kernels of the other sets with every activation.
+# tests/csrc runs the kernels of every set with every activation.
 ANY_RUN = pytest.mark.parametrize(
     ("dtypes", "backend"),
-    [(FP32, "cpu"), *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_RUNS)],
+    [
+        (FP32, "cpu"),
+        pytest.param(BF16, "cpu", marks=pytest.mark.slow),
+        *(pytest.param(FP32, name, marks=pytest.mark.exhaustive) for name in AVAILABLE[:2]),
+    ],
     ids=str,
 )
 ANY_ACTIVATION = pytest.mark.parametrize("activation", OTHERS)
