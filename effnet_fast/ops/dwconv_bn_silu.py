@@ -174,7 +174,7 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
         return eval_op(x, *layer, stride, padding, eps, activation, backend)[0]
     move = Moves((norm, layer, output_shape(x, layer[0].shape[-1], stride, padding)))
     if call.needs_grad:
-        rest = (stride, padding, training, eps, activation, backend, move.inside)
+        rest = (stride, padding, training, eps, activation, backend, move if move.inside else None)
         y, mean, var = DwconvBnSilu.apply(x, *layer, *rest)
     else:
         z, mean, var = train_op(x, layer[0], stride, padding, backend)

@@ -197,7 +197,7 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
     if call.needs_grad:
         excite = layers.excite or _NO_EXCITE
         flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *excite, *layers.project
-        y, *norms = MBConv.apply(x, row_scale, call, move.inside, *flat)
+        y, *norms = MBConv.apply(x, row_scale, call, move if move.inside else None, *flat)
     else:
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
         norms = [saved.norm1, saved.norm2, saved.norm3]

@@ -148,7 +148,7 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     rest = (norm.training, norm.eps, call.activation, call.backend)
     move = Moves((norm, layer, (x.shape[0], layer[0].shape[0], *x.shape[2:])))
     if call.needs_grad:
-        y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest, move.inside)
+        y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest, move if move.inside else None)
     else:
         y, _, rows, _ = _forward(x, layer, *rest)
     move(rows)

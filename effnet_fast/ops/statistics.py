@@ -66,7 +66,7 @@ class Moves:
             [N,C,H,W] of what it normalises. Nothing moves where a shape is empty.
 
     Attributes:
-        inside: itself for a Function's forward, or None where torch.compile traces that, which may
+        inside: whether the forward of a Function moves them; torch.compile traces one, which may
             not write.
 
     Raises:
@@ -86,7 +86,7 @@ class Moves:
                     f"{torch.Size(shape)}"
                 )
             self._batches.append((norm, layer, count))
-        self.inside = None if torch.compiler.is_compiling() else self
+        self.inside = not torch.compiler.is_compiling()
 
     def __call__(self, *norms: Tensor | tuple[Tensor, Tensor] | None) -> None:
         """Moves them, unless they have been moved.

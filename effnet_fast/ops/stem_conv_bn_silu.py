@@ -211,7 +211,7 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     move = Moves((norm, layer, output_shape(x, layer[0], call.stride, call.padding)))
     args = (x, *normalised_by(layer, norm.training), *rest)
     if call.needs_grad:
-        y, rows = StemConvBnSilu.apply(*args, *last, move.inside)
+        y, rows = StemConvBnSilu.apply(*args, *last, move if move.inside else None)
     else:
         z, rows = conv_op(*args, call.backend)
         y = silu_op(z, rows, *last)
