@@ -19,11 +19,10 @@ from effnet_fast.backends import native
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 from networks import TINY, pair, random_images, trio
+from one_block import DTYPES, ISAS
 from tolerances import assert_no_worse_than
 
 X = random_images(8, 48)  # of few logits the largest error is a matter of luck
-ISAS = native.load().isas()
-DTYPES = (torch.float32, torch.bfloat16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -51,16 +50,10 @@ def assert_parity(model: nn.Module, x: Tensor, dtype: torch.dtype, backend: str 
         assert_no_worse_than(y.to(dtype), stock_y.to(dtype), exact_y)
 
 
-def require_isa(isa: str) -> None:
-    if reason := native.load().isa_unavailable_reason(isa):
-        pytest.skip(reason)
-
-
 class TestNumbers:
     @pytest.mark.parametrize("isa", ISAS)
     @dtypes
     def test_every_instruction_set(self, dtype: torch.dtype, isa: str) -> None:
-        require_isa(isa)
         models = trio()
         y = effnet_fast.deploy(models.actual, dtype, backend=f"cpu:{isa}")(X)
         with torch.no_grad():
@@ -146,7 +139,6 @@ class TestNumbers:
     @dtypes
     def test_infinities(self, dtype: torch.dtype, isa: str) -> None:
         """NaN and inf stand where stock has them: silu(-inf) is NaN."""
-        require_isa(isa)
         model = EfficientNet(TINY, num_classes=0)
         model.load_state_dict(networks.calibrated_state(TINY), strict=False)
         with torch.no_grad():

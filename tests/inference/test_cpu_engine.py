@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -13,15 +12,10 @@ from torch import Tensor, nn
 import effnet_fast
 import tiers
 from cases import LARGE_MBCONV_CASES, MBCONV_CASES, MBConvCase
-from effnet_fast import use_backend
-from effnet_fast.backends import native
 from effnet_fast.models import VARIANTS
 from networks import PUBLISHED, random_images, reduced_resolution, trio
-from one_block import network_of, randomise
+from one_block import DTYPES, expectations, inference_runs, network_of, randomise
 from tolerances import assert_no_worse_than
-
-ISAS = native.load().isas()
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.lru_cache(maxsize=2)
@@ -29,33 +23,11 @@ def expectation(case: MBConvCase) -> tuple[nn.Module, Tensor, Tensor, dict[torch
     """The network of a block, x, y in float64, and stock's y in each dtype."""
     torch.manual_seed(0)
     model, x = randomise(network_of(case)), torch.randn(case.n, 3, case.h, case.w)
-    exact = copy.deepcopy(model).double()
-    with torch.no_grad(), use_backend("reference"):
-        (y,) = exact(x.double())
-        stock = {torch.float32: model(x)[0]}
-        with torch.autocast("cpu", torch.bfloat16):
-            stock[torch.bfloat16] = model(x)[0]
-    return model, x, y, stock
+    return model, x, *expectations(model, x)
 
 
-BLOCKS = [
-    pytest.param(
-        *(case, dtype, isa),
-        id=f"{case.name}-{dtype}-{isa}",
-        marks=tiers.marks(f"cpu:{isa}", dtype, case),
-    )
-    for case in (param.values[0] for param in MBCONV_CASES)
-    for dtype in DTYPES
-    for isa in ISAS
-]
-
-
-@pytest.mark.parametrize(("case", "dtype", "isa"), BLOCKS)
+@inference_runs(param.values[0] for param in MBCONV_CASES)
 def test_block(case: MBConvCase, dtype: torch.dtype, isa: str) -> None:
-    if reason := native.load().isa_unavailable_reason(isa):
-        pytest.skip(reason)
-    if dtype is torch.bfloat16 and not native.load().network_has_bf16(isa):
-        pytest.skip(f"{isa} multiplies no bf16: the network is computed in fp32")
     model, x, exact, stock = expectation(case)
     (y,) = effnet_fast.deploy(model, dtype, backend=f"cpu:{isa}")(x)
     assert_no_worse_than(y.to(dtype), stock[dtype], exact)

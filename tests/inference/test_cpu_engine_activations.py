@@ -11,16 +11,13 @@ import torch
 from torch import nn
 
 import effnet_fast
-import tiers
 from cases import MBCONV_CASES, MBConvCase
 from effnet_fast import use_backend
-from effnet_fast.backends import native
 from effnet_fast.models import VARIANTS, EfficientNet
 from networks import random_images
-from one_block import Kind, network_of, randomise
+from one_block import DTYPES, Kind, expectations, inference_runs, network_of, randomise
 from tolerances import assert_no_worse_than
 
-DTYPES = (torch.float32, torch.bfloat16)
 # A Lite network of few channels: ReLU6 and no squeeze-and-excitation.
 TINY_LITE = replace(VARIANTS["lite0"], name="tiny", width=0.25, depth=0.5, resolution=48, head=None)
 
@@ -46,31 +43,14 @@ NAMES = ("c_odd_stride_2", "no_expansion_residual", "k7", "c_gt_tile", "w_gt_til
 CASES = [p.values[0] for p in MBCONV_CASES if p.values[0].name in NAMES]
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype", "isa"),
-    [
-        pytest.param(
-            case, dtype, isa,
-            id=f"{case.name}-{dtype}-{isa}",
-            marks=tiers.marks(f"cpu:{isa}", dtype, case),
-        )
-        for case in CASES for dtype in DTYPES for isa in native.load().isas()
-    ],
-)  # fmt: skip
+@inference_runs(CASES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_block(kind: Block, case: MBConvCase, dtype: torch.dtype, isa: str) -> None:
-    if reason := native.load().isa_unavailable_reason(isa):
-        pytest.skip(reason)
-    if dtype is torch.bfloat16 and not native.load().network_has_bf16(isa):
-        pytest.skip(f"{isa} multiplies no bf16: the network is computed in fp32")
     torch.manual_seed(0)
     model, x = randomise(network_of(case, *kind)), torch.randn(case.n, 3, case.h, case.w)
-    with torch.no_grad(), use_backend("reference"):
-        (exact,) = copy.deepcopy(model).double()(x.double())
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            (stock,) = model(x)
+    exact, stock = expectations(model, x)
     (y,) = effnet_fast.deploy(model, dtype, backend=f"cpu:{isa}")(x)
-    assert_no_worse_than(y.to(dtype), stock, exact)
+    assert_no_worse_than(y.to(dtype), stock[dtype], exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

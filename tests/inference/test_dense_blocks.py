@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import effnet_fast
-import tiers
 from effnet_fast import use_backend
-from effnet_fast.backends import native
 from effnet_fast.diagnostics import model_report
 from effnet_fast.inference.network_spec import spec_of
 from effnet_fast.models import EfficientNet, EfficientNetFeatures, Stage
 from effnet_fast.models.variants import FUSED
 from effnet_fast.modules.structure import RefusedError
 from networks import TINY_V2, random_images, trio
-from one_block import randomise
+from one_block import DTYPES, expectations, inference_runs, randomise
 from tolerances import assert_no_worse_than
-
-ISAS = native.load().isas()
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -72,39 +66,12 @@ def network_of(case: Case) -> nn.Module:
     return EfficientNetFeatures(variant, out_indices=(last,)).eval()
 
 
-def outcomes(case: Case) -> tuple[nn.Module, Tensor, Tensor, dict[torch.dtype, Tensor]]:
-    """The network, images, y in float64, and stock's y in each dtype."""
+@inference_runs(CASES)
+def test_blocks(case: Case, dtype: torch.dtype, isa: str) -> None:
     torch.manual_seed(0)
     model = randomise(network_of(case))
     x = torch.randn(case.images, 3, 2 * case.height, 2 * case.side)
-    exact = copy.deepcopy(model).double()
-    with torch.no_grad(), use_backend("reference"):
-        (y,) = exact(x.double())
-        stock = {torch.float32: model(x)[0]}
-        with torch.autocast("cpu", torch.bfloat16):
-            stock[torch.bfloat16] = model(x)[0]
-    return model, x, y, stock
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype", "isa"),
-    [
-        pytest.param(
-            *(case, dtype, isa),
-            id=f"{case.name}-{dtype}-{isa}",
-            marks=tiers.marks(f"cpu:{isa}", dtype),
-        )
-        for case in CASES
-        for dtype in DTYPES
-        for isa in ISAS
-    ],
-)
-def test_blocks(case: Case, dtype: torch.dtype, isa: str) -> None:
-    if reason := native.load().isa_unavailable_reason(isa):
-        pytest.skip(reason)
-    if dtype is torch.bfloat16 and not native.load().network_has_bf16(isa):
-        pytest.skip(f"{isa} multiplies no bf16: the network is computed in fp32")
-    model, x, exact, stock = outcomes(case)
+    exact, stock = expectations(model, x)
     (y,) = effnet_fast.deploy(model, dtype, backend=f"cpu:{isa}")(x)
     assert_no_worse_than(y.to(dtype), stock[dtype], exact)
 

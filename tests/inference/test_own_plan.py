@@ -20,12 +20,12 @@ import networks
 import surgery
 from allocations import standing_bytes
 from effnet_fast import use_backend
-from effnet_fast.backends import native
 from effnet_fast.inference import own_plan
 from effnet_fast.inference.cpu_engine import CpuEngine
 from effnet_fast.inference.parts import METHODS
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
 from networks import TINY, pair, random_images, trio
+from one_block import ISAS
 from tolerances import assert_no_worse_than
 
 X = random_images(2, 48)
@@ -58,10 +58,8 @@ def network() -> EfficientNet:
 
 class TestNumbers:
     @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-    @pytest.mark.parametrize("isa", native.load().isas())
+    @pytest.mark.parametrize("isa", ISAS)
     def test_parity(self, isa: str, autocast: bool, runs: list[CpuEngine]) -> None:
-        if reason := native.load().isa_unavailable_reason(isa):
-            pytest.skip(reason)
         models = trio()
         exact = infer(models.exact, X.double())
         with use_backend(f"cpu:{isa}"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):

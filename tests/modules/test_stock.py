@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effnet_fast
-import surgery
 from edit_kinds import CLASSES, FUNCTIONS
 from effnet_fast import use_backend
 from effnet_fast.inference.cpu_engine import CpuEngine
@@ -29,40 +26,14 @@ from effnet_fast.modules import (
     structure,
 )
 from effnet_fast.modules.explain import explain
-from networks import MINI, assert_alike, calibrated_state, random_images, run_network
+from networks import MINI, assert_alike, run_network
+from replacing import X, count, network, replace_method
 
-X = random_images(2, 32)
 TARGETS = [*CLASSES, *FUNCTIONS]
-
-
-def network(kind: Any = EfficientNet, padding: str = "symmetric", **options: Any) -> Any:
-    model = kind(replace(MINI, name="m", padding=padding), **options)
-    model.load_state_dict(calibrated_state(MINI))
-    return model.eval()
 
 
 def name_of(target: tuple[Any, str]) -> str:
     return f"{getattr(target[0], '__qualname__', target[0].__name__)}.{target[1]}"
-
-
-def replace_method(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[object]:
-    """Wraps it; the calls of the wrapper."""
-    calls: list[object] = []
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[0] if args else None)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, wrapper)
-    return calls
-
-
-def count(model: nn.Module, x: Tensor, calls: list[object]) -> int:
-    calls.clear()
-    model(x)
-    return len(calls)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -261,54 +232,6 @@ def test_another_function_of_torch_in_its_place_counts(change: str) -> None:
     code += "print(stock.NETWORK.replaced())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("is replaced")
-
-
-# Of each activation and gate the code that its module's forward runs.
-BELOW: dict[type[nn.Module], tuple[tuple[Any, str], ...]] = {
-    nn.ReLU: ((nn.ReLU, "forward"), (nn.ReLU, "__call__"), (F, "relu"), (torch, "relu_")),
-    nn.ReLU6: (
-        (nn.ReLU6, "forward"), (nn.Hardtanh, "forward"), (F, "hardtanh"),
-        (torch._C._nn, "hardtanh_"),
-    ),
-    nn.Hardswish: (
-        (nn.Hardswish, "forward"), (F, "hardswish"), (torch._C._nn, "hardswish_"),
-    ),
-    nn.Identity: ((nn.Identity, "forward"), (nn.Identity, "__call__")),
-    nn.Hardsigmoid: (
-        (nn.Hardsigmoid, "forward"), (F, "hardsigmoid"), (torch._C._nn, "hardsigmoid_"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("kind", BELOW, ids=lambda kind: kind.__name__)
-def test_code_below_an_activation_is_called_as_often_as_by_stock(
-    kind: type[nn.Module], training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = network().train(training)
-    surgery.set_activations(model, kind)
-    block = model.features[2][0]
-    with torch.set_grad_enabled(training):
-        model(X)
-        assert explain(block) is None
-        for target in BELOW[kind]:
-            with monkeypatch.context() as patch:
-                calls = replace_method(patch, *target)
-                assert str(explain(block)).endswith("is replaced")
-                ours = count(model, X, calls)
-                with use_backend("reference"):
-                    assert ours == count(model, X, calls) > 0
-        assert explain(block) is None
-
-
-@pytest.mark.parametrize("kind", BELOW, ids=lambda kind: kind.__name__)
-def test_blocks_without_an_activation_do_not_mind_what_is_below_it(
-    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    block = network().features[2][0]
-    for target in BELOW[kind]:
-        replace_method(monkeypatch, *target)
-    assert explain(block) is None
 
 
 def test_training_gives_what_a_replacement_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def outcome(function: Callable[[], Any]) -> Any:
     """What it returns, or the error that it raises."""
     try:
         return function()
-    except Exception as error:  # of any kind: stock must raise the same
+    except Exception as error:  # edits raise any class: callers compare it with what stock raises
         return error
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Iterable
+from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import tiers
 from cases import MBConvCase
+from effnet_fast import use_backend
+from effnet_fast.backends import native
 from effnet_fast.models import EfficientNetFeatures
 from effnet_fast.modules.layers import (
     Conv2dNormActivation,
@@ -18,6 +25,39 @@ from effnet_fast.modules.layers import (
 from networks import TINY
 
 Kind = type[nn.Module]
+DTYPES = (torch.float32, torch.bfloat16)
+# The instruction sets that this machine has; AMX is the engines' alone.
+ISAS = [isa for isa in native.load().isas() if not native.load().isa_unavailable_reason(isa)]
+
+
+def inference_runs(cases: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parameters `case`, `dtype` and `isa`: all that run here, each in its tier.
+
+    Not bf16 on a set that does not multiply it: the network would be computed in fp32.
+    """
+    rows = [
+        pytest.param(
+            *(case, dtype, isa),
+            id=f"{case.name}-{dtype}-{isa}",
+            marks=tiers.marks(f"cpu:{isa}", dtype, case),
+        )
+        for case in cases
+        for dtype in DTYPES
+        for isa in ISAS
+        if dtype is torch.float32 or native.load().network_has_bf16(isa)
+    ]
+    return pytest.mark.parametrize(("case", "dtype", "isa"), rows)
+
+
+def expectations(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[torch.dtype, Tensor]]:
+    """The last output of the network in float64, and stock's in each dtype, by autocast."""
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad(), use_backend("reference"):
+        y = exact(x.double())[-1]
+        stock = {torch.float32: model(x)[-1]}
+        with torch.autocast("cpu", torch.bfloat16):
+            stock[torch.bfloat16] = model(x)[-1]
+    return y, stock
 
 
 def network_of(
