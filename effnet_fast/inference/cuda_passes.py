@@ -76,16 +76,6 @@ class Depthwise(_Shifted, packed_passes.Depthwise):
 class Excite(packed_passes.Excite):
     """Biases have the weights' dtype."""
 
-    def __init__(
-        self,
-        backend: str,
-        layers: tuple[Tensor | None, ...],
-        dtype: torch.dtype,
-        activation: str,
-        gate: str,
-    ) -> None:
-        super().__init__(backend, layers, (dtype,) * 4, activation, gate)
-
     def __call__(self, pooled: Tensor) -> Tensor:
         w1, b1, w2, b2 = self.layers
         kinds = (self.activation, self.gate)

@@ -25,11 +25,6 @@ from effnet_fast.modules.structure import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
-# How a block of each class is read.
-BLOCKS: dict[type, Callable[[Any], structure.Block | DenseBlock]] = {
-    layers.MBConv: structure.structure_of,  # type: ignore[dict-item]  # of a block, a block
-    FusedMBConv: dense_block_of,
-}
 LOGITS, POOLED, LAST_MAP, TAPS = "logits", "pooled", "last_map", "taps"
 
 
@@ -136,6 +131,19 @@ def _convolution(module: nn.Module, kind: str) -> structure.Layer:
     if layer.geometry.stride[0] != layer.geometry.stride[1]:
         raise RefusedError(f" has stride {layer.geometry.stride}")
     return layer
+
+
+def _mbconv(module: nn.Module) -> structure.Block:
+    block = structure.structure_of(module)
+    assert isinstance(block, structure.Block)
+    return block
+
+
+# How a block of each class is read.
+BLOCKS: dict[type, Callable[[Any], structure.Block | DenseBlock]] = {
+    layers.MBConv: _mbconv,
+    FusedMBConv: dense_block_of,
+}
 
 
 def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int]]:

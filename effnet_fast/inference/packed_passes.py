@@ -6,7 +6,7 @@ of these names that do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -163,20 +163,20 @@ class Depthwise(Pass):
 class Excite(Pass):
     """gate = sigmoid(W2 silu(W1 pooled + b1) + b2).
 
-    A backend's own class takes the images' dtype in the place of `dtypes`.
-
     Args:
         layers: W1 [R,C,1,1], b1 [R], W2 [C,R,1,1], b2 [C]; a bias may be None.
-        dtypes: that the kernel reads them in, one for each.
+        dtype: of the images, and of the weights as the kernel reads them.
         activation: in the place of SiLU.
         gate: in the place of the sigmoid, see `reference.activations`.
     """
+
+    bias_dtype: torch.dtype | None = None  # None for the weights'
 
     def __init__(
         self,
         backend: str,
         layers: tuple[Tensor | None, ...],
-        dtypes: Sequence[torch.dtype],
+        dtype: torch.dtype,
         activation: str,
         gate: str,
     ) -> None:
@@ -184,7 +184,7 @@ class Excite(Pass):
         self.activation, self.gate = activation, gate
         self.layers: list[Any] = [
             None if layer is None else self.keep(layer.detach().to(to, copy=True).contiguous())
-            for layer, to in zip(layers, dtypes, strict=True)
+            for layer, to in zip(layers, (dtype, self.bias_dtype or dtype) * 2, strict=True)
         ]
 
     def __call__(self, pooled: Tensor) -> Tensor:

@@ -74,15 +74,7 @@ class Depthwise(_Shifted, packed_passes.Depthwise):
 class Excite(packed_passes.Excite):
     """Biases are fp32."""
 
-    def __init__(
-        self,
-        backend: str,
-        layers: tuple[Tensor | None, ...],
-        dtype: torch.dtype,
-        activation: str,
-        gate: str,
-    ) -> None:
-        super().__init__(backend, layers, (dtype, torch.float32) * 2, activation, gate)
+    bias_dtype = torch.float32
 
     def __call__(self, pooled: Tensor) -> Tensor:
         w1, b1, w2, b2 = self.layers

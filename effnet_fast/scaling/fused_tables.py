@@ -35,11 +35,8 @@ dense           data            y    x
 dense           weight          yx   -
 dense           residual_bwd    xx   x
 """
-_STOCK_FUSED_TRAINING = """
-fused           convolution     x    d
-fused           statistics      d    -
-fused           bn              d    d
-fused           silu            d    d
+# Of the projection of either kind of block, which reads d.
+STOCK_PROJECT_TRAINING = """
 project         convolution     d    y
 project         statistics      y    -
 project         bn              y    y
@@ -50,6 +47,13 @@ project         bn_sums         yy   -
 project         bn_bwd          yy   y
 project         data            y    d
 project         weight          yd   -
+"""
+_STOCK_FUSED_TRAINING = f"""
+fused           convolution     x    d
+fused           statistics      d    -
+fused           bn              d    d
+fused           silu            d    d
+{STOCK_PROJECT_TRAINING}
 fused           silu_bwd        dd   d
 fused           bn_sums         dd   -
 fused           bn_bwd          dd   d

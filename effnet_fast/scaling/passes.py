@@ -59,7 +59,7 @@ project         convolution     d    y
 project         bn              y    y
 project         residual        yx   y
 """
-_STOCK_TRAINING = """
+_STOCK_TRAINING = f"""
 expand          convolution     x    e
 expand          statistics      e    -
 expand          bn              e    e
@@ -70,16 +70,7 @@ depthwise       bn              d    d
 depthwise       silu            d    d
 squeeze_excite  squeeze         d    -
 squeeze_excite  scale           d    d
-project         convolution     d    y
-project         statistics      y    -
-project         bn              y    y
-project         drop_path       y    y
-project         residual        yx   y
-project         drop_path_bwd   y    y
-project         bn_sums         yy   -
-project         bn_bwd          yy   y
-project         data            y    d
-project         weight          yd   -
+{fused_tables.STOCK_PROJECT_TRAINING}
 squeeze_excite  gate_product    dd   d
 squeeze_excite  gate_sum        d    -
 squeeze_excite  scale_bwd       d    d

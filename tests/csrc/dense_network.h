@@ -78,16 +78,7 @@ inline void test_dense_network(bool bf16, bool amx, int64_t l2, int threads) {
   for (const DenseProblem& block : blocks) h = block.run(h);
 
   Packed packed({bf16, kernels->network_tile_units()});
-  const StemLayer stem_layer = {kColours,
-                                kStem,
-                                1,
-                                1,
-                                1,
-                                {false, 0, 0, 0, 0},
-                                packed.units(stem.weight, kStem),
-                                packed.rows(stem.shift, 1, packed.packing.padded(kStem)),
-                                true,
-                                activation};
+  const StemLayer stem_layer = packed_stem(packed, stem, 1, 1);
   std::vector<BlockLayer> layers;
   for (const DenseProblem& block : blocks)
     layers.push_back(block.packed(packed, layers.size() + 1 == blocks.size() ? 0 : -1));

@@ -102,6 +102,17 @@ struct Folded {
         shift(random_doubles(out, 0.5)) {}
 };
 
+inline StemLayer packed_stem(Packed& to, const Folded& stem, int64_t kernel, int64_t stride) {
+  const int64_t side = (kernel - 1) / 2, padded = to.packing.padded(stem.out);
+  StemLayer layer = {};
+  layer.in_channels = stem.in / (kernel * kernel), layer.out_channels = stem.out;
+  layer.kernel_h = layer.kernel_w = kernel, layer.stride = stride;
+  layer.padding = {false, side, side, side, side};
+  layer.weight = to.units(stem.weight, stem.out), layer.shift = to.rows(stem.shift, 1, padded);
+  layer.finite = true, layer.activation = activation;
+  return layer;
+}
+
 // Images [n][h][w][c] in double precision.
 struct Maps {
   int64_t n, h, w, c;
@@ -250,16 +261,7 @@ inline void test_network(DType dtype, bool bf16, bool amx, bool excites, int thr
     return Product{layer.in, layer.out, packed.product(layer.weight, layer.out),
                    packed.rows(layer.shift, 1, packed.packing.padded(layer.out))};
   };
-  const StemLayer stem_layer = {kColours,
-                                kStem,
-                                3,
-                                3,
-                                2,
-                                {false, 1, 1, 1, 1},
-                                packed.units(stem.weight, kStem),
-                                packed.rows(stem.shift, 1, packed.packing.padded(kStem)),
-                                true,
-                                activation};
+  const StemLayer stem_layer = packed_stem(packed, stem, 3, 2);
   std::vector<BlockLayer> layers;
   for (const BlockProblem& block : blocks)
     layers.push_back(block.packed(packed, layers.size() == 1 ? 1 : -1));

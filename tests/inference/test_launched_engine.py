@@ -18,6 +18,7 @@ from effnet_fast.inference.network_spec import spec_of
 from effnet_fast.models import VARIANTS, EfficientNet, EfficientNetFeatures
 from launched import DTYPES, SIMT, TARGETS, Target, assert_parity, recorders
 from networks import TINY, random_images
+from tiers import some
 from tolerances import assert_no_worse_than
 
 __all__ = ["recorders"]  # a fixture
@@ -42,14 +43,16 @@ def test_b0(target: Target, dtype: torch.dtype, recorders: list) -> None:
 @DTYPES
 @pytest.mark.parametrize(
     "options",
-    [
-        {"num_classes": 0},
-        {"num_classes": 7},
-        {"num_classes": 0, "global_pool": ""},
-        {"num_classes": 5, "global_pool": "catavgmax"},
-        {"in_chans": 5},
-    ],
-    ids=str,
+    some(
+        (
+            {"num_classes": 0},
+            {"num_classes": 7},
+            {"num_classes": 0, "global_pool": ""},
+            {"num_classes": 5, "global_pool": "catavgmax"},
+            {"in_chans": 5},
+        ),
+        ({"num_classes": 0, "global_pool": ""}, {"in_chans": 5}),
+    ),
 )
 def test_heads(target: Target, options: dict, dtype: torch.dtype, recorders: list) -> None:
     model = calibrated(EfficientNet(TINY, **options))

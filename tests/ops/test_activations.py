@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from activation_calls import INF, NAN, kinds_of, one_pixel, special
 from bounds import assert_over, draws
 from cases import MBCONV_CASES, find
 from effnet_fast import ops, reference
-from effnet_fast.reference.activations import ACTIVATIONS, GATES
+from effnet_fast.reference.activations import ACTIVATIONS
 from mbconv_blocks import BlockCall, block_call, params_of
 from mbconv_blocks import run as run_block
 from parity import (
@@ -48,7 +48,6 @@ ANY_RUN = pytest.mark.parametrize(
 )
 ANY_ACTIVATION = pytest.mark.parametrize("activation", OTHERS)
 TRAINING = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-INF, NAN = math.inf, math.nan
 
 
 def redrawn(call: Call, seed: int) -> Call:
@@ -63,13 +62,6 @@ def check(call: Call, backend: str, wanted: tuple[str, ...] | None = None) -> No
     calls = draws(functools.partial(redrawn, call), exactly)
     tested = functools.partial(run, backend=backend, wanted=wanted)
     assert_over(calls, tested, functools.partial(run, wanted=wanted))
-
-
-def kinds_of(call: Call, activation: str) -> list[dict[str, str]]:
-    """The activation, with each gate where the op has one."""
-    if call.op != "squeeze_excite":
-        return [{"activation": activation}]
-    return [{"activation": activation, "gate": gate} for gate in GATES]
 
 
 @ANY_RUN
@@ -104,32 +96,6 @@ def test_parity_notices_another_activation(name: str) -> None:
         results = run(given, "cpu", wanted=wanted), run(call, wanted=wanted)
         with pytest.raises(AssertionError, match="error"):
             assert_parity(*results, run(call, double=True, wanted=wanted), torch.float32)
-
-
-def around(bound: float, dtype: torch.dtype) -> list[float]:
-    given = torch.tensor([bound], dtype=dtype)
-    sides = [torch.nextafter(given, torch.full_like(given, side)) for side in (INF, -INF)]
-    return torch.cat([given, *sides]).tolist()
-
-
-def special(dtype: torch.dtype) -> Tensor:
-    """The bounds and their neighbours, both zeros, infinities and NaN, one per image [N,1,1,1].
-
-    Around 0 normal numbers alone: in bf16 some instructions make subnormal ones 0, stock's too.
-    """
-    numbers = [x for bound in (6.0, 3.0, -3.0) for x in around(bound, dtype)]
-    numbers += [0.0, -0.0, 1e-30, -1e-30, INF, -INF, NAN, 100.0, -100.0]
-    return torch.tensor(numbers, dtype=dtype).reshape(-1, 1, 1, 1)
-
-
-def one_pixel(op: str, values: Tensor, activation: str) -> Call:
-    """An op whose BatchNorm changes nothing, on images of one pixel of one channel."""
-    one, zero = torch.ones(1, dtype=values.dtype), torch.zeros(1, dtype=values.dtype)
-    weight = one.reshape(1, 1, 1, 1)
-    tensors = {"x": values, "weight": weight, "bn_weight": one, "bn_bias": zero}
-    tensors |= {"running_mean": zero, "running_var": one}
-    options = {"stride": 1} if op in ("dwconv_bn_silu", "stem_conv_bn_silu") else {}
-    return Call(op, tensors, {**options, "eps": 0.0, "activation": activation})
 
 
 @ANY_RUN

@@ -22,19 +22,19 @@ def kinds_of(call: Call, activation: str) -> list[dict[str, str]]:
 
 def _around(bound: float, dtype: torch.dtype) -> list[float]:
     given = torch.tensor([bound], dtype=dtype)
-    if bound == 0.0:  # beside it are subnormal numbers, which bf16's own kernels take for 0
-        tiny = torch.finfo(dtype).tiny
-        return [0.0, tiny, -tiny]
     sides = [torch.nextafter(given, torch.full_like(given, side)) for side in (INF, -INF)]
     return torch.cat([given, *sides]).tolist()
 
 
 def special(dtype: torch.dtype) -> Tensor:
-    """The bounds and their neighbours, both zeros, infinities and NaN, one per image [N,1,1,1]."""
-    numbers = [x for bound in (0.0, 6.0, 3.0, -3.0) for x in _around(bound, dtype)]
-    return torch.tensor([*numbers, -0.0, INF, -INF, NAN, 100.0, -100.0], dtype=dtype).reshape(
-        -1, 1, 1, 1
-    )
+    """The bounds and their neighbours, both zeros, infinities and NaN, one per image [N,1,1,1].
+
+    Beside 0 normal numbers alone: in bf16 some instructions make subnormal ones 0, stock's too.
+    """
+    numbers = [x for bound in (6.0, 3.0, -3.0) for x in _around(bound, dtype)]
+    small = max(1e-30, torch.finfo(dtype).tiny)
+    numbers += [0.0, -0.0, small, -small, INF, -INF, NAN, 100.0, -100.0]
+    return torch.tensor(numbers, dtype=dtype).reshape(-1, 1, 1, 1)
 
 
 def exactly_convolved(call: Call) -> Call:

@@ -54,32 +54,16 @@ EFFNET_NOINLINE void dense_tile(const DenseOperands& t) {
 
 using DenseTile = void (*)(const DenseOperands&);
 
-// As product_tile_of.
+template <typename Multiply, int STEP, int UNITS>
+struct DenseTiles {
+  template <int PIXELS>
+  static constexpr DenseTile of = dense_tile<Multiply, STEP, PIXELS, UNITS>;
+};
+
 template <typename Multiply, int STEP, int UNITS>
 inline DenseTile dense_tile_of(int64_t pixels) {
-#define EFFNET_TILE(n) dense_tile<Multiply, STEP, n, UNITS>
-#if defined(__AVX512F__)
-  if constexpr (UNITS > kTileUnits) {
-    static constexpr DenseTile tiles[kWidePixels] = {
-        EFFNET_TILE(1), EFFNET_TILE(2), EFFNET_TILE(3), EFFNET_TILE(4), EFFNET_TILE(5),
-        EFFNET_TILE(6), EFFNET_TILE(7), EFFNET_TILE(8), EFFNET_TILE(9)};
-    return tiles[pixels - 1];
-  } else
-#endif
-  {
-    static constexpr DenseTile tiles[kTilePixels] = {
-        EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),
-#if defined(__AVX2__)
-        EFFNET_TILE(4),  EFFNET_TILE(5),  EFFNET_TILE(6),
-#endif
-#if defined(__AVX512F__)
-        EFFNET_TILE(7),  EFFNET_TILE(8),  EFFNET_TILE(9),  EFFNET_TILE(10),
-        EFFNET_TILE(11), EFFNET_TILE(12), EFFNET_TILE(13), EFFNET_TILE(14),
-#endif
-    };
-    return tiles[pixels - 1];
-  }
-#undef EFFNET_TILE
+  using Tiles = DenseTiles<Multiply, STEP, UNITS>;
+  return tile_of_pixels<DenseTile, Tiles>(pixels, PixelCounts<UNITS>());
 }
 
 #if defined(__AVX512BF16__)

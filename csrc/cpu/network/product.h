@@ -4,6 +4,8 @@
 // 16]. A word holds one fp32 number or two bf16 ones; K counts words.
 #pragma once
 
+#include <utility>
+
 #include "cpu/network/args.h"
 #include "cpu/simd/vec.h"
 
@@ -88,33 +90,27 @@ using ProductTile = void (*)(const TileOperands&);
 // Panels have kTileUnits units but for the last, which has what is left over too.
 constexpr int kMaxUnits = 2 * kTileUnits - 1;
 
-// The tile of `pixels` pixels, 1 to kTilePixels (kWidePixels of more than kTileUnits), and UNITS
-// units.
+// A table of tiles by their number of pixels: 1 to kTilePixels, kWidePixels of more than kTileUnits
+// units. Tiles::of<PIXELS> is one of them.
+template <typename Tile, typename Tiles, int... COUNT>
+inline Tile tile_of_pixels(int64_t pixels, std::integer_sequence<int, COUNT...>) {
+  static constexpr Tile tiles[] = {Tiles::template of<COUNT + 1>...};
+  return tiles[pixels - 1];
+}
+template <int UNITS>
+using PixelCounts =
+    std::make_integer_sequence<int, (UNITS > kTileUnits ? kWidePixels : kTilePixels)>;
+
+template <typename Multiply, int UNITS, bool FETCH>
+struct ProductTiles {
+  template <int PIXELS>
+  static constexpr ProductTile of = product_tile<Multiply, PIXELS, UNITS, FETCH>;
+};
+
 template <typename Multiply, int UNITS, bool FETCH>
 inline ProductTile product_tile_of(int64_t pixels) {
-#define EFFNET_TILE(n) product_tile<Multiply, n, UNITS, FETCH>
-#if defined(__AVX512F__)
-  if constexpr (UNITS > kTileUnits) {
-    static constexpr ProductTile tiles[kWidePixels] = {
-        EFFNET_TILE(1), EFFNET_TILE(2), EFFNET_TILE(3), EFFNET_TILE(4), EFFNET_TILE(5),
-        EFFNET_TILE(6), EFFNET_TILE(7), EFFNET_TILE(8), EFFNET_TILE(9)};
-    return tiles[pixels - 1];
-  } else
-#endif
-  {
-    static constexpr ProductTile tiles[kTilePixels] = {
-        EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),
-#if defined(__AVX2__)
-        EFFNET_TILE(4),  EFFNET_TILE(5),  EFFNET_TILE(6),
-#endif
-#if defined(__AVX512F__)
-        EFFNET_TILE(7),  EFFNET_TILE(8),  EFFNET_TILE(9),  EFFNET_TILE(10),
-        EFFNET_TILE(11), EFFNET_TILE(12), EFFNET_TILE(13), EFFNET_TILE(14),
-#endif
-    };
-    return tiles[pixels - 1];
-  }
-#undef EFFNET_TILE
+  using Tiles = ProductTiles<Multiply, UNITS, FETCH>;
+  return tile_of_pixels<ProductTile, Tiles>(pixels, PixelCounts<UNITS>());
 }
 
 }  // namespace EFFNET_ISA

@@ -109,7 +109,9 @@ def test_the_hard_gate_at_the_bounds() -> None:
 
 @pytest.mark.parametrize("dtypes", some((FP32, FP16), (FP32,)))
 @pytest.mark.parametrize("activation", some(KNOWN[1:], ("relu6",)))
-@pytest.mark.parametrize("name", [*SAMPLES, "head_eval"])
+@pytest.mark.parametrize(
+    "name", some((*SAMPLES, "head_eval"), {*SAMPLES, "head_eval"} - {"dwconv_eval"})
+)
 def test_ops(name: str, activation: str, dtypes: Dtypes) -> None:
     call = sample(name, dtypes)
     kinds = {"activation": activation}
@@ -130,7 +132,8 @@ def check_block(call: BlockCall, **options: Any) -> None:
 @pytest.mark.parametrize("dtypes", some((FP32, FP16), (FP32,)))
 @pytest.mark.parametrize("kinds", some(BLOCKS, (LITE, MOBILE)))
 @pytest.mark.parametrize(
-    "name", some(("c_odd_stride_2", "no_expansion_residual"), ("c_odd_stride_2",))
+    "name",
+    some(("c_odd_k3_stride_2", "c_odd_stride_2", "no_expansion_residual"), ("c_odd_k3_stride_2",)),
 )
 def test_blocks(name: str, kinds: dict[str, Any], dtypes: Dtypes, training: bool) -> None:
     call = block_call(find(MBCONV_CASES, name), dtypes, training, dropped=training, **kinds)
