@@ -6,6 +6,7 @@ the CPU lacks dies of an illegal instruction, as it would on a machine of that a
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import signal
@@ -18,7 +19,7 @@ import compiling
 from effnet_fast.backends import native
 from tolerances import DRIVER_BF16, DRIVER_FP32
 
-RUNS_ON = {"Nehalem": ("generic",), "Haswell": ("generic", "avx2")}
+RUNS_ON = {"Nehalem": "generic", "Haswell": "avx2"}  # the best of each
 AMX_IS_IN = "avx512_bf16"  # the objects whose functions use the tile unit where told to
 BESIDE_PYTHON = (
     compiling.ROOT / ".venv/qemu/usr/bin/qemu-x86_64-static"
@@ -33,7 +34,8 @@ def run_driver(
     driver: Path, isa: str, *before: str, fp32: float = DRIVER_FP32
 ) -> subprocess.CompletedProcess[str]:
     command = [*before, str(driver), isa, repr(fp32), repr(DRIVER_BF16)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # waiting threads take an emulator's time
+    return subprocess.run(command, capture_output=True, text=True, timeout=3600, env=env)
 
 
 def assert_passes(done: subprocess.CompletedProcess[str], isa: str) -> None:
@@ -58,9 +60,7 @@ def test_here(old_cpu_driver: Path, isa: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("cpu", "isa"), [(cpu, isa) for cpu, isas in RUNS_ON.items() for isa in isas]
-)
+@pytest.mark.parametrize(("cpu", "isa"), RUNS_ON.items())
 def test_on_an_emulated_cpu(old_cpu_driver: Path, qemu: str, cpu: str, isa: str) -> None:
     assert_passes(run_driver(old_cpu_driver, isa, qemu, "-cpu", cpu), isa)
 
