@@ -156,4 +156,7 @@ def check_infinite(model: nn.Module, x: Tensor, dtype: torch.dtype, isa: str) ->
     exact, stock = expectations(model, x)
     assert exact.isfinite().any()
     assert not exact.isfinite().all()
-    assert_no_worse_than(y.to(dtype), stock[dtype], exact)
+    assert_same_places(y, exact)
+    # PyTorch's products of bf16 on the tile unit may spread a NaN to the pixel before it.
+    finite = exact.isfinite() & stock[dtype].isfinite()
+    assert_no_worse_than(y[finite].to(dtype), stock[dtype][finite], exact[finite])
