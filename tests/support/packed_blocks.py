@@ -33,8 +33,8 @@ FUSED = {
     "residual": MBConvConfig(4, 3, 1, 12, 12),
     "k5_stride_2": MBConvConfig(3, 5, 2, 10, 20),
     "same_relu6": MBConvConfig(4, 3, 2, 10, 18, padding="same", activation="relu6"),
-    "no_project_residual": MBConvConfig(1, 3, 1, 12, 12, activation="relu6"),
-    "no_project_stride_2": MBConvConfig(1, 3, 2, 12, 20),
+    "no_project_residual": MBConvConfig(1, 3, 1, 16, 16, activation="relu6"),
+    "no_project_stride_2": MBConvConfig(1, 3, 2, 16, 20),
 }
 
 
@@ -91,6 +91,7 @@ def check_packed_fused(name: str, dtype: torch.dtype, backend: str) -> None:
         backend, weight.to(dtype), shift, layers.spatial, layers.dense.activation
     )
     project = None
+    assert (layers.project is None) == name.startswith("no_project")
     if layers.project:
         weight, shift = folded(layers.project)
         project = passes.Product(backend, weight.flatten(1).to(dtype), shift, "identity")
