@@ -95,6 +95,11 @@ Described<HeadLayer> head_of(Fields& fields) {
   return out;
 }
 
+bool are_finite(const float* weights, int64_t bytes) {
+  return std::all_of(weights, weights + bytes / sizeof(float),
+                     [](float weight) { return std::isfinite(weight); });
+}
+
 Described<StemLayer> stem_of(Fields& fields) {
   Described<StemLayer> out = {};
   out.in_channels = fields.size("in_channels");
@@ -106,8 +111,7 @@ Described<StemLayer> stem_of(Fields& fields) {
   out.activation = fields.activation("activation");
   fields.tensor("weight", out, out.weight);
   fields.tensor("shift", out, out.shift);
-  const float* const end = out.weight + out.bytes.at(out.weight) / sizeof(float);
-  out.finite = std::all_of(out.weight, end, [](float weight) { return std::isfinite(weight); });
+  out.finite = are_finite(out.weight, out.bytes.at(out.weight));
   return out;
 }
 
@@ -196,6 +200,18 @@ BlockLayer copied(Weights& weights, Described<BlockLayer> layer) {
   return layer;
 }
 
+// Whether the weights of the convolution that reads padding are.
+bool is_finite(const Described<BlockLayer>& layer, bool bf16) {
+  if (!layer.is_dense) return are_finite(layer.filter, layer.bytes.at(layer.filter));
+  const void* const weight = layer.dense.weight;
+  const int64_t bytes = layer.bytes.at(weight);
+  if (!bf16) return are_finite(static_cast<const float*>(weight), bytes);
+  constexpr uint16_t kExponent = 0x7f80;
+  const uint16_t* const first = static_cast<const uint16_t*>(weight);
+  return std::all_of(first, first + bytes / sizeof(uint16_t),
+                     [](uint16_t bits) { return (bits & kExponent) != kExponent; });
+}
+
 // Bytes of a core's L2 cache; asked once, for before glibc 2.33 every question runs CPUID.
 int64_t l2_cache() {
   constexpr int64_t kOtherwise = 512 << 10;
@@ -225,6 +241,7 @@ class Network {
     if (stem_tap >= 0) taps.push_back(stem_tap);
     for (const auto& block : blocks) {
       blocks_.push_back(copied(weights_, block));
+      blocks_.back().finite = is_finite(block, bf16);
       if (blocks_.back().tap >= 0) taps.push_back(blocks_.back().tap);
     }
     taps_ = taps.size();

@@ -9,7 +9,9 @@ second time.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import checkpoint
 
 from effnet_fast import backends
+from effnet_fast.locks import ForkLock
 from effnet_fast.modules import repetition
+
+
+@dataclass
+class _Moved:
+    """The buffers of a BatchNorm that moves copies of them, and how many second runs it is in."""
+
+    buffers: dict[str, Tensor]
+    runs: int = 0
+
+
+# Threads may run one module again at once: the last that ends gives it back its own buffers.
+_moved: weakref.WeakKeyDictionary[_BatchNorm, _Moved] = weakref.WeakKeyDictionary()
+_lock = ForkLock()
+
+
+def _move_copies(norm: _BatchNorm) -> None:
+    if norm not in _moved:
+        _moved[norm] = _Moved(dict(norm.named_buffers(recurse=False)))
+        for name, buffer in _moved[norm].buffers.items():
+            setattr(norm, name, buffer.clone())
+    _moved[norm].runs += 1
+
+
+def _move_own(norm: _BatchNorm) -> None:
+    moved = _moved[norm]
+    moved.runs -= 1
+    if moved.runs == 0:
+        for name, buffer in moved.buffers.items():
+            setattr(norm, name, buffer)
+        del _moved[norm]
 
 
 @contextlib.contextmanager
@@ -30,20 +63,17 @@ def _second_run(
 
     In training they normalise by the batch's statistics; what they move is nobody's concern then.
     """
-    kept = [
-        (norm, name, buffer)
-        for norm in module.modules()
-        if isinstance(norm, _BatchNorm) and norm.training
-        for name, buffer in norm.named_buffers(recurse=False)
-    ]
-    for norm, name, buffer in kept:
-        setattr(norm, name, buffer.clone())
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    with _lock:
+        for norm in norms:
+            _move_copies(norm)
     try:
         with backends.use_backend(backend), repetition.repeating(choices):
             yield
     finally:
-        for norm, name, buffer in kept:
-            setattr(norm, name, buffer)
+        with _lock:
+            for norm in norms:
+                _move_own(norm)
 
 
 class _EverySecondRun(contextlib.AbstractContextManager[None]):

@@ -12,7 +12,7 @@ from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.gate import batch_norm
 from effnet_fast.ops.registration import autocast, empty_nhwc, register
-from effnet_fast.reference.pointwise_bn_act import ACT, activation_of, check_arguments
+from effnet_fast.reference.pointwise_bn_act import Act, activation_of, check_arguments
 
 
 def empty_eval(
@@ -53,7 +53,7 @@ def pointwise_bn_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     *,
-    act: str | None = ACT,
+    act: Act = ...,
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
@@ -70,8 +70,10 @@ def pointwise_bn_act(
         weight: [Cout,Cin,1,1] in x's dtype or fp32.
         bn_weight, bn_bias: [Cout] in x's dtype or fp32, or None for 1 and 0.
         running_mean, running_var: [Cout], updated in place when training; both may be None then.
-        act: "silu", "identity", "relu", "relu6", "hardswish", or None for "identity".
-        activation: the name that the other ops have for `act`; None to take `act`.
+        act: "silu", "identity", "relu", "relu6", "hardswish", or None for "identity"; where it is
+            not given, `activation`.
+        activation: the name that the other ops have for `act`; None to take `act`. Where neither
+            is given, "silu".
         gate: [N,Cin,1,1] or None.
         residual: [N,Cout,H,W] or None.
         training: normalise by the batch's statistics instead of the running ones.

@@ -5,6 +5,8 @@ Source: MBConv's expand and project layers, Tan & Le (arXiv 1905.11946), section
 
 from __future__ import annotations
 
+from types import EllipsisType
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from effnet_fast.reference.arguments import (
     check_tensor,
 )
 
-ACT = "silu"  # where neither `act` nor `activation` says another
+Act = str | EllipsisType | None  # an ellipsis: not given
 
 
 def check_arguments(
@@ -48,21 +50,22 @@ def check_arguments(
         check_shape("residual", residual, (batch, channels, height, width))
 
 
-def activation_of(act: str | None, activation: str | None) -> str:
+def activation_of(act: Act, activation: str | None) -> str:
     """The activation that the two arguments of `pointwise_bn_act` name.
 
     Raises:
         ValueError: an unknown name, or two that differ.
     """
+    if activation is not None:
+        check_activation("activation", activation)
+    if isinstance(act, EllipsisType):
+        return "silu" if activation is None else activation
     if act is not None:
         check_activation("act", act)
     named = "identity" if act is None else act
-    if activation is None:
-        return named
-    check_activation("activation", activation)
-    if act != ACT and named != activation:
+    if activation is not None and activation != named:
         raise ValueError(f"act is {act!r} and activation is {activation!r}: give one of the two")
-    return activation
+    return named
 
 
 def pointwise_bn_act(
@@ -73,7 +76,7 @@ def pointwise_bn_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     *,
-    act: str | None = ACT,
+    act: Act = ...,
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
@@ -88,8 +91,10 @@ def pointwise_bn_act(
         weight: [Cout,Cin,1,1], cast to x's dtype.
         bn_weight, bn_bias: [Cout], or None for 1 and 0.
         running_mean, running_var: [Cout], updated in place when training; both may be None then.
-        act: "silu", "identity", "relu", "relu6", "hardswish", or None for "identity".
-        activation: the name that the other ops have for `act`; None to take `act`.
+        act: "silu", "identity", "relu", "relu6", "hardswish", or None for "identity"; where it is
+            not given, `activation`.
+        activation: the name that the other ops have for `act`; None to take `act`. Where neither
+            is given, "silu".
         gate: [N,Cin,1,1] or None, cast to x's dtype.
         residual: [N,Cout,H,W] or None, cast to x's dtype.
         training: normalise by the batch's statistics instead of the running ones.
@@ -101,8 +106,8 @@ def pointwise_bn_act(
 
     Raises:
         TypeError: an argument that is not a floating-point tensor.
-        ValueError: a wrong shape, an unknown activation, an `act` that is neither its default nor
-            `activation`, running statistics missing outside training, or one value per channel in
+        ValueError: a wrong shape, an unknown activation, an `act` that is not `activation` where
+            both are given, running statistics missing outside training, or one value per channel in
             it.
     """
     layer = (weight, bn_weight, bn_bias, running_mean, running_var)

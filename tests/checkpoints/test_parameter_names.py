@@ -72,9 +72,17 @@ def tiny_v2():
 
 def test_v2_round_trip(tiny_v2):
     named = checkpoints.convert(tiny_v2, "timm")
-    assert "blocks.0.0.conv.weight" in named
-    assert "blocks.1.0.conv_exp.weight" in named
-    assert "blocks.3.0.conv_dw.weight" in named
+    expected = {  # timm's names of each kind of block
+        "blocks.0.0.": ["conv", "bn1"],
+        "blocks.1.0.": ["conv_exp", "bn1", "conv_pwl", "bn2"],
+        "blocks.3.0.": [
+            *("conv_pw", "bn1", "conv_dw", "bn2"),
+            *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
+        ],
+    }
+    for block, modules in expected.items():
+        weights = [key for key in named if key.startswith(block) and key.endswith(".weight")]
+        assert weights == [f"{block}{module}.weight" for module in modules]
     assert_same(checkpoints.convert(named), tiny_v2)
 
 

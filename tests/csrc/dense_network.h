@@ -37,7 +37,8 @@ struct DenseProblem {
     return out;
   }
 
-  BlockLayer packed(Packed& to, int64_t tap) const {
+  // finite: false for the road of infinite weights, which gives the same of finite ones.
+  BlockLayer packed(Packed& to, int64_t tap, bool finite) const {
     const int64_t side = (size.kernel - 1) / 2;
     const Doubles weight = by_taps(to.packing);
     const auto shift = [&](const Folded& layer) {
@@ -49,7 +50,7 @@ struct DenseProblem {
     layer.kernel = size.kernel, layer.stride = size.stride;
     layer.padding = {size.same, side, side, side, side};
     layer.residual = size.residual;
-    layer.is_dense = true, layer.projects = size.projects;
+    layer.is_dense = true, layer.projects = size.projects, layer.finite = finite;
     layer.dense = {static_cast<int64_t>(weight.size()) / size.channels, size.channels,
                    to.product(weight, size.channels), shift(dense)};
     if (size.projects)
@@ -61,7 +62,7 @@ struct DenseProblem {
 };
 
 // l2: of which a quarter holds a row of the widest block, or only a piece of it.
-inline void test_dense_network(bool bf16, bool amx, int64_t l2, int threads) {
+inline void test_dense_network(bool bf16, bool amx, int64_t l2, int threads, bool finite = true) {
   constexpr int64_t kImages = 2, kHeight = 13, kWidth = 150, kColours = 3, kStem = 19;
   const DenseSizes sizes[] = {{kStem, kStem, kStem, 3, 1, true, false, false},
                               {kStem, 76, 40, 3, 2, false, true, true},
@@ -78,10 +79,10 @@ inline void test_dense_network(bool bf16, bool amx, int64_t l2, int threads) {
   for (const DenseProblem& block : blocks) h = block.run(h);
 
   Packed packed({bf16, kernels->network_tile_units()});
-  const StemLayer stem_layer = packed_stem(packed, stem, 1, 1);
+  const StemLayer stem_layer = packed_stem(packed, stem, 1, 1, finite);
   std::vector<BlockLayer> layers;
   for (const DenseProblem& block : blocks)
-    layers.push_back(block.packed(packed, layers.size() + 1 == blocks.size() ? 0 : -1));
+    layers.push_back(block.packed(packed, layers.size() + 1 == blocks.size() ? 0 : -1, finite));
   Tensor map(static_cast<int64_t>(h.data.size()));
   float* const taps[] = {map.floats()};
   NetworkArgs args = {};

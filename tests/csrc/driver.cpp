@@ -315,6 +315,10 @@ int main(int argc, char** argv) {
       if (isa == "avx512_bf16") test_dense_network(true, amx, l2, threads);
     }
   }
+  for (bool bf16 : {false, isa == "avx512_bf16"}) {  // as if a weight were infinite
+    test_network(DType::kFloat32, bf16, bf16 && amx, true, 2, false);
+    test_dense_network(bf16, bf16 && amx, 32 << 10, 2, false);
+  }
   for (DType dtype : kDTypes)
     for (int threads : kThreads) test_stem(dtype, dtype, threads);
   test_stem(DType::kBFloat16, DType::kFloat32, 2);

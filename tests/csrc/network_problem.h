@@ -102,14 +102,15 @@ struct Folded {
         shift(random_doubles(out, 0.5)) {}
 };
 
-inline StemLayer packed_stem(Packed& to, const Folded& stem, int64_t kernel, int64_t stride) {
+inline StemLayer packed_stem(Packed& to, const Folded& stem, int64_t kernel, int64_t stride,
+                             bool finite) {
   const int64_t side = (kernel - 1) / 2, padded = to.packing.padded(stem.out);
   StemLayer layer = {};
   layer.in_channels = stem.in / (kernel * kernel), layer.out_channels = stem.out;
   layer.kernel_h = layer.kernel_w = kernel, layer.stride = stride;
   layer.padding = {false, side, side, side, side};
   layer.weight = to.units(stem.weight, stem.out), layer.shift = to.rows(stem.shift, 1, padded);
-  layer.finite = true, layer.activation = activation;
+  layer.finite = finite, layer.activation = activation;
   return layer;
 }
 
@@ -196,7 +197,8 @@ struct BlockProblem {
     return y;
   }
 
-  BlockLayer packed(Packed& to, int64_t tap) const {
+  // finite: false for the road of infinite weights, which gives the same of finite ones.
+  BlockLayer packed(Packed& to, int64_t tap, bool finite) const {
     const int64_t padded = to.packing.padded(size.channels), side = (size.kernel - 1) / 2;
     const int64_t out = to.packing.padded(size.out);
     BlockLayer layer = {};
@@ -210,6 +212,7 @@ struct BlockProblem {
                       to.rows(expand.shift, 1, padded)};
     layer.filter = to.units(filter.weight, size.channels);
     layer.filter_shift = to.rows(filter.shift, 1, padded);
+    layer.finite = finite;
     layer.se_channels = size.squeeze;
     if (size.squeeze > 0) {
       layer.se_activation = activation, layer.gate_kind = gate_kind;
@@ -228,7 +231,8 @@ struct BlockProblem {
 };
 
 // Runs the network on images in fp32 or bf16 and compares logits and two maps.
-inline void test_network(DType dtype, bool bf16, bool amx, bool excites, int threads) {
+inline void test_network(DType dtype, bool bf16, bool amx, bool excites, int threads,
+                         bool finite = true) {
   constexpr int64_t kImages = 3, kHeight = 45, kWidth = 50, kColours = 3, kStem = 19, kHead = 75;
   constexpr int64_t kClasses = 7;
   // The first goes through its ring in several steps, the last cuts K and shares the excitation.
@@ -261,10 +265,10 @@ inline void test_network(DType dtype, bool bf16, bool amx, bool excites, int thr
     return Product{layer.in, layer.out, packed.product(layer.weight, layer.out),
                    packed.rows(layer.shift, 1, packed.packing.padded(layer.out))};
   };
-  const StemLayer stem_layer = packed_stem(packed, stem, 3, 2);
+  const StemLayer stem_layer = packed_stem(packed, stem, 3, 2, finite);
   std::vector<BlockLayer> layers;
   for (const BlockProblem& block : blocks)
-    layers.push_back(block.packed(packed, layers.size() == 1 ? 1 : -1));
+    layers.push_back(block.packed(packed, layers.size() == 1 ? 1 : -1, finite));
   const HeadLayer head_layer = {product(head), activation};
   const Product classifier_layer = product(classifier);
   Tensor y(kImages * kClasses), stem_tap(static_cast<int64_t>(stem_map.size()));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -144,6 +145,14 @@ def test_kernels_beside_the_table_are_caught() -> None:
         f"{KERNEL} on sm_90 is not in the table",
         "gone_kernel on sm_90 is in the table alone",
     ]
+
+
+def test_the_documents_give_the_number_of_instances() -> None:
+    """The table's, which holds what is compiled and nothing else."""
+    text = (cuda_budgets.ROOT / "docs/decisions/cuda.md").read_text("utf-8")
+    given = re.findall(r"there are (\d+) kernel instances", text)
+    _, table = cuda_budgets.read_table()
+    assert given == [str(len({kernel for kernel, _ in table}))]
 
 
 def test_too_many_instances_are_caught() -> None:

@@ -15,7 +15,15 @@ from cases import MBCONV_CASES, MBConvCase
 from effnet_fast import use_backend
 from effnet_fast.models import VARIANTS, EfficientNet
 from networks import random_images
-from one_block import DTYPES, Kind, expectations, inference_runs, network_of, randomise
+from one_block import (
+    DTYPES,
+    Kind,
+    check_infinite,
+    expectations,
+    inference_runs,
+    network_of,
+    randomise,
+)
 from tolerances import assert_no_worse_than
 
 # A Lite network of few channels: ReLU6 and no squeeze-and-excitation.
@@ -51,6 +59,17 @@ def test_block(kind: Block, case: MBConvCase, dtype: torch.dtype, isa: str) -> N
     exact, stock = expectations(model, x)
     (y,) = effnet_fast.deploy(model, dtype, backend=f"cpu:{isa}")(x)
     assert_no_worse_than(y.to(dtype), stock[dtype], exact)
+
+
+@inference_runs(case for case in CASES if case.name != "c_gt_tile")
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.Hardswish, nn.SiLU])
+def test_infinite_weights_meet_no_padding(
+    activation: Kind, case: MBConvCase, dtype: torch.dtype, isa: str
+) -> None:
+    """Whose product with it would be NaN."""
+    torch.manual_seed(0)
+    model = randomise(network_of(case, activation, None))
+    check_infinite(model, torch.randn(case.n, 3, case.h, case.w), dtype, isa)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

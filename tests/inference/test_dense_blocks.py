@@ -15,9 +15,16 @@ from effnet_fast.diagnostics import model_report
 from effnet_fast.inference.network_spec import spec_of
 from effnet_fast.models import EfficientNet, EfficientNetFeatures, Stage
 from effnet_fast.models.variants import FUSED
+from effnet_fast.modules.layers import Conv2dNormActivation
 from effnet_fast.modules.structure import RefusedError
 from networks import TINY_V2, random_images, trio
-from one_block import DTYPES, expectations, inference_runs, randomise
+from one_block import (
+    DTYPES,
+    check_infinite,
+    expectations,
+    inference_runs,
+    randomise,
+)
 from tolerances import assert_no_worse_than
 
 
@@ -76,6 +83,18 @@ def test_blocks(case: Case, dtype: torch.dtype, isa: str) -> None:
     assert_no_worse_than(y.to(dtype), stock[dtype], exact)
 
 
+INFINITE = ("clamp", "same_even", "no_project_residual", "k_of_several_chains")
+
+
+@inference_runs([case for case in CASES if case.name in INFINITE])
+def test_infinite_weights_meet_no_padding(case: Case, dtype: torch.dtype, isa: str) -> None:
+    """Whose product with it would be NaN."""
+    torch.manual_seed(0)
+    model = randomise(network_of(replace(case, blocks=1)))
+    x = torch.randn(case.images, 3, 2 * case.height, 2 * case.side)
+    check_infinite(model, x, dtype, isa)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 def test_network(padding: str, dtype: torch.dtype) -> None:
@@ -130,9 +149,15 @@ def test_its_own_forward_runs_in_one_call_and_follows_edits() -> None:
     assert not torch.equal(before, after)
 
 
+def _add_over_a_stride(block: nn.Module) -> None:
+    block.block[1] = Conv2dNormActivation(32, 8, 1, activation_layer=None)
+    block.use_res_connect = True
+
+
 CHANGES = {
     "a hook": lambda b: b.block[0].register_forward_hook(lambda *_: None),
     "use_res_connect": lambda b: setattr(b, "use_res_connect", True),
+    "a residual over a stride": _add_over_a_stride,
     "bias": lambda b: setattr(b.block[1], "0", nn.Conv2d(32, 16, 1)),
     "kernel": lambda b: setattr(b.block[0], "0", nn.Conv2d(8, 32, (3, 1), 2, 1, bias=False)),
     "groups": lambda b: setattr(b.block[0], "0", nn.Conv2d(8, 32, 3, 2, 1, groups=2, bias=False)),

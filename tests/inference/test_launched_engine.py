@@ -17,7 +17,7 @@ from effnet_fast.inference.launched_engine import LaunchedEngine
 from effnet_fast.inference.network_spec import spec_of
 from effnet_fast.models import VARIANTS, EfficientNet, EfficientNetFeatures
 from launched import DTYPES, SIMT, TARGETS, Target, assert_parity, recorders
-from networks import TINY, random_images
+from networks import TINY, TINY_V2, random_images
 from tiers import some
 from tolerances import assert_no_worse_than
 
@@ -81,6 +81,14 @@ def test_same_padding(target: Target, side: int, dtype: torch.dtype, recorders: 
     images = random_images(8, side, seed=4)[..., :-1]
     images = images.contiguous(memory_format=torch.channels_last)
     assert_parity(target, model, images, dtype)
+
+
+@pytest.mark.slow
+@TARGETS
+@DTYPES
+def test_fused_blocks(target: Target, dtype: torch.dtype, recorders: list) -> None:
+    """Of each kind in one network, the dense convolutions before MBConv."""
+    assert_parity(target, networks.pair(TINY_V2).actual, X, dtype)
 
 
 def calibrated(model: EfficientNet, side: int = 48) -> EfficientNet:

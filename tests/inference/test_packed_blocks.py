@@ -9,7 +9,7 @@ import pytest
 from cases import MBCONV_CASES, find
 from effnet_fast.ops.cuda import dwconv_bn_silu
 from mbconv_blocks import block_call
-from packed_blocks import KINDS, LITE, check_packed, packed_block
+from packed_blocks import FUSED, KINDS, LITE, check_packed, check_packed_fused, packed_block
 from parity import BF16, FP16, FP32, NEEDS_SIMT, Dtypes, runs
 
 
@@ -18,6 +18,12 @@ from parity import BF16, FP16, FP32, NEEDS_SIMT, Dtypes, runs
 def test_matches_reference(kinds: dict[str, Any], dtypes: Dtypes, backend: str) -> None:
     for name in ("c_odd_stride_2", "no_expansion_residual"):
         check_packed(block_call(find(MBCONV_CASES, name), dtypes, False, **kinds), backend)
+
+
+@runs((FP32, BF16, FP16), ("simt",))
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_blocks(name: str, dtypes: Dtypes, backend: str) -> None:
+    check_packed_fused(name, dtypes.x, backend)
 
 
 @NEEDS_SIMT

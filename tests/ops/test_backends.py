@@ -314,11 +314,12 @@ def test_unknown_names_are_listed(name: str, backend: str) -> None:
                 function(gate=bad)
 
 
-@pytest.mark.parametrize("act", [None, "relu"])
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
 def test_act_and_activation_are_one(act: str | None) -> None:
     call = sample("pointwise_eval")
     run_act = functools.partial(ops.pointwise_bn_act, **call.tensors)
     expected = run_act(act=act)
+    assert torch.equal(run_act(), expected) == (act == "silu")
     assert torch.equal(run_act(activation=act or "identity"), expected)
     assert torch.equal(run_act(act=act, activation=act or "identity"), expected)
     with pytest.raises(ValueError, match="activation is 'relu6': give one of the two"):

@@ -180,10 +180,15 @@ def test_what_comes_out_of_a_convolution() -> None:
 def test_a_residual_fits() -> None:
     op = "mbconv_eval"
     call(drawn(op, lambda draw: draw.residual), op)
-    draw = drawn(op, lambda draw: draw.sizes["O"] != draw.sizes["C"])
-    draw.arguments["residual"] = True
-    with pytest.raises(ValueError, match="a residual needs an output of the input's shape"):
-        call(draw, op)
+    others = [drawn(op, lambda draw: draw.sizes["O"] != draw.sizes["C"])]
+    others[0].arguments["residual"] = True
+    for side in (0, 2):  # a column more, a row more
+        others.append(drawn(op, lambda draw: draw.residual and draw.arguments["stride"] == 1))
+        others[-1].arguments["padding"] = list(others[-1].sides)
+        others[-1].arguments["padding"][side] += 1
+    for draw in others:
+        with pytest.raises(ValueError, match="a residual needs an output of the input's shape"):
+            call(draw, op)
 
 
 def test_devices() -> None:

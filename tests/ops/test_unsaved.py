@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from effnet_fast import ops, reference
+from effnet_fast.reference.mbconv import (
+    ConvParams,
+    MBConvConfig,
+    MBConvParams,
+    SqueezeExciteParams,
+)
 
 
 def vectors(*sizes: int) -> list[Tensor]:
@@ -30,13 +39,33 @@ def pooled(module: object, x: Tensor, biases: list[Tensor]) -> Tensor:
     return module.pointwise_bn_silu_pool(x, weight, None, biases[0], *running)
 
 
+def stem(module: object, x: Tensor, biases: list[Tensor]) -> Tensor:
+    weight = torch.linspace(-1, 1, 576).reshape(8, 8, 3, 3)
+    running = torch.zeros(8), torch.ones(8)
+    return module.stem_conv_bn_silu(x, weight, None, biases[0], *running)
+
+
+def block(module: object, x: Tensor, biases: list[Tensor]) -> Tensor:
+    running = torch.zeros(8), torch.ones(8)
+    filters, excite, square = (torch.linspace(-1, 1, size) for size in (72, 24, 64))
+    params = MBConvParams(
+        None,
+        ConvParams(filters.reshape(8, 1, 3, 3), None, biases[0], *running),
+        SqueezeExciteParams(
+            excite.reshape(3, 8, 1, 1), biases[1], excite.reshape(8, 3, 1, 1), biases[2]
+        ),
+        ConvParams(square.reshape(8, 8, 1, 1), None, biases[3], *running),
+    )
+    return module.mbconv(x, params, MBConvConfig(), training=False)
+
+
 def depthwise(module: object, x: Tensor, biases: list[Tensor]) -> Tensor:
     weight = torch.linspace(-1, 1, 72).reshape(8, 1, 3, 3)
     running = torch.zeros(8), torch.ones(8)
     return module.dwconv_bn_silu(x, weight, None, biases[0], *running)
 
 
-OPS = {squeeze_excite: (3, 8), pooled: (8,), depthwise: (8,)}
+OPS = {squeeze_excite: (3, 8), pooled: (8,), depthwise: (8,), stem: (8,), block: (8, 3, 8, 8)}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -76,3 +105,43 @@ def test_what_a_bias_is_computed_from() -> None:
     x, (base,) = image(2, 8, 5, 5), vectors(8)
     pooled(ops, x, [base * 2]).sum().backward()
     assert base.grad is not None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backward_twice(op) -> None:
+    """Of a graph that is retained, also where a bias has changed in between."""
+    results = []
+    for module in (ops, reference):
+        x, biases = image(2, 8, 5, 5), vectors(*OPS[op])
+        y = op(module, x, biases).square().sum()
+        y.backward(retain_graph=True)
+        with torch.no_grad():
+            biases[0].add_(1.0)
+        y.backward()
+        results.append([t.grad for t in (x, *biases)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_left_of_a_step(op) -> None:
+    """No cycle for the garbage collector, and the biases go with their last user."""
+
+    def step(differentiates: bool) -> list[weakref.ref[Tensor]]:
+        x, biases = image(2, 8, 5, 5), vectors(*OPS[op])
+        y = op(ops, x, biases).square().sum()
+        if differentiates:
+            y.backward()
+        return [weakref.ref(bias) for bias in biases]
+
+    step(True)
+    for differentiates in (True, False):
+        gc.collect()
+        gc.disable()
+        try:
+            left = [bias() for bias in step(differentiates)]
+            cycles = gc.collect()
+        finally:
+            gc.enable()
+        assert left == [None] * len(left)
+        assert cycles == 0

@@ -154,6 +154,7 @@ BAD = {
     "bn_bias_size": ({"bn_bias": torch.ones(3)}, ValueError, r"bn_bias .*\[4\], got \[3\]"),
     "act": ({"act": "tanh"}, ValueError, "act must be one of silu, identity, .*got 'tanh'"),
     "activation": ({"activation": "gelu"}, ValueError, "activation must be one of .*got 'gelu'"),
+    "silu": ({"act": "silu", "activation": "relu"}, ValueError, "act is 'silu' and activation is"),
     "both": ({"act": None, "activation": "relu"}, ValueError, "act is None and activation is 'rel"),
     "gate_shape": ({"gate": torch.ones(2, 3)}, ValueError, r"gate .*\[2, 3, 1, 1\], got \[2, 3\]"),
     "gate_type": ({"gate": 0.5}, TypeError, "gate must be a tensor, got float"),

@@ -25,7 +25,12 @@ AREAS = {
     "csrc_cpu": ("csrc/cpu/", "csrc/common/"),
     "csrc_cuda": ("csrc/cuda/",),
     "triton_kernels": ("triton_kernels/",),
-    "ops": ("effnet_fast/ops/", "effnet_fast/backends/"),
+    "ops": (
+        "effnet_fast/ops/",
+        "effnet_fast/backends/",
+        "effnet_fast/reference/",
+        "csrc/bindings/gate",
+    ),
     "modules_models": ("effnet_fast/modules/", "effnet_fast/models/"),
     "inference": (
         "effnet_fast/inference/",

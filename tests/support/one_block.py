@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import effnet_fast
 import tiers
 from cases import MBConvCase
 from effnet_fast import use_backend
@@ -22,7 +25,10 @@ from effnet_fast.modules.layers import (
     MBConvConfig,
     SqueezeExcitation,
 )
+from effnet_fast.modules.same_padding import Conv2dSame
+from effnet_fast.modules.structure import Geometry
 from networks import TINY
+from tolerances import assert_no_worse_than, assert_same_places
 
 Kind = type[nn.Module]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -97,3 +103,60 @@ def randomise(model: nn.Module) -> nn.Module:
                 for tensor in (module.bias, module.running_mean):
                     tensor.normal_(std=0.3)
     return model.eval()
+
+
+class Inside(nn.Module):
+    """A convolution whose taps beyond the image are left out, where PyTorch multiplies zeros.
+
+    What PyTorch's own does depends on the kernel that it takes; 0 times infinity is NaN. Sums are
+    in fp32 or float64, of bf16 operands under autocast.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.stride, self.groups = conv.weight, conv.stride[0], conv.groups
+        self.same = isinstance(conv, Conv2dSame)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride = self.weight.shape[-1], self.stride
+        geometry = Geometry((kernel,) * 2, (stride,) * 2, None if self.same else (kernel // 2,) * 2)
+        left, _, top, _ = geometry.sides(*x.shape[2:])
+        narrow = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.autocast("cpu", enabled=False):
+            x, weight = (t.to(narrow).to(self.weight.dtype) for t in (x, self.weight))
+            y = x.new_zeros(x.shape[0], weight.shape[0], *geometry.out_size(*x.shape[2:]))
+            for i, j in itertools.product(range(kernel), repeat=2):
+                rows = [r for r in range(y.shape[2]) if 0 <= r * stride - top + i < x.shape[2]]
+                columns = [c for c in range(y.shape[3]) if 0 <= c * stride - left + j < x.shape[3]]
+                if rows and columns:
+                    met = x[..., rows[0] * stride - top + i :, columns[0] * stride - left + j :]
+                    met = met[..., ::stride, ::stride][..., : len(rows), : len(columns)]
+                    tap = weight[..., i : i + 1, j : j + 1]
+                    y[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] += F.conv2d(
+                        met, tap, groups=self.groups
+                    )
+            return y.to(narrow)
+
+
+def check_infinite(model: nn.Module, x: Tensor, dtype: torch.dtype, isa: str) -> None:
+    """Infinite corners of two filters of the block meet nothing beyond the image."""
+    ((layer, conv),) = (
+        (layer, layer[0])
+        for layer in model.get_submodule("features.1").modules()
+        if isinstance(layer, Conv2dNormActivation) and layer[0].kernel_size != (1, 1)
+    )
+    first = -1 if isinstance(conv, Conv2dSame) else 0  # a row of taps that leaves the image
+    with torch.no_grad():
+        conv.weight[1, 0, first, first] = torch.inf
+        conv.weight[2, 0, first, -1 - first] = -torch.inf
+    (y,) = effnet_fast.deploy(model, dtype, backend=f"cpu:{isa}")(x)
+    if conv.groups > 1:  # PyTorch's own leaves these out, too
+        assert_same_places(y, expectations(model, x)[1][torch.float32])
+    layer[0] = Inside(conv)
+    exact, stock = expectations(model, x)
+    assert exact.isfinite().any()
+    assert not exact.isfinite().all()
+    assert_same_places(y, exact)
+    # PyTorch's products of bf16 on the tile unit may spread a NaN to the pixel before it.
+    finite = exact.isfinite() & stock[dtype].isfinite()
+    assert_no_worse_than(y[finite].to(dtype), stock[dtype][finite], exact[finite])

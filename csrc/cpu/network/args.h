@@ -61,6 +61,7 @@ struct BlockLayer {
   // FusedMBConv: a dense convolution of this kernel and stride to `channels`, and then the
   // projection or nothing; all of the above between them is absent.
   bool is_dense, projects;
+  bool finite;    // whether all weights are of `dense` or `filter`, which reads padding
   Product dense;  // in_channels: of all taps, [K * K][input channels, in bf16 up to a block]
   int64_t tap;    // index of the output that shows this block's result, or -1
 };

@@ -71,12 +71,20 @@ EFFNET_INLINE void store_results(const A& act, const Activations<T>& y, const Ac
 // A thread on its way down the rows of an image.
 template <typename T, typename A>
 struct DenseRows {
+#if defined(__AVX512BF16__)
+  using Multiply = std::conditional_t<sizeof(T) == 4, MultiplyFloat, MultiplyPairs>;
+#else
+  using Multiply = MultiplyFloat;
+#endif
+  using TileOf = DenseTile (*)(int64_t);  // by the number of pixels
+
   const BlockLayer& layer;
   const BlockShape& shape;
   const DensePlan<T>& plan;
   bool amx;
   float *ring, *expanded, *results;
   KBlock* table;
+  int64_t top = 0;  // the input row where an output row's window begins
 
   DenseRows(const BlockLayer& layer, const BlockShape& shape, const DensePlan<T>& plan, bool amx,
             float* memory, int64_t most)
@@ -115,8 +123,9 @@ struct DenseRows {
       }
   }
 
-  // Where the words of K lie for an output row whose window begins at input row `top`.
-  void place(int64_t top) const {
+  // Where the words of K lie for an output row whose window begins at this input row.
+  void place(int64_t first) {
+    top = first;
     const int64_t last = words_of<T>(layer.in_channels) - (plan.blocks - 1) * kUnit;
     KBlock* to = table;
     int64_t before = 0;
@@ -128,14 +137,25 @@ struct DenseRows {
       }
   }
 
+  const float* weights_of(Panel panel) const {
+    const int64_t words = words_of<T>(layer.in_channels) * plan.taps;
+    return static_cast<const float*>(layer.dense.weight) + panel.unit * words * kUnit;
+  }
+
+  template <int STEP>
+  static TileOf tile_of(Panel panel) {
+    if (panel.units < kTileUnits) return dense_tile_of<Multiply, STEP, 1>;
+    if (panel.units > kTileUnits) return dense_tile_of<Multiply, STEP, kMaxUnits>;
+    return dense_tile_of<Multiply, STEP, kTileUnits>;
+  }
+
   // results [count][panel width] of output pixels from `first` on.
   template <int STEP>
   void convolve(Panel panel, int64_t first, int64_t count) const {
-    const int64_t words = words_of<T>(layer.in_channels) * plan.taps, width = panel.width();
-    const float* const b =
-        static_cast<const float*>(layer.dense.weight) + panel.unit * words * kUnit;
+    if (!layer.finite) return convolve_inside<STEP>(panel, first, count);
+    const int64_t blocks = plan.taps * plan.blocks, width = panel.width();
+    const float* const b = weights_of(panel);
     const float* const shift = layer.dense.shift + panel.unit * kUnit;
-    const int64_t blocks = plan.taps * plan.blocks;
     DenseOperands tile;
     const auto at = [&](int64_t pixel, int64_t begin, int64_t end) {
       tile.out = results + pixel * width;
@@ -157,25 +177,38 @@ struct DenseRows {
         }
         return;
       }
-    using Multiply = std::conditional_t<sizeof(T) == 4, MultiplyFloat, MultiplyPairs>;
-#else
-    using Multiply = MultiplyFloat;
 #endif
-    DenseTile (*tile_of)(int64_t) = dense_tile_of<Multiply, STEP, kTileUnits>;
-    int64_t most = kTilePixels;
-    if (panel.units < kTileUnits) tile_of = dense_tile_of<Multiply, STEP, 1>;
-    if (panel.units > kTileUnits) {
-      tile_of = dense_tile_of<Multiply, STEP, kMaxUnits>;
-      most = kWidePixels;
-    }
+    const TileOf tile_of_size = tile_of<STEP>(panel);
     // As `multiply`: tiles of nearly equal size, all by one part of K.
-    const int64_t tiles = ceil_div(count, most);
+    const int64_t tiles = ceil_div(count, panel.units > kTileUnits ? kWidePixels : kTilePixels);
     for (int64_t k = 0; k < blocks; k += kChain / kUnit)
       for (int64_t i = 0; i < tiles; i++) {
         const Range own = part_of(count, tiles, i);
         at(own.begin, k, min_of(blocks, k + kChain / kUnit));
-        tile_of(own.size())(tile);
+        tile_of_size(own.size())(tile);
       }
+  }
+
+  // The same, each pixel from its taps inside of the image: of an infinite weight 0 * x is NaN.
+  template <int STEP>
+  void convolve_inside(Panel panel, int64_t first, int64_t count) const {
+    const DenseTile add_tap = tile_of<STEP>(panel)(1);
+    const int64_t width = panel.width();
+    DenseOperands tile;
+    tile.out = results, tile.start_step = 0;
+    for (int64_t p = first; p < first + count; p++, tile.out += width) {
+      std::memcpy(tile.out, layer.dense.shift + panel.unit * kUnit, sizeof(float) * width);
+      tile.start = tile.out;
+      tile.a = ring + p * STEP * kUnit;
+      for (int64_t i = 0; i < plan.taps; i++) {
+        const int64_t row = top + i / layer.kernel;
+        const int64_t column = p * STEP - shape.horizontal.before + i % layer.kernel;
+        if (row < 0 || row >= shape.h || column < 0 || column >= shape.w) continue;
+        tile.k = table + i * plan.blocks, tile.k_end = tile.k + plan.blocks;
+        tile.b = weights_of(panel) + tile.k->before * width;
+        add_tap(tile);
+      }
+    }
   }
 
   // Output pixels [first, first + count) of a row; x and y: of the whole image, where the row
@@ -218,7 +251,7 @@ void run_rows(const BlockLayer& layer, const BlockShape& shape, Images<T> x, Ima
   const DensePlan<T> plan(layer, shape);
   const int64_t height = shape.vertical.out, width = shape.horizontal.out;
   const int64_t chunks = ceil_div(width, plan.pixels(memory.ring_floats, l2));
-  const DenseRows<T, A> rows(layer, shape, plan, amx, memory.ring, ceil_div(width, chunks));
+  DenseRows<T, A> rows(layer, shape, plan, amx, memory.ring, ceil_div(width, chunks));
   const Range part = team.part(x.count * height);
   for (int64_t i = part.begin, next = 0; i < part.end; i++) {
     const int64_t n = i / height, row = i % height;

@@ -74,6 +74,29 @@ EFFNET_NOINLINE Vec filter_tile(T* out, const float* const* rows, int64_t column
   return total;
 }
 
+// A row's outputs one by one, each from its taps inside of the image: of an infinite weight 0 * x
+// is NaN. Otherwise as filter_tile; top: the input row of rows[0].
+template <typename T, typename A>
+Vec filter_inside(T* out, const float* const* rows, int64_t top, const float* weight,
+                  const float* shift, const BlockLayer& layer, const BlockShape& shape) {
+  const A act(layer.activation);
+  const int64_t kernel = layer.kernel;
+  Vec total = {};
+  for (int64_t p = 0; p < shape.horizontal.out; p++) {
+    const int64_t left = p * layer.stride;  // in the ring; in the image it is less by the padding
+    Vec sum = load(shift);
+    for (int64_t i = 0; i < kernel * kernel; i++) {
+      const int64_t row = top + i / kernel, column = left + i % kernel - shape.horizontal.before;
+      if (row < 0 || row >= shape.h || column < 0 || column >= shape.w) continue;
+      sum += load(weight + i * kUnit) * load(rows[i / kernel] + (left + i % kernel) * kUnit);
+    }
+    const Vec y = activate_as<T>(act, sum);
+    store(out + p * kBlock<T>, y);
+    total += y;
+  }
+  return total;
+}
+
 template <typename T>
 using FilterTile = Vec (*)(T*, const float* const*, int64_t, const float*, const float*,
                            const BlockLayer&);
@@ -241,6 +264,10 @@ struct Band {
           for (int64_t i = 0; i < kernel; i++)
             window[i] = unit_ring(unit) + row_offset(top + i) + lane;
           T* to = out + (row - first) * ow * kBlock<T> + lane;
+          if (!layer.finite) {
+            total += filter_inside<T, A>(to, window, top, weight + lane, shift, layer, shape);
+            continue;
+          }
           for (int64_t i = 0, column = 0; i < tiles; i++) {
             const int64_t outputs = least + (i < larger);
             total += tile_of(outputs)(to, window, column, weight + lane, shift, layer);

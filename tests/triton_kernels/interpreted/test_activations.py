@@ -25,7 +25,7 @@ from effnet_fast.triton_kernels.elementwise import (
 )
 from effnet_fast.triton_kernels.launching import activation_constants
 from mbconv_blocks import BlockCall, block_call, run
-from packed_blocks import KINDS, LITE, MOBILE, check_packed
+from packed_blocks import FUSED, KINDS, LITE, MOBILE, check_packed, check_packed_fused
 from parity import FP16, FP32, MODES, SAMPLES, Dtypes, assert_parity, check, sample, with_gradients
 from tiers import some
 
@@ -162,3 +162,8 @@ def test_hardswish_is_refused() -> None:
 def test_packed_blocks(kinds: dict[str, Any]) -> None:
     for name in ("c_odd_stride_2", "no_expansion_residual"):
         check_packed(block_call(find(MBCONV_CASES, name), FP32, False, **kinds), "triton")
+
+
+@pytest.mark.parametrize("name", some(FUSED, ("residual", "same_relu6", "no_project_residual")))
+def test_packed_fused_blocks(name: str) -> None:
+    check_packed_fused(name, torch.float32, "triton")
