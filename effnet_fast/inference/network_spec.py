@@ -20,15 +20,14 @@ from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.modules import layers, stock, structure
 from effnet_fast.modules.dense_block import DenseBlock
 from effnet_fast.modules.fused_mbconv import FusedMBConv
-from effnet_fast.modules.readers.fused_mbconv import dense_block_of
 from effnet_fast.modules.structure import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
 # How a block of each class is read.
 BLOCKS: dict[type, Callable[[Any], structure.Block | DenseBlock]] = {
-    layers.MBConv: structure.structure_of,  # type: ignore[dict-item]  # of a block, a block
-    FusedMBConv: dense_block_of,
+    layers.MBConv: structure.structure_of,
+    FusedMBConv: structure.structure_of,
 }
 LOGITS, POOLED, LAST_MAP, TAPS = "logits", "pooled", "last_map", "taps"
 
