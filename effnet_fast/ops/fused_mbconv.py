@@ -69,7 +69,7 @@ class DenseLayers(NamedTuple):
 class Saved(NamedTuple):
     """What backward needs beside the parameters; z1 is None where it is to be computed again.
 
-    z3 and norm3 are None without a projection.
+    That is in front of a projection, in a lean block. Without a projection z3 and norm3 are None.
     """
 
     x: Tensor
@@ -221,7 +221,7 @@ class FusedMBConv(torch.autograd.Function):
         y, saved = forward(nhwc(x), row_scale, layers, call)
         if move is not None:
             move(saved.norm1, saved.norm3)
-        if call.memory == "lean":
+        if call.memory == "lean" and layers.project is not None:
             saved = saved._replace(z1=None)
         # Without running statistics, which may move before backward: it reads norms.
         given = *tensors[:3], *tensors[PER_LAYER : PER_LAYER + 3]

@@ -130,8 +130,6 @@ _SAVED_KERNELS_LEAN = f"{_SAVED_KERNELS}\nfused done - d"
 _SAVED_KERNELS_LEAN_BACKWARD = f"fused recompute d -\n{_SAVED_KERNELS_BACKWARD}"
 _SAVED_KERNELS_DENSE = "dense convolution yV -\ndense finish y -"
 _SAVED_KERNELS_DENSE_BACKWARD = "dense backward x xyVy"
-_SAVED_KERNELS_DENSE_LEAN = f"{_SAVED_KERNELS_DENSE}\ndense done - y"
-_SAVED_KERNELS_DENSE_LEAN_BACKWARD = f"dense recompute y -\n{_SAVED_KERNELS_DENSE_BACKWARD}"
 # The design: x, z1 = d and z3 = y are saved, lean computes d again.
 _SAVED_FAST = "fused convolution dw -\nproject convolution yv -\nproject finish y -"
 _SAVED_FAST_BACKWARD = """
@@ -176,8 +174,8 @@ STEPS = {
         *(_SAVED_KERNELS_BACKWARD, _SAVED_KERNELS_DENSE_BACKWARD),
     ),
     ("training", "fused_lean"): (
-        *(_SAVED_KERNELS_LEAN, _SAVED_KERNELS_DENSE_LEAN),
-        *(_SAVED_KERNELS_LEAN_BACKWARD, _SAVED_KERNELS_DENSE_LEAN_BACKWARD),
+        *(_SAVED_KERNELS_LEAN, _SAVED_KERNELS_DENSE),
+        *(_SAVED_KERNELS_LEAN_BACKWARD, _SAVED_KERNELS_DENSE_BACKWARD),
     ),
     ("training", "fast"): (
         *(_SAVED_FAST, _SAVED_FAST_DENSE),

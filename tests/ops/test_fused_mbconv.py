@@ -222,7 +222,7 @@ def test_what_is_wanted_changes_no_bits(name: str) -> None:
         assert_same(run(call, "cpu", wanted=(wanted,)), full)
 
 
-@pytest.mark.parametrize("name", ["own_product", "library", "lone"])
+@pytest.mark.parametrize("name", ["own_product", "library"])
 def test_lean_saves_less_and_gives_the_same_bits(name: str) -> None:
     sizes = []
     for memory in ("fast", "lean"):
