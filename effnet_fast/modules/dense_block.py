@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from effnet_fast.backends import OpArgs
+from effnet_fast.backends import OpArgs, backend_of
 from effnet_fast.modules.structure import Block, Geometry, Layer, norm_of
 from effnet_fast.ops.call import Call, call_of
 
@@ -68,3 +68,10 @@ class DenseBlock(NamedTuple):
 
 
 Found = Layer | Block | DenseBlock  # what a module may be
+
+
+def obstacle(backend: str) -> str | None:
+    """Why a resolved backend leaves a DenseBlock to its layers; None where it runs it as one."""
+    if backend_of(backend).launches("norm_statistics"):
+        return None
+    return f"the {backend} backend has no kernel for it as one block: its layers run by themselves"

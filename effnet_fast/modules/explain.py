@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from effnet_fast import backends
-from effnet_fast.modules import observed, structure
+from effnet_fast.modules import dense_block, observed, structure
 from effnet_fast.modules.dense_block import DenseBlock
 from effnet_fast.ops.registration import autocast
 
@@ -33,4 +33,7 @@ def explain(module: nn.Module, op: str | None = None) -> str | None:
     else:
         args = structure.op_args(found, x, inference)
     assert args is not None
-    return backends.explain(backend, op or found.op, args)
+    reason = backends.explain(backend, op or found.op, args)
+    if reason is None and isinstance(found, DenseBlock):
+        return dense_block.obstacle(backends.choose(backend, found.op, args))
+    return reason

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
-from effnet_fast.modules import in_turn, observed, repetition, structure
+from effnet_fast.modules import dense_block, in_turn, observed, repetition, structure
 from effnet_fast.modules.dense_block import DenseBlock, Found
 from effnet_fast.modules.repetition import Choice
 from effnet_fast.modules.stochastic_depth import stochastic_depth
@@ -106,8 +106,7 @@ def _run_block(block: Block, given: Input, x: Tensor) -> Tensor:
 
 def _run_dense_block(block: DenseBlock, given: Input) -> Tensor | None:
     """The block; None on a backend that has no kernel for it: its layers have ops of their own."""
-    launches = backends.backend_of(given.backend).launches("norm_statistics")
-    if not launches or not _fits(block.dense, given):
+    if dense_block.obstacle(given.backend) or not _fits(block.dense, given):
         return None
     call = block.begin_call(given.x, given.backend)
     dropped = block.residual and block.drop_probability != 0

@@ -165,6 +165,9 @@ def test_a_backend_without_the_kernels_leaves_it_to_the_layers(
     monkeypatch.setattr(CPU, "launches", lambda op: False)
     both(module, image(module))
     assert not fused
+    assert explain(module) == (
+        "the cpu backend has no kernel for it as one block: its layers run by themselves"
+    )
 
 
 def test_the_report_has_it_as_one_block() -> None:
