@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .bn_act import launch_bn_act_fwd, launch_bn_sums
+from .bn_act import launch_bn_act_bwd, launch_bn_act_fwd, launch_bn_sums
 from .elementwise import (
     activated,
     grad_through,
@@ -299,6 +299,13 @@ def norm_silu_sums(
 ) -> Tensor:
     """The op of this name."""
     return launch_bn_sums(grad_y, z, norm, activation)
+
+
+def norm_silu_backward(
+    grad_y: Tensor, z: Tensor, norm: Tensor, sums: Tensor | None, activation: str, backend: str
+) -> Tensor:
+    """The op of this name."""
+    return launch_bn_act_bwd(grad_y, z, norm, activation, sums)
 
 
 def stem_weight_backward(

@@ -217,9 +217,6 @@ void mbconv_depthwise_backward(const std::string& isa, const ShapeTuple& shape, 
   launch(kernels.fold_sum, fold);
 }
 
-// (n, hw, c)
-using PlaneTuple = std::array<int64_t, 3>;
-
 // pooled [N,C]: means of a2; slopes [2,N,C]: the sums of act'(u2) and of act'(u2) * zh2.
 void mbconv_squeeze(const std::string& isa, const PlaneTuple& shape, bool is_bf16, Address z,
                     Address norm, Address pooled, Address slopes, const ActivationTuple& activation,

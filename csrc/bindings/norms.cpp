@@ -166,6 +166,39 @@ void norm_silu_sums(const std::string& isa, int64_t pixels, int64_t c, bool is_b
   fold_sums(partial.data(), chunks, 2 * c, at<float>(sums));
 }
 
+// The norm of z [n,hw,c], by its own statistics or by those of bn.
+void norm_statistics(const std::string& isa, const PlaneTuple& shape, bool is_bf16, Address z,
+                     const BatchNorm& bn, double eps, Address norm, int threads) {
+  require_positive(shape);
+  const auto [n, hw, c] = shape;
+  const int64_t parts = host::pointwise_parts(hw);
+  const Partials partial(bn[2] ? 0 : n * parts * 3 * c);
+  MBConvMomentsArgs args = {
+      n, hw, c, dtype_of(is_bf16), at(z), partial.data(), workspace, thread_count(threads)};
+  if (!bn[2]) launch(kernels_for(isa).mbconv->moments, args);
+  make_norm(at<float>(norm), partial.data(), n, parts, c, hw, 1, bn, eps);
+}
+
+// dz of z over `pixels` rows of C, grad_y that of act(u); sums are 0 where BatchNorm does not
+// normalise by the batch.
+void norm_silu_backward(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16,
+                        Address grad_y, Address z, Address norm, Address sums, Address dz,
+                        const ActivationTuple& activation, int threads) {
+  require(pixels > 0 && c > 0, "norm_silu_backward: the sizes must be positive");
+  const GradParts grad(norm, sums, c, pixels);
+  MBConvNormBackwardArgs args = {pixels,
+                                 c,
+                                 dtype_of(is_bf16),
+                                 at(grad_y),
+                                 at(z),
+                                 norm_vectors(norm, c).shift,
+                                 grad.vectors,
+                                 at(dz),
+                                 activation_of(activation),
+                                 thread_count(threads)};
+  launch(kernels_for(isa).mbconv->norm_backward, args);
+}
+
 }  // namespace
 
 void bind_norms(py::module_& m) {
@@ -173,6 +206,8 @@ void bind_norms(py::module_& m) {
   m.def("bn_act", &bn_act);
   m.def("norm_silu", &norm_silu);
   m.def("norm_silu_sums", &norm_silu_sums);
+  m.def("norm_statistics", &norm_statistics);
+  m.def("norm_silu_backward", &norm_silu_backward);
 }
 
 }  // namespace effnet

@@ -17,6 +17,9 @@ struct BnVectors {
   BnVectors(const BatchNorm& bn, double eps, int64_t c);
 };
 
+// (n, hw, c)
+using PlaneTuple = std::array<int64_t, 3>;
+
 NormVectors norm_vectors(Address norm, int64_t c);
 
 // The norm of z from the moments of its tasks, `chunks` parts of each image's `rows` rows, or from

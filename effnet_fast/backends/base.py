@@ -76,6 +76,10 @@ class Backend:
         """
         self._modules.update(dict.fromkeys(ops, module))
 
+    def launches(self, op: str) -> bool:
+        """Whether it has a kernel for a registered op."""
+        return op in self._modules
+
     def launcher(self, op: str) -> Launcher:
         """The function that launches a registered op.
 

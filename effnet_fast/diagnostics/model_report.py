@@ -20,10 +20,11 @@ from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.pooled_head import pooled_module
 from effnet_fast.modules.explain import explain
 from effnet_fast.modules.fused_forward import POOLED
+from effnet_fast.modules.fused_mbconv import FusedMBConv
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv
 from effnet_fast.modules.structure import RefusedError
 
-FUSIBLE = (MBConv, Conv2dNormActivation)
+FUSIBLE = (MBConv, FusedMBConv, Conv2dNormActivation)
 ONE_CALL, BLOCKS, STOCK = "one call", "block by block", "stock"
 SHOWN = 3  # module names per reason in the printed report
 

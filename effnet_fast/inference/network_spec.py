@@ -7,7 +7,7 @@ exactly is refused with its place and the reason.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ from effnet_fast.inference.parts import InferenceParts
 from effnet_fast.modules import layers, stock, structure
 from effnet_fast.modules.dense_block import DenseBlock
 from effnet_fast.modules.fused_mbconv import FusedMBConv
-from effnet_fast.modules.readers.fused_mbconv import dense_block_of
 from effnet_fast.modules.structure import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
+BLOCKS = (layers.MBConv, FusedMBConv)
 LOGITS, POOLED, LAST_MAP, TAPS = "logits", "pooled", "last_map", "taps"
 
 
@@ -133,19 +133,6 @@ def _convolution(module: nn.Module, kind: str) -> structure.Layer:
     return layer
 
 
-def _mbconv(module: nn.Module) -> structure.Block:
-    block = structure.structure_of(module)
-    assert isinstance(block, structure.Block)
-    return block
-
-
-# How a block of each class is read.
-BLOCKS: dict[type, Callable[[Any], structure.Block | DenseBlock]] = {
-    layers.MBConv: _mbconv,
-    FusedMBConv: dense_block_of,
-}
-
-
 def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int]]:
     """Place and module of each block, and the stage whose last it is, or -1."""
     for index, stage in enumerate(stages, start=1):
@@ -162,7 +149,7 @@ def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int
 def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> BlockSpec:
     with _at(place):
         structure.require(module, *BLOCKS)
-        block = BLOCKS[type(module)](module)
+        block: structure.Block | DenseBlock = structure.structure_of(module)
         geometry = block.spatial
         if geometry.kernel[0] > MAX_KERNEL:
             raise RefusedError(f" has a kernel above {MAX_KERNEL}")

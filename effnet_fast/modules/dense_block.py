@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from effnet_fast.modules.structure import Geometry, Layer
+from effnet_fast.backends import OpArgs, backend_of
+from effnet_fast.modules.structure import Block, Geometry, Layer, norm_of
+from effnet_fast.ops.call import Call, call_of
 
 
 class DenseBlock(NamedTuple):
@@ -17,6 +19,12 @@ class DenseBlock(NamedTuple):
     residual: bool  # whether its input is added to what drop-path leaves of its body
     drop_probability: float  # of drop-path in the mode that the block is in: 0 outside training
     drop_mode: str  # "row" or "batch", see `stochastic_depth`
+    memory: str  # "fast", or "lean" to save one expanded tensor less for backward
+
+    @property
+    def op(self) -> str:
+        """The op whose passes compute it."""
+        return "mbconv"
 
     @property
     def first(self) -> Layer:
@@ -42,3 +50,28 @@ class DenseBlock(NamedTuple):
     def parameters(self) -> tuple[Tensor | None, ...]:
         """All tensors that the fused passes read."""
         return tuple(tensor for layer in self.layers for tensor in layer.tensors)
+
+    def op_args(self, x: Tensor, inference: bool) -> OpArgs | None:
+        """As `structure.op_args`; PyTorch's own convolution takes any kernel."""
+        if x.shape[1] != self.dense.conv.in_channels:
+            return None
+        return OpArgs(x, self.parameters, (1, 1), 1, inference, (self.dense.activation,), None)
+
+    def begin_call(self, x: Tensor, backend: str) -> Call:
+        """As `structure.begin_call`."""
+        norms, geometry = tuple(map(norm_of, self.layers)), self.spatial
+        return call_of(
+            norms, (x, *self.parameters), backend, geometry.stride,
+            geometry.sides(x.shape[2], x.shape[3]), self.residual, self.memory,
+            self.dense.activation,
+        )  # fmt: skip
+
+
+Found = Layer | Block | DenseBlock  # what a module may be
+
+
+def obstacle(backend: str) -> str | None:
+    """Why a resolved backend leaves a DenseBlock to its layers; None where it runs it as one."""
+    if backend_of(backend).launches("norm_statistics"):
+        return None
+    return f"the {backend} backend has no kernel for it as one block: its layers run by themselves"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from effnet_fast import backends
-from effnet_fast.modules import observed, structure
+from effnet_fast.modules import dense_block, observed, structure
+from effnet_fast.modules.dense_block import DenseBlock
 from effnet_fast.ops.registration import autocast
 
 
@@ -26,6 +27,13 @@ def explain(module: nn.Module, op: str | None = None) -> str | None:
         return str(refused)
     conv = found.first.conv
     x, _ = autocast(conv.weight.new_empty((1, conv.in_channels, 1, 1)))
-    args = structure.op_args(found, x, inference=not found.first.by_batch)
+    inference = not found.first.by_batch
+    if isinstance(found, DenseBlock):
+        args = found.op_args(x, inference)
+    else:
+        args = structure.op_args(found, x, inference)
     assert args is not None
-    return backends.explain(backend, op or found.op, args)
+    reason = backends.explain(backend, op or found.op, args)
+    if reason is None and isinstance(found, DenseBlock):
+        return dense_block.obstacle(backends.choose(backend, found.op, args))
+    return reason

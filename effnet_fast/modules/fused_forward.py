@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
-from effnet_fast.modules import in_turn, observed, repetition, structure
+from effnet_fast.modules import dense_block, in_turn, observed, repetition, structure
+from effnet_fast.modules.dense_block import DenseBlock, Found
 from effnet_fast.modules.repetition import Choice
 from effnet_fast.modules.stochastic_depth import stochastic_depth
+from effnet_fast.modules.structure import Block
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
+from effnet_fast.ops.fused_mbconv import DenseLayers
+from effnet_fast.ops.fused_mbconv import apply as fused_mbconv
 from effnet_fast.ops.layout import is_nhwc, makes_nhwc, to_nchw, to_nhwc
 from effnet_fast.ops.mbconv import apply as mbconv
 from effnet_fast.ops.mbconv_training import Layers
@@ -30,7 +34,6 @@ from effnet_fast.ops.registration import autocast
 from effnet_fast.ops.stem_conv_bn_silu import apply as stem_conv_bn_silu
 
 POOLED = "pointwise_bn_silu_pool"  # the op of a layer that is pooled at once
-ANY_LAYOUT = frozenset({structure.OPS[structure.DENSE]})  # ops whose kernels take images in any
 
 
 class Input(NamedTuple):
@@ -42,21 +45,23 @@ class Input(NamedTuple):
     is_nhwc: bool  # whether PyTorch takes what was given for channels_last
 
 
-def _input(
-    found: structure.Layer | structure.Block, op: str, x: Tensor, backend: str
-) -> Input | None:
+def _input(found: Found, op: str, x: Tensor, backend: str) -> Input | None:
     """What the op takes of x and the backend that runs it; None for the stock path."""
     if x.dim() != 4:
         return None  # stock raises PyTorch's own error
     cast, autocasts = autocast(x)
     is_last = is_nhwc(x)
-    converts = op not in ANY_LAYOUT and not is_last
-    asked = cast[:0] if converts else cast  # no images: of any layout
-    args = structure.op_args(found, asked, inference=True)
+    asked = cast if is_last else cast[:0]  # no images: of any layout
+    if isinstance(found, DenseBlock):
+        args = found.op_args(asked, inference=True)
+    else:
+        args = structure.op_args(found, asked, inference=True)
     chosen = "reference" if args is None else backends.choose(backend, op, args)
     if chosen == "reference":
         return None
-    return Input(to_nhwc(cast) if converts else cast, chosen, autocasts, is_last)
+    # A dense convolution's kernels take images in any layout.
+    keeps = is_last or (not isinstance(found, Block) and found.first.kind == structure.DENSE)
+    return Input(cast if keeps else to_nhwc(cast), chosen, autocasts, is_last)
 
 
 def _fits(layer: structure.Layer, given: Input) -> bool:
@@ -82,7 +87,7 @@ def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
     )
 
 
-def _run_block(block: structure.Block, given: Input, x: Tensor) -> Tensor:
+def _run_block(block: Block, given: Input, x: Tensor) -> Tensor:
     """The block, with its modules' own bookkeeping; x is the input before autocast."""
     expand, depthwise, project = block.expand, block.depthwise, block.project
     layers = Layers(
@@ -99,7 +104,18 @@ def _run_block(block: structure.Block, given: Input, x: Tensor) -> Tensor:
     return mbconv(given.x, row_scale, layers, call)
 
 
-def _row_scale(block: structure.Block, x: Tensor) -> Tensor:
+def _run_dense_block(block: DenseBlock, given: Input) -> Tensor | None:
+    """The block; None on a backend that has no kernel for it: its layers have ops of their own."""
+    if dense_block.obstacle(given.backend) or not _fits(block.dense, given):
+        return None
+    call = block.begin_call(given.x, given.backend)
+    dropped = block.residual and block.drop_probability != 0
+    row_scale = _row_scale(block, given.x) if dropped else None
+    project = block.project.tensors if block.project else None
+    return fused_mbconv(given.x, row_scale, DenseLayers(block.dense.tensors, project), call)
+
+
+def _row_scale(block: Block | DenseBlock, x: Tensor) -> Tensor:
     """The factor [N] that drop-path gives each image's body, drawn as the module draws it."""
     ones = torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device)
     return stochastic_depth(ones, block.drop_probability, block.drop_mode).flatten().float()
@@ -131,21 +147,23 @@ def run(module: Any, x: Tensor) -> Tensor:
     return module.forward_stock(x) if y is None else y
 
 
-def _structure_of(module: nn.Module) -> structure.Layer | structure.Block | None:
+def _structure_of(module: nn.Module) -> Found | None:
     try:
         return structure.structure_of(module)
     except structure.RefusedError:
         return None
 
 
-def _run_fused(found: structure.Layer | structure.Block, x: Tensor, backend: str) -> Tensor | None:
+def _run_fused(found: Found, x: Tensor, backend: str) -> Tensor | None:
     """The fused forward; None for the stock path, which may raise PyTorch's own error."""
     given = _input(found, found.op, x, backend)
     if given is None:
         return None
     y: Tensor | None = None
-    if isinstance(found, structure.Block):
+    if isinstance(found, Block):
         y = _run_block(found, given, x)
+    elif isinstance(found, DenseBlock):
+        y = _run_dense_block(found, given)
     elif found.kind == structure.POINTWISE:
         y = _run_pointwise(found, given)
     elif _fits(found, given):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from effnet_fast.modules.dense_block import DenseBlock, Found
 from effnet_fast.modules.structure import Block, Layer
 
 
@@ -21,7 +22,7 @@ class Choice(NamedTuple):
     """How a module was run."""
 
     module: nn.Module
-    found: Layer | Block | None  # what the fused ops took it for; None for the stock path
+    found: Found | None  # what the fused ops took it for; None for the stock path
     backend: str  # that ran them
 
 
@@ -70,12 +71,15 @@ def first_choice(module: nn.Module) -> Choice | None:
     return None
 
 
-def _with_statistics(found: Layer | Block | None) -> Layer | Block | None:
+def _with_statistics(found: Found | None) -> Found | None:
     """The same with the buffers that its BatchNorms have now, which the second run may move."""
     if isinstance(found, Block):
         expand = found.expand and _layer_with_statistics(found.expand)
         depthwise, project = map(_layer_with_statistics, (found.depthwise, found.project))
         return found._replace(expand=expand, depthwise=depthwise, project=project)
+    if isinstance(found, DenseBlock):
+        dense, project = _layer_with_statistics(found.dense), found.project
+        return found._replace(dense=dense, project=project and _layer_with_statistics(project))
     return found and _layer_with_statistics(found)
 
 

@@ -197,7 +197,7 @@ def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs | None:
     return OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference, *kinds)
 
 
-def _norm(layer: Layer) -> Norm:
+def norm_of(layer: Layer) -> Norm:
     """How the layer's BatchNorm normalises; counts one more batch, as its own forward does."""
     bn = layer.bn
     momentum, moves = bn.momentum, bn.training and bn.track_running_stats
@@ -213,9 +213,9 @@ def begin_call(found: Layer | Block, x: Tensor, backend: str) -> Call:
     geometry, shape = found.spatial, x.shape
     call = ((x, *found.parameters), backend, geometry.stride, geometry.sides(shape[2], shape[3]))
     if isinstance(found, Layer):
-        return call_of((_norm(found),), *call, activation=found.activation)
-    expand = _norm(found.expand) if found.expand else NO_NORM
-    norms = expand, _norm(found.depthwise), _norm(found.project)
+        return call_of((norm_of(found),), *call, activation=found.activation)
+    expand = norm_of(found.expand) if found.expand else NO_NORM
+    norms = expand, norm_of(found.depthwise), norm_of(found.project)
     kinds = found.depthwise.activation, found.se_activation, found.gate
     return call_of(norms, *call, found.residual, found.memory, *kinds)
 
@@ -347,12 +347,10 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
 
 
 # How a module of exactly this class is read, and what requires the code below it to be stock's.
-_READERS: dict[type, tuple[Callable[[Any], Layer | Block], Callable[[], None]]] = {}
+_READERS: dict[type, tuple[Callable[[Any], Any], Callable[[], None]]] = {}
 
 
-def reads(
-    kind: type, reader: Callable[[Any], Layer | Block], require_stock: Callable[[], None]
-) -> None:
+def reads(kind: type, reader: Callable[[Any], Any], require_stock: Callable[[], None]) -> None:
     """Enters the reader of a class, and what is called before it.
 
     Both raise RefusedError: for what the reader does not know, and where code that the module's
@@ -375,8 +373,8 @@ def refuse_replaced_code() -> None:
         require_stock()
 
 
-def structure_of(module: nn.Module) -> Layer | Block:
-    """The module's fused form.
+def structure_of(module: nn.Module) -> Any:
+    """The module's fused form: a Layer, a Block or a `dense_block.DenseBlock`.
 
     Raises:
         RefusedError: it has none, with the reason.

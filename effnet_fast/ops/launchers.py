@@ -7,7 +7,8 @@ from effnet_fast.backends import CPU, CUDA, SIMT, TRITON
 _DWCONV = ("dwconv_bn_silu_eval", "dwconv_statistics", "bn_silu", "dwconv_bn_silu_backward")
 _SQUEEZE_EXCITE = ("excite", "squeeze_excite", "squeeze_excite_backward")
 _STEM = (
-    "stem_conv_bn_silu_eval", "stem_conv", "norm_silu", "norm_silu_sums", "stem_weight_backward"
+    "stem_conv_bn_silu_eval", "stem_conv", "norm_silu", "norm_silu_sums", "norm_silu_backward",
+    "stem_weight_backward",
 )  # fmt: skip
 _HEAD = ("pointwise_bn_silu_pool_eval", "pointwise_bn_silu_pool_backward")
 _PASSES = (
@@ -27,6 +28,7 @@ _MODULES = {
 }
 _IN_CUDA = ("dwconv_bn_silu", "squeeze_excite")
 
+CPU.add_launchers("effnet_fast.ops.cpu.dense_conv", ("norm_statistics",))
 for _module, _ops in _MODULES.items():
     CPU.add_launchers(f"effnet_fast.ops.cpu.{_module}", _ops)
     TRITON.add_launchers(f"effnet_fast.triton_kernels.{_module}", _ops)

@@ -265,16 +265,23 @@ def forward(
     return y, saved
 
 
+def sums_of_images(sums: Tensor) -> Tensor:
+    """sums2 [2,C] of du2 = e * act'(u2) from the sums [3,N,C] of `Passes.project_backward`.
+
+    They are added up in float64, so that no order of theirs shows.
+    """
+    return sums[1:].double().sum(1).to(sums.dtype)
+
+
 def _excite_backward(
     passes: Passes, sums: Tensor, saved: Saved, excite: SqueezeExciteParams | None, call: Call
 ) -> tuple[Tensor | None, Tensor, Vectors]:
     """As `Passes.excite_backward`: q, sums2, and the gradients of the four parameters.
 
-    Without squeeze-and-excite du2 is e * act'(u2), whose sums over an image `sums` holds. They are
-    added up in float64, so that no order of theirs shows.
+    Without squeeze-and-excite du2 is e * act'(u2), whose sums over an image `sums` holds.
     """
     if excite is None:
-        return None, sums[1:].double().sum(1).to(sums.dtype), (None,) * 4
+        return None, sums_of_images(sums), (None,) * 4
     pooled, slopes, hidden, gate = saved.pooled, saved.slopes, saved.hidden, saved.gate
     assert pooled is not None and slopes is not None and hidden is not None and gate is not None
     q, sums2, *grads = passes.excite_backward(
@@ -284,7 +291,8 @@ def _excite_backward(
     return q, sums2, tuple(grads)
 
 
-def _pick(needs: tuple[bool, ...], *grads: Tensor | None) -> Vectors:
+def pick(needs: tuple[bool, ...], *grads: Tensor | None) -> Vectors:
+    """The gradients that are wanted, None for the others."""
     return tuple(grad if need else None for need, grad in zip(needs, grads, strict=True))
 
 
@@ -311,11 +319,11 @@ def backward(
         grad_y, row_scale, z3, norm3, sums3 if third.training else None, layers.project[0],
         z2, norm2, gate, [to_excite, needs.project[0]], call.activation,
     )  # fmt: skip
-    project = _pick(needs.project, grad_weight, sums3[1], sums3[0])
+    project = pick(needs.project, grad_weight, sums3[1], sums3[0])
     if not to_excite:
         return Grads(None, expand, depthwise, excite, project)
     q, sums2, layer_grads = _excite_backward(passes, sums, saved, layers.excite, call)
-    excite = _pick(needs.excite, *layer_grads)
+    excite = pick(needs.excite, *layer_grads)
     if not to_depthwise:
         return Grads(None, expand, depthwise, excite, project)
     h = x
@@ -330,7 +338,7 @@ def backward(
         added if layers.expand is None else None, call.stride[0], call.padding,
         [to_expand, needs.depthwise[0]], call.activation,
     )  # fmt: skip
-    depthwise = _pick(needs.depthwise, grad_weight, sums2[1], sums2[0])
+    depthwise = pick(needs.depthwise, grad_weight, sums2[1], sums2[0])
     if layers.expand is None or not to_expand:
         return Grads(f if needs.x else None, expand, depthwise, excite, project)
     assert z1 is not None and norm1 is not None
@@ -338,5 +346,5 @@ def backward(
         f, z1, norm1, sums1 if first.training else None, x, layers.expand[0], added,
         [needs.x, needs.expand[0]],
     )  # fmt: skip
-    expand = _pick(needs.expand, grad_weight, sums1[1], sums1[0])
+    expand = pick(needs.expand, grad_weight, sums1[1], sums1[0])
     return Grads(grad_x if needs.x else None, expand, depthwise, excite, project)

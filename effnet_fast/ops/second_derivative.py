@@ -110,6 +110,33 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     return (saved.x, None, None, None, *tensors), function
 
 
+def fused_mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
+    """`Again` of FusedMBConv."""
+    x, _, _, norm1, norm3, row_scale, *unpacked = ctx.saved_tensors
+    unpacked[2], unpacked[5] = unchanged(ctx)
+    call, none = ctx.call, (None, None)
+
+    def statistics(norm: Tensor, training: bool) -> tuple[Tensor | None, Tensor | None]:
+        return none if training else (norm[MEAN], norm[VAR])
+
+    def function(x: Tensor, *others: Any) -> Tensor:
+        dense, project = others[3:6], others[8:11]
+        first, last = call.norms[0], call.norms[-1]
+        layer = (*dense, *statistics(norm1, first.training))
+        geometry = call.stride, call.padding
+        y = compose(x, layer, *geometry, first.training, 0.0, first.eps, call.activation)
+        if norm3 is not None:
+            y = reference.pointwise_bn_act(
+                y, *project, *statistics(norm3, last.training),
+                act=None, training=last.training, eps=last.eps,
+            )  # fmt: skip
+        if row_scale is not None:
+            y = y * row_scale.to(y.dtype).reshape(-1, 1, 1, 1)
+        return y + x if call.residual else y
+
+    return (x, None, None, None, *unpacked[:3], *none, *unpacked[3:], *none), function
+
+
 def differentiable(again: Again) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes an autograd Function's backward differentiable where its gradients are to be.
 

@@ -3,13 +3,12 @@
 In eval one kernel. In training the convolution writes its raw output z and yields its statistics,
 a second pass writes y; saved for backward are x, z and vectors. Backward is one pass for the sums
 of BatchNorm's gradient and one for the weight's gradient, which forms dz as it loads. The gradient
-of x, an image that rarely asks for one, is PyTorch's own; its last bits may depend on the number of
+of x is PyTorch's own over dz, which one more pass writes; its last bits may depend on the number of
 threads.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -19,13 +18,14 @@ from effnet_fast import reference
 from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
+from effnet_fast.ops.dense_conv import convolve_backward
 from effnet_fast.ops.gate import CONVOLUTION, batch_norm
 from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, empty_normed, nhwc, register
 from effnet_fast.ops.statistics import Moves
 from effnet_fast.ops.unsaved import keep
-from effnet_fast.reference.activations import activation_backward, check_activation
+from effnet_fast.reference.activations import check_activation
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
 
@@ -83,6 +83,12 @@ def empty_sums(grad_y: Tensor, z: Tensor, norm: Tensor, activation: str, backend
     return z.new_empty((2, z.shape[1]), dtype=torch.float32)
 
 
+def _empty_dz(
+    grad_y: Tensor, z: Tensor, norm: Tensor, sums: Tensor | None, activation: str, backend: str
+) -> Tensor:
+    return empty_nhwc(z, z.shape)
+
+
 def empty_weight_grad(
     grad_y: Tensor,
     z: Tensor,
@@ -105,6 +111,9 @@ eval_op = register("stem_conv_bn_silu_eval", empty_eval, {**_CONV, **batch_norm(
 conv_op = register("stem_conv", empty_conv, {**_CONV, **batch_norm("O", by_batch=True)})
 silu_op = register("norm_silu", _empty_silu, _NORMED)
 sums_op = register("norm_silu_sums", empty_sums, {"grad_y": "image NCHW", **_NORMED})
+backward_op = register(
+    "norm_silu_backward", _empty_dz, {"grad_y": "image NCHW", **_NORMED, "sums": "fp32? 2C"}
+)
 weight_backward_op = register(
     "stem_weight_backward",
     empty_weight_grad,
@@ -118,41 +127,9 @@ weight_backward_op = register(
 )
 
 
-def _exact_cudnn(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """cuDNN without TF32 and always alike for an x on its devices; a compiler follows no flags."""
-    if x.is_cuda and not torch.compiler.is_compiling():
-        return torch.backends.cudnn.flags(deterministic=True, allow_tf32=False)
-    return contextlib.nullcontext()
-
-
-def _grad_x(
-    grad_y: Tensor,
-    z: Tensor,
-    norm: Tensor,
-    sums: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Sides,
-    activation: str,
-) -> Tensor:
-    """x's gradient, by PyTorch's own operators over dz written out."""
-    scale, shift, mean, rstd, _ = (row.reshape(1, -1, 1, 1) for row in norm)
-    u = z * scale + shift
-    du = activation_backward(grad_y.to(u.dtype), u, activation)
-    if sums is not None:
-        means = (sums / max(1, z.numel() // z.shape[1])).reshape(2, 1, -1, 1, 1)
-        du = du - means[0] - (z - mean) * rstd * means[1]
-    left, right, top, bottom = padding
-    n, c, h, w = x.shape
-    like = empty_nhwc(x, (n, c, h + top + bottom, w + left + right))  # its values do not matter
-    with _exact_cudnn(x):
-        grad = torch.ops.aten.convolution_backward(
-            (du * scale).to(x.dtype), like, weight.to(x.dtype), None, stride, (0, 0), (1, 1),
-            False, (0, 0), 1, (True, False, False),
-        )[0]  # fmt: skip
-    grad = grad[:, :, top : top + h, left : left + w]
-    return nhwc(grad) if is_nhwc(x) or is_nhwc(weight) else grad.contiguous()  # as PyTorch's
+def grad_like(grad: Tensor, *tensors: Tensor) -> Tensor:
+    """A convolution's gradient in PyTorch's layout of it, by those of the image and the weight."""
+    return nhwc(grad) if any(map(is_nhwc, tensors)) else grad.contiguous()
 
 
 class StemConvBnSilu(torch.autograd.Function):
@@ -185,14 +162,15 @@ class StemConvBnSilu(torch.autograd.Function):
         inner = sums if training else None
         grad_x = grad_weight = None
         if need_x:
-            grad_x = _grad_x(grad_y, z, norm, inner, x, weight, stride, padding, activation)
+            dz = backward_op(grad_y, z, norm, inner, activation, backend)
+            grad_x, _ = convolve_backward(dz, x, weight, stride, padding, (True, False))
+            grad_x = grad_like(grad_x, x, weight)
         if need_weight:
             grad_weight = weight_backward_op(
                 grad_y, z, norm, inner, x, weight, stride, padding, activation, backend
             ).to(weight.dtype)
-            # PyTorch's layout of it
-            if x.numel() and (is_nhwc(x) or is_nhwc(weight)):
-                grad_weight = nhwc(grad_weight)
+            if x.numel():
+                grad_weight = grad_like(grad_weight, x, weight)
         return (
             grad_x,
             grad_weight,

@@ -124,22 +124,16 @@ dense           bn_bwd          yy      yyyv
 dense           conv_bwd        x       yx
 dense           residual_bwd    -       y
 """
-# This version's kernels: the dense convolution as the stem's op, the projection as in stock. The
-# gradient of x is PyTorch's, over dz written out.
-_SAVED_KERNELS = f"fused convolution dN -\nfused finish d -\n{_SAVED_STOCK_PROJECT}"
-_SAVED_KERNELS_BACKWARD = f"""
-{_SAVED_STOCK_PROJECT_BACKWARD}
-fused           grad_x          FFFF    FFF
-fused           backward        x       xFddN
-fused           residual_bwd    -       y
+# This version's CPU kernels: as designed. What one pass hands to the next (of the size of d, of y
+# without a projection) lies in shared buffers.
+_SAVED_KERNELS = "fused convolution dN -\nproject convolution yV -\nproject finish y -"
+_SAVED_KERNELS_BACKWARD = """
+fused           backward        x       xdNyVy
 """
-_SAVED_KERNELS_DENSE = "dense convolution yV -\ndense finish y -\ndense drop_path y y"
-_SAVED_KERNELS_DENSE_BACKWARD = """
-dense           drop_path_bwd   y       -
-dense           grad_x          YYYY    YYY
-dense           backward        x       xYyyV
-dense           residual_bwd    -       y
-"""
+_SAVED_KERNELS_LEAN = f"{_SAVED_KERNELS}\nfused done - d"
+_SAVED_KERNELS_LEAN_BACKWARD = f"fused recompute d -\n{_SAVED_KERNELS_BACKWARD}"
+_SAVED_KERNELS_DENSE = "dense convolution yV -\ndense finish y -"
+_SAVED_KERNELS_DENSE_BACKWARD = "dense backward x xyVy"
 # The design: x, z1 = d and z3 = y are saved, lean computes d again.
 _SAVED_FAST = "fused convolution dw -\nproject convolution yv -\nproject finish y -"
 _SAVED_FAST_BACKWARD = """
@@ -164,7 +158,12 @@ project         bn              y       y
 project         done            -       x
 """
 _INFERENCE_STOCK_DENSE = "dense convolution y -\ndense bn_silu y y\ndense done - x"
-_INFERENCE_KERNELS = "fused fused d -\nproject fused y d\nproject done - x"
+_INFERENCE_KERNELS = """
+fused           convolution     d       -
+project         convolution     y       -
+project         finish          y       dy
+project         done            -       x
+"""
 _INFERENCE_KERNELS_DENSE = "dense fused y -\ndense done - x"
 
 # By mode and plan of `memory_plans`: the steps of a fused and of a dense block forward, then
@@ -174,12 +173,13 @@ STEPS = {
         *(_SAVED_STOCK, _SAVED_STOCK_DENSE),
         *(_SAVED_STOCK_BACKWARD, _SAVED_STOCK_DENSE_BACKWARD),
     ),
-    **dict.fromkeys(
-        (("training", "fused"), ("training", "fused_lean")),
-        (
-            *(_SAVED_KERNELS, _SAVED_KERNELS_DENSE),
-            *(_SAVED_KERNELS_BACKWARD, _SAVED_KERNELS_DENSE_BACKWARD),
-        ),
+    ("training", "fused"): (
+        *(_SAVED_KERNELS, _SAVED_KERNELS_DENSE),
+        *(_SAVED_KERNELS_BACKWARD, _SAVED_KERNELS_DENSE_BACKWARD),
+    ),
+    ("training", "fused_lean"): (
+        *(_SAVED_KERNELS_LEAN, _SAVED_KERNELS_DENSE),
+        *(_SAVED_KERNELS_LEAN_BACKWARD, _SAVED_KERNELS_DENSE_BACKWARD),
     ),
     ("training", "fast"): (
         *(_SAVED_FAST, _SAVED_FAST_DENSE),

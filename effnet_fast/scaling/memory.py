@@ -232,15 +232,20 @@ def _forward(sized: Sized, plan: MemoryPlan) -> tuple[int, int]:
     return live, peak
 
 
+# By a block's kind, letters of what lies in the shared buffers for e and d in its backward pass.
+_BUFFERS = {"block": ("e", "d"), "fused": ("d", "d"), "dense": ("y", "")}
+
+
 def _backward(sized: Sized, plan: MemoryPlan, dtype: torch.dtype) -> int:
     """The most during the backward pass, above what stands at its start."""
     live = peak = expanded = filtered = 0
     for group, sizes in reversed(sized):
         left, most = _follow(plan.backward_of(group.kind), group, sizes)
-        if plan.shared and group.kind == "block":
+        if plan.shared and group.kind in _BUFFERS:
             # The buffers grow from block to block; too large ones are freed after each.
-            expanded = max(expanded, sizes["e"] if group.expands else 0)
-            filtered = max(filtered, sizes["d"])
+            before, behind = _BUFFERS[group.kind]
+            expanded = max(expanded, sizes[before] if group.kind != "block" or group.expands else 0)
+            filtered = max(filtered, sizes[behind] if behind else 0)
             # A block's gradients of parameters are all there, in fp32, before anything is freed.
             cast = dtype.itemsize if dtype.itemsize < FP32 else 0
             most += group.parameters * (FP32 + cast)

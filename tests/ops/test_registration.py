@@ -27,7 +27,9 @@ SAMPLE_OF = {
     "mbconv_eval": "dwconv_eval",
     "move_statistics": "dwconv_train",
     "norm_silu": "stem_train",
+    "norm_silu_backward": "stem_train",
     "norm_silu_sums": "stem_train",
+    "norm_statistics": "stem_train",
     "pointwise_bn_act_eval": "pointwise_eval",
     "pointwise_bn_silu_pool_backward": "head_train",
     "pointwise_bn_silu_pool_eval": "head_train",
@@ -57,6 +59,7 @@ LAUNCHED_BY_CUDA = {
     "bn_silu", "dwconv_bn_silu_backward", "dwconv_bn_silu_eval", "dwconv_statistics",
     "excite", "squeeze_excite", "squeeze_excite_backward",
 }  # fmt: skip
+LAUNCHED_BY_CPU_ALONE = {"norm_statistics"}
 
 
 @pytest.mark.parametrize("backend", [CPU, CUDA, SIMT, TRITON], ids=lambda b: b.name)
@@ -64,13 +67,16 @@ def test_launchers(backend: Backend) -> None:
     """Every op that a backend launches has its function; for another the backend says so."""
     every = registered_ops() - {"move_statistics"}  # it is asked for no backend
     launched = LAUNCHED_BY_CUDA if backend in (CUDA, SIMT) else every
+    launched = launched if backend is CPU else launched - LAUNCHED_BY_CPU_ALONE
     for op in launched:
+        assert backend.launches(op)
         assert callable(backend.launcher(op))
     for op in every - launched | {"conv"}:
         with pytest.raises(
             RuntimeError, match=f"the {backend.name} backend has no kernel for {op}"
         ):
             backend.launcher(op)
+        assert not backend.launches(op)
 
 
 def stem_arguments(op: str, x: Tensor, others: list[Any]) -> tuple[Any, ...]:
@@ -83,9 +89,13 @@ def stem_arguments(op: str, x: Tensor, others: list[Any]) -> tuple[Any, ...]:
     z, norm = torch.ops.effnet_fast.stem_conv(*given)
     if op == "norm_silu":
         return (z, norm, "silu", "cpu")
+    if op == "norm_statistics":
+        return (z, *others[1:3], None, None, 1e-5, "cpu")
     sums = torch.ops.effnet_fast.norm_silu_sums(z, z, norm, "silu", "cpu")
     if op == "norm_silu_sums":
         return (z, z, norm, "silu", "cpu")
+    if op == "norm_silu_backward":
+        return (z, z, norm, sums, "silu", "cpu")
     return (z, z, norm, sums, x, others[0], *geometry, "silu", "cpu")
 
 

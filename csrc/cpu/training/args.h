@@ -140,6 +140,28 @@ struct MBConvFinishArgs {
   int threads;
 };
 
+// (mean, M2, pivot) of each task.
+struct MBConvMomentsArgs {
+  int64_t n, hw, c;
+  DType dtype;
+  const void* z;   // [N,HW,C]
+  float* partial;  // [N,parts,3,C], parts = pointwise_parts(hw)
+  Workspace workspace;
+  int threads;
+};
+
+// dz = scale * (grad_y * act'(z * scale + shift)) + (z - mean) * slope + offset.
+struct MBConvNormBackwardArgs {
+  int64_t pixels, c;
+  DType dtype;
+  const void *grad_y, *z;  // [pixels,C]
+  const float* shift;
+  GradVectors vectors;  // of z
+  void* dz;             // [pixels,C]
+  Activation activation;
+  int threads;
+};
+
 // What one instruction set offers for MBConv in training.
 struct MBConvKernels {
   bool (*pointwise_forward)(const PointwiseForwardArgs&);
@@ -151,6 +173,8 @@ struct MBConvKernels {
   bool (*squeeze)(const MBConvSqueezeArgs&);
   bool (*finish)(const MBConvFinishArgs&);
   bool (*finish_backward)(const MBConvFinishArgs&);
+  bool (*moments)(const MBConvMomentsArgs&);
+  bool (*norm_backward)(const MBConvNormBackwardArgs&);
   int64_t (*padded)(int64_t c);  // channels rounded up to whole vectors
 };
 

@@ -1,16 +1,20 @@
-// The passes of MBConv that read images once and multiply nothing: squeeze, and the block's end.
+// The passes of MBConv that read images once and multiply nothing: squeeze, the block's end, and
+// BatchNorm before and behind a dense convolution that a library computes.
 //
 // Computes: squeeze          per (n,c) the sums of a2 = act(u2), of act'(u2), of act'(u2) * zh2
 //           finish           y = (z * scale + shift) * row_scale + residual
 //           finish_backward  per channel the sums of du and du * zh, du = row_scale * grad_y
+//           moments          (mean, M2) of z - pivot over each task, with the pivot
+//           norm_backward    dz = scale * (grad_y * act'(u)) + (z - mean) * slope + offset
 // Layout:   channels-last without gaps
 // Tiling:   a task owns some pixels of one image and goes through them a few at a time, in the
 //           order of addresses
-// Bytes:    every input once, y once
-// FLOPs:    about 25 per element of z2, 12 with clamp; 4 of z3
+// Bytes:    every input once, y and dz once
+// FLOPs:    about 25 per element of an activated z, 12 with clamp; 4 of z3
 // Source:   original
 // Truth:    tests/support/reference_passes.py
 #include "cpu/simd/activations.h"
+#include "cpu/simd/moments.h"
 #include "cpu/training/kernels.h"
 #include "cpu/training/panel_product.h"
 
@@ -114,6 +118,64 @@ bool finish_backward(const MBConvFinishArgs& args) {
   return true;
 }
 
+// A task's pixels [begin, end) of a channel vector into its moments; eight at a time but the last.
+template <typename T>
+EFFNET_INLINE void take_moments(Moments& moments, const T* z, int64_t c, int64_t lanes,
+                                int64_t pixels, bool fresh) {
+  Vec values[kBlock];
+  for (int64_t p = 0; p < pixels; p++) values[p] = load_n(z + p * c, lanes);
+  if (pixels == kBlock) return take_tile<kBlock>(moments, values, fresh);
+  for (int64_t p = 0; p < pixels; p++) take_tile<1>(moments, values + p, fresh && p == 0);
+}
+
+template <typename T>
+bool moments(const MBConvMomentsArgs& args) {
+  const int64_t c = args.c, vecs = ceil_div(c, kLanes), parts = pointwise_parts(args.hw);
+  const int64_t floats = whole_lines(vecs * kMomentFloats);
+  float* const scratch = args.workspace(floats * args.threads);
+  if (!scratch) return false;
+#pragma omp parallel for num_threads(args.threads) schedule(static)
+  for (int64_t task = 0; task < args.n * parts; task++) {
+    Moments* const own = reinterpret_cast<Moments*>(scratch + omp_get_thread_num() * floats);
+    const T* z = static_cast<const T*>(args.z) + task / parts * args.hw * c;
+    const Range pixels = part_of(args.hw, parts, task % parts);
+    for_blocks(pixels, c, [&](int64_t i, int64_t lanes, int64_t begin, int64_t end) {
+      fetch<kBlock>(z + end * c + i * kBlock);
+      take_moments(own[i / kLanes], z + begin * c + i, c, lanes, end - begin,
+                   begin == pixels.begin);
+    });
+    for (int64_t v = 0; v < vecs; v++)
+      own[v].write(args.partial + task * 3 * c + v * kLanes, c, min_of(kLanes, c - v * kLanes),
+                   pixels.size());
+  }
+  return true;
+}
+
+template <typename T, typename A>
+bool norm_backward(const MBConvNormBackwardArgs& args) {
+  const int64_t c = args.c;
+  const GradVectors& of = args.vectors;
+  const bool by_batch = of.slope, large = args.pixels * c > 8192;
+  const A act(args.activation);
+#pragma omp parallel for num_threads(args.threads) schedule(static) if (large)
+  for (int64_t p = 0; p < args.pixels; p++) {
+    const T* z = static_cast<const T*>(args.z) + p * c;
+    const T* grad = static_cast<const T*>(args.grad_y) + p * c;
+    T* dz = static_cast<T*>(args.dz) + p * c;
+    for (int64_t i = 0; i < c; i += kLanes) {
+      const int64_t lanes = min_of(kLanes, c - i);
+      const Vec value = load_n(z + i, lanes), scale = load_n(of.scale + i, lanes);
+      const Vec slope = act.slope(value * scale + load_n(args.shift + i, lanes));
+      Vec out = load_n(grad + i, lanes) * slope * scale;
+      if (by_batch)
+        out += (value - load_n(of.mean + i, lanes)) * load_n(of.slope + i, lanes) +
+               load_n(of.offset + i, lanes);
+      store_n(dz + i, out, lanes);
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 bool mbconv_squeeze(const MBConvSqueezeArgs& args) {
@@ -128,6 +190,17 @@ bool mbconv_finish(const MBConvFinishArgs& args) {
 
 bool mbconv_finish_backward(const MBConvFinishArgs& args) {
   return args.dtype == DType::kFloat32 ? finish_backward<float>(args) : finish_backward<bf16>(args);
+}
+
+bool mbconv_moments(const MBConvMomentsArgs& args) {
+  return args.dtype == DType::kFloat32 ? moments<float>(args) : moments<bf16>(args);
+}
+
+bool mbconv_norm_backward(const MBConvNormBackwardArgs& args) {
+  return with_activation(args.activation, [&]<typename A>() {
+    return args.dtype == DType::kFloat32 ? norm_backward<float, A>(args)
+                                         : norm_backward<bf16, A>(args);
+  });
 }
 
 }  // namespace EFFNET_ISA

@@ -18,6 +18,8 @@ bool mbconv_depthwise_backward(const DepthwiseBackwardArgs& args);
 bool mbconv_squeeze(const MBConvSqueezeArgs& args);
 bool mbconv_finish(const MBConvFinishArgs& args);
 bool mbconv_finish_backward(const MBConvFinishArgs& args);
+bool mbconv_moments(const MBConvMomentsArgs& args);
+bool mbconv_norm_backward(const MBConvNormBackwardArgs& args);
 
 }  // namespace EFFNET_ISA
 }  // namespace effnet

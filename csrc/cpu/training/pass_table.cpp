@@ -21,6 +21,8 @@ const MBConvKernels mbconv_kernels = {
     .squeeze = mbconv_squeeze,
     .finish = mbconv_finish,
     .finish_backward = mbconv_finish_backward,
+    .moments = mbconv_moments,
+    .norm_backward = mbconv_norm_backward,
     .padded = padded_channels,
 };
 

@@ -1,7 +1,4 @@
-"""The reader of this package's own FusedMBConv.
-
-Its forward is stock, layer by layer; what runs a whole network reads it as one block.
-"""
+"""The reader of this package's own FusedMBConv."""
 
 from __future__ import annotations
 
@@ -29,8 +26,6 @@ def dense_block_of(module: FusedMBConv) -> DenseBlock:
     Raises:
         RefusedError: it is not what its class makes, with the reason.
     """
-    structure.refuse_global_hooks()
-    stock.BLOCK.require()
     state = module.__dict__
     table = state["_modules"]
     children: dict[str, Any] = {name: table.get(name) for name in ("block", "stochastic_depth")}
@@ -60,8 +55,11 @@ def dense_block_of(module: FusedMBConv) -> DenseBlock:
     drop_path = children["stochastic_depth"]
     probability = drop_path.p if drop_path.training else 0.0
     residual = bool(module.use_res_connect)
-    found = DenseBlock(dense, project, residual, probability, drop_path.mode)
+    found = DenseBlock(dense, project, residual, probability, drop_path.mode, module.memory)
     keeps_shape = dense.geometry.stride == (1, 1) and dense.geometry.is_centred
     if residual and not (keeps_shape and dense.conv.in_channels == found.last.conv.out_channels):
         raise RefusedError("it adds its input to an output of another shape")
     return found
+
+
+structure.reads(FusedMBConv, dense_block_of, stock.BLOCK.require)

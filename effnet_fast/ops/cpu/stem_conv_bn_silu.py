@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from effnet_fast.backends import native
+from effnet_fast.ops import scratch
 from effnet_fast.ops.registration import (
     BF16,
     Ints,
     address,
+    addresses,
     empty_nhwc,
     isa_of,
     native_layer,
@@ -83,6 +85,21 @@ def norm_silu_sums(
         torch.get_num_threads(),
     )  # fmt: skip
     return sums
+
+
+def norm_silu_backward(
+    grad_y: Tensor, z: Tensor, norm: Tensor, sums: Tensor | None, activation: str, backend: str
+) -> Tensor:
+    """The registered op. Inside a `scratch.scope` the result lies in memory that blocks share."""
+    dz = scratch.empty_nhwc("f", z, z.shape)
+    if z.numel():
+        grad_y, z = nhwc(grad_y), nhwc(z)
+        native.load().norm_silu_backward(
+            isa_of(backend), z.numel() // z.shape[1], z.shape[1], z.dtype is BF16,
+            *addresses(grad_y, z, norm, sums, dz), kernel_activation(activation),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return dz
 
 
 def stem_weight_backward(grad_y: Tensor, z: Tensor, *rest: Any) -> Tensor:
