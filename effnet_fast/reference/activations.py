@@ -23,15 +23,14 @@ class _Activation(NamedTuple):
     backward: Callable[[Tensor, Tensor], Tensor]  # of grad and u, which have one dtype
 
 
-def _silu_backward(grad: Tensor, u: Tensor) -> Tensor:
-    s = torch.sigmoid(u)
-    return grad * (s * (1 + u * (1 - s)))
-
-
 _aten = torch.ops.aten
 # The functions are looked up at each call: the reference is what PyTorch is at that moment.
 _ACTIVATIONS = {
-    "silu": _Activation((_SILU, _NONE, _NONE), lambda x: F.silu(x), _silu_backward),
+    "silu": _Activation(
+        (_SILU, _NONE, _NONE),
+        lambda x: F.silu(x),
+        lambda grad, u: _aten.silu_backward(grad, u),
+    ),
     "identity": _Activation((_CLAMP, _NONE, _NONE), lambda x: x, lambda grad, u: grad),
     "relu": _Activation(
         (_CLAMP, 0.0, _NONE),

@@ -340,7 +340,7 @@ def test_drawn_shapes(draws: settings, training: bool, dtypes: Dtypes, backend: 
         call = dwconv_call(drawn, dtypes, training)
         # BatchNorm leaves the gradient of a 1x1 weight nothing but rounding. Of 240 such vectors
         # of 17 numbers, 4 broke the rule by chance; of 80 times three of them, none.
-        check_over_draws(call, backend, drawn.c if training else VECTOR)
+        check_over_draws(call, backend, drawn.c if training else max(drawn.c, VECTOR // 4))
         if not training:
             check(call, backend, wanted=())
 
