@@ -78,8 +78,8 @@ def _with_statistics(found: Found | None) -> Found | None:
         depthwise, project = map(_layer_with_statistics, (found.depthwise, found.project))
         return found._replace(expand=expand, depthwise=depthwise, project=project)
     if isinstance(found, DenseBlock):
-        dense, project = _layer_with_statistics(found.dense), found.project
-        return found._replace(dense=dense, project=project and _layer_with_statistics(project))
+        last = found.project and _layer_with_statistics(found.project)
+        return found._replace(dense=_layer_with_statistics(found.dense), project=last)
     return found and _layer_with_statistics(found)
 
 

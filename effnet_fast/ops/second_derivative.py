@@ -122,14 +122,14 @@ def fused_mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     def function(x: Tensor, *others: Any) -> Tensor:
         dense, project = others[3:6], others[8:11]
         first, last = call.norms[0], call.norms[-1]
-        layer = (*dense, *statistics(norm1, first.training))
+        layer: tuple[Any, ...] = (*dense, *statistics(norm1, first.training))
         geometry = call.stride, call.padding
         y = compose(x, layer, *geometry, first.training, 0.0, first.eps, call.activation)
         if norm3 is not None:
+            layer = (*project, *statistics(norm3, last.training))
             y = reference.pointwise_bn_act(
-                y, *project, *statistics(norm3, last.training),
-                act=None, training=last.training, eps=last.eps,
-            )  # fmt: skip
+                y, *layer, act=None, training=last.training, eps=last.eps
+            )
         if row_scale is not None:
             y = y * row_scale.to(y.dtype).reshape(-1, 1, 1, 1)
         return y + x if call.residual else y

@@ -163,7 +163,8 @@ class StemConvBnSilu(torch.autograd.Function):
         grad_x = grad_weight = None
         if need_x:
             dz = backward_op(grad_y, z, norm, inner, activation, backend)
-            grad_x, _ = convolve_backward(dz, x, weight, stride, padding, (True, False))
+            grad_x = convolve_backward(dz, x, weight, stride, padding, (True, False))[0]
+            assert grad_x is not None
             grad_x = grad_like(grad_x, x, weight)
         if need_weight:
             grad_weight = weight_backward_op(
