@@ -172,7 +172,8 @@ def _timm(setup: Setup) -> Runner:
 
     drops = {"drop_rate": 0.0, "drop_path_rate": 0.0}
     prefix = "tf_" if setup.variant.padding == "same" else ""
-    model = timm.create_model(f"{prefix}efficientnet_{setup.variant.name}", **drops)
+    name = f"efficientnet_{setup.variant.name}".replace("_v2", "v2")
+    model = timm.create_model(prefix + name, **drops)
     return _foreign(setup, model, "timm")
 
 
