@@ -200,7 +200,7 @@ BlockLayer copied(Weights& weights, Described<BlockLayer> layer) {
   return layer;
 }
 
-// Whether the weights of the convolution that reads padding are.
+// Whether all weights of the convolution that reads padding are finite.
 bool is_finite(const Described<BlockLayer>& layer, bool bf16) {
   if (!layer.is_dense) return are_finite(layer.filter, layer.bytes.at(layer.filter));
   const void* const weight = layer.dense.weight;

@@ -52,13 +52,13 @@ class DenseBlock(NamedTuple):
         return tuple(tensor for layer in self.layers for tensor in layer.tensors)
 
     def op_args(self, x: Tensor, inference: bool) -> OpArgs | None:
-        """As `structure.op_args`; PyTorch's own convolution takes any kernel."""
+        """As `Layer.op_args`; PyTorch's own convolution takes any kernel."""
         if x.shape[1] != self.dense.conv.in_channels:
             return None
         return OpArgs(x, self.parameters, (1, 1), 1, inference, (self.dense.activation,), None)
 
     def begin_call(self, x: Tensor, backend: str) -> Call:
-        """As `structure.begin_call`."""
+        """As `Layer.begin_call`."""
         norms, geometry = tuple(map(norm_of, self.layers)), self.spatial
         return call_of(
             norms, (x, *self.parameters), backend, geometry.stride,

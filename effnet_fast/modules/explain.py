@@ -6,7 +6,7 @@ from torch import nn
 
 from effnet_fast import backends
 from effnet_fast.modules import dense_block, observed, structure
-from effnet_fast.modules.dense_block import DenseBlock
+from effnet_fast.modules.dense_block import DenseBlock, Found
 from effnet_fast.ops.registration import autocast
 
 
@@ -22,16 +22,12 @@ def explain(module: nn.Module, op: str | None = None) -> str | None:
     if reason := observed.recorder():
         return reason
     try:
-        found = structure.structure_of(module)
+        found: Found = structure.structure_of(module)
     except structure.RefusedError as refused:
         return str(refused)
     conv = found.first.conv
     x, _ = autocast(conv.weight.new_empty((1, conv.in_channels, 1, 1)))
-    inference = not found.first.by_batch
-    if isinstance(found, DenseBlock):
-        args = found.op_args(x, inference)
-    else:
-        args = structure.op_args(found, x, inference)
+    args = found.op_args(x, inference=not found.first.by_batch)
     assert args is not None
     reason = backends.explain(backend, op or found.op, args)
     if reason is None and isinstance(found, DenseBlock):

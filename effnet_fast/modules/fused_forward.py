@@ -52,15 +52,12 @@ def _input(found: Found, op: str, x: Tensor, backend: str) -> Input | None:
     cast, autocasts = autocast(x)
     is_last = is_nhwc(x)
     asked = cast if is_last else cast[:0]  # no images: of any layout
-    if isinstance(found, DenseBlock):
-        args = found.op_args(asked, inference=True)
-    else:
-        args = structure.op_args(found, asked, inference=True)
+    args = found.op_args(asked, inference=True)
     chosen = "reference" if args is None else backends.choose(backend, op, args)
     if chosen == "reference":
         return None
     # A dense convolution's kernels take images in any layout.
-    keeps = is_last or (not isinstance(found, Block) and found.first.kind == structure.DENSE)
+    keeps = is_last or found.first.kind == structure.DENSE
     return Input(cast if keeps else to_nhwc(cast), chosen, autocasts, is_last)
 
 
@@ -74,7 +71,7 @@ def _fits(layer: structure.Layer, given: Input) -> bool:
 def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
     """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
     op = stem_conv_bn_silu if layer.kind == structure.DENSE else dwconv_bn_silu
-    return op(given.x, layer.tensors, structure.begin_call(layer, given.x, given.backend))
+    return op(given.x, layer.tensors, layer.begin_call(given.x, given.backend))
 
 
 def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
@@ -93,7 +90,7 @@ def _run_block(block: Block, given: Input, x: Tensor) -> Tensor:
     layers = Layers(
         expand.tensors if expand else None, depthwise.tensors, block.excite, project.tensors
     )
-    call = structure.begin_call(block, given.x, given.backend)
+    call = block.begin_call(given.x, given.backend)
     dropped = block.residual and block.drop_probability != 0
     if dropped and call.infers:
         y = mbconv(given.x, None, layers, call._replace(residual=False))
@@ -202,5 +199,5 @@ def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
     given = None if backend == "reference" else _input(found, POOLED, x, backend)
     if given is None or 0 in x.shape[2:]:
         return None
-    call = structure.begin_call(found, given.x, given.backend)
+    call = found.begin_call(given.x, given.backend)
     return pointwise_bn_silu_pool(given.x, found.tensors, call)

@@ -110,15 +110,22 @@ class Layer(NamedTuple):
         """Itself, as of a block that has several."""
         return (self,)
 
-    @property
-    def spatial(self) -> Geometry:
-        """Of the convolution that looks at neighbours."""
-        return self.geometry
+    def op_args(self, x: Tensor, inference: bool) -> OpArgs | None:
+        """The call of its op on x [N,C,H,W] that a backend has to run; None for another C."""
+        if x.shape[1] != self.conv.in_channels:
+            return None
+        # Every 1x1 kernel can do without an activation.
+        activations = (self.activation,) if self.activates or self.kind != POINTWISE else ()
+        if self.kind != DEPTHWISE:  # PyTorch's own convolution takes any kernel
+            return OpArgs(x, self.tensors, (1, 1), 1, inference, activations)
+        geometry = self.geometry
+        return OpArgs(x, self.tensors, geometry.kernel, geometry.stride[0], inference, activations)
 
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        """All tensors that the fused op reads."""
-        return self.tensors
+    def begin_call(self, x: Tensor, backend: str) -> Call:
+        """How its op runs on x, with the BatchNorms' own bookkeeping of one more batch."""
+        geometry, tensors = self.geometry, (x, *self.tensors)
+        place = geometry.stride, geometry.sides(x.shape[2], x.shape[3])
+        return call_of((norm_of(self),), tensors, backend, *place, activation=self.activation)
 
 
 class Block(NamedTuple):
@@ -173,28 +180,31 @@ class Block(NamedTuple):
         """That of its convolutions."""
         return self.depthwise.activation
 
+    def op_args(self, x: Tensor, inference: bool) -> OpArgs | None:
+        """As `Layer.op_args`."""
+        if x.shape[1] != self.first.conv.in_channels:
+            return None
+        geometry, activation = self.depthwise.geometry, self.depthwise.activation
+        call = x, self.parameters, geometry.kernel, geometry.stride[0], inference
+        if self.excite is None:
+            return OpArgs(*call, (activation,), None)
+        return OpArgs(*call, (activation, self.se_activation), self.gate)
+
+    def begin_call(self, x: Tensor, backend: str) -> Call:
+        """As `Layer.begin_call`."""
+        expand = norm_of(self.expand) if self.expand else NO_NORM
+        norms = expand, norm_of(self.depthwise), norm_of(self.project)
+        geometry, activation = self.depthwise.geometry, self.depthwise.activation
+        place = geometry.stride, geometry.sides(x.shape[2], x.shape[3])
+        return call_of(
+            norms, (x, *self.parameters), backend, *place, self.residual, self.memory,
+            activation, self.se_activation, self.gate,
+        )  # fmt: skip
+
 
 def weights_of(layers: Iterable[Layer]) -> list[Tensor]:
     """The weights [Cout,Cin/groups,K,K] of convolutions."""
     return [layer.tensors[0] for layer in layers]
-
-
-def op_args(found: Layer | Block, x: Tensor, inference: bool) -> OpArgs | None:
-    """The call of a module's op on x [N,C,H,W] that a backend has to run; None for another C."""
-    if x.shape[1] != found.first.conv.in_channels:
-        return None
-    if isinstance(found, Layer):
-        kinds: Any = ((found.activation,), "sigmoid")
-        if found.kind == POINTWISE and not found.activates:
-            kinds = ((), "sigmoid")  # every kernel can do without
-        if found.kind != DEPTHWISE:  # PyTorch's own convolution takes any kernel
-            return OpArgs(x, found.parameters, (1, 1), 1, inference, *kinds)
-    elif found.excite is None:
-        kinds = ((found.depthwise.activation,), None)
-    else:
-        kinds = ((found.depthwise.activation, found.se_activation), found.gate)
-    geometry = found.spatial
-    return OpArgs(x, found.parameters, geometry.kernel, geometry.stride[0], inference, *kinds)
 
 
 def norm_of(layer: Layer) -> Norm:
@@ -206,18 +216,6 @@ def norm_of(layer: Layer) -> Norm:
         if momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
     return Norm(layer.by_batch, momentum or 0.0, bn.eps, moves)
-
-
-def begin_call(found: Layer | Block, x: Tensor, backend: str) -> Call:
-    """How the module's op runs on x, with its BatchNorms' own bookkeeping of one more batch."""
-    geometry, shape = found.spatial, x.shape
-    call = ((x, *found.parameters), backend, geometry.stride, geometry.sides(shape[2], shape[3]))
-    if isinstance(found, Layer):
-        return call_of((norm_of(found),), *call, activation=found.activation)
-    expand = norm_of(found.expand) if found.expand else NO_NORM
-    norms = expand, norm_of(found.depthwise), norm_of(found.project)
-    kinds = found.depthwise.activation, found.se_activation, found.gate
-    return call_of(norms, *call, found.residual, found.memory, *kinds)
 
 
 def refuse_global_hooks() -> None:
@@ -374,7 +372,7 @@ def refuse_replaced_code() -> None:
 
 
 def structure_of(module: nn.Module) -> Any:
-    """The module's fused form: a Layer, a Block or a `dense_block.DenseBlock`.
+    """The module's fused form, a `dense_block.Found`.
 
     Raises:
         RefusedError: it has none, with the reason.

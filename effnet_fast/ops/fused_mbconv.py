@@ -29,7 +29,14 @@ from effnet_fast.ops.call import Call
 from effnet_fast.ops.dense_conv import convolve, convolve_backward, norm_op
 from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_passes import passes
-from effnet_fast.ops.mbconv_training import Vectors, normalised_by, pick, sums_of_images
+from effnet_fast.ops.mbconv_training import (
+    NO_LAYER,
+    PER_LAYER,
+    Vectors,
+    normalised_by,
+    pick,
+    sums_of_images,
+)
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.ops.registration import nhwc
 from effnet_fast.ops.statistics import Moves
@@ -41,14 +48,13 @@ from effnet_fast.ops.stem_conv_bn_silu import (
     silu_op,
     sums_op,
 )
-from effnet_fast.ops.unsaved import keep
+from effnet_fast.ops.unsaved import joined, save
 
 # Below so many channels of x the stem's product is taken: it is as quick as PyTorch's in fp32 and
 # yields the statistics too. PyTorch's in bf16 goes to the tile unit where there is one.
 OWN_CHANNELS = {torch.float32: 64, torch.bfloat16: 0}
-PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var
-_BIAS = 2  # its place among them
-_NO_LAYER = (None,) * PER_LAYER
+# Of the two layers without statistics, which are biases.
+_IS_BIAS = (False, False, True) * 2
 
 
 class DenseLayers(NamedTuple):
@@ -225,10 +231,7 @@ class FusedMBConv(torch.autograd.Function):
             saved = saved._replace(z1=None)
         # Without running statistics, which may move before backward: it reads norms.
         given = *tensors[:3], *tensors[PER_LAYER : PER_LAYER + 3]
-        biases = [i % 3 == _BIAS for i in range(len(given))]
-        kept = (None if b else t for t, b in zip(given, biases, strict=True))
-        ctx.save_for_backward(*saved, *kept)
-        keep(ctx, *(given[i] for i, b in enumerate(biases) if b))
+        save(ctx, saved, given, _IS_BIAS)
         ctx.call, ctx.is_last = call, is_nhwc(x)
         norms = [norm for norm in (saved.norm1, saved.norm3) if norm is not None]
         ctx.mark_non_differentiable(*norms)
@@ -240,11 +243,8 @@ class FusedMBConv(torch.autograd.Function):
         call, tensors = ctx.call, ctx.saved_tensors
         count = len(Saved._fields)
         saved = _laid_out(Saved(*tensors[:count]))
-        parameters: Any = [*tensors[count:]]
-        parameters[_BIAS], parameters[3 + _BIAS] = ctx.biases
-        layers = DenseLayers(
-            (*parameters[:3],), None if parameters[3] is None else (*parameters[3:],)
-        )
+        parameters: Any = joined(tensors[count:], ctx.biases)
+        layers = DenseLayers(parameters[:3], None if parameters[3] is None else parameters[3:])
         flags = ctx.needs_input_grad
         needs = Needs(flags[0], flags[4:7], flags[4 + PER_LAYER : 7 + PER_LAYER])
         with scratch.scope():
@@ -272,7 +272,7 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: DenseLayers, call: Call) 
         )
     move = Moves(*batches)
     if call.needs_grad:
-        flat = *layers.dense, *(layers.project or _NO_LAYER)
+        flat = *layers.dense, *(layers.project or NO_LAYER)
         y, *norms = FusedMBConv.apply(x, row_scale, call, move if move.inside else None, *flat)
     else:
         y, saved = forward(nhwc(x), row_scale, layers, call)

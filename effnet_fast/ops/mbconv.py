@@ -20,10 +20,18 @@ from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.gate import DEPTHWISE, layer
 from effnet_fast.ops.mbconv_passes import passes
-from effnet_fast.ops.mbconv_training import Layers, Needs, Saved, backward, forward
+from effnet_fast.ops.mbconv_training import (
+    NO_LAYER,
+    PER_LAYER,
+    Layers,
+    Needs,
+    Saved,
+    backward,
+    forward,
+)
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
 from effnet_fast.ops.statistics import Moves
-from effnet_fast.ops.unsaved import keep
+from effnet_fast.ops.unsaved import joined, save
 from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
@@ -72,9 +80,7 @@ eval_op = register(
 )
 
 
-PER_LAYER = 5  # weight, bn_weight, bn_bias, mean, var
 PER_EXCITE = 4
-_NO_LAYER = (None,) * PER_LAYER
 _NO_EXCITE = (None,) * PER_EXCITE
 # Of the flat list that an autograd Function takes, which are biases.
 _IS_BIAS = [place in (2, 7, 11, 13, 16) for place in range(3 * PER_LAYER + PER_EXCITE)]
@@ -98,13 +104,9 @@ def _without_statistics(layers: Layers) -> tuple[Any, ...]:
     """The flat list without running statistics, which may move before backward: it reads norms."""
     expand, depthwise, project = (
         (*layer[:3], None, None)
-        for layer in (layers.expand or _NO_LAYER, layers.depthwise, layers.project)
+        for layer in (layers.expand or NO_LAYER, layers.depthwise, layers.project)
     )
     return (*expand, *depthwise, *(layers.excite or _NO_EXCITE), *project)
-
-
-def _either(saved: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    return saved if bias is None else bias
 
 
 def _like(grad: Tensor | None, tensor: Tensor) -> Tensor | None:
@@ -149,11 +151,7 @@ class MBConv(torch.autograd.Function):
             move(saved.norm1, saved.norm2, saved.norm3)
         if call.memory == "lean":
             saved = saved._replace(z1=None)
-        given = _without_statistics(layers)
-        ctx.save_for_backward(
-            *saved, *(None if b else t for t, b in zip(given, _IS_BIAS, strict=True))
-        )
-        keep(ctx, *(t if b else None for t, b in zip(given, _IS_BIAS, strict=True)))
+        save(ctx, saved, _without_statistics(layers), _IS_BIAS)
         ctx.call = call
         norms = (saved.norm1, saved.norm2, saved.norm3)
         ctx.mark_non_differentiable(*(norm for norm in norms if norm is not None))
@@ -165,7 +163,7 @@ class MBConv(torch.autograd.Function):
         call, tensors = ctx.call, ctx.saved_tensors
         count = len(Saved._fields)
         saved = _laid_out(Saved(*tensors[:count]))
-        parameters: Any = tuple(map(_either, tensors[count:], ctx.biases))
+        parameters: Any = joined(tensors[count:], ctx.biases)
         layers = _layers(parameters)
         flags = ctx.needs_input_grad
         grad_y = nhwc(grad_y)
@@ -196,7 +194,7 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
     move = Moves(*zip(call.norms, batches, (before, after, out), strict=True))
     if call.needs_grad:
         excite = layers.excite or _NO_EXCITE
-        flat = *(layers.expand or _NO_LAYER), *layers.depthwise, *excite, *layers.project
+        flat = *(layers.expand or NO_LAYER), *layers.depthwise, *excite, *layers.project
         y, *norms = MBConv.apply(x, row_scale, call, move if move.inside else None, *flat)
     else:
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)

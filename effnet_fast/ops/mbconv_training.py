@@ -16,6 +16,8 @@ from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 Vectors = tuple[Tensor | None, ...]
+PER_LAYER = 5  # tensors of a convolution: weight, bn_weight, bn_bias, mean, var
+NO_LAYER = (None,) * PER_LAYER  # in the place of one that is absent
 
 
 class Passes(Protocol):

@@ -19,7 +19,7 @@ from effnet_fast import reference
 from effnet_fast.ops.layout import is_batched
 from effnet_fast.ops.mbconv_training import Saved
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.ops.unsaved import unchanged
+from effnet_fast.ops.unsaved import joined, unchanged
 from effnet_fast.reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
 from effnet_fast.reference.stem_conv_bn_silu import compose
 
@@ -83,8 +83,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     count = len(Saved._fields)
     unpacked = ctx.saved_tensors  # once: checkpoints refuse a second time
     saved = Saved(*unpacked[:count])
-    pairs = zip(unpacked[count:], unchanged(ctx), strict=True)
-    tensors = tuple(saved if bias is None else bias for saved, bias in pairs)
+    tensors = joined(unpacked[count:], unchanged(ctx))
     call = ctx.call
     modes, eps = zip(*((norm.training, norm.eps) for norm in call.norms), strict=True)
     config = MBConvConfig(
@@ -113,7 +112,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 def fused_mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of FusedMBConv."""
     x, _, _, norm1, norm3, row_scale, *unpacked = ctx.saved_tensors
-    unpacked[2], unpacked[5] = unchanged(ctx)
+    tensors = joined(unpacked, unchanged(ctx))
     call, none = ctx.call, (None, None)
 
     def statistics(norm: Tensor, training: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -134,7 +133,7 @@ def fused_mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
             y = y * row_scale.to(y.dtype).reshape(-1, 1, 1, 1)
         return y + x if call.residual else y
 
-    return (x, None, None, None, *unpacked[:3], *none, *unpacked[3:], *none), function
+    return (x, None, None, None, *tensors[:3], *none, *tensors[3:], *none), function
 
 
 def differentiable(again: Again) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -7,6 +7,7 @@ is computed from all inputs once more; a bias that has changed by then raises Py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ def keep(ctx: Any, *biases: Tensor | None) -> None:
     """Keeps the biases of a call as `ctx.biases`, and how often they had been written to."""
     ctx.biases = biases
     ctx.versions = None if torch.compiler.is_compiling() else [*map(_version, biases)]
+
+
+def save(ctx: Any, saved: Biases, given: Biases, is_bias: Sequence[bool]) -> None:
+    """Saves `saved` and `given` for backward, but the biases among these, which it keeps instead.
+
+    Either has None where the other has a tensor.
+    """
+    pairs = [*zip(given, is_bias, strict=True)]
+    ctx.save_for_backward(*saved, *(None if b else t for t, b in pairs))
+    keep(ctx, *(t if b else None for t, b in pairs))
+
+
+def joined(unpacked: Sequence[Tensor | None], biases: Biases) -> Biases:
+    """`given` of `save` again, from its part of the saved tensors and from the kept biases."""
+    pairs = zip(unpacked, biases, strict=True)
+    return tuple(tensor if bias is None else bias for tensor, bias in pairs)
 
 
 def unchanged(ctx: Any) -> Biases:

@@ -20,33 +20,15 @@ _SILU, _CLAMP, _HARDSWISH = range(3)  # csrc/common/activation.h
 class _Activation(NamedTuple):
     kernel: tuple[int, float, float]  # kind, and the bounds of a clamp
     activate: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]  # of grad and u, which have one dtype
 
 
-_aten = torch.ops.aten
 # The functions are looked up at each call: the reference is what PyTorch is at that moment.
 _ACTIVATIONS = {
-    "silu": _Activation(
-        (_SILU, _NONE, _NONE),
-        lambda x: F.silu(x),
-        lambda grad, u: _aten.silu_backward(grad, u),
-    ),
-    "identity": _Activation((_CLAMP, _NONE, _NONE), lambda x: x, lambda grad, u: grad),
-    "relu": _Activation(
-        (_CLAMP, 0.0, _NONE),
-        lambda x: F.relu(x),
-        lambda grad, u: _aten.threshold_backward(grad, u, 0),
-    ),
-    "relu6": _Activation(
-        (_CLAMP, 0.0, 6.0),
-        lambda x: F.relu6(x),
-        lambda grad, u: _aten.hardtanh_backward(grad, u, 0.0, 6.0),
-    ),
-    "hardswish": _Activation(
-        (_HARDSWISH, _NONE, _NONE),
-        lambda x: F.hardswish(x),
-        lambda grad, u: _aten.hardswish_backward(grad, u),
-    ),
+    "silu": _Activation((_SILU, _NONE, _NONE), lambda x: F.silu(x)),
+    "identity": _Activation((_CLAMP, _NONE, _NONE), lambda x: x),
+    "relu": _Activation((_CLAMP, 0.0, _NONE), lambda x: F.relu(x)),
+    "relu6": _Activation((_CLAMP, 0.0, 6.0), lambda x: F.relu6(x)),
+    "hardswish": _Activation((_HARDSWISH, _NONE, _NONE), lambda x: F.hardswish(x)),
 }
 
 
@@ -83,11 +65,6 @@ def check_gate(name: str, value: object) -> None:
 def activate(x: Tensor, name: str) -> Tensor:
     """The activation of this name; x itself for "identity"."""
     return _ACTIVATIONS[name].activate(x)
-
-
-def activation_backward(grad: Tensor, u: Tensor, name: str) -> Tensor:
-    """The gradient of u, `grad` that of the activation of u; both have one shape and dtype."""
-    return _ACTIVATIONS[name].backward(grad, u)
 
 
 def gate_of(x: Tensor, name: str) -> Tensor:

@@ -23,7 +23,7 @@ def layer(kernel: int, stride: int, padding: str | int | None) -> Conv2dNormActi
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_geometry_is_that_of_the_convolution(kernel: int, stride: int, padding: str | int) -> None:
     module = layer(kernel, stride, padding)
-    geometry = structure.structure_of(module).spatial
+    geometry = structure.structure_of(module).geometry
     for height, width in itertools.product((5, 6, 7, 8, 9), (5, 8)):
         out = module[0](torch.zeros(1, 3, height, width)).shape[2:]
         assert geometry.out_size(height, width) == out

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tiers
-from activated import SPREAD
+from activated import SPREAD, slope_of
 from effnet_fast.ops.cuda import dwconv_bn_silu as depthwise
 from effnet_fast.ops.cuda import squeeze_excite as excitation
 from effnet_fast.ops.cuda import statistics
 from effnet_fast.ops.cuda.launching import Bn
 from effnet_fast.ops.registration import empty_nhwc
-from effnet_fast.reference.activations import activate, activation_backward, gate_of
+from effnet_fast.reference.activations import activate, gate_of
 from parity import (
     CUDA_BACKENDS,
     NEEDS_SIMT,
@@ -127,7 +127,7 @@ def project_sums(e: Tensor, z2: Tensor, bn: Bn, activation: str) -> Tensor:
     gamma, beta, mean, var = (v.view(1, -1, 1, 1) for v in bn.vectors)
     zh = (z2.float() - mean) / (var + EPS).sqrt()
     u = zh * gamma + beta
-    a, slope = activate(u, activation), activation_backward(torch.ones_like(u), u, activation)
+    a, slope = activate(u, activation), slope_of(u, activation)
     return torch.stack([(e.float() * v).sum((2, 3)) for v in (a, slope, slope * zh)])
 
 

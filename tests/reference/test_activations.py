@@ -1,4 +1,4 @@
-"""The table of activations and gates: values, slopes and what kernels are told, against PyTorch."""
+"""The table of activations and gates: values and what kernels are told, against PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from effnet_fast.reference.activations import (
     ACTIVATIONS,
     GATES,
     activate,
-    activation_backward,
     check_activation,
     check_gate,
     gate_of,
@@ -47,14 +46,10 @@ def test_the_names() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_the_modules(name: str, dtype: torch.dtype) -> None:
-    x = values(dtype).requires_grad_()
+    x = values(dtype)
     y, expected = activate(x, name), MODULES[name](x)
     assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert torch.equal(y.signbit() & ~y.isnan(), expected.signbit() & ~expected.isnan())
-    grad_y = torch.linspace(-1, 1, x.numel(), dtype=dtype)
-    (grad,) = torch.autograd.grad(expected, x, grad_y)
-    ours = activation_backward(grad_y, x.detach(), name)
-    torch.testing.assert_close(ours, grad, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", GATES)

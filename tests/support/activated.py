@@ -1,10 +1,13 @@
-"""Calls with another activation or gate, whose bounds many values meet."""
+"""Calls with another activation or gate, whose bounds many values meet, and slopes there."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from effnet_fast.reference.activations import activate
 
 # Factor of what goes into an activation or a gate with bounds.
 SPREAD = {"relu6": 3.0, "hardswish": 2.0, "hardsigmoid": 4.0}
@@ -26,3 +29,11 @@ def activated(
     if "act" in options:
         kinds = {"act": kinds["activation"]}
     return tensors | wider, options | kinds
+
+
+def slope_of(u: Tensor, activation: str) -> Tensor:
+    """The derivative of an activation at u, as PyTorch has it."""
+    u = u.detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(activate(u, activation).sum(), u)
+    return slope

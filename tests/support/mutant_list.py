@@ -22,7 +22,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings the same under a
 
 FOLDER = Path(__file__).parents[1] / "mutants"
 AREAS = {
-    "csrc_cpu": ("csrc/cpu/", "csrc/common/"),
+    "csrc_cpu": ("csrc/cpu/ops/", "csrc/cpu/simd/", "csrc/cpu/training/", "csrc/common/"),
+    "csrc_cpu_network": ("csrc/cpu/network/",),
     "csrc_cuda": ("csrc/cuda/",),
     "triton_kernels": ("triton_kernels/",),
     "ops": (
