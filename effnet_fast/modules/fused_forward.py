@@ -41,7 +41,6 @@ class Input(NamedTuple):
 
     x: Tensor  # [N,Cin,H,W], cast where autocast is on, in a layout that the op takes
     backend: str  # that runs the op
-    autocast: bool  # whether it is on
     is_nhwc: bool  # whether PyTorch takes what was given for channels_last
 
 
@@ -53,18 +52,21 @@ def _input(found: Found, op: str, x: Tensor, backend: str) -> Input | None:
     is_last = is_nhwc(x)
     asked = cast if is_last else cast[:0]  # no images: of any layout
     args = found.op_args(asked, inference=True)
-    chosen = "reference" if args is None else backends.choose(backend, op, args)
+    if args is None:
+        return None
+    weight = args.others[0]  # those of a block have one dtype
+    if not autocasts and weight is not None and weight.dtype is not cast.dtype:
+        return None  # stock raises here too
+    chosen = backends.choose(backend, op, args)
     if chosen == "reference":
         return None
     # A dense convolution's kernels take images in any layout.
     keeps = is_last or found.first.kind == structure.DENSE
-    return Input(cast if keeps else to_nhwc(cast), chosen, autocasts, is_last)
+    return Input(cast if keeps else to_nhwc(cast), chosen, is_last)
 
 
 def _fits(layer: structure.Layer, given: Input) -> bool:
-    """Whether PyTorch takes x: of the weight's dtype, and with padding as large as the kernel."""
-    if not given.autocast and given.x.dtype is not layer.conv.weight.dtype:
-        return False
+    """Whether x with its padding is as large as the kernel."""
     return min(layer.geometry.out_size(given.x.shape[2], given.x.shape[3])) >= 1
 
 

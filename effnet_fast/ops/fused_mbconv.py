@@ -274,6 +274,8 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: DenseLayers, call: Call) 
     if call.needs_grad:
         flat = *layers.dense, *(layers.project or NO_LAYER)
         y, *norms = FusedMBConv.apply(x, row_scale, call, move if move.inside else None, *flat)
+        if move.inside:
+            return y
     else:
         y, saved = forward(nhwc(x), row_scale, layers, call)
         norms = [saved.norm1, saved.norm3]

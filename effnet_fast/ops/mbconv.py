@@ -196,6 +196,8 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
         excite = layers.excite or _NO_EXCITE
         flat = *(layers.expand or NO_LAYER), *layers.depthwise, *excite, *layers.project
         y, *norms = MBConv.apply(x, row_scale, call, move if move.inside else None, *flat)
+        if move.inside:
+            return y
     else:
         y, saved = forward(passes(call.backend), x, row_scale, layers, call)
         norms = [saved.norm1, saved.norm2, saved.norm3]

@@ -52,6 +52,9 @@ def dense_block_of(module: FusedMBConv) -> DenseBlock:
         raise RefusedError("block.1 is no pointwise layer without an activation")
     if project and project.conv.in_channels != dense.conv.out_channels:
         raise RefusedError(f"block.1 does not take {dense.conv.out_channels} channels")
+    if project and project.tensors[0].dtype is not dense.tensors[0].dtype:
+        dtypes = f"{dense.tensors[0].dtype} and {project.tensors[0].dtype}"
+        raise RefusedError(f"block has weights in {dtypes}")
     drop_path = children["stochastic_depth"]
     probability = drop_path.p if drop_path.training else 0.0
     residual = bool(module.use_res_connect)

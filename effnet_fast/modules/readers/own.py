@@ -229,6 +229,10 @@ def _block(module: layers.MBConv) -> structure.Block:
         raise RefusedError(f"block.0 and block.1 have different activations, {kinds}")
     if project.conv.in_channels != channels:
         raise RefusedError(f"block.{last} does not take {channels} channels")
+    dtype = project.tensors[0].dtype
+    for met in (expand and expand.tensors[0], depthwise.tensors[0], *(excite or ())):
+        if met is not None and met.dtype is not dtype:
+            raise RefusedError(f"block has weights in {met.dtype} and {dtype}")
     residual = bool(module.use_res_connect)
     geometry, first = depthwise.geometry, (expand or depthwise).conv.in_channels
     if residual and not (
