@@ -188,3 +188,15 @@ def test_small_images_raise_as_stock() -> None:
             module(torch.randn(2, 16, 2, 2).to(memory_format=torch.channels_last))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
+def test_stock_trains_a_residual_behind_an_activation(activation: str) -> None:
+    module = FusedMBConv(
+        MBConvConfig(1, 3, 1, 16, 16, activation=activation), 0.0, nn.BatchNorm2d
+    ).train()
+    both(module, image(module))
+    with use_backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        assert module(image(module)).dtype is torch.bfloat16
+    with use_backend("reference"):
+        torch.jit.script(module)(image(module)).sum().backward()
