@@ -264,6 +264,8 @@ class ResidualBlock(nn.Module):
 
     grad_checkpointing = False
     memory = "fast"
+    # Whether the body ends in a ReLU, whose gradient reads its result: nothing is added in place.
+    keeps_body = False
 
     def __init__(
         self, config: MBConvConfig, layers: Iterable[nn.Module], stochastic_depth_prob: float
@@ -273,6 +275,7 @@ class ResidualBlock(nn.Module):
         self.block = nn.Sequential(*layers)
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
         self.out_channels = config.out_channels
+        self.keeps_body = isinstance([*self.block[-1]][-1], nn.ReLU)
 
     def forward_stock(self, x: Tensor) -> Tensor:
         """Calls the children one after another and adds x; x itself is never written to."""
@@ -282,6 +285,8 @@ class ResidualBlock(nn.Module):
         y = self.stochastic_depth(y)
         if y is x:  # a block replaced by Identity: adding in place would overwrite the input
             return y + x
+        if self.keeps_body:
+            return (y + x).to(y.dtype)
         y += x  # in place: keeps the body's dtype under autocast, and one tensor less alive
         return y
 

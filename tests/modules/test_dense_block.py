@@ -35,6 +35,8 @@ CHANGES: dict[str, Callable[[FusedMBConv], object]] = {
     "layers_swapped": lambda m: setattr(m, "block", nn.Sequential(*reversed([*m.block]))),
     "activation_of_the_projection": lambda m: m.block[1].append(nn.SiLU()),
     "bias": lambda m: setattr(m.block[0][0], "bias", nn.Parameter(torch.zeros(64))),
+    "padding_by_one_number": lambda m: setattr(m.block[0][0], "padding", 1),
+    "stride_by_one_number": lambda m: setattr(m.block[0][0], "stride", 1),
     "padding_mode": lambda m: setattr(m.block[0][0], "padding_mode", "circular"),
 }
 
@@ -189,3 +191,34 @@ def test_small_images_raise_as_stock() -> None:
             module(torch.randn(2, 16, 2, 2).to(memory_format=torch.channels_last))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
+def test_stock_trains_a_residual_behind_an_activation(activation: str) -> None:
+    module = FusedMBConv(
+        MBConvConfig(1, 3, 1, 16, 16, activation=activation), 0.0, nn.BatchNorm2d
+    ).train()
+    both(module, image(module))
+    with use_backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        assert module(image(module)).dtype is torch.bfloat16
+    with use_backend("reference"):
+        torch.jit.script(module)(image(module)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.block[0][1], "eps", 0.0),
+        lambda m: m.block[1][1].running_mean.requires_grad_(),
+        lambda m: setattr(m.block[0][0], "padding", (-1, -1)),
+    ],
+    ids=["eps", "gradient_of_a_statistic", "negative_padding"],
+)
+def test_errors_of_stock(change: Callable[[Any], object]) -> None:
+    module = block().train()
+    change(module)
+    with use_backend("reference"), pytest.raises((ValueError, RuntimeError)) as stock:
+        module(image(module))
+    with pytest.raises(stock.type) as ours:
+        module(image(module))
+    assert str(ours.value) == str(stock.value)

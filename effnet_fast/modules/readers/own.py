@@ -64,6 +64,8 @@ def _conv_geometry(conv: Any) -> tuple[str, structure.Geometry]:
     if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(padding, str):
         raise RefusedError(" has dilation, a padding mode or a padding by name")
     kernel, stride = conv.kernel_size, conv.stride
+    if not type(kernel) is type(stride) is type(padding) is tuple or min(padding) < 0:
+        raise RefusedError(f" has kernel {kernel}, stride {stride} and padding {padding}")
     geometry = structure.Geometry(kernel, stride, None if type(conv) is Conv2dSame else padding)
     if conv.groups == 1:
         is_pointwise = kernel == stride == (1, 1) and padding == (0, 0)
@@ -109,6 +111,10 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
             raise RefusedError(" holds a tensor of another type")
         if vector.shape != shape:
             raise RefusedError(f" does not have {channels} channels")
+    if mean is not None and (mean.requires_grad or var.requires_grad):
+        raise RefusedError(" has a running statistic that requires a gradient")
+    if not bn.eps > 0:
+        raise RefusedError(f" has eps {bn.eps}")
     return weight, bias, mean, var
 
 
