@@ -93,9 +93,10 @@ def backward_sums(q: Tensor, slopes: Tensor) -> Tensor:
     """sums [2,C] = sum du and sum du * zh, of du = q * silu'(u): no pass over the image.
 
     q [N,C] is the gradient of y over H * W; slopes [2,N,C] as of `mbconv_training.Passes.squeeze`.
-    Added up in float64.
+    Added up in float64. An infinite q is nothing to a channel of slope 0 throughout, as a ReLU's.
     """
-    return (q.double() * slopes.double()).sum(1).to(q.dtype)
+    terms = torch.where(slopes[0] == 0, 0.0, q.double() * slopes.double())
+    return terms.sum(1).to(q.dtype)
 
 
 class PointwiseBnSiluPool(torch.autograd.Function):

@@ -135,6 +135,26 @@ def test_gradients_that_are_no_numbers(
             assert not (actual[key].isfinite() & ~tensor.isfinite()).any(), f"{name}: {key}"
 
 
+@ANY_RUN
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
+@pytest.mark.parametrize("name", ["dwconv_train", "stem_train", "stem_eval", "head_eval"])
+def test_infinite_gradients_where_nothing_passes(
+    name: str, activation: str, dtypes: Dtypes, backend: str
+) -> None:
+    """As of sqrt(relu(u)): stock drops an infinite gradient where the activation is constant."""
+    call = sample(name, dtypes).activated(activation=activation)
+    channels = call.tensors["bn_bias"].shape[0]
+    bias = call.tensors["bn_bias"].clone()
+    bias[: channels // 2] = -100.0
+    call = call.with_tensors(bn_bias=bias)
+    grad_y = random_like(reference_of(call))
+    grad_y[:, : channels // 2] = INF
+    actual, stock = (run(call, b, grad_y=grad_y) for b in (backend, None))
+    for key, tensor in stock.items():
+        assert_same_places(actual[key], tensor)
+        assert tensor.isfinite().all(), key
+
+
 BLOCKS: list[dict[str, Any]] = [
     *({"activation": name, "squeeze": False} for name in ACTIVATIONS),
     *({"activation": name, "se_activation": name} for name in OTHERS),

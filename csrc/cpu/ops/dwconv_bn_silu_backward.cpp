@@ -106,7 +106,7 @@ void stage_dz(const Task& task, int64_t oh) {
   const A act(args.activation);
   const auto form = [&](const float* vectors, Vec zv, Vec dy) {
     const Vec scale = load(vectors + kScale * kLanes);
-    const Vec du = dy * act.slope(zv * scale + load(vectors + kShift * kLanes));
+    const Vec du = act.gradient(dy, zv * scale + load(vectors + kShift * kLanes));
     if constexpr (!BY_BATCH) return scale * du;  // 0 times an infinite z would be NaN
     return scale * du + ((zv - load(vectors + kMean * kLanes)) * load(vectors + kSlope * kLanes) +
                          load(vectors + kOffset * kLanes));

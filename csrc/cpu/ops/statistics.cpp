@@ -38,7 +38,7 @@ bool reduce(const BnReduceArgs& args) {
         for (int64_t p = begin; p < stop; p++) {
           const Vec z = load_n(all_z + p * c + i, lanes);
           const Vec dy = load_n(all_dy + p * c + i, lanes);
-          const Vec du = dy * act.slope(z * scale + shift);
+          const Vec du = act.gradient(dy, z * scale + shift);
           du_sum += du;
           duzh_sum += du * ((z - mean) * rstd);
         }

@@ -220,7 +220,7 @@ void form_dz(float* dz, const StemBackwardArgs& args, const T* grad_y, const T* 
       fetch<kBlock>(grad_y + end * out + v * kLanes * kBlock);
       for (int64_t p = begin; p < end; p++) {
         const Vec value = load_n(z + p * out + c, lanes);
-        const Vec du = load_n(grad_y + p * out + c, lanes) * act.slope(value * scale + shift);
+        const Vec du = act.gradient(load_n(grad_y + p * out + c, lanes), value * scale + shift);
         const Vec means = BY_BATCH ? (value - mean) * slope + offset : Vec{};
         store(to + p * width, du * scale + means);
       }

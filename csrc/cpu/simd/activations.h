@@ -2,8 +2,9 @@
 // templates. with_activation chooses one, once per call.
 //
 // NaN, infinities and zeros as PyTorch has them: clamp keeps a NaN and -0, and has slope 1 at a
-// NaN. Source: PyTorch's threshold_backward, hardtanh_backward, hardswish_backward,
-// hardsigmoid_backward
+// NaN. gradient is that of u from that of a: the slope times it, but 0 where a does not depend on u
+// even if it is infinite, as that of sqrt(a) at a = 0 is. Source: PyTorch's threshold_backward,
+// hardtanh_backward, hardswish_backward, hardsigmoid_backward
 #pragma once
 
 #include "common/activation.h"
@@ -20,6 +21,7 @@ struct Silu {
   EFFNET_INLINE explicit Silu(const Activation&) {}
   EFFNET_INLINE Vec value(Vec u) const { return silu(u); }
   EFFNET_INLINE Vec slope(Vec u) const { return silu_grad(u); }
+  EFFNET_INLINE Vec gradient(Vec grad, Vec u) const { return grad * slope(u); }
   EFFNET_INLINE ValueAndSlope both(Vec u) const {
     const SiluAndSlope activated = silu_and_slope(u);
     return {activated.value, activated.slope};
@@ -33,8 +35,9 @@ struct Clamp {
     u = u < lo ? lo : u;
     return u > hi ? hi : u;
   }
-  EFFNET_INLINE Vec slope(Vec u) const {
-    const Vec above = u <= lo ? Vec{} : splat(1.0f);
+  EFFNET_INLINE Vec slope(Vec u) const { return gradient(splat(1.0f), u); }
+  EFFNET_INLINE Vec gradient(Vec grad, Vec u) const {
+    const Vec above = u <= lo ? Vec{} : grad;
     return u >= hi ? Vec{} : above;
   }
   EFFNET_INLINE ValueAndSlope both(Vec u) const { return {value(u), slope(u)}; }
@@ -50,9 +53,10 @@ EFFNET_INLINE Vec six_hard_sigmoids(Vec u) {
 struct HardSwish {
   EFFNET_INLINE explicit HardSwish(const Activation&) {}
   EFFNET_INLINE Vec value(Vec u) const { return u * six_hard_sigmoids(u) / 6.0f; }
-  EFFNET_INLINE Vec slope(Vec u) const {
-    const Vec rising = u <= -3.0f ? Vec{} : u / 3.0f + 0.5f;
-    return u >= 3.0f ? splat(1.0f) : rising;
+  EFFNET_INLINE Vec slope(Vec u) const { return gradient(splat(1.0f), u); }
+  EFFNET_INLINE Vec gradient(Vec grad, Vec u) const {
+    const Vec rising = u <= -3.0f ? Vec{} : grad * (u / 3.0f + 0.5f);
+    return u >= 3.0f ? grad : rising;
   }
   EFFNET_INLINE ValueAndSlope both(Vec u) const { return {value(u), slope(u)}; }
 };

@@ -110,7 +110,7 @@ void stage_dz(const Task& task, int64_t oh) {
     fetch<1>(e + ahead + j * s.c + v * kLanes);
     const Vec zv = load_n(z + j * s.c + v * kLanes, lanes);
     const Vec grad = load_n(e + j * s.c + v * kLanes, lanes) * vector(kGate) + vector(kQ);
-    const Vec du = grad * act.slope(zv * vector(kScale) + vector(kShift));
+    const Vec du = act.gradient(grad, zv * vector(kScale) + vector(kShift));
     Vec dz = vector(kScale) * du;
     if constexpr (BY_BATCH) dz += (zv - vector(kMean)) * vector(kSlope) + vector(kOffset);
     store(plane + v * pitch + j * kLanes, dz);

@@ -165,8 +165,8 @@ bool norm_backward(const MBConvNormBackwardArgs& args) {
     for (int64_t i = 0; i < c; i += kLanes) {
       const int64_t lanes = min_of(kLanes, c - i);
       const Vec value = load_n(z + i, lanes), scale = load_n(of.scale + i, lanes);
-      const Vec slope = act.slope(value * scale + load_n(args.shift + i, lanes));
-      Vec out = load_n(grad + i, lanes) * slope * scale;
+      const Vec u = value * scale + load_n(args.shift + i, lanes);
+      Vec out = act.gradient(load_n(grad + i, lanes), u) * scale;
       if (by_batch)
         out += (value - load_n(of.mean + i, lanes)) * load_n(of.slope + i, lanes) +
                load_n(of.offset + i, lanes);

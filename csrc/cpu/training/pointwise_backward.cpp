@@ -63,7 +63,7 @@ void stage_dz_pooled(float* panels, const float* q, const T* z, int64_t pixels,
   stage_dz_of(panels, z, pixels, args.out, args.grad, 1.0f,
               [&](Vec value, Vec scale, int64_t i, int64_t, int64_t lanes) {
                 const Vec u = value * scale + load_n(shift + i, lanes);
-                return load_n(q + i, lanes) * act.slope(u);
+                return act.gradient(load_n(q + i, lanes), u);
               });
 }
 
