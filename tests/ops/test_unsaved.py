@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import weakref
 
@@ -125,21 +124,22 @@ def test_backward_twice(op) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_nothing_is_left_of_a_step(op) -> None:
+def step(op, differentiates: bool) -> list[weakref.ref[Tensor]]:
+    """References to the biases of one step, which has ended."""
+    x, biases = image(2, 8, 5, 5), vectors(*OPS[op])
+    y = op(ops, x, biases).square().sum()
+    if differentiates:
+        y.backward()
+    return [weakref.ref(bias) for bias in biases]
+
+
+def test_nothing_is_left_of_a_step() -> None:
     """No cycle for the garbage collector, and the biases go with their last user."""
-
-    def step(differentiates: bool) -> list[weakref.ref[Tensor]]:
-        x, biases = image(2, 8, 5, 5), vectors(*OPS[op])
-        y = op(ops, x, biases).square().sum()
-        if differentiates:
-            y.backward()
-        return [weakref.ref(bias) for bias in biases]
-
-    for differentiates in (True, False):
-        assert left_in_cycles(functools.partial(step, differentiates)) == []
-        gc.disable()
-        try:
-            assert [bias() for bias in step(differentiates)] == [None] * len(OPS[op])
-        finally:
-            gc.enable()
+    steps = [(op, differentiates) for op in OPS for differentiates in (True, False)]
+    assert left_in_cycles(lambda: [step(*each) for each in steps]) == []
+    gc.disable()
+    try:
+        for op, differentiates in steps:
+            assert [bias() for bias in step(op, differentiates)] == [None] * len(OPS[op])
+    finally:
+        gc.enable()

@@ -15,7 +15,7 @@ def left_in_cycles(function: Callable[[], object]) -> list[object]:
     """
     for _ in range(2):  # what is imported or cached is so by then
         function()
-        gc.collect()
+    gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
