@@ -239,7 +239,7 @@ class Table(dict):
             shadow("classifier.1", "weight", torch.zeros(1000, 320)),
             "'weight' in more than one place",
         ),
-        (lambda m: setattr(m.features[0][0], "stride", [2, 2]), "stride of a Conv2d is list"),
+        (lambda m: setattr(m.features[0][0], "stride", [2, 2]), r"stride \[2, 2\]"),
         (lambda m: setattr(m.features[8][1], "eps", torch.tensor(1e-5)), "eps of a BatchNorm2d"),
         (
             lambda m: setattr(m.features[5], "_modules", Table(m.features[5]._modules)),
