@@ -118,7 +118,7 @@ def _one(op: str, seed: int, names: tuple[str, ...], tally: Tally) -> None:
         if verdict == GOOD:
             tally.failures.append(f"{place}: refused: {error}")
         return
-    except Exception as error:  # any other class is a fault, which goes on the list below
+    except Exception as error:  # broad, as a class not in ERRORS is a finding to list
         if isinstance(error, AssertionError) and "FakeTensor" in str(error):
             tally.refused["AssertionError of torch"] += 1  # for fake tensors beside others
             return

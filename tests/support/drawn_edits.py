@@ -93,7 +93,7 @@ def outcome(function: Callable[[], Any]) -> Any:
     """What it returns, or the error that it raises."""
     try:
         return function()
-    except Exception as error:  # edits raise any class: callers compare it with what stock raises
+    except Exception as error:  # broad, as edits raise any class and stock must, too
         return error
 
 
