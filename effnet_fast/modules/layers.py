@@ -275,7 +275,7 @@ class ResidualBlock(nn.Module):
         self.block = nn.Sequential(*layers)
         self.stochastic_depth = StochasticDepth(stochastic_depth_prob, "row")
         self.out_channels = config.out_channels
-        self.keeps_body = isinstance([*self.block[-1]][-1], nn.ReLU)
+        self.keeps_body = isinstance([*self.block[-1].children()][-1], nn.ReLU)
 
     def forward_stock(self, x: Tensor) -> Tensor:
         """Calls the children one after another and adds x; x itself is never written to."""

@@ -95,7 +95,8 @@ def backward_sums(q: Tensor, slopes: Tensor) -> Tensor:
     q [N,C] is the gradient of y over H * W; slopes [2,N,C] as of `mbconv_training.Passes.squeeze`.
     Added up in float64. An infinite q is nothing to a channel of slope 0 throughout, as a ReLU's.
     """
-    terms = torch.where(slopes[0] == 0, 0.0, q.double() * slopes.double())
+    is_constant = (slopes == 0).all(0)  # slopes alone may cancel each other
+    terms = torch.where(is_constant, 0.0, q.double() * slopes.double())
     return terms.sum(1).to(q.dtype)
 
 

@@ -227,3 +227,9 @@ def test_strides_of_grad_y(layout: str) -> None:
     grad_y = random_like(y[:1]).expand_as(y) if layout == "expanded" else random_like(y.t()).t()
     dense = run(call, "cpu", grad_y=grad_y.contiguous())
     assert_same(run(call, "cpu", grad_y=grad_y), dense)
+
+
+def test_slopes_that_cancel_each_other() -> None:
+    """Those of two pixels may add up to 0 and say nothing of the sum with zh."""
+    q, slopes = torch.full((1, 1), 2.0), torch.tensor([[[0.0]], [[3.0]]])
+    assert torch.equal(module.backward_sums(q, slopes), torch.tensor([[0.0], [6.0]]))

@@ -113,8 +113,9 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
             raise RefusedError(f" does not have {channels} channels")
     if mean is not None and (mean.requires_grad or var.requires_grad):
         raise RefusedError(" has a running statistic that requires a gradient")
-    if not bn.eps > 0:
-        raise RefusedError(f" has eps {bn.eps}")
+    eps: Any = bn.eps
+    if not eps > 0:
+        raise RefusedError(f" has eps {eps}")
     return weight, bias, mean, var
 
 
