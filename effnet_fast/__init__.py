@@ -31,8 +31,10 @@ _EXPORTS = {
     "efficientnet": "models",
     "current_backend": "backends",
     "use_backend": "backends",
+    "accelerate": "acceleration",
     "deploy": "deployment",
     "doctor": "diagnostics",
+    "restore": "acceleration",
 }
 _SUBMODULES = {
     **{name: name for name in ("backends", "checkpoints", "models", "ops", "reference", "scaling")},
@@ -43,6 +45,7 @@ __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from . import backends, checkpoints, models, ops, reference, scaling
+    from .acceleration import accelerate, restore
     from .backends import current_backend, use_backend
     from .deployment import deploy
     from .diagnostics import doctor

@@ -16,10 +16,11 @@ class DenseBlock(NamedTuple):
 
     dense: Layer
     project: Layer | None  # without an activation
-    residual: bool  # whether its input is added to what drop-path leaves of its body
-    drop_probability: float  # of drop-path in the mode that the block is in: 0 outside training
-    drop_mode: str  # "row" or "batch", see `stochastic_depth`
+    residual: bool  # the first three of `structure.Skip`
+    drop_probability: float
+    drop_mode: str
     memory: str  # "fast", or "lean" to save one expanded tensor less for backward
+    promotes: bool = False  # the last of `Skip`
 
     @property
     def op(self) -> str:

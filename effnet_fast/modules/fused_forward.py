@@ -19,7 +19,7 @@ from effnet_fast import backends
 from effnet_fast.modules import dense_block, in_turn, observed, repetition, structure
 from effnet_fast.modules.dense_block import DenseBlock, Found
 from effnet_fast.modules.repetition import Choice
-from effnet_fast.modules.stochastic_depth import stochastic_depth
+from effnet_fast.modules.stochastic_depth import ELEMENTS, drop, row_scale
 from effnet_fast.modules.structure import Block
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
@@ -49,6 +49,8 @@ def _input(found: Found, op: str, x: Tensor, backend: str) -> Input | None:
     if x.dim() != 4:
         return None  # stock raises PyTorch's own error
     cast, autocasts = autocast(x)
+    if cast.dtype is not x.dtype and not isinstance(found, structure.Layer) and found.promotes:
+        return None  # a sum with x is of x's dtype
     is_last = is_nhwc(x)
     asked = cast if is_last else cast[:0]  # no images: of any layout
     args = found.op_args(asked, inference=True)
@@ -94,13 +96,12 @@ def _run_block(block: Block, given: Input, x: Tensor) -> Tensor:
     )
     call = block.begin_call(given.x, given.backend)
     dropped = block.residual and block.drop_probability != 0
-    if dropped and call.infers:
+    if dropped and (call.infers or block.drop_mode == ELEMENTS):
         y = mbconv(given.x, None, layers, call._replace(residual=False))
-        y = stochastic_depth(y, block.drop_probability, block.drop_mode)
+        y = drop(y, block.drop_probability, block.drop_mode)
         y += x
         return y
-    row_scale = _row_scale(block, given.x) if dropped else None
-    return mbconv(given.x, row_scale, layers, call)
+    return mbconv(given.x, _row_scale(block, given.x), layers, call)
 
 
 def _run_dense_block(block: DenseBlock, given: Input) -> Tensor | None:
@@ -108,30 +109,34 @@ def _run_dense_block(block: DenseBlock, given: Input) -> Tensor | None:
     if dense_block.obstacle(given.backend) or not _fits(block.dense, given):
         return None
     call = block.begin_call(given.x, given.backend)
-    dropped = block.residual and block.drop_probability != 0
-    row_scale = _row_scale(block, given.x) if dropped else None
     project = block.project.tensors if block.project else None
-    return fused_mbconv(given.x, row_scale, DenseLayers(block.dense.tensors, project), call)
+    return fused_mbconv(
+        given.x, _row_scale(block, given.x), DenseLayers(block.dense.tensors, project), call
+    )
 
 
-def _row_scale(block: Block | DenseBlock, x: Tensor) -> Tensor:
-    """The factor [N] that drop-path gives each image's body, drawn as the module draws it."""
-    ones = torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device)
-    return stochastic_depth(ones, block.drop_probability, block.drop_mode).flatten().float()
+def _row_scale(block: Block | DenseBlock, x: Tensor) -> Tensor | None:
+    """The factor [N] that drop-path gives each image's body; None where it drops nothing."""
+    if not block.residual or block.drop_probability == 0:
+        return None
+    return row_scale(x, block.drop_probability, block.drop_mode)
 
 
-def run(module: Any, x: Tensor) -> Tensor:
+def run(module: Any, x: Tensor, *arguments: Any) -> Tensor:
     """The module's forward: fused where its structure, the backend and x allow it, else stock.
 
+    Args:
+        arguments: what forward takes beside x.
+
     Returns:
-        y [N,Cout,Ho,Wo] of x [N,Cin,H,W], what `module.forward_stock(x)` gives up to rounding, in
+        y [N,Cout,Ho,Wo] of x [N,Cin,H,W], what `module.forward_stock` gives up to rounding, in
         its layout too unless `in_turn` hides y.
 
     Raises:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
     if torch.compiler.is_compiling():
-        return module.forward_stock(x)
+        return module.forward_stock(x, *arguments)
     choices = repetition.thread
     first = repetition.first_choice(module) if choices.repeated else None
     if first is not None:
@@ -139,16 +144,16 @@ def run(module: Any, x: Tensor) -> Tensor:
     else:
         backend = backends.module_backend()
         is_stock = backend == "reference" or observed.wants_operators(x)
-        found = None if is_stock else _structure_of(module)
+        found = None if is_stock else _structure_of(module, *arguments)
     y = None if found is None else _run_fused(found, x, backend)
     if choices.recorded is not None:
         choices.recorded.append(Choice(module, None if y is None else found, backend))
-    return module.forward_stock(x) if y is None else y
+    return module.forward_stock(x, *arguments) if y is None else y
 
 
-def _structure_of(module: nn.Module) -> Found | None:
+def _structure_of(module: nn.Module, *arguments: Any) -> Found | None:
     try:
-        return structure.structure_of(module)
+        return structure.structure_of(module, *arguments)
     except structure.RefusedError:
         return None
 

@@ -36,6 +36,11 @@ def is_hidden() -> bool:
     return _thread.hidden
 
 
+def looks_away(kind: type) -> None:
+    """Enters a class that computes the same in every layout, and shows it to nobody."""
+    _blind_kinds.add(kind)
+
+
 def _is_blind(kind: type) -> bool:
     if kind.__module__.startswith(_BLIND):
         _blind_kinds.add(kind)

@@ -95,10 +95,15 @@ class Stock:
         members: names that a class must not have, since its instances have them in their tables;
             a property of the class would come before these.
         below: tables that belong to this one.
+        pinned: owners, names and values of attributes that are theirs, whoever made them.
     """
 
     def __init__(
-        self, *rows: Row, members: Iterable[tuple[type, str]] = (), below: Iterable[Stock] = ()
+        self,
+        *rows: Row,
+        members: Iterable[tuple[type, str]] = (),
+        below: Iterable[Stock] = (),
+        pinned: Iterable[tuple[Owner, str, object]] = (),
     ) -> None:
         self.originals: dict[tuple[Owner, str], object] = {}
         self._members: dict[type, tuple[str, ...]] = {}
@@ -110,6 +115,8 @@ class Stock:
                 value = getattr(owner, name)
                 original = value if _is_original(owner, name, value) else _PATCHED
                 self.originals[owner, name] = original
+        for owner, name, value in pinned:
+            self.originals.setdefault((owner, name), value)
         self._members |= {kind: (*names.split(),) for kind, names in members}
         # Reloaders replace the code of a function and leave the function.
         self._codes = {
@@ -188,7 +195,7 @@ LAYER = Stock(
         (nn.BatchNorm2d, "weight bias running_mean running_var num_batches_tracked"),
     ),
 )
-_CALLED_LAYER = Stock(
+CALLED_LAYER = Stock(
     (layers.Conv2dNormActivation, _FORWARD),
     (nn.Sequential, f"{_FORWARD} __iter__"),
     (layers.Sequential, f"{_FORWARD} __iter__"),
@@ -212,7 +219,7 @@ BLOCK = Stock(
         (layers.MBConv, "block stochastic_depth"),
         (FusedMBConv, "block stochastic_depth"),
     ),
-    below=(LAYER, _CALLED_LAYER, _POOL),
+    below=(LAYER, CALLED_LAYER, _POOL),
 )
 # Below an activation or a gate of this name; those of the tables above stand for SiLU and sigmoid.
 # Fused ops differentiate ReLU6 a second time by its own function, which its module does not call.
@@ -232,7 +239,7 @@ ACTIVATIONS = {
     ),
 }
 # Below the forward of a network that pools its last layer's result at once.
-HEAD = Stock((torch, "flatten"), below=(LAYER, _CALLED_LAYER, _POOL))
+HEAD = Stock((torch, "flatten"), below=(LAYER, CALLED_LAYER, _POOL))
 # Below the forward of a network that runs in one call.
 NETWORK = Stock(
     (layers.MBConv, _FORWARD),

@@ -17,6 +17,7 @@ from torch.nn.modules import module as nn_module
 from effnet_fast.backends import OpArgs
 from effnet_fast.modules.same_padding import same_padding
 from effnet_fast.ops.call import NO_NORM, Call, Norm, call_of
+from effnet_fast.reference.arguments import Sides
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
 DENSE, DEPTHWISE, POINTWISE = "dense", "depthwise", "pointwise"
@@ -37,20 +38,16 @@ class RefusedError(Exception):
 
 
 class Geometry(NamedTuple):
-    """Of a convolution: (height, width) of kernel and stride, (top, left) padding, None for SAME.
-
-    Padding is the same at the bottom as at the top, and right as left; SAME is TensorFlow's.
-    """
+    """Of a convolution: (height, width) of kernel and stride, and its padding."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int] | None
+    padding: Sides | None  # (left, right, top, bottom); None for TensorFlow's SAME
 
-    def sides(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def sides(self, height: int, width: int) -> Sides:
         """(left, right, top, bottom) padding of an image, in pixels."""
         if self.padding is not None:
-            top, left = self.padding
-            return left, left, top, top
+            return self.padding
         top, bottom = same_padding(height, self.kernel[0], self.stride[0])
         left, right = same_padding(width, self.kernel[1], self.stride[1])
         return left, right, top, bottom
@@ -68,7 +65,8 @@ class Geometry(NamedTuple):
         """Whether at stride 1 the output is as large as the image."""
         if self.padding is None:
             return True
-        return all(2 * p == k - 1 for p, k in zip(self.padding, self.kernel, strict=True))
+        left, right, top, bottom = self.padding
+        return (top + bottom, left + right) == (self.kernel[0] - 1, self.kernel[1] - 1)
 
 
 class Layer(NamedTuple):
@@ -128,6 +126,23 @@ class Layer(NamedTuple):
         return call_of((norm_of(self),), tensors, backend, *place, activation=self.activation)
 
 
+class Excite(NamedTuple):
+    """A squeeze-and-excite."""
+
+    params: SqueezeExciteParams | None
+    activation: str  # of its first layer
+    gate: str  # of its second
+
+
+class Skip(NamedTuple):
+    """How a block's input reaches its output past the body."""
+
+    residual: bool  # whether it is added to what drop-path leaves of the body
+    drop_probability: float  # of drop-path in the mode that the block is in: 0 outside training
+    drop_mode: str  # a key of `stochastic_depth.MODES`
+    promotes: bool  # whether the sum has the wider dtype of the two, the body's if not
+
+
 class Block(NamedTuple):
     """An MBConv."""
 
@@ -137,10 +152,11 @@ class Block(NamedTuple):
     se_activation: str  # of excite's first layer
     gate: str  # likewise, of its second
     project: Layer
-    residual: bool  # whether its input is added to what drop-path leaves of its body
-    drop_probability: float  # of drop-path in the mode that the block is in: 0 outside training
-    drop_mode: str  # "row" or "batch", see `stochastic_depth`
+    residual: bool  # the first three of `Skip`
+    drop_probability: float
+    drop_mode: str
     memory: str  # "fast", or "lean" to save one expanded tensor less for backward
+    promotes: bool = False  # the last of `Skip`
 
     @property
     def op(self) -> str:
@@ -301,11 +317,12 @@ class Part(NamedTuple):
     kinds: dict[type, Children | None]  # one of these classes, and its children; None for any
 
 
+Kinds = dict[type, "Children | None"]
 # By their names, what the children of a module are.
 Children = dict[tuple[str, ...], tuple[Part, ...]]
 
 
-def one_of(*kinds: type) -> dict[type, Children | None]:
+def one_of(*kinds: type) -> Kinds:
     """Classes of a `Part` with any children."""
     return dict.fromkeys(kinds)
 
@@ -345,14 +362,15 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
 
 
 # How a module of exactly this class is read, and what requires the code below it to be stock's.
-_READERS: dict[type, tuple[Callable[[Any], Any], Callable[[], None]]] = {}
+_READERS: dict[type, tuple[Callable[..., Any], Callable[[], None]]] = {}
 
 
-def reads(kind: type, reader: Callable[[Any], Any], require_stock: Callable[[], None]) -> None:
+def reads(kind: type, reader: Callable[..., Any], require_stock: Callable[[], None]) -> None:
     """Enters the reader of a class, and what is called before it.
 
-    Both raise RefusedError: for what the reader does not know, and where code that the module's
-    stock forward would run has been replaced.
+    The reader takes the module and what its forward takes beside images. Both raise RefusedError:
+    for what the reader does not know, and where code that the module's stock forward would run has
+    been replaced.
     """
     _READERS[kind] = reader, require_stock
 
@@ -371,8 +389,11 @@ def refuse_replaced_code() -> None:
         require_stock()
 
 
-def structure_of(module: nn.Module) -> Any:
+def structure_of(module: nn.Module, *arguments: Any) -> Any:
     """The module's fused form, a `dense_block.Found`.
+
+    Args:
+        arguments: what its forward takes beside the images.
 
     Raises:
         RefusedError: it has none, with the reason.
@@ -385,4 +406,4 @@ def structure_of(module: nn.Module) -> Any:
         raise RefusedError(f"{type(module).__name__} has a patched forward_stock")
     reader, require_stock = found
     require_stock()
-    return reader(module)
+    return reader(module, *arguments)

@@ -12,8 +12,7 @@ from effnet_fast.inference import packed_passes
 from effnet_fast.inference.fold import folded
 from effnet_fast.modules.fused_mbconv import FusedMBConv
 from effnet_fast.modules.layers import MBConvConfig
-from effnet_fast.modules.readers.fused_mbconv import dense_block_of
-from effnet_fast.modules.structure import Geometry
+from effnet_fast.modules.structure import Geometry, structure_of
 from mbconv_blocks import EPS, BlockCall, params_of, run
 from one_block import randomise
 from parity import assert_parity
@@ -85,7 +84,7 @@ def check_packed_fused(name: str, dtype: torch.dtype, backend: str) -> None:
     block = randomise(FusedMBConv(config, 0.0, nn.BatchNorm2d))
     x = torch.randn(2, config.input_channels, 8, 11).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    layers, passes = dense_block_of(block), packed_passes.on(backend)
+    layers, passes = structure_of(block), packed_passes.on(backend)
     weight, shift = folded(layers.dense)
     dense = passes.Convolution(
         backend, weight.to(dtype), shift, layers.spatial, layers.dense.activation

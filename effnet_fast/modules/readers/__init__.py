@@ -1,1 +1,1 @@
-"""What modules consist of, by package: each reader fills `structure`'s table with its classes."""
+"""Classes of modules, and how each is taken apart into a `structure.Layer` or block."""

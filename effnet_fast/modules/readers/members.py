@@ -1,0 +1,275 @@
+"""What every reader reads: the tensors and settings of a layer's modules, and blocks of layers.
+
+Members are read from the modules' own tables: nn.Module.__getattr__ is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from effnet_fast.backends.base import PLAIN
+from effnet_fast.modules import stock, structure
+from effnet_fast.modules.dense_block import DenseBlock
+from effnet_fast.modules.same_padding import Conv2dSame
+from effnet_fast.modules.structure import DENSE, DEPTHWISE, POINTWISE, RefusedError
+from effnet_fast.reference.arguments import Sides
+from effnet_fast.reference.mbconv import SqueezeExciteParams
+
+_MISSING = object()
+_CONV_NAMES = ("weight", "bias")
+_BN_NAMES = (*_CONV_NAMES, "running_mean", "running_var")
+_RELU6 = (0.0, 6.0)
+Names = tuple[str, str, str]  # of a layer's convolution, BatchNorm and activation
+
+
+def behind(place: str, refused: RefusedError) -> str:
+    """A reason with its place in front, unless it is about code that any place runs."""
+    text = str(refused)
+    return f"{place}{text}" if text[:1] in (" ", ".") else text
+
+
+def _symmetric(conv: Any) -> Sides:
+    padding = conv.padding
+    if type(padding) is not tuple or len(padding) != 2 or min(padding) < 0:
+        raise RefusedError(f" has padding {padding}")
+    rows, columns = padding
+    return columns, columns, rows, rows
+
+
+def same(conv: Any) -> None:
+    """TensorFlow's padding, by the size of the images."""
+
+
+# How a convolution of exactly this class pads.
+PADDINGS: dict[type, Callable[[Any], Sides | None]] = {
+    nn.Conv2d: _symmetric,
+    Conv2dSame: same,
+}
+
+
+def _geometry(conv: Any, padding: Sides | None) -> tuple[str, structure.Geometry]:
+    """The kind of a convolution, and its geometry."""
+    if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+        raise RefusedError(" has dilation or a padding mode")
+    kernel, stride = conv.kernel_size, conv.stride
+    if not type(kernel) is type(stride) is tuple:
+        raise RefusedError(f" has kernel {kernel} and stride {stride}")
+    geometry = structure.Geometry(kernel, stride, padding)
+    if conv.groups == 1:
+        is_pointwise = kernel == stride == (1, 1) and (not padding or not any(padding))
+        return POINTWISE if is_pointwise else DENSE, geometry
+    if conv.groups != conv.in_channels or conv.groups != conv.out_channels:
+        raise RefusedError(" is a grouped convolution")
+    if kernel[0] != kernel[1] or kernel[0] % 2 == 0 or stride not in ((1, 1), (2, 2)):
+        raise RefusedError(f" has kernel {kernel} and stride {stride}")
+    return DEPTHWISE, geometry
+
+
+def _refuse_tensor(name: str) -> RefusedError:
+    return RefusedError(f".{name} is no plain tensor")
+
+
+def _conv_members(conv: nn.Module) -> tuple[Any, Any]:
+    """Weight and bias of a convolution or of a linear layer."""
+    state = conv.__dict__
+    if not state.keys().isdisjoint(_CONV_NAMES):
+        raise structure.hidden(state, _CONV_NAMES)
+    table = state["_parameters"]
+    weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
+    if type(weight) not in PLAIN:
+        raise _refuse_tensor("weight")
+    if bias is not None and type(bias) not in PLAIN:
+        raise _refuse_tensor("bias")
+    return weight, bias
+
+
+def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
+    """Weight, bias, mean and variance of a BatchNorm."""
+    state = bn.__dict__
+    if not state.keys().isdisjoint(_BN_NAMES):
+        raise structure.hidden(state, _BN_NAMES)
+    table, buffers = state["_parameters"], state["_buffers"]
+    weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
+    mean = buffers.get("running_mean", _MISSING)
+    var = buffers.get("running_var", _MISSING)
+    if (mean is None) != (var is None):
+        raise RefusedError(" has one of its two running statistics")
+    shape = (channels,)
+    for vector in (weight, bias, mean, var):
+        if vector is None:
+            continue
+        if type(vector) not in PLAIN:
+            raise RefusedError(" holds a tensor of another type")
+        if vector.shape != shape:
+            raise RefusedError(f" does not have {channels} channels")
+    if mean is not None and (mean.requires_grad or var.requires_grad):
+        raise RefusedError(" has a running statistic that requires a gradient")
+    eps: Any = bn.eps
+    if not eps > 0:
+        raise RefusedError(f" has eps {eps}")
+    return weight, bias, mean, var
+
+
+def _require_as_made(child: Any, name: str) -> None:
+    """Raises RefusedError where an activation or a gate computes something else than its name says.
+
+    SiLU and sigmoid need no such call: the code below them is in the tables of layers and blocks.
+    """
+    stock.ACTIVATIONS[name].require()
+    if name == "relu6" and (child.min_val, child.max_val) != _RELU6:
+        raise RefusedError(f" clamps to {child.min_val} and {child.max_val}, not to 0 and 6")
+
+
+def layer(
+    conv: Any,
+    bn: Any,
+    activation: Any,
+    names: Names,
+    pad: Sides | None = None,
+) -> structure.Layer:
+    """A convolution, its BatchNorm and an activation or None, whose classes are known.
+
+    Args:
+        names: of the three, for reasons.
+        pad: the padding by a module before the convolution, which itself must have none.
+    """
+    kind, name = "identity", names[0]
+    try:
+        weight, bias = _conv_members(conv)
+        if bias is not None:
+            raise RefusedError(" has a bias")
+        shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        if weight.shape != shape:
+            raise RefusedError(f".weight has shape {list(weight.shape)}, not {list(shape)}")
+        name = names[1]
+        vectors = _bn_members(bn, conv.out_channels)
+        name = names[0]
+        padding = PADDINGS[type(conv)](conv)
+        if pad is not None:
+            if padding is None or any(padding):
+                raise RefusedError(" pads after a module that pads")
+            padding = pad
+        form, geometry = _geometry(conv, padding)
+        if activation is not None:
+            name = names[2]
+            kind = structure.ACTIVATIONS[type(activation)]
+            if kind != "silu":
+                _require_as_made(activation, kind)
+    except RefusedError as refused:
+        raise RefusedError(behind(f".{name}", refused)) from None
+    return structure.Layer(form, conv, bn, kind, geometry, (weight, *vectors))
+
+
+def excite(parts: Sequence[Any], names: Sequence[str], channels: int) -> structure.Excite:
+    """Squeeze-excite's two layers and their activations, whose classes are known.
+
+    Args:
+        parts: reduce, activation, expand and gate, which is None for a sigmoid that is no module.
+        names: of these, for reasons.
+    """
+    reduce, activation, expand, gate = parts
+    reduced = reduce.out_channels
+    tensors: list[Any] = []
+    name, se_gate = "", "sigmoid"
+    try:
+        for name, conv, shape in (  # noqa: B007
+            (names[0], reduce, (reduced, channels, 1, 1)),
+            (names[2], expand, (channels, reduced, 1, 1)),
+        ):
+            tensors += _conv_members(conv)
+            weight, bias = tensors[-2:]
+            if bias is not None and bias.shape != shape[:1]:
+                raise RefusedError(f".bias has shape {list(bias.shape)}, not {list(shape[:1])}")
+            padding = PADDINGS[type(conv)](conv)
+            if weight.shape != shape or tuple(conv.stride) != (1, 1) or (padding and any(padding)):
+                raise RefusedError(f" is not a 1x1 convolution of {channels} channels")
+        name = names[1]
+        se_activation = structure.ACTIVATIONS[type(activation)]
+        if se_activation != "silu":
+            _require_as_made(activation, se_activation)
+        name = names[3]
+        if gate is not None:
+            se_gate = structure.GATES[type(gate)]
+            if se_gate != "sigmoid":
+                _require_as_made(gate, se_gate)
+    except RefusedError as refused:
+        raise RefusedError(behind(f".{name}", refused)) from None
+    return structure.Excite(SqueezeExciteParams(*tensors), se_activation, se_gate)
+
+
+def block(
+    expand: structure.Layer | None,
+    depthwise: structure.Layer,
+    excited: structure.Excite | None,
+    project: structure.Layer,
+    skip: structure.Skip,
+    names: Names,
+    memory: str,
+) -> structure.Block:
+    """An MBConv of layers that fit together.
+
+    Args:
+        names: of expand, depthwise and project, for reasons.
+    """
+    channels = depthwise.conv.out_channels
+    if expand and (expand.kind != POINTWISE or expand.conv.out_channels != channels):
+        raise RefusedError(f"{names[0]} is not the pointwise layer before the depthwise one")
+    if depthwise.kind != DEPTHWISE or project.kind != POINTWISE or project.activation != "identity":
+        raise RefusedError("block is not expand, depthwise, squeeze-excite, project")
+    if expand and expand.activation != depthwise.activation:
+        kinds = f"{expand.activation} and {depthwise.activation}"
+        raise RefusedError(f"{names[0]} and {names[1]} have different activations, {kinds}")
+    if project.conv.in_channels != channels:
+        raise RefusedError(f"{names[2]} does not take {channels} channels")
+    params, se_activation, gate = excited or (None, "silu", "sigmoid")
+    dtype = project.tensors[0].dtype
+    weights: tuple[Tensor | None, ...] = (expand and expand.tensors[0], depthwise.tensors[0])
+    for met in (*weights, *(params or ())):
+        if met is not None and met.dtype is not dtype:
+            raise RefusedError(f"block has weights in {met.dtype} and {dtype}")
+    _require_shape(skip, depthwise.geometry, (expand or depthwise).conv, project.conv)
+    return structure.Block(
+        expand, depthwise, params, se_activation, gate, project, *skip[:3], memory, skip.promotes
+    )
+
+
+def dense_block(
+    dense: structure.Layer,
+    project: structure.Layer | None,
+    skip: structure.Skip,
+    names: tuple[str, str],
+    memory: str,
+) -> DenseBlock:
+    """A FusedMBConv of layers that fit together.
+
+    Args:
+        names: of dense and project, for reasons.
+    """
+    if dense.kind != DENSE or not dense.activates:
+        raise RefusedError(f"{names[0]} is no dense convolution with an activation")
+    if dense.geometry.kernel[0] != dense.geometry.kernel[1]:
+        raise RefusedError(f"{names[0]} has kernel {dense.geometry.kernel}")
+    if dense.geometry.stride not in ((1, 1), (2, 2)):
+        raise RefusedError(f"{names[0]} has stride {dense.geometry.stride}")
+    if project and (project.kind != POINTWISE or project.activates):
+        raise RefusedError(f"{names[1]} is no pointwise layer without an activation")
+    if project and project.conv.in_channels != dense.conv.out_channels:
+        raise RefusedError(f"{names[1]} does not take {dense.conv.out_channels} channels")
+    if project and project.tensors[0].dtype is not dense.tensors[0].dtype:
+        dtypes = f"{dense.tensors[0].dtype} and {project.tensors[0].dtype}"
+        raise RefusedError(f"block has weights in {dtypes}")
+    _require_shape(skip, dense.geometry, dense.conv, (project or dense).conv)
+    return DenseBlock(dense, project, *skip[:3], memory, skip.promotes)
+
+
+def _require_shape(
+    skip: structure.Skip, spatial: structure.Geometry, first: Any, last: Any
+) -> None:
+    """Raises RefusedError where a residual would be added to an output of another shape."""
+    if skip.residual and not (
+        first.in_channels == last.out_channels and spatial.stride == (1, 1) and spatial.is_centred
+    ):
+        raise RefusedError("it adds its input to an output of another shape")

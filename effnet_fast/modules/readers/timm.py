@@ -1,0 +1,206 @@
+"""The readers of timm's blocks: EfficientNet of every prefix, MobileNetV3 and MnasNet.
+
+timm's BatchNormAct2d is a BatchNorm with drop and activation behind it. A block's children are the
+convolutions and norms themselves; `conv_pw` and `bn2` are the projection of a depthwise separable
+block, and expansion and depthwise norm of an inverted residual.
+
+Source: timm/models/_efficientnet_blocks.py of timm 1.0,
+https://github.com/huggingface/pytorch-image-models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from effnet_fast.modules import stock, structure
+from effnet_fast.modules.foreign import RECIPES, Finder, Recipe
+from effnet_fast.modules.readers import members
+from effnet_fast.modules.stochastic_depth import ROW
+from effnet_fast.modules.structure import Part, RefusedError
+
+_BLOCKS = "timm.models._efficientnet_blocks"
+_NORM = "timm.layers.norm_act:BatchNormAct2d"
+_SAME = "timm.layers.conv2d_same:Conv2dSame"
+_DROP = "timm.layers.drop:DropPath"
+_SWISH, _SIGMOID = "timm.layers.activations:Swish", "timm.layers.activations:Sigmoid"
+_SE = f"{_BLOCKS}:SqueezeExcite"
+_SE_NAMES = "conv_reduce", "act1", "conv_expand", "gate"
+
+
+class _Classes(NamedTuple):
+    """What the children of a block may be."""
+
+    conv: structure.Kinds
+    norm: structure.Kinds
+    se: structure.Kinds
+    drop_path: structure.Kinds
+
+
+def _classes(find: Finder) -> _Classes:
+    same, norm, se = find(_SAME), find(_NORM), find(_SE)
+    members.PADDINGS[same] = members.same
+    structure.ACTIVATIONS[find(_SWISH)] = "silu"
+    structure.GATES[find(_SIGMOID)] = "sigmoid"
+    activation = structure.one_of(*structure.ACTIVATIONS)
+    gate = structure.one_of(*structure.GATES)
+    conv = structure.one_of(nn.Conv2d, same)
+    identity = structure.one_of(nn.Identity)
+    parts = zip(_SE_NAMES, (conv, activation, conv, gate), strict=True)
+    return _Classes(
+        conv,
+        {norm: structure.children_of((Part("drop", identity), Part("act", activation)))},
+        identity | {se: structure.children_of(Part(*part) for part in parts)},
+        identity | structure.one_of(find(_DROP)),
+    )
+
+
+def _children(classes: _Classes, *names: str) -> structure.Children:
+    """A block's children of these names, whose beginnings tell what they are, and `aa` or not."""
+    kinds = classes._asdict() | {"bn": classes.norm, "aa": structure.one_of(nn.Identity)}
+
+    def part(name: str) -> Part:
+        kind = next(kind for begin, kind in kinds.items() if name.startswith(begin))
+        return Part(name, kind)
+
+    without = [name for name in names if name != "aa"]
+    return structure.children_of(map(part, names), map(part, without))
+
+
+def _layer(children: dict[str, Any], conv: str, bn: str) -> structure.Layer:
+    norm = children[bn]
+    activation = norm.__dict__["_modules"]["act"]
+    found = None if type(activation) is nn.Identity else activation
+    return members.layer(children[conv], norm, found, (conv, bn, f"{bn}.act"))
+
+
+def _excite(children: dict[str, Any], channels: int) -> structure.Excite | None:
+    se = children["se"]
+    if type(se) is nn.Identity:
+        return None
+    state = se.__dict__
+    table = state["_modules"]
+    if not state.keys().isdisjoint(table):
+        raise structure.hidden(state, table)
+    try:
+        return members.excite([*map(table.__getitem__, _SE_NAMES)], _SE_NAMES, channels)
+    except RefusedError as refused:
+        raise RefusedError(members.behind(".se", refused)) from None
+
+
+def _skip(module: Any, children: dict[str, Any]) -> structure.Skip:
+    drop_path = children["drop_path"]
+    if type(drop_path) is nn.Identity or not drop_path.training:
+        return structure.Skip(bool(module.has_skip), 0.0, ROW, True)
+    if not drop_path.scale_by_keep:
+        raise RefusedError(".drop_path keeps the scale")
+    return structure.Skip(bool(module.has_skip), drop_path.drop_prob, ROW, True)
+
+
+def _taken_apart(module: Any, allowed: structure.Children) -> dict[str, Any]:
+    """The children of a block, which are what is allowed."""
+    state = module.__dict__
+    children: dict[str, Any] = state["_modules"]
+    if not state.keys().isdisjoint(children):
+        raise structure.hidden(state, children)
+    structure.require_children(children, allowed)
+    if state.get("conv_s2d") is not None:
+        raise RefusedError(".conv_s2d is in use")
+    return children
+
+
+def _without_dot(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def reader(module: Any) -> Any:
+        try:
+            return read(module)
+        except RefusedError as refused:
+            raise RefusedError(str(refused).removeprefix(".")) from None
+
+    return reader
+
+
+def _separable(find: Finder) -> Callable[[Any], structure.Block]:
+    names = ("conv_dw", "bn1", "aa", "se", "conv_pw", "bn2", "drop_path")
+    allowed = _children(_classes(find), *names)
+
+    def read(module: Any) -> structure.Block:
+        children = _taken_apart(module, allowed)
+        depthwise = _layer(children, "conv_dw", "bn1")
+        excited = _excite(children, depthwise.conv.out_channels)
+        project = _layer(children, "conv_pw", "bn2")
+        names = "", "conv_dw", "conv_pw"
+        skip = _skip(module, children)
+        return members.block(None, depthwise, excited, project, skip, names, module.memory)
+
+    return _without_dot(read)
+
+
+def _inverted(find: Finder) -> Callable[[Any], structure.Block]:
+    names = ("conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3", "drop_path")
+    allowed = _children(_classes(find), *names)
+
+    def read(module: Any) -> structure.Block:
+        children = _taken_apart(module, allowed)
+        expand = _layer(children, "conv_pw", "bn1")
+        depthwise = _layer(children, "conv_dw", "bn2")
+        excited = _excite(children, depthwise.conv.out_channels)
+        project = _layer(children, "conv_pwl", "bn3")
+        names = "conv_pw", "conv_dw", "conv_pwl"
+        skip = _skip(module, children)
+        return members.block(expand, depthwise, excited, project, skip, names, module.memory)
+
+    return _without_dot(read)
+
+
+def _edge(find: Finder) -> Callable[[Any], Any]:
+    names = ("conv_exp", "bn1", "aa", "se", "conv_pwl", "bn2", "drop_path")
+    allowed = _children(_classes(find), *names)
+
+    def read(module: Any) -> Any:
+        children = _taken_apart(module, allowed)
+        if type(children["se"]) is not nn.Identity:
+            raise RefusedError(".se is in use, which no kernel has behind a dense convolution")
+        dense = _layer(children, "conv_exp", "bn1")
+        project = _layer(children, "conv_pwl", "bn2")
+        skip = _skip(module, children)
+        return members.dense_block(dense, project, skip, ("conv_exp", "conv_pwl"), module.memory)
+
+    return _without_dot(read)
+
+
+def _plain(find: Finder) -> Callable[[Any], Any]:
+    allowed = _children(_classes(find), "conv", "bn1", "aa", "drop_path")
+
+    def read(module: Any) -> Any:
+        children = _taken_apart(module, allowed)
+        dense = _layer(children, "conv", "bn1")
+        return members.dense_block(
+            dense, None, _skip(module, children), ("conv", ""), module.memory
+        )
+
+    return _without_dot(read)
+
+
+_CODE = tuple(f"{kind}.forward" for kind in (_NORM, _SAME, _SE, _DROP, _SWISH, _SIGMOID))
+_TENSORS = "weight bias"
+_MEMBERS = (
+    (_NORM, f"{_TENSORS} running_mean running_var num_batches_tracked drop act"),
+    (_SAME, _TENSORS),
+    (_SE, " ".join(_SE_NAMES)),
+)
+_BLOCK_NAMES = "conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3 drop_path conv_exp conv"
+for _name, _reader in {
+    "DepthwiseSeparableConv": _separable,
+    "InvertedResidual": _inverted,
+    "EdgeResidual": _edge,
+    "ConvBnAct": _plain,
+}.items():
+    _path = f"{_BLOCKS}:{_name}"
+    RECIPES[_path] = Recipe(
+        (f"{_path}.forward", *_CODE),
+        _reader,
+        below=(stock.BLOCK,),
+        members=(*_MEMBERS, (_path, _BLOCK_NAMES)),
+    )

@@ -1,0 +1,48 @@
+"""The readers of torchvision's blocks, whose tree is this package's own.
+
+Source: torchvision/models/efficientnet.py of torchvision 0.28, https://github.com/pytorch/vision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from effnet_fast.modules import stock
+from effnet_fast.modules.foreign import RECIPES, Finder, Recipe
+from effnet_fast.modules.readers.own import TreeReader, named_layer
+
+_MODELS = "torchvision.models.efficientnet"
+_CONV = "torchvision.ops.misc:Conv2dNormActivation"
+_SE = "torchvision.ops.misc:SqueezeExcitation"
+_DROP = "torchvision.ops.stochastic_depth:StochasticDepth"
+
+
+def _layer(find: Finder) -> Callable[[Any], Any]:
+    return named_layer
+
+
+def _tree(find: Finder) -> TreeReader:
+    return TreeReader((find(_CONV), find.fused(_CONV)), find(_SE), find(_DROP))
+
+
+def _mbconv(find: Finder) -> Callable[[Any], Any]:
+    return _tree(find).mbconv
+
+
+def _fused_mbconv(find: Finder) -> Callable[[Any], Any]:
+    return _tree(find).fused_mbconv
+
+
+# Their forward is nn.Sequential's.
+RECIPES[_CONV] = Recipe((), _layer, below=(stock.LAYER, stock.CALLED_LAYER))
+for _name, _reader in {"MBConv": _mbconv, "FusedMBConv": _fused_mbconv}.items():
+    _path = f"{_MODELS}:{_name}"
+    RECIPES[_path] = Recipe(
+        (f"{_path}.forward", f"{_SE}.forward", f"{_SE}._scale", f"{_DROP}.forward"),
+        _reader,
+        members=(
+            (_path, "block stochastic_depth"),
+            (_SE, "avgpool fc1 fc2 activation scale_activation"),
+        ),
+    )

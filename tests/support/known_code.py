@@ -1,0 +1,62 @@
+"""Learns the code of other packages that readers stand in for, into `readers/known_code.py`.
+
+    python tests/support/known_code.py
+
+adds what the installed versions have to what is known. Read the difference to what was known in
+the packages' own sources before you commit it: the table says that the readers are right for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from effnet_fast.modules import foreign
+from effnet_fast.modules.readers import known_code
+from effnet_fast.modules.readers.digest import digest
+
+HEAD = '''"""The sources that readers stand in for, by `digest`, of every version that was read.
+
+Written by tests/support/known_code.py.
+"""
+
+KNOWN: dict[str, tuple[str, ...]] = {
+'''
+
+
+def _learn(path: str, function: object) -> None:
+    found = digest(function)
+    assert found, f"{path} has no source"
+    known_code.KNOWN[path] = tuple(dict.fromkeys((*known_code.KNOWN.get(path, ()), found)))
+
+
+@contextlib.contextmanager
+def learning() -> Iterator[None]:
+    """Takes every source for one that is known, and enters it."""
+    before = foreign._require_known
+    foreign._require_known = _learn
+    try:
+        yield
+    finally:
+        foreign._require_known = before
+
+
+def main() -> None:
+    with learning():
+        for path in list(foreign.RECIPES):
+            home, name = path.split(":")
+            with contextlib.suppress(ImportError, AttributeError):
+                foreign.fused_class(getattr(importlib.import_module(home), name), "auto", "fast")
+    rows = []
+    for path, digests in sorted(known_code.KNOWN.items()):
+        values = "".join(f'        "{value}",\n' for value in digests)
+        rows.append(f'    "{path}": (\n{values}    ),\n')
+    Path(known_code.__file__).write_text(f"{HEAD}{''.join(rows)}}}\n")
+
+
+if __name__ == "__main__":
+    import torchvision_cpu  # noqa: F401  (before any import of torchvision)
+
+    main()
