@@ -11,6 +11,7 @@ from torch import nn
 
 from effnet_fast import backends
 from effnet_fast.deployment import DeployedEfficientNet
+from effnet_fast.models import foreign as networks  # noqa: F401  (enters their recipes)
 from effnet_fast.models.backbone import Backbone, check_memory
 from effnet_fast.modules import foreign
 from effnet_fast.modules.structure import RefusedError

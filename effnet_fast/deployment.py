@@ -19,7 +19,7 @@ from effnet_fast.backends import native
 from effnet_fast.inference import images
 from effnet_fast.inference.cuda_graphs import LIMIT
 from effnet_fast.inference.network_spec import spec_of
-from effnet_fast.inference.parts import changed_method
+from effnet_fast.inference.parts import changed_method, network_class, parts_of
 from effnet_fast.inference.snapshot import (
     Engine,
     Snapshot,
@@ -27,11 +27,9 @@ from effnet_fast.inference.snapshot import (
     run_network,
     runs_in_one_call,
 )
-from effnet_fast.models.efficientnet import EfficientNet, EfficientNetFeatures
-from effnet_fast.modules import observed, stock
+from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError
 
-KINDS = (EfficientNet, EfficientNetFeatures)
 # Backends whose kernels are launched, by device; Triton takes a CPU in its interpreter.
 LAUNCHED = {"cuda": ("auto", "cuda", "triton"), "cpu": ("cuda", "triton", "simt")}
 
@@ -46,7 +44,8 @@ def deploy(
     """The inference form of a network; `model` itself stays as it is.
 
     Args:
-        model: an EfficientNet or EfficientNetFeatures on a CPU or a CUDA device, in eval mode.
+        model: an EfficientNet or EfficientNetFeatures on a CPU or a CUDA device, in eval mode, or
+            torchvision's or timm's (timm's encoder, too), accelerated or not.
         dtype: of the activations between layers, None for the dtype of the model's parameters:
             torch.float32 or torch.bfloat16, on a CUDA device torch.float16 too. Sums are always
             fp32. Where a CPU's instruction set does not multiply bf16, the network is computed in
@@ -65,7 +64,7 @@ def deploy(
         gradient. The output belongs to the caller; any thread and any stream may call.
 
     Raises:
-        TypeError: model is not a network of this package.
+        TypeError: model is no network that this package knows.
         ValueError: another dtype or backend, or a negative number of graphs.
         RuntimeError: the model cannot be deployed as it is, with the reason: it is in training
             mode, on another device, has hooks or replaced layers; no kernel can run there, or the
@@ -231,13 +230,14 @@ class DeployedEfficientNet(nn.Module):
         where = f"{device}, backend {base}"
         if runs_in_one_call(device, self.backend):
             where = f"instruction set {isa or native.load().best_isa()}"
-        name = f"{type(self.source).__name__} {self.source.variant.name}"
+        variant = getattr(self.source, "variant", None)
+        name = f"{type(self.source).__name__}{f' {variant.name}' if variant else ''}"
         return f"{type(self).__name__}({name}, dtype={self.dtype}, {where})"
 
 
 def _device_of(model: Any) -> torch.device:
     """Where the network's first weight is."""
-    return next(model.features.parameters()).device
+    return next(model.parameters()).device
 
 
 def _dtypes(device: torch.device, backend: str) -> tuple[torch.dtype, ...]:
@@ -271,15 +271,29 @@ def _check_target(device: torch.device, dtype: torch.dtype, backend: str) -> Non
 
 def _check_model(model: nn.Module) -> None:
     """Raises for what cannot be deployed, whatever its layers."""
-    if not isinstance(model, KINDS):
+    _learn(model)
+    if network_class(type(model)) is None:
         raise TypeError(
-            f"deploy takes an EfficientNet or EfficientNetFeatures of effnet_fast, got "
+            f"deploy takes a network of effnet_fast, torchvision or timm, got "
             f"{type(model).__name__}; load other packages' weights with "
             "EfficientNet.from_checkpoint"
         )
     _refuse_changes(model)
     if model.training:
         raise RuntimeError("the model is in training mode: call model.eval() first")
+
+
+def _learn(model: nn.Module) -> None:
+    """Enters the readers of another package's network."""
+    if isinstance(model, nn.Module) and network_class(type(model)) is None:
+        # Its readers are imported for those who have such a network.
+        from effnet_fast.models import foreign
+
+        try:
+            foreign.learn(model)
+        except RefusedError as refused:
+            remedy = "load its weights with EfficientNet.from_checkpoint"
+            raise _refusal(model, refused, remedy) from None
 
 
 def obstacle(model: Any) -> str | None:
@@ -300,9 +314,9 @@ def _refusal(
     return RuntimeError(f"{type(model).__name__} cannot be deployed: {reason}; {remedy}")
 
 
-def _refuse_changes(model: nn.Module) -> None:
+def _refuse_changes(model: Any) -> None:
     """Raises where a call of the network does more than its layers, or they are no longer stock."""
-    if changed := changed_method(model) or stock.NETWORK.replaced():
+    if changed := changed_method(model) or parts_of(model).code.replaced():
         raise _refusal(model, changed)
     if model._forward_hooks or model._forward_pre_hooks:
         raise _refusal(model, "it has a hook", "remove it, or register it on what deploy returns")

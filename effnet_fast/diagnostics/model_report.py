@@ -15,16 +15,15 @@ from effnet_fast import deployment
 from effnet_fast.backends import use_backend
 from effnet_fast.inference import own_plan, parts
 from effnet_fast.inference.network_spec import spec_of
-from effnet_fast.models import EfficientNet
 from effnet_fast.models.backbone import Backbone
+from effnet_fast.models.execution import backend_of
+from effnet_fast.models.foreign.network import FusedNetwork
 from effnet_fast.models.pooled_head import pooled_module
+from effnet_fast.modules import foreign, structure
 from effnet_fast.modules.explain import explain
 from effnet_fast.modules.fused_forward import POOLED
-from effnet_fast.modules.fused_mbconv import FusedMBConv
-from effnet_fast.modules.layers import Conv2dNormActivation, MBConv
 from effnet_fast.modules.structure import RefusedError
 
-FUSIBLE = (MBConv, FusedMBConv, Conv2dNormActivation)
 ONE_CALL, BLOCKS, STOCK = "one call", "block by block", "stock"
 SHOWN = 3  # module names per reason in the printed report
 
@@ -78,15 +77,17 @@ def explain_blocks(model: nn.Module) -> list[Fusion]:
     """
     found: list[Fusion] = []
     fused: list[str] = []
-    networks = (module for module in model.modules() if isinstance(module, EfficientNet))
+    networks = (module for module in model.modules() if _runs_fused(module))
     pooled = [pooled_module(network) for network in networks]
     with use_backend(getattr(model, "backend", "auto")):
         for name, module in model.named_modules():
             inside = any(name.startswith(f"{outer}.") for outer in fused)
-            if inside or not isinstance(module, FUSIBLE):
+            if inside or not _is_fusible(type(module)):
                 continue
             at_once = any(module is layer for layer in pooled)
-            reason = explain(module, POOLED if at_once else None)
+            reason = _not_accelerated(type(module))
+            if reason is None:
+                reason = explain(module, POOLED if at_once else None)
             if reason is None:
                 fused.append(name)
             found.append(Fusion(name, type(module).__name__, reason))
@@ -100,11 +101,31 @@ def explain_networks(model: nn.Module) -> list[Course]:
     nobody else may run the model meanwhile. Eval is asked with an image of the weights' dtype on
     their device, under the autocast and the backend that are on.
     """
-    return [
-        _course(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, Backbone)
-    ]
+    return [_course(name, module) for name, module in model.named_modules() if _runs_fused(module)]
+
+
+def _runs_fused(module: nn.Module) -> bool:
+    """Whether it is a network whose forward is this package's."""
+    return isinstance(module, (Backbone, FusedNetwork))
+
+
+def _is_fusible(kind: type) -> bool:
+    """Whether it is a class of blocks or layers, or derives from one."""
+    return any(
+        structure.has_reader(base) or (foreign.is_known(base) and not foreign.is_network(base))
+        for base in kind.__mro__
+    )
+
+
+def _not_accelerated(kind: type) -> str | None:
+    """Why another package's class is its own still; None for any other."""
+    if not foreign.is_known(kind) or foreign.is_fused(kind):
+        return None
+    try:
+        foreign.fused_class(kind, "auto", "fast")
+    except RefusedError as refused:
+        return str(refused)
+    return "it is not accelerated: call effnet_fast.accelerate(model)"
 
 
 @contextlib.contextmanager
@@ -138,11 +159,11 @@ def _course(name: str, network: Any) -> Course:
 
 def _plan_reason(network: Any) -> str | None:
     """Why the network's own forward does not run in one call; None where it does."""
-    weight = next(network.features.parameters(), None)
+    weight = next(network.parameters(), None)
     if weight is None:
         return "it has no weights"
-    x = torch.empty((1, network.in_chans, 32, 32), dtype=weight.dtype, device=weight.device)
-    if reason := own_plan.obstacle(network, x, network._chosen_backend()):
+    x = torch.empty((1, weight.shape[1], 32, 32), dtype=weight.dtype, device=weight.device)
+    if reason := own_plan.obstacle(network, x, backend_of(network)):
         return reason
     try:
         dtype = spec_of(network).dtype

@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 from effnet_fast.backends.base import PLAIN
 from effnet_fast.inference import parts
-from effnet_fast.inference.parts import InferenceParts
-from effnet_fast.modules import layers, stock, structure
+from effnet_fast.inference.parts import InferenceParts, Step
+from effnet_fast.modules import layers, structure
 from effnet_fast.modules.dense_block import DenseBlock
-from effnet_fast.modules.fused_mbconv import FusedMBConv
 from effnet_fast.modules.structure import RefusedError
 
 MAX_KERNEL = 31  # csrc/cpu/network/args.h
 CPU = torch.device("cpu")
-BLOCKS = (layers.MBConv, FusedMBConv)
 LOGITS, POOLED, LAST_MAP, TAPS = "logits", "pooled", "last_map", "taps"
 
 
@@ -92,27 +90,21 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     """
     if changed := parts.changed_step(model):
         raise RefusedError(changed)
-    stock.NETWORK.require()
-    given: InferenceParts = model.inference_parts()
-    with _at("features"):
-        structure.require(given.features, *layers.SEQUENTIALS)
-        children = given.layers
-        if len(children) < (3 if given.head else 2):
-            raise RefusedError(f" has {len(children)} layers")
-        if None in children:
-            raise RefusedError(" has a layer that is None")
-    with _at("features.0"):
-        stem = _convolution(children[0], structure.DENSE)
-    head, linear, result = _head(given)
-    stages = children[1:-1] if given.head else children[1:]
-    taps = {len(stages): 0} if result == LAST_MAP else {}
+    given: InferenceParts = parts.parts_of(model)
+    given.code.require()
+    course = given.course()
+    stem = _convolution(course.stem, structure.DENSE)
+    head, linear, result = _head(given, course.last)
+    taps = {len(course.stages): 0} if result == LAST_MAP else {}
     taps |= {stage: index for index, stage in enumerate(given.taps)}
-    blocks = [_block(*row, taps) for row in _blocks(stages)]
-    watched = [given.features, *(m for part in (children[0], *stages) for m in part.modules())]
-    if given.head and head:
-        watched += [*children[-1].modules(), *given.head.pool.modules()]
+    blocks = [_block(*row, taps) for row in _blocks(course.stages)]
+    roots = [*course.stem.modules, *(stage for _, stage in course.stages)]
+    watched = [*course.containers, *(m for root in roots for m in root.modules())]
+    if given.head and course.last and head:
+        roots = [*course.last.modules, given.head.pool]
         if linear is not None or _last_layer(given.head.classifier) is not None:
-            watched += given.head.classifier.modules()
+            roots.append(given.head.classifier)
+        watched += (m for root in roots for m in root.modules())
     assert stem.tensors[0] is not None
     modules = tuple(dict.fromkeys(watched))
     spec = NetworkSpec(
@@ -123,32 +115,37 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     return spec
 
 
-def _convolution(module: nn.Module, kind: str) -> structure.Layer:
-    structure.require(module)
-    layer = structure.structure_of(module)
-    if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.activates:
-        raise RefusedError(f" is no {kind} convolution with an activation")
-    if layer.geometry.stride[0] != layer.geometry.stride[1]:
-        raise RefusedError(f" has stride {layer.geometry.stride}")
-    return layer
+def _convolution(step: Step, kind: str) -> structure.Layer:
+    with _at(step.place):
+        layer = step.read()
+        if not isinstance(layer, structure.Layer) or layer.kind != kind or not layer.activates:
+            raise RefusedError(f" is no {kind} convolution with an activation")
+        if layer.geometry.stride[0] != layer.geometry.stride[1]:
+            raise RefusedError(f" has stride {layer.geometry.stride}")
+        return layer
 
 
-def _blocks(stages: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module, int]]:
+def _blocks(stages: tuple[tuple[str, nn.Module], ...]) -> Iterator[tuple[str, nn.Module, int]]:
     """Place and module of each block, and the stage whose last it is, or -1."""
-    for index, stage in enumerate(stages, start=1):
-        with _at(f"features.{index}"):
+    for index, (place, stage) in enumerate(stages, start=1):
+        if structure.is_block(type(stage)):
+            yield place, stage, index
+            continue
+        with _at(place):
             structure.require(stage, *layers.SEQUENTIALS)
             blocks = parts.in_order(stage)
             if not blocks:
                 raise RefusedError(" is empty")
         for number, block in enumerate(blocks):
             is_last = number == len(blocks) - 1
-            yield f"features.{index}.{number}", block, index if is_last else -1
+            yield f"{place}.{number}", block, index if is_last else -1
 
 
 def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> BlockSpec:
     with _at(place):
-        structure.require(module, *BLOCKS)
+        if not structure.is_block(type(module)):
+            raise RefusedError(f" is {type(module).__name__}, none of the blocks that are known")
+        structure.require(module)
         block: structure.Block | DenseBlock = structure.structure_of(module)
         geometry = block.spatial
         if geometry.kernel[0] > MAX_KERNEL:
@@ -162,14 +159,15 @@ def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> B
         return BlockSpec(block, taps.get(stage, -1))
 
 
-def _head(given: InferenceParts) -> tuple[structure.Layer | None, Linear | None, str]:
+def _head(
+    given: InferenceParts, last: Step | None
+) -> tuple[structure.Layer | None, Linear | None, str]:
     """Last convolution, classifier and result, as far as the kernels know them."""
-    if given.head is None:
+    if given.head is None or last is None:
         return None, None, TAPS
     if not parts.averages_pixels(given.head):
         return None, None, LAST_MAP
-    with _at(f"features.{len(given.layers) - 1}"):
-        head = _convolution(given.layers[-1], structure.POINTWISE)
+    head = _convolution(last, structure.POINTWISE)
     classifier = _last_layer(given.head.classifier)
     if isinstance(classifier, nn.Linear):
         return head, Linear(classifier.weight, classifier.bias), LOGITS

@@ -10,6 +10,7 @@ from torch import Tensor
 from effnet_fast import backends
 from effnet_fast.inference import images
 from effnet_fast.inference.network_spec import CPU
+from effnet_fast.inference.parts import parts_of
 from effnet_fast.inference.sizes import TooSmallError
 from effnet_fast.inference.snapshot import (
     Engine,
@@ -18,7 +19,7 @@ from effnet_fast.inference.snapshot import (
     run_network,
     runs_in_one_call,
 )
-from effnet_fast.modules import observed, stock
+from effnet_fast.modules import observed
 from effnet_fast.modules.structure import RefusedError
 
 LONGEST_WAIT = 31  # forwards until a network that was refused is looked at again
@@ -127,7 +128,7 @@ def obstacle(model: Any, x: Any, backend: str) -> str | None:
     return (
         _image_obstacle(x)
         or backends.can_run(_name_of(backend), backends.OPS[0])
-        or (stock.NETWORK.replaced())
+        or parts_of(model).code.replaced()
     )
 
 

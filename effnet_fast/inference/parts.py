@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from effnet_fast.modules import structure
+from effnet_fast.modules import layers, stock, structure
+from effnet_fast.modules.structure import RefusedError
 
 # Methods that forward calls, through which a class or an instance could change what it computes.
 STEPS = frozenset({"forward_features", "forward_head", "_prepared", "_maps"})
 METHODS = STEPS | {"forward"}
-ENTRIES = frozenset({"__call__", "_call_impl"})  # on the way from a call to forward
+ENTRIES = frozenset({"forward", "__call__", "_call_impl"})  # on the way from a call to forward
 
 
 def in_order(module: nn.Module) -> tuple[Any, ...]:
@@ -32,17 +33,67 @@ class Head:
 
     pool: nn.Module  # makes pooled features [N,C,1,1] of the last convolution's map
     flattens: bool  # whether forward makes [N,C] of what pool gives
-    classifier: nn.Module  # makes the network's result of that
+    classifier: nn.Module  # makes the network's result of that in eval mode
+    finish: Callable[[Tensor], Tensor]  # likewise, in either mode
     run: Callable[[Tensor], Tensor]  # from the last stage's map to the result
 
 
-@dataclass(frozen=True)
-class InferenceParts:
-    """A network's modules in the order in which its forward runs them."""
+class Step(NamedTuple):
+    """A convolution with BatchNorm and activation: modules that forward calls in turn."""
 
-    features: nn.Module  # children: stem, stages and, in a classifier, the last convolution
-    head: Head | None  # what follows features; None in an encoder
-    taps: tuple[int, ...]  # the children of features whose maps an encoder gives
+    place: str  # for reasons
+    modules: tuple[nn.Module, ...]
+    read: Callable[[], structure.Layer]  # takes them apart, or raises RefusedError
+
+
+class Course(NamedTuple):
+    """What a network's forward calls in turn."""
+
+    containers: tuple[nn.Module, ...]  # modules around these that only hand on
+    stem: Step
+    stages: tuple[tuple[str, nn.Module], ...]  # by their places: blocks, and sequences of blocks
+    last: Step | None  # a classifier's last convolution
+
+
+class InferenceParts(Protocol):
+    """A network's modules, as its forward runs them.
+
+    Attributes:
+        head: what follows the last stage; None in an encoder.
+        taps: the places whose maps an encoder gives: 0 for the stem, then the stages.
+        identity: what differs where forward runs other modules; without a reference to the network.
+        code: the code that forward and its modules run.
+        calling_code: of that, what runs around the modules.
+    """
+
+    @property
+    def head(self) -> Head | None: ...
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+    @property
+    def identity(self) -> tuple[object, ...]: ...
+    @property
+    def code(self) -> stock.Stock: ...
+    @property
+    def calling_code(self) -> stock.Stock: ...
+
+    def course(self) -> Course:
+        """What forward calls in turn.
+
+        Raises:
+            RefusedError: it is not known, with the reason.
+        """
+
+
+@dataclass(frozen=True)
+class FeaturesParts:
+    """`InferenceParts` of a network whose stem, stages and last convolution are one sequence."""
+
+    features: nn.Module
+    head: Head | None
+    taps: tuple[int, ...]
+    code: stock.Stock = stock.NETWORK
+    calling_code: stock.Stock = stock.HEAD
 
     @property
     def layers(self) -> tuple[Any, ...]:
@@ -51,10 +102,37 @@ class InferenceParts:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What differs where forward runs other modules; without a reference to the network."""
         head = self.head
         rest = () if head is None else (head.pool, head.flattens, head.classifier)
         return (self.features, self.taps, *rest)
+
+    def course(self) -> Course:
+        try:
+            structure.require(self.features, *layers.SEQUENTIALS)
+            children = self.layers
+            if len(children) < (3 if self.head else 2):
+                raise RefusedError(f" has {len(children)} layers")
+            if None in children:
+                raise RefusedError(" has a layer that is None")
+        except RefusedError as refused:
+            raise RefusedError(f"features{refused}") from None
+        stages = children[1:-1] if self.head else children[1:]
+        last = None
+        if self.head:
+            last = _whole(f"features.{len(children) - 1}", children[-1])
+        places = ((f"features.{i}", stage) for i, stage in enumerate(stages, start=1))
+        return Course((self.features,), _whole("features.0", children[0]), tuple(places), last)
+
+
+def _whole(place: str, module: nn.Module) -> Step:
+    """The step of a module that has all three."""
+
+    def read() -> structure.Layer:
+        structure.require(module)
+        found: structure.Layer = structure.structure_of(module)
+        return found
+
+    return Step(place, (module,), read)
 
 
 def averages_pixels(head: Head) -> bool:
@@ -66,9 +144,45 @@ def averages_pixels(head: Head) -> bool:
     return head.flattens and head.pool.output_size in (1, (1, 1))
 
 
-def methods_of(kind: type) -> dict[str, Any]:
-    """The methods of a class by which forward computes, for `changed_method`."""
-    return {name: getattr(kind, name) for name in METHODS | ENTRIES if hasattr(kind, name)}
+class Network(NamedTuple):
+    """A class of networks.
+
+    Attributes:
+        parts: gives the parts of an instance.
+        steps: names of the methods that forward calls.
+        methods: these and `ENTRIES`, as they were when the class was entered.
+    """
+
+    parts: Callable[[Any], InferenceParts]
+    steps: frozenset[str]
+    methods: dict[str, Any]
+
+
+_NETWORKS: dict[type, Network] = {}
+
+
+def enter(
+    kind: type, parts: Callable[[Any], InferenceParts], steps: frozenset[str] = STEPS
+) -> None:
+    """Enters a class of networks; its subclasses are networks, too, where they change no step."""
+    methods = {name: getattr(kind, name) for name in steps | ENTRIES if hasattr(kind, name)}
+    _NETWORKS[kind] = Network(parts, steps, methods)
+
+
+def network_class(kind: type) -> type | None:
+    """The class that was entered which a class is, or derives from; None for no network."""
+    return next((base for base in kind.__mro__ if base in _NETWORKS), None)
+
+
+def _network_of(kind: type) -> tuple[type, Network]:
+    entered = network_class(kind)
+    assert entered is not None, kind
+    return entered, _NETWORKS[entered]
+
+
+def parts_of(model: Any) -> InferenceParts:
+    """The modules that a network's forward runs."""
+    return _network_of(type(model))[1].parts(model)
 
 
 def is_own(model: Any, name: str) -> bool:
@@ -78,25 +192,13 @@ def is_own(model: Any, name: str) -> bool:
     return is_bound and method.__func__ is getattr(type(model), name)
 
 
-def changed_method(model: Any, names: frozenset[str] = METHODS | ENTRIES) -> str | None:
-    """Which of the methods is not that of the class that wrote `inference_parts`, in words.
+def changed_method(model: Any) -> str | None:
+    """Which of the methods is not that of the class of networks that was entered, in words.
 
     Neither a subclass nor an instance may have another, nor may that class itself by now. A
     `forward` in the instance may be its class's, to which Accelerate's `unwrap_model` sets it.
     """
-    state, kind = model.__dict__, type(model)
-    if not state.keys().isdisjoint(names):
-        for name in sorted(names & state.keys()):
-            if name != "forward" or not is_own(model, name):
-                return f"its {name} is patched"
-    stock = kind._stock_methods
-    changed = [name for name in names if getattr(kind, name, None) is not stock.get(name)]
-    if not changed:
-        return None
-    name = min(changed)
-    own = next(base for base in kind.__mro__ if "inference_parts" in base.__dict__)
-    is_replaced = getattr(own, name, None) is not stock.get(name)
-    return f"{own.__name__}.{name} is replaced" if is_replaced else f"it overrides {name}"
+    return _changed(model, ENTRIES)
 
 
 def changed_step(model: Any) -> str | None:
@@ -104,4 +206,21 @@ def changed_step(model: Any) -> str | None:
 
     A subclass's forward may call the class's own, and so may one that is set on the instance.
     """
-    return changed_method(model, STEPS)
+    return _changed(model, frozenset())
+
+
+def _changed(model: Any, entries: frozenset[str]) -> str | None:
+    state, kind = model.__dict__, type(model)
+    entered, network = _network_of(kind)
+    names = network.steps | entries
+    if not state.keys().isdisjoint(names):
+        for name in sorted(names & state.keys()):
+            if name != "forward" or not is_own(model, name):
+                return f"its {name} is patched"
+    methods = network.methods
+    changed = [name for name in names if getattr(kind, name, None) is not methods.get(name)]
+    if not changed:
+        return None
+    name = min(changed)
+    is_replaced = getattr(entered, name, None) is not methods.get(name)
+    return f"{entered.__name__}.{name} is replaced" if is_replaced else f"it overrides {name}"

@@ -11,7 +11,7 @@ from effnet_fast import backends
 from effnet_fast.inference import staleness
 from effnet_fast.inference.cpu_engine import CpuEngine
 from effnet_fast.inference.network_spec import CPU, LAST_MAP, LOGITS, TAPS, NetworkSpec, spec_of
-from effnet_fast.inference.parts import changed_step
+from effnet_fast.inference.parts import changed_step, parts_of
 from effnet_fast.inference.sizes import Sizes
 from effnet_fast.locks import ForkLock
 
@@ -67,10 +67,12 @@ def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> An
     if spec.result == TAPS:
         return engine.sizes.as_stock(engine(x, dtype)[1], x)
     y, maps = engine(x, dtype)
-    head = model.inference_parts().head
+    head = parts_of(model).head
+    assert head is not None
     if spec.result == LAST_MAP:
         return head.run(*engine.sizes.as_stock(maps, x))
-    return head.classifier(y)
+    assert y is not None
+    return head.finish(y)
 
 
 class Snapshot:
@@ -98,7 +100,7 @@ class Snapshot:
         self.spec: NetworkSpec = spec_of(model, device)
         self.engines: dict[tuple[torch.dtype, str], Engine] = {}  # by dtype and backend
         self._kind, self._device, self._graphs = type(model), device, graphs
-        self._parts = model.inference_parts().identity
+        self._parts = parts_of(model).identity
         self._watch = staleness.watch(self.spec.modules, self.spec.tensors(), every_byte)
         self._lock = ForkLock()
 
@@ -106,7 +108,7 @@ class Snapshot:
         """Whether the network is still what was read, its weights still what was packed."""
         if type(model) is not self._kind or changed_step(model):
             return False
-        if model.inference_parts().identity != self._parts:
+        if parts_of(model).identity != self._parts:
             return False
         return self._watch.holds(torch.get_num_threads())
 

@@ -19,31 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from effnet_fast.backends import native
-from effnet_fast.modules import layers
-from effnet_fast.modules.fused_mbconv import FusedMBConv
-from effnet_fast.modules.same_padding import Conv2dSame
-from effnet_fast.modules.stochastic_depth import StochasticDepth
+from effnet_fast.modules import structure
 from effnet_fast.modules.structure import METHODS, RefusedError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # others do nothing without a gradient
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 TABLES = ("_modules", "_parameters", "_buffers")
-_CONVOLUTION = (
-    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-    "padding_mode",
-)
-# What of a module's attributes its output depends on, beside the tables.
-SETTINGS: dict[type, tuple[str, ...]] = {
-    nn.Conv2d: _CONVOLUTION,
-    Conv2dSame: _CONVOLUTION,
-    nn.BatchNorm2d: ("training", "eps"),
-    nn.ReLU6: ("min_val", "max_val"),
-    nn.AdaptiveAvgPool2d: ("output_size",),
-    nn.Dropout: ("training", "p"),
-    StochasticDepth: ("training", "p"),
-    layers.MBConv: ("use_res_connect",),
-    FusedMBConv: ("use_res_connect",),
-}
 
 
 def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_byte: bool) -> Any:
@@ -77,7 +58,9 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
         _require_one_of_each([*state, *absent])
         # An instance's own method is a None, see `structure.patched_method`.
         own = (name for name in methods if name in state)
-        present = (*HOOKS, *TABLES, *SETTINGS.get(type(module), ()), *own)
+        settings = structure.SETTINGS.get(type(module), ())
+        absent += (name for name in settings if name not in state)
+        present = (*HOOKS, *TABLES, *(name for name in settings if name in state), *own)
         owners.append((module, {name: state[name] for name in present}, absent))
         empty += (state[name] for name in HOOKS)
         listings += filter(None, tables)
@@ -146,8 +129,8 @@ def _is_shown(change: Callable[[Tensor], Tensor]) -> bool:
 
 def _require_constants(module: nn.Module) -> None:
     """Raises RefusedError for a setting that could change and stay the same object."""
-    for name in SETTINGS.get(type(module), ()):
-        value = module.__dict__[name]
+    for name in structure.SETTINGS.get(type(module), ()):
+        value = module.__dict__.get(name)
         parts = value if isinstance(value, tuple) else (value,)
         if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
             raise RefusedError(

@@ -9,11 +9,10 @@ Source: Tan & Le (arXiv 1905.11946); module tree, initialisation and random draw
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -22,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_fast import backends
 from effnet_fast.inference.own_plan import OwnPlan
-from effnet_fast.inference.parts import InferenceParts, methods_of
+from effnet_fast.inference.parts import InferenceParts, enter
 from effnet_fast.models.captured import (
     is_captured,
     laid_out_as,
@@ -40,7 +39,6 @@ from effnet_fast.modules.layers import (
     ResidualBlock,
     Sequential,
 )
-from effnet_fast.ops import scratch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,6 +49,11 @@ MEMORY_MODES = ("fast", "lean")
 # For calls from this file.
 torch.fx.wrap("to_channels_last")
 torch.fx.wrap("laid_out_as")
+
+
+def _own_parts(model: Any) -> InferenceParts:
+    parts: InferenceParts = model.inference_parts()
+    return parts
 
 
 class Backbone(nn.Module):
@@ -77,7 +80,6 @@ class Backbone(nn.Module):
     """
 
     plan = True
-    _stock_methods: ClassVar[dict[str, Any]]
     __jit_unused_properties__ = ("memory",)  # TorchScript compiles properties, this one it cannot
 
     def __init__(
@@ -151,7 +153,7 @@ class Backbone(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "inference_parts" in cls.__dict__:
-            cls._stock_methods = methods_of(cls)  # which its subclasses inherit
+            enter(cls, _own_parts)
 
     def inference_parts(self) -> InferenceParts:
         """The modules that forward runs, for what runs them from packed weights."""
@@ -178,21 +180,6 @@ class Backbone(nn.Module):
             return y
         weights = in_turn.weights_of(list(self.features)[: stage + 1 or None])
         return y if weights_make_nhwc(weights) else laid_out_as(y, x)
-
-    @contextlib.contextmanager
-    def _execution(self) -> Iterator[None]:
-        """This network's backend, and memory that its blocks share."""
-        backend = self._chosen_backend()
-        with scratch.scope():
-            if backend == backends.current_backend():
-                yield
-            else:
-                with backends.use_backend(backend):
-                    yield
-
-    def _chosen_backend(self) -> str:
-        """The backend that runs this network: its own, or the caller's where that is "auto"."""
-        return backends.current_backend() if self.backend == "auto" else self.backend
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.inference.parts import Head, InferenceParts
+from effnet_fast.inference.parts import FeaturesParts, Head
 from effnet_fast.models.backbone import (
     Backbone,
     check_count,
@@ -21,6 +21,7 @@ from effnet_fast.models.backbone import (
     find_variant,
     init_parameters,
 )
+from effnet_fast.models.execution import backend_of, on_backend
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, take_indices
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.loading import load_network
@@ -158,19 +159,21 @@ class EfficientNet(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting() or torch.compiler.is_compiling():
             return self.forward_head(self.forward_features(x))
-        backend = self._chosen_backend()
+        backend = backend_of(self)
         y = self._own_plan.run(self, x, backend)
         y = run_pooled_head(self, x, backend) if y is None else y
         return self.forward_head(self.forward_features(x)) if y is None else y
 
-    def inference_parts(self) -> InferenceParts:
+    def inference_parts(self) -> FeaturesParts:
         """The modules that forward runs, for what runs them from packed weights."""
-        head = Head(self.avgpool, self.global_pool != "", self.classifier, self._run_head)
-        return InferenceParts(self.features, head, ())
+        classifier = self.classifier
+        pool = self.avgpool, self.global_pool != ""
+        head = Head(*pool, classifier, classifier, self._run_head)
+        return FeaturesParts(self.features, head, ())
 
     def _run_head(self, x: Tensor) -> Tensor:
         """The result of the last stage's map."""
-        with self._execution():
+        with on_backend(self):
             x = self.features[-1](x)
         return self.forward_head(x)
 
@@ -178,7 +181,7 @@ class EfficientNet(Backbone):
         """The last feature map [N,num_features,H/32,W/32] of x [N,in_chans,H,W]."""
         if torch.jit.is_scripting() or torch.compiler.is_compiling():
             return self._finished(self.features(self._prepared(x)), x)
-        with self._execution():
+        with on_backend(self):
             return self._finished(self.features(self._prepared(x)), x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -242,7 +245,7 @@ class EfficientNet(Backbone):
         if torch.compiler.is_compiling():
             x, maps = self._walk(x, taken, stop_early)
         else:
-            with self._execution():
+            with on_backend(self):
                 x, maps = self._walk(x, taken, stop_early)
         return maps if intermediates_only else (x, maps)
 
@@ -366,15 +369,15 @@ class EfficientNetFeatures(Backbone):
     def forward(self, x: Tensor) -> list[Tensor]:
         if torch.jit.is_scripting() or torch.compiler.is_compiling():
             return self._maps(x)
-        maps = self._own_plan.run(self, x, self._chosen_backend())
+        maps = self._own_plan.run(self, x, backend_of(self))
         if maps is None:
-            with self._execution():
+            with on_backend(self):
                 maps = self._maps(x)
         return maps
 
-    def inference_parts(self) -> InferenceParts:
+    def inference_parts(self) -> FeaturesParts:
         """The modules that forward runs, for what runs them from packed weights."""
-        return InferenceParts(self.features, None, tuple(self._taken))
+        return FeaturesParts(self.features, None, tuple(self._taken))
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         """The maps of images x, in the layout that stock gives them."""

@@ -6,52 +6,79 @@ own, and nothing that records the operators.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor, nn
 
-from effnet_fast.inference.parts import InferenceParts, averages_pixels, changed_step
-from effnet_fast.models.backbone import Backbone
-from effnet_fast.modules import fused_forward, in_turn, observed, stock, structure
-from effnet_fast.modules.layers import SEQUENTIALS
+from effnet_fast.inference.parts import (
+    Course,
+    InferenceParts,
+    Step,
+    averages_pixels,
+    changed_step,
+    parts_of,
+)
+from effnet_fast.models.execution import on_backend
+from effnet_fast.modules import fused_forward, in_turn, observed, structure
 
 
-def pooled_module(model: Backbone) -> nn.Module | None:
+def pooled_module(model: Any) -> nn.Module | None:
     """The last convolution's module where the network's forward pools it at once."""
-    given = _walkable_parts(model)
-    return given.layers[-1] if given is not None and _pooled_layer(given) else None
+    course = course_of(model)
+    if course is None or course.last is None or _pooled_layer(model, course.last) is None:
+        return None
+    return course.last.modules[0]
 
 
-def _walkable_parts(model: Backbone) -> InferenceParts | None:
-    """The parts, where calling the layers of features in turn is what forward does."""
+def course_of(model: Any) -> Course | None:
+    """What forward calls in turn, where calling that is all it does; None where it may do more."""
     if changed_step(model):
         return None
-    given = model.inference_parts()
+    given: InferenceParts = parts_of(model)
     try:
-        stock.HEAD.require()
+        given.calling_code.require()
         structure.refuse_global_hooks()
-        structure.require(given.features, *SEQUENTIALS)
+        return given.course()
     except structure.RefusedError:
         return None
-    return given if len(given.layers) > 1 and None not in given.layers else None
 
 
-def _pooled_layer(given: InferenceParts) -> structure.Layer | None:
-    pools = given.head is not None and averages_pixels(given.head)
-    return fused_forward.poolable_layer(given.layers[-1]) if pools else None
+def _pooled_layer(model: Any, step: Step) -> structure.Layer | None:
+    """The last convolution, where the plain mean over all pixels follows."""
+    head = parts_of(model).head
+    if head is None or not averages_pixels(head):
+        return None
+    try:
+        found = step.read()
+    except structure.RefusedError:
+        return None
+    pools = isinstance(found, structure.Layer) and found.kind == structure.POINTWISE
+    return found if pools and found.activates else None
 
 
-def run_pooled_head(model: Backbone, x: Tensor, backend: str) -> Tensor | None:
+def call_step(walk: in_turn.Walk, step: Step) -> None:
+    """Calls the modules of a step, as one op where they are several."""
+    if len(step.modules) == 1:
+        walk.call(step.modules[0])
+    else:
+        walk.call_as_one(step.modules, partial(fused_forward.run_layer, step.read))
+
+
+def run_pooled_head(model: Any, x: Tensor, backend: str) -> Tensor | None:
     """A classifier's forward by that op on a backend; None where features must run as a whole."""
     if backend == "reference" or not isinstance(x, Tensor) or observed.wants_operators(x):
         return None
-    given = _walkable_parts(model)
-    if given is None:
+    course = course_of(model)
+    if course is None or course.last is None:
         return None
-    with model._execution():
-        walk = in_turn.Walk(model._prepared(x))
-        for layer in given.layers[:-1]:
-            walk.call(layer)
-        given = model.inference_parts()  # a layer's hook may have changed the head
-        last = _pooled_layer(given)
+    with on_backend(model):
+        walk = in_turn.Walk(x)
+        call_step(walk, course.stem)
+        for _, stage in course.stages:
+            walk.call(stage)
+        last = _pooled_layer(model, course.last)  # a layer's hook may have changed the head
         pooled = None if last is None else fused_forward.run_pooled(last, walk.last)
-    assert given.head is not None
-    return given.head.run(walk.result()) if pooled is None else given.head.classifier(pooled)
+    head = parts_of(model).head
+    assert head is not None
+    return head.run(walk.result()) if pooled is None else head.finish(pooled)

@@ -114,17 +114,26 @@ class Recipe(NamedTuple):
 
     Args:
         code: paths of the methods that its forward runs, itself first.
-        reader: makes the reader of its instances, which takes what their forward takes but images.
+        reader: makes the reader of its instances, which takes what their forward takes but images;
+            None for networks.
         front: `Fused`, or a class of it.
         below: tables of PyTorch's own code that forward runs.
         members: as in `Stock`, by the paths of classes.
+        settings: attributes on which the result depends beside children, parameters and buffers.
+        parts: paths of classes of blocks and layers below, whose code forward runs, too.
+        is_block: whether they are blocks.
+        finish: called with the class and its fused class when the latter is made.
     """
 
     code: tuple[str, ...]
-    reader: Callable[[Finder], Callable[..., Any]]
+    reader: Callable[[Finder], Callable[..., Any]] | None
     front: type = Fused
     below: tuple[Stock, ...] = (stock.BLOCK,)
     members: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
+    parts: tuple[str, ...] = ()
+    is_block: bool = True
+    finish: Callable[[type, type], None] | None = None
 
 
 RECIPES: dict[str, Recipe] = {}  # by the paths of classes
@@ -202,12 +211,14 @@ def _torch_rows(names: Iterable[str]) -> Iterator[tuple[type | ModuleType, str]]
                 yield owner, name
 
 
-def _table(kind: type, recipe: Recipe) -> Stock:
+@functools.cache
+def code_of(kind: type) -> Stock:
     """The code of a class and below it, all of it known.
 
     Raises:
         RefusedError: some of it is not.
     """
+    recipe = RECIPES[path_of(kind)]
     functions = []
     steps = "__call__ _call_impl forward" + " __iter__" * issubclass(kind, nn.Sequential)
     rows: list[tuple[Any, str]] = [(kind, steps)]
@@ -221,7 +232,8 @@ def _table(kind: type, recipe: Recipe) -> Stock:
     members = [(find(path), names) for path, names in recipe.members]
     return Stock(
         *rows, *dict.fromkeys(_torch_rows(sorted(names))),
-        members=members, below=recipe.below, pinned=pinned,
+        members=members, pinned=pinned,
+        below=(*recipe.below, *(code_of(find(path)) for path in recipe.parts)),
     )  # fmt: skip
 
 
@@ -238,9 +250,27 @@ def own_class(kind: Any) -> type:
     return kind.own if is_fused(kind) else kind
 
 
+def learn(model: nn.Module) -> None:
+    """Enters the readers of all classes in a model for which there is a recipe.
+
+    Raises:
+        RefusedError: the code of one is none that is known, with the reason.
+    """
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    for kind in kinds:
+        if is_known(kind) and not is_fused(kind):
+            fused_class(kind, "auto", "fast")
+
+
 def is_known(kind: type) -> bool:
     """Whether there is a recipe for a class, or it is one of `fused_class`."""
     return path_of(own_class(kind)) in RECIPES
+
+
+def is_network(kind: type) -> bool:
+    """Whether a class is another package's network, in front of which is no reader."""
+    recipe = RECIPES.get(path_of(own_class(kind)))
+    return recipe is not None and recipe.reader is None
 
 
 @functools.cache
@@ -250,8 +280,7 @@ def fused_class(kind: Any, backend: str, memory: str) -> type:
     Raises:
         RefusedError: the package's code is none that is known, with the reason.
     """
-    recipe = RECIPES[path_of(kind)]
-    table = _table(kind, recipe)
+    recipe, table = RECIPES[path_of(kind)], code_of(kind)
     names = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -262,7 +291,17 @@ def fused_class(kind: Any, backend: str, memory: str) -> type:
         "forward_stock": kind.forward,
     }
     fused = type(kind.__name__, (recipe.front, kind), names)
-    structure.reads(fused, recipe.reader(Finder(backend, memory)), table.require)
+    if recipe.reader is not None:
+        reader = recipe.reader(Finder(backend, memory))
+        for either in (kind, fused):  # the former in a network that is deployed
+            structure.reads(either, reader, table.require, is_block=recipe.is_block)
+    for path, settings in recipe.settings:
+        structure.SETTINGS[find(path)] = tuple(settings.split())
+    structure.SETTINGS[fused] = structure.SETTINGS.get(kind, ())
+    for path in recipe.code:
+        in_turn.looks_away(find(path.rpartition(".")[0]))
     in_turn.looks_away(fused)
     _fused_classes.add(fused)
+    if recipe.finish is not None:
+        recipe.finish(kind, fused)
     return fused

@@ -10,6 +10,7 @@ what they capture consists of PyTorch's own operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -182,16 +183,23 @@ def _run_fused(found: Found, x: Tensor, backend: str) -> Tensor | None:
     return to_nchw(y)
 
 
-def poolable_layer(module: nn.Module) -> structure.Layer | None:
-    """A module that is a 1x1 convolution with BatchNorm and activation, for `run_pooled`."""
+def run_layer(read: Callable[[], structure.Layer], x: Tensor) -> Tensor | None:
+    """The forward of a layer that is no module of its own; None for its modules in turn.
+
+    Args:
+        read: takes it apart, or raises RefusedError.
+
+    Raises:
+        RuntimeError: a backend named by the caller cannot run on x, with the reason.
+    """
+    backend = "reference" if observed.wants_operators(x) else backends.module_backend()
+    if backend == "reference":
+        return None
     try:
-        structure.require(module)
-        found = structure.structure_of(module)
+        found = read()
     except structure.RefusedError:
         return None
-    if isinstance(found, structure.Layer) and found.kind == structure.POINTWISE and found.activates:
-        return found
-    return None
+    return _run_fused(found, x, backend)
 
 
 def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ comes out, and around a module with a hook or with code that is not PyTorch's or
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -124,6 +124,22 @@ class Walk:
             _thread.hidden = before
         self._passed.append(module)
         self._free = isinstance(self.last, Tensor) and self.last.dim() == 4
+
+    def call_as_one(
+        self, modules: Collection[nn.Module], run: Callable[[Tensor], Tensor | None]
+    ) -> None:
+        """Calls the next modules by one function, or in turn where it gives None."""
+        before, _thread.hidden = _thread.hidden, self._free
+        try:
+            y = run(self.last)
+        finally:
+            _thread.hidden = before
+        if y is None:
+            for module in modules:
+                self.call(module)
+            return
+        self.last = y
+        self._passed += modules
 
     def result(self) -> Tensor:
         """What the last module gave, in stock's layout."""

@@ -8,13 +8,18 @@ that `readers` fills.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from effnet_fast.backends import OpArgs
+from effnet_fast.modules.altered import METHODS as METHODS
+from effnet_fast.modules.altered import RefusedError as RefusedError
+from effnet_fast.modules.altered import hidden as hidden
+from effnet_fast.modules.altered import is_altered as is_altered
+from effnet_fast.modules.altered import patched_method as patched_method
+from effnet_fast.modules.altered import refuse_global_hooks as refuse_global_hooks
+from effnet_fast.modules.altered import require as require
 from effnet_fast.modules.same_padding import same_padding
 from effnet_fast.ops.call import NO_NORM, Call, Norm, call_of
 from effnet_fast.reference.arguments import Sides
@@ -27,14 +32,6 @@ OPS = {
     DEPTHWISE: "dwconv_bn_silu",
     POINTWISE: "pointwise_bn_act",
 }
-
-
-class RefusedError(Exception):
-    """A module that is not what the fused path knows; the text is the reason.
-
-    The checks run at every call, so they build no text unless they fail: a reason names the module
-    from the inside out, each level putting its own name in front.
-    """
 
 
 class Geometry(NamedTuple):
@@ -234,82 +231,6 @@ def norm_of(layer: Layer) -> Norm:
     return Norm(layer.by_batch, momentum or 0.0, bn.eps, moves)
 
 
-def refuse_global_hooks() -> None:
-    """Raises RefusedError where a hook sees every module."""
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        raise RefusedError("a global module hook is registered")
-
-
-# Methods of modules that a call looks up on the instance, which may have one of its own.
-METHODS = frozenset({
-    "_call_impl", "_check_input_dim", "_compiled_call_impl", "_conv_forward", "forward",
-    "forward_stock", "gate",
-})  # fmt: skip
-
-
-def is_altered(state: dict[str, Any]) -> Any:
-    """Whether an instance with this `__dict__` has a hook or one of METHODS, or may have.
-
-    Written out, which takes half the time of an intersection: a block asks it of 19 children.
-    """
-    return (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or "_call_impl" in state
-        or "_compiled_call_impl" in state
-        or "_conv_forward" in state
-        or "_check_input_dim" in state
-        or "forward_stock" in state
-        or "gate" in state
-    )
-
-
-_hooks = itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
-
-
-def hidden(state: dict[str, Any], names: Iterable[str]) -> RefusedError:
-    """The refusal of an instance whose `__dict__` hides one of these entries of its tables.
-
-    Python finds `__dict__["weight"]` before `_parameters["weight"]`.
-    """
-    name = next(name for name in names if name in state)
-    return RefusedError(f".{name} hides an entry of the module's tables")
-
-
-def require(module: Any, *kinds: type) -> None:
-    """Raises RefusedError for a module of none of these classes, where there are any.
-
-    So it does for one with hooks or with one of METHODS of its instance's own.
-    """
-    if kinds and type(module) not in kinds:
-        raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
-    state = module.__dict__
-    if not is_altered(state):
-        return
-    if any(_hooks(state)):
-        raise RefusedError(" has a hook")
-    if name := patched_method(state):
-        raise RefusedError(f" has a patched {name}")
-
-
-def patched_method(state: dict[str, Any]) -> str | None:
-    """Which of METHODS an instance has of its own, by its `__dict__`."""
-    names = METHODS & state.keys()
-    if state.get("_compiled_call_impl") is None:  # as `Module.compile` is undone
-        names -= {"_compiled_call_impl"}
-    return min(names, default=None)
-
-
 class Part(NamedTuple):
     """What a child has to be."""
 
@@ -361,11 +282,27 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
             raise RefusedError(f".{name}{refused}") from None
 
 
+# What of a module's attributes its output depends on, beside children, parameters and buffers.
+SETTINGS: dict[type, tuple[str, ...]] = {}
+_blocks: set[type] = set()
+
+
+def is_block(kind: type) -> bool:
+    """Whether instances of a class are read as a block, not as a layer."""
+    return kind in _blocks
+
+
 # How a module of exactly this class is read, and what requires the code below it to be stock's.
 _READERS: dict[type, tuple[Callable[..., Any], Callable[[], None]]] = {}
 
 
-def reads(kind: type, reader: Callable[..., Any], require_stock: Callable[[], None]) -> None:
+def reads(
+    kind: type,
+    reader: Callable[..., Any],
+    require_stock: Callable[[], None],
+    *,
+    is_block: bool = True,
+) -> None:
     """Enters the reader of a class, and what is called before it.
 
     The reader takes the module and what its forward takes beside images. Both raise RefusedError:
@@ -373,6 +310,8 @@ def reads(kind: type, reader: Callable[..., Any], require_stock: Callable[[], No
     been replaced.
     """
     _READERS[kind] = reader, require_stock
+    if is_block:
+        _blocks.add(kind)
 
 
 _code_checks: list[Callable[[], None]] = []
@@ -387,6 +326,11 @@ def refuse_replaced_code() -> None:
     """Raises RefusedError where code that a network's modules run has been replaced."""
     for require_stock in _code_checks:
         require_stock()
+
+
+def has_reader(kind: type) -> bool:
+    """Whether instances of exactly this class can be read."""
+    return kind in _READERS
 
 
 def structure_of(module: nn.Module, *arguments: Any) -> Any:

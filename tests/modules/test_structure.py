@@ -35,7 +35,7 @@ def test_geometry_is_that_of_the_convolution(kernel: int, stride: int, padding: 
 
 
 def test_an_image_below_the_kernel_has_no_output() -> None:
-    assert min(structure.Geometry((5, 5), (2, 2), (1, 1)).out_size(2, 9)) < 1
+    assert min(structure.Geometry((5, 5), (2, 2), (1, 1, 1, 1)).out_size(2, 9)) < 1
 
 
 def test_a_block_says_all_that_its_forward_needs() -> None:

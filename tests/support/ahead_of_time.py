@@ -219,7 +219,7 @@ def run_deployed(block: BlockShape, batch: int, dtype: torch.dtype) -> None:
     """A block's inference over weights packed ahead, on meta tensors."""
     c, e, out = block.channels
     k, r = block.kernel, block.squeezed
-    geometry = Geometry((k, k), (block.stride,) * 2, ((k - 1) // 2,) * 2)
+    geometry = Geometry((k, k), (block.stride,) * 2, ((k - 1) // 2,) * 4)
 
     def product(rows: int, columns: int, activation: str) -> packed_passes.Product:
         weight = _vectors(rows, columns).to(dtype)
@@ -284,7 +284,7 @@ def run_stem(variant: str, batch: int, dtype: torch.dtype, training: bool) -> No
         tensors = (t.to(dtype) for t in (weight, *bn))
         stem_conv_bn_silu.stem_conv_bn_silu_eval(x, *tensors, *geometry, 1e-3, "silu", "triton")
         shift = _vectors(stem.out_channels)
-        packed = Geometry((3, 3), (2, 2), (1, 1))
+        packed = Geometry((3, 3), (2, 2), (1, 1, 1, 1))
         triton_passes.Convolution("triton", weight.to(dtype), shift, packed, "silu")(x)
         return
     given = (*bn[:2], None, None)

@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from effnet_fast.models import foreign as networks  # noqa: F401  (enters their recipes)
 from effnet_fast.modules import foreign
 from effnet_fast.modules.readers import known_code
 from effnet_fast.modules.readers.digest import digest

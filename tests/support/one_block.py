@@ -119,7 +119,7 @@ class Inside(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.weight.shape[-1], self.stride
-        geometry = Geometry((kernel,) * 2, (stride,) * 2, None if self.same else (kernel // 2,) * 2)
+        geometry = Geometry((kernel,) * 2, (stride,) * 2, None if self.same else (kernel // 2,) * 4)
         left, _, top, _ = geometry.sides(*x.shape[2:])
         narrow = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.autocast("cpu", enabled=False):

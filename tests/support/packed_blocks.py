@@ -54,7 +54,7 @@ def packed_block(call: BlockCall, backend: str) -> packed_passes.MBConv:
         return passes.Product(backend, weight.flatten(1).to(dtype), shift, activation)
 
     kernel = params.depthwise.weight.shape[-1]
-    geometry = Geometry((kernel,) * 2, (config.stride,) * 2, ((kernel - 1) // 2,) * 2)
+    geometry = Geometry((kernel,) * 2, (config.stride,) * 2, ((kernel - 1) // 2,) * 4)
     excite = params.squeeze and passes.Excite(
         backend, params.squeeze, dtype, config.se_activation, config.gate
     )

@@ -86,12 +86,15 @@ class TreeReader:
         conv: the classes of a convolution with what follows it.
         se: the class of a squeeze-excite.
         drop_path: that of stochastic depth.
+        memory: of the blocks, None for their own attribute.
     """
 
-    def __init__(self, conv: Iterable[type], se: type, drop_path: type) -> None:
+    def __init__(
+        self, conv: Iterable[type], se: type, drop_path: type, memory: str | None = None
+    ) -> None:
         convs: structure.Kinds = dict.fromkeys(conv, _LAYER)
         ses: structure.Kinds = {se: _EXCITE}
-        self._se = se
+        self._se, self._memory = se, memory
         # [expand,] depthwise, [squeeze-excite,] project; of three, the second is either.
         either = convs | ses
         bodies = (
@@ -129,7 +132,9 @@ class TreeReader:
             raise _placed(name, refused) from None
         names = "block.0", "block.1", f"block.{last}"
         skip = _skip(module, drop_path)
-        return members.block(expand, depthwise, excited, project, skip, names, module.memory)
+        return members.block(
+            expand, depthwise, excited, project, skip, names, self._memory or module.memory
+        )
 
     def fused_mbconv(self, module: Any) -> DenseBlock:
         """Takes a FusedMBConv apart."""
@@ -154,8 +159,23 @@ def _placed(name: str, refused: RefusedError) -> RefusedError:
     return RefusedError(text)
 
 
+CONVOLUTION = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    "padding_mode",
+)
+structure.SETTINGS |= {
+    nn.Conv2d: CONVOLUTION,
+    Conv2dSame: CONVOLUTION,
+    nn.BatchNorm2d: ("training", "eps"),
+    nn.ReLU6: ("min_val", "max_val"),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.Dropout: ("training", "p"),
+    StochasticDepth: ("training", "p"),
+    layers.MBConv: ("use_res_connect",),
+    FusedMBConv: ("use_res_connect",),
+}
 _reader = TreeReader((layers.Conv2dNormActivation,), layers.SqueezeExcitation, StochasticDepth)
-structure.reads(layers.Conv2dNormActivation, named_layer, stock.LAYER.require)
+structure.reads(layers.Conv2dNormActivation, named_layer, stock.LAYER.require, is_block=False)
 structure.reads(layers.MBConv, _reader.mbconv, stock.BLOCK.require)
 structure.reads(FusedMBConv, _reader.fused_mbconv, stock.BLOCK.require)
 structure.checks_code(stock.NETWORK.require)

@@ -10,6 +10,7 @@ https://github.com/huggingface/pytorch-image-models.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import nn
 from effnet_fast.modules import stock, structure
 from effnet_fast.modules.foreign import RECIPES, Finder, Recipe
 from effnet_fast.modules.readers import members
+from effnet_fast.modules.readers.own import CONVOLUTION
 from effnet_fast.modules.stochastic_depth import ROW
 from effnet_fast.modules.structure import Part, RefusedError
 
@@ -76,6 +78,21 @@ def _layer(children: dict[str, Any], conv: str, bn: str) -> structure.Layer:
     return members.layer(children[conv], norm, found, (conv, bn, f"{bn}.act"))
 
 
+def layer_of(children: dict[str, Any], conv: str, bn: str) -> structure.Layer:
+    """A convolution and a BatchNormAct2d of a network, by their names.
+
+    Raises:
+        RefusedError: they are not what the network's class makes, with the reason.
+    """
+    structure.require_children(children, _pair(conv, bn))
+    return _layer(children, conv, bn)
+
+
+@functools.cache
+def _pair(conv: str, bn: str) -> structure.Children:
+    return _children(_classes(Finder("auto", "fast")), conv, bn)
+
+
 def _excite(children: dict[str, Any], channels: int) -> structure.Excite | None:
     se = children["se"]
     if type(se) is nn.Identity:
@@ -132,7 +149,7 @@ def _separable(find: Finder) -> Callable[[Any], structure.Block]:
         project = _layer(children, "conv_pw", "bn2")
         names = "", "conv_dw", "conv_pw"
         skip = _skip(module, children)
-        return members.block(None, depthwise, excited, project, skip, names, module.memory)
+        return members.block(None, depthwise, excited, project, skip, names, find.memory)
 
     return _without_dot(read)
 
@@ -149,7 +166,7 @@ def _inverted(find: Finder) -> Callable[[Any], structure.Block]:
         project = _layer(children, "conv_pwl", "bn3")
         names = "conv_pw", "conv_dw", "conv_pwl"
         skip = _skip(module, children)
-        return members.block(expand, depthwise, excited, project, skip, names, module.memory)
+        return members.block(expand, depthwise, excited, project, skip, names, find.memory)
 
     return _without_dot(read)
 
@@ -165,7 +182,7 @@ def _edge(find: Finder) -> Callable[[Any], Any]:
         dense = _layer(children, "conv_exp", "bn1")
         project = _layer(children, "conv_pwl", "bn2")
         skip = _skip(module, children)
-        return members.dense_block(dense, project, skip, ("conv_exp", "conv_pwl"), module.memory)
+        return members.dense_block(dense, project, skip, ("conv_exp", "conv_pwl"), find.memory)
 
     return _without_dot(read)
 
@@ -176,19 +193,22 @@ def _plain(find: Finder) -> Callable[[Any], Any]:
     def read(module: Any) -> Any:
         children = _taken_apart(module, allowed)
         dense = _layer(children, "conv", "bn1")
-        return members.dense_block(
-            dense, None, _skip(module, children), ("conv", ""), module.memory
-        )
+        return members.dense_block(dense, None, _skip(module, children), ("conv", ""), find.memory)
 
     return _without_dot(read)
 
 
-_CODE = tuple(f"{kind}.forward" for kind in (_NORM, _SAME, _SE, _DROP, _SWISH, _SIGMOID))
+CODE = tuple(f"{kind}.forward" for kind in (_NORM, _SAME, _SE, _DROP, _SWISH, _SIGMOID))
 _TENSORS = "weight bias"
-_MEMBERS = (
+MEMBERS = (
     (_NORM, f"{_TENSORS} running_mean running_var num_batches_tracked drop act"),
     (_SAME, _TENSORS),
     (_SE, " ".join(_SE_NAMES)),
+)
+SETTINGS = (
+    (_SAME, " ".join(CONVOLUTION)),
+    (_NORM, "training eps"),
+    (_DROP, "training drop_prob scale_by_keep"),
 )
 _BLOCK_NAMES = "conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3 drop_path conv_exp conv"
 for _name, _reader in {
@@ -199,8 +219,9 @@ for _name, _reader in {
 }.items():
     _path = f"{_BLOCKS}:{_name}"
     RECIPES[_path] = Recipe(
-        (f"{_path}.forward", *_CODE),
+        (f"{_path}.forward", *CODE),
         _reader,
         below=(stock.BLOCK,),
-        members=(*_MEMBERS, (_path, _BLOCK_NAMES)),
+        members=(*MEMBERS, (_path, _BLOCK_NAMES)),
+        settings=(*SETTINGS, (_path, "has_skip conv_s2d")),
     )

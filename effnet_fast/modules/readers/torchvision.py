@@ -23,7 +23,7 @@ def _layer(find: Finder) -> Callable[[Any], Any]:
 
 
 def _tree(find: Finder) -> TreeReader:
-    return TreeReader((find(_CONV), find.fused(_CONV)), find(_SE), find(_DROP))
+    return TreeReader((find(_CONV), find.fused(_CONV)), find(_SE), find(_DROP), find.memory)
 
 
 def _mbconv(find: Finder) -> Callable[[Any], Any]:
@@ -35,7 +35,7 @@ def _fused_mbconv(find: Finder) -> Callable[[Any], Any]:
 
 
 # Their forward is nn.Sequential's.
-RECIPES[_CONV] = Recipe((), _layer, below=(stock.LAYER, stock.CALLED_LAYER))
+RECIPES[_CONV] = Recipe((), _layer, below=(stock.LAYER, stock.CALLED_LAYER), is_block=False)
 for _name, _reader in {"MBConv": _mbconv, "FusedMBConv": _fused_mbconv}.items():
     _path = f"{_MODELS}:{_name}"
     RECIPES[_path] = Recipe(
@@ -45,4 +45,6 @@ for _name, _reader in {"MBConv": _mbconv, "FusedMBConv": _fused_mbconv}.items():
             (_path, "block stochastic_depth"),
             (_SE, "avgpool fc1 fc2 activation scale_activation"),
         ),
+        settings=((_path, "use_res_connect"), (_DROP, "training p mode")),
+        parts=(_CONV,),
     )

@@ -1,0 +1,10 @@
+"""Networks of other packages: what their forward runs, and a forward that runs it fused.
+
+A network that `accelerate` has met runs whole from packed weights in eval mode on a CPU, as this
+package's own do, and elsewhere layer by layer with activations in channels_last between them.
+"""
+
+from effnet_fast.models.foreign import timm, torchvision
+from effnet_fast.modules.foreign import learn
+
+__all__ = ["learn", "timm", "torchvision"]

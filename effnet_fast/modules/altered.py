@@ -1,0 +1,93 @@
+"""What a user may have put on a module that its class does not show: hooks, methods, attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import itemgetter
+from typing import Any
+
+from torch.nn.modules import module as nn_module
+
+
+class RefusedError(Exception):
+    """A module that is not what the fused path knows; the text is the reason.
+
+    The checks run at every call, so they build no text unless they fail: a reason names the module
+    from the inside out, each level putting its own name in front.
+    """
+
+
+def refuse_global_hooks() -> None:
+    """Raises RefusedError where a hook sees every module."""
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        raise RefusedError("a global module hook is registered")
+
+
+# Methods of modules that a call looks up on the instance, which may have one of its own.
+METHODS = frozenset({
+    "_call_impl", "_check_input_dim", "_compiled_call_impl", "_conv_forward", "forward",
+    "forward_stock", "gate",
+})  # fmt: skip
+
+
+def is_altered(state: dict[str, Any]) -> Any:
+    """Whether an instance with this `__dict__` has a hook or one of METHODS, or may have.
+
+    Written out, which takes half the time of an intersection: a block asks it of 19 children.
+    """
+    return (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_call_impl" in state
+        or "_compiled_call_impl" in state
+        or "_conv_forward" in state
+        or "_check_input_dim" in state
+        or "forward_stock" in state
+        or "gate" in state
+    )
+
+
+_hooks = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+
+
+def hidden(state: dict[str, Any], names: Iterable[str]) -> RefusedError:
+    """The refusal of an instance whose `__dict__` hides one of these entries of its tables.
+
+    Python finds `__dict__["weight"]` before `_parameters["weight"]`.
+    """
+    name = next(name for name in names if name in state)
+    return RefusedError(f".{name} hides an entry of the module's tables")
+
+
+def require(module: Any, *kinds: type) -> None:
+    """Raises RefusedError for a module of none of these classes, where there are any.
+
+    So it does for one with hooks or with one of METHODS of its instance's own.
+    """
+    if kinds and type(module) not in kinds:
+        raise RefusedError(f" is {type(module).__name__}, not {kinds[0].__name__}")
+    state = module.__dict__
+    if not is_altered(state):
+        return
+    if any(_hooks(state)):
+        raise RefusedError(" has a hook")
+    if name := patched_method(state):
+        raise RefusedError(f" has a patched {name}")
+
+
+def patched_method(state: dict[str, Any]) -> str | None:
+    """Which of METHODS an instance has of its own, by its `__dict__`."""
+    names = METHODS & state.keys()
+    if state.get("_compiled_call_impl") is None:  # as `Module.compile` is undone
+        names -= {"_compiled_call_impl"}
+    return min(names, default=None)
