@@ -143,7 +143,8 @@ def test_ctrl_c_at_any_time_is_quiet(seconds: float) -> None:
         started.send_signal(signal.SIGINT)
         _, error = started.communicate()
     assert error == b""
-    assert started.returncode in (0, cli.INTERRUPTED)
+    # The signal itself ends it once Python, on its way out, has given its handler back.
+    assert started.returncode in (0, cli.INTERRUPTED, -signal.SIGINT)
 
 
 def test_a_worker_of_a_search_leaves_without_a_word(monkeypatch) -> None:

@@ -1,7 +1,7 @@
 """Parity of what has bounds, where a value that is rounded across one takes another slope.
 
-Two right results then differ by a whole gradient. In fp32 that is rare: draws are taken that keep
-a distance. In bf16 it happens among an image's values in stock as often as in the tested kernel:
+Two right results then differ by a whole gradient. In fp32, and in fp16 where images are small, that
+is rare: draws are taken that keep a distance. In bf16 it happens among an image's values in stock as often as in the tested kernel:
 the rule of parity is held over several draws at once, as it is for tensors of few numbers.
 """
 
@@ -21,9 +21,10 @@ from effnet_fast.reference import activations
 from parity import Results, assert_parity
 
 BOUNDS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "hardsigmoid": (-3.0, 3.0)}
-MARGIN = 3e-5  # some 30 roundings of fp32
+# Some 30 roundings of fp32; two of fp16, of numbers of about 1.
+MARGINS = {torch.float32: 3e-5, torch.float16: 1e-3}
 VECTOR_MARGIN = 0.02  # of squeeze-and-excite's few numbers in bf16, which are means of many
-DRAWS = {torch.float32: 4, torch.bfloat16: 8}
+DRAWS = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 1}
 NUMBERS = 20_000  # of images in bf16: enough to meet the bounds often
 
 
@@ -66,11 +67,11 @@ def draws(make: Callable[[int], Any], exactly: Callable[[Any], object]) -> Seque
     """
     x: Tensor = make(0).x
     calls: Iterator[Any] = map(make, itertools.count())
-    count, in_fp32 = DRAWS[x.dtype], x.dtype is torch.float32
-    least = MARGIN if in_fp32 else VECTOR_MARGIN
-    if not in_fp32:
+    count, keeps = DRAWS[x.dtype], x.dtype in MARGINS
+    least = MARGINS.get(x.dtype, VECTOR_MARGIN)
+    if not keeps:
         count = max(count, -(-NUMBERS // x.numel()))
-    clear = (c for c in calls if margin(functools.partial(exactly, c), not in_fp32) > least)
+    clear = (c for c in calls if margin(functools.partial(exactly, c), not keeps) > least)
     return list(itertools.islice(clear, count))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from activated import slope_of
+from bounds import draws
 from cases import MBCONV_CASES, find
 from effnet_fast import ops
 from effnet_fast.ops.mbconv import mbconv
@@ -137,7 +139,14 @@ def check_block(call: BlockCall, **options: Any) -> None:
     some(("c_odd_k3_stride_2", "c_odd_stride_2", "no_expansion_residual"), ("c_odd_k3_stride_2",)),
 )
 def test_blocks(name: str, kinds: dict[str, Any], dtypes: Dtypes, training: bool) -> None:
-    call = block_call(find(MBCONV_CASES, name), dtypes, training, dropped=training, **kinds)
+    case = find(MBCONV_CASES, name)
+
+    def make(seed: int) -> BlockCall:
+        return block_call(case, dtypes, training, dropped=training, seed=seed, **kinds)
+
+    call = make(0)
+    if dtypes is FP16 and training:
+        (call,) = draws(make, functools.partial(run, double=True, wanted=()))
     check_block(call)
     if not training:
         check_block(call, wanted=())
