@@ -61,6 +61,9 @@ def accelerate(model: Model, *, backend: str = "auto", memory: str = "fast") -> 
             module.__class__ = foreign.fused_class(foreign.own_class(type(module)), backend, memory)
         except RefusedError as reason:
             refused[str(reason)] += 1
+            continue
+        for child, kind in foreign.inner_classes(module):
+            child.__class__ = kind
     for network in own:
         network.backend, network.memory = backend, memory
     if refused:

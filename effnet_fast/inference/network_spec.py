@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from effnet_fast.backends.base import PLAIN
 from effnet_fast.inference import parts
 from effnet_fast.inference.parts import InferenceParts, Step
-from effnet_fast.modules import layers, structure
+from effnet_fast.modules import structure
 from effnet_fast.modules.dense_block import DenseBlock
 from effnet_fast.modules.structure import RefusedError
 
@@ -132,7 +132,7 @@ def _blocks(stages: tuple[tuple[str, nn.Module], ...]) -> Iterator[tuple[str, nn
             yield place, stage, index
             continue
         with _at(place):
-            structure.require(stage, *layers.SEQUENTIALS)
+            parts.require_sequence(stage)
             blocks = parts.in_order(stage)
             if not blocks:
                 raise RefusedError(" is empty")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effnet_fast import backends
 from effnet_fast.inference import images
@@ -19,11 +20,26 @@ from effnet_fast.inference.snapshot import (
     run_network,
     runs_in_one_call,
 )
-from effnet_fast.modules import observed
+from effnet_fast.modules import observed, structure
 from effnet_fast.modules.structure import RefusedError
 
 LONGEST_WAIT = 31  # forwards until a network that was refused is looked at again
 WASTED = 2  # snapshots in a row, each used once, after which weights must be seen twice
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, OwnPlan] = weakref.WeakKeyDictionary()
+
+
+def plan_of(model: nn.Module) -> OwnPlan:
+    """The plan of a module that cannot hold it: its class, and its state, are another's."""
+    plan = _plans.get(model)
+    return _plans.setdefault(model, OwnPlan()) if plan is None else plan
+
+
+def forget_plan(model: nn.Module) -> None:
+    """Frees what the plan of such a module has packed."""
+    if (plan := _plans.get(model)) is not None:
+        plan.forget()
 
 
 class OwnPlan(SnapshotKeeper):
@@ -98,6 +114,13 @@ class OwnPlan(SnapshotKeeper):
         self.snapshot = self._unproven = None
 
 
+def is_training(model: nn.Module) -> bool:
+    """Whether a network is in training mode; a slice of a sequence is not told, its parts are."""
+    if type(model) in structure.SEQUENCES:
+        return any(child is not None and child.training for child in model._modules.values())
+    return model.training
+
+
 def is_autocast() -> bool:
     """Whether autocast is on for CPUs."""
     return torch.is_autocast_enabled("cpu")
@@ -119,7 +142,7 @@ def obstacle(model: Any, x: Any, backend: str) -> str | None:
     """
     if torch.is_grad_enabled():
         return "a gradient may be wanted: call it under torch.no_grad() or inference_mode()"
-    if model.training:
+    if is_training(model):
         return "it is in training mode"
     if not model.plan:
         return "its `plan` is False"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from effnet_fast.modules import layers, stock, structure
+from effnet_fast.modules import stock, structure
 from effnet_fast.modules.structure import RefusedError
 
 # Methods that forward calls, through which a class or an instance could change what it computes.
@@ -108,7 +108,7 @@ class FeaturesParts:
 
     def course(self) -> Course:
         try:
-            structure.require(self.features, *layers.SEQUENTIALS)
+            require_sequence(self.features)
             children = self.layers
             if len(children) < (3 if self.head else 2):
                 raise RefusedError(f" has {len(children)} layers")
@@ -119,12 +119,19 @@ class FeaturesParts:
         stages = children[1:-1] if self.head else children[1:]
         last = None
         if self.head:
-            last = _whole(f"features.{len(children) - 1}", children[-1])
+            last = whole(f"features.{len(children) - 1}", children[-1])
         places = ((f"features.{i}", stage) for i, stage in enumerate(stages, start=1))
-        return Course((self.features,), _whole("features.0", children[0]), tuple(places), last)
+        return Course((self.features,), whole("features.0", children[0]), tuple(places), last)
 
 
-def _whole(place: str, module: nn.Module) -> Step:
+def require_sequence(module: nn.Module) -> None:
+    """Raises RefusedError for a module that does more than call its children in turn."""
+    if type(module) not in structure.SEQUENCES:
+        raise RefusedError(f" is {type(module).__name__}, not Sequential")
+    structure.require(module)
+
+
+def whole(place: str, module: nn.Module) -> Step:
     """The step of a module that has all three."""
 
     def read() -> structure.Layer:

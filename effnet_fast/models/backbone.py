@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_fast import backends
-from effnet_fast.inference.own_plan import OwnPlan
+from effnet_fast.inference.own_plan import OwnPlan, forget_plan
 from effnet_fast.inference.parts import InferenceParts, enter
 from effnet_fast.models.captured import (
     is_captured,
@@ -29,6 +29,7 @@ from effnet_fast.models.captured import (
     weights_make_nhwc,
 )
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
+from effnet_fast.models.features_plan import Features
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.stages import makers_of_stages
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -37,7 +38,6 @@ from effnet_fast.modules.layers import (
     ACTIVATION_LAYERS,
     Conv2dNormActivation,
     ResidualBlock,
-    Sequential,
 )
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class Backbone(nn.Module):
         TypeError: a norm_layer that cannot be called.
     """
 
-    plan = True
-    __jit_unused_properties__ = ("memory",)  # TorchScript compiles properties, this one it cannot
+    __jit_unused_properties__ = ("memory", "plan")  # TorchScript compiles others, and cannot these
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class Backbone(nn.Module):
         self._frozen_depth = 0
         self._frozen_norms = False
         self._frozen_names = frozenset[str]()
-        self._own_plan = OwnPlan()
+        self._own_plan, self._plans = OwnPlan(), True
 
         activation = ACTIVATION_LAYERS[variant.activation]
         conv = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=activation)
@@ -134,8 +133,19 @@ class Backbone(nn.Module):
         ]
         if out_indices is not None:
             del makers[self.feature_info.get("stage")[-1] + 1 :]
-        self.features = Sequential(*(make() for make in makers))
+        self.features = Features(*(make() for make in makers))
         self.memory = memory
+
+    @property
+    def plan(self) -> bool:
+        """See above; setting it sets that of `features`, which has a plan of its own."""
+        return self._plans
+
+    @plan.setter
+    def plan(self, plan: bool) -> None:
+        self._plans = plan
+        if isinstance(self.features, Features):
+            self.features.plan = plan
 
     @property
     def memory(self) -> str:
@@ -194,6 +204,7 @@ class Backbone(nn.Module):
         super().train(mode)
         if mode:
             self._own_plan.forget()
+            forget_plan(self.features)
         if self._frozen_norms:
             for norm in self._norms_of_frozen():
                 norm.eval()

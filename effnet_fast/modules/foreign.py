@@ -18,7 +18,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +43,12 @@ class Fused:
         forward_stock: its forward as it was when this class was made.
     """
 
-    own: type[nn.Module]
-    backend: str
-    memory: str
-    forward_stock: Callable[..., Any]
-    __setstate__: Callable[..., None]
+    if TYPE_CHECKING:  # TorchScript would take them for those of the package's class
+        own: type[nn.Module]
+        backend: str
+        memory: str
+        forward_stock: Callable[..., Any]
+        __setstate__: Callable[..., None]
 
     def forward(self, x: Tensor) -> Any:
         if torch.jit.is_scripting():
@@ -122,6 +123,7 @@ class Recipe(NamedTuple):
         settings: attributes on which the result depends beside children, parameters and buffers.
         parts: paths of classes of blocks and layers below, whose code forward runs, too.
         is_block: whether they are blocks.
+        inner: children that are plain nn.Sequential and get a front of their own, `FusedSequence`.
         finish: called with the class and its fused class when the latter is made.
     """
 
@@ -134,6 +136,7 @@ class Recipe(NamedTuple):
     parts: tuple[str, ...] = ()
     is_block: bool = True
     finish: Callable[[type, type], None] | None = None
+    inner: tuple[tuple[str, type], ...] = ()
 
 
 RECIPES: dict[str, Recipe] = {}  # by the paths of classes
@@ -237,6 +240,17 @@ def code_of(kind: type) -> Stock:
     )  # fmt: skip
 
 
+class FusedSequence(Fused):
+    """In front of nn.Sequential where it is a network's child.
+
+    Attributes:
+        code: what the network and its modules run.
+    """
+
+    if TYPE_CHECKING:
+        code: Stock
+
+
 _fused_classes: set[type] = set()
 
 
@@ -273,14 +287,25 @@ def is_network(kind: type) -> bool:
     return recipe is not None and recipe.reader is None
 
 
-@functools.cache
-def fused_class(kind: Any, backend: str, memory: str) -> type:
-    """A subclass of another package's class whose forward fuses.
+def inner_classes(module: nn.Module) -> Iterator[tuple[nn.Module, type]]:
+    """Children of an accelerated network that get another class, too, and that class."""
+    kind: Any = type(module)
+    for name, front in RECIPES[path_of(own_class(kind))].inner:
+        child = module._modules.get(name)
+        if child is not None and own_class(type(child)) is nn.Sequential:
+            yield child, _fused_sequence(kind.own, front, kind.backend, kind.memory)
 
-    Raises:
-        RefusedError: the package's code is none that is known, with the reason.
-    """
-    recipe, table = RECIPES[path_of(kind)], code_of(kind)
+
+@functools.cache
+def _fused_sequence(network: Any, front: Any, backend: str, memory: str) -> type:
+    fused = _made(nn.Sequential, front, backend, memory, code=code_of(network))
+    structure.SEQUENCES.add(fused)
+    front.enter(fused)
+    return fused
+
+
+def _made(kind: Any, front: type, backend: str, memory: str, **more: Any) -> type:
+    """A subclass of another package's class with this front."""
     names = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -290,7 +315,21 @@ def fused_class(kind: Any, backend: str, memory: str) -> type:
         "memory": memory,
         "forward_stock": kind.forward,
     }
-    fused = type(kind.__name__, (recipe.front, kind), names)
+    fused = type(kind.__name__, (front, kind), names | more)
+    in_turn.looks_away(fused)
+    _fused_classes.add(fused)
+    return fused
+
+
+@functools.cache
+def fused_class(kind: Any, backend: str, memory: str) -> type:
+    """A subclass of another package's class whose forward fuses.
+
+    Raises:
+        RefusedError: the package's code is none that is known, with the reason.
+    """
+    recipe, table = RECIPES[path_of(kind)], code_of(kind)
+    fused = _made(kind, recipe.front, backend, memory)
     if recipe.reader is not None:
         reader = recipe.reader(Finder(backend, memory))
         for either in (kind, fused):  # the former in a network that is deployed
@@ -300,8 +339,6 @@ def fused_class(kind: Any, backend: str, memory: str) -> type:
     structure.SETTINGS[fused] = structure.SETTINGS.get(kind, ())
     for path in recipe.code:
         in_turn.looks_away(find(path.rpartition(".")[0]))
-    in_turn.looks_away(fused)
-    _fused_classes.add(fused)
     if recipe.finish is not None:
         recipe.finish(kind, fused)
     return fused

@@ -53,7 +53,7 @@ class Sequential(nn.Sequential):
         return in_turn.run(self, input)[0]
 
 
-SEQUENTIALS = (Sequential, nn.Sequential)
+structure.SEQUENCES |= {Sequential, nn.Sequential}
 
 
 class Conv2dNormActivation(nn.Sequential):

@@ -284,6 +284,7 @@ def require_children(children: dict[str, Any], allowed: Children) -> None:
 
 # What of a module's attributes its output depends on, beside children, parameters and buffers.
 SETTINGS: dict[type, tuple[str, ...]] = {}
+SEQUENCES: set[type] = set()  # classes that call their children in turn, and do no more
 _blocks: set[type] = set()
 
 

@@ -171,7 +171,7 @@ def replace_child(s: Session) -> None:
 
 
 def rearrange(s: Session) -> None:
-    stage = s.draw.choice([m for m in s.model.features if type(m) in layers.SEQUENTIALS])
+    stage = s.draw.choice([m for m in s.model.features if isinstance(m, nn.Sequential)])
     last = stage[-1]
     roads = (
         lambda: stage.append(last),  # the same block twice

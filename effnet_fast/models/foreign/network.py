@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effnet_fast.inference import parts
-from effnet_fast.inference.own_plan import OwnPlan
+from effnet_fast.inference.own_plan import forget_plan, plan_of
 from effnet_fast.inference.parts import Head
 from effnet_fast.models.execution import backend_of, on_backend
 from effnet_fast.models.pooled_head import call_step, course_of, run_pooled_head
 from effnet_fast.modules import foreign, in_turn, observed, stock
 from effnet_fast.modules.foreign import RECIPES, Fused, Recipe
-
-_plans: weakref.WeakKeyDictionary[nn.Module, OwnPlan] = weakref.WeakKeyDictionary()
 
 
 class Parts(NamedTuple):
@@ -51,7 +48,6 @@ class FusedNetwork(Fused):
     """
 
     plan = True
-    training: bool
 
     def forward(self, x: Tensor) -> Any:
         if torch.jit.is_scripting():
@@ -65,18 +61,11 @@ class FusedNetwork(Fused):
             return forward(self, x)
 
 
-def plan_of(model: Any) -> OwnPlan:
-    """The plan of an accelerated network."""
-    plan = _plans.get(model)
-    return _plans.setdefault(model, OwnPlan()) if plan is None else plan
-
-
 def _run(model: Any, x: Tensor) -> Any:
     """The network's result; None where its own forward has to run."""
     backend = backend_of(model)
     if model.training:
-        if model in _plans:
-            _plans[model].forget()
+        forget_plan(model)
         y = None
     else:
         y = plan_of(model).run(model, x, backend)
@@ -109,6 +98,7 @@ def enter(
     make_parts: Callable[[Any, stock.Stock], parts.InferenceParts],
     below: tuple[str, ...],
     code: tuple[str, ...] = (),
+    inner: tuple[tuple[str, type], ...] = (),
     settings: tuple[tuple[str, str], ...] = (),
 ) -> None:
     """Enters the recipe of a network.
@@ -118,7 +108,7 @@ def enter(
         steps: the methods that its forward calls.
         make_parts: of an instance and its code.
         below: paths of classes of blocks and layers in it.
-        code, settings: as in `Recipe`.
+        code, inner, settings: as in `Recipe`.
     """
     methods = tuple(f"{path}.{name}" for name in ("forward", *steps))
 
@@ -130,5 +120,5 @@ def enter(
 
     RECIPES[path] = Recipe(
         (*methods, *code), None, FusedNetwork, (stock.NETWORK,),
-        settings=settings, parts=below, is_block=False, finish=finish,
+        settings=settings, parts=below, is_block=False, finish=finish, inner=inner,
     )  # fmt: skip

@@ -118,6 +118,6 @@ enter(
     _parts,
     _BLOCKS,
     (f"{_POOL}.forward",),
-    readers.SETTINGS,
+    settings=readers.SETTINGS,
 )
-enter(f"{_MODELS}:EfficientNetFeatures", (), _encoder_parts, _BLOCKS, (), readers.SETTINGS)
+enter(f"{_MODELS}:EfficientNetFeatures", (), _encoder_parts, _BLOCKS, settings=readers.SETTINGS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.inference.parts import FeaturesParts, Head
+from effnet_fast.models.features_plan import ForeignFeatures
 from effnet_fast.models.foreign.network import enter
 from effnet_fast.modules import stock
 
@@ -36,4 +37,5 @@ enter(
     ("_forward_impl",),
     _parts,
     (f"{_MODELS}:MBConv", f"{_MODELS}:FusedMBConv", "torchvision.ops.misc:Conv2dNormActivation"),
+    inner=(("features", ForeignFeatures),),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import effnet_fast
 import foreign_networks
-from effnet_fast.models.foreign.network import plan_of
+from effnet_fast.inference.own_plan import plan_of
 from effnet_fast.modules import foreign
 from foreign_networks import NETWORKS, RESOLUTION, SMOOTH, trio
 from networks import Pair, random_images, run_network
