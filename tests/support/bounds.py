@@ -1,8 +1,9 @@
 """Parity of what has bounds, where a value that is rounded across one takes another slope.
 
 Two right results then differ by a whole gradient. In fp32, and in fp16 where images are small, that
-is rare: draws are taken that keep a distance. In bf16 it happens among an image's values in stock as often as in the tested kernel:
-the rule of parity is held over several draws at once, as it is for tensors of few numbers.
+is rare: draws are taken that keep a distance. In bf16 it happens among an image's values in stock
+as often as in the tested kernel: the rule of parity is held over several draws at once, as it is
+for tensors of few numbers.
 """
 
 from __future__ import annotations
