@@ -4,70 +4,50 @@ Written by tests/support/known_code.py.
 """
 
 KNOWN: dict[str, tuple[str, ...]] = {
-    "timm.layers.activations:Sigmoid.forward": (
-        "a29b7b648002a763",
+    "efficientnet_lite_pytorch.model:MBConvBlock.forward": ("2b38e8071165f68d",),
+    "efficientnet_lite_pytorch.utils:Conv2dDynamicSamePadding.forward": ("59cb9942bdf5347a",),
+    "efficientnet_lite_pytorch.utils:Conv2dStaticSamePadding.forward": ("eb5bb1719b5dd288",),
+    "efficientnet_lite_pytorch.utils:Identity.forward": ("6093696562fbf9ce",),
+    "efficientnet_lite_pytorch.utils:MemoryEfficientSwish.forward": ("85d15b93073eed6d",),
+    "efficientnet_lite_pytorch.utils:Swish.forward": ("8d5fccf502a1959f",),
+    "efficientnet_lite_pytorch.utils:SwishImplementation.backward": ("46d7d5bccac6dffc",),
+    "efficientnet_lite_pytorch.utils:SwishImplementation.forward": ("4dcac71b444ba2e3",),
+    "efficientnet_lite_pytorch.utils:drop_connect": ("40c95173b5fc35d7",),
+    "efficientnet_pytorch.model:MBConvBlock.forward": ("2b38e8071165f68d",),
+    "efficientnet_pytorch.utils:Conv2dDynamicSamePadding.forward": ("59cb9942bdf5347a",),
+    "efficientnet_pytorch.utils:Conv2dStaticSamePadding.forward": ("eb5bb1719b5dd288",),
+    "efficientnet_pytorch.utils:MemoryEfficientSwish.forward": ("85d15b93073eed6d",),
+    "efficientnet_pytorch.utils:SwishImplementation.backward": ("8148e3a19b931b83",),
+    "efficientnet_pytorch.utils:SwishImplementation.forward": ("4dcac71b444ba2e3",),
+    "efficientnet_pytorch.utils:drop_connect": ("d78e1fb550c96fca",),
+    "segmentation_models_pytorch.encoders._efficientnet:Conv2dDynamicSamePadding.forward": (
+        "59cb9942bdf5347a",
     ),
-    "timm.layers.activations:Swish.forward": (
-        "bb95f87c4ed54cae",
+    "segmentation_models_pytorch.encoders._efficientnet:Conv2dStaticSamePadding.forward": (
+        "eb5bb1719b5dd288",
     ),
-    "timm.layers.activations:swish": (
-        "4d37c1215944c7fa",
-    ),
-    "timm.layers.conv2d_same:Conv2dSame.forward": (
-        "f59bae9ae8b17bc2",
-    ),
-    "timm.layers.conv2d_same:conv2d_same": (
-        "618598410d82f402",
-    ),
-    "timm.layers.drop:DropPath.forward": (
-        "cc40277fd0c288ae",
-    ),
-    "timm.layers.drop:drop_path": (
-        "49ead7a6b7c3d1e6",
-    ),
-    "timm.layers.norm_act:BatchNormAct2d.forward": (
-        "b5085a188647475c",
-    ),
-    "timm.layers.padding:get_same_padding": (
-        "ec3643e7011edc58",
-    ),
-    "timm.layers.padding:pad_same": (
-        "dd55dfed9b69d53f",
-    ),
-    "timm.models._efficientnet_blocks:ConvBnAct.forward": (
-        "ef9eae4f84137024",
-    ),
-    "timm.models._efficientnet_blocks:DepthwiseSeparableConv.forward": (
-        "0c4688eff1847489",
-    ),
-    "timm.models._efficientnet_blocks:EdgeResidual.forward": (
-        "aeb8a821b06a2603",
-    ),
-    "timm.models._efficientnet_blocks:InvertedResidual.forward": (
-        "f965cfa4e8aae3d9",
-    ),
-    "timm.models._efficientnet_blocks:SqueezeExcite.forward": (
-        "cc76871bc91e1f76",
-    ),
-    "torchvision.models.efficientnet:FusedMBConv.forward": (
-        "a84a40040fc5e7ae",
-    ),
-    "torchvision.models.efficientnet:MBConv.forward": (
-        "a84a40040fc5e7ae",
-    ),
-    "torchvision.ops.misc:SqueezeExcitation._scale": (
-        "716f01a37a025e7d",
-    ),
-    "torchvision.ops.misc:SqueezeExcitation.forward": (
-        "de49024413e09ecf",
-    ),
-    "torchvision.ops.stochastic_depth:StochasticDepth.forward": (
-        "81a7681d0a722a32",
-    ),
-    "torchvision.ops.stochastic_depth:stochastic_depth": (
-        "6eacb735ab33a9b4",
-    ),
-    "torchvision.utils:_log_api_usage_once": (
-        "5c1ee71515af4aaa",
-    ),
+    "segmentation_models_pytorch.encoders._efficientnet:MBConvBlock.forward": ("f92edf6a47aa7bf8",),
+    "segmentation_models_pytorch.encoders._efficientnet:drop_connect": ("d78e1fb550c96fca",),
+    "timm.layers.activations:Sigmoid.forward": ("a29b7b648002a763",),
+    "timm.layers.activations:Swish.forward": ("bb95f87c4ed54cae",),
+    "timm.layers.activations:swish": ("4d37c1215944c7fa",),
+    "timm.layers.conv2d_same:Conv2dSame.forward": ("f59bae9ae8b17bc2",),
+    "timm.layers.conv2d_same:conv2d_same": ("618598410d82f402",),
+    "timm.layers.drop:DropPath.forward": ("cc40277fd0c288ae",),
+    "timm.layers.drop:drop_path": ("49ead7a6b7c3d1e6",),
+    "timm.layers.norm_act:BatchNormAct2d.forward": ("b5085a188647475c",),
+    "timm.layers.padding:get_same_padding": ("ec3643e7011edc58",),
+    "timm.layers.padding:pad_same": ("dd55dfed9b69d53f",),
+    "timm.models._efficientnet_blocks:ConvBnAct.forward": ("ef9eae4f84137024",),
+    "timm.models._efficientnet_blocks:DepthwiseSeparableConv.forward": ("0c4688eff1847489",),
+    "timm.models._efficientnet_blocks:EdgeResidual.forward": ("aeb8a821b06a2603",),
+    "timm.models._efficientnet_blocks:InvertedResidual.forward": ("f965cfa4e8aae3d9",),
+    "timm.models._efficientnet_blocks:SqueezeExcite.forward": ("cc76871bc91e1f76",),
+    "torchvision.models.efficientnet:FusedMBConv.forward": ("a84a40040fc5e7ae",),
+    "torchvision.models.efficientnet:MBConv.forward": ("a84a40040fc5e7ae",),
+    "torchvision.ops.misc:SqueezeExcitation._scale": ("716f01a37a025e7d",),
+    "torchvision.ops.misc:SqueezeExcitation.forward": ("de49024413e09ecf",),
+    "torchvision.ops.stochastic_depth:StochasticDepth.forward": ("81a7681d0a722a32",),
+    "torchvision.ops.stochastic_depth:stochastic_depth": ("6eacb735ab33a9b4",),
+    "torchvision.utils:_log_api_usage_once": ("5c1ee71515af4aaa",),
 }
