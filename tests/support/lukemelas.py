@@ -36,7 +36,7 @@ def modules(package: str) -> tuple[ModuleType, ModuleType]:
 
 
 def block(package: str, **options: Any) -> nn.Module:
-    """A block of CHANNELS channels whose norms are not those of a new one.
+    """A block of CHANNELS channels whose norms have seen images.
 
     Args:
         options: fields of `BlockArgs`; `size` of the image that paddings are made for, and of
@@ -54,8 +54,10 @@ def block(package: str, **options: Any) -> nn.Module:
         torch.manual_seed(0)
         made = home.MBConvBlock(parts.BlockArgs(**(fields | options)), given, size)
         for norm in [m for m in made.modules() if isinstance(m, nn.BatchNorm2d)]:
-            nn.init.uniform_(norm.weight, 0.5, 2.0)
-            nn.init.normal_(norm.bias)
+            for tensor in (norm.weight, norm.running_var):
+                nn.init.uniform_(tensor, 0.5, 2.0)
+            for tensor in (norm.bias, norm.running_mean):
+                nn.init.normal_(tensor)
     return made
 
 
