@@ -222,11 +222,12 @@ def test_code_that_is_replaced_is_run(
         (home.MBConvBlock, "forward"), (home, "drop_connect"), (torch, "rand"),
         (parts.Conv2dStaticSamePadding, "forward"), (nn.ZeroPad2d, "forward"),
         (type(module._expand_conv.static_padding), "forward"), (torch, "sigmoid"),
-        (torch.Tensor, "__rsub__") if "smp" in package else (torch.nn.functional, "pad"),
+        (torch.nn.functional, "pad"),
     ]  # fmt: skip
     if package != "segmentation_models_pytorch":
         own = parts.SwishImplementation
         targets += [(own, name) for name in ("forward", "backward", "apply")]
+        targets.append((torch.Tensor, "__rsub__"))
         targets += [(parts.MemoryEfficientSwish, "forward"), (parts, "SwishImplementation")]
     (x,) = images(6, 7, torch.float32)
     for target in targets:
