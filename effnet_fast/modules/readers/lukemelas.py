@@ -176,7 +176,7 @@ def _mbconv(package: _Package, find: Finder) -> Callable[..., structure.Block]:
         probability = rate if module.training else 0.0
         skip = structure.Skip(flags.residual, probability, UNIFORM, flags.residual)
         names = _EXPAND, _DEPTHWISE, _PROJECT
-        return members.block(expand, depthwise, excited, project, skip, names, module.memory)
+        return members.block(expand, depthwise, excited, project, skip, names, find.memory)
 
     return members.without_dot(read)
 
