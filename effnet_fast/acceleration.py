@@ -16,7 +16,10 @@ from effnet_fast.models.backbone import Backbone, check_memory
 from effnet_fast.modules import foreign
 from effnet_fast.modules.structure import RefusedError
 
-FAMILIES = ("torchvision's and timm's EfficientNet (timm's MobileNetV3 and MnasNet, too)",)
+FAMILIES = (
+    "torchvision's and timm's EfficientNet (timm's MobileNetV3 and MnasNet, too)",
+    "efficientnet_pytorch, efficientnet_lite_pytorch, segmentation_models_pytorch's own encoders",
+)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -30,7 +33,8 @@ def accelerate(model: Model, *, backend: str = "auto", memory: str = "fast") -> 
     accelerated. A pickle holds the package's own classes: call this again after loading one.
 
     Args:
-        model: a model of torchvision or timm, or anything that has one inside.
+        model: a model of torchvision, timm, efficientnet_pytorch, efficientnet_lite_pytorch or
+            segmentation_models_pytorch, or anything that has one inside.
         backend, memory: as in `EfficientNet`, of all that is accelerated.
 
     Returns:

@@ -177,8 +177,46 @@ def _read_globals(function: FunctionType) -> dict[str, Any]:
     return {name: function.__globals__[name] for name in names & function.__globals__.keys()}
 
 
-def _below(functions: list[FunctionType]) -> Iterator[tuple[ModuleType, str, Any]]:
-    """Module, name and value of what known functions read.
+_AUTOGRAD = torch.autograd.Function
+_STEPS = ("forward", "backward", "vjp", "setup_context")  # what a call of one of its classes runs
+
+
+def _is_autograd(value: Any) -> bool:
+    """Whether it is another package's class of an autograd Function."""
+    return isinstance(value, type) and issubclass(value, _AUTOGRAD) and _is_foreign(value)
+
+
+def _is_foreign(value: Any) -> bool:
+    return value.__module__.partition(".")[0] != "torch"
+
+
+def _rows_of_autograd(kind: Any) -> Iterator[tuple[type, str, Any]]:
+    """Owner, name and value of what a call of an autograd Function runs.
+
+    Raises:
+        RefusedError: its `apply` is not PyTorch's.
+    """
+    # Each look at a class method makes another object around the one function.
+    apply = getattr(kind.apply, "__func__", None)
+    if apply is not vars(_AUTOGRAD)["apply"].__func__:
+        raise RefusedError(f"{kind.__qualname__}.apply is replaced")
+    yield kind, "apply.__func__", apply
+    for name in _STEPS:
+        yield kind, name, getattr(kind, name)
+
+
+def _foreign_code(value: Any) -> Iterator[tuple[str, Any]]:
+    """Path and function of what other packages run where their code calls a global of theirs."""
+    if isinstance(value, FunctionType) and _is_foreign(value):
+        yield value.__qualname__, value
+    elif _is_autograd(value):
+        for name in _STEPS:
+            if (function := getattr(value, name)) is not getattr(_AUTOGRAD, name):
+                yield f"{value.__qualname__}.{name}", function
+
+
+def _below(functions: list[Any]) -> Iterator[tuple[type | ModuleType, str, Any]]:
+    """Owner, name and value of what known functions read.
 
     Args:
         functions: those of other packages among it are appended.
@@ -192,17 +230,18 @@ def _below(functions: list[FunctionType]) -> Iterator[tuple[ModuleType, str, Any
             yield home, name, value
             if isinstance(value, ModuleType):
                 given = sys.modules.get(value.__name__)
-            elif isinstance(value, FunctionType):
+            elif isinstance(value, FunctionType) or _is_autograd(value):
                 given = getattr(sys.modules.get(value.__module__), value.__qualname__, None)
             else:
                 continue
             if given is not value:
                 raise RefusedError(f"{home.__name__}.{name} is replaced")
-            if not isinstance(value, FunctionType) or value in functions:
-                continue
-            if value.__module__.partition(".")[0] != "torch":
-                _require_known(f"{value.__module__}:{value.__qualname__}", value)
-                functions.append(value)
+            if _is_autograd(value):
+                yield from _rows_of_autograd(value)
+            for path, code in _foreign_code(value):
+                if code not in functions:
+                    _require_known(f"{value.__module__}:{path}", code)
+                    functions.append(code)
 
 
 def _torch_rows(names: Iterable[str]) -> Iterator[tuple[type | ModuleType, str]]:

@@ -89,8 +89,13 @@ def _run_pointwise(layer: structure.Layer, given: Input) -> Tensor | None:
     )
 
 
-def _run_block(block: Block, given: Input, x: Tensor) -> Tensor:
-    """The block, with its modules' own bookkeeping; x is the input before autocast."""
+def _run_block(block: Block, given: Input, x: Tensor) -> Tensor | None:
+    """The block, with its modules' own bookkeeping; x is the input before autocast.
+
+    None where a padding that was made for larger images does not make these as large as the kernel.
+    """
+    if not _fits(block.depthwise, given):
+        return None
     expand, depthwise, project = block.expand, block.depthwise, block.project
     layers = Layers(
         expand.tensors if expand else None, depthwise.tensors, block.excite, project.tensors

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from types import (
     BuiltinFunctionType,
     FunctionType,
@@ -70,6 +71,14 @@ def _name(owner: Owner) -> str:
     return owner.__qualname__ if isinstance(owner, type) else owner.__name__
 
 
+def _value(owner: Owner, path: str) -> object:
+    """What an owner has under a name or a path; `_PATCHED` for nothing."""
+    try:
+        return attrgetter(path)(owner)
+    except AttributeError:
+        return _PATCHED
+
+
 def _comparison(expressions: Iterable[tuple[str, Any, Any]]) -> Callable[[], bool]:
     """A function that evaluates all of them; AttributeError where an attribute is gone.
 
@@ -95,7 +104,8 @@ class Stock:
         members: names that a class must not have, since its instances have them in their tables;
             a property of the class would come before these.
         below: tables that belong to this one.
-        pinned: owners, names and values of attributes that are theirs, whoever made them.
+        pinned: owners, names and values of attributes that are theirs, whoever made them; a name
+            may be a path, as "apply.__func__".
     """
 
     def __init__(
@@ -141,8 +151,8 @@ class Stock:
         except AttributeError:
             pass  # deleted; the loop names it
         for (owner, name), original in self.originals.items():
-            if getattr(owner, name, _PATCHED) is not original or original is _PATCHED:
-                return f"{_name(owner)}.{name} is replaced"
+            if _value(owner, name) is not original or original is _PATCHED:
+                return f"{_name(owner)}.{name.partition('.')[0]} is replaced"
             if (
                 isinstance(original, FunctionType)
                 and original.__code__ is not self._codes[original]

@@ -4,6 +4,30 @@ Written by tests/support/known_code.py.
 """
 
 KNOWN: dict[str, tuple[str, ...]] = {
+    "efficientnet_lite_pytorch.model:MBConvBlock.forward": ("2b38e8071165f68d",),
+    "efficientnet_lite_pytorch.utils:Conv2dDynamicSamePadding.forward": ("59cb9942bdf5347a",),
+    "efficientnet_lite_pytorch.utils:Conv2dStaticSamePadding.forward": ("eb5bb1719b5dd288",),
+    "efficientnet_lite_pytorch.utils:Identity.forward": ("6093696562fbf9ce",),
+    "efficientnet_lite_pytorch.utils:MemoryEfficientSwish.forward": ("85d15b93073eed6d",),
+    "efficientnet_lite_pytorch.utils:Swish.forward": ("8d5fccf502a1959f",),
+    "efficientnet_lite_pytorch.utils:SwishImplementation.backward": ("46d7d5bccac6dffc",),
+    "efficientnet_lite_pytorch.utils:SwishImplementation.forward": ("4dcac71b444ba2e3",),
+    "efficientnet_lite_pytorch.utils:drop_connect": ("40c95173b5fc35d7",),
+    "efficientnet_pytorch.model:MBConvBlock.forward": ("2b38e8071165f68d",),
+    "efficientnet_pytorch.utils:Conv2dDynamicSamePadding.forward": ("59cb9942bdf5347a",),
+    "efficientnet_pytorch.utils:Conv2dStaticSamePadding.forward": ("eb5bb1719b5dd288",),
+    "efficientnet_pytorch.utils:MemoryEfficientSwish.forward": ("85d15b93073eed6d",),
+    "efficientnet_pytorch.utils:SwishImplementation.backward": ("8148e3a19b931b83",),
+    "efficientnet_pytorch.utils:SwishImplementation.forward": ("4dcac71b444ba2e3",),
+    "efficientnet_pytorch.utils:drop_connect": ("d78e1fb550c96fca",),
+    "segmentation_models_pytorch.encoders._efficientnet:Conv2dDynamicSamePadding.forward": (
+        "59cb9942bdf5347a",
+    ),
+    "segmentation_models_pytorch.encoders._efficientnet:Conv2dStaticSamePadding.forward": (
+        "eb5bb1719b5dd288",
+    ),
+    "segmentation_models_pytorch.encoders._efficientnet:MBConvBlock.forward": ("f92edf6a47aa7bf8",),
+    "segmentation_models_pytorch.encoders._efficientnet:drop_connect": ("d78e1fb550c96fca",),
     "timm.layers.activations:Sigmoid.forward": ("a29b7b648002a763",),
     "timm.layers.activations:Swish.forward": ("bb95f87c4ed54cae",),
     "timm.layers.activations:swish": ("4d37c1215944c7fa",),

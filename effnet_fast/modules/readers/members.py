@@ -22,6 +22,8 @@ _MISSING = object()
 _CONV_NAMES = ("weight", "bias")
 _BN_NAMES = (*_CONV_NAMES, "running_mean", "running_var")
 _RELU6 = (0.0, 6.0)
+# PyTorch's classes, before a reader enters those of its package, whose code another's is not.
+ACTIVATIONS, GATES = tuple(structure.ACTIVATIONS), tuple(structure.GATES)
 Names = tuple[str, str, str]  # of a layer's convolution, BatchNorm and activation
 
 
@@ -29,6 +31,18 @@ def behind(place: str, refused: RefusedError) -> str:
     """A reason with its place in front, unless it is about code that any place runs."""
     text = str(refused)
     return f"{place}{text}" if text[:1] in (" ", ".") else text
+
+
+def without_dot(read: Callable[..., Any]) -> Callable[..., Any]:
+    """The reader of a block that is its layers' parent: its reasons begin with a child's name."""
+
+    def reader(*arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except RefusedError as refused:
+            raise RefusedError(str(refused).removeprefix(".")) from None
+
+    return reader
 
 
 def _symmetric(conv: Any) -> Sides:
@@ -48,6 +62,9 @@ PADDINGS: dict[type, Callable[[Any], Sides | None]] = {
     nn.Conv2d: _symmetric,
     Conv2dSame: same,
 }
+# Classes of convolutions whose stride may be a list, which somebody may edit: it is a constant of
+# one call, and who keeps what was read for another has to read it again.
+LISTS: set[type] = set()
 
 
 def _geometry(conv: Any, padding: Sides | None) -> tuple[str, structure.Geometry]:
@@ -55,6 +72,8 @@ def _geometry(conv: Any, padding: Sides | None) -> tuple[str, structure.Geometry
     if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
         raise RefusedError(" has dilation or a padding mode")
     kernel, stride = conv.kernel_size, conv.stride
+    if type(stride) is list and type(conv) in LISTS and all(type(n) is int for n in stride):
+        stride = tuple(stride)
     if not type(kernel) is type(stride) is tuple:
         raise RefusedError(f" has kernel {kernel} and stride {stride}")
     geometry = structure.Geometry(kernel, stride, padding)

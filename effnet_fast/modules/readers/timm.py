@@ -43,11 +43,12 @@ class _Classes(NamedTuple):
 
 def _classes(find: Finder) -> _Classes:
     same, norm, se = find(_SAME), find(_NORM), find(_SE)
+    swish, sigmoid = find(_SWISH), find(_SIGMOID)
     members.PADDINGS[same] = members.same
-    structure.ACTIVATIONS[find(_SWISH)] = "silu"
-    structure.GATES[find(_SIGMOID)] = "sigmoid"
-    activation = structure.one_of(*structure.ACTIVATIONS)
-    gate = structure.one_of(*structure.GATES)
+    structure.ACTIVATIONS[swish] = "silu"
+    structure.GATES[sigmoid] = "sigmoid"
+    activation = structure.one_of(*members.ACTIVATIONS, swish)
+    gate = structure.one_of(*members.GATES, sigmoid)
     conv = structure.one_of(nn.Conv2d, same)
     identity = structure.one_of(nn.Identity)
     parts = zip(_SE_NAMES, (conv, activation, conv, gate), strict=True)
@@ -128,16 +129,6 @@ def _taken_apart(module: Any, allowed: structure.Children) -> dict[str, Any]:
     return children
 
 
-def _without_dot(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def reader(module: Any) -> Any:
-        try:
-            return read(module)
-        except RefusedError as refused:
-            raise RefusedError(str(refused).removeprefix(".")) from None
-
-    return reader
-
-
 def _separable(find: Finder) -> Callable[[Any], structure.Block]:
     names = ("conv_dw", "bn1", "aa", "se", "conv_pw", "bn2", "drop_path")
     allowed = _children(_classes(find), *names)
@@ -151,7 +142,7 @@ def _separable(find: Finder) -> Callable[[Any], structure.Block]:
         skip = _skip(module, children)
         return members.block(None, depthwise, excited, project, skip, names, find.memory)
 
-    return _without_dot(read)
+    return members.without_dot(read)
 
 
 def _inverted(find: Finder) -> Callable[[Any], structure.Block]:
@@ -168,7 +159,7 @@ def _inverted(find: Finder) -> Callable[[Any], structure.Block]:
         skip = _skip(module, children)
         return members.block(expand, depthwise, excited, project, skip, names, find.memory)
 
-    return _without_dot(read)
+    return members.without_dot(read)
 
 
 def _edge(find: Finder) -> Callable[[Any], Any]:
@@ -184,7 +175,7 @@ def _edge(find: Finder) -> Callable[[Any], Any]:
         skip = _skip(module, children)
         return members.dense_block(dense, project, skip, ("conv_exp", "conv_pwl"), find.memory)
 
-    return _without_dot(read)
+    return members.without_dot(read)
 
 
 def _plain(find: Finder) -> Callable[[Any], Any]:
@@ -195,7 +186,7 @@ def _plain(find: Finder) -> Callable[[Any], Any]:
         dense = _layer(children, "conv", "bn1")
         return members.dense_block(dense, None, _skip(module, children), ("conv", ""), find.memory)
 
-    return _without_dot(read)
+    return members.without_dot(read)
 
 
 CODE = tuple(f"{kind}.forward" for kind in (_NORM, _SAME, _SE, _DROP, _SWISH, _SIGMOID))
