@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from effnet_fast import backends
 from effnet_fast.inference.own_plan import OwnPlan, forget_plan
 from effnet_fast.inference.parts import InferenceParts, enter
+from effnet_fast.models import features_plan
 from effnet_fast.models.captured import (
     is_captured,
     laid_out_as,
@@ -29,7 +30,6 @@ from effnet_fast.models.captured import (
     weights_make_nhwc,
 )
 from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
-from effnet_fast.models.features_plan import Features
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.stages import makers_of_stages
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -133,7 +133,7 @@ class Backbone(nn.Module):
         ]
         if out_indices is not None:
             del makers[self.feature_info.get("stage")[-1] + 1 :]
-        self.features = Features(*(make() for make in makers))
+        self.features = features_plan.Sequential(*(make() for make in makers))
         self.memory = memory
 
     @property
@@ -144,7 +144,7 @@ class Backbone(nn.Module):
     @plan.setter
     def plan(self, plan: bool) -> None:
         self._plans = plan
-        if isinstance(self.features, Features):
+        if isinstance(self.features, features_plan.Sequential):
             self.features.plan = plan
 
     @property

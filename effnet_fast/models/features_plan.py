@@ -17,9 +17,8 @@ from effnet_fast.inference import parts
 from effnet_fast.inference.own_plan import is_training, plan_of
 from effnet_fast.inference.parts import Course, Head, in_order, whole
 from effnet_fast.models.execution import on_backend
-from effnet_fast.modules import in_turn, stock, structure
+from effnet_fast.modules import in_turn, layers, stock, structure
 from effnet_fast.modules.foreign import FusedSequence
-from effnet_fast.modules.layers import Sequential
 from effnet_fast.modules.structure import RefusedError
 
 
@@ -78,7 +77,7 @@ def run_planned(model: Any, x: Any) -> Tensor | None:
     return result
 
 
-class Features(Sequential):
+class Sequential(layers.Sequential):
     """The `features` of a network.
 
     Attributes:
@@ -94,9 +93,6 @@ class Features(Sequential):
             return input
         y = run_planned(self, input)
         return in_turn.run(self, input)[0] if y is None else y
-
-    def _get_name(self) -> str:
-        return "Sequential"
 
 
 class ForeignFeatures(FusedSequence):
@@ -122,6 +118,6 @@ class ForeignFeatures(FusedSequence):
         parts.enter(fused, lambda model: _Parts(in_order(model), type(model).code), frozenset())
 
 
-structure.SEQUENCES.add(Features)
-in_turn.looks_away(Features)
-parts.enter(Features, _parts, frozenset())
+structure.SEQUENCES.add(Sequential)
+in_turn.looks_away(Sequential)
+parts.enter(Sequential, _parts, frozenset())
