@@ -15,7 +15,9 @@ import copy
 import copyreg
 import dis
 import functools
+import math
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any, NamedTuple
@@ -31,6 +33,8 @@ from effnet_fast.modules.readers.known_code import KNOWN
 from effnet_fast.modules.stock import Stock
 from effnet_fast.modules.structure import RefusedError
 
+# Modules that known code reads, by the names that it has for them.
+_MODULES: dict[str, ModuleType] = {"F": F, "math": math, "torch": torch}
 _reconstructor: Any = vars(copyreg)["_reconstructor"]  # as pickles of protocol 1 call it
 
 
@@ -41,56 +45,69 @@ class Fused:
         own: the package's own class.
         backend, memory: as in `accelerate`.
         forward_stock: its forward as it was when this class was made.
+        forward_scripted: the same under a name of its own: TorchScript compiles one method a name.
     """
 
     own: type[nn.Module]
     backend: str
     memory: str
     forward_stock: Callable[..., Any]
+    forward_scripted: Callable[..., Any]
     __setstate__: Callable[..., None]
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self.forward_stock(x)
+            return self.forward_scripted(x)
         return _run(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if not is_fused(type(self)):  # another's class below this one, as parametrizations make
+            return super().__reduce_ex__(protocol)
         # `copyreg.__newobj__` would be for instances of that class alone.
         return _reconstructor, (self.own, object, None), self._state()
 
     def __copy__(self) -> Any:
-        return self._made_of(copy.copy(self._state()))
+        if (own := getattr(self.own, "__copy__", None)) is not None:
+            return self._of_this_class(own(self))
+        made = type(self).__new__(type(self))
+        made.__setstate__(copy.copy(self._state()))
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if (own := getattr(self.own, "__deepcopy__", None)) is not None:
+            return self._of_this_class(own(self, memo))
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self._state(), memo))
         return copied
 
     def _state(self) -> Any:
-        return super().__reduce_ex__(2)[2]
+        """What the package's own class would be pickled by."""
+        own = getattr(self.own, "__getstate__", None)  # Python 3.10 has none in `object`
+        return self.__dict__ if own is None else own(self)
 
-    def _made_of(self, state: Any) -> Any:
-        made = type(self).__new__(type(self))
-        made.__setstate__(state)
+    def _of_this_class(self, made: Any) -> Any:
+        if type(made) is self.own:
+            made.__class__ = type(self)
         return made
 
 
 class FusedWithDropRate(Fused):
     """The same where forward takes the rate of drop-path."""
 
-    def forward(self, inputs: Tensor, drop_connect_rate: Any = None) -> Any:
+    def forward(self, inputs: Tensor, drop_connect_rate: Any = None) -> Tensor:
         if torch.jit.is_scripting():
-            return self.forward_stock(inputs, drop_connect_rate)
+            return self.forward_scripted(inputs, drop_connect_rate)
         return _run(self, inputs, drop_connect_rate)
 
 
 def _run(module: Any, x: Tensor, *arguments: Any) -> Any:
-    forward = module.own.forward
-    if forward is not type(module).forward_stock:  # another has come since
+    kind = type(module)  # an instance may have attributes of these names
+    forward = kind.own.forward
+    if forward is not kind.forward_stock:  # another has come since
         return forward(module, x, *arguments)
-    if module.backend == "auto":
+    if kind.backend == "auto":
         return fused_forward.run(module, x, *arguments)
-    with backends.use_backend(module.backend):
+    with backends.use_backend(kind.backend):
         return fused_forward.run(module, x, *arguments)
 
 
@@ -165,6 +182,20 @@ def _read_globals(function: FunctionType) -> dict[str, Any]:
     return {name: function.__globals__[name] for name in names & function.__globals__.keys()}
 
 
+def _is_as_named(name: str, value: Any) -> bool:
+    """Whether a global is what code that reads it by this name means.
+
+    The digest of that code tells the name alone: `F` might be a module of another package.
+    """
+    if isinstance(value, ModuleType):
+        return value is _MODULES.get(name)
+    if isinstance(value, FunctionType):  # `functools.wraps` copies names, but not the globals
+        home = vars(sys.modules[value.__module__])
+        is_own = value.__globals__ is home and home.get(name) is value
+        return is_own and value.__qualname__ == name
+    return value is getattr(types, name, None)
+
+
 def _below(functions: list[FunctionType]) -> Iterator[tuple[ModuleType, str, Any]]:
     """Module, name and value of what known functions read.
 
@@ -178,13 +209,7 @@ def _below(functions: list[FunctionType]) -> Iterator[tuple[ModuleType, str, Any
         home = sys.modules[function.__module__]
         for name, value in _read_globals(function).items():
             yield home, name, value
-            if isinstance(value, ModuleType):
-                given = sys.modules.get(value.__name__)
-            elif isinstance(value, FunctionType):
-                given = getattr(sys.modules.get(value.__module__), value.__qualname__, None)
-            else:
-                continue
-            if given is not value:
+            if not _is_as_named(name, value):
                 raise RefusedError(f"{home.__name__}.{name} is replaced")
             if not isinstance(value, FunctionType) or value in functions:
                 continue
@@ -225,6 +250,13 @@ def _table(kind: type, recipe: Recipe) -> Stock:
     )  # fmt: skip
 
 
+def _renamed(function: Any, name: str) -> FunctionType:
+    code, scope = function.__code__, function.__globals__
+    made = FunctionType(code, scope, name, function.__defaults__, function.__closure__)
+    made.__annotations__, made.__module__ = function.__annotations__, function.__module__
+    return made
+
+
 _fused_classes: set[type] = set()
 
 
@@ -250,8 +282,12 @@ def fused_class(kind: Any, backend: str, memory: str) -> type:
     Raises:
         RefusedError: the package's code is none that is known, with the reason.
     """
-    recipe = RECIPES[path_of(kind)]
+    path = path_of(kind)
+    if find(path) is not kind:  # its module has been loaded again since
+        raise RefusedError(f"{kind.__qualname__} is not what its module has now")
+    recipe = RECIPES[path]
     table = _table(kind, recipe)
+    table.require()
     names = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -260,6 +296,7 @@ def fused_class(kind: Any, backend: str, memory: str) -> type:
         "backend": backend,
         "memory": memory,
         "forward_stock": kind.forward,
+        "forward_scripted": _renamed(kind.forward, "forward_scripted"),
     }
     fused = type(kind.__name__, (recipe.front, kind), names)
     structure.reads(fused, recipe.reader(Finder(backend, memory)), table.require)
