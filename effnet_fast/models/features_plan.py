@@ -105,7 +105,7 @@ class ForeignFeatures(FusedSequence):
             forward: Callable[..., Tensor] = self.own.forward
             if forward is type(self).forward_stock and not torch.compiler.is_compiling():
                 return self._run(input)
-        return self.forward_stock(input)
+        return self.forward_scripted(input)
 
     def _run(self: Any, x: Tensor) -> Tensor:
         with on_backend(self):

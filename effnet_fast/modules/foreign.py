@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import dis
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, ModuleType
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_fast import backends
-from effnet_fast.modules import fused_forward, in_turn, stock, structure
-from effnet_fast.modules.readers.digest import digest
-from effnet_fast.modules.readers.known_code import KNOWN
+from effnet_fast.modules import foreign_code, fused_forward, in_turn, stock, structure
+from effnet_fast.modules.foreign_code import find, path_of
 from effnet_fast.modules.stock import Stock
 from effnet_fast.modules.structure import RefusedError
 
@@ -41,6 +37,7 @@ class Fused:
         own: the package's own class.
         backend, memory: as in `accelerate`.
         forward_stock: its forward as it was when this class was made.
+        forward_scripted: the same under a name of its own: TorchScript compiles one method a name.
     """
 
     if TYPE_CHECKING:  # TorchScript would take them for those of the package's class
@@ -48,50 +45,63 @@ class Fused:
         backend: str
         memory: str
         forward_stock: Callable[..., Any]
+        forward_scripted: Callable[..., Any]
         __setstate__: Callable[..., None]
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self.forward_stock(x)
+            return self.forward_scripted(x)
         return _run(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if not is_fused(type(self)):  # another's class below this one, as parametrizations make
+            return super().__reduce_ex__(protocol)
         # `copyreg.__newobj__` would be for instances of that class alone.
         return _reconstructor, (self.own, object, None), self._state()
 
     def __copy__(self) -> Any:
-        return self._made_of(copy.copy(self._state()))
+        if (own := getattr(self.own, "__copy__", None)) is not None:
+            return self._of_this_class(own(self))
+        made = type(self).__new__(type(self))
+        made.__setstate__(copy.copy(self._state()))
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if (own := getattr(self.own, "__deepcopy__", None)) is not None:
+            return self._of_this_class(own(self, memo))
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self._state(), memo))
         return copied
 
     def _state(self) -> Any:
-        return super().__reduce_ex__(2)[2]
+        """What the package's own class would be pickled by."""
+        own = getattr(self.own, "__getstate__", None)  # Python 3.10 has none in `object`
+        return self.__dict__ if own is None else own(self)
 
-    def _made_of(self, state: Any) -> Any:
-        made = type(self).__new__(type(self))
-        made.__setstate__(state)
+    def _of_this_class(self, made: Any) -> Any:
+        kind: Any = type(self)
+        if type(made) is self.own:
+            made.__class__ = kind
         return made
 
 
 class FusedWithDropRate(Fused):
     """The same where forward takes the rate of drop-path."""
 
-    def forward(self, inputs: Tensor, drop_connect_rate: Any = None) -> Any:
+    def forward(self, inputs: Tensor, drop_connect_rate: Any = None) -> Tensor:
         if torch.jit.is_scripting():
-            return self.forward_stock(inputs, drop_connect_rate)
+            return self.forward_scripted(inputs, drop_connect_rate)
         return _run(self, inputs, drop_connect_rate)
 
 
 def _run(module: Any, x: Tensor, *arguments: Any) -> Any:
-    forward = module.own.forward
-    if forward is not type(module).forward_stock:  # another has come since
+    kind = type(module)  # an instance may have attributes of these names
+    forward = kind.own.forward
+    if forward is not kind.forward_stock:  # another has come since
         return forward(module, x, *arguments)
-    if module.backend == "auto":
+    if kind.backend == "auto":
         return fused_forward.run(module, x, *arguments)
-    with backends.use_backend(module.backend):
+    with backends.use_backend(kind.backend):
         return fused_forward.run(module, x, *arguments)
 
 
@@ -142,117 +152,6 @@ class Recipe(NamedTuple):
 RECIPES: dict[str, Recipe] = {}  # by the paths of classes
 
 
-def path_of(kind: type) -> str:
-    """The path of a class."""
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def find(path: str) -> Any:
-    """What has this path, "module:name" or "module:Class.method", in a package that is imported.
-
-    Raises:
-        RefusedError: there is nothing of this path.
-    """
-    home, names = path.split(":")
-    found: Any = sys.modules.get(home)
-    for name in names.split("."):
-        found = getattr(found, name, None)
-    if found is None:
-        raise RefusedError(f"this version of {home.partition('.')[0]} has no {names}")
-    return found
-
-
-def _require_known(path: str, function: Any) -> None:
-    """Raises RefusedError for a function whose source is not one that this package knows."""
-    if digest(function) not in KNOWN.get(path, ()):
-        package = path.partition(".")[0]
-        version = getattr(sys.modules.get(package), "__version__", "of unknown version")
-        name = path.partition(":")[2]
-        raise RefusedError(f"{name} of {package} {version} is none that is known")
-
-
-def _read_globals(function: FunctionType) -> dict[str, Any]:
-    """The global names that a function reads, of those that its module has, and their values."""
-    names = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
-    return {name: function.__globals__[name] for name in names & function.__globals__.keys()}
-
-
-_AUTOGRAD = torch.autograd.Function
-_STEPS = ("forward", "backward", "vjp", "setup_context")  # what a call of one of its classes runs
-
-
-def _is_autograd(value: Any) -> bool:
-    """Whether it is another package's class of an autograd Function."""
-    return isinstance(value, type) and issubclass(value, _AUTOGRAD) and _is_foreign(value)
-
-
-def _is_foreign(value: Any) -> bool:
-    return value.__module__.partition(".")[0] != "torch"
-
-
-def _rows_of_autograd(kind: Any) -> Iterator[tuple[type, str, Any]]:
-    """Owner, name and value of what a call of an autograd Function runs.
-
-    Raises:
-        RefusedError: its `apply` is not PyTorch's.
-    """
-    # Each look at a class method makes another object around the one function.
-    apply = getattr(kind.apply, "__func__", None)
-    if apply is not vars(_AUTOGRAD)["apply"].__func__:
-        raise RefusedError(f"{kind.__qualname__}.apply is replaced")
-    yield kind, "apply.__func__", apply
-    for name in _STEPS:
-        yield kind, name, getattr(kind, name)
-
-
-def _foreign_code(value: Any) -> Iterator[tuple[str, Any]]:
-    """Path and function of what other packages run where their code calls a global of theirs."""
-    if isinstance(value, FunctionType) and _is_foreign(value):
-        yield value.__qualname__, value
-    elif _is_autograd(value):
-        for name in _STEPS:
-            if (function := getattr(value, name)) is not getattr(_AUTOGRAD, name):
-                yield f"{value.__qualname__}.{name}", function
-
-
-def _below(functions: list[Any]) -> Iterator[tuple[type | ModuleType, str, Any]]:
-    """Owner, name and value of what known functions read.
-
-    Args:
-        functions: those of other packages among it are appended.
-
-    Raises:
-        RefusedError: one is a function whose source is not known, or not what its package has.
-    """
-    for function in functions:
-        home = sys.modules[function.__module__]
-        for name, value in _read_globals(function).items():
-            yield home, name, value
-            if isinstance(value, ModuleType):
-                given = sys.modules.get(value.__name__)
-            elif isinstance(value, FunctionType) or _is_autograd(value):
-                given = getattr(sys.modules.get(value.__module__), value.__qualname__, None)
-            else:
-                continue
-            if given is not value:
-                raise RefusedError(f"{home.__name__}.{name} is replaced")
-            if _is_autograd(value):
-                yield from _rows_of_autograd(value)
-            for path, code in _foreign_code(value):
-                if code not in functions:
-                    _require_known(f"{value.__module__}:{path}", code)
-                    functions.append(code)
-
-
-def _torch_rows(names: Iterable[str]) -> Iterator[tuple[type | ModuleType, str]]:
-    """Operators of PyTorch that code with these names may call."""
-    for name in names:
-        for owner in (torch, torch.Tensor, F):
-            value = getattr(owner, name, None)
-            if isinstance(value, (FunctionType, BuiltinFunctionType, MethodDescriptorType)):
-                yield owner, name
-
-
 @functools.cache
 def code_of(kind: type) -> Stock:
     """The code of a class and below it, all of it known.
@@ -266,14 +165,14 @@ def code_of(kind: type) -> Stock:
     rows: list[tuple[Any, str]] = [(kind, steps)]
     for path in recipe.code:
         functions.append(find(path))
-        _require_known(path, functions[-1])
+        foreign_code.require_known(path, functions[-1])
         owner, _, name = path.rpartition(".")
         rows.append((find(owner), f"__call__ _call_impl {name}"))
-    pinned = list(_below(functions))
+    pinned = list(foreign_code.below(functions))
     names = {name for function in functions for name in function.__code__.co_names}
     members = [(find(path), names) for path, names in recipe.members]
     return Stock(
-        *rows, *dict.fromkeys(_torch_rows(sorted(names))),
+        *rows, *dict.fromkeys(foreign_code.torch_rows(sorted(names))),
         members=members, pinned=pinned,
         below=(*recipe.below, *(code_of(find(path)) for path in recipe.parts)),
     )  # fmt: skip
@@ -288,6 +187,13 @@ class FusedSequence(Fused):
 
     if TYPE_CHECKING:
         code: Stock
+
+
+def _renamed(function: Any, name: str) -> FunctionType:
+    code, scope = function.__code__, function.__globals__
+    made = FunctionType(code, scope, name, function.__defaults__, function.__closure__)
+    made.__annotations__, made.__module__ = function.__annotations__, function.__module__
+    return made
 
 
 _fused_classes: set[type] = set()
@@ -353,6 +259,7 @@ def _made(kind: Any, front: type, backend: str, memory: str, **more: Any) -> typ
         "backend": backend,
         "memory": memory,
         "forward_stock": kind.forward,
+        "forward_scripted": _renamed(kind.forward, "forward_scripted"),
     }
     fused = type(kind.__name__, (front, kind), names | more)
     in_turn.looks_away(fused)
@@ -367,7 +274,11 @@ def fused_class(kind: Any, backend: str, memory: str) -> type:
     Raises:
         RefusedError: the package's code is none that is known, with the reason.
     """
-    recipe, table = RECIPES[path_of(kind)], code_of(kind)
+    path = path_of(kind)
+    if find(path) is not kind:  # its module has been loaded again since
+        raise RefusedError(f"{kind.__qualname__} is not what its module has now")
+    recipe, table = RECIPES[path], code_of(kind)
+    table.require()
     fused = _made(kind, recipe.front, backend, memory)
     if recipe.reader is not None:
         reader = recipe.reader(Finder(backend, memory))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from effnet_fast.inference.parts import Course, Head, Step
 from effnet_fast.models.foreign.network import Parts, enter
-from effnet_fast.modules import foreign, stock, structure
+from effnet_fast.modules import stock, structure
+from effnet_fast.modules.foreign_code import find
 from effnet_fast.modules.readers import timm as readers
 from effnet_fast.modules.structure import RefusedError
 
@@ -55,7 +56,7 @@ def _course(model: Any, names: tuple[str, ...]) -> Course:
             raise RefusedError("it has no last convolution")
         pool = table["global_pool"]
         try:
-            structure.require(pool, foreign.find(_POOL))
+            structure.require(pool, find(_POOL))
         except RefusedError as refused:
             raise RefusedError(f"global_pool{refused}") from None
         if pool._modules.get("pool") is None:

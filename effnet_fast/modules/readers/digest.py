@@ -11,7 +11,9 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from types import FunctionType
+from collections.abc import Iterator
+from functools import lru_cache
+from types import CodeType, FunctionType
 
 LENGTH = 16  # hexadecimal digits
 # What changes nothing of what a function computes, or is new in some version of `ast`.
@@ -42,15 +44,39 @@ def _words(node: object) -> str:
     return f"{type(node).__name__}({','.join(fields)})"
 
 
-def digest(function: object) -> str | None:
-    """Of a function or of the functions of a class; None where there is no source to read.
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes_in(constant)
 
-    Decorators are not part of it: a decorated function has the digest of its own source.
+
+@lru_cache(maxsize=8)
+def _codes_of(text: str, filename: str) -> frozenset[CodeType]:
+    return frozenset(_codes_in(compile(text, filename, "exec", dont_inherit=True)))
+
+
+def _is_of_its_source(code: CodeType) -> bool:
+    """Whether the file as it is now gives this code.
+
+    It does not where the file has changed since it was imported, or the code since it was made.
+    """
+    lines, _ = inspect.findsource(code)
+    return code in _codes_of("".join(lines), code.co_filename)
+
+
+def digest(function: object) -> str | None:
+    """Of a function's source; None where there is none to read, or its code is not of that source.
+
+    Decorators are not part of it: what they return has the digest of its own source, so one that
+    wraps the function gives another digest, and one that returns it changes nothing that is run.
     """
     if not isinstance(function, FunctionType):
         return None
     try:
+        if not _is_of_its_source(function.__code__):
+            return None
         tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))  # no `__wrapped__`
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError, SyntaxError, ValueError):
         return None
     return hashlib.sha256(_words(tree.body).encode()).hexdigest()[:LENGTH]

@@ -40,10 +40,22 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "timm.layers.norm_act:BatchNormAct2d.forward": ("b5085a188647475c",),
     "timm.layers.padding:get_same_padding": ("ec3643e7011edc58",),
     "timm.layers.padding:pad_same": ("dd55dfed9b69d53f",),
-    "timm.models._efficientnet_blocks:ConvBnAct.forward": ("ef9eae4f84137024",),
-    "timm.models._efficientnet_blocks:DepthwiseSeparableConv.forward": ("0c4688eff1847489",),
-    "timm.models._efficientnet_blocks:EdgeResidual.forward": ("aeb8a821b06a2603",),
-    "timm.models._efficientnet_blocks:InvertedResidual.forward": ("f965cfa4e8aae3d9",),
+    "timm.models._efficientnet_blocks:ConvBnAct.forward": (
+        "ef9eae4f84137024",
+        "9b6332a91e206d97",
+    ),
+    "timm.models._efficientnet_blocks:DepthwiseSeparableConv.forward": (
+        "0c4688eff1847489",
+        "ad448e71a9b637d2",
+    ),
+    "timm.models._efficientnet_blocks:EdgeResidual.forward": (
+        "aeb8a821b06a2603",
+        "413de692594acf37",
+    ),
+    "timm.models._efficientnet_blocks:InvertedResidual.forward": (
+        "f965cfa4e8aae3d9",
+        "a5f04e76eb921d06",
+    ),
     "timm.models._efficientnet_blocks:SqueezeExcite.forward": ("cc76871bc91e1f76",),
     "timm.models._manipulate:checkpoint": ("af03fe60d7efbf6e",),
     "timm.models._manipulate:checkpoint_seq": ("da913392a4727cbb",),

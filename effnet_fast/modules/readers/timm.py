@@ -4,7 +4,8 @@ timm's BatchNormAct2d is a BatchNorm with drop and activation behind it. A block
 convolutions and norms themselves; `conv_pw` and `bn2` are the projection of a depthwise separable
 block, and expansion and depthwise norm of an inverted residual.
 
-Source: timm/models/_efficientnet_blocks.py of timm 1.0,
+Source: timm/models/_efficientnet_blocks.py of timm 0.9.0 to 1.0.31. Until 1.0.3 a block has no `aa`
+and no `conv_s2d`; nothing else that forward runs has changed.
 https://github.com/huggingface/pytorch-image-models.
 """
 

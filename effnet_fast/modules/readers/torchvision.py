@@ -1,6 +1,7 @@
 """The readers of torchvision's blocks, whose tree is this package's own.
 
-Source: torchvision/models/efficientnet.py of torchvision 0.28, https://github.com/pytorch/vision.
+Source: torchvision/models/efficientnet.py of torchvision 0.26 to 0.29,
+https://github.com/pytorch/vision.
 """
 
 from __future__ import annotations
