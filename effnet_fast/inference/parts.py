@@ -36,6 +36,7 @@ class Head:
     classifier: nn.Module  # makes the network's result of that in eval mode
     finish: Callable[[Tensor], Tensor]  # likewise, in either mode
     run: Callable[[Tensor], Tensor]  # from the last stage's map to the result
+    hides: bool = False  # whether nobody sees the map that run takes: it may have any layout
 
 
 class Step(NamedTuple):

@@ -70,7 +70,7 @@ def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> An
     head = parts_of(model).head
     assert head is not None
     if spec.result == LAST_MAP:
-        return head.run(*engine.sizes.as_stock(maps, x))
+        return head.run(*(maps if head.hides else engine.sizes.as_stock(maps, x)))
     assert y is not None
     return head.finish(y)
 

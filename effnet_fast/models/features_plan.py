@@ -7,6 +7,7 @@ weights in eval mode on a CPU, as the network runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,11 @@ class _Parts(NamedTuple):
     def head(self) -> Head | None:
         """The last convolution, which runs after the plan."""
         last = self.layers[-1]
-        return Head(last, False, last, last, last) if self.ends_in_layer else None
+        if not self.ends_in_layer:
+            return None
+        if in_turn.sees(last):
+            return Head(last, False, last, last, last)
+        return Head(last, False, last, last, partial(in_turn.call_hidden, last), hides=True)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -73,8 +78,10 @@ def run_planned(model: Any, x: Any) -> Tensor | None:
     if torch.is_grad_enabled() or is_training(model) or len(model._modules) < 2:
         return None
     y = plan_of(model).run(model, x, backends.current_backend())
-    result: Tensor | None = y[0] if isinstance(y, list) else y
-    return result
+    if isinstance(y, list):
+        (y,) = y
+        return y
+    return None if y is None else in_turn.as_stock(y, x, in_order(model))
 
 
 class Sequential(layers.Sequential):

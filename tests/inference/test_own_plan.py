@@ -151,7 +151,8 @@ class TestWhen:
         handle = model.get_submodule(path).register_forward_hook(lambda *args: calls.append(1))
         for _ in range(3):
             infer(model)
-        assert (len(calls), len(runs)) == (3, 1)
+        # `features` has a plan of its own, around which its hook is called.
+        assert (len(calls), len(runs)) == (3, 4 if path == "features" else 1)
         handle.remove()
         for _ in range(own_plan.LONGEST_WAIT + 1):
             infer(model)
@@ -212,7 +213,7 @@ class TestWhen:
 
     @pytest.mark.parametrize("name", sorted(METHODS))
     def test_methods_of_a_subclass(self, name: str, runs: list[CpuEngine]) -> None:
-        """They are called; a forward of a subclass still uses the plan in the one that it calls."""
+        """They are called, and use the plan of what they call: of the network, or its features."""
         kind = EfficientNetFeatures if name == "_maps" else EfficientNet
 
         def doubled(self: Any, *args: Any) -> Any:
@@ -230,7 +231,7 @@ class TestWhen:
             y = infer(model)
             results.append({str(i): m for i, m in enumerate(y if isinstance(y, list) else [y])})
         networks.assert_alike(*results)
-        assert len(runs) == (name == "forward")
+        assert len(runs) == (name != "_maps")
 
     def test_a_forward_around_it(self, runs: list[CpuEngine]) -> None:
         """As Accelerate's prepare sets one on the instance for bf16, and unwrap_model leaves it."""

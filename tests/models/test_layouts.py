@@ -16,7 +16,7 @@ from torch.nn.modules import module as nn_module
 
 import effnet_fast
 import networks
-from effnet_fast.models import EfficientNet, EfficientNetFeatures
+from effnet_fast.models import EfficientNet, EfficientNetFeatures, features_plan
 from effnet_fast.modules import layers
 from effnet_fast.ops import layout
 from networks import MINI, Pair, random_images
@@ -342,13 +342,13 @@ class TestSequential:
         models = pair()
         assert repr(models.actual.features[1]).startswith("Sequential(\n  (0): MBConv(")
         assert isinstance(models.actual.features, nn.Sequential)
-        assert type(models.actual.features[:2]) is layers.Sequential
+        assert type(models.actual.features[:2]) is features_plan.Sequential
         assert list(models.actual.state_dict()) == list(models.stock.state_dict())
 
     def test_is_copied_and_pickled(self) -> None:
         features = pair().actual.features
         for other in (copy.deepcopy(features), pickle.loads(pickle.dumps(features))):
-            assert type(other) is layers.Sequential
+            assert type(other) is features_plan.Sequential
             assert torch.equal(other(X), features(X))
 
     def test_plain_ones_do_too(self) -> None:

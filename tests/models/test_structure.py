@@ -248,6 +248,6 @@ def test_package_does_not_need_torchvision() -> None:
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [alias.name for alias in node.names]
-                names.append(getattr(node, "module", None) or "")
+                is_from = isinstance(node, ast.ImportFrom)
+                names = [node.module or ""] if is_from else [alias.name for alias in node.names]
                 assert not any(name.split(".")[0] == "torchvision" for name in names), path
