@@ -70,9 +70,9 @@ def test_alone_it_is_fused_and_gives_stock_layout(
 @pytest.mark.parametrize("reason", SEEN)
 def test_somebody_sees(reason: str) -> None:
     module = nn.Sequential(block(), block())
-    assert not in_turn._sees(module)
+    assert not in_turn.sees(module)
     SEEN[reason](module[1])
-    assert in_turn._sees(module)
+    assert in_turn.sees(module)
 
 
 def lay_out(conv: nn.Conv2d) -> None:
@@ -115,7 +115,7 @@ def test_modules_that_give_no_image() -> None:
 
 
 def test_channels_last_goes_through_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_turn, "_sees", None)
+    monkeypatch.setattr(in_turn, "sees", None)
     assert is_nhwc(layers.Sequential(block(), block())(to_nhwc(X)))
 
 
