@@ -34,6 +34,7 @@ _EXPORTS = {
     "accelerate": "acceleration",
     "deploy": "deployment",
     "doctor": "diagnostics",
+    "register_timm": "integrations.timm",
     "restore": "acceleration",
 }
 _SUBMODULES = {
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .backends import current_backend, use_backend
     from .deployment import deploy
     from .diagnostics import doctor
+    from .integrations.timm import register_timm
     from .models import *  # noqa: F403
     from .pretrained import weights
     from .pretrained.weights import (

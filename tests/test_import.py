@@ -8,7 +8,10 @@ import pytest
 
 import effnet_fast
 
-HEAVY = ("PIL", "safetensors", "torchvision", "tqdm", "triton", "effnet_fast.cli")
+HEAVY = (
+    *("PIL", "huggingface_hub", "safetensors", "timm", "torchvision", "tqdm", "triton"),
+    "effnet_fast.cli",
+)
 PUBLIC = (
     *(
         f"efficientnet_{name}"

@@ -28,10 +28,12 @@ ROWS = (
     ("effnet_fast.ops",),
     ("effnet_fast.modules",),
     ("effnet_fast.inference",),
-    ("effnet_fast.models",),
+    # The networks have the methods of the hub, which builds them anew from their settings.
+    ("effnet_fast.models", "effnet_fast.integrations.hub", "effnet_fast.integrations.hub_config"),
     (
         "effnet_fast.deployment",
         "effnet_fast.diagnostics",
+        "effnet_fast.integrations",
         "effnet_fast.scaling",
     ),
     ("effnet_fast.training",),

@@ -162,7 +162,8 @@ def _entry_point(name: str) -> EntryPoint:
     Args:
         weights: {choices}.
         progress: shows a progress bar on stderr while weights are downloaded.
-        num_classes: number of logits, or 0 for no classifier; published weights have 1000.
+        num_classes: number of logits, or 0 for no classifier; published weights have 1000. With
+            weights="DEFAULT" any number goes: the classifier is then random where it is another.
         in_chans: channels of the images; the stem of published weights is adapted to them, see
             `effnet_fast.models.input_channels`.
         dropout, stochastic_depth_prob, norm_layer, global_pool, backend, memory: as in

@@ -67,6 +67,7 @@ class Backbone(nn.Module):
 
     Attributes:
         variant: the row of the table that was built.
+        stochastic_depth_prob: p of the drop-path that was built.
         feature_info: `FeatureInfo` of the maps at strides 2, 4, 8, 16 and 32.
         grad_checkpointing: whether `set_grad_checkpointing` is on.
         plan: whether forward in eval mode without gradients may run the whole network from packed
@@ -108,6 +109,7 @@ class Backbone(nn.Module):
         self.variant = variant
         self.backend = backend
         self.in_chans = in_chans
+        self.stochastic_depth_prob = stochastic_depth_prob
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo(describe(variant), out_indices)
         # What names of parameters do not say of a network that comes from a checkpoint.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.inference.parts import FeaturesParts, Head
+from effnet_fast.integrations.hub import HubMethods
 from effnet_fast.models.backbone import (
     Backbone,
     check_count,
@@ -22,8 +23,9 @@ from effnet_fast.models.backbone import (
     init_parameters,
 )
 from effnet_fast.models.execution import backend_of, on_backend
-from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, take_indices
+from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
+from effnet_fast.models.intermediates import Intermediates
 from effnet_fast.models.loading import load_network
 from effnet_fast.models.pooled_head import run_pooled_head
 from effnet_fast.models.variants import Variant
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class EfficientNet(Backbone):
+class EfficientNet(Intermediates, HubMethods):
     """EfficientNet, x [N,in_chans,H,W] -> logits [N,num_classes].
 
     Children: `features` (stem, the stages of blocks, head), `avgpool`, `classifier`.
@@ -207,57 +209,6 @@ class EfficientNet(Backbone):
             for layer in list(self.classifier)[:-1]:
                 x = layer(x)
         return x
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: OutIndices | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        extra_blocks: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The last feature map, and those on the way.
-
-        Args:
-            x: [N,in_chans,H,W].
-            indices: which of the maps that `feature_info` lists: None for all, an int for the last
-                n, or places, counted from the end if negative.
-            norm: kept for timm's signature; maps end in their own normalisation.
-            stop_early: run no stage after the last requested map; without the last stage the head
-                does not run either.
-            output_fmt: "NCHW", the order of the dimensions.
-            intermediates_only: leave the last feature map out.
-            extra_blocks: count stem and every stage instead, eight in the published networks.
-
-        Returns:
-            (x, maps) with x from `forward_features` and maps in the order of the network; or maps.
-
-        Raises:
-            ValueError: another output_fmt, or indices that are empty or repeated.
-            IndexError, TypeError: indices outside the maps, or not ints.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        info = self.feature_info.stages if extra_blocks else self.feature_info.info
-        taken = [info[i]["stage"] for i in take_indices(len(info), indices)]
-        if torch.compiler.is_compiling():
-            x, maps = self._walk(x, taken, stop_early)
-        else:
-            with on_backend(self):
-                x, maps = self._walk(x, taken, stop_early)
-        return maps if intermediates_only else (x, maps)
-
-    def _walk(self, x: Tensor, taken: list[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
-        children = list(self.features)
-        last = taken[-1] + 1
-        # The head comes after the stages.
-        if stop_early and last < len(self.feature_info.stages):
-            children = children[:last]
-        y, maps = in_turn.run(children, self._prepared(x), taken)
-        finished = [self._finished(m, x, i) for m, i in zip(maps, taken, strict=True)]
-        return self._finished(y, x, len(children) - 1), finished
 
     def get_classifier(self) -> nn.Module:
         """The layer that computes the logits, nn.Identity where num_classes is 0."""

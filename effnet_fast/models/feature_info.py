@@ -59,8 +59,10 @@ def take_indices(count: int, indices: OutIndices | None) -> list[int]:
     return sorted(taken)
 
 
-class FeatureInfo:
+class FeatureInfo(list[dict[str, Any]]):
     """The feature maps: the last layer at each stride, five in the published networks.
+
+    A list of their dicts, as timm's wrappers take it.
 
     Args:
         stages: rows of `describe`.
@@ -68,30 +70,35 @@ class FeatureInfo:
 
     Attributes:
         stages: stem and stages.
-        info: the maps, each a dict of index, stage, module, num_chs (C) and reduction (stride).
+        info: the list itself, as in timm's class of this name: the maps, each a dict of index,
+            stage, module, num_chs (C) and reduction (stride).
         out_indices: the maps given out, in increasing order.
     """
 
     def __init__(self, stages: list[dict[str, Any]], out_indices: OutIndices | None = None) -> None:
         self.stages = stages
         ends = {row["reduction"]: row for row in stages}  # the last of each stride
-        self.info = [{"index": index, **row} for index, row in enumerate(ends.values())]
-        self.out_indices = tuple(take_indices(len(self.info), out_indices))
+        super().__init__({"index": index, **row} for index, row in enumerate(ends.values()))
+        self.out_indices = tuple(take_indices(len(self), out_indices))
+
+    @property
+    def info(self) -> list[dict[str, Any]]:
+        return self
 
     def get(self, key: str, idx: OutIndices | None = None) -> Any:
         """The value of each map given out; of map `idx`, or of a list of maps, where asked for."""
         if idx is None:
             idx = self.out_indices
         if isinstance(idx, int):
-            return self.info[idx][key]
-        return [self.info[i][key] for i in idx]
+            return self[idx][key]
+        return [self[i][key] for i in idx]
 
     def get_dicts(self, keys: list[str] | None = None, idx: OutIndices | None = None) -> Any:
         """The maps' dicts, or some of their keys; which maps, as for `get`."""
         if idx is None:
             idx = self.out_indices
         if isinstance(idx, int):
-            row = self.info[idx]
+            row = self[idx]
             return row if keys is None else {key: row[key] for key in keys}
         return [self.get_dicts(keys, i) for i in idx]
 
@@ -106,9 +113,3 @@ class FeatureInfo:
     def module_name(self, idx: OutIndices | None = None) -> Any:
         """Path of the module whose output each map is, or as for `get`."""
         return self.get("module", idx)
-
-    def __getitem__(self, item: Any) -> Any:
-        return self.info[item]
-
-    def __len__(self) -> int:
-        return len(self.info)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ def load_network(
         if classifies:
             options["num_classes"] = _classes(state, num_classes)
         options["in_chans"] = _channels_of_images(state, in_chans)
-    with torch.device("meta"), _Uninitialised():
+    with unfilled():
         model = build(found, **options)
     if not classifies:
         drop_other_layers(model, state)
@@ -85,6 +86,27 @@ def load_network(
         model.load_state_dict(_parameters(state, own), assign=True)
     model._origin = origin
     return model
+
+
+def build_from_state(build: Callable[[], Built], state: dict[str, Tensor]) -> Built:
+    """`build()`'s network with a state's tensors, in the state's dtypes; `state` is emptied.
+
+    Raises:
+        ValueError: as `checkpoints.check`.
+    """
+    with unfilled():
+        model = build()
+    checkpoints.check(model, state)
+    own = {key: value.to(state[key].dtype) for key, value in model.state_dict().items()}
+    model.load_state_dict(_parameters(state, own), assign=True)
+    return model
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """Networks that are built within have no memory: they are on the meta device."""
+    with torch.device("meta"), _Uninitialised():
+        yield
 
 
 def drop_other_layers(model: Backbone, state: dict[str, Tensor]) -> None:
@@ -199,7 +221,7 @@ def _find_variant(
     nearest = max(VARIANTS.values(), key=lambda v: _agreement(_variant_channels(v), found))
     message = f"no published size has these layers; the nearest is {nearest.name}"
     classes = state[CLASSIFIER].shape[:1].numel() if CLASSIFIER in state else 1000
-    with torch.device("meta"), _Uninitialised():
+    with unfilled():
         model = build(nearest, num_classes=classes) if classifies else build(nearest)
     if not classifies:
         drop_other_layers(model, state)

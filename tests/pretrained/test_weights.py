@@ -274,6 +274,23 @@ class TestNetworks:
             effnet_fast.efficientnet_b0(weights=B0, num_classes=num_classes)
         assert published.asked == []
 
+    @pytest.mark.parametrize("weights", [B0, "IMAGENET1K_V1", "EfficientNet_B0_Weights.DEFAULT"])
+    def test_refuses_another_number_of_classes_of_named_weights(self, weights):
+        with pytest.raises(ValueError, match="'num_classes' expected value 1000 but got 2"):
+            effnet_fast.efficientnet_b0(weights=weights, num_classes=2)
+
+    @pytest.mark.parametrize("in_chans", [3, 1])
+    def test_default_weights_with_another_classifier(self, published, b0_state, in_chans):
+        torch.manual_seed(5)
+        model = effnet_fast.efficientnet_b0(
+            weights="DEFAULT", num_classes=2, in_chans=in_chans, progress=False
+        )
+        torch.manual_seed(5)
+        fresh = effnet_fast.efficientnet_b0(num_classes=2, in_chans=in_chans)
+        expected = {**b0_state, STEM: adapt_input_channels(b0_state[STEM], in_chans)}
+        own = fresh.classifier.state_dict(prefix="classifier.")
+        assert same_tensors(model.state_dict(), {**expected, **own})
+
     @pytest.mark.parametrize("network", ["efficientnet_b8", "efficientnet_l2"])
     def test_refuses_networks_without_weights(self, network):
         message = f"weights must be None, got 'DEFAULT': {network} has no published weights"
