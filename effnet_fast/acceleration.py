@@ -19,6 +19,7 @@ from effnet_fast.modules.structure import RefusedError
 FAMILIES = (
     "torchvision's and timm's EfficientNet (timm's MobileNetV3 and MnasNet, too)",
     "efficientnet_pytorch, efficientnet_lite_pytorch, segmentation_models_pytorch's own encoders",
+    "transformers' EfficientNet and MONAI's in two dimensions",
 )
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,8 +34,8 @@ def accelerate(model: Model, *, backend: str = "auto", memory: str = "fast") -> 
     accelerated. A pickle holds the package's own classes: call this again after loading one.
 
     Args:
-        model: a model of torchvision, timm, efficientnet_pytorch, efficientnet_lite_pytorch or
-            segmentation_models_pytorch, or anything that has one inside.
+        model: a model of torchvision, timm, efficientnet_pytorch, efficientnet_lite_pytorch,
+            segmentation_models_pytorch, transformers or MONAI, or anything that has one inside.
         backend, memory: as in `EfficientNet`, of all that is accelerated.
 
     Returns:

@@ -51,7 +51,7 @@ class Fused:
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.forward_scripted(x)
-        return _run(self, x)
+        return run(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not is_fused(type(self)):  # another's class below this one, as parametrizations make
@@ -91,10 +91,11 @@ class FusedWithDropRate(Fused):
     def forward(self, inputs: Tensor, drop_connect_rate: Any = None) -> Tensor:
         if torch.jit.is_scripting():
             return self.forward_scripted(inputs, drop_connect_rate)
-        return _run(self, inputs, drop_connect_rate)
+        return run(self, inputs, drop_connect_rate)
 
 
-def _run(module: Any, x: Tensor, *arguments: Any) -> Any:
+def run(module: Any, x: Tensor, *arguments: Any) -> Any:
+    """The forward of a `Fused`: fused, or as stock where another has replaced its package's."""
     kind = type(module)  # an instance may have attributes of these names
     forward = kind.own.forward
     if forward is not kind.forward_stock:  # another has come since
@@ -135,6 +136,8 @@ class Recipe(NamedTuple):
         is_block: whether they are blocks.
         inner: children that are plain nn.Sequential and get a front of their own, `FusedSequence`.
         finish: called with the class and its fused class when the latter is made.
+        inherited: paths of classes, the class of PyTorch below each, and names of its methods that
+            forward runs and the class leaves as they are.
     """
 
     code: tuple[str, ...]
@@ -147,6 +150,7 @@ class Recipe(NamedTuple):
     is_block: bool = True
     finish: Callable[[type, type], None] | None = None
     inner: tuple[tuple[str, type], ...] = ()
+    inherited: tuple[tuple[str, type, str], ...] = ()
 
 
 RECIPES: dict[str, Recipe] = {}  # by the paths of classes
@@ -168,6 +172,9 @@ def code_of(kind: type) -> Stock:
         foreign_code.require_known(path, functions[-1])
         owner, _, name = path.rpartition(".")
         rows.append((find(owner), f"__call__ _call_impl {name}"))
+    for path, base, methods in recipe.inherited:
+        heir = foreign_code.heir(path, base, methods)
+        rows.append((heir, f"__call__ _call_impl {methods}"))
     pinned = list(foreign_code.below(functions))
     names = {name for function in functions for name in function.__code__.co_names}
     members = [(find(path), names) for path, names in recipe.members]

@@ -22,7 +22,7 @@ from effnet_fast.modules.readers.known_code import KNOWN
 from effnet_fast.modules.structure import RefusedError
 
 # Modules that known code reads, by the names that it has for them.
-_MODULES: dict[str, ModuleType] = {"F": F, "math": math, "torch": torch}
+_MODULES: dict[str, ModuleType] = {"F": F, "math": math, "nn": torch.nn, "torch": torch}
 
 
 def path_of(kind: type) -> str:
@@ -43,6 +43,19 @@ def find(path: str) -> Any:
     if found is None:
         raise RefusedError(f"this version of {home.partition('.')[0]} has no {names}")
     return found
+
+
+def heir(path: str, base: type, methods: str) -> type:
+    """The class of this path.
+
+    Raises:
+        RefusedError: one of these methods is not the one that its base has.
+    """
+    kind: type = find(path)
+    for name in methods.split():
+        if getattr(kind, name) is not getattr(base, name):
+            raise RefusedError(f"{kind.__name__} has a {name} of its own")
+    return kind
 
 
 def require_known(path: str, function: Any) -> None:

@@ -70,7 +70,15 @@ def _input(found: Found, op: str, x: Tensor, backend: str) -> Input | None:
 
 def _fits(layer: structure.Layer, given: Input) -> bool:
     """Whether x with its padding is as large as the kernel."""
-    return min(layer.geometry.out_size(given.x.shape[2], given.x.shape[3])) >= 1
+    geometry, (height, width) = layer.geometry, given.x.shape[2:]
+    if height >= geometry.kernel[0] and width >= geometry.kernel[1]:
+        return True
+    return min(geometry.out_size(height, width)) >= 1
+
+
+def _gives_nhwc(found: Found, given: Input) -> bool:
+    """Whether stock's result is channels_last."""
+    return given.is_nhwc or makes_nhwc(structure.weights_of(found.layers))
 
 
 def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
@@ -104,6 +112,8 @@ def _run_block(block: Block, given: Input, x: Tensor) -> Tensor | None:
     dropped = block.residual and block.drop_probability != 0
     if dropped and (call.infers or block.drop_mode == ELEMENTS):
         y = mbconv(given.x, None, layers, call._replace(residual=False))
+        if block.drop_mode == ELEMENTS and not _gives_nhwc(block, given):
+            y = to_nchw(y)  # numbers are drawn in the order of memory, which is stock's then
         y = drop(y, block.drop_probability, block.drop_mode)
         y += x
         return y
@@ -178,12 +188,7 @@ def _run_fused(found: Found, x: Tensor, backend: str) -> Tensor | None:
         y = _run_pointwise(found, given)
     elif _fits(found, given):
         y = _run_spatial(found, given)
-    if (
-        y is None
-        or given.is_nhwc
-        or in_turn.is_hidden()
-        or makes_nhwc(structure.weights_of(found.layers))
-    ):
+    if y is None or given.is_nhwc or in_turn.is_hidden() or _gives_nhwc(found, given):
         return y
     return to_nchw(y)
 

@@ -20,6 +20,8 @@ from effnet_fast.ops.layout import is_nhwc, makes_nhwc, to_nchw, to_nhwc
 
 # Modules of these packages compute the same in every layout, and show it to nobody.
 _BLIND = ("torch.nn.modules.", __name__.removesuffix("in_turn"))
+# In training these draw a number for each element, in the order of memory.
+_DRAWS = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
 _blind_kinds: set[type] = set()  # classes that have been found there
 gates: set[type] = set()  # classes whose result has their input's layout, whatever their weights
 
@@ -42,6 +44,8 @@ def looks_away(kind: type) -> None:
 
 
 def _is_blind(kind: type) -> bool:
+    if kind in _DRAWS:
+        return False
     if kind.__module__.startswith(_BLIND):
         _blind_kinds.add(kind)
         return True
@@ -58,7 +62,13 @@ def sees(module: nn.Module) -> bool:
         if part is None:
             continue
         state, kind = part.__dict__, type(part)
-        if (kind not in _blind_kinds and not _is_blind(kind)) or structure.is_altered(state):
+        if structure.is_altered(state):
+            return True
+        if (
+            kind not in _blind_kinds
+            and not _is_blind(kind)
+            and (part.training or kind not in _DRAWS)
+        ):
             return True
         if state["_modules"]:
             below += state["_modules"].values()

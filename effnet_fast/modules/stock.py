@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import activation, batchnorm, conv, dropout, linear, pooling
+from torch.nn.modules import activation, batchnorm, conv, dropout, linear, padding, pooling
 
 from effnet_fast.modules import layers, same_padding, stochastic_depth, structure
 from effnet_fast.modules.fused_mbconv import FusedMBConv
@@ -231,10 +231,21 @@ BLOCK = Stock(
     ),
     below=(LAYER, CALLED_LAYER, _POOL),
 )
+# Below modules that other packages' blocks have beside these. Their code may name F by `nn`.
+PAD = Stock(
+    (nn.ConstantPad2d, _FORWARD),
+    (nn.ZeroPad2d, _FORWARD),
+    (nn, "functional"),
+    (F, "pad"),
+    (torch._C._nn, "pad"),
+    (padding, "F"),
+)
+IDENTITY = Stock((nn.Identity, _FORWARD))
+DROPOUT = Stock((nn.Dropout, _FORWARD), (F, "dropout"), (dropout, "F"))
 # Below an activation or a gate of this name; those of the tables above stand for SiLU and sigmoid.
 # Fused ops differentiate ReLU6 a second time by its own function, which its module does not call.
 ACTIVATIONS = {
-    "identity": Stock((nn.Identity, _FORWARD)),
+    "identity": IDENTITY,
     "relu": Stock((nn.ReLU, _FORWARD), (F, "relu"), (torch, "relu relu_")),
     "relu6": Stock(
         (nn.ReLU6, _FORWARD),
@@ -254,13 +265,11 @@ HEAD = Stock((torch, "flatten"), below=(LAYER, CALLED_LAYER, _POOL))
 NETWORK = Stock(
     (layers.MBConv, _FORWARD),
     (FusedMBConv, _FORWARD),
-    (nn.Dropout, _FORWARD),
     (nn.Linear, _FORWARD),
-    (F, "dropout linear"),
-    (dropout, "F"),
+    (F, "linear"),
     (linear, "F"),
     members=((nn.Linear, "weight bias"),),
-    below=(BLOCK, HEAD, *ACTIVATIONS.values()),
+    below=(BLOCK, HEAD, DROPOUT, *ACTIVATIONS.values()),
 )
 
 # Which of these names an instance must not have in its place: those that are looked up on it.

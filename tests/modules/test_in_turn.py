@@ -130,3 +130,17 @@ def test_only_known_packages_are_blind() -> None:
     }
     for _ in range(2):
         assert {kind: in_turn._is_blind(kind) for kind in kinds} == kinds
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout, nn.RReLU])
+def test_what_draws_by_elements_draws_in_stock_layout(kind: Any, training: bool) -> None:
+    """Numbers are drawn in the order of memory."""
+    modules = nn.Sequential(block(), kind(), block()).train(training)
+    results = []
+    for run in (in_turn.run, lambda modules, x: (modules(x),)):
+        with torch.no_grad():
+            torch.manual_seed(0)
+            results.append(run(modules, X)[0])
+    torch.testing.assert_close(*results)
+    assert results[0].stride() == results[1].stride()

@@ -28,6 +28,11 @@ KNOWN: dict[str, tuple[str, ...]] = {
     ),
     "segmentation_models_pytorch.encoders._efficientnet:MBConvBlock.forward": ("f92edf6a47aa7bf8",),
     "segmentation_models_pytorch.encoders._efficientnet:drop_connect": ("d78e1fb550c96fca",),
+    "monai.networks.blocks.activation:MemoryEfficientSwish.forward": ("a2f882b44ba1cc25",),
+    "monai.networks.blocks.activation:Swish.forward": ("1466d02e8373c6f0",),
+    "monai.networks.blocks.activation:monai_swish": ("48d80db411914ce7",),
+    "monai.networks.nets.efficientnet:MBConvBlock.forward": ("0413ff9a01da13a3",),
+    "monai.networks.nets.efficientnet:drop_connect": ("2344900775eb6036",),
     "timm.layers.activations:Sigmoid.forward": ("a29b7b648002a763",),
     "timm.layers.activations:Swish.forward": ("bb95f87c4ed54cae",),
     "timm.layers.activations:swish": ("4d37c1215944c7fa",),
@@ -72,4 +77,23 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "torchvision.ops.stochastic_depth:StochasticDepth.forward": ("81a7681d0a722a32",),
     "torchvision.ops.stochastic_depth:stochastic_depth": ("6eacb735ab33a9b4",),
     "torchvision.utils:_log_api_usage_once": ("5c1ee71515af4aaa",),
+    "transformers.activations:SiLUActivation.forward": ("88934a026a3bf9a2",),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetBlock.forward": (
+        "6bbdb79362c9b928",
+    ),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetDepthwiseLayer.forward": (
+        "5c17ccf5b680c7c0",
+    ),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetEmbeddings.forward": (
+        "b987581354e8a64b",
+    ),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetExpansionLayer.forward": (
+        "2df05d71563d3e78",
+    ),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetFinalBlockLayer.forward": (
+        "de25d513cfc482ea",
+    ),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetSqueezeExciteLayer.forward": (
+        "fa6c3b0f522087e4",
+    ),
 }

@@ -45,12 +45,45 @@ def without_dot(read: Callable[..., Any]) -> Callable[..., Any]:
     return reader
 
 
-def _symmetric(conv: Any) -> Sides:
+def sides(conv: Any) -> Sides:
+    """The padding of an nn.Conv2d on each side: its numbers, "valid" or "same"."""
     padding = conv.padding
+    if type(padding) is str:
+        return _named(conv, padding)
     if type(padding) is not tuple or len(padding) != 2 or min(padding) < 0:
         raise RefusedError(f" has padding {padding}")
     rows, columns = padding
     return columns, columns, rows, rows
+
+
+def _named(conv: Any, padding: str) -> Sides:
+    """PyTorch's "same" gives an even kernel one more zero behind, and takes no other stride."""
+    if padding == "valid":
+        return 0, 0, 0, 0
+    kernel = conv.kernel_size
+    if padding != "same" or conv.stride != (1, 1) or conv.dilation != (1, 1):
+        raise RefusedError(f" has padding {padding} and stride {conv.stride}")
+    if type(kernel) is not tuple or any(size % 2 == 0 for size in kernel):
+        raise RefusedError(f" has padding {padding} and kernel {kernel}")
+    rows, columns = (size // 2 for size in kernel)
+    return columns, columns, rows, rows
+
+
+def padded(pad: Any, name: str) -> Sides:
+    """What an nn.ZeroPad2d or an nn.ConstantPad2d puts around images, which must be zeros."""
+    padding, value = pad.padding, pad.value
+    is_plain = type(padding) is tuple and [*map(type, padding)] == [int] * 4
+    if not is_plain or min(padding) < 0 or type(value) not in (int, float) or value != 0:
+        raise RefusedError(f".{name} pads {padding} with {value}")
+    left, right, top, bottom = padding
+    return left, right, top, bottom
+
+
+def probability(p: Any, name: str) -> float:
+    """A rate of dropping that is one."""
+    if type(p) not in (int, float) or not 0 <= p <= 1:
+        raise RefusedError(f"{name} is {p}, no probability")
+    return float(p)
 
 
 def same(conv: Any) -> None:
@@ -59,7 +92,7 @@ def same(conv: Any) -> None:
 
 # How a convolution of exactly this class pads.
 PADDINGS: dict[type, Callable[[Any], Sides | None]] = {
-    nn.Conv2d: _symmetric,
+    nn.Conv2d: sides,
     Conv2dSame: same,
 }
 # Classes of convolutions whose stride may be a list, which somebody may edit: it is a constant of
@@ -180,6 +213,12 @@ def layer(
     except RefusedError as refused:
         raise RefusedError(behind(f".{name}", refused)) from None
     return structure.Layer(form, conv, bn, kind, geometry, (weight, *vectors))
+
+
+def require_pooled(pool: Any, name: str) -> None:
+    """Raises RefusedError for an nn.AdaptiveAvgPool2d that gives more than one number."""
+    if pool.output_size not in (1, (1, 1)):
+        raise RefusedError(f".{name} pools to {pool.output_size}")
 
 
 def excite(parts: Sequence[Any], names: Sequence[str], channels: int) -> structure.Excite:

@@ -169,6 +169,8 @@ structure.SETTINGS |= {
     nn.BatchNorm2d: ("training", "eps"),
     nn.ReLU6: ("min_val", "max_val"),
     nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.ConstantPad2d: ("padding", "value"),
+    nn.ZeroPad2d: ("padding", "value"),
     nn.Dropout: ("training", "p"),
     StochasticDepth: ("training", "p"),
     layers.MBConv: ("use_res_connect",),
