@@ -6,7 +6,7 @@ https://github.com/huggingface/pytorch-image-models.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from effnet_fast.modules import in_turn
 class Intermediates(Backbone):
     """Base of `EfficientNet`: its methods about the maps that `feature_info` lists."""
 
-    num_features: int
-    head_hidden_size: int
+    if TYPE_CHECKING:  # TorchScript cannot read what is postponed
+        num_features: int
+        head_hidden_size: int
 
     def forward_intermediates(
         self,

@@ -13,13 +13,19 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from effnet_fast.backends import OpArgs
-from effnet_fast.modules.altered import METHODS as METHODS
-from effnet_fast.modules.altered import RefusedError as RefusedError
-from effnet_fast.modules.altered import hidden as hidden
-from effnet_fast.modules.altered import is_altered as is_altered
-from effnet_fast.modules.altered import patched_method as patched_method
-from effnet_fast.modules.altered import refuse_global_hooks as refuse_global_hooks
-from effnet_fast.modules.altered import require as require
+from effnet_fast.modules.requirements import METHODS as METHODS
+from effnet_fast.modules.requirements import Children as Children
+from effnet_fast.modules.requirements import Kinds as Kinds
+from effnet_fast.modules.requirements import Part as Part
+from effnet_fast.modules.requirements import RefusedError as RefusedError
+from effnet_fast.modules.requirements import children_of as children_of
+from effnet_fast.modules.requirements import hidden as hidden
+from effnet_fast.modules.requirements import is_altered as is_altered
+from effnet_fast.modules.requirements import one_of as one_of
+from effnet_fast.modules.requirements import patched_method as patched_method
+from effnet_fast.modules.requirements import refuse_global_hooks as refuse_global_hooks
+from effnet_fast.modules.requirements import require as require
+from effnet_fast.modules.requirements import require_children as require_children
 from effnet_fast.modules.same_padding import same_padding
 from effnet_fast.ops.call import NO_NORM, Call, Norm, call_of
 from effnet_fast.reference.arguments import Sides
@@ -231,23 +237,6 @@ def norm_of(layer: Layer) -> Norm:
     return Norm(layer.by_batch, momentum or 0.0, bn.eps, moves)
 
 
-class Part(NamedTuple):
-    """What a child has to be."""
-
-    name: str
-    kinds: dict[type, Children | None]  # one of these classes, and its children; None for any
-
-
-Kinds = dict[type, "Children | None"]
-# By their names, what the children of a module are.
-Children = dict[tuple[str, ...], tuple[Part, ...]]
-
-
-def one_of(*kinds: type) -> Kinds:
-    """Classes of a `Part` with any children."""
-    return dict.fromkeys(kinds)
-
-
 # The classes of activations and gates by the names in `reference.activations`: what an instance of
 # exactly this class computes, as it was made.
 ACTIVATIONS: dict[type, str] = {
@@ -258,28 +247,6 @@ ACTIVATIONS: dict[type, str] = {
     nn.Identity: "identity",
 }
 GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
-
-
-def children_of(*allowed: Iterable[Part]) -> Children:
-    """Children that may be any of these rows."""
-    return {tuple(part.name for part in row): tuple(row) for row in map(tuple, allowed)}
-
-
-def require_children(children: dict[str, Any], allowed: Children) -> None:
-    """Raises RefusedError for children by name that are not allowed or have hooks, and theirs."""
-    parts = allowed.get(tuple(children))
-    if parts is None:
-        raise RefusedError(f" has children {list(children)}")
-    for name, kinds in parts:
-        child = children[name]
-        try:
-            # `require` alone would take twice the time.
-            if type(child) not in kinds or is_altered(s := child.__dict__):
-                require(child, *kinds)
-            elif (below := kinds[type(child)]) is not None:
-                require_children(s["_modules"], below)
-        except RefusedError as refused:
-            raise RefusedError(f".{name}{refused}") from None
 
 
 # What of a module's attributes its output depends on, beside children, parameters and buffers.

@@ -1,10 +1,13 @@
-"""What a user may have put on a module that its class does not show: hooks, methods, attributes."""
+"""What a reader requires of modules: their classes and children, and nothing that a user added.
+
+Hooks, methods and attributes of an instance do not show in its class.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.nn.modules import module as nn_module
 
@@ -91,3 +94,42 @@ def patched_method(state: dict[str, Any]) -> str | None:
     if state.get("_compiled_call_impl") is None:  # as `Module.compile` is undone
         names -= {"_compiled_call_impl"}
     return min(names, default=None)
+
+
+class Part(NamedTuple):
+    """What a child has to be."""
+
+    name: str
+    kinds: dict[type, Children | None]  # one of these classes, and its children; None for any
+
+
+Kinds = dict[type, "Children | None"]
+# By their names, what the children of a module are.
+Children = dict[tuple[str, ...], tuple[Part, ...]]
+
+
+def one_of(*kinds: type) -> Kinds:
+    """Classes of a `Part` with any children."""
+    return dict.fromkeys(kinds)
+
+
+def children_of(*allowed: Iterable[Part]) -> Children:
+    """Children that may be any of these rows."""
+    return {tuple(part.name for part in row): tuple(row) for row in map(tuple, allowed)}
+
+
+def require_children(children: dict[str, Any], allowed: Children) -> None:
+    """Raises RefusedError for children by name that are not allowed or have hooks, and theirs."""
+    parts = allowed.get(tuple(children))
+    if parts is None:
+        raise RefusedError(f" has children {list(children)}")
+    for name, kinds in parts:
+        child = children[name]
+        try:
+            # `require` alone would take twice the time.
+            if type(child) not in kinds or is_altered(s := child.__dict__):
+                require(child, *kinds)
+            elif (below := kinds[type(child)]) is not None:
+                require_children(s["_modules"], below)
+        except RefusedError as refused:
+            raise RefusedError(f".{name}{refused}") from None
