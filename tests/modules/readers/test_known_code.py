@@ -123,7 +123,8 @@ def wrapped(original: Callable[..., Any], calls: list[None]) -> Callable[..., An
 def test_replaced_code_runs_and_is_forgotten(
     package: str, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    foreign.fused_class.cache_clear()  # whether a class is refused is asked once
+    foreign.fused_class.cache_clear()
+    foreign.code_of.cache_clear()  # whether a class is refused is asked once
     block = BLOCKS[package]().train()
     late = BLOCKS[package]().train()
     x = torch.randn(2, 8, 6, 6)
@@ -134,6 +135,7 @@ def test_replaced_code_runs_and_is_forgotten(
         block(x)
         assert calls
         foreign.fused_class.cache_clear()
+        foreign.code_of.cache_clear()
         with pytest.warns(UserWarning, match="stay as they are"):
             effnet_fast.accelerate(late)
         assert type(late) is foreign.own_class(type(block))
@@ -158,6 +160,7 @@ def test_a_module_behind_a_known_name_is_replaced(
     module: types.ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign.fused_class.cache_clear()
+    foreign.code_of.cache_clear()
     block = effnet_fast.accelerate(timm_block().train())
     original = getattr(module, name)
     calls: list[str] = []
@@ -173,16 +176,19 @@ def test_a_module_behind_a_known_name_is_replaced(
         block(torch.randn(2, 8, 6, 6))
         assert calls
         foreign.fused_class.cache_clear()
+        foreign.code_of.cache_clear()
         with pytest.raises(RefusedError, match=f"{name} is replaced"):
             foreign.fused_class(timm_blocks.InvertedResidual, "auto", "fast")
     assert is_fused(block)
     foreign.fused_class.cache_clear()
+    foreign.code_of.cache_clear()
     foreign.fused_class(timm_blocks.InvertedResidual, "auto", "fast")
 
 
 def test_a_known_name_of_another_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest of the code that says `F.batch_norm` is the same whatever F is."""
     foreign.fused_class.cache_clear()
+    foreign.code_of.cache_clear()
     monkeypatch.setattr(norm_act, "F", torch)
     with pytest.raises(RefusedError, match=r"norm_act\.F is replaced"):
         foreign.fused_class(timm_blocks.InvertedResidual, "auto", "fast")
@@ -206,6 +212,7 @@ def test_a_changed_code_object_runs(
     change: Callable[[types.CodeType], types.CodeType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign.fused_class.cache_clear()
+    foreign.code_of.cache_clear()
     block = effnet_fast.accelerate(timm_block().eval())
     stock = timm_block().eval()
     stock.load_state_dict(block.state_dict())
@@ -216,6 +223,7 @@ def test_a_changed_code_object_runs(
         assert not is_fused(block)
         assert block(x).equal(stock(x))
         foreign.fused_class.cache_clear()
+        foreign.code_of.cache_clear()
         with pytest.raises(RefusedError, match=r"swish of timm .* is none that is known"):
             foreign.fused_class(timm_blocks.InvertedResidual, "auto", "fast")
     assert is_fused(block)
@@ -228,12 +236,14 @@ def test_a_class_of_a_module_that_was_loaded_again_is_refused(
     again = type("InvertedResidual", (timm_blocks.InvertedResidual,), {})
     monkeypatch.setattr(timm_blocks, "InvertedResidual", again)
     foreign.fused_class.cache_clear()
+    foreign.code_of.cache_clear()
     with pytest.warns(UserWarning, match="is not what its module has now"):
         effnet_fast.accelerate(block)
 
 
 def test_a_function_without_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     foreign.fused_class.cache_clear()
+    foreign.code_of.cache_clear()
     scope = dict(vars(activations))
     exec("def swish(x, inplace: bool = False):\n    return x * 2\n", scope)
     assert digest(scope["swish"]) is None
