@@ -15,6 +15,7 @@ import copy
 import copyreg
 import dis
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, ModuleType
@@ -50,9 +51,16 @@ class Fused:
     __setstate__: Callable[..., None]
 
     def forward(self, x: Tensor) -> Any:
-        if torch.jit.is_scripting():
-            return self.forward_stock(x)
         return _run(self, x)
+
+    def __prepare_scriptable__(self) -> Any:
+        """The module itself; torch.jit.script, which calls this, reads `forward_stock`."""
+        if self.own.forward is not type(self).forward_stock:
+            raise RuntimeError(
+                f"{self.own.__name__}.forward was replaced after effnet_fast.accelerate: call "
+                "effnet_fast.restore(model) before torch.jit.script"
+            )
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # `copyreg.__newobj__` would be for instances of that class alone.
@@ -79,9 +87,24 @@ class FusedWithDropRate(Fused):
     """The same where forward takes the rate of drop-path."""
 
     def forward(self, inputs: Tensor, drop_connect_rate: Any = None) -> Any:
-        if torch.jit.is_scripting():
-            return self.forward_stock(inputs, drop_connect_rate)
         return _run(self, inputs, drop_connect_rate)
+
+
+def _in_front_of(stock: FunctionType, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` for those who call it, `stock` for those who read its source.
+
+    torch.jit.script reads that, with the names around it, and so compiles the stock forward.
+    """
+    signature = inspect.signature(stock)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:  # by the package's own names
+            args = signature.bind(self, *args, **kwargs).args[1:]
+        return forward(self, *args)
+
+    names = stock.__globals__
+    found = FunctionType(method.__code__, names, stock.__name__, None, method.__closure__)
+    return functools.wraps(stock)(found)
 
 
 def _run(module: Any, x: Tensor, *arguments: Any) -> Any:
@@ -127,7 +150,7 @@ class Recipe(NamedTuple):
 
     code: tuple[str, ...]
     reader: Callable[[Finder], Callable[..., Any]] | None
-    front: type = Fused
+    front: type[Fused] = Fused
     below: tuple[Stock, ...] = (stock.BLOCK,)
     members: tuple[tuple[str, str], ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
@@ -289,6 +312,9 @@ def fused_class(kind: Any, backend: str, memory: str) -> type:
         "backend": backend,
         "memory": memory,
         "forward_stock": kind.forward,
+        "forward": _in_front_of(kind.forward, recipe.front.forward),
+        # TorchScript reads those of the first class that has any, which would be a front's.
+        "__annotations__": next(filter(None, map(inspect.get_annotations, kind.__mro__)), {}),
     }
     fused = type(kind.__name__, (recipe.front, kind), names)
     if recipe.reader is not None:
