@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch._C._profiler import _RecordFunctionFast
 
 from effnet_fast import backends
@@ -64,7 +65,7 @@ def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype, calle
         dtype: of the engine's results, which modules take; what they give is left as it is.
         caller: what calls it, by which the range is named.
     """
-    if not torch.autograd._profiler_enabled():
+    if not _profiler_enabled():
         return _run_network(model, engine, x, dtype)
     with _RecordFunctionFast(_range_name(model, caller), [x], {}):
         return _run_network(model, engine, x, dtype)
