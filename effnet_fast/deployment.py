@@ -204,8 +204,8 @@ class DeployedEfficientNet(nn.Module):
         with torch.no_grad():
             _check_size(engine, x)
             if engine.spec.is_whole:
-                return run_network(self.source, engine, x, x.dtype)
-            y = run_network(self.source, engine, x, engine.spec.dtype)
+                return run_network(self.source, engine, x, x.dtype, "deploy")
+            y = run_network(self.source, engine, x, engine.spec.dtype, "deploy")
             return y.to(x.dtype) if isinstance(y, Tensor) and y.is_floating_point() else y
 
     def train(self, mode: bool = True) -> DeployedEfficientNet:

@@ -75,7 +75,7 @@ class OwnPlan(SnapshotKeeper):
         if engine is None or x.shape[1] != engine.sizes.in_channels or min(x.shape) == 0:
             return None
         try:
-            return run_network(model, engine, x, dtype)
+            return run_network(model, engine, x, dtype, "plan")
         except TooSmallError:
             return None
 

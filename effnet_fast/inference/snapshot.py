@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch._C._profiler import _RecordFunctionFast
 
 from effnet_fast import backends
 from effnet_fast.inference import staleness
@@ -53,12 +55,29 @@ class Engine(Protocol):
         """Frees what only later calls would use; the engine can still be called."""
 
 
-def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> Any:
+def run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype, caller: str) -> Any:
     """The result of the network's forward: the engine's, and modules on it where those are left.
+
+    A profiler sees it as a range of its own, with x's shape: the engine calls no operator by which
+    it would show.
 
     Args:
         dtype: of the engine's results, which modules take; what they give is left as it is.
+        caller: what calls it, by which the range is named.
     """
+    if not _profiler_enabled():
+        return _run_network(model, engine, x, dtype)
+    with _RecordFunctionFast(_range_name(model, caller), [x], {}):
+        return _run_network(model, engine, x, dtype)
+
+
+def _range_name(model: Any, caller: str) -> str:
+    """As "effnet_fast::plan EfficientNet b0"; other packages' networks have no variant."""
+    names = type(model).__name__, getattr(getattr(model, "variant", None), "name", "")
+    return f"effnet_fast::{caller} {' '.join(filter(None, names))}"
+
+
+def _run_network(model: Any, engine: Engine, x: Tensor, dtype: torch.dtype) -> Any:
     spec = engine.spec
     if spec.result == LOGITS:
         y, _ = engine(x, dtype)

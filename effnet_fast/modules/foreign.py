@@ -53,6 +53,15 @@ class Fused:
             return self.forward_scripted(x)
         return run(self, x)
 
+    def __prepare_scriptable__(self) -> Any:
+        """The module itself; torch.jit.script, which calls this, reads `forward_stock`."""
+        if self.own.forward is not type(self).forward_stock:
+            raise RuntimeError(
+                f"{self.own.__name__}.forward was replaced after effnet_fast.accelerate: call "
+                "effnet_fast.restore(model) before torch.jit.script"
+            )
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not is_fused(type(self)):  # another's class below this one, as parametrizations make
             return super().__reduce_ex__(protocol)
@@ -142,7 +151,7 @@ class Recipe(NamedTuple):
 
     code: tuple[str, ...]
     reader: Callable[[Finder], Callable[..., Any]] | None
-    front: type = Fused
+    front: type[Fused] = Fused
     below: tuple[Stock, ...] = (stock.BLOCK,)
     members: tuple[tuple[str, str], ...] = ()
     settings: tuple[tuple[str, str], ...] = ()

@@ -19,7 +19,7 @@ from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.gate import DEPTHWISE, batch_norm
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import Moves
-from effnet_fast.ops.unsaved import keep
+from effnet_fast.ops.unsaved import keep, save, unpack
 from effnet_fast.reference.activations import check_activation
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.dwconv_bn_silu import check_arguments
@@ -140,7 +140,7 @@ class DwconvBnSilu(torch.autograd.Function):
         if move is not None:
             move((mean, var))
         shift = None if bn_bias is None else bn_bias.detach().clone()  # backward reads u
-        ctx.save_for_backward(x, weight, z, bn_weight, shift, mean, var)
+        save(ctx, x, weight, z, bn_weight, shift, mean, var)
         keep(ctx, bn_bias)
         ctx.config = (stride, padding, eps, training, activation, backend)
         ctx.mark_non_differentiable(mean, var)
@@ -149,7 +149,7 @@ class DwconvBnSilu(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.dwconv_bn_silu)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, z, bn_weight, shift, mean, var = ctx.saved_tensors
+        x, weight, z, bn_weight, shift, mean, var = unpack(ctx)
         stride, padding, eps, training, activation, backend = ctx.config
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
         wanted = [need_x, need_weight, need_gamma or need_beta]

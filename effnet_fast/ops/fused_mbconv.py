@@ -48,7 +48,7 @@ from effnet_fast.ops.stem_conv_bn_silu import (
     silu_op,
     sums_op,
 )
-from effnet_fast.ops.unsaved import joined, save
+from effnet_fast.ops.unsaved import save_block, unpack_block
 
 # Below so many channels of x the stem's product is taken: it is as quick as PyTorch's in fp32 and
 # yields the statistics too. PyTorch's in bf16 goes to the tile unit where there is one.
@@ -231,7 +231,7 @@ class FusedMBConv(torch.autograd.Function):
             saved = saved._replace(z1=None)
         # Without running statistics, which may move before backward: it reads norms.
         given = *tensors[:3], *tensors[PER_LAYER : PER_LAYER + 3]
-        save(ctx, saved, given, _IS_BIAS)
+        save_block(ctx, saved, given, _IS_BIAS)
         ctx.call, ctx.is_last = call, is_nhwc(x)
         norms = [norm for norm in (saved.norm1, saved.norm3) if norm is not None]
         ctx.mark_non_differentiable(*norms)
@@ -240,10 +240,9 @@ class FusedMBConv(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.fused_mbconv)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        call, tensors = ctx.call, ctx.saved_tensors
-        count = len(Saved._fields)
-        saved = _laid_out(Saved(*tensors[:count]))
-        parameters: Any = joined(tensors[count:], ctx.biases)
+        call = ctx.call
+        tensors, parameters = unpack_block(ctx, len(Saved._fields), ctx.biases)
+        saved = _laid_out(Saved(*tensors))
         layers = DenseLayers(parameters[:3], None if parameters[3] is None else parameters[3:])
         flags = ctx.needs_input_grad
         needs = Needs(flags[0], flags[4:7], flags[4 + PER_LAYER : 7 + PER_LAYER])

@@ -31,7 +31,7 @@ from effnet_fast.ops.mbconv_training import (
 )
 from effnet_fast.ops.registration import autocast, channels_last, empty_nhwc, fp32, nhwc, register
 from effnet_fast.ops.statistics import Moves
-from effnet_fast.ops.unsaved import joined, save
+from effnet_fast.ops.unsaved import save_block, unpack_block
 from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import (
     MBConvConfig,
@@ -151,7 +151,7 @@ class MBConv(torch.autograd.Function):
             move(saved.norm1, saved.norm2, saved.norm3)
         if call.memory == "lean":
             saved = saved._replace(z1=None)
-        save(ctx, saved, _without_statistics(layers), _IS_BIAS)
+        save_block(ctx, saved, _without_statistics(layers), _IS_BIAS)
         ctx.call = call
         norms = (saved.norm1, saved.norm2, saved.norm3)
         ctx.mark_non_differentiable(*(norm for norm in norms if norm is not None))
@@ -160,10 +160,9 @@ class MBConv(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.mbconv)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        call, tensors = ctx.call, ctx.saved_tensors
-        count = len(Saved._fields)
-        saved = _laid_out(Saved(*tensors[:count]))
-        parameters: Any = joined(tensors[count:], ctx.biases)
+        call = ctx.call
+        tensors, parameters = unpack_block(ctx, len(Saved._fields), ctx.biases)
+        saved = _laid_out(Saved(*tensors))
         layers = _layers(parameters)
         flags = ctx.needs_input_grad
         grad_y = nhwc(grad_y)

@@ -22,7 +22,7 @@ from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.registration import autocast, channels_last, dense, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import Moves
-from effnet_fast.ops.unsaved import keep
+from effnet_fast.ops.unsaved import keep, save, unpack
 from effnet_fast.reference.activations import check_activation
 from effnet_fast.reference.arguments import Layer
 from effnet_fast.reference.pointwise_bn_silu_pool import check_arguments
@@ -110,7 +110,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
         if move is not None:
             move(norm)
         # No running statistics, which may move before backward: it reads norm.
-        ctx.save_for_backward(x, *layer[:2], z, norm, slopes)
+        save(ctx, x, *layer[:2], z, norm, slopes)
         keep(ctx, layer[2])
         ctx.config = (training, eps, activation, backend)
         ctx.mark_non_differentiable(norm)
@@ -119,7 +119,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.pointwise_bn_silu_pool)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bn_weight, z, *vectors = ctx.saved_tensors
+        x, weight, bn_weight, z, *vectors = unpack(ctx)
         norm, slopes = (v.contiguous() for v in vectors)  # hooks on saved tensors may change that
         (bn_bias,) = ctx.biases
         training, _, activation, backend = ctx.config

@@ -19,7 +19,7 @@ from effnet_fast import reference
 from effnet_fast.ops.layout import is_batched
 from effnet_fast.ops.mbconv_training import Saved
 from effnet_fast.ops.norms import MEAN, VAR
-from effnet_fast.ops.unsaved import joined, unchanged
+from effnet_fast.ops.unsaved import unchanged, unpack, unpack_block
 from effnet_fast.reference.mbconv import ConvParams, MBConvConfig, MBConvParams, SqueezeExciteParams
 from effnet_fast.reference.stem_conv_bn_silu import compose
 
@@ -30,7 +30,7 @@ Again = Callable[[Any], tuple[Inputs, Callable[..., Tensor]]]
 
 def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of DwconvBnSilu."""
-    x, weight, _, bn_weight, _, mean, var = ctx.saved_tensors
+    x, weight, _, bn_weight, _, mean, var = unpack(ctx)
     stride, padding, eps, training, activation, _ = ctx.config
     running = (None, None) if training else (mean, var)
 
@@ -45,7 +45,7 @@ def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of PointwiseBnSiluPool."""
-    *inputs, _, norm, _ = ctx.saved_tensors
+    *inputs, _, norm, _ = unpack(ctx)
     training, eps, activation, _ = ctx.config
     running = (None, None) if training else (norm[MEAN], norm[VAR])
 
@@ -59,7 +59,7 @@ def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of StemConvBnSilu."""
-    x, weight, _, norm, bn_weight = ctx.saved_tensors
+    x, weight, _, norm, bn_weight = unpack(ctx)
     stride, padding, eps, training, activation, _ = ctx.config
     running = (None, None) if training else (norm[MEAN], norm[VAR])
 
@@ -71,7 +71,7 @@ def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of SqueezeExcite."""
-    x, reduce_weight, expand_weight, *_ = ctx.saved_tensors
+    x, reduce_weight, expand_weight, *_ = unpack(ctx)
     reduce_bias, expand_bias = unchanged(ctx)
     activation, gate, _ = ctx.config
     function = functools.partial(reference.squeeze_excite, activation=activation, gate=gate)
@@ -80,10 +80,8 @@ def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of MBConv."""
-    count = len(Saved._fields)
-    unpacked = ctx.saved_tensors  # once: checkpoints refuse a second time
-    saved = Saved(*unpacked[:count])
-    tensors = joined(unpacked[count:], unchanged(ctx))
+    unpacked, tensors = unpack_block(ctx, len(Saved._fields), unchanged(ctx))
+    saved = Saved(*unpacked)
     call = ctx.call
     modes, eps = zip(*((norm.training, norm.eps) for norm in call.norms), strict=True)
     config = MBConvConfig(
@@ -111,8 +109,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def fused_mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of FusedMBConv."""
-    x, _, _, norm1, norm3, row_scale, *unpacked = ctx.saved_tensors
-    tensors = joined(unpacked, unchanged(ctx))
+    (x, _, _, norm1, norm3, row_scale), tensors = unpack_block(ctx, 6, unchanged(ctx))
     call, none = ctx.call, (None, None)
 
     def statistics(norm: Tensor, training: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,7 @@ from effnet_fast.backends import OpArgs, resolve
 from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.registration import empty_nhwc, register
-from effnet_fast.ops.unsaved import keep
+from effnet_fast.ops.unsaved import keep, save, unpack
 from effnet_fast.reference.activations import check_activation, check_gate
 from effnet_fast.reference.squeeze_excite import check_arguments
 
@@ -95,14 +95,14 @@ class SqueezeExcite(torch.autograd.Function):
         y, *vectors = forward_op(*args)
         x, reduce_weight, reduce_bias, expand_weight, expand_bias, *config = args
         ctx.config = tuple(config)  # activation, gate, backend
-        ctx.save_for_backward(x, reduce_weight, expand_weight, *vectors)
+        save(ctx, x, reduce_weight, expand_weight, *vectors)
         keep(ctx, reduce_bias, expand_bias)
         return y
 
     @staticmethod
     @second_derivative.differentiable(second_derivative.squeeze_excite)
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, reduce_weight, expand_weight, *vectors = ctx.saved_tensors
+        x, reduce_weight, expand_weight, *vectors = unpack(ctx)
         vectors = [v.contiguous() for v in vectors]  # hooks on saved tensors may change that
         grads = backward_op(grad_y, x, reduce_weight, expand_weight, *vectors, *ctx.config)
         reduce_bias, expand_bias = ctx.biases

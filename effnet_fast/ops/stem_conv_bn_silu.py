@@ -24,7 +24,7 @@ from effnet_fast.ops.layout import is_nhwc
 from effnet_fast.ops.mbconv_training import normalised_by
 from effnet_fast.ops.registration import Ints, autocast, empty_nhwc, empty_normed, nhwc, register
 from effnet_fast.ops.statistics import Moves
-from effnet_fast.ops.unsaved import keep
+from effnet_fast.ops.unsaved import keep, save, unpack
 from effnet_fast.reference.activations import check_activation
 from effnet_fast.reference.arguments import Layer, Padding, Sides
 from effnet_fast.reference.stem_conv_bn_silu import check_arguments
@@ -143,7 +143,7 @@ class StemConvBnSilu(torch.autograd.Function):
         z, norm = conv_op(x, *layer, backend)
         if move is not None:
             move(norm)
-        ctx.save_for_backward(x, weight, z, norm, bn_weight)
+        save(ctx, x, weight, z, norm, bn_weight)
         keep(ctx, bn_bias)
         ctx.config = (stride, padding, eps, mean is None, activation, backend)
         ctx.mark_non_differentiable(norm)
@@ -152,7 +152,7 @@ class StemConvBnSilu(torch.autograd.Function):
     @staticmethod
     @second_derivative.differentiable(second_derivative.stem_conv_bn_silu)
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, z, norm, bn_weight = ctx.saved_tensors
+        x, weight, z, norm, bn_weight = unpack(ctx)
         (bn_bias,) = ctx.biases
         stride, padding, _, training, activation, backend = ctx.config
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]

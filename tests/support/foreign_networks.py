@@ -11,6 +11,7 @@ import torch
 import torchvision
 from timm.layers import DropPath
 from torch import nn
+from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
 
 import effnet_fast
 from effnet_fast.modules import foreign
@@ -45,6 +46,20 @@ BENT = {
 NETWORKS = SMOOTH | BENT
 
 
+def _small_torchvision() -> nn.Module:
+    settings = [
+        FusedMBConvConfig(1, 3, 1, 16, 16, 1),
+        FusedMBConvConfig(4, 3, 2, 16, 24, 1),
+        MBConvConfig(1, 3, 1, 24, 24, 1),
+        MBConvConfig(6, 5, 2, 24, 32, 2),
+    ]
+    return torchvision.models.EfficientNet(settings, 0.2, num_classes=10, last_channel=64)
+
+
+# A few blocks of every kind, for what takes its time with each operator.
+SMALL = {"torchvision small": _small_torchvision, "test_efficientnet": _timm("test_efficientnet")}
+
+
 def calibrate(model: nn.Module, resolution: int = RESOLUTION) -> None:
     """Makes a network well-conditioned, in place; leaves it in eval mode."""
     momenta = {}
@@ -69,7 +84,7 @@ def calibrate(model: nn.Module, resolution: int = RESOLUTION) -> None:
 def _made(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = NETWORKS[name]()
+        model = (NETWORKS | SMALL)[name]()
     calibrate(model)
     return model
 

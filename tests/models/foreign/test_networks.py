@@ -172,6 +172,18 @@ def test_accelerated_networks_as_files_and_copies(name: str) -> None:
         assert torch.equal(models.actual(x), models.stock(x))
 
 
+def test_arguments_have_their_packages_names() -> None:
+    models, x = two("torchvision small"), images()
+    block = models.actual.features[4][0]
+    h = random_images(2, 8, channels=24)
+    with torch.no_grad():
+        assert torch.equal(block(input=h), block(h))
+        assert torch.equal(models.actual(x=x), models.actual(x))
+        for call in (lambda: models.actual(y=x), lambda: block(h, h), lambda: block()):
+            with pytest.raises(TypeError):
+                call()
+
+
 def test_the_backend_is_that_of_accelerate() -> None:
     models, x = trio("efficientnet_b0"), images()
     effnet_fast.accelerate(models.actual, backend="reference")
