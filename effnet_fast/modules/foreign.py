@@ -87,7 +87,7 @@ class Fused:
 
     def _of_this_class(self, made: Any) -> Any:
         if type(made) is self.own:
-            made.__class__ = type(self)
+            made.__class__ = type(self)  # type: ignore[assignment]
         return made
 
 
