@@ -107,12 +107,11 @@ class ForeignFeatures(FusedSequence):
 
     plan = True
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            forward: Callable[..., Tensor] = self.own.forward
-            if forward is type(self).forward_stock and not torch.compiler.is_compiling():
-                return self._run(input)
-        return self.forward_scripted(input)
+    def forward(self, x: Tensor) -> Any:
+        forward: Callable[..., Tensor] = self.own.forward
+        if forward is type(self).forward_stock and not torch.compiler.is_compiling():
+            return self._run(x)
+        return forward(self, x)
 
     def _run(self: Any, x: Tensor) -> Tensor:
         with on_backend(self):

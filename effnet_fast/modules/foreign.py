@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
@@ -37,7 +37,6 @@ class Fused:
         own: the package's own class.
         backend, memory: as in `accelerate`.
         forward_stock: its forward as it was when this class was made.
-        forward_scripted: the same under a name of its own: TorchScript compiles one method a name.
     """
 
     if TYPE_CHECKING:  # TorchScript would take them for those of the package's class
@@ -45,12 +44,9 @@ class Fused:
         backend: str
         memory: str
         forward_stock: Callable[..., Any]
-        forward_scripted: Callable[..., Any]
         __setstate__: Callable[..., None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.forward_scripted(x)
+    def forward(self, x: Tensor) -> Any:
         return run(self, x)
 
     def __prepare_scriptable__(self) -> Any:
@@ -97,10 +93,25 @@ class Fused:
 class FusedWithDropRate(Fused):
     """The same where forward takes the rate of drop-path."""
 
-    def forward(self, inputs: Tensor, drop_connect_rate: Any = None) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.forward_scripted(inputs, drop_connect_rate)
+    def forward(self, inputs: Tensor, drop_connect_rate: Any = None) -> Any:
         return run(self, inputs, drop_connect_rate)
+
+
+def _in_front_of(own: FunctionType, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` for those who call it, `own` for those who read its source or signature.
+
+    torch.jit.script reads that, with the names around it, and so compiles the package's forward.
+    """
+    signature = inspect.signature(own)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:  # by the package's own names
+            args = signature.bind(self, *args, **kwargs).args[1:]
+        return forward(self, *args)
+
+    names = own.__globals__
+    found = FunctionType(method.__code__, names, own.__name__, None, method.__closure__)
+    return functools.wraps(own)(found)
 
 
 def run(module: Any, x: Tensor, *arguments: Any) -> Any:
@@ -205,13 +216,6 @@ class FusedSequence(Fused):
         code: Stock
 
 
-def _renamed(function: Any, name: str) -> FunctionType:
-    code, scope = function.__code__, function.__globals__
-    made = FunctionType(code, scope, name, function.__defaults__, function.__closure__)
-    made.__annotations__, made.__module__ = function.__annotations__, function.__module__
-    return made
-
-
 _fused_classes: set[type] = set()
 
 
@@ -265,7 +269,7 @@ def _fused_sequence(network: Any, front: Any, backend: str, memory: str) -> type
     return fused
 
 
-def _made(kind: Any, front: type, backend: str, memory: str, **more: Any) -> type:
+def _made(kind: Any, front: type[Fused], backend: str, memory: str, **more: Any) -> type:
     """A subclass of another package's class with this front."""
     names = {
         "__module__": kind.__module__,
@@ -275,7 +279,9 @@ def _made(kind: Any, front: type, backend: str, memory: str, **more: Any) -> typ
         "backend": backend,
         "memory": memory,
         "forward_stock": kind.forward,
-        "forward_scripted": _renamed(kind.forward, "forward_scripted"),
+        "forward": _in_front_of(kind.forward, front.forward),
+        # TorchScript reads those of the first class that has any, which would be a front's.
+        "__annotations__": next(filter(None, map(inspect.get_annotations, kind.__mro__)), {}),
     }
     fused = type(kind.__name__, (front, kind), names | more)
     in_turn.looks_away(fused)

@@ -50,8 +50,6 @@ class FusedNetwork(Fused):
     plan = True
 
     def forward(self, x: Tensor) -> Any:
-        if torch.jit.is_scripting():
-            return self.forward_scripted(x)
         forward: Callable[..., Any] = self.own.forward
         if forward is type(self).forward_stock and not torch.compiler.is_compiling():
             y = _run(self, x)

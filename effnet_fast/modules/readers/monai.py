@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from effnet_fast.modules import foreign, stock, structure
+from effnet_fast.modules import stock, structure
 from effnet_fast.modules.foreign import RECIPES, Finder, Fused, Recipe
 from effnet_fast.modules.readers import members
 from effnet_fast.modules.stochastic_depth import UNIFORM
@@ -29,15 +29,6 @@ _SE = "_se_adaptpool", "_se_reduce", "_se_reduce_padding", "_se_expand", "_se_ex
 _PROJECT = "_project_conv", "_project_conv_padding", "_bn2"
 _RESIDUAL = "id_skip stride in_channels out_channels drop_connect_rate"  # what decides about it
 _SE_NAMES = "_se_reduce", "_swish", "_se_expand", "sigmoid"
-
-
-class FusedBlock(Fused):
-    """`Fused` with the argument that a block's forward has."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.forward_scripted(inputs)
-        return foreign.run(self, inputs)
 
 
 def _children(find: Finder) -> dict[tuple[bool, bool], structure.Children]:
@@ -132,7 +123,7 @@ def _block(find: Finder) -> Callable[[Any], structure.Block]:
 RECIPES[_BLOCK] = Recipe(
     (f"{_BLOCK}.forward", f"{_SWISH}.forward", f"{_LEAN_SWISH}.forward"),
     _block,
-    FusedBlock,
+    Fused,
     below=(stock.BLOCK, stock.PAD, stock.IDENTITY, stock.Stock((torch.Tensor, "__radd__"))),
     members=((_BLOCK, " ".join((*_EXPAND, *_DEPTHWISE, *_SE, *_PROJECT, "_swish"))),),
     settings=((_BLOCK, f"training expand_ratio has_se {_RESIDUAL}"), (_SWISH, "alpha")),

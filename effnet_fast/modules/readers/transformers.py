@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from effnet_fast.modules import foreign, stock, structure
+from effnet_fast.modules import stock, structure
 from effnet_fast.modules.foreign import RECIPES, Finder, Fused, Recipe
 from effnet_fast.modules.readers import members
 from effnet_fast.modules.readers.own import CONVOLUTION
@@ -39,24 +38,6 @@ _SE_NAMES = "squeeze", "reduce", "expand", "act_reduce", "act_expand"
 _PROJECT_NAMES = "project_conv", "project_bn", "dropout"
 _BLOCK_NAMES = "expansion", "depthwise_conv", "squeeze_excite", "projection"
 _EXCITE_NAMES = "reduce", "act_reduce", "expand", "act_expand"  # in the order of their calls
-
-
-class FusedStem(Fused):
-    """`Fused` with the argument that the stem's forward has."""
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.forward_scripted(pixel_values)
-        return foreign.run(self, pixel_values)
-
-
-class FusedBlock(Fused):
-    """`Fused` with the argument that a block's forward has."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.forward_scripted(hidden_states)
-        return foreign.run(self, hidden_states)
 
 
 def _children(names: tuple[str, ...], *kinds: structure.Kinds) -> structure.Children:
@@ -174,7 +155,7 @@ def _block(find: Finder) -> Callable[[Any], structure.Block]:
 RECIPES[_STEM] = Recipe(
     (f"{_STEM}.forward", f"{_SILU}.forward"),
     _stem,
-    FusedStem,
+    Fused,
     below=(stock.LAYER, stock.PAD),
     members=((_STEM, " ".join(_STEM_NAMES)),),
     is_block=False,
@@ -189,7 +170,7 @@ _OWN = {
 RECIPES[_BLOCK] = Recipe(
     tuple(f"{kind}.forward" for kind in (*_OWN, _SILU)),
     _block,
-    FusedBlock,
+    Fused,
     below=(stock.BLOCK, stock.PAD, stock.DROPOUT),
     members=(
         *((kind, " ".join(names)) for kind, names in _OWN.items()),
