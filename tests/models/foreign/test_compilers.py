@@ -129,7 +129,8 @@ class TestCompile:
         models.apply(without_random_layers).train()
         torch._dynamo.reset()
         models.actual.compile()
-        models.assert_alike(X)
+        # As few values as X has in the last maps make BatchNorm's gradients a matter of rounding.
+        models.assert_alike(random_images(4, foreign_networks.RESOLUTION))
 
 
 class TestExport:
