@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from effnet_fast import backends
+from effnet_fast.modules import foreign
 from effnet_fast.ops import scratch
 
 
 def backend_of(model: Any) -> str:
     """The backend that runs a network: its own, or the caller's where that is "auto"."""
-    own: str = model.backend
+    kind = type(model)  # an instance of another package's may have an attribute of this name
+    own: str = kind.backend if foreign.is_fused(kind) else model.backend
     return backends.current_backend() if own == "auto" else own
 
 

@@ -108,7 +108,7 @@ class ForeignFeatures(FusedSequence):
     plan = True
 
     def forward(self, x: Tensor) -> Any:
-        forward: Callable[..., Tensor] = self.own.forward
+        forward: Callable[..., Tensor] = type(self).own.forward
         if forward is type(self).forward_stock and not torch.compiler.is_compiling():
             return self._run(x)
         return forward(self, x)
