@@ -63,6 +63,7 @@ def register(
     arguments = [*_arguments(contract or fake), "backend"]
     rules = {**NAMES, **rules}
     RULES[name] = {argument: rules.get(argument, "any") for argument in arguments}
+    lists = frozenset(i for i, rule in enumerate(RULES[name].values()) if isinstance(rule, list))
 
     @functools.cache
     def steps(backend: str) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -75,6 +76,8 @@ def register(
     def run(*args: Any) -> Any:
         check, launch = steps(args[-1])
         check(*args)
+        if lists:
+            return launch(*(_in_memory(a) if i in lists else a for i, a in enumerate(args)))
         return launch(*args)
 
     LIBRARY.define(schema_of(name, contract or fake))
@@ -82,6 +85,13 @@ def register(
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"effnet_fast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.effnet_fast, name).default
+
+
+def _in_memory(tensors: list[Any]) -> list[Any]:
+    """A list's tensors without negative bits, which PyTorch takes from single tensors alone."""
+    if any(t is not None and t.is_neg() for t in tensors):
+        return [None if t is None else t.resolve_neg() for t in tensors]
+    return tensors
 
 
 @functools.cache

@@ -191,6 +191,18 @@ def test_a_residual_fits() -> None:
             call(draw, op)
 
 
+@pytest.mark.parametrize("name", ["expand", "depthwise", "excite", "project"])
+def test_negative_bits_inside_lists_are_signs(name: str) -> None:
+    """PyTorch itself takes them from arguments that are single tensors."""
+    draw = drawn("mbconv_eval", lambda draw: draw.arguments["expand"] and draw.arguments["excite"])
+    arguments = draw.arguments
+    for key in ("expand", "depthwise", "excite", "project"):
+        arguments[key] = [t if t is None else t.float().contiguous() for t in arguments[key]]
+    expected = call(draw, "mbconv_eval")
+    arguments[name] = [t if t is None else torch._neg_view(-t) for t in arguments[name]]
+    assert torch.equal(call(draw, "mbconv_eval"), expected)
+
+
 def test_devices() -> None:
     draw = drawn("bn_silu")
     draw.arguments["backend"] = "cuda"
