@@ -107,8 +107,8 @@ def load(
             SHA-256 it checks at every call (the name holds some of its digits, or the address
             ends in #sha256=...).
         format: "auto" (recognised by the names), or the naming that the file must have:
-            "torchvision", "timm", "timm_tf" (the same names), "lukemelas", "nvidia" or
-            "transformers".
+            "torchvision", "timm", "timm_tf" (the same names), "lukemelas", "monai",
+            "nvidia" or "transformers".
         ema: whether to prefer the moving average of the weights in a training checkpoint.
         progress: shows a progress bar while downloading.
 

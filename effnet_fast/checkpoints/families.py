@@ -4,7 +4,7 @@ Sources: torchvision/models/efficientnet.py (0.28); timm/models/efficientnet.py 
 https://github.com/lukemelas/EfficientNet-PyTorch (0.7.1); NVIDIA DeepLearningExamples,
 PyTorch/Classification/ConvNets/image_classification/models/efficientnet.py;
 https://pypi.org/project/efficientnet-lite-pytorch (0.1.0), whose names are lukemelas's;
-transformers/models/efficientnet (5.24).
+monai/networks/nets/efficientnet.py (1.6); transformers/models/efficientnet (5.24).
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ FAMILIES = MappingProxyType(
             _TIMM_TF, lite=replace(_TIMM_TF, mean=INCEPTION_MEAN, std=INCEPTION_STD)
         ),
         "lukemelas": Family("lukemelas", "same", 1e-3, 0.01, 32),
+        "monai": Family("monai", "same", 1e-3, 0.01, 32, fixed=True),
         "nvidia": Family("nvidia", "symmetric", 1e-3, 0.01, 32),
         # Its configuration's momentum, .99, is PyTorch's; it does not reach the expansions.
         "transformers": Family(

@@ -46,9 +46,14 @@ class Naming:
         )
 
     @property
-    def is_counted_through(self) -> bool:
-        """Whether blocks have one number, and no stage."""
-        return "{index}" in self.block and "{stage}" not in self.block
+    def has_index(self) -> bool:
+        """Whether blocks are counted through all stages."""
+        return "{index}" in self.block
+
+    @property
+    def has_stage(self) -> bool:
+        """Whether the names of blocks have their stage."""
+        return "{stage}" in self.block or "{after}" in self.block
 
     @property
     def squeeze(self) -> frozenset[str]:
@@ -133,6 +138,13 @@ NAMINGS = MappingProxyType(
             head=("_conv_head", "_bn1"),
             classifier="_fc",
         ),
+        "monai": Naming(
+            stem=("_conv_stem", "_bn0"),
+            block="_blocks.{stage}.{index}.",
+            blocks=_blocks(_LUKEMELAS_BLOCK, _LUKEMELAS_BLOCK[2:]),
+            head=("_conv_head", "_bn1"),
+            classifier="_fc",
+        ),
         "nvidia": Naming(
             stem=("stem.conv", "stem.bn"),
             block="layers.{stage}.block{block}.",
@@ -151,10 +163,9 @@ NAMINGS = MappingProxyType(
         ),
     }
 )
-# Names of the stem's weight, the longer first where one ends with another: of a network that is a
-# classifier's base, and of the base alone.
-STEM_KEYS = {naming.stem_key: name for name, naming in NAMINGS.items()} | {
-    naming.stem_key.removeprefix(naming.base): name
-    for name, naming in NAMINGS.items()
-    if naming.base
-}
+# Whose the stem's weight may be, the longer name first where one ends with another: of a network
+# that is a classifier's base, and of the base alone.
+STEM_KEYS: dict[str, tuple[str, ...]] = {}
+for _name, _naming in NAMINGS.items():
+    for _key in dict.fromkeys((_naming.stem_key, _naming.stem_key.removeprefix(_naming.base))):
+        STEM_KEYS[_key] = (*STEM_KEYS.get(_key, ()), _name)

@@ -41,10 +41,16 @@ def naming_of(state: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: it has the stem's weight under no known name.
     """
-    for key, name in STEM_KEYS.items():
+    for key, names in STEM_KEYS.items():
         if key in state:
-            return name
+            return next((name for name in names[1:] if _has_blocks(state, name)), names[0])
     raise ValueError(f"not an EfficientNet's state dict: none of {', '.join(STEM_KEYS)} is in it")
+
+
+def _has_blocks(state: Mapping[str, Tensor], naming: str) -> bool:
+    """Whether a block is named as in this naming, which has the same stem as another."""
+    pattern = NAMINGS[naming].block_pattern
+    return any(pattern.fullmatch(key) for key in state)
 
 
 def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
@@ -63,14 +69,17 @@ def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
                 shapes.append(value.shape)
     squeezes = any(not rules.squeeze.isdisjoint(modules) for modules in found.values())
     kinds = {place: _kind(rules, found[place], squeezes) for place in sorted(found)}
-    if rules.is_counted_through:
+    if not rules.has_stage:
         return _split(state, list(kinds.values()), rules)
     stages: Structure = []
-    for (stage, block), kind in kinds.items():
+    for (stage, number), kind in kinds.items():
+        block = number - sum(map(len, stages[:stage])) if rules.has_index else number
         if stage < 0:  # torchvision's features.0 is the stem
-            raise ValueError(f"no block belongs at {_prefix(rules, stage, block)}*")
-        if stage > len(stages) or block > (len(stages[stage]) if stage < len(stages) else 0):
-            raise ValueError(f"no tensors of the block before {_prefix(rules, stage, block)}*")
+            raise ValueError(f"no block belongs at {_prefix(rules, stage, number, number)}*")
+        if stage > len(stages) or block != (len(stages[stage]) if stage < len(stages) else 0):
+            raise ValueError(
+                f"no tensors of the block before {_prefix(rules, stage, number, number)}*"
+            )
         if stage == len(stages):
             stages.append([])
         stages[stage].append(kind)
@@ -121,8 +130,8 @@ def convert(
 
     Args:
         state: the state dict of an EfficientNet, in any naming.
-        to: "torchvision", "timm" (or "timm_tf", which has the same names), "lukemelas", "nvidia" or
-            "transformers".
+        to: "torchvision", "timm" (or "timm_tf", which has the same names), "lukemelas", "monai",
+            "nvidia" or "transformers".
         source: the naming of `state`; None reads it from the names.
 
     Raises:
@@ -205,10 +214,8 @@ def _structure_or_none(state: Mapping[str, Tensor]) -> Structure:
 def _place(match: re.Match[str]) -> tuple[int, int]:
     """Stage and block of a name; the flat index as the block of stage 0."""
     groups = match.groupdict()
-    if "index" in groups:
-        return 0, int(groups["index"])
-    stage = int(groups["after"]) - 1 if "after" in groups else int(groups["stage"])
-    return stage, int(groups["block"])
+    stage = int(groups["after"]) - 1 if "after" in groups else int(groups.get("stage", 0))
+    return stage, int(groups["index" if "index" in groups else "block"])
 
 
 def _split(state: Mapping[str, Tensor], blocks: list[str], rules: Naming) -> Structure:
