@@ -108,7 +108,7 @@ def load(
             ends in #sha256=...).
         format: "auto" (recognised by the names), or the naming that the file must have:
             "torchvision", "timm", "timm_tf" (the same names), "lukemelas", "monai",
-            "nvidia" or "transformers".
+            "nvidia", "transformers", "keras" or "efficientnet" (the package for Keras).
         ema: whether to prefer the moving average of the weights in a training checkpoint.
         progress: shows a progress bar while downloading.
 
@@ -162,7 +162,9 @@ def open_checkpoint(
     hints = (content.architecture, *reversed(Path(given).parts))
     assumption = ""
     if family == "auto":
-        family, assumption = _find_family(content.metadata, naming, hints)
+        family, assumption = content.family, ""
+        if not family:
+            family, assumption = _find_family(content.metadata, naming, hints)
     inception = families.is_inception_normalised(hints) or (
         content.metadata.get(NORMALISATION_ENTRY) == INCEPTION
     )
@@ -177,7 +179,7 @@ def _find_facts(content: Content, naming: str, family: str) -> Facts:
     Raises:
         ValueError: a value out of its range, or of which there is no network here.
     """
-    facts = Facts()
+    facts = content.facts
     if FACTS_ENTRY in content.metadata:
         facts = facts_of(content.metadata[FACTS_ENTRY])
     elif naming == "transformers" and transformers_folder.is_config(content.config):

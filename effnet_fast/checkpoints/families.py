@@ -64,6 +64,9 @@ FAMILIES = MappingProxyType(
         "lukemelas": Family("lukemelas", "same", 1e-3, 0.01, 32),
         "monai": Family("monai", "same", 1e-3, 0.01, 32, fixed=True),
         "nvidia": Family("nvidia", "symmetric", 1e-3, 0.01, 32),
+        # keras.applications, and the package efficientnet, which pads each image by its own size.
+        "keras": Family("keras", "same", 1e-3, 0.01, 0, fixed=True),
+        "efficientnet": Family("keras", "same", 1e-3, 0.01, 32),
         # Its configuration's momentum, .99, is PyTorch's; it does not reach the expansions.
         "transformers": Family(
             "transformers", "same", 1e-3, 0.99, 0, fixed=True, expand_bn_momentum=0.1

@@ -26,7 +26,10 @@ KINDS = MappingProxyType(
 
 @dataclass(frozen=True)
 class Naming:
-    """Names of modules; {stage}, {after} = stage + 1, {block} and {index} count from 0."""
+    """Names of modules; {stage}, {after} = stage + 1, {block} and {index} count from 0.
+
+    {letter} is the block as a letter.
+    """
 
     stem: tuple[str, str]  # convolution and norm
     block: str  # what names within a block begin with; {index} counts over all stages
@@ -74,6 +77,7 @@ class Naming:
     def block_pattern(self) -> re.Pattern[str]:
         """Matches the name of a tensor within a block; its last group is the module in there."""
         pattern = re.escape(self.block).replace(r"\{", "{").replace(r"\}", "}")
+        pattern = pattern.replace("{letter}", "(?P<letter>[a-z])")
         pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", pattern)
         return re.compile(rf"{pattern}(?P<module>.+)\.\w+")
 
@@ -89,6 +93,10 @@ def _blocks(
 _LUKEMELAS_BLOCK = (
     *("_expand_conv", "_bn0", "_depthwise_conv", "_bn1"),
     *("_se_reduce", "_se_expand", "_project_conv", "_bn2"),
+)
+_KERAS_BLOCK = (
+    *("expand_conv", "expand_bn", "dwconv", "bn"),
+    *("se_reduce", "se_expand", "project_conv", "project_bn"),
 )
 _TRANSFORMERS_BLOCK = (
     *("expansion.expand_conv", "expansion.expand_bn"),
@@ -152,6 +160,13 @@ NAMINGS = MappingProxyType(
             head=("features.conv", "features.bn"),
             classifier="classifier.fc",
             linear_se=True,
+        ),
+        "keras": Naming(  # of the layers; `keras_files` gives their variables PyTorch's names
+            stem=("stem_conv", "stem_bn"),
+            block="block{after}{letter}_",
+            blocks=_blocks(_KERAS_BLOCK, _KERAS_BLOCK[2:]),
+            head=("top_conv", "top_bn"),
+            classifier="predictions",
         ),
         "transformers": Naming(
             stem=("efficientnet.embeddings.convolution", "efficientnet.embeddings.batchnorm"),

@@ -215,6 +215,8 @@ def _place(match: re.Match[str]) -> tuple[int, int]:
     """Stage and block of a name; the flat index as the block of stage 0."""
     groups = match.groupdict()
     stage = int(groups["after"]) - 1 if "after" in groups else int(groups.get("stage", 0))
+    if "letter" in groups:
+        return stage, ord(groups["letter"]) - ord("a")
     return stage, int(groups["index" if "index" in groups else "block"])
 
 
@@ -236,7 +238,8 @@ def _split(state: Mapping[str, Tensor], blocks: list[str], rules: Naming) -> Str
 
 
 def _prefix(rules: Naming, stage: int, block: int, index: int = 0) -> str:
-    return rules.block.format(stage=stage, after=stage + 1, block=block, index=index)
+    letter = chr(ord("a") + block)
+    return rules.block.format(stage=stage, after=stage + 1, block=block, index=index, letter=letter)
 
 
 def _modules(naming: str, structure: Structure) -> Iterator[str]:

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from effnet_fast import files
-from effnet_fast.checkpoints import plain_data
+from effnet_fast.checkpoints import keras_files, plain_data
+from effnet_fast.checkpoints.facts import Facts
 from effnet_fast.checkpoints.namings import STEM_KEYS
 from effnet_fast.checkpoints.parameter_names import SHOWN, first_of
 from effnet_fast.checkpoints.plain import problem
@@ -52,6 +53,8 @@ class Content:
     architecture: str = ""  # the model's name where the file, or config.json beside it, has it
     folder: str = ""  # where the file is
     config: dict[str, Any] = field(default_factory=dict)  # of config.json beside it
+    family: str = ""  # of a file of Keras, which shows it
+    facts: Facts = field(default_factory=Facts)
 
 
 def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
@@ -70,6 +73,8 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     files.check_regular(name)
     with open(name, "rb") as file:  # raises OSError, before either reader words it its own way
         head = file.read(9)
+    if keras_files.is_keras(name, head):
+        return _read_keras(name)
     is_safetensors = name.endswith(".safetensors") or head[8:] == b"{"
     try:
         content, metadata = _read_safetensors(name) if is_safetensors else (_read_pth(name), {})
@@ -89,6 +94,19 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     config = read_json(os.path.join(folder, HUB_CONFIG))
     architecture = _architecture(content) or _hub_architecture(config)
     return Content(state, {**beside, **metadata}, architecture, folder, config)
+
+
+def _read_keras(name: str) -> Content:
+    try:
+        state, family, facts = keras_files.read(name)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except Exception as error:  # on garbage, h5py raises whatever it trips over
+        if files.is_out_of_memory(error):
+            raise files.out_of_memory(name) from error
+        raise ValueError(f"{name}: truncated or corrupt weights file") from error
+    with files.naming_file(name):
+        return Content(_state_dict(state, ema=True)[0], family=family, facts=facts)
 
 
 def _file_of(name: str) -> str:

@@ -20,6 +20,7 @@ from effnet_fast.models.variants import Variant
 
 # Constants of a network, which no tensor holds.
 CONSTANTS = ("padding", "bn_eps")
+TARGETS = tuple(name for name in FAMILIES if FAMILIES[name].naming != "keras")  # only read
 FOLDERS = ("transformers",)  # families whose checkpoints are folders
 CLASSIFIER, STEM = "classifier.1.weight", "features.0.0.weight"
 
@@ -38,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
         "output", metavar="OUT", type=Path, help=f"file, {suffixes}; for transformers also a folder"
     )
     parser.add_argument(
-        "--to", required=True, choices=tuple(FAMILIES), help="the family whose names OUT gets"
+        "--to", required=True, choices=TARGETS, help="the family whose names OUT gets"
     )
     parser.add_argument(
         "--from",
