@@ -148,7 +148,7 @@ def checked(part: str, given: Any) -> dict[str, Any]:
         raise ValueError(f"{part} must be a mapping, got {type(given).__name__}")
     for name, value in given.items():
         if name not in _PARTS[part] or not _PARTS[part][name](value):
-            raise ValueError(f"{part} cannot have {name!r} of {str(value)[:100]!r}")
+            raise ValueError(f"{part} cannot have {name!r} of {str(value)[:100]}")
     return {name: _frozen(value) for name, value in given.items()}
 
 

@@ -189,7 +189,7 @@ def test_a_missing_projection_leaves_the_other_names():
 
 
 def test_refuses_wrong_arguments(tiny):
-    with pytest.raises(ValueError, match=r"to must be one of torchvision, timm, .*, got 'keras'"):
+    with pytest.raises(ValueError, match=r"to must be one of torchvision, timm, .*, got 'caffe'"):
         checkpoints.convert(tiny, "caffe")
     with pytest.raises(ValueError, match="source must be one of"):
         checkpoints.convert(tiny, "timm", source="caffe")
