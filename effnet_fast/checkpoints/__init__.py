@@ -11,18 +11,20 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from effnet_fast.checkpoints import families, plain
+from effnet_fast.checkpoints import families, plain, transformers_folder
+from effnet_fast.checkpoints.facts import FACTS_ENTRY, Facts, facts_of
 from effnet_fast.checkpoints.families import FAMILIES, Family, check_family
-from effnet_fast.checkpoints.parameter_names import NAMINGS, complete, convert, first_of, naming_of
-from effnet_fast.checkpoints.reading import read
-from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save
+from effnet_fast.checkpoints.namings import NAMINGS
+from effnet_fast.checkpoints.parameter_names import complete, convert, first_of, naming_of
+from effnet_fast.checkpoints.reading import Content, read, read_json
+from effnet_fast.checkpoints.writing import SAFETENSORS, SUFFIXES, check_suffix, save, save_folder
 from effnet_fast.files import naming_file
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "load_into",
     "open_checkpoint",
     "save",
+    "save_folder",
 ]
 
 FORMATS = ("auto", *FAMILIES)
@@ -61,6 +64,8 @@ class Checkpoint:
         naming: how the file names parameters, a key of NAMINGS.
         assumption: the assumption that was made where the file shows no family, else "".
         inception: whether the file's metadata or name say that images are normalised to [-1, 1].
+        facts: class names, preprocessing, constants and layers, as far as the file, or those
+            beside it, have them.
     """
 
     state: dict[str, Tensor]
@@ -68,12 +73,17 @@ class Checkpoint:
     naming: str
     assumption: str = ""
     inception: bool = False
+    facts: Facts = field(default_factory=Facts)
 
     @property
     def metadata(self) -> dict[str, str]:
         """The facts that no parameter name holds, for `save` to write into a safetensors file."""
         entries = {FAMILY_ENTRY: self.family}
-        return entries | ({NORMALISATION_ENTRY: INCEPTION} if self.inception else {})
+        if self.inception:
+            entries[NORMALISATION_ENTRY] = INCEPTION
+        if self.facts:
+            entries[FACTS_ENTRY] = self.facts.as_text()
+        return entries
 
 
 def load(
@@ -97,7 +107,8 @@ def load(
             SHA-256 it checks at every call (the name holds some of its digits, or the address
             ends in #sha256=...).
         format: "auto" (recognised by the names), or the naming that the file must have:
-            "torchvision", "timm", "timm_tf" (the same names), "lukemelas" or "nvidia".
+            "torchvision", "timm", "timm_tf" (the same names), "lukemelas", "monai",
+            "nvidia", "transformers", "keras" or "efficientnet" (the package for Keras).
         ema: whether to prefer the moving average of the weights in a training checkpoint.
         progress: shows a progress bar while downloading.
 
@@ -151,11 +162,32 @@ def open_checkpoint(
     hints = (content.architecture, *reversed(Path(given).parts))
     assumption = ""
     if family == "auto":
-        family, assumption = _find_family(content.metadata, naming, hints)
+        family, assumption = content.family, ""
+        if not family:
+            family, assumption = _find_family(content.metadata, naming, hints)
     inception = families.is_inception_normalised(hints) or (
         content.metadata.get(NORMALISATION_ENTRY) == INCEPTION
     )
-    return Checkpoint(state, family, naming, assumption, inception)
+    with naming_file(path):
+        facts = _find_facts(content, naming, family)
+    return Checkpoint(state, family, naming, assumption, inception, facts)
+
+
+def _find_facts(content: Content, naming: str, family: str) -> Facts:
+    """What the file's metadata and the files of its folder say.
+
+    Raises:
+        ValueError: a value out of its range, or of which there is no network here.
+    """
+    facts = content.facts
+    if FACTS_ENTRY in content.metadata:
+        facts = facts_of(content.metadata[FACTS_ENTRY])
+    elif naming == "transformers" and transformers_folder.is_config(content.config):
+        processor = read_json(os.path.join(content.folder, transformers_folder.PROCESSOR_FILE))
+        facts = transformers_folder.read(content.config, processor or None)
+        if family != naming:  # the caller says whose constants they are
+            facts = replace(facts, network={})
+    return facts
 
 
 def _find_family(

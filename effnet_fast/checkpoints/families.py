@@ -3,7 +3,8 @@
 Sources: torchvision/models/efficientnet.py (0.28); timm/models/efficientnet.py (1.0);
 https://github.com/lukemelas/EfficientNet-PyTorch (0.7.1); NVIDIA DeepLearningExamples,
 PyTorch/Classification/ConvNets/image_classification/models/efficientnet.py;
-https://pypi.org/project/efficientnet-lite-pytorch (0.1.0), whose names are lukemelas's.
+https://pypi.org/project/efficientnet-lite-pytorch (0.1.0), whose names are lukemelas's;
+monai/networks/nets/efficientnet.py (1.6); transformers/models/efficientnet (5.24).
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ class Family:
     """How a family's networks compute.
 
     Args:
-        naming: how it names parameters, a key of `parameter_names.NAMINGS`.
+        naming: how it names parameters, a key of `namings.NAMINGS`.
         padding: of the convolutions that stride, "symmetric" or "same".
         bn_eps, bn_momentum: BatchNorm2d's constants; None means those of torchvision, which depend
             on the size.
         crop_border: pixels by which evaluation images are resized beyond the crop; None means
             torchvision's sizes.
         mean, std: of images over [0, 1]; None means the size's own.
+        fixed: whether padding is that of images of the size's resolution, whatever the images.
+        expand_bn_momentum: of the expansions' BatchNorms, where it is not bn_momentum.
         lite: how its networks without squeeze-and-excitation compute, where it is otherwise.
     """
 
@@ -40,6 +43,8 @@ class Family:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     lite: Family | None = None
+    fixed: bool = False
+    expand_bn_momentum: float | None = None
 
     def of_blocks(self, squeeze: bool) -> Family:
         """The row of its networks with squeeze-and-excitation, or of those without."""
@@ -57,7 +62,15 @@ FAMILIES = MappingProxyType(
             _TIMM_TF, lite=replace(_TIMM_TF, mean=INCEPTION_MEAN, std=INCEPTION_STD)
         ),
         "lukemelas": Family("lukemelas", "same", 1e-3, 0.01, 32),
+        "monai": Family("monai", "same", 1e-3, 0.01, 32, fixed=True),
         "nvidia": Family("nvidia", "symmetric", 1e-3, 0.01, 32),
+        # keras.applications, and the package efficientnet, which pads each image by its own size.
+        "keras": Family("keras", "same", 1e-3, 0.01, 0, fixed=True),
+        "efficientnet": Family("keras", "same", 1e-3, 0.01, 32),
+        # Its configuration's momentum, .99, is PyTorch's; it does not reach the expansions.
+        "transformers": Family(
+            "transformers", "same", 1e-3, 0.99, 0, fixed=True, expand_bn_momentum=0.1
+        ),
     }
 )
 # timm's and lukemelas's names of a network, which files and folders bear.

@@ -10,136 +10,28 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from effnet_fast.checkpoints.families import FAMILIES, check_family
+from effnet_fast.checkpoints.namings import (
+    DENSE,
+    DEPTHWISE,
+    EXPAND,
+    KINDS,
+    NAMINGS,
+    PROJECT,
+    STEM_KEYS,
+    Naming,
+)
 
 SHOWN = 3  # names that an error message gives of each kind
 LONGEST = 200  # letters of such a name, which a file can make as long as it likes
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_EXPAND, _DEPTHWISE = ("expand", "expand_norm"), ("depthwise", "depthwise_norm")
-_SQUEEZE, _PROJECT = ("reduce", "excite"), ("project", "project_norm")
-_DENSE = ("dense", "dense_norm")
-# What the modules of a block are, in their order, by the kind of block. Either all MBConv of a
-# network have squeeze-and-excitation, or none has.
-KINDS = MappingProxyType(
-    {
-        "expanded": _EXPAND + _DEPTHWISE + _SQUEEZE + _PROJECT,
-        "plain": _DEPTHWISE + _SQUEEZE + _PROJECT,
-        "expanded_lite": _EXPAND + _DEPTHWISE + _PROJECT,
-        "plain_lite": _DEPTHWISE + _PROJECT,
-        "fused": _DENSE + _PROJECT,
-        "dense": _DENSE,
-    }
-)
 # The kind of each block of each stage: all that the list of modules depends on.
 Structure = list[list[str]]
 Shapes = dict[str, list[torch.Size]]  # of a block's modules, of the weight if it is there
-
-
-@dataclass(frozen=True)
-class Naming:
-    """Names of modules; {stage}, {after} = stage + 1, {block} and {index} count from 0."""
-
-    stem: tuple[str, str]  # convolution and norm
-    block: str  # what names within a block begin with; {index} counts over all stages
-    blocks: Mapping[str, tuple[str, ...]]  # by kind, what KINDS has, under the names in a block
-    head: tuple[str, str]  # convolution and norm; {head} is the stage after the last, plus 1
-    classifier: str  # the linear layer
-    linear_se: bool = False  # whether squeeze and excite are linear layers
-
-    @property
-    def squeeze(self) -> frozenset[str]:
-        """The names of the two layers of squeeze-and-excitation, in any kind of block."""
-        return frozenset(
-            name
-            for kind, names in self.blocks.items()
-            for name, role in zip(names, KINDS[kind], strict=True)
-            if role in _SQUEEZE
-        )
-
-    @property
-    def stem_key(self) -> str:
-        """The name of the stem's weight, which no other naming has."""
-        return f"{self.stem[0]}.weight"
-
-    @property
-    def block_pattern(self) -> re.Pattern[str]:
-        """Matches the name of a tensor within a block; its last group is the module in there."""
-        pattern = re.escape(self.block).replace(r"\{", "{").replace(r"\}", "}")
-        pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", pattern)
-        return re.compile(rf"{pattern}(?P<module>.+)\.\w+")
-
-
-def _blocks(
-    expanded: tuple[str, ...], plain: tuple[str, ...], **others: tuple[str, ...]
-) -> Mapping[str, tuple[str, ...]]:
-    """Names by kind; blocks without squeeze-and-excitation just lack it unless told otherwise."""
-    lite = {"expanded_lite": expanded[:4] + expanded[6:], "plain_lite": plain[:2] + plain[4:]}
-    return MappingProxyType({"expanded": expanded, "plain": plain, **lite, **others})
-
-
-_LUKEMELAS_BLOCK = (
-    *("_expand_conv", "_bn0", "_depthwise_conv", "_bn1"),
-    *("_se_reduce", "_se_expand", "_project_conv", "_bn2"),
-)
-_NVIDIA_BLOCK = (
-    *("expand.conv", "expand.bn", "depsep.conv", "depsep.bn"),
-    *("se.squeeze", "se.expand", "proj.conv", "proj.bn"),
-)
-NAMINGS = MappingProxyType(
-    {
-        "torchvision": Naming(
-            stem=("features.0.0", "features.0.1"),
-            block="features.{after}.{block}.block.",
-            blocks=_blocks(
-                expanded=("0.0", "0.1", "1.0", "1.1", "2.fc1", "2.fc2", "3.0", "3.1"),
-                plain=("0.0", "0.1", "1.fc1", "1.fc2", "2.0", "2.1"),
-                expanded_lite=("0.0", "0.1", "1.0", "1.1", "2.0", "2.1"),
-                plain_lite=("0.0", "0.1", "1.0", "1.1"),
-                fused=("0.0", "0.1", "1.0", "1.1"),
-                dense=("0.0", "0.1"),
-            ),
-            head=("features.{head}.0", "features.{head}.1"),
-            classifier="classifier.1",
-        ),
-        "timm": Naming(
-            stem=("conv_stem", "bn1"),
-            block="blocks.{stage}.{block}.",
-            blocks=_blocks(
-                expanded=(
-                    *("conv_pw", "bn1", "conv_dw", "bn2"),
-                    *("se.conv_reduce", "se.conv_expand", "conv_pwl", "bn3"),
-                ),
-                plain=("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2"),
-                fused=("conv_exp", "bn1", "conv_pwl", "bn2"),
-                dense=("conv", "bn1"),
-            ),
-            head=("conv_head", "bn2"),
-            classifier="classifier",
-        ),
-        "lukemelas": Naming(
-            stem=("_conv_stem", "_bn0"),
-            block="_blocks.{index}.",
-            blocks=_blocks(_LUKEMELAS_BLOCK, _LUKEMELAS_BLOCK[2:]),
-            head=("_conv_head", "_bn1"),
-            classifier="_fc",
-        ),
-        "nvidia": Naming(
-            stem=("stem.conv", "stem.bn"),
-            block="layers.{stage}.block{block}.",
-            blocks=_blocks(_NVIDIA_BLOCK, _NVIDIA_BLOCK[2:]),
-            head=("features.conv", "features.bn"),
-            classifier="classifier.fc",
-            linear_se=True,
-        ),
-    }
-)
-STEM_KEYS = {naming.stem_key: name for name, naming in NAMINGS.items()}
 _OLD_NVIDIA_STAGE = re.compile(r"^layer(\d+)\.")  # "layer1." of the releases 20.12 and 21.03
 
 
@@ -149,10 +41,16 @@ def naming_of(state: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: it has the stem's weight under no known name.
     """
-    for key, name in STEM_KEYS.items():
+    for key, names in STEM_KEYS.items():
         if key in state:
-            return name
+            return next((name for name in names[1:] if _has_blocks(state, name)), names[0])
     raise ValueError(f"not an EfficientNet's state dict: none of {', '.join(STEM_KEYS)} is in it")
+
+
+def _has_blocks(state: Mapping[str, Tensor], naming: str) -> bool:
+    """Whether a block is named as in this naming, which has the same stem as another."""
+    pattern = NAMINGS[naming].block_pattern
+    return any(pattern.fullmatch(key) for key in state)
 
 
 def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
@@ -171,14 +69,17 @@ def structure_of(state: Mapping[str, Tensor], naming: str) -> Structure:
                 shapes.append(value.shape)
     squeezes = any(not rules.squeeze.isdisjoint(modules) for modules in found.values())
     kinds = {place: _kind(rules, found[place], squeezes) for place in sorted(found)}
-    if naming == "lukemelas":
-        return _split(state, list(kinds.values()))
+    if not rules.has_stage:
+        return _split(state, list(kinds.values()), rules)
     stages: Structure = []
-    for (stage, block), kind in kinds.items():
+    for (stage, number), kind in kinds.items():
+        block = number - sum(map(len, stages[:stage])) if rules.has_index else number
         if stage < 0:  # torchvision's features.0 is the stem
-            raise ValueError(f"no block belongs at {_prefix(rules, stage, block)}*")
-        if stage > len(stages) or block > (len(stages[stage]) if stage < len(stages) else 0):
-            raise ValueError(f"no tensors of the block before {_prefix(rules, stage, block)}*")
+            raise ValueError(f"no block belongs at {_prefix(rules, stage, number, number)}*")
+        if stage > len(stages) or block != (len(stages[stage]) if stage < len(stages) else 0):
+            raise ValueError(
+                f"no tensors of the block before {_prefix(rules, stage, number, number)}*"
+            )
         if stage == len(stages):
             stages.append([])
         stages[stage].append(kind)
@@ -207,16 +108,16 @@ def _may_be(role: str, shapes: list[torch.Size]) -> bool:
     Names alone do not tell a depthwise convolution, which has a group for every channel, and a
     dense one, which looks at neighbours, from an expansion.
     """
-    if role not in (_EXPAND[0], _DEPTHWISE[0], _PROJECT[0], _DENSE[0]):
+    if role not in (EXPAND[0], DEPTHWISE[0], PROJECT[0], DENSE[0]):
         return True
     return all(_fits(role, s) for s in shapes if len(s) == 4)
 
 
 def _fits(role: str, shape: torch.Size) -> bool:
     """Whether a weight's shape fits its role, in groups and in size."""
-    if (shape[1] == 1) != (role == _DEPTHWISE[0]):
+    if (shape[1] == 1) != (role == DEPTHWISE[0]):
         return False
-    return role == _DEPTHWISE[0] or (shape[2:] != (1, 1)) == (role == _DENSE[0])
+    return role == DEPTHWISE[0] or (shape[2:] != (1, 1)) == (role == DENSE[0])
 
 
 def convert(
@@ -229,7 +130,8 @@ def convert(
 
     Args:
         state: the state dict of an EfficientNet, in any naming.
-        to: "torchvision", "timm" (or "timm_tf", which has the same names), "lukemelas" or "nvidia".
+        to: "torchvision", "timm" (or "timm_tf", which has the same names), "lukemelas", "monai",
+            "nvidia" or "transformers".
         source: the naming of `state`; None reads it from the names.
 
     Raises:
@@ -242,6 +144,13 @@ def convert(
         check_family(source, argument="source")
         if FAMILIES[source].naming != found:
             raise ValueError(f"parameters are named as {found} names them, not as {source} does")
+    base = NAMINGS[found].base
+    if base and NAMINGS[found].stem_key not in state:  # saved without the classifier around it
+        classifier = NAMINGS[found].classifier
+        state = {
+            key if key.startswith(f"{classifier}.") else f"{base}{key}": value
+            for key, value in state.items()
+        }
     if found == target:
         return dict(state)
     if found == "nvidia":
@@ -305,19 +214,19 @@ def _structure_or_none(state: Mapping[str, Tensor]) -> Structure:
 def _place(match: re.Match[str]) -> tuple[int, int]:
     """Stage and block of a name; the flat index as the block of stage 0."""
     groups = match.groupdict()
-    if "index" in groups:
-        return 0, int(groups["index"])
-    stage = int(groups["after"]) - 1 if "after" in groups else int(groups["stage"])
-    return stage, int(groups["block"])
+    stage = int(groups["after"]) - 1 if "after" in groups else int(groups.get("stage", 0))
+    if "letter" in groups:
+        return stage, ord(groups["letter"]) - ord("a")
+    return stage, int(groups["index" if "index" in groups else "block"])
 
 
-def _split(state: Mapping[str, Tensor], blocks: list[str]) -> Structure:
+def _split(state: Mapping[str, Tensor], blocks: list[str], rules: Naming) -> Structure:
     """Stages of blocks that are counted through: each begins where the shape of a block changes."""
     stages: Structure = []
     previous = None
     for index, kind in enumerate(blocks):
-        prefix = f"_blocks.{index}."
-        keys = [f"{prefix}_project_conv.weight", f"{prefix}_depthwise_conv.weight"]
+        prefix = _prefix(rules, 0, index, index)
+        keys = [f"{prefix}{rules.in_block(role)}.weight" for role in (PROJECT[0], DEPTHWISE[0])]
         if missing := [key for key in keys if key not in state]:
             raise ValueError(f"{missing[0]} is missing, without which stages cannot be told apart")
         alike = (state[keys[0]].shape[:1], state[keys[1]].shape[2:], kind)
@@ -329,7 +238,8 @@ def _split(state: Mapping[str, Tensor], blocks: list[str]) -> Structure:
 
 
 def _prefix(rules: Naming, stage: int, block: int, index: int = 0) -> str:
-    return rules.block.format(stage=stage, after=stage + 1, block=block, index=index)
+    letter = chr(ord("a") + block)
+    return rules.block.format(stage=stage, after=stage + 1, block=block, index=index, letter=letter)
 
 
 def _modules(naming: str, structure: Structure) -> Iterator[str]:

@@ -21,8 +21,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from effnet_fast import files
-from effnet_fast.checkpoints import plain_data
-from effnet_fast.checkpoints.parameter_names import SHOWN, STEM_KEYS, first_of
+from effnet_fast.checkpoints import keras_files, plain_data
+from effnet_fast.checkpoints.facts import Facts
+from effnet_fast.checkpoints.namings import STEM_KEYS
+from effnet_fast.checkpoints.parameter_names import SHOWN, first_of
 from effnet_fast.checkpoints.plain import problem
 
 # Where training scripts keep the state dict and its exponential moving average, and what
@@ -49,6 +51,10 @@ class Content:
     # attribute of a state dict in which PyTorch keeps versions of modules.
     metadata: dict[str, str] = field(default_factory=dict)
     architecture: str = ""  # the model's name where the file, or config.json beside it, has it
+    folder: str = ""  # where the file is
+    config: dict[str, Any] = field(default_factory=dict)  # of config.json beside it
+    family: str = ""  # of a file of Keras, which shows it
+    facts: Facts = field(default_factory=Facts)
 
 
 def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
@@ -67,6 +73,8 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
     files.check_regular(name)
     with open(name, "rb") as file:  # raises OSError, before either reader words it its own way
         head = file.read(9)
+    if keras_files.is_keras(name, head):
+        return _read_keras(name)
     is_safetensors = name.endswith(".safetensors") or head[8:] == b"{"
     try:
         content, metadata = _read_safetensors(name) if is_safetensors else (_read_pth(name), {})
@@ -82,7 +90,23 @@ def read(path: str | os.PathLike[str], *, ema: bool = True) -> Content:
         raise ValueError(f"{name}: truncated or corrupt weights file") from error
     with files.naming_file(name):
         state, beside = _state_dict(content, ema)
-    return Content(state, {**beside, **metadata}, _architecture(content) or _hub_architecture(name))
+    folder = os.path.dirname(name)
+    config = read_json(os.path.join(folder, HUB_CONFIG))
+    architecture = _architecture(content) or _hub_architecture(config)
+    return Content(state, {**beside, **metadata}, architecture, folder, config)
+
+
+def _read_keras(name: str) -> Content:
+    try:
+        state, family, facts = keras_files.read(name)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except Exception as error:  # on garbage, h5py raises whatever it trips over
+        if files.is_out_of_memory(error):
+            raise files.out_of_memory(name) from error
+        raise ValueError(f"{name}: truncated or corrupt weights file") from error
+    with files.naming_file(name):
+        return Content(_state_dict(state, ema=True)[0], family=family, facts=facts)
 
 
 def _file_of(name: str) -> str:
@@ -107,13 +131,18 @@ def _architecture(content: Any) -> str:
     return ""
 
 
-def _hub_architecture(name: str) -> str:
-    """The model's name in config.json beside a file, with the tag of its weights as timm has it."""
+def read_json(name: str) -> dict[str, Any]:
+    """The entries of a JSON file; none where there is no file, or another program's."""
     try:
-        config = json.loads(files.read_text(os.path.join(os.path.dirname(name), HUB_CONFIG)))
-    except (OSError, ValueError, RecursionError):  # none, or another program's
-        return ""
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        content = json.loads(files.read_text(name))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _hub_architecture(config: dict[str, Any]) -> str:
+    """The model's name in config.json, with the tag of its weights as timm has it."""
+    if not isinstance(config.get("architecture"), str):
         return ""
     weights = config.get("pretrained_cfg")
     tag = weights.get("tag") if isinstance(weights, dict) else None
@@ -234,6 +263,7 @@ def _prefix(mapping: Mapping[Any, Any]) -> str | None:
         for stem in STEM_KEYS:
             if plain == stem or plain.endswith(f".{stem}"):
                 prefixes.append(plain.removesuffix(stem))
+                break
     if len(prefixes) > 1:
         names = ", ".join(map(repr, prefixes[:SHOWN]))
         raise ValueError(

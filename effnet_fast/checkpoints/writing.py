@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import re
+import shutil
+import stat
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from effnet_fast import files
 from effnet_fast.checkpoints.plain import first_problems, memory_of
-from effnet_fast.checkpoints.reading import remembered
+from effnet_fast.checkpoints.reading import HUB_FILES, remembered
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".pth", ".pt", ".bin")
@@ -75,6 +80,43 @@ def save(
         else:
             with open(temporary, "wb") as file:
                 _save_pickle(tensors, file)
+
+
+def save_folder(
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    texts: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a folder in the layout of the Hugging Face Hub: it is there whole or not at all.
+
+    Args:
+        state: named tensors, for model.safetensors.
+        path: of the folder, which must not exist.
+        texts: the content of its JSON files by their names.
+        metadata: as for `save`.
+
+    Raises:
+        ValueError, OSError: as `save`; something is at `path`.
+    """
+    target = Path(path)
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=".effnet-fast-", dir=target.parent))
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(target.parent)) from error
+    try:
+        with files.naming_file(target):
+            save(state, temporary / HUB_FILES[0], metadata)
+        for name, content in texts.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            with files.replacing(temporary / name) as file:
+                file.write_text(text, encoding="utf-8")
+        temporary.chmod(stat.S_IMODE(target.parent.stat().st_mode) & 0o777)
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _own(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:

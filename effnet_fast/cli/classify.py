@@ -53,8 +53,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--labels",
         type=Path,
-        help="text file with a class name per line (default: ImageNet's names, if the weights are "
-        "for 1000 classes)",
+        help="text file with a class name per line (default: the names that the checkpoint has, or "
+        "ImageNet's, if the weights are for 1000 classes)",
     )
     parser.add_argument("--top", type=common.positive_int, default=5, help="how many classes")
     parser.add_argument(
@@ -225,6 +225,9 @@ def _network_of_file(arguments: argparse.Namespace) -> Classifier:
 
 def _find_labels(network: Classifier, path: Path | None) -> list[str] | None:
     if path is None:
+        names = network.model.class_names
+        if names and len(names) == network.classes:
+            return list(names)
         known = network.weights is not None and network.classes == CLASSES
         return CATEGORIES if known else None
     labels = files.read_text(path).splitlines()

@@ -9,14 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from effnet_fast import checkpoints
-from effnet_fast.checkpoints import FAMILIES, FORMATS, Checkpoint
+from effnet_fast.checkpoints import FAMILIES, FORMATS, Checkpoint, transformers_folder
 from effnet_fast.cli import common, process
-from effnet_fast.models.loading import family_variant, published_variant
+from effnet_fast.files import naming_file
+from effnet_fast.models.loading import family_variant, find_variant, published_variant
 from effnet_fast.models.variants import Variant
 
 # Constants of a network, which no tensor holds.
 CONSTANTS = ("padding", "bn_eps")
+TARGETS = tuple(name for name in FAMILIES if FAMILIES[name].naming != "keras")  # only read
+FOLDERS = ("transformers",)  # families whose checkpoints are folders
+CLASSIFIER, STEM = "classifier.1.weight", "features.0.0.weight"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,9 +35,11 @@ def add_parser(subparsers: Any) -> None:
     )
     suffixes = " or ".join(checkpoints.SUFFIXES)
     parser.add_argument("input", metavar="IN", help="checkpoint of any family: a file or an URL")
-    parser.add_argument("output", metavar="OUT", type=Path, help=f"file, {suffixes}")
     parser.add_argument(
-        "--to", required=True, choices=tuple(FAMILIES), help="the family whose names OUT gets"
+        "output", metavar="OUT", type=Path, help=f"file, {suffixes}; for transformers also a folder"
+    )
+    parser.add_argument(
+        "--to", required=True, choices=TARGETS, help="the family whose names OUT gets"
     )
     parser.add_argument(
         "--from",
@@ -73,7 +81,11 @@ def convert(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         OSError, ValueError: of the files; nothing has been written then.
     """
-    checkpoints.check_suffix(arguments.output)
+    to_folder = arguments.to in FOLDERS and not arguments.output.suffix
+    if not to_folder:
+        checkpoints.check_suffix(arguments.output)
+    elif os.path.lexists(arguments.output):
+        raise ValueError(f"{arguments.output}: exists; no folder is replaced")
     if arguments.output.exists() and not arguments.force:
         raise ValueError(f"{arguments.output}: exists; --force replaces it")
     checkpoint = checkpoints.open_checkpoint(
@@ -83,8 +95,12 @@ def convert(arguments: argparse.Namespace) -> dict[str, Any]:
         progress=sys.stderr.isatty(),
     )
     state = checkpoints.convert(checkpoint.state, arguments.to)
-    checkpoints.save(state, arguments.output, checkpoint.metadata)
     variant = published_variant(checkpoint.state)
+    if to_folder:
+        _save_folder(checkpoint, state, arguments.output)
+    else:
+        checkpoints.save(state, arguments.output, checkpoint.metadata)
+    written = [*arguments.output.iterdir()] if to_folder else [arguments.output]
     return {
         "input": os.fspath(arguments.input),
         "output": str(arguments.output),
@@ -98,9 +114,24 @@ def convert(arguments: argparse.Namespace) -> dict[str, Any]:
             for key, tensor in checkpoint.state.items()
             if key.endswith((".weight", ".bias"))
         ),
-        "bytes": arguments.output.stat().st_size,
+        "bytes": sum(file.stat().st_size for file in written),
         "notes": _notes(checkpoint, arguments, variant),
     }
+
+
+def _save_folder(checkpoint: Checkpoint, state: dict[str, Tensor], path: Path) -> None:
+    """Writes the folder of a network of transformers, its configuration included."""
+    with naming_file(path):
+        variant = find_variant(checkpoint)
+        channels = checkpoint.state[STEM].shape[1]
+        classes = len(checkpoint.state.get(CLASSIFIER, ()))
+        names = checkpoint.facts.classes
+        config = transformers_folder.config_of(
+            variant, channels, classes, names if len(names) == classes else ()
+        )
+        processor = transformers_folder.processor_of(variant)
+    texts = {"config.json": config, transformers_folder.PROCESSOR_FILE: processor}
+    checkpoints.save_folder(state, path, texts, checkpoint.metadata)
 
 
 def _notes(
@@ -116,7 +147,7 @@ def _notes(
     if differing:
         constants = ", ".join(f"{name}={getattr(own, name)}" for name in differing)
         where = "its metadata say so"
-        if arguments.output.suffix != checkpoints.SAFETENSORS:
+        if arguments.output.suffix not in (checkpoints.SAFETENSORS, ""):
             where = f'give family="{checkpoint.family}"'
         notes.append(
             f"these weights are for a network with {constants}, which is not what "

@@ -10,7 +10,7 @@ Source: Tan & Le (arXiv 1905.11946); module tree, initialisation and random draw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_fast import backends
+from effnet_fast.checkpoints.facts import FACTS_ENTRY, IMAGE_FIELDS, Facts, facts_of
 from effnet_fast.inference.own_plan import OwnPlan, forget_plan
 from effnet_fast.inference.parts import InferenceParts, enter
 from effnet_fast.models import features_plan
@@ -80,7 +81,8 @@ class Backbone(nn.Module):
         TypeError: a norm_layer that cannot be called.
     """
 
-    __jit_unused_properties__ = ("memory", "plan")  # TorchScript compiles others, and cannot these
+    # TorchScript compiles properties, these it cannot.
+    __jit_unused_properties__ = ("memory", "plan", "class_names")
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class Backbone(nn.Module):
         check_probability("stochastic_depth_prob", stochastic_depth_prob)
         _check_backend(backend)
         check_memory(memory)
+        by_variant = norm_layer is None
         if norm_layer is None:
             norm_layer = partial(nn.BatchNorm2d, eps=variant.bn_eps, momentum=variant.bn_momentum)
         elif not callable(norm_layer):
@@ -128,7 +131,7 @@ class Backbone(nn.Module):
                 variant.stem_channels,
                 kernel_size=3,
                 stride=2,
-                padding="same" if variant.padding == "same" else None,
+                padding=variant.padding_of(None),
             ),
             *makers_of_stages(variant, stochastic_depth_prob, norm_layer),
             partial(conv, variant.stages[-1].out_channels, variant.head_channels, kernel_size=1),
@@ -137,6 +140,8 @@ class Backbone(nn.Module):
             del makers[self.feature_info.get("stage")[-1] + 1 :]
         self.features = features_plan.Sequential(*(make() for make in makers))
         self.memory = memory
+        if variant.expand_bn_momentum is not None and by_variant:
+            _set_momentum(self.features, variant.expand_bn_momentum)
 
     @property
     def plan(self) -> bool:
@@ -161,6 +166,12 @@ class Backbone(nn.Module):
         for module in self.features.modules():
             if isinstance(module, ResidualBlock):
                 module.memory = memory
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes where the checkpoint that the network is from has them."""
+        text = dict(self._origin).get(FACTS_ENTRY)
+        return facts_of(text).classes if text else ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -199,7 +210,7 @@ class Backbone(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # torch.save keeps this attribute of a state dict; who reads the file finds the family.
         metadata = getattr(destination, "_metadata", {})
-        metadata.setdefault(prefix[:-1], {}).update(self._origin)
+        metadata.setdefault(prefix[:-1], {}).update(remembered(self.variant, self._origin))
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module's; BatchNorms that `freeze` holds stay in eval mode."""
@@ -319,6 +330,24 @@ class Backbone(nn.Module):
             min_scale=min_scale,
             no_weight_decay=no_weight_decay,
         )
+
+
+def remembered(variant: Variant, origin: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """What a state dict keeps beside tensors: where the network is from, else its own images."""
+    entries = dict(origin)
+    if FACTS_ENTRY not in entries and variant.name not in VARIANTS:
+        images = {name: getattr(variant, name) for name in IMAGE_FIELDS}
+        entries[FACTS_ENTRY] = Facts(images=images).as_text()
+    return entries
+
+
+def _set_momentum(features: nn.Module, momentum: float) -> None:
+    """Sets the momentum of the BatchNorm behind each expansion, which depthwise layers follow."""
+    for module in features.modules():
+        if isinstance(module, ResidualBlock):
+            conv, norm, *_ = module.block[0].children()
+            if getattr(conv, "groups", 0) == 1 and isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = momentum
 
 
 def init_parameters(module: nn.Module) -> None:

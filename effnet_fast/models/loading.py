@@ -22,7 +22,14 @@ from effnet_fast.checkpoints.plain import memory_of
 from effnet_fast.files import naming_file
 from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.input_channels import adapt_input_channels
-from effnet_fast.models.variants import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, Variant
+from effnet_fast.models.variants import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VARIANTS,
+    Stage,
+    Variant,
+    custom_variant,
+)
 
 STEM, CLASSIFIER = "features.0.0.weight", "classifier.1.weight"
 SQUEEZE = ".fc1."  # in the names of squeeze-and-excitation
@@ -65,7 +72,7 @@ def load_network(
         warnings.warn(f"{os.fspath(path)}: {checkpoint.assumption}", stacklevel=3)
     state, origin = checkpoint.state, frozenset(checkpoint.metadata.items())
     with naming_file(os.fspath(path)):
-        found = family_variant(_find_variant(build, state, variant, classifies), checkpoint)
+        found = find_variant(checkpoint, variant, build, classifies)
         if classifies:
             options["num_classes"] = _classes(state, num_classes)
         options["in_chans"] = _channels_of_images(state, in_chans)
@@ -80,10 +87,13 @@ def load_network(
     if names - own.keys():  # of a norm_layer: nothing in the file would fill them
         model = build(found, **options)
         model.load_state_dict(state)
-        model._origin = origin
-        return model
+        return _remembering(model, origin)
     with naming_file(os.fspath(path)):
         model.load_state_dict(_parameters(state, own), assign=True)
+    return _remembering(model, origin)
+
+
+def _remembering(model: Built, origin: frozenset[tuple[str, str]]) -> Built:
     model._origin = origin
     return model
 
@@ -188,9 +198,14 @@ def family_variant(variant: Variant, checkpoint: Checkpoint) -> Variant:
         changes |= {"crop": side, "resize": side + family.crop_border}
     if family.mean is not None:
         changes |= {"mean": family.mean, "std": family.std}
+    if family.fixed:
+        changes["padded_as"] = variant.resolution
+    if family.expand_bn_momentum is not None:
+        changes["expand_bn_momentum"] = family.expand_bn_momentum
     if checkpoint.inception:
         changes |= {"mean": INCEPTION_MEAN, "std": INCEPTION_STD}
-    return replace(variant, **changes)
+    facts = checkpoint.facts
+    return replace(variant, **(changes | dict(facts.network) | dict(facts.images)))
 
 
 def published_variant(state: Mapping[str, Tensor]) -> Variant | None:
@@ -203,7 +218,46 @@ def published_variant(state: Mapping[str, Tensor]) -> Variant | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _find_variant(
+def find_variant(
+    checkpoint: Checkpoint,
+    given: Variant | str | None = None,
+    build: Callable[..., Backbone] = Backbone,
+    classifies: bool = False,
+) -> Variant:
+    """The network of a checkpoint, with its family's constants and its own preprocessing.
+
+    Args:
+        given: the size, or its name; None finds it.
+        build, classifies: make the network that an error is about.
+
+    Raises:
+        ValueError: no published size has these layers, and the checkpoint does not describe them.
+    """
+    table = checkpoint.facts.table
+    if given is None and table:
+        variant = _described(table)
+    else:
+        variant = _size(build, checkpoint.state, given, classifies)
+    return family_variant(variant, checkpoint)
+
+
+def _described(table: Mapping[str, Any]) -> Variant:
+    """The network of a table of layers: of a published size where one has the same layers."""
+    stages = tuple(Stage(*row) for row in table["baseline"])
+    variant = custom_variant(depth=table["depth"], width=table["width"], stages=stages)
+    variant = replace(variant, head=table["head"])
+    for stage in variant.stages:
+        list(variant.block_configs(stage))  # raises for what no block has
+        if stage.stride == 1 and stage.in_channels == stage.out_channels:
+            raise ValueError("the first block of a stage must stride or change the channels")
+    for known in VARIANTS.values():
+        layers = known.stages, known.head_channels, known.squeeze
+        if layers == (variant.stages, variant.head_channels, True):
+            return known
+    return variant
+
+
+def _size(
     build: Callable[..., Backbone],
     state: dict[str, Tensor],
     given: Variant | str | None,

@@ -20,7 +20,7 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
-from effnet_fast.modules.layers import MBConvConfig, check_padding
+from effnet_fast.modules.layers import MBConvConfig
 from effnet_fast.modules.widths import round_channels
 from effnet_fast.reference.activations import check_activation
 
@@ -30,6 +30,7 @@ LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 HEAD_RATIO = 4  # channels of the head over those of the last stage
 MBCONV, FUSED = "mbconv", "fused"  # kinds of blocks: MBConv and FusedMBConv
 KINDS = (MBCONV, FUSED)
+PADDINGS = ("symmetric", "same")
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,13 @@ class Variant:
         fixed_ends: whether the stem's channels and the repeats of the first and the last stage are
             the baseline's, whatever the multipliers.
         head: channels before the classifier; None means HEAD_RATIO times those of the last stage.
+        padded_as: with padding "same", the side of images whose padding images of every size get,
+            as in networks that fix it when they are built; None: each image gets its own.
+        squash: whether evaluation images are resized to squares, whatever their shape.
+        expand_bn_momentum: of the expansions' BatchNorms alone; None means bn_momentum.
 
     Raises:
-        ValueError: an unknown padding or activation.
+        ValueError: an unknown padding or activation, or a padded_as below 1.
     """
 
     name: str
@@ -143,9 +148,15 @@ class Variant:
     squeeze: bool = True
     fixed_ends: bool = False
     head: int | None = None
+    padded_as: int | None = None
+    squash: bool = False
+    expand_bn_momentum: float | None = None
 
     def __post_init__(self) -> None:
-        check_padding(self.padding)
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {self.padding!r}")
+        if self.padded_as is not None and self.padded_as < 1:
+            raise ValueError(f"padded_as must be at least 1, got {self.padded_as}")
         check_activation("activation", self.activation)
 
     @functools.cached_property
@@ -168,6 +179,7 @@ class Variant:
 
     def block_configs(self, stage: Stage) -> Iterator[MBConvConfig]:
         """The geometry of each block of one of `stages`; those after the first are alike."""
+        padding = self.padding_of(stage)
         for repeat in range(stage.repeats):
             yield MBConvConfig(
                 expand_ratio=stage.expand_ratio,
@@ -175,10 +187,23 @@ class Variant:
                 stride=stage.stride if repeat == 0 else 1,
                 input_channels=stage.in_channels if repeat == 0 else stage.out_channels,
                 out_channels=stage.out_channels,
-                padding=self.padding,
+                padding=padding,
                 activation=self.activation,
                 squeeze=self.squeeze and stage.kind == MBCONV,
             )
+
+    def padding_of(self, stage: Stage | None) -> str:
+        """The padding of the stem (None), or of a stage's first block, as `MBConvConfig` has it."""
+        side = self.padded_as
+        if side is None or self.padding != "same":
+            return self.padding
+        if stage is not None:
+            side = (side + 1) // 2  # behind the stem
+            for before in self.stages:
+                if before is stage:
+                    break
+                side = -(-side // before.stride)
+        return "symmetric" if side % 2 else "even"
 
     @property
     def stem_channels(self) -> int:

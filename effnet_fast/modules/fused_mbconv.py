@@ -31,7 +31,7 @@ def _layers(config: MBConvConfig, norm_layer: Callable[..., nn.Module]) -> Itera
         expanded if projects else config.out_channels,
         kernel_size=config.kernel,
         stride=config.stride,
-        padding="same" if config.padding == "same" else None,
+        padding=config.padding,
         activation_layer=ACTIVATION_LAYERS[config.activation],
     )
     if projects:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.modules import checkpointing, fused_forward, in_turn, observed, structure
-from effnet_fast.modules.same_padding import Conv2dSame
+from effnet_fast.modules.same_padding import Conv2dSame, even_padding
 from effnet_fast.modules.stochastic_depth import StochasticDepth
 from effnet_fast.modules.widths import round_channels
 from effnet_fast.reference.activations import check_activation
 
-PADDINGS = ("symmetric", "same")
+PADDINGS = ("symmetric", "same", "even")
 # The module of each activation by its name; "identity" is the absence of one.
 ACTIVATION_LAYERS: Mapping[str, type[nn.Module] | None] = MappingProxyType(
     {name: kind for kind, name in structure.ACTIVATIONS.items()} | {"identity": None}
@@ -66,8 +66,9 @@ class Conv2dNormActivation(nn.Sequential):
         in_channels, out_channels: channels of x and y.
         kernel_size: K of the square kernel.
         stride: the same in both directions.
-        padding: on every side; None means (K-1)//2 * dilation, "same" what TensorFlow means by it,
-            for which the convolution is a Conv2dSame where that makes a difference.
+        padding: on every side; None or "symmetric" means (K-1)//2 * dilation, "same" what
+            TensorFlow means by it, and "even" what it gives even sizes, whatever the size. For
+            these two the convolution is a Conv2dSame where that makes a difference.
         groups: groups of the convolution.
         norm_layer: makes the normalisation from its channels; None leaves it out.
         activation_layer: makes the activation; None leaves it out.
@@ -98,12 +99,15 @@ class Conv2dNormActivation(nn.Sequential):
             "bias": bias,
         }
         # At stride 1 an odd kernel is padded alike on both sides, whichever the rule.
-        same = padding == "same" and (stride != 1 or kernel_size % 2 == 0)
-        if padding is None or padding == "same":
+        differs = padding in ("same", "even") and (stride != 1 or kernel_size % 2 == 0)
+        if differs and padding == "even":
+            sides = even_padding(dilation * (kernel_size - 1) + 1, stride)
+            options["sides"] = (*sides, *sides)
+        if padding is None or isinstance(padding, str):
             padding = (kernel_size - 1) // 2 * dilation
         layers: list[nn.Module] = [
             Conv2dSame(in_channels, out_channels, kernel_size, **options)
-            if same
+            if differs
             else nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, **options)
         ]
         if norm_layer is not None:
@@ -178,7 +182,8 @@ class MBConvConfig:
         kernel: K of the convolution that looks at neighbours (MBConv's is depthwise), odd.
         stride: its stride, 1 or 2.
         input_channels, out_channels: channels of the block's input and output.
-        padding: its padding: "symmetric", (K-1)//2 on both sides, or "same".
+        padding: its padding: "symmetric", (K-1)//2 on both sides, "same", or "even", SAME padding
+            of even sizes, whatever the size.
         activation: after every convolution but a projection, one of ACTIVATION_LAYERS.
         squeeze: whether an MBConv has squeeze-and-excitation.
 
@@ -241,7 +246,7 @@ def _mbconv_layers(
         expanded,
         kernel_size=config.kernel,
         stride=config.stride,
-        padding="same" if config.padding == "same" else None,
+        padding=config.padding,
         groups=expanded,
         activation_layer=activation,
     )

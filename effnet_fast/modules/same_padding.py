@@ -26,19 +26,30 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def even_padding(kernel: int, stride: int) -> tuple[int, int]:
+    """SAME padding of sizes that the stride divides, before and after."""
+    return same_padding(stride, kernel, stride)
+
+
 class Conv2dSame(nn.Conv2d):
     """nn.Conv2d with SAME padding, which depends on the size of the input.
 
     x [N,Cin,H,W] -> y [N,Cout,ceil(H/stride),ceil(W/stride)]. Parameters and state dict are those
     of nn.Conv2d.
 
+    Attributes:
+        sides: (left, right, top, bottom) padding of an input of any size; None for SAME.
+
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype: as
             nn.Conv2d.
+        sides: the attribute.
 
     Raises:
         TypeError: `padding` is given.
     """
+
+    sides: tuple[int, int, int, int] | None = None  # of those in pickles that lack it
 
     def __init__(
         self,
@@ -52,6 +63,7 @@ class Conv2dSame(nn.Conv2d):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        sides: tuple[int, int, int, int] | None = None,
     ) -> None:
         super().__init__(
             in_channels,
@@ -64,8 +76,11 @@ class Conv2dSame(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
+        self.sides = sides
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.sides is not None:
+            return self._conv_forward(F.pad(input, self.sides), self.weight, self.bias)
         height = self.dilation[0] * (self.kernel_size[0] - 1) + 1
         width = self.dilation[1] * (self.kernel_size[1] - 1) + 1
         top, bottom = same_padding(input.shape[2], height, self.stride[0])
@@ -73,4 +88,5 @@ class Conv2dSame(nn.Conv2d):
         return self._conv_forward(F.pad(input, (left, right, top, bottom)), self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, padding=same"
+        padding = "same" if self.sides is None else self.sides
+        return f"{super().extra_repr()}, padding={padding}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP")
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's channel means over [0, 1], red green blue
 STD = (0.229, 0.224, 0.225)
-INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest-exact")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L")  # 16-bit grey, which Pillow would clip at 255
 
@@ -71,9 +71,11 @@ class ImageClassification(nn.Module):
 
     Args:
         crop_size: side of the centre crop, pixels; what the image lacks is filled with zeros.
-        resize_size: length of the shorter side after resizing, pixels.
+        resize_size: length of the shorter side after resizing, pixels; or height and width, to
+            which images of any shape are resized.
         mean, std: per channel, of values scaled to [0, 1].
-        interpolation: "bilinear" or "bicubic", or torchvision's InterpolationMode of these.
+        interpolation: "bilinear", "bicubic" or "nearest-exact", or torchvision's
+            InterpolationMode of these.
         antialias: whether tensors are filtered when they shrink; Pillow images always are.
 
     Raises:
@@ -87,14 +89,19 @@ class ImageClassification(nn.Module):
         self,
         *,
         crop_size: int,
-        resize_size: int = 256,
+        resize_size: int | Sequence[int] = 256,
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
         interpolation: Any = "bilinear",
         antialias: bool | None = True,
     ) -> None:
         super().__init__()
-        for name, size in (("crop_size", crop_size), ("resize_size", resize_size)):
+        sides: list[Any] = [resize_size]
+        if isinstance(resize_size, (list, tuple)):
+            sides = [*resize_size]
+        if len(sides) not in (1, 2):
+            raise ValueError(f"resize_size must be one or two ints, got {resize_size!r}")
+        for name, size in (("crop_size", crop_size), *(("resize_size", side) for side in sides)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
         interpolation = getattr(interpolation, "value", interpolation)
@@ -107,7 +114,7 @@ class ImageClassification(nn.Module):
                 f"mean and std must be three numbers, std without 0; got {mean!r} and {std!r}"
             )
         self.crop_size = [crop_size]
-        self.resize_size = [resize_size]
+        self.resize_size = sides
         self.mean = list(mean)
         self.std = list(std)
         self.interpolation = interpolation
@@ -145,7 +152,7 @@ class ImageClassification(nn.Module):
             )
         image = _to_rgb(image)
         width, height = image.size
-        new_height, new_width = _resized(height, width, self.resize_size[0])
+        new_height, new_width = self._resized(height, width)
         limit = Image.MAX_IMAGE_PIXELS
         grows = new_height * new_width > height * width
         if limit is not None and grows and new_height * new_width > limit:
@@ -154,7 +161,8 @@ class ImageClassification(nn.Module):
                 f"{self.resize_size[0]} it would have {new_height * new_width} pixels, more than "
                 f"{limit}"
             )
-        image = image.resize((new_width, new_height), Image.Resampling[self.interpolation.upper()])
+        way = self.interpolation.partition("-")[0]
+        image = image.resize((new_width, new_height), Image.Resampling[way.upper()])
         side = self.crop_size[0]
         left, top = _crop_start(new_width, side), _crop_start(new_height, side)
         image = image.crop((left, top, left + side, top + side))
@@ -167,12 +175,29 @@ class ImageClassification(nn.Module):
         if x.ndim < 3 or x.shape[-3] != 3:
             raise ValueError(f"a tensor image must be of shape [...,3,H,W], got {tuple(x.shape)}")
         height, width = x.shape[-2:]
-        size = _resized(height, width, self.resize_size[0])
+        size = self._resized(height, width)
         if size != (height, width):
             x = self._resize_tensor(x, size)
         side = self.crop_size[0]
         top, left = _crop_start(size[0], side), _crop_start(size[1], side)
         return F.pad(x, (-left, left + side - size[1], -top, top + side - size[0]))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing."""
+        if len(self.resize_size) == 1:
+            return _resized(height, width, self.resize_size[0])
+        _check_pixels(height, width)
+        return self.resize_size[0], self.resize_size[1]
+
+    def _way(self) -> dict[str, Any]:
+        """How tensors are resized, for torch's interpolate."""
+        if self.interpolation == "nearest-exact":
+            return {"mode": self.interpolation}
+        return {
+            "mode": self.interpolation,
+            "align_corners": False,
+            "antialias": bool(self.antialias),
+        }
 
     def _resize_tensor(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         leading, dtype = x.shape[:-3], x.dtype
@@ -183,9 +208,7 @@ class ImageClassification(nn.Module):
         x = F.interpolate(
             x.reshape(-1, *x.shape[-3:]),
             size,
-            mode=self.interpolation,
-            align_corners=False,
-            antialias=bool(self.antialias),
+            **self._way(),
         )
         if dtype == torch.uint8 and self.interpolation == "bicubic":
             x = x.clamp(0, 255)  # bicubic overshoots
@@ -207,13 +230,15 @@ class Preprocessing(Protocol):
     def std(self) -> tuple[float, ...]: ...
     @property
     def interpolation(self) -> str: ...
+    @property
+    def squash(self) -> bool: ...
 
 
 def preset(variant: Preprocessing) -> ImageClassification:
     """The preset that `variant` prescribes (a row of `effnet_fast.models.variants.VARIANTS`)."""
     return ImageClassification(
         crop_size=variant.crop,
-        resize_size=variant.resize,
+        resize_size=[variant.resize] * 2 if variant.squash else variant.resize,
         mean=variant.mean,
         std=variant.std,
         interpolation=variant.interpolation,
@@ -230,10 +255,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _resized(height: int, width: int, shorter_side: int) -> tuple[int, int]:
     """Height and width when the shorter of them becomes `shorter_side`."""
-    if min(height, width) < 1:
-        raise ValueError(f"an image of {width}x{height} pixels has none to resize")
+    _check_pixels(height, width)
     longer_side = int(shorter_side * max(height, width) / min(height, width))
     return (longer_side, shorter_side) if width <= height else (shorter_side, longer_side)
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if min(height, width) < 1:
+        raise ValueError(f"an image of {width}x{height} pixels has none to resize")
 
 
 def _crop_start(length: int, side: int) -> int:

@@ -92,7 +92,7 @@ def test_metadata_tell_whatever_the_names(tmp_path, tiny, family):
     checkpoints.save(tiny, path, {FAMILY_ENTRY: family})
     assert checkpoints.open_checkpoint(path).family == family
     assert checkpoints.open_checkpoint(path, "nvidia").family == "nvidia"
-    checkpoints.save(tiny, path, {FAMILY_ENTRY: "keras"})
+    checkpoints.save(tiny, path, {FAMILY_ENTRY: "caffe"})
     assert checkpoints.open_checkpoint(path).family == "torchvision"
 
 
@@ -122,4 +122,4 @@ def test_input_normalisation(tmp_path, tiny, name, inception):
 
 def test_refuses_unknown_families(tmp_path):
     with pytest.raises(ValueError, match="family must be one of auto, torchvision, timm, timm_tf"):
-        checkpoints.open_checkpoint(Path("absent"), "keras")
+        checkpoints.open_checkpoint(Path("absent"), "caffe")

@@ -189,10 +189,10 @@ def test_a_missing_projection_leaves_the_other_names():
 
 
 def test_refuses_wrong_arguments(tiny):
-    with pytest.raises(ValueError, match=r"to must be one of torchvision, timm, .*, got 'keras'"):
-        checkpoints.convert(tiny, "keras")
+    with pytest.raises(ValueError, match=r"to must be one of torchvision, timm, .*, got 'caffe'"):
+        checkpoints.convert(tiny, "caffe")
     with pytest.raises(ValueError, match="source must be one of"):
-        checkpoints.convert(tiny, "timm", source="keras")
+        checkpoints.convert(tiny, "timm", source="caffe")
     with pytest.raises(ValueError, match="named as torchvision names them, not as lukemelas does"):
         checkpoints.convert(tiny, "timm", source="lukemelas")
     with pytest.raises(ValueError, match="not an EfficientNet's state dict"):

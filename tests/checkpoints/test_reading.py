@@ -316,7 +316,7 @@ def test_load_keeps_what_surgery_added(tmp_path, tiny):
 
 def test_load_refuses_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="format must be one of auto, torchvision"):
-        checkpoints.load(tmp_path / "a.pth", format="keras")
+        checkpoints.load(tmp_path / "a.pth", format="caffe")
 
 
 def test_load_passes_on_file_errors(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from effnet_fast import EfficientNet, checkpoints, cli
-from effnet_fast.checkpoints import FAMILIES
+from effnet_fast.cli.convert import TARGETS
 
 CLASSES = 3
 
@@ -38,7 +38,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", FAMILIES)
+@pytest.mark.parametrize("to", TARGETS)
 @pytest.mark.parametrize("suffixes", [(".pth", ".safetensors"), (".safetensors", ".pth")])
 def test_there_and_back(tmp_path, state, to, suffixes, capsys):
     before, there, back = (tmp_path / f"{i}{s}" for i, s in enumerate([*suffixes, suffixes[0]]))

@@ -74,7 +74,9 @@ def test_only_layers_that_stride_differ():
 
 
 def test_refuses_unknown_padding():
-    with pytest.raises(ValueError, match="padding must be one of symmetric, same, got 'valid'"):
+    with pytest.raises(
+        ValueError, match="padding must be one of symmetric, same, even, got 'valid'"
+    ):
         MBConvConfig(6, 3, 1, 8, 8, padding="valid")
     with pytest.raises(ValueError, match="padding must be one of"):
         replace(VARIANTS["b0"], padding="valid")

@@ -90,10 +90,21 @@ def same(conv: Any) -> None:
     """TensorFlow's padding, by the size of the images."""
 
 
+def _same_or_sides(conv: Any) -> Sides | None:
+    sides: Any = conv.sides
+    if sides is None:
+        return None
+    if type(sides) is not tuple or len(sides) != 4 or not all(type(n) is int for n in sides):
+        raise RefusedError(f" has sides {sides}")
+    if min(sides) < 0:
+        raise RefusedError(f" has sides {sides}")
+    return sides
+
+
 # How a convolution of exactly this class pads.
 PADDINGS: dict[type, Callable[[Any], Sides | None]] = {
     nn.Conv2d: sides,
-    Conv2dSame: same,
+    Conv2dSame: _same_or_sides,
 }
 # Classes of convolutions whose stride may be a list, which somebody may edit: it is a constant of
 # one call, and who keeps what was read for another has to read it again.

@@ -165,7 +165,7 @@ CONVOLUTION = (
 )
 structure.SETTINGS |= {
     nn.Conv2d: CONVOLUTION,
-    Conv2dSame: CONVOLUTION,
+    Conv2dSame: (*CONVOLUTION, "sides"),
     nn.BatchNorm2d: ("training", "eps"),
     nn.ReLU6: ("min_val", "max_val"),
     nn.AdaptiveAvgPool2d: ("output_size",),
