@@ -34,7 +34,10 @@ def _is_share(value: object) -> bool:
 
 
 def _are_numbers(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
+    """Whether a value is a list of a number for each channel."""
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= LARGEST:
+        return False
+    return all(map(is_number, value))
 
 
 def _are_scales(value: Any) -> bool:

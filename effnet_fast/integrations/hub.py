@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from effnet_fast import checkpoints, files
+from effnet_fast.checkpoints.facts import FACTS_ENTRY
 
 # Modules of networks are imported where they are used: theirs imports this one.
 if TYPE_CHECKING:
@@ -29,32 +30,29 @@ OWN_OPTIONS = ("backend", "memory")  # how to run a network, whatever it is
 
 
 class HubMethods(nn.Module):
-    """Base of `EfficientNet`: to save a network to a folder or the Hub, and to load one.
+    """Base of `EfficientNet`: to save a network to a folder or the Hub, and to load one."""
 
-    Attributes:
-        categories: names of the classes, in the order of the logits; None where they are not known.
-    """
-
-    categories: Sequence[str] | None = None
+    if TYPE_CHECKING:
+        class_names: tuple[str, ...]
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, categories: Sequence[str] | None = None
+        self, folder: str | os.PathLike[str], *, class_names: Sequence[str] | None = None
     ) -> None:
         """Writes model.safetensors and config.json, from which `from_pretrained` rebuilds it.
 
         Args:
             folder: is made where there is none.
-            categories: names of the classes; None means `self.categories`.
+            class_names: names of the classes; None means `self.class_names`.
 
         Raises:
             ValueError: the network is not what its own arguments build (another layer was put in,
                 another normalisation, layers were removed): the first difference is named.
-                Categories that are not one name for each class.
+                Names that are not one for each class.
             OSError: the folder cannot be written.
         """
         from effnet_fast.integrations import hub_config
 
-        config = _config_of(self, categories)
+        config = _config_of(self, class_names)
         state = self.state_dict()
         _check_rebuilt(self, config)
         os.makedirs(folder, exist_ok=True)
@@ -66,7 +64,7 @@ class HubMethods(nn.Module):
         self,
         repo_id: str,
         *,
-        categories: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
         commit_message: str = "Push model using effnet_fast",
         private: bool | None = None,
         token: str | bool | None = None,
@@ -84,7 +82,7 @@ class HubMethods(nn.Module):
         """
         api = _huggingface_hub().HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, categories=categories)
+            self.save_pretrained(folder, class_names=class_names)
             repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -169,11 +167,11 @@ def _load(cls: Any, config_file: str, weights_file: str, options: dict[str, Any]
             lambda: cls(config.variant, **{**config.options, **options}), state
         )
     model._origin = frozenset(config.origin.items())
-    model.categories = config.categories
+    model.class_names = config.class_names
     return model.eval()
 
 
-def _config_of(model: Any, categories: Sequence[str] | None) -> NetworkConfig:
+def _config_of(model: Any, class_names: Sequence[str] | None) -> NetworkConfig:
     """The arguments of a network, as it is now."""
     from effnet_fast.integrations import hub_config
 
@@ -188,11 +186,11 @@ def _config_of(model: Any, categories: Sequence[str] | None) -> NetworkConfig:
         "stochastic_depth_prob": model.stochastic_depth_prob,
         "memory": model.memory,
     }
-    if categories is None:
-        categories = model.categories
-    if categories is not None:
-        categories = hub_config.check_categories(categories, num_classes)
-    return hub_config.NetworkConfig(model.variant, options, dict(model._origin), categories)
+    names: Any = model.class_names if class_names is None else class_names
+    if class_names is not None or names:
+        names = hub_config.check_class_names(names, num_classes)
+    origin = {name: entry for name, entry in model._origin if name != FACTS_ENTRY}
+    return hub_config.NetworkConfig(model.variant, options, origin, tuple(names))
 
 
 def _check_rebuilt(model: Any, config: NetworkConfig) -> None:

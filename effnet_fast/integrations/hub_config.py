@@ -24,13 +24,13 @@ class NetworkConfig(NamedTuple):
         variant: the row of the table.
         options: further arguments of `EfficientNet`.
         origin: the facts of a checkpoint's family that the network remembers.
-        categories: names of the classes, in the order of the logits; None where nobody gave them.
+        class_names: of the classes, in the order of the logits; () where nobody gave them.
     """
 
     variant: Variant
     options: dict[str, Any]
     origin: dict[str, str]
-    categories: tuple[str, ...] | None
+    class_names: tuple[str, ...]
 
 
 def write(config: NetworkConfig) -> str:
@@ -50,8 +50,8 @@ def write(config: NetworkConfig) -> str:
     }
     if config.origin:
         content["origin"] = config.origin
-    if config.categories is not None:
-        content["label_names"] = list(config.categories)
+    if config.class_names:
+        content["label_names"] = list(config.class_names)
     return json.dumps(content, indent=2, allow_nan=False, default=float) + "\n"
 
 
@@ -81,27 +81,27 @@ def read(text: str) -> NetworkConfig:
     variant = _variant(_checked("", content, "variant", _object))
     options = {name: _checked("", content, name, check) for name, check in OPTIONS.items()}
     origin = _origin(content.get("origin", {}))
-    categories = content.get("label_names")
-    if categories is not None:
-        categories = check_categories(categories, options["num_classes"], "label_names")
+    names: Any = content.get("label_names", ())
+    if "label_names" in content:
+        names = check_class_names(names, options["num_classes"], "label_names")
     architecture = _checked("", content, "architecture", _text)
     published = VARIANTS.get(architecture.removeprefix("efficientnet_"))
     if architecture != CUSTOM and published != variant:
         raise ValueError(f"architecture is {architecture!r}, but variant has other entries")
-    return NetworkConfig(variant, options, origin, categories)
+    return NetworkConfig(variant, options, origin, names)
 
 
-def check_categories(
-    categories: Any, num_classes: int, name: str = "categories"
+def check_class_names(
+    class_names: Any, num_classes: int, name: str = "class_names"
 ) -> tuple[str, ...]:
     """Names of classes as a tuple; ValueError for others than one text for each logit."""
-    if isinstance(categories, str) or not isinstance(categories, Sequence):
-        raise ValueError(f"{name} must be a sequence of names, got {categories!r}")
-    if not all(isinstance(category, str) for category in categories):
+    if isinstance(class_names, str) or not isinstance(class_names, Sequence):
+        raise ValueError(f"{name} must be a sequence of names, got {class_names!r}")
+    if not all(isinstance(entry, str) for entry in class_names):
         raise ValueError(f"{name} must hold text alone")
-    if len(categories) != num_classes:
-        raise ValueError(f"{name} has {len(categories)} names for {num_classes} classes")
-    return tuple(categories)
+    if len(class_names) != num_classes:
+        raise ValueError(f"{name} has {len(class_names)} names for {num_classes} classes")
+    return tuple(class_names)
 
 
 def _check_names(
@@ -218,6 +218,9 @@ VARIANT: dict[str, Check] = {
     "squeeze": _flag,
     "fixed_ends": _flag,
     "head": _optional(POSITIVE),
+    "padded_as": _optional(POSITIVE),
+    "squash": _flag,
+    "expand_bn_momentum": _optional(_number(0, 1)),
 }
 OPTIONS: dict[str, Check] = {
     "num_classes": _integer(0),

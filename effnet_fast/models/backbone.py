@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -169,9 +170,22 @@ class Backbone(nn.Module):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes where the checkpoint that the network is from has them."""
+        """The names of the classes in the order of the logits; () where they are not known.
+
+        A checkpoint may have them; its state dict and what is saved of the network keep them.
+        """
         text = dict(self._origin).get(FACTS_ENTRY)
         return facts_of(text).classes if text else ()
+
+    @class_names.setter
+    def class_names(self, names: Iterable[str]) -> None:
+        names, entries = tuple(names), dict(self._origin)
+        if names:  # beside which a size of one's own needs its images
+            entries = remembered(self.variant, self._origin)
+        facts = replace(facts_of(entries.pop(FACTS_ENTRY, "{}")), classes=names)
+        self._origin = frozenset(
+            (entries | ({FACTS_ENTRY: facts.as_text()} if facts else {})).items()
+        )
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -98,14 +98,14 @@ def test_the_family_of_a_checkpoint_is_remembered(tmp_path):
 
 def test_class_names(tmp_path):
     names = ["cat", "dog", "Katze", "犬"]
-    tiny().save_pretrained(tmp_path, categories=names)
+    tiny().save_pretrained(tmp_path, class_names=names)
     model = EfficientNet.from_pretrained(tmp_path)
-    assert model.categories == tuple(names)
+    assert model.class_names == tuple(names)
     model.save_pretrained(tmp_path / "again")
-    assert EfficientNet.from_pretrained(tmp_path / "again").categories == tuple(names)
+    assert EfficientNet.from_pretrained(tmp_path / "again").class_names == tuple(names)
     for wrong in (names[:3], "cats", [1, 2, 3, 4]):
-        with pytest.raises(ValueError, match="categories"):
-            tiny().save_pretrained(tmp_path, categories=wrong)
+        with pytest.raises(ValueError, match="class_names"):
+            tiny().save_pretrained(tmp_path, class_names=wrong)
 
 
 def test_how_to_run_it_may_be_given(folder):

@@ -130,6 +130,30 @@ def test_no_padded_copies():
     assert pads(model, x) == 0
 
 
+@pytest.mark.parametrize("padding", [(1, 1), (2, 0), "same"])
+def test_padding_beside_its_own_runs_as_stock(padding):
+    """Which adds it to the other, or refuses it by its name."""
+    model, x = EfficientNet(TINY_SAME).eval(), random_images(1, 48)
+    with torch.no_grad():
+        before = model(x)
+        model.features[2][0].block[1][0].padding = padding
+        with use_backend("reference"):
+            expected = outcome(model, x)
+        assert isinstance(expected, str) == isinstance(padding, str)
+        found = outcome(model, x)
+        assert found == expected if isinstance(found, str) else torch.allclose(found, expected)
+        model.features[2][0].block[1][0].padding = (0, 0)
+        assert torch.equal(model(x), before)
+
+
+def outcome(model, x):
+    """The result, or the text of the error."""
+    try:
+        return model(x)
+    except RuntimeError as error:
+        return str(error)
+
+
 @pytest.fixture(scope="module")
 def network():
     return EfficientNet(TINY_SAME).eval().requires_grad_(False)

@@ -92,6 +92,8 @@ def same(conv: Any) -> None:
 
 def _same_or_sides(conv: Any) -> Sides | None:
     sides: Any = conv.sides
+    if conv.padding != (0, 0):
+        raise RefusedError(f" has padding {conv.padding} beside its own")
     if sides is None:
         return None
     if type(sides) is not tuple or len(sides) != 4 or not all(type(n) is int for n in sides):
