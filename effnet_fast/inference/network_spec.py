@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from effnet_fast.backends.base import PLAIN
 from effnet_fast.inference import parts
-from effnet_fast.inference.parts import InferenceParts, Step
+from effnet_fast.inference.parts import InferenceParts, Stage, Step
 from effnet_fast.modules import structure
 from effnet_fast.modules.dense_block import DenseBlock
 from effnet_fast.modules.structure import RefusedError
@@ -98,7 +98,7 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     taps = {len(course.stages): 0} if result == LAST_MAP else {}
     taps |= {stage: index for index, stage in enumerate(given.taps)}
     blocks = [_block(*row, taps) for row in _blocks(course.stages)]
-    roots = [*course.stem.modules, *(stage for _, stage in course.stages)]
+    roots = [*course.stem.modules, *(stage.module for stage in course.stages)]
     watched = [*course.containers, *(m for root in roots for m in root.modules())]
     if given.head and course.last and head:
         roots = [*course.last.modules, given.head.pool]
@@ -125,32 +125,35 @@ def _convolution(step: Step, kind: str) -> structure.Layer:
         return layer
 
 
-def _blocks(stages: tuple[tuple[str, nn.Module], ...]) -> Iterator[tuple[str, nn.Module, int]]:
-    """Place and module of each block, and the stage whose last it is, or -1."""
-    for index, (place, stage) in enumerate(stages, start=1):
-        if structure.is_block(type(stage)):
-            yield place, stage, index
+def _blocks(stages: tuple[Stage, ...]) -> Iterator[tuple[Stage, int]]:
+    """Each block, and the stage whose last it is, or -1."""
+    for index, stage in enumerate(stages, start=1):
+        if structure.is_block(type(stage.module)):
+            yield stage, index
             continue
-        with _at(place):
-            parts.require_sequence(stage)
-            blocks = parts.in_order(stage)
+        with _at(stage.place):
+            parts.require_sequence(stage.module)
+            blocks = parts.in_order(stage.module)
             if not blocks:
                 raise RefusedError(" is empty")
         for number, block in enumerate(blocks):
             is_last = number == len(blocks) - 1
-            yield f"{place}.{number}", block, index if is_last else -1
+            yield Stage(f"{stage.place}.{number}", block), index if is_last else -1
 
 
-def _block(place: str, module: nn.Module, stage: int, taps: dict[int, int]) -> BlockSpec:
-    with _at(place):
+def _block(given: Stage, stage: int, taps: dict[int, int]) -> BlockSpec:
+    module = given.module
+    with _at(given.place):
         if not structure.is_block(type(module)):
             raise RefusedError(f" is {type(module).__name__}, none of the blocks that are known")
         structure.require(module)
-        block: structure.Block | DenseBlock = structure.structure_of(module)
+        block: structure.Block | DenseBlock = structure.structure_of(
+            module, *given.arguments.values()
+        )
         geometry = block.spatial
         if geometry.kernel[0] > MAX_KERNEL:
             raise RefusedError(f" has a kernel above {MAX_KERNEL}")
-        if not geometry.is_centred:
+        if not geometry.is_regular:
             raise RefusedError(
                 f" has a kernel of {geometry.kernel} with padding {geometry.padding}"
             )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -47,12 +47,20 @@ class Step(NamedTuple):
     read: Callable[[], structure.Layer]  # takes them apart, or raises RefusedError
 
 
+class Stage(NamedTuple):
+    """A block, or a sequence of blocks."""
+
+    place: str  # for reasons
+    module: nn.Module
+    arguments: Mapping[str, Any] = MappingProxyType({})  # what forward gives it beside the map
+
+
 class Course(NamedTuple):
     """What a network's forward calls in turn."""
 
     containers: tuple[nn.Module, ...]  # modules around these that only hand on
     stem: Step
-    stages: tuple[tuple[str, nn.Module], ...]  # by their places: blocks, and sequences of blocks
+    stages: tuple[Stage, ...]
     last: Step | None  # a classifier's last convolution
 
 
@@ -121,7 +129,7 @@ class FeaturesParts:
         last = None
         if self.head:
             last = whole(f"features.{len(children) - 1}", children[-1])
-        places = ((f"features.{i}", stage) for i, stage in enumerate(stages, start=1))
+        places = (Stage(f"features.{i}", stage) for i, stage in enumerate(stages, start=1))
         return Course((self.features,), whole("features.0", children[0]), tuple(places), last)
 
 

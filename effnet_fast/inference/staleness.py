@@ -72,7 +72,7 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
     on_cpu = [t for t in kept if t.device.type == "cpu" and t.numel()]
     for tensor in on_cpu:
         _require_memory(tensor)
-    return native.load().Watch(
+    native_watch = native.load().Watch(
         owners=owners,
         listings=listings,
         empty=empty,
@@ -85,6 +85,31 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
         tensor_type=torch.Tensor,
         bytes_tell=_bytes_tell(),
     )
+    lists = [v for owner in owners for value in owner[1].values() for v in _lists_in(value)]
+    return _WatchOfLists(native_watch, lists) if lists else native_watch
+
+
+class _WatchOfLists:
+    """A watch that compares lists among the settings by their values, too.
+
+    efficientnet_pytorch keeps strides in lists, which somebody may edit.
+    """
+
+    def __init__(self, native_watch: Any, lists: list[list[Any]]) -> None:
+        self._watch, self._lists = native_watch, lists
+        self._values = [tuple(found) for found in lists]
+        self.remember = native_watch.remember
+
+    def holds(self, threads: int) -> bool:
+        """As the watch's."""
+        same = all(tuple(a) == b for a, b in zip(self._lists, self._values, strict=True))
+        return same and bool(self._watch.holds(threads))
+
+
+def _lists_in(value: object) -> list[list[Any]]:
+    """Lists that a setting is, or that a tuple holds."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return [part for part in parts if isinstance(part, list)]
 
 
 @functools.cache
@@ -131,7 +156,10 @@ def _require_constants(module: nn.Module) -> None:
     """Raises RefusedError for a setting that could change and stay the same object."""
     for name in structure.SETTINGS.get(type(module), ()):
         value = module.__dict__.get(name)
-        parts = value if isinstance(value, tuple) else (value,)
+        parts = [*value] if isinstance(value, tuple) else [value]
+        for found in _lists_in(value):
+            parts.remove(found)
+            parts += found
         if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
             raise RefusedError(
                 f"the {name} of a {type(module).__name__} is {type(value).__name__}, no constant"

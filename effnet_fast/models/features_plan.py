@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effnet_fast import backends
 from effnet_fast.inference import parts
 from effnet_fast.inference.own_plan import is_training, plan_of
-from effnet_fast.inference.parts import Course, Head, in_order, whole
+from effnet_fast.inference.parts import Course, Head, Stage, in_order, whole
 from effnet_fast.models.execution import on_backend
 from effnet_fast.modules import in_turn, layers, stock, structure
 from effnet_fast.modules.foreign import FusedSequence
@@ -62,7 +62,7 @@ class _Parts(NamedTuple):
         if None in layers:
             raise RefusedError("it has a layer that is None")
         ends = self.ends_in_layer
-        stages = tuple((str(i), layers[i]) for i in range(1, len(layers) - ends))
+        stages = tuple(Stage(str(i), layers[i]) for i in range(1, len(layers) - ends))
         if not stages:
             raise RefusedError("it has no stage")
         last = whole(str(len(layers) - 1), layers[-1]) if ends else None

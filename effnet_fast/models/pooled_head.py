@@ -75,8 +75,8 @@ def run_pooled_head(model: Any, x: Tensor, backend: str) -> Tensor | None:
     with on_backend(model):
         walk = in_turn.Walk(x)
         call_step(walk, course.stem)
-        for _, stage in course.stages:
-            walk.call(stage)
+        for stage in course.stages:
+            walk.call(stage.module, **stage.arguments)
         last = _pooled_layer(model, course.last)  # a layer's hook may have changed the head
         pooled = None if last is None else fused_forward.run_pooled(last, walk.last)
     head = parts_of(model).head

@@ -115,21 +115,24 @@ class Walk:
         self._free = _is_free(x)
         self._passed: list[nn.Module] = []  # whose weights nobody has asked yet
 
-    def call(self, module: nn.Module) -> None:
-        """Calls the next module."""
+    def call(self, module: nn.Module, **arguments: Any) -> None:
+        """Calls the next module, with what it takes beside the last result."""
         x = self.last
         if not self._free:
-            self.last = module(x)
+            self.last = module(x, **arguments)
             return
         if sees(module):
-            self.last = module(self.result())
+            self.last = module(self.result(), **arguments)
             self._passed = []
             self._free = _is_free(self.last)  # the module decided as stock does
             return
         before, _thread.hidden = _thread.hidden, True
         try:
             # Fused modules take what they get: the stem's kernel takes images in any layout.
-            self.last = module(x if hasattr(module, "forward_stock") else to_nhwc(x))
+            if hasattr(module, "forward_stock"):
+                self.last = module(x, *arguments.values())  # to bind names takes 5 us
+            else:
+                self.last = module(to_nhwc(x), **arguments)
         finally:
             _thread.hidden = before
         self._passed.append(module)

@@ -64,6 +64,18 @@ class Geometry(NamedTuple):
         )
 
     @property
+    def is_regular(self) -> bool:
+        """Whether it pads some size of image as SAME does, as (K-1)//2 on both sides does too."""
+        if self.padding is None:
+            return True
+        left, right, top, bottom = self.padding
+        sides = (top, bottom), (left, right)
+        return all(
+            before + after in (k - 1, k - s) and before == (before + after) // 2
+            for (before, after), k, s in zip(sides, self.kernel, self.stride, strict=True)
+        )
+
+    @property
     def is_centred(self) -> bool:
         """Whether at stride 1 the output is as large as the image."""
         if self.padding is None:

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 
+import efficientnet_pytorch
 import timm
 import torch
 import torchvision
@@ -28,6 +29,12 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return functools.partial(torchvision.models.get_model, name, num_classes=10)
 
 
+def _lukemelas(**options: object) -> Callable[[], nn.Module]:
+    return functools.partial(
+        efficientnet_pytorch.EfficientNet.from_name, "efficientnet-b0", num_classes=10, **options
+    )
+
+
 # One of every kind of block, padding, activation and gate.
 SMOOTH = {
     "torchvision b0": _torchvision("efficientnet_b0"),
@@ -35,6 +42,8 @@ SMOOTH = {
     "efficientnet_b0": _timm("efficientnet_b0"),
     "tf_efficientnet_b0": _timm("tf_efficientnet_b0"),
     "tf_efficientnetv2_b0": _timm("tf_efficientnetv2_b0"),
+    "efficientnet_pytorch": _lukemelas(),
+    "efficientnet_pytorch, any size": _lukemelas(image_size=None),
 }
 # Their gradients jump where an activation bends.
 BENT = {
@@ -85,7 +94,7 @@ def _made(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = (NETWORKS | SMALL)[name]()
-    calibrate(model)
+        calibrate(model)
     return model
 
 

@@ -85,8 +85,8 @@ def _maps(model: Any, x: Tensor, backend: str) -> list[Tensor] | None:
         walk = in_turn.Walk(x)
         call_step(walk, course.stem)
         maps = [walk.result()] if 0 in taps else []
-        for index, (_, stage) in enumerate(course.stages, start=1):
-            walk.call(stage)
+        for index, stage in enumerate(course.stages, start=1):
+            walk.call(stage.module, **stage.arguments)
             if index in taps:
                 maps.append(walk.result())
     return maps

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_fast.inference.parts import Course, Head, Step
+from effnet_fast.inference.parts import Course, Head, Stage, Step
 from effnet_fast.models.foreign.network import Parts, enter
 from effnet_fast.modules import stock, structure
 from effnet_fast.modules.foreign_code import find
@@ -65,7 +65,7 @@ def _course(model: Any, names: tuple[str, ...]) -> Course:
         last = _step(model, "conv_head", "bn2")
     elif state.get("feature_hooks") is not None:
         raise RefusedError("its maps are taken by hooks")
-    stages = tuple((f"blocks.{name}", stage) for name, stage in blocks._modules.items())
+    stages = tuple(Stage(f"blocks.{name}", stage) for name, stage in blocks._modules.items())
     return Course(tuple(containers), _step(model, "conv_stem", "bn1"), stages, last)
 
 

@@ -14,6 +14,7 @@ segmentation_models_pytorch 0.6, https://github.com/qubvel-org/segmentation_mode
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch.nn.modules import padding
 from effnet_fast.modules import stock, structure
 from effnet_fast.modules.foreign import RECIPES, Finder, FusedWithDropRate, Recipe
 from effnet_fast.modules.readers import members
+from effnet_fast.modules.readers.own import CONVOLUTION
 from effnet_fast.modules.stochastic_depth import UNIFORM
 from effnet_fast.modules.structure import Part, RefusedError
 from effnet_fast.reference.arguments import Sides
@@ -71,6 +73,7 @@ class _Package(NamedTuple):
         identity: the path of the class that pads nothing.
         flags: reads a block's.
         keeps_absent: whether there is an identity in the place of an absent expansion.
+        settings: attributes of a block that flags reads, and its mode.
     """
 
     block: str
@@ -79,6 +82,7 @@ class _Package(NamedTuple):
     identity: str = ""
     flags: Callable[[Any], _Flags] = _flags
     keeps_absent: bool = False
+    settings: str = "_block_args id_skip has_se training"
 
 
 def _require_no_padding(conv: Any) -> None:
@@ -104,8 +108,8 @@ def _static(conv: Any) -> Sides:
 Table = dict[tuple[bool, bool], structure.Children]  # by whether a block expands and excites
 
 
-def _table(package: _Package, find: Finder) -> Table:
-    """The children of a block, and how their classes are read."""
+def _kinds(package: _Package, find: Finder) -> dict[str, structure.Kinds]:
+    """The classes of a block's children, and how they are read."""
     dynamic, static = (find(f"{package.parts}:{name}") for name in (_DYNAMIC, _STATIC))
     members.PADDINGS |= {dynamic: _require_no_padding, static: _static}
     members.LISTS.update((dynamic, static))
@@ -115,10 +119,16 @@ def _table(package: _Package, find: Finder) -> Table:
     pads = structure.one_of(nn.ZeroPad2d, nn.Identity, *identities)
     padded = structure.children_of((Part("static_padding", pads),))
     conv: structure.Kinds = {dynamic: None, static: padded}
-    norm, identity = structure.one_of(nn.BatchNorm2d), structure.one_of(nn.Identity)
+    norm = structure.one_of(nn.BatchNorm2d)
     kinds: dict[str, structure.Kinds] = dict.fromkeys(_NAMES.split(), conv)
     kinds |= dict.fromkeys(("_bn0", "_bn1", "_bn2"), norm)
     kinds["_swish"] = structure.one_of(*members.ACTIVATIONS, *own)
+    return kinds
+
+
+def _table(package: _Package, find: Finder) -> Table:
+    """The children of a block."""
+    kinds, identity = _kinds(package, find), structure.one_of(nn.Identity)
 
     def children(expands: bool, excites: bool) -> structure.Children:
         met = dict(kinds)
@@ -186,24 +196,52 @@ def _recipe(package: _Package) -> Recipe:
         f"{package.block}:MBConvBlock", f"{package.parts}:{_DYNAMIC}", f"{package.parts}:{_STATIC}"
     )  # fmt: skip
     own = [f"{package.parts}:{name}" for name in package.activations]
-    kinds = [block, dynamic, static, *own, *([package.identity] if package.identity else [])]
+    convs = dynamic, static
+    kinds = [block, *convs, *own, *([package.identity] if package.identity else [])]
     return Recipe(
         tuple(f"{kind}.forward" for kind in kinds),
         lambda find: _mbconv(package, find),
         FusedWithDropRate,
         (stock.BLOCK, _PADS),
         ((block, _NAMES), (dynamic, "weight bias"), (static, "weight bias static_padding")),
+        settings=((block, package.settings), *((kind, " ".join(CONVOLUTION)) for kind in convs)),
     )
+
+
+@functools.cache
+def layer_reader(name: str) -> Callable[[dict[str, Any]], structure.Layer]:
+    """Reads a network's convolution, BatchNorm and activation, given by their names in order.
+
+    Args:
+        name: of the package.
+    """
+    kinds = _kinds(PACKAGES[name], Finder("auto", "fast"))
+    classes = kinds[_DEPTHWISE], kinds["_bn1"], kinds["_swish"]
+
+    def read(children: dict[str, Any]) -> structure.Layer:
+        conv, bn, activation = children
+        names = conv, bn, activation
+        allowed = structure.children_of([Part(*part) for part in zip(names, classes, strict=True)])
+        structure.require_children(children, allowed)
+        return members.layer(children[conv], children[bn], children[activation], names)
+
+    return read
 
 
 _LITE = "efficientnet_lite_pytorch"
 _SMP = "segmentation_models_pytorch.encoders._efficientnet"
-for _package in (
-    _Package("efficientnet_pytorch.model", "efficientnet_pytorch.utils", ("MemoryEfficientSwish",)),
-    _Package(
+PACKAGES = {
+    "efficientnet_pytorch": _Package(
+        "efficientnet_pytorch.model", "efficientnet_pytorch.utils", ("MemoryEfficientSwish",)
+    ),
+    _LITE: _Package(
         f"{_LITE}.model", f"{_LITE}.utils", ("MemoryEfficientSwish", "Swish"),
         f"{_LITE}.utils:Identity",
     ),
-    _Package(_SMP, _SMP, (), flags=_flags_of_smp, keeps_absent=True),
-):  # fmt: skip
+    "segmentation_models_pytorch": _Package(
+        _SMP, _SMP, (), flags=_flags_of_smp, keeps_absent=True,
+        settings="_has_expansion _has_se _has_drop_connect training",
+    ),
+}  # fmt: skip
+for _package in PACKAGES.values():
     RECIPES[f"{_package.block}:MBConvBlock"] = _recipe(_package)

@@ -86,6 +86,28 @@ def test_a_plain_model_is_never_stale() -> None:
             models.assert_alike(x, backward=False)
 
 
+def test_lists_among_settings_may_be_edited() -> None:
+    """efficientnet_pytorch keeps strides in lists, and tells forward whether to drop."""
+    models, x = two("efficientnet_pytorch"), images()
+    with torch.no_grad():
+        before = models.assert_alike(x, backward=False)["y"]
+        assert is_planned(models.actual)
+        for edit in (
+            lambda m: m._blocks[3]._depthwise_conv.stride.__setitem__(slice(None), [1, 1]),
+            lambda m: m._blocks[3]._depthwise_conv.stride.__setitem__(slice(None), [2, 2]),
+            lambda m: m._blocks[4].train(),
+            lambda m: m._blocks[4].eval(),
+            lambda m: m._dropout.train(),
+            lambda m: m._dropout.eval(),
+            lambda m: setattr(m, "_swish", nn.ReLU()),
+            lambda m: setattr(m._blocks[1]._depthwise_conv.static_padding, "padding", (1, 1, 1, 1)),
+            lambda m: m._blocks.insert(3, m._blocks[2]),
+        ):
+            models.apply(edit)
+            models.assert_alike(x, backward=False)
+        assert not torch.equal(models.actual(x), before)
+
+
 def test_methods_that_are_replaced_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     models, x = two("efficientnet_b0"), images()
     kind = timm.models.EfficientNet
@@ -130,7 +152,7 @@ def test_an_encoder(name: str, training: bool) -> None:
     assert is_planned(actual) != training
 
 
-@pytest.mark.parametrize("name", ["torchvision b0", "tf_efficientnet_b0"])
+@pytest.mark.parametrize("name", ["torchvision b0", "tf_efficientnet_b0", "efficientnet_pytorch"])
 def test_deploy_takes_it_accelerated_or_not(name: str) -> None:
     models, x = trio(name), images()
     for model in (models.actual, models.stock):
