@@ -8,7 +8,7 @@ Source: "Notes on padding", https://www.tensorflow.org/api_docs/python/tf/nn#not
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +49,10 @@ class Conv2dSame(nn.Conv2d):
         TypeError: `padding` is given.
     """
 
-    sides: tuple[int, int, int, int] | None = None  # of those in pickles that lack it
+    if TYPE_CHECKING:  # TorchScript cannot read what is postponed
+        sides: tuple[int, int, int, int] | None
+    else:
+        sides = None  # of those in pickles that lack it
 
     def __init__(
         self,
