@@ -33,7 +33,7 @@ def refuse_global_hooks() -> None:
 
 # Methods of modules that a call looks up on the instance, which may have one of its own.
 METHODS = frozenset({
-    "_call_impl", "_check_input_dim", "_compiled_call_impl", "_conv_forward", "forward",
+    "_call_impl", "_check_input_dim", "_compiled_call_impl", "_conv_forward", "_scale", "forward",
     "forward_stock", "gate",
 })  # fmt: skip
 
@@ -55,6 +55,7 @@ def is_altered(state: dict[str, Any]) -> Any:
         or "_check_input_dim" in state
         or "forward_stock" in state
         or "gate" in state
+        or "_scale" in state  # of torchvision's squeeze-and-excitation
     )
 
 

@@ -241,6 +241,7 @@ PAD = Stock(
     (padding, "F"),
 )
 IDENTITY = Stock((nn.Identity, _FORWARD))
+FLATTEN = Stock((nn.Flatten, _FORWARD))
 DROPOUT = Stock((nn.Dropout, _FORWARD), (F, "dropout"), (dropout, "F"))
 # Below an activation or a gate of this name; those of the tables above stand for SiLU and sigmoid.
 # Fused ops differentiate ReLU6 a second time by its own function, which its module does not call.

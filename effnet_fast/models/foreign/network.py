@@ -119,6 +119,6 @@ def enter(
             )
 
     RECIPES[path] = Recipe(
-        (*methods, *code), None, FusedNetwork, (stock.NETWORK,),
+        (*methods, *code), None, FusedNetwork, (stock.NETWORK, stock.FLATTEN),
         settings=settings, parts=below, is_block=False, finish=finish, inner=inner,
     )  # fmt: skip

@@ -35,12 +35,22 @@ def _step(model: Any, conv: str, bn: str) -> Step:
     return Step(conv, modules, read)
 
 
+def _shows_checkpoints(model: Any, blocks: Any) -> bool:
+    """Whether checkpointing changes more than memory.
+
+    A BatchNorm in training counts the batch that runs again, and forward passes by the hooks of
+    stages.
+    """
+    if any(part.training for part in model.modules()):
+        return True
+    stages = (stage for stage in blocks._modules.values() if stage is not None)
+    return any(structure.is_altered(stage.__dict__) for stage in stages)
+
+
 def _course(model: Any, names: tuple[str, ...]) -> Course:
     state = model.__dict__
     if not state.keys().isdisjoint(names):
         raise structure.hidden(state, names)
-    if model.grad_checkpointing and model.training:
-        raise RefusedError("gradient checkpointing is on")
     table = state["_modules"]
     if missing := [name for name in names if table.get(name) is None]:
         raise RefusedError(f"it has no {missing[0]}")
@@ -50,6 +60,8 @@ def _course(model: Any, names: tuple[str, ...]) -> Course:
         structure.require(blocks, nn.Sequential)
     except RefusedError as refused:
         raise RefusedError(f"blocks{refused}") from None
+    if model.grad_checkpointing and _shows_checkpoints(model, blocks):
+        raise RefusedError("gradient checkpointing is on")
     last = None
     if "global_pool" in names:
         if type(table["conv_head"]) is nn.Identity:
@@ -84,10 +96,11 @@ def _run_head(model: Any, x: Tensor) -> Tensor:
 
 
 def _flattens(pool: Any) -> bool:
-    """Whether a SelectAdaptivePool2d makes [N,C] of what its child `pool` gives."""
+    """Whether a SelectAdaptivePool2d makes [N,C] of what its child `pool` gives, and no more."""
     flatten = pool._modules.get("flatten")
-    state = getattr(flatten, "__dict__", {})
-    return type(flatten) is nn.Flatten and state.items() >= _FLATTENS.items()
+    if type(flatten) is not nn.Flatten or structure.is_altered(flatten.__dict__):
+        return False
+    return flatten.__dict__.items() >= _FLATTENS.items()
 
 
 _CLASSIFIER = "conv_stem", "bn1", "blocks", "conv_head", "bn2", "global_pool", "classifier"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -222,3 +224,56 @@ def test_the_backend_is_that_of_accelerate() -> None:
     models.stock.train()
     fast = run_network(models.stock, x)
     assert lean.keys() == fast.keys()
+
+
+def _doubled(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def _hook_flatten(model: nn.Module) -> None:
+    model.get_submodule("global_pool.flatten").register_forward_hook(_doubled)
+
+
+def _hook_stage_of_checkpoints(model: Any) -> None:
+    model.set_grad_checkpointing()
+    model.blocks[1].register_forward_hook(_doubled)
+
+
+def _patch_scale(model: nn.Module) -> None:
+    excite = model.get_submodule("features.1.0.block.1")
+    scale: Any = excite._scale
+    vars(excite)["_scale"] = lambda x: 2 * scale(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("efficientnet_b0", _hook_flatten),
+        ("efficientnet_b0", _hook_stage_of_checkpoints),
+        ("torchvision b0", _patch_scale),
+    ],
+)
+def test_edits_are_seen_after_a_plan(name: str, edit: Callable[[nn.Module], None]) -> None:
+    models, x = two(name), images()
+    with torch.no_grad():
+        models.actual(x)
+        for model in (models.actual, models.stock):
+            edit(model)
+        expected = models.stock(x)
+        torch.testing.assert_close(
+            models.actual(x), expected, rtol=0, atol=1e-4 * float(expected.abs().max())
+        )
+
+
+def test_checkpoints_count_the_batches_of_blocks_in_training() -> None:
+    models, x = two("efficientnet_b0"), images()
+    for model in (models.actual, models.stock):
+        network: Any = model.eval()
+        network.blocks.train()
+        network.set_grad_checkpointing()
+        network(x).sum().backward()
+    counts = (
+        [n.num_batches_tracked for n in m.modules() if isinstance(n, nn.BatchNorm2d)]
+        for m in (models.actual, models.stock)
+    )
+    assert len({*map(str, counts)}) == 1
