@@ -147,10 +147,8 @@ class TreeReader:
         except RefusedError as refused:
             raise _placed(name, refused) from None
         project = found[1] if len(found) == 2 else None
-        names = "block.0", "block.1"
-        return members.dense_block(
-            found[0], project, _skip(module, drop_path), names, module.memory
-        )
+        names, memory = ("block.0", "block.1"), self._memory or module.memory
+        return members.dense_block(found[0], project, _skip(module, drop_path), names, memory)
 
 
 def _placed(name: str, refused: RefusedError) -> RefusedError:

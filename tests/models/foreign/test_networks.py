@@ -21,6 +21,10 @@ from networks import Pair, random_images, run_network
 from tolerances import assert_parity
 
 BLOCKS_ALONE = ("mobilenetv3_large_100",)  # networks of a class that has no front
+DEPLOYED = (
+    *("torchvision b0", "torchvision v2_s", "tf_efficientnet_b0", "tf_efficientnetv2_b0"),
+    "efficientnet_pytorch",
+)
 MAPS = ("efficientnet_b0", "tf_efficientnetv2_b0", "tf_efficientnet_lite0")
 
 
@@ -154,7 +158,7 @@ def test_an_encoder(name: str, training: bool) -> None:
     assert is_planned(actual) != training
 
 
-@pytest.mark.parametrize("name", ["torchvision b0", "tf_efficientnet_b0", "efficientnet_pytorch"])
+@pytest.mark.parametrize("name", DEPLOYED)
 def test_deploy_takes_it_accelerated_or_not(name: str) -> None:
     models, x = trio(name), images()
     for model in (models.actual, models.stock):
