@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_fast import backends
-from effnet_fast.checkpoints.facts import FACTS_ENTRY, IMAGE_FIELDS, Facts, facts_of
 from effnet_fast.inference.own_plan import OwnPlan, forget_plan
 from effnet_fast.inference.parts import InferenceParts, enter
-from effnet_fast.models import features_plan
+from effnet_fast.models import features_plan, origin
 from effnet_fast.models.captured import (
     is_captured,
     laid_out_as,
@@ -174,18 +172,11 @@ class Backbone(nn.Module):
 
         A checkpoint may have them; its state dict and what is saved of the network keep them.
         """
-        text = dict(self._origin).get(FACTS_ENTRY)
-        return facts_of(text).classes if text else ()
+        return origin.class_names(self._origin)
 
     @class_names.setter
     def class_names(self, names: Iterable[str]) -> None:
-        names, entries = tuple(names), dict(self._origin)
-        if names:  # beside which a size of one's own needs its images
-            entries = remembered(self.variant, self._origin)
-        facts = replace(facts_of(entries.pop(FACTS_ENTRY, "{}")), classes=names)
-        self._origin = frozenset(
-            (entries | ({FACTS_ENTRY: facts.as_text()} if facts else {})).items()
-        )
+        self._origin = origin.with_class_names(self.variant, self._origin, names)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -224,7 +215,7 @@ class Backbone(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # torch.save keeps this attribute of a state dict; who reads the file finds the family.
         metadata = getattr(destination, "_metadata", {})
-        metadata.setdefault(prefix[:-1], {}).update(remembered(self.variant, self._origin))
+        metadata.setdefault(prefix[:-1], {}).update(origin.remembered(self.variant, self._origin))
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module's; BatchNorms that `freeze` holds stay in eval mode."""
@@ -344,15 +335,6 @@ class Backbone(nn.Module):
             min_scale=min_scale,
             no_weight_decay=no_weight_decay,
         )
-
-
-def remembered(variant: Variant, origin: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """What a state dict keeps beside tensors: where the network is from, else its own images."""
-    entries = dict(origin)
-    if FACTS_ENTRY not in entries and variant.name not in VARIANTS:
-        images = {name: getattr(variant, name) for name in IMAGE_FIELDS}
-        entries[FACTS_ENTRY] = Facts(images=images).as_text()
-    return entries
 
 
 def _set_momentum(features: nn.Module, momentum: float) -> None:

@@ -234,6 +234,17 @@ def require_pooled(pool: Any, name: str) -> None:
         raise RefusedError(f".{name} pools to {pool.output_size}")
 
 
+def _pointwise(conv: Any, shape: tuple[int, ...], channels: int) -> tuple[Any, Any]:
+    """Weight and bias of one of squeeze-excite's layers; `channels` are those of its images."""
+    weight, bias = _conv_members(conv)
+    if bias is not None and bias.shape != shape[:1]:
+        raise RefusedError(f".bias has shape {list(bias.shape)}, not {list(shape[:1])}")
+    padding = PADDINGS[type(conv)](conv)
+    if weight.shape != shape or tuple(conv.stride) != (1, 1) or (padding and any(padding)):
+        raise RefusedError(f" is not a 1x1 convolution of {channels} channels")
+    return weight, bias
+
+
 def excite(parts: Sequence[Any], names: Sequence[str], channels: int) -> structure.Excite:
     """Squeeze-excite's two layers and their activations, whose classes are known.
 
@@ -244,19 +255,12 @@ def excite(parts: Sequence[Any], names: Sequence[str], channels: int) -> structu
     reduce, activation, expand, gate = parts
     reduced = reduce.out_channels
     tensors: list[Any] = []
-    name, se_gate = "", "sigmoid"
+    name, se_gate = names[0], "sigmoid"
     try:
-        for name, conv, shape in (  # noqa: B007
-            (names[0], reduce, (reduced, channels, 1, 1)),
-            (names[2], expand, (channels, reduced, 1, 1)),
-        ):
-            tensors += _conv_members(conv)
-            weight, bias = tensors[-2:]
-            if bias is not None and bias.shape != shape[:1]:
-                raise RefusedError(f".bias has shape {list(bias.shape)}, not {list(shape[:1])}")
-            padding = PADDINGS[type(conv)](conv)
-            if weight.shape != shape or tuple(conv.stride) != (1, 1) or (padding and any(padding)):
-                raise RefusedError(f" is not a 1x1 convolution of {channels} channels")
+        name = names[0]
+        tensors += _pointwise(reduce, (reduced, channels, 1, 1), channels)
+        name = names[2]
+        tensors += _pointwise(expand, (channels, reduced, 1, 1), channels)
         name = names[1]
         se_activation = structure.ACTIVATIONS[type(activation)]
         if se_activation != "silu":

@@ -1,0 +1,39 @@
+"""What a network knows of where it is from: entries of a file's metadata, and their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from effnet_fast.checkpoints.facts import FACTS_ENTRY, IMAGE_FIELDS, Facts, facts_of
+from effnet_fast.models.variants import VARIANTS, Variant
+
+Origin = Iterable[tuple[str, str]]
+
+
+def remembered(variant: Variant, origin: Origin) -> dict[str, str]:
+    """What a state dict keeps beside tensors: where the network is from, else its own images."""
+    entries = dict(origin)
+    if FACTS_ENTRY not in entries and variant.name not in VARIANTS:
+        images = {name: getattr(variant, name) for name in IMAGE_FIELDS}
+        entries[FACTS_ENTRY] = Facts(images=images).as_text()
+    return entries
+
+
+def class_names(origin: Origin) -> tuple[str, ...]:
+    """The names of the classes; () where they are not known."""
+    text = dict(origin).get(FACTS_ENTRY)
+    return facts_of(text).classes if text else ()
+
+
+def with_class_names(
+    variant: Variant, origin: Origin, names: Iterable[str]
+) -> frozenset[tuple[str, str]]:
+    """The origin with these names of classes."""
+    names, entries = tuple(names), dict(origin)
+    if names:  # beside which a size of one's own needs its images
+        entries = remembered(variant, origin)
+    facts = replace(facts_of(entries.pop(FACTS_ENTRY, "{}")), classes=names)
+    if facts:
+        entries[FACTS_ENTRY] = facts.as_text()
+    return frozenset(entries.items())
