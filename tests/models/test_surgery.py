@@ -361,3 +361,14 @@ def test_statistics_on_another_device_go_to_stock() -> None:
     model.features[5][1].block[1][1].running_mean = torch.zeros(192, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
         model(random_images(2, 48))
+
+
+@pytest.mark.parametrize("change", [{"p": 1.5}, {"p": -0.5}, {"p": None}, {"mode": "column"}])
+def test_what_drop_path_refuses_is_refused_in_eval_too(change: dict[str, object]) -> None:
+    models, x = pair(), random_images(1, 48)
+    block = next(b for b in models.actual.features.modules() if getattr(b, "use_res_connect", 0))
+    with torch.no_grad():
+        models.actual(x)
+        vars(block.stochastic_depth).update(change)
+        with pytest.raises((TypeError, ValueError)):
+            models.actual(x)

@@ -146,10 +146,7 @@ def _table(package: _Package, find: Finder) -> Table:
 
 def _taken_apart(module: Any, table: Table, flags: _Flags) -> dict[str, Any]:
     """The children of a block by name, once they are what its forward runs, and no more."""
-    state = module.__dict__
-    children: dict[str, Any] = state["_modules"]
-    if not state.keys().isdisjoint(children):
-        raise structure.hidden(state, children)
+    children = members.children(module)
     structure.require_children(children, table[flags[:2]])
     return children
 

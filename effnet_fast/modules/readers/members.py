@@ -133,6 +133,15 @@ def _geometry(conv: Any, padding: Sides | None) -> tuple[str, structure.Geometry
     return DEPTHWISE, geometry
 
 
+def children(module: nn.Module) -> dict[str, Any]:
+    """A module's children, none of which an attribute hides."""
+    state = module.__dict__
+    table: dict[str, Any] = state["_modules"]
+    if not state.keys().isdisjoint(table):
+        raise structure.hidden(state, table)
+    return table
+
+
 def _refuse_tensor(name: str) -> RefusedError:
     return RefusedError(f".{name} is no plain tensor")
 

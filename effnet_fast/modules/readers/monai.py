@@ -54,15 +54,6 @@ def _children(find: Finder) -> dict[tuple[bool, bool], structure.Children]:
     return {(a, b): row(a, b) for a in (False, True) for b in (False, True)}
 
 
-def _table(module: nn.Module) -> dict[str, Any]:
-    """A block's children, none of which an attribute hides."""
-    state = module.__dict__
-    children: dict[str, Any] = state["_modules"]
-    if not state.keys().isdisjoint(children):
-        raise structure.hidden(state, children)
-    return children
-
-
 def _layer(children: dict[str, Any], names: members.Names, activation: Any) -> structure.Layer:
     """A layer of these names: convolution, what pads before it, and BatchNorm."""
     conv, pad, bn = names
@@ -101,7 +92,7 @@ def _block(find: Finder) -> Callable[[Any], structure.Block]:
 
     def read(module: Any) -> structure.Block:
         try:
-            children = _table(module)
+            children = members.children(module)
             expands, excites = module.expand_ratio != 1, bool(module.has_se)
             structure.require_children(children, allowed[bool(expands), excites])
             swish = children["_swish"]

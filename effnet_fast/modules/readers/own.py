@@ -12,7 +12,7 @@ from effnet_fast.modules.dense_block import DenseBlock
 from effnet_fast.modules.fused_mbconv import FusedMBConv
 from effnet_fast.modules.readers import members
 from effnet_fast.modules.same_padding import Conv2dSame
-from effnet_fast.modules.stochastic_depth import StochasticDepth
+from effnet_fast.modules.stochastic_depth import BATCH, ROW, StochasticDepth
 from effnet_fast.modules.structure import Part, RefusedError
 
 _NAMES = "0", "1", "2"
@@ -52,7 +52,7 @@ def _layer(module: nn.Module) -> structure.Layer:
 
 def _excite(module: nn.Module, channels: int) -> structure.Excite:
     """Takes a SqueezeExcitation with children that are allowed apart."""
-    state = module.__dict__
+    state = module.__dict__  # not by `members.children`: an excite is read at every call
     children = state["_modules"]
     if not state.keys().isdisjoint(children):
         raise structure.hidden(state, children)
@@ -75,8 +75,10 @@ def _own_children(module: nn.Module, allowed: structure.Children) -> tuple[Any, 
 
 
 def _skip(module: Any, drop_path: Any) -> structure.Skip:
-    probability = drop_path.p if drop_path.training else 0.0
-    return structure.Skip(bool(module.use_res_connect), probability, drop_path.mode, False)
+    p, mode, residual = drop_path.p, drop_path.mode, bool(module.use_res_connect)
+    if residual and (type(p) not in (int, float) or not 0 <= p <= 1 or mode not in (ROW, BATCH)):
+        raise RefusedError(f"stochastic_depth has p {p} and mode {mode}")
+    return structure.Skip(residual, p if drop_path.training else 0.0, mode, False)
 
 
 class TreeReader:
@@ -170,7 +172,7 @@ structure.SETTINGS |= {
     nn.ConstantPad2d: ("padding", "value"),
     nn.ZeroPad2d: ("padding", "value"),
     nn.Dropout: ("training", "p"),
-    StochasticDepth: ("training", "p"),
+    StochasticDepth: ("training", "p", "mode"),
     layers.MBConv: ("use_res_connect",),
     FusedMBConv: ("use_res_connect",),
 }

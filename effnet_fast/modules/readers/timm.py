@@ -99,10 +99,7 @@ def _excite(children: dict[str, Any], channels: int) -> structure.Excite | None:
     se = children["se"]
     if type(se) is nn.Identity:
         return None
-    state = se.__dict__
-    table = state["_modules"]
-    if not state.keys().isdisjoint(table):
-        raise structure.hidden(state, table)
+    table = members.children(se)
     try:
         return members.excite([*map(table.__getitem__, _SE_NAMES)], _SE_NAMES, channels)
     except RefusedError as refused:
@@ -120,47 +117,32 @@ def _skip(module: Any, children: dict[str, Any]) -> structure.Skip:
 
 def _taken_apart(module: Any, allowed: structure.Children) -> dict[str, Any]:
     """The children of a block, which are what is allowed."""
-    state = module.__dict__
-    children: dict[str, Any] = state["_modules"]
-    if not state.keys().isdisjoint(children):
-        raise structure.hidden(state, children)
+    children = members.children(module)
     structure.require_children(children, allowed)
-    if state.get("conv_s2d") is not None:
+    if module.__dict__.get("conv_s2d") is not None:
         raise RefusedError(".conv_s2d is in use")
     return children
 
 
-def _separable(find: Finder) -> Callable[[Any], structure.Block]:
-    names = ("conv_dw", "bn1", "aa", "se", "conv_pw", "bn2", "drop_path")
-    allowed = _children(_classes(find), *names)
+def _mbconv(*pairs: tuple[str, str]) -> Callable[[Finder], Callable[[Any], structure.Block]]:
+    """The reader of a block of convolutions, each with its norm: [expand,] depthwise, project."""
+    first, project_pair = [name for pair in pairs[:-1] for name in pair], pairs[-1]
+    names = (*[""] * (3 - len(pairs)), *(conv for conv, _ in pairs))
 
-    def read(module: Any) -> structure.Block:
-        children = _taken_apart(module, allowed)
-        depthwise = _layer(children, "conv_dw", "bn1")
-        excited = _excite(children, depthwise.conv.out_channels)
-        project = _layer(children, "conv_pw", "bn2")
-        names = "", "conv_dw", "conv_pw"
-        skip = _skip(module, children)
-        return members.block(None, depthwise, excited, project, skip, names, find.memory)
+    def reader(find: Finder) -> Callable[[Any], structure.Block]:
+        allowed = _children(_classes(find), *first, "aa", "se", *project_pair, "drop_path")
 
-    return members.without_dot(read)
+        def read(module: Any) -> structure.Block:
+            children = _taken_apart(module, allowed)
+            *expand, depthwise, project = (_layer(children, *pair) for pair in pairs)
+            excited = _excite(children, depthwise.conv.out_channels)
+            skip = _skip(module, children)
+            rest = excited, project, skip, (names[0], names[1], names[2]), find.memory
+            return members.block(expand[0] if expand else None, depthwise, *rest)
 
+        return members.without_dot(read)
 
-def _inverted(find: Finder) -> Callable[[Any], structure.Block]:
-    names = ("conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3", "drop_path")
-    allowed = _children(_classes(find), *names)
-
-    def read(module: Any) -> structure.Block:
-        children = _taken_apart(module, allowed)
-        expand = _layer(children, "conv_pw", "bn1")
-        depthwise = _layer(children, "conv_dw", "bn2")
-        excited = _excite(children, depthwise.conv.out_channels)
-        project = _layer(children, "conv_pwl", "bn3")
-        names = "conv_pw", "conv_dw", "conv_pwl"
-        skip = _skip(module, children)
-        return members.block(expand, depthwise, excited, project, skip, names, find.memory)
-
-    return members.without_dot(read)
+    return reader
 
 
 def _edge(find: Finder) -> Callable[[Any], Any]:
@@ -204,8 +186,8 @@ SETTINGS = (
 )
 _BLOCK_NAMES = "conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3 drop_path conv_exp conv"
 for _name, _reader in {
-    "DepthwiseSeparableConv": _separable,
-    "InvertedResidual": _inverted,
+    "DepthwiseSeparableConv": _mbconv(("conv_dw", "bn1"), ("conv_pw", "bn2")),
+    "InvertedResidual": _mbconv(("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
     "EdgeResidual": _edge,
     "ConvBnAct": _plain,
 }.items():

@@ -50,15 +50,6 @@ def _activations(find: Finder) -> structure.Kinds:
     return structure.one_of(*members.ACTIVATIONS, silu)
 
 
-def _table(module: nn.Module) -> dict[str, Any]:
-    """A module's children, none of which an attribute hides."""
-    state = module.__dict__
-    children: dict[str, Any] = state["_modules"]
-    if not state.keys().isdisjoint(children):
-        raise structure.hidden(state, children)
-    return children
-
-
 def _layer(module: Any, names: members.Names, pad: str | None = None) -> structure.Layer:
     """Convolution, BatchNorm and activation of these names, and what pads before.
 
@@ -66,7 +57,7 @@ def _layer(module: Any, names: members.Names, pad: str | None = None) -> structu
         names: the last is empty where there is no activation.
         pad: the name of the module that pads; None where none is called.
     """
-    children = _table(module)
+    children = members.children(module)
     sides = None if pad is None else members.padded(children[pad], pad)
     conv, bn, activation = names
     return members.layer(children[conv], children[bn], children.get(activation), names, sides)
@@ -78,7 +69,7 @@ def _depthwise(module: Any) -> structure.Layer:
 
 
 def _excite(module: Any, channels: int) -> structure.Excite:
-    children = _table(module)
+    children = members.children(module)
     members.require_pooled(children["squeeze"], "squeeze")
     return members.excite([*map(children.__getitem__, _EXCITE_NAMES)], _EXCITE_NAMES, channels)
 
@@ -86,7 +77,7 @@ def _excite(module: Any, channels: int) -> structure.Excite:
 def _skip(module: Any) -> structure.Skip:
     if not module.apply_dropout:
         return structure.Skip(False, 0.0, ELEMENTS, False)
-    dropout = _table(module)["dropout"]
+    dropout = members.children(module)["dropout"]
     p = members.probability(dropout.p, ".dropout.p")
     return structure.Skip(True, p if dropout.training else 0.0, ELEMENTS, True)
 
@@ -98,7 +89,7 @@ def _stem(find: Finder) -> Callable[[Any], structure.Layer]:
 
     def read(module: Any) -> structure.Layer:
         try:
-            structure.require_children(_table(module), allowed)
+            structure.require_children(members.children(module), allowed)
             return _layer(module, _STEM_NAMES[1:], _STEM_NAMES[0])
         except RefusedError as refused:
             raise RefusedError(members.behind(type(module).__name__, refused)) from None
@@ -130,7 +121,7 @@ def _block(find: Finder) -> Callable[[Any], structure.Block]:
     def read(module: Any) -> structure.Block:
         name = ""
         try:
-            children = _table(module)
+            children = members.children(module)
             has_expand = module.expand_ratio != 1
             structure.require_children(children, expands if has_expand else plain)
             expand = None
