@@ -45,7 +45,7 @@ def deploy(
 
     Args:
         model: an EfficientNet or EfficientNetFeatures on a CPU or a CUDA device, in eval mode, or
-            torchvision's or timm's (timm's encoder, too), accelerated or not.
+            torchvision's, timm's (its encoder, too) or efficientnet_pytorch's, accelerated or not.
         dtype: of the activations between layers, None for the dtype of the model's parameters:
             torch.float32 or torch.bfloat16, on a CUDA device torch.float16 too. Sums are always
             fp32. Where a CPU's instruction set does not multiply bf16, the network is computed in
@@ -274,7 +274,7 @@ def _check_model(model: nn.Module) -> None:
     _learn(model)
     if network_class(type(model)) is None:
         raise TypeError(
-            f"deploy takes a network of effnet_fast, torchvision or timm, got "
+            f"deploy takes a network of effnet_fast, torchvision, timm or efficientnet_pytorch, got "
             f"{type(model).__name__}; load other packages' weights with "
             "EfficientNet.from_checkpoint"
         )
