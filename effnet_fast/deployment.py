@@ -274,8 +274,8 @@ def _check_model(model: nn.Module) -> None:
     _learn(model)
     if network_class(type(model)) is None:
         raise TypeError(
-            f"deploy takes a network of effnet_fast, torchvision, timm or efficientnet_pytorch, got "
-            f"{type(model).__name__}; load other packages' weights with "
+            "deploy takes a network of effnet_fast, torchvision, timm or efficientnet_pytorch, "
+            f"got {type(model).__name__}; load other packages' weights with "
             "EfficientNet.from_checkpoint"
         )
     _refuse_changes(model)
