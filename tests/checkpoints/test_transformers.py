@@ -14,8 +14,8 @@ from effnet_fast.checkpoints import transformers_folder as reader
 from effnet_fast.models import VARIANTS
 from effnet_fast.pretrained import images
 from foreign_folders import CONFIG, NAMES, PROCESSOR, small, transformers_folder
-from networks import CALIBRATION_IMAGES, calibrated_state, random_images, rms
-from tolerances import assert_no_worse_than
+from foreign_logits import assert_same_logits, run
+from networks import calibrated_state, random_images
 
 SIDES = (64, 65, 67, 96)
 WHY = "transformers is not installed: its folders are written by hand in the other tests"
@@ -40,31 +40,6 @@ def strided(depth=0.5):
             found.append(index)
         index += stage.repeats
     return found
-
-
-def run(model, x):
-    with torch.inference_mode():
-        y = model(x)
-    return getattr(y, "logits", y)
-
-
-def run_all(model, batches):
-    return torch.cat([run(model, x) for x in batches])
-
-
-def assert_alike(ours, theirs):
-    """The same logits at every side, by the rule of parity, and the same in float64."""
-    calibrated = random_images(CALIBRATION_IMAGES, max(SIDES), seed=1)[:3]
-    batches = [calibrated[:, :, :side, :side] for side in SIDES]
-    layouts = torch.contiguous_format, torch.channels_last
-    actual = run_all(ours, batches)
-    stock = [run_all(theirs, [x.to(memory_format=way) for x in batches]) for way in layouts]
-    batches = [x.double() for x in batches]
-    exact = run_all(theirs.double(), batches)
-    worse = max(stock, key=lambda logits: rms(logits - exact))
-    assert_no_worse_than(actual, worse, exact)
-    assert rms(exact[0] - exact[1]) > 100 * rms(worse - exact)  # images differ
-    assert rms(run_all(ours.double(), batches) - exact) < 1e-10 * rms(exact)
 
 
 def test_what_a_folder_brings(tmp_path, state):
@@ -114,7 +89,8 @@ def test_padding_is_the_folders_at_every_size(tmp_path, state, listed):
     assert model.features[0][0].sides == (0, 1, 0, 1)
     table = reader.read({**CONFIG, "depthwise_padding": listed}, None).table
     assert reader.depthwise_padding(model.variant.padded_as, table) == listed
-    assert_alike(model, EfficientNet.from_checkpoint(folder, backend="reference").eval())
+    stock = EfficientNet.from_checkpoint(folder, backend="reference").eval()
+    assert_same_logits(model, stock, SIDES)
 
 
 @pytest.mark.parametrize("listed", PADDINGS.values(), ids=PADDINGS.keys())
@@ -123,7 +99,7 @@ def test_logits_are_transformers(tmp_path, state, listed):
     folder = transformers_folder(tmp_path, state, {"depthwise_padding": listed})
     theirs = transformers.EfficientNetForImageClassification.from_pretrained(folder).eval()
     ours = EfficientNet.from_checkpoint(folder).eval()
-    assert_alike(ours, theirs)
+    assert_same_logits(ours, theirs, SIDES)
 
 
 def test_images_are_transformers(tmp_path, state):

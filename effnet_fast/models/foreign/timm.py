@@ -122,7 +122,8 @@ def _parts(model: Any, code: stock.Stock) -> Parts:
 
 def _encoder_parts(model: Any, code: stock.Stock) -> Parts:
     taps = tuple(sorted(model._stage_out_idx))
-    identity = (*map(model.__dict__["_modules"].get, _ENCODER), taps)
+    state = model.__dict__
+    identity = (*map(state["_modules"].get, _ENCODER), taps, state.get("feature_hooks"))
     return Parts(None, taps, identity, code, partial(_course, model, _ENCODER))
 
 
