@@ -154,10 +154,16 @@ def _add_over_a_stride(block: nn.Module) -> None:
     block.use_res_connect = True
 
 
+def _add_to_other_channels(block: nn.Module) -> None:
+    block.block[0][0] = nn.Conv2d(8, 32, 3, 1, 1, bias=False)
+    block.use_res_connect = True
+
+
 CHANGES = {
     "a hook": lambda b: b.block[0].register_forward_hook(lambda *_: None),
     "use_res_connect": lambda b: setattr(b, "use_res_connect", True),
     "a residual over a stride": _add_over_a_stride,
+    "a residual of other channels": _add_to_other_channels,
     "bias": lambda b: setattr(b.block[1], "0", nn.Conv2d(32, 16, 1)),
     "kernel": lambda b: setattr(b.block[0], "0", nn.Conv2d(8, 32, (3, 1), 2, 1, bias=False)),
     "groups": lambda b: setattr(b.block[0], "0", nn.Conv2d(8, 32, 3, 2, 1, groups=2, bias=False)),

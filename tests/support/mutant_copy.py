@@ -134,6 +134,7 @@ class Copy:
         setup.ISAS = {best: setup.ISAS[best]}
         for flags in (setup.CXX_FLAGS, setup.SIMT_FLAGS):
             flags[:] = [f for f in flags if not f.startswith("-O")] + LIGHT
+        setup.CXX_FLAGS += (f"-DEFFNET_HAS_{isa.upper()}=1" for isa in isas)  # all names are there
         words = [os.environ.get("CXX", "g++"), *(f"-Wl,{alias}" for alias in aliases)]
         before = dict(os.environ)
         for name, folder in NAMES.items():
