@@ -179,9 +179,13 @@ def damaged(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_unreadable_images_are_left_out_and_listed(damaged, count):
+    crop = EvaluationCrop(ImageClassification(crop_size=8, resize_size=8))
     with Loader(damaged, workers=count) as loader:
         for _ in range(2):
-            found = list(loader.batches([[0, 1], [2, 3], [4, 7, 8]], TrainingCrop(8)))
+            found = list(loader.batches([[0, 1], [2, 3], [4, 7, 8]], crop))
+            for batch in found:
+                for x, index in zip(batch.images, batch.indices.tolist(), strict=True):
+                    assert torch.equal(x, crop(damaged.paths[index]))
             assert [b.labels.tolist() for b in found] == [[0, 1], [], [4, 8]]
             assert [b.images.shape for b in found] == [(2, 3, 8, 8), (0, 3, 8, 8), (2, 3, 8, 8)]
             assert [[p.index for p in b.problems] for b in found] == [[], [2, 3], [7]]
