@@ -218,13 +218,11 @@ class MovingAverage:
         else:  # counts of batches are no averages
             torch._foreach_copy_(averages, values)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
-        count = int(self.averaged.n_averaged)
-        return {"model": self.model.state_dict(), "steps": self.steps, "averaged": count}
+    def counters(self) -> dict[str, int]:
+        """What continues beside the weights."""
+        return {"steps": self.steps, "averaged": int(self.averaged.n_averaged)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where the state was taken."""
-        self.model.load_state_dict(state["model"])
-        self.steps = state["steps"]
-        self.averaged.n_averaged.fill_(state["averaged"])
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """Continues from `counters`."""
+        self.steps = counters["steps"]
+        self.averaged.n_averaged.fill_(counters["averaged"])

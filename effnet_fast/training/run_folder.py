@@ -1,15 +1,16 @@
 """The folder of a run: its lock, its description, its weights, and how they are loaded.
 
-    run.json            model, recipe, arguments, versions; the metrics once the run has ended
-    metrics.csv         a row per epoch
-    tensorboard/        the same and every step's loss, where tensorboard is installed
-    state.pt            all that a run continues from; gone once it has ended
-    model.safetensors   the final weights, class names and image preset
-    .lock               held by the process that trains
+run.json            model, recipe, arguments, versions; the metrics once the run has ended
+metrics.csv         a row per epoch
+tensorboard/        the same and every step's loss, where tensorboard is installed
+state.pt            all that a run continues from; gone once it has ended
+model.safetensors   the final weights, class names and image preset
+.lock               held by the process that trains
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from effnet_fast import checkpoints, files
+from effnet_fast import files
 from effnet_fast.models import EfficientNet
 from effnet_fast.pretrained import images
 
@@ -56,6 +57,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lock: IO[bytes] | None = None
+        self._is_new = False
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -77,6 +79,7 @@ class RunFolder:
         """
         if not resume:
             self._check_empty()
+        self._is_new = not self.path.is_dir()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -117,12 +120,15 @@ class RunFolder:
         return read_description(self.path)
 
     def _take_lock(self, patience: float) -> None:
-        file = (self / LOCK).open("ab")
-        _held.add(file)
         end = time.monotonic() + patience
-        while files.lock(file, wait=False) is False:
+        while True:
+            file = (self / LOCK).open("ab")
+            _held.add(file)
+            # Another process may have removed the file with a folder in which nothing was begun.
+            if files.lock(file, wait=False) is not False and files.is_at(file, self / LOCK):
+                break
+            file.close()
             if time.monotonic() > end:
-                file.close()
                 raise BlockingIOError(
                     f"{self.path} is in use: another process trains in this folder"
                 )
@@ -130,21 +136,22 @@ class RunFolder:
         self._lock = file
 
     def close(self) -> None:
-        """Gives the lock back."""
-        if self._lock is not None:
-            files.unlock(self._lock)
-            self._lock.close()
-            self._lock = None
+        """Gives the lock back; a folder that was made in vain is removed."""
+        if self._lock is None:
+            return
+        if self._is_new and not self._names():
+            with contextlib.suppress(OSError):
+                (self / LOCK).unlink()
+                self.path.rmdir()
+        files.unlock(self._lock)
+        self._lock.close()
+        self._lock = None
 
     def write_description(self, content: Mapping[str, Any]) -> None:
         """Writes run.json, whole or not at all."""
         text = json.dumps({"format": FORMAT, **content}, indent=2, ensure_ascii=False) + "\n"
         with files.replacing(self / DESCRIPTION) as file:
             file.write_text(text, encoding="utf-8")
-
-    def write_weights(self, model: EfficientNet) -> None:
-        """Writes model.safetensors; class names and image preset travel in its metadata."""
-        checkpoints.save(model.state_dict(), self / WEIGHTS)
 
 
 def read_description(run: str | os.PathLike[str]) -> dict[str, Any]:

@@ -58,13 +58,16 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written to; the old file remains.
     """
-    with files.replacing(path) as temporary, files.naming_file(path):
-        with open(temporary, "wb") as file:
-            save_pickle({"format": FORMAT, **state}, file)
+    with (
+        files.replacing(path) as temporary,
+        files.naming_file(path),
+        open(temporary, "wb") as file,
+    ):
+        save_pickle({"format": FORMAT, **state}, file)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The state of a file, its tensors mapped from there; None where there is no file.
+    """The state of a file; None where there is no file.
 
     Raises:
         OSError: it cannot be read.
@@ -74,7 +77,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     files.check_regular(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # on garbage, it raises whatever it trips over
