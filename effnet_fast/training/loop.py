@@ -84,7 +84,8 @@ def train(
         OSError, ValueError: bad arguments or data; the folder is not empty, or another process
             trains in it; the message names what was given. `trainer.LossError`, a ValueError: the
             loss is no number.
-        processes.StoppedError: SIGTERM or SIGINT ended the run after a whole step; its state is saved.
+        processes.StoppedError: SIGTERM or SIGINT ended the run after a whole step, whose state is
+            saved.
     """
     settings = Settings(
         model=model,
@@ -119,8 +120,6 @@ def train(
         found = _state_of(folder, processes)
         net = _network(settings, read, images, processes, is_resumed=found is not None)
         now |= _facts(net, images)
-        if processes.is_main:
-            folder.write_description({**now, "metrics": None})
         state.seed_everything((seed + RANK_SEEDS * (1 + processes.rank)) % LARGEST_SEED)
         feed = Feed(images, read, settings, network.preset_of(net), processes)
         stack.callback(feed.close)
@@ -131,6 +130,8 @@ def train(
         if found is not None:
             trainer.load(found)
             del found
+        if processes.is_main:
+            folder.write_description({**now, "metrics": None})
         metrics = {**trainer.run(), **_names(now), "out": os.fspath(out)}
         if processes.is_main:
             folder.write_description({**now, "metrics": metrics})
