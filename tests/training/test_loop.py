@@ -23,7 +23,7 @@ from training_runs import CLASSES, SIDE, SMALL
 RICH = {**SMALL, "ema": 0.9, "accumulate": 2, "batch": 3, "drop_path": 0.3, "flip": 0.5}
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """What a test raises in the middle of a run."""
 
 
@@ -32,7 +32,7 @@ def crash_after(count):
 
     def on_step(step, loss):
         if step == count:
-            raise Crash
+            raise CrashError
 
     return on_step
 
@@ -127,7 +127,7 @@ def test_a_crashed_run_continues_bit_for_bit(finished, data, tmp_path, step):
         losses[number] = loss
         crash_after(step + 1)(number, loss)
 
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         train(data, run, on_step=on_step, save_minutes=0.0, **RICH)
     assert not (run / "model.safetensors").exists()
     torch.manual_seed(1)  # a new process has other random states
@@ -144,7 +144,7 @@ def test_a_crashed_run_continues_bit_for_bit(finished, data, tmp_path, step):
 def test_a_run_that_crashed_before_its_first_state_begins_anew(finished, data, tmp_path):
     _, expected, _ = finished
     run = tmp_path / "run"
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         train(data, run, on_step=crash_after(1), **RICH)
     assert (run / "run.json").exists()
     losses = {}
@@ -221,7 +221,7 @@ def test_changed_images_are_refused(data, tmp_path):
     from training_runs import make_data
 
     own, run = make_data(tmp_path / "data", train=3, val=1), tmp_path / "run"
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         train(own, run, on_step=crash_after(2), save_minutes=0.0, **SMALL)
     (own / "train" / "red" / "0.png").unlink()
     with pytest.raises(ValueError, match=r"images have changed .*'train': 9.*'train': 8"):

@@ -57,7 +57,7 @@ def test_rmsprop_tf_is_timms():
 
 
 def test_rmsprop_tf_refuses_a_negative_number():
-    with pytest.raises(ValueError, match="momentum must not be negative, got -0.5"):
+    with pytest.raises(ValueError, match=r"momentum must not be negative, got -0\.5"):
         RMSpropTF([nn.Parameter(torch.ones(1))], momentum=-0.5)
 
 
