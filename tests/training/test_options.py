@@ -136,6 +136,9 @@ def test_an_unreadable_image_is_counted_and_left_out(tmp_path):
     (data / "train" / "red" / "0.png").write_bytes(b"no image")
     _, metrics = run(data, tmp_path / "run")
     assert metrics["unreadable"] == 1
+    head, row = (tmp_path / "run" / "unreadable.csv").read_text().splitlines()
+    assert head == "path,reason"
+    assert row.startswith(str(data / "train" / "red" / "0.png") + ",")
     with pytest.raises(ValueError, match=r"0\.png"):
         run(data, tmp_path / "other", unreadable_limit=0)
 
