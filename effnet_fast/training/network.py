@@ -122,9 +122,19 @@ def _remember(
         facts = {**facts, "resolution": resolution, "crop": resolution, "resize": resize}
     variant = network.variant = replace(network.variant, **facts)
     network._origin = origin.with_images(network._origin, facts)
-    if variant.name not in VARIANTS and all(s.kind == MBCONV for s in variant.baseline):
+    if variant.name not in VARIANTS and _is_plain(variant):
         network._origin = origin.with_table(network._origin, variant)
     network.class_names = classes
+
+
+def _is_plain(variant: Variant) -> bool:
+    """Whether a table of widths, depths and stages tells the network: all of B0's kind."""
+    return (
+        all(stage.kind == MBCONV for stage in variant.baseline)
+        and variant.squeeze
+        and not variant.fixed_ends
+        and (variant.activation, variant.padding) == ("silu", "symmetric")
+    )
 
 
 def preset_of(network: EfficientNet) -> images.ImageClassification:
