@@ -65,7 +65,7 @@ def build(
         network = EfficientNet(model or DEFAULT_MODEL, num_classes=len(classes), **options)
         facts = _facts(images.preset(network.variant))
     elif NAME.fullmatch(text) and not Path(text).exists():
-        size = getattr(model, "name", model) or DEFAULT_MODEL
+        size: str = getattr(model, "name", model) or DEFAULT_MODEL
         network, facts, is_new = _published(size, text, classes, is_resumed, progress, options)
     else:
         network = EfficientNet.from_checkpoint(text, variant=model, progress=progress, **options)
@@ -156,9 +156,3 @@ def _is_plain(variant: Variant) -> bool:
 def preset_of(network: EfficientNet) -> images.ImageClassification:
     """The preset of the network's evaluation images."""
     return images.preset(network.variant)
-
-
-def convert_sync_bn(network: nn.Module) -> nn.Module:
-    """BatchNorms that share their statistics between processes, in place."""
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return converted
