@@ -32,7 +32,11 @@ class OutcomeReader:
         self._waiting: list[tuple[Tensor, Any, tuple[int, float, Any]]] = []
 
     def put(self, values: Tensor, step: int, rate: float, batches: Any) -> list[Outcome]:
-        """Takes a step's values, loss, images, stop, save and local, float64 [5]; those that are ready."""
+        """Takes a step's values; the outcomes that are ready.
+
+        Args:
+            values: loss, images, stop, save and local, float64 [5].
+        """
         event = None
         if self.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
