@@ -67,7 +67,7 @@ def build(
         network = make(model or DEFAULT_MODEL, classes, options)
         facts = _facts(images.preset(network.variant))
     elif NAME.fullmatch(text) and not Path(text).exists():
-        size: str = getattr(model, "name", model) or DEFAULT_MODEL
+        size = model.name if isinstance(model, Variant) else model or DEFAULT_MODEL
         network, facts, is_new = _published(size, text, classes, is_resumed, progress, options)
     else:
         network = EfficientNet.from_checkpoint(text, variant=model, progress=progress, **options)

@@ -173,8 +173,9 @@ def _begin_again(backend: str) -> None:
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world, is_master=False)
-    store = dist.PrefixStore(f"restart_{restarts()}", store)
+    stores: Any = dist  # which PyTorch's annotations do not export
+    store = stores.TCPStore(address, port, world, is_master=False)
+    store = stores.PrefixStore(f"restart_{restarts()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
