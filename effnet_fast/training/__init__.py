@@ -16,8 +16,14 @@ _EXPORTS = {
     "EvaluationCrop": "decoding",
     "ImageList": "sources",
     "Loader": "loading",
+    "LossError": "trainer",
+    "RMSpropTF": "optimization",
+    "Recipe": "recipe",
+    "StoppedError": "processes",
     "TrainingCrop": "decoding",
     "open_images": "sources",
+    "read_recipe": "recipe",
+    "train": "loop",
 }
 
 __all__ = [*_EXPORTS]
@@ -28,9 +34,15 @@ if TYPE_CHECKING:
     from .decoding import TrainingCrop as TrainingCrop
     from .loading import Batch as Batch
     from .loading import Loader as Loader
+    from .loop import train as train
+    from .optimization import RMSpropTF as RMSpropTF
+    from .processes import StoppedError as StoppedError
+    from .recipe import Recipe as Recipe
+    from .recipe import read_recipe as read_recipe
     from .sampling import EpochSampler as EpochSampler
     from .sources import ImageList as ImageList
     from .sources import open_images as open_images
+    from .trainer import LossError as LossError
 
 
 def __getattr__(name: str) -> Any:
