@@ -14,7 +14,7 @@ from torch import Tensor
 from effnet_fast.cli import common, networks, process
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.pretrained import images
-from effnet_fast.training import prediction
+from effnet_fast.training import folders
 
 
 def add_parser(subparsers: Any) -> None:
@@ -86,7 +86,7 @@ def find_images(words: list[str]) -> list[str]:
     for word in words:
         found = [word]
         if os.path.isdir(word):
-            found = list(prediction.files_of(word))
+            found = list(folders.walk(word))
         elif glob.has_magic(word) and not os.path.lexists(word):
             found = sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
         if not found:

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.out.mkdir(parents=True, exist_ok=True)
     network, options = predict.load(arguments)
     errors = (OSError, ValueError, NotImplementedError, ImportError)
-    with common.bad_input(*errors), predict.Progress(arguments) as bar:
+    with common.bad_input(*errors), predict.noted_warnings(), predict.Progress(arguments) as bar:
         result = evaluation.evaluate(
             network.model,
             arguments.data,

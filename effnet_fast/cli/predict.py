@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from effnet_fast.cli import common, networks
+from effnet_fast.cli import common, networks, process
 from effnet_fast.training import inference, outputs, prediction
 from effnet_fast.training.prediction import Means, OnRows, Options
 
@@ -96,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable("--out", arguments.out)
     network, options = load(arguments, top=arguments.top, embeddings=arguments.embeddings)
     errors = (OSError, ValueError, NotImplementedError, ImportError)
-    with common.bad_input(*errors), Progress(arguments) as bar:
+    with common.bad_input(*errors), noted_warnings(), Progress(arguments) as bar:
         report = prediction.predict(
             network.model,
             arguments.data,
@@ -122,6 +125,17 @@ def load(arguments: argparse.Namespace, **options: Any) -> tuple[networks.Networ
     network.model.to(_device(arguments.device))
     given = {name: getattr(arguments, name) for name in ("dtype", "backend", "draft")}
     return network, Options(labels=labels, **given, **options)
+
+
+@contextlib.contextmanager
+def noted_warnings() -> Iterator[None]:
+    """Prints warnings of the data as notes, at the end."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        process.note(text)
 
 
 def _device(name: str | None) -> torch.device:

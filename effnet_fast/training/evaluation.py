@@ -21,7 +21,7 @@ from effnet_fast.training.inference import Answering
 from effnet_fast.training.metrics import TOP, Tally
 from effnet_fast.training.prediction import Means, OnRows, Options
 from effnet_fast.training.rows import Answers
-from effnet_fast.training.sources import NO_LABEL, ImageList, open_images
+from effnet_fast.training.sources import NO_LABEL, DatasetList, ImageList, open_images
 
 NAMED = 10  # unreadable images whose paths are kept
 COMPARED = 64  # images on which stock PyTorch answers too
@@ -104,7 +104,9 @@ def evaluate(
         OSError: the data cannot be read.
     """
     options, means = options or Options(), means or Means()
-    images, labels, names = labelled(model, data, options)
+    names = _names(model, options)
+    images = open_images(data, split="val")
+    truth = Truth(images, names, model.num_classes)
     preset = preset or preset_of(model.variant)
     network = prediction.prepared(model, options)
     answering = Answering(
@@ -118,7 +120,7 @@ def evaluate(
     begin = time.perf_counter()
     with inference.answers(answering, device, workers=workers) as answer:
         for found in answer(inference.batched(range(len(images)), batch)):
-            _count(result, found, images, labels)
+            _count(result, found, images, truth)
             _check_limit(result, unreadable_limit)
             if report is not None:
                 report(len(found.indices), found.unreadable)
@@ -128,52 +130,72 @@ def evaluate(
     return result
 
 
-def labelled(
-    model: Any, data: Any, options: Options
-) -> tuple[ImageList, np.ndarray[Any, Any], list[str] | None]:
-    """The images, their classes among the network's [N], and the names of all classes.
+def _names(model: Any, options: Options) -> list[str] | None:
+    """The names of the network's classes, where they are known.
 
     Raises:
-        ValueError: no images, no labels, or classes that the network does not have.
+        ValueError: there are no classes, or names of another number.
     """
     if not model.num_classes:
         raise ValueError("the network has no classifier: there is nothing to evaluate")
     names = list(options.labels or model.class_names) or None
     if names is not None and len(names) != model.num_classes:
         raise ValueError(f"{len(names)} labels for a network of {model.num_classes} classes")
-    images = open_images(data, split="val")
-    if not len(images):
-        raise ValueError(f"{data}: no images in it")
-    labels = np.array([images.label(i) for i in range(len(images))], np.int64)
-    if (labels == NO_LABEL).any():
-        raise ValueError(
-            f"{data}: images without labels: evaluation needs a folder per class, or a table with "
-            "the columns path and label"
-        )
-    if images.classes is not None:
-        places = class_names.matched(images.classes, names, model.num_classes)
-        labels = np.array(places, np.int64)[labels]
-    if labels.min() < 0 or labels.max() >= model.num_classes:
-        at = int(np.flatnonzero((labels < 0) | (labels >= model.num_classes))[0])
-        raise ValueError(
-            f"{images.paths[at]}: label {labels[at]} is out of range: the network's classes are "
-            f"0 to {model.num_classes - 1}"
-        )
-    return images, labels, names
+    return names
 
 
-def _count(
-    result: Evaluation, found: Answers, images: ImageList, labels: np.ndarray[Any, Any]
-) -> None:
-    readable = []
-    for index, reason, place in found.places():
-        if place is not None:
-            readable.append(index)
+class Truth:
+    """The true classes of a list's images, among the network's.
+
+    Args:
+        images: the list.
+        names, count: of the network's classes.
+
+    Raises:
+        ValueError: no labels, or classes that the network does not have.
+    """
+
+    def __init__(self, images: ImageList, names: list[str] | None, count: int) -> None:
+        self._paths, self._count = images.paths, count
+        self._places: list[int] | None = None
+        if images.classes is not None:
+            self._places = class_names.matched(images.classes, names, count)
+        if images.labels is not None:
+            for index, label in enumerate(images.labels):
+                self.of(index, int(label))
+        elif type(images) is not DatasetList:
+            raise ValueError(
+                "the images have no labels: evaluation needs a folder per class, or a table with "
+                "the columns path and label"
+            )
+
+    def of(self, index: int, label: int) -> int:
+        """The class of an image.
+
+        Raises:
+            ValueError: the image has no label, or one that the network does not have.
+        """
+        place = label
+        if self._places is not None and 0 <= label < len(self._places):
+            place = self._places[label]
+        if not 0 <= place < self._count:
+            what = "no label" if label == NO_LABEL else f"label {label} is out of range"
+            raise ValueError(
+                f"{self._paths[index]}: {what}: the network's classes are 0 to {self._count - 1}"
+            )
+        return place
+
+
+def _count(result: Evaluation, found: Answers, images: ImageList, truth: Truth) -> None:
+    labels = []
+    for (index, reason, _), label in zip(found.places(), found.labels, strict=True):
+        if reason is None:
+            labels.append(truth.of(index, label))
         elif len(result.first_unreadable) < NAMED:
-            result.first_unreadable.append((images.paths[index], reason or ""))
+            result.first_unreadable.append((images.paths[index], reason))
     result.unreadable += found.unreadable
-    if readable:
-        result.tally.add(labels[readable], found.classes, found.values[:, 0])
+    if labels:
+        result.tally.add(labels, found.classes, found.values[:, 0])
 
 
 def _check_limit(result: Evaluation, limit: int | None) -> None:
@@ -193,10 +215,9 @@ def _agreement(
     stock = inference.stock_of(model).eval()
     same, largest, count = 0, 0.0, 0
     for batch in inference.batched(spread, inference.BATCH["cpu"]):
-        pixels, _ = answering.decoding(batch)
+        pixels = answering.decoding(batch).pixels.to(device)
         if not len(pixels):
             continue
-        pixels = pixels.to(device)
         classes, values = answering.start(pixels)
         with torch.inference_mode():
             expected = stock(answering.preset.normalise(pixels)).softmax(dim=1)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,15 @@ def without_classifier(model: Any) -> Any:
     return encoder
 
 
+class Read(NamedTuple):
+    """N images, M of which could be read."""
+
+    indices: list[int]  # in their list [N]
+    labels: list[int]  # [N], -1 where they are not known
+    reasons: list[str | None]  # why each could not be read, None where it could [N]
+    pixels: Tensor  # uint8 channels_last [M,3,R,R]
+
+
 class Decoding:
     """Decodes batches of a list's images: what worker processes do where a GPU computes.
 
@@ -68,19 +77,21 @@ class Decoding:
         self.images = images.with_crop(EvaluationCrop(preset, draft=draft))
         self._side = preset.crop_size[0]
 
-    def __call__(self, indices: list[int]) -> tuple[Tensor, list[str | None]]:
-        """Pixels of the images that can be read, uint8 channels_last [M,3,R,R], and reasons [N]."""
+    def __call__(self, indices: list[int]) -> Read:
+        """Reads images of the list."""
         # As rows of pixels: what a decoder writes is copied once, into its place in the batch.
         pixels = torch.empty((len(indices), self._side, self._side, 3), dtype=torch.uint8)
+        labels: list[int] = []
         reasons: list[str | None] = []
         count = 0
         for index in indices:
             sample = self.images[index]
+            labels.append(sample.label)
             reasons.append(sample.reason)
             if sample.image is not None:
                 pixels[count] = sample.image.permute(1, 2, 0)
                 count += 1
-        return pixels[:count].permute(0, 3, 1, 2), reasons
+        return Read(indices, labels, reasons, pixels[:count].permute(0, 3, 1, 2))
 
 
 class Answering:
@@ -108,8 +119,8 @@ class Answering:
 
     def __call__(self, indices: list[int]) -> Answers:
         """The answers to images of the list."""
-        pixels, reasons = self.decoding(indices)
-        return self.collect(indices, reasons, self.start(pixels))
+        read = self.decoding(indices)
+        return self.collect(read, self.start(read.pixels))
 
     def start(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Classes [M,K] and probabilities [M,K], or [M,0] and features; a GPU may still compute."""
@@ -124,12 +135,11 @@ class Answering:
         return classes, values
 
     @staticmethod
-    def collect(
-        indices: list[int], reasons: list[str | None], result: tuple[Tensor, Tensor]
-    ) -> Answers:
+    def collect(read: Read, result: tuple[Tensor, Tensor]) -> Answers:
         """The answers; waits for a GPU."""
         classes, values = (part.cpu().numpy() for part in result)
-        return Answers(indices, reasons, classes, values.astype(np.float32, copy=False))
+        values = values.astype(np.float32, copy=False)
+        return Answers(read.indices, read.labels, read.reasons, classes, values)
 
     @property
     def features(self) -> int:
@@ -169,19 +179,10 @@ def _on_device(
     answering: Answering, device: torch.device, decoders: Any, batches: Iterable[list[int]]
 ) -> Iterator[Answers]:
     """Answers of a GPU that computes while the next batches are decoded and copied."""
-    names: list[list[int]] = []
-
-    def noted() -> Iterator[list[int]]:
-        for batch in batches:
-            names.append(batch)
-            yield batch
-
     under_way: list[Any] = []
-    for pixels, reasons in decoders.map(noted()):
-        if device.type == "cuda":
-            pixels = pixels.pin_memory()
-        result = answering.start(pixels.to(device, non_blocking=True))
-        under_way.append((names.pop(0), reasons, result))
+    for read in decoders.map(batches):
+        pixels = read.pixels.pin_memory() if device.type == "cuda" else read.pixels
+        under_way.append((read, answering.start(pixels.to(device, non_blocking=True))))
         if len(under_way) > UNDER_WAY:
             yield answering.collect(*under_way.pop(0))
     for entry in under_way:

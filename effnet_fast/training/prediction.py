@@ -23,7 +23,7 @@ from effnet_fast.training import inference
 from effnet_fast.training.inference import Answering
 from effnet_fast.training.outputs import Description, Output
 from effnet_fast.training.rows import Answers, Columns, shown
-from effnet_fast.training.sources import SUFFIXES, ImageList, open_images
+from effnet_fast.training.sources import ImageList, open_images
 
 VERSION = 1  # of the description beside a file
 PATIENCE = datetime.timedelta(days=7)  # for the slowest process of torchrun
@@ -83,8 +83,8 @@ def predict(
 
     Args:
         model: an EfficientNet, whose eval mode is used.
-        data: a folder, all of whose images are taken, those of its folders too; a list `.txt`, a
-            table `.csv` or `.parquet`, shards, or a torch dataset, as for `open_images`.
+        data: as for `open_images`: a folder, all of whose images are taken, those of its folders
+            too; a list `.txt`, a table `.csv` or `.parquet`, shards, or a torch dataset.
         out: `.csv`, `.jsonl` or `.parquet`; see docs/prediction.md for the columns.
         preset: how images are prepared; None means as the model's variant says.
         options, means: see there.
@@ -102,7 +102,7 @@ def predict(
         ImportError: pyarrow or ray is missing.
     """
     options, means = options or Options(), means or Means()
-    images = list_images(data)
+    images = open_images(data, labelled=False)
     preset = preset or preset_of(model.variant)
     columns = columns_of(model, options)
     network = prepared(model, options)
@@ -126,45 +126,6 @@ def predict(
         "seconds": seconds,
         "images_per_second": images_done / seconds if seconds and images_done else None,
     }
-
-
-def list_images(data: Any) -> ImageList:
-    """The images of `data`; of a folder all, also those of the folders in it, in sorted order.
-
-    Raises:
-        ValueError: there are none.
-        OSError: it cannot be read.
-    """
-    if not isinstance(data, (str, os.PathLike)) or not os.path.isdir(data):
-        images = open_images(data)
-    else:
-        images = ImageList(list(files_of(os.fspath(data))))
-    if not len(images):
-        raise ValueError(f"{data}: no images in it; read are {', '.join(SUFFIXES)}")
-    return images
-
-
-def files_of(folder: str, within: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Paths of the images of a folder and of those in it, sorted; loops of links are left out.
-
-    Args:
-        within: device and inode of the folders that hold this one.
-
-    Raises:
-        OSError: a folder cannot be read.
-    """
-    status = os.stat(folder)
-    key = status.st_dev, status.st_ino
-    if key in within:
-        return
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        path = os.path.join(folder, entry.name)
-        if entry.is_dir():
-            yield from files_of(path, within | {key})
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield path
 
 
 def columns_of(model: Any, options: Options) -> Columns:

@@ -31,15 +31,18 @@ class Actor:
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         """From the column "data", indices [N], to the columns of answers."""
-        indices = rows["data"].tolist()
-        pixels, reasons = self._answering.decoding(indices)
-        result = self._answering.start(pixels.to(self._device))
-        answer = self._answering.collect(indices, reasons, result)
-        readable = np.array([reason is None for reason in reasons])
-        columns = {"index": np.array(indices), "reason": np.array([r or "" for r in reasons])}
+        read = self._answering.decoding(rows["data"].tolist())
+        result = self._answering.start(read.pixels.to(self._device))
+        answer = self._answering.collect(read, result)
+        readable = np.array([reason is None for reason in read.reasons])
+        columns = {
+            "index": rows["data"],
+            "label": np.array(read.labels),
+            "reason": np.array([reason or "" for reason in read.reasons]),
+        }
         for name, values in (("classes", answer.classes), ("values", answer.values)):
             if values.shape[1]:
-                columns[name] = np.zeros((len(indices), values.shape[1]), values.dtype)
+                columns[name] = np.zeros((len(readable), values.shape[1]), values.dtype)
                 columns[name][readable] = values
         return columns
 
@@ -102,4 +105,5 @@ def _answers(columns: dict[str, Any]) -> Answers:
     classes = np.zeros((len(values), 0), np.int64)
     if "classes" in columns:
         classes = np.asarray(columns["classes"], np.int64)[readable]
-    return Answers(columns["index"].tolist(), reasons, classes, values)
+    indices, labels = (columns[name].tolist() for name in ("index", "label"))
+    return Answers(indices, labels, reasons, classes, values)

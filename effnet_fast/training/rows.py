@@ -21,12 +21,14 @@ class Answers:
 
     Args:
         indices: of the images in their list [N].
+        labels: their own classes [N]; -1 where they are not known.
         reasons: why each could not be read, None where it could [N].
         classes: int64 [M,K], the likeliest first; with embeddings K = 0.
         values: float32 [M,K] probabilities of these classes, or [M,D] pooled features.
     """
 
     indices: list[int]
+    labels: list[int]
     reasons: list[str | None]
     classes: NDArray[np.int64]
     values: Floats
