@@ -16,12 +16,13 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import connection, reduction
+from multiprocessing import connection, reduction, util
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from effnet_fast.training.decoding import Draw, UnreadableImageError
@@ -29,6 +30,7 @@ from effnet_fast.training.decoding import Draw, UnreadableImageError
 UNSET, READ, UNREADABLE = range(3)  # of an image in a group
 BUFFERS = 2  # groups in flight: one that is decoded, one that is used
 STOP = 1 << 62  # of a counter: no images are left
+PATIENCE = 5.0  # seconds for a worker to end by itself
 HINT = (
     "A script that reads images with workers keeps its code under `if __name__ == '__main__':`; "
     "workers=0 reads in this process"
@@ -126,7 +128,7 @@ class Pool:
             pipe, theirs = context.Pipe()
             process = context.Process(
                 target=_work,
-                args=(theirs, self._counters, pickled),
+                args=(theirs, self._counters, pickled, Image.MAX_IMAGE_PIXELS),
                 name=f"effnet-fast-images-{number}",
                 daemon=True,
             )
@@ -134,6 +136,11 @@ class Pool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(pipe)
+        # Workers ignore SIGTERM, by which an interpreter that exits ends its daemons: it would wait
+        # for them for ever. This comes first.
+        self._end = util.Finalize(
+            self, _end, (self._pipes, self._processes, self._counters), exitpriority=100
+        )
 
     def start(self, items: Sequence[Item], crop: Any, draw: Draw) -> None:
         """Has a group decoded; at most BUFFERS groups may be in flight."""
@@ -150,7 +157,7 @@ class Pool:
         shape = (group.count, group.size) if fresh else None
         message = pickle.dumps((buffer, shape, list(items), crop, draw))
         for pipe, process in zip(self._pipes, self._processes, strict=True):
-            with contextlib.suppress(BrokenPipeError):  # `wait` finds out why
+            with contextlib.suppress(OSError):  # the worker has ended, and `wait` says why
                 pipe.send_bytes(message)
                 if fresh:
                     reduction.send_handle(pipe, group.descriptor, process.pid)
@@ -186,20 +193,29 @@ class Pool:
 
     def close(self) -> None:
         """Ends the workers."""
-        for counter in self._counters:
-            counter.value = STOP
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        self._end()
         for group in self._groups:
             if group is not None:
                 group.close()
         self._groups = [None] * BUFFERS
-        self._pipes, self._processes, self.flying = [], [], []
+        self.flying = []
+
+
+def _end(
+    pipes: Sequence[connection.Connection],
+    processes: Sequence[BaseProcess],
+    counters: Sequence[Any],
+) -> None:
+    """Ends workers; also when the pool is forgotten, or the interpreter exits."""
+    for counter in counters:
+        counter.get_obj().value = STOP  # without the lock: a killed worker may hold it
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _answer(pipe: connection.Connection, process: BaseProcess) -> dict[int, str]:
@@ -207,7 +223,7 @@ def _answer(pipe: connection.Connection, process: BaseProcess) -> dict[int, str]
     try:
         answer = pipe.recv()
     except (EOFError, OSError):
-        process.join(5)
+        process.join(PATIENCE)
         code = process.exitcode
         how = f"ended with exit code {code}"
         if code is not None and code < 0:
@@ -238,13 +254,14 @@ def read(reader: Callable[..., Any], item: Item, crop: Any, draw: Draw) -> tuple
 
 
 def _work(
-    pipe: connection.Connection, counters: Sequence[Any], pickled: bytes
-) -> None:  # pragma: no cover - runs in another process
+    pipe: connection.Connection, counters: Sequence[Any], pickled: bytes, most_pixels: int | None
+) -> None:
     """The life of a worker: group after group until the pipe closes."""
     # Ctrl-C and SIGTERM reach the whole process group; the process that trains decides what ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    Image.MAX_IMAGE_PIXELS = most_pixels
     groups: list[Group | None] = [None] * BUFFERS
     try:
         with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
