@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effnet_fast import deployment
 from effnet_fast.pretrained.images import ImageClassification
 from effnet_fast.training.decoding import EvaluationCrop
-from effnet_fast.training.processes import Workers, cores
+from effnet_fast.training.parallel import Workers, cores
 from effnet_fast.training.rows import Answers
 from effnet_fast.training.sources import ImageList
 

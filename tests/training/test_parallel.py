@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from effnet_fast.training.processes import Workers
+from effnet_fast.training.parallel import Workers
 
 WAIT_S = 20.0  # for a process to end, on a busy machine
 
@@ -90,8 +90,8 @@ def test_a_killed_worker_is_told():
 PARENT = """
 import os, sys, time
 sys.path.insert(0, {folder!r})
-from test_processes import late
-from effnet_fast.training.processes import Workers
+from test_parallel import late
+from effnet_fast.training.parallel import Workers
 with Workers(late, 2) as workers:
     results = workers.map(iter(int, 1))
     print(*(process.pid for process in workers._processes), flush=True)
