@@ -6,9 +6,11 @@ import copy
 import itertools
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -113,6 +115,24 @@ def test_decoding_ahead_gives_the_same_answers(model, photos):
         alone = answering(batch)
         assert (answer.indices, answer.reasons) == (batch, alone.reasons)
         np.testing.assert_array_equal(answer.values, alone.values)
+
+
+def test_whatever_a_decoder_raises_is_a_reason(tmp_path, model, photos, monkeypatch):
+    crop = inference.EvaluationCrop.__call__
+
+    def stumbling(self, source, *args, **options):
+        if source.endswith("002.jpg"):
+            raise struct.error("unpack requires 4 bytes")
+        warnings.warn("odd EXIF data", stacklevel=1)
+        return crop(self, source, *args, **options)
+
+    monkeypatch.setattr(inference.EvaluationCrop, "__call__", stumbling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(model, photos, tmp_path / "out.csv", means=HERE)
+    reasons = {row["path"][-7:]: row["reason"] for row in rows_of(tmp_path / "out.csv")}
+    assert reasons["002.jpg"] == "cannot be decoded: error: unpack requires 4 bytes"
+    assert [name for name, reason in reasons.items() if reason] == ["002.jpg", "004.jpg"]
 
 
 def test_adds_nothing_to_a_finished_file_and_new_images_alone(tmp_path, model):
