@@ -213,15 +213,21 @@ def command(*words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_continues_after_kills(tmp_path, weights, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "times"),
+    [
+        (".csv", 1),
+        *(pytest.param(s, 3, marks=pytest.mark.exhaustive) for s in (".csv", ".parquet")),
+    ],
+)
+def test_continues_after_kills(tmp_path, weights, suffix, times):
     """SIGKILL as soon as rows are there, and again: each image has one row in the end."""
     folder, out = tmp_path / "photos", tmp_path / f"out{suffix}"
     paths = answered.pictures(folder, 60)
     argv = command(weights, folder, "--out", out, "--workers", 2, "--batch", 1)
     grown = out if suffix == ".csv" else tmp_path / f"{out.name}.predict.json"
     size, kills = 0, 0
-    for _ in range(2):
+    for _ in range(times):
         with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as process:
             end = time.monotonic() + WAIT_S
             while not (grown.exists() and grown.stat().st_size > size + 100):
