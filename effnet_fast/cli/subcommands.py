@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from effnet_fast import __version__
-from effnet_fast.cli import bench, classify, convert, doctor, info, plot, scale, train
+from effnet_fast.cli import (
+    bench,
+    classify,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    info,
+    plot,
+    predict,
+    scale,
+    train,
+)
 from effnet_fast.cli.common import Parser
 
-SUBCOMMANDS = (classify, train, plot, bench, convert, doctor, info, scale)
+SUBCOMMANDS = (
+    *(classify, train, evaluate, predict, plot, export),
+    *(bench, convert, doctor, info, scale),
+)
 
 
 def build_parser() -> Parser:
