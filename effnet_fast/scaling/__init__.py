@@ -11,7 +11,9 @@ from effnet_fast.scaling.grid import candidates, grid_search
 from effnet_fast.scaling.latency import LatencyModel, calibrate
 from effnet_fast.scaling.memory import Memory, count_memory
 from effnet_fast.scaling.passes import PLANS, Traffic, traffic
+from effnet_fast.scaling.refinement import Offset
 from effnet_fast.scaling.series import compare
+from effnet_fast.scaling.short_training import ShortTraining
 from effnet_fast.scaling.trials import Trial
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "Group",
     "LatencyModel",
     "Memory",
+    "Offset",
     "Point",
+    "ShortTraining",
     "Traffic",
     "Trial",
     "calibrate",
