@@ -6,9 +6,11 @@ Source: torchvision/transforms/_presets.py, ImageClassification.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -28,7 +30,22 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's channel means over [0, 1], red green 
 STD = (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest-exact")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+ORIENTATION = 0x0112  # EXIF's tag
+TURNED = (5, 6, 7, 8)  # its values that swap width and height
+NOT_THE_IMAGE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # a lack that every image would meet
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L")  # 16-bit grey, which Pillow would clip at 255
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be read: `path` names it, and `reason` says why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.reason)
 
 
 def load(path: str | os.PathLike[str]) -> Image.Image:
@@ -38,28 +55,88 @@ def load(path: str | os.PathLike[str]) -> Image.Image:
 
     Raises:
         OSError: the file cannot be opened (absent, a folder, no permission).
-        ValueError: it is of another format, a pipe or a device, truncated, corrupt, or has more
-            pixels than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb). The message names the
-            path.
+        UnreadableImage: a ValueError; it is of another format, a pipe or a device, truncated,
+            corrupt, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+            The message names the path.
     """
+    files.check_regular(path)
+    return _decode(path, os.fspath(path), None)
+
+
+def decode(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    least: int | None = None,
+    shrink: Callable[[int, int], float] | None = None,
+    name: str | None = None,
+) -> Image.Image:
+    """Decodes an image as `load` does, from a file or from its bytes.
+
+    Args:
+        source: the path of a JPEG, PNG or WebP file, or the content of one.
+        least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side
+            keeps `least` pixels; this is quicker and changes pixels. None decodes the full size.
+        shrink: instead of `least`, called with the upright image's width and height; it returns by
+            which factor a JPEG may be decoded smaller at most.
+        name: what errors call the image (default: the path, or "image").
+
+    Returns:
+        An RGB image, upright.
+
+    Raises:
+        UnreadableImage: as `load`, and where the file cannot be opened.
+    """
+    if name is None:
+        name = "image" if isinstance(source, bytes) else os.fspath(source)
+    if least is not None:
+
+        def shrink(width: int, height: int) -> float:
+            return min(width, height) / least
+
+    try:
+        if not isinstance(source, bytes):
+            files.check_regular(source)
+        return _decode(source, name, shrink)
+    except OSError as error:
+        if error.errno in NOT_THE_IMAGE:
+            raise
+        raise UnreadableImage(name, error.strerror or str(error)) from error
+    except UnreadableImage:
+        raise
+    except ValueError as error:  # a pipe or a device
+        raise UnreadableImage(name, str(error).removeprefix(f"{name}: ")) from error
+
+
+def _decode(
+    source: str | os.PathLike[str] | bytes,
+    name: str,
+    shrink: Callable[[int, int], float] | None,
+) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    files.check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as image:
+                factor = 1.0
+                if shrink is not None:
+                    turned = image.getexif().get(ORIENTATION, 1) in TURNED
+                    factor = shrink(*(image.size[::-1] if turned else image.size))
+                if factor >= 2:
+                    # Pillow takes the largest of 1, 2, 4 and 8 that leaves this size.
+                    image.draft(None, tuple(int(side / factor) for side in image.size))  # type: ignore[arg-type]
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return _to_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{os.fspath(path)}: refused as a decompression bomb: {error}") from error
+        raise UnreadableImage(name, f"refused as a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
-        allowed = ", ".join(FORMATS)
-        raise ValueError(f"{os.fspath(path)}: not an image of type {allowed}") from error
+        raise UnreadableImage(name, f"not an image of type {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{os.fspath(path)}: truncated or corrupt image: {error}") from error
+        raise UnreadableImage(name, f"truncated or corrupt image: {error}") from error
 
 
 class ImageClassification(nn.Module):
@@ -121,10 +198,27 @@ class ImageClassification(nn.Module):
         self.antialias = antialias
 
     def forward(self, img: Image.Image | Tensor) -> Tensor:
+        return self.normalise(self.crop(img))
+
+    def crop(self, img: Image.Image | Tensor) -> Tensor:
+        """Resizes and crops alone.
+
+        Args:
+            img: a Pillow image, or a tensor [...,3,H,W].
+
+        Returns:
+            [...,3,crop_size,crop_size]: uint8 of an image, a tensor's own dtype otherwise.
+        """
         if isinstance(img, Tensor):
-            x = self._resize_and_crop_tensor(img)
-        else:
-            x = self._resize_and_crop_image(img)
+            return self._resize_and_crop_tensor(img)
+        return self._resize_and_crop_image(img)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Scales [...,3,H,W] of integers to [0, 1], subtracts the mean and divides by std.
+
+        Returns:
+            float32 of the same shape. `forward` is `normalise` of `crop`.
+        """
         if not x.is_floating_point():
             x = x.to(torch.float32) / torch.iinfo(x.dtype).max
         x = x.to(torch.float32)
@@ -148,7 +242,7 @@ class ImageClassification(nn.Module):
             )
         if self.antialias is False:
             warnings.warn(
-                "antialias=False applies to tensors alone: Pillow always filters", stacklevel=4
+                "antialias=False applies to tensors alone: Pillow always filters", stacklevel=5
             )
         image = _to_rgb(image)
         width, height = image.size
@@ -250,7 +344,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         from PIL import Image
 
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _resized(height: int, width: int, shorter_side: int) -> tuple[int, int]:
