@@ -30,8 +30,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "network",
         metavar="MODEL|RUN|FILE",
-        help=f"a size with published weights ({', '.join(VARIANTS)}), the folder of a training "
-        "run, a file of weights, or the name of published ones",
+        help=f"a size ({', '.join(VARIANTS)}: weights as for `classify --model`), the folder that "
+        "`effnet-fast train` left, a checkpoint (.safetensors or .pth), or the name of published "
+        "weights (EfficientNet_B0_Weights.DEFAULT)",
+    )
+    parser.add_argument(
+        "--model",
+        choices=tuple(VARIANTS),
+        help="which EfficientNet the file is of (default: found from it)",
     )
     parser.add_argument("--to", choices=tuple(exporting.KINDS), required=True)
     parser.add_argument(
@@ -51,6 +57,7 @@ def add_parser(subparsers: Any) -> None:
         "--batch", type=common.positive_int, help="images per call (default: any number)"
     )
     networks.add_options(parser)
+    parser.set_defaults(backend="auto")
     parser.add_argument("--threads", type=common.thread_count, help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_progress(parser)
@@ -63,9 +70,11 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_writable("--out", arguments.out)
     if arguments.out.exists() and not arguments.force:
         raise common.CommandError(f"--out {arguments.out}: exists; --force replaces it")
-    with common.bad_input(OSError, ValueError, TypeError, ImportError, exporting.ExportError):
-        network = networks.find(arguments)
-        names = networks.labels_of(network)
+    with common.bad_input(
+        OSError, ValueError, NotImplementedError, ImportError, exporting.ExportError
+    ):
+        network = _find(arguments)
+        names = networks.find_labels(network, arguments.labels)
         done = exporting.export(
             network.model,
             arguments.out,
@@ -86,6 +95,17 @@ def run(arguments: argparse.Namespace) -> None:
         "classes": len(names or ()),
     }
     common.print_report(arguments, report, _print_report)
+
+
+def _find(arguments: argparse.Namespace) -> networks.Network:
+    """A size is one, unless a file or folder of that name is there."""
+    text = arguments.network
+    if text not in VARIANTS or Path(text).exists():
+        return networks.find(text, arguments)
+    if arguments.model not in (None, text):
+        raise ValueError(f"two sizes were given: {text} and --model {arguments.model}")
+    arguments.model = text
+    return networks.find(None, arguments)
 
 
 def _print_report(report: dict[str, Any]) -> None:

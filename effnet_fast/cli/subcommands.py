@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from effnet_fast import __version__
-from effnet_fast.cli import bench, classify, convert, doctor, info, scale
+from effnet_fast.cli import bench, classify, convert, doctor, export, info, scale
 from effnet_fast.cli.common import Parser
 
-SUBCOMMANDS = (classify, bench, convert, doctor, info, scale)
+SUBCOMMANDS = (classify, bench, convert, export, doctor, info, scale)
 
 
 def build_parser() -> Parser:

@@ -55,6 +55,19 @@ def add_parser(subparsers: Any) -> None:
         help="for --latency: read the measurements from this file, or measure and write them",
     )
     parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the network with random weights, .safetensors: `effnet-fast train --weights` "
+        "takes it",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=common.SEED,
+        help=f"with --out: of the random weights (default: {common.SEED})",
+    )
+    parser.add_argument(
         "--on-rule",
         action="store_true",
         help="stay on the rule, also where its rounding leaves more than 5%% of every limit unused",
@@ -93,6 +106,12 @@ def _check(arguments: argparse.Namespace) -> None:
     elif not limits and arguments.memory is None:
         names = [f"--{name}" for name, *_ in LIMITS]
         raise common.CommandError(f"give at least one limit: {', '.join(names)}")
+    if arguments.out is not None:
+        if named:
+            raise common.CommandError(
+                "--out writes the network of the limits: leave out --model and --phi"
+            )
+        common.check_writable("--out", arguments.out)
     if arguments.max_batch and arguments.plot is not None:
         raise common.CommandError("--plot shows networks near the limits, not --max-batch")
     if arguments.calibration is not None and arguments.latency is None:
@@ -166,6 +185,11 @@ def fit_report(
         variant = result.point.variant
         report["latency_s"] = {plan: latency.predict(variant, plan) for plan in latency.prices}
         report["latency_model"] = options.latency_json(latency)
+    if arguments.out is not None:
+        report["out"] = str(arguments.out)
+        with common.bad_input(OSError, ValueError):
+            network = scaling.random_network(result.point.variant, arguments.seed)
+            scaling.save_network(network, arguments.out)
     if arguments.plot is not None:
         at = partial(rule.at, multiple=arguments.multiple)
         plot.shares(arguments.plot, result.ray.phi, _shares_near(result, limits, at))

@@ -11,7 +11,7 @@ from typing import Any
 
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
-from effnet_fast.scaling import ShortTraining
+from effnet_fast.scaling import ShortTraining, save_network
 
 RECIPE = "quick"
 # Of the schedule, their defaults and help; they belong to --train.
@@ -81,7 +81,15 @@ def _folder_of(arguments: argparse.Namespace) -> str:
 def train(
     network: EfficientNet, data: str, out: Path, *, resume: bool, **options: Any
 ) -> Mapping[str, float]:
-    """Trains a network; in whichever process its trial runs."""
-    from effnet_fast import training
+    """Trains a network; in whichever process its trial runs.
 
-    return training.train(data, out, model=network, recipe=RECIPE, resume=resume, **options)
+    Its random weights go by a file, which is there again when the run is resumed.
+    """
+    from effnet_fast.training import loop
+
+    weights = out.with_name(f"{out.name}.safetensors")
+    if not weights.exists():
+        save_network(network, weights)
+    done = loop.train(data, out, weights=weights, recipe=RECIPE, resume=resume, **options)
+    weights.unlink()
+    return done
