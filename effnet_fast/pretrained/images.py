@@ -36,7 +36,7 @@ NOT_THE_IMAGE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # a lack that every 
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L")  # 16-bit grey, which Pillow would clip at 255
 
 
-class UnreadableImage(ValueError):
+class UnreadableImageError(ValueError):
     """An image that cannot be read: `path` names it, and `reason` says why."""
 
     def __init__(self, path: str, reason: str) -> None:
@@ -55,7 +55,7 @@ def load(path: str | os.PathLike[str]) -> Image.Image:
 
     Raises:
         OSError: the file cannot be opened (absent, a folder, no permission).
-        UnreadableImage: a ValueError; it is of another format, a pipe or a device, truncated,
+        UnreadableImageError: a ValueError; it is of another format, a pipe or a device, truncated,
             corrupt, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
             The message names the path.
     """
@@ -84,7 +84,7 @@ def decode(
         An RGB image, upright.
 
     Raises:
-        UnreadableImage: as `load`, and where the file cannot be opened.
+        UnreadableImageError: as `load`, and where the file cannot be opened.
     """
     if name is None:
         name = "image" if isinstance(source, bytes) else os.fspath(source)
@@ -100,11 +100,11 @@ def decode(
     except OSError as error:
         if error.errno in NOT_THE_IMAGE:
             raise
-        raise UnreadableImage(name, error.strerror or str(error)) from error
-    except UnreadableImage:
+        raise UnreadableImageError(name, error.strerror or str(error)) from error
+    except UnreadableImageError:
         raise
     except ValueError as error:  # a pipe or a device
-        raise UnreadableImage(name, str(error).removeprefix(f"{name}: ")) from error
+        raise UnreadableImageError(name, str(error).removeprefix(f"{name}: ")) from error
 
 
 def _decode(
@@ -130,13 +130,13 @@ def _decode(
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UnreadableImage(name, f"refused as a decompression bomb: {error}") from error
+        raise UnreadableImageError(name, f"refused as a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(name, f"not an image of type {', '.join(FORMATS)}") from error
+        raise UnreadableImageError(name, f"not an image of type {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UnreadableImage(name, f"truncated or corrupt image: {error}") from error
+        raise UnreadableImageError(name, f"truncated or corrupt image: {error}") from error
 
 
 class ImageClassification(nn.Module):

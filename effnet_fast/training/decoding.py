@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from effnet_fast.pretrained.images import ImageClassification, UnreadableImage, decode
+from effnet_fast.pretrained.images import ImageClassification, UnreadableImageError, decode
 
-__all__ = ["Draw", "EvaluationCrop", "TrainingCrop", "UnreadableImage", "decode"]
+__all__ = ["Draw", "EvaluationCrop", "TrainingCrop", "UnreadableImageError", "decode"]
 
 ATTEMPTS = 10  # to draw a box that fits, as torchvision's RandomResizedCrop
 SCALE = (0.08, 1.0)  # of the image's area; torchvision's default and the Inception paper's
@@ -73,7 +73,7 @@ class EvaluationCrop:
             name: what errors call the image.
 
         Raises:
-            UnreadableImage: it cannot be decoded, or is too narrow to be resized.
+            UnreadableImageError: it cannot be decoded, or is too narrow to be resized.
         """
         if isinstance(source, (str, os.PathLike, bytes)):
             least = max(self.preset.resize_size) if self.draft else None
@@ -83,7 +83,7 @@ class EvaluationCrop:
         try:
             return self.preset.crop(source)
         except ValueError as error:
-            raise UnreadableImage(name or "image", str(error)) from error
+            raise UnreadableImageError(name or "image", str(error)) from error
 
 
 class TrainingCrop:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from effnet_fast.pretrained.images import UnreadableImage
+from effnet_fast.pretrained.images import UnreadableImageError
 from effnet_fast.training.decoding import Draw
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -77,7 +77,7 @@ class ImageList(Dataset[Sample]):
         draw = self.draw._replace(index=index)
         try:
             image = self.crop(self.source(index), draw, name=self.paths[index])
-        except UnreadableImage as error:
+        except UnreadableImageError as error:
             return Sample(index, None, self.label(index), error.reason)
         return Sample(index, image, self.label(index), None)
 
