@@ -79,7 +79,7 @@ def save(
             os.chmod(temporary, permissions)  # safetensors makes files for their owner alone
         else:
             with open(temporary, "wb") as file:
-                _save_pickle(tensors, file)
+                save_pickle(tensors, file)
 
 
 def save_folder(
@@ -153,7 +153,7 @@ def _told_plainly() -> Iterator[None]:
         raise
 
 
-def _save_pickle(content: Any, file: IO[bytes]) -> None:
+def save_pickle(content: Any, file: IO[bytes]) -> None:
     """torch.save, with the error of a write that fails instead of what torch makes of it."""
     failures: list[OSError] = []
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from effnet_fast import __version__
-from effnet_fast.cli import bench, classify, convert, doctor, export, info, scale
+from effnet_fast.cli import (
+    bench,
+    classify,
+    convert,
+    doctor,
+    export,
+    info,
+    plot,
+    scale,
+    train,
+)
 from effnet_fast.cli.common import Parser
 
-SUBCOMMANDS = (classify, bench, convert, export, doctor, info, scale)
+SUBCOMMANDS = (classify, train, plot, export, bench, convert, doctor, info, scale)
 
 
 def build_parser() -> Parser:

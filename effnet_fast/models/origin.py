@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from effnet_fast.checkpoints.facts import FACTS_ENTRY, IMAGE_FIELDS, Facts, facts_of
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -36,4 +37,13 @@ def with_class_names(
     facts = replace(facts_of(entries.pop(FACTS_ENTRY, "{}")), classes=names)
     if facts:
         entries[FACTS_ENTRY] = facts.as_text()
+    return frozenset(entries.items())
+
+
+def with_images(origin: Origin, images: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+    """The origin with another preset of images: fields of `models.Variant`."""
+    entries = dict(origin)
+    facts = facts_of(entries.pop(FACTS_ENTRY, "{}"))
+    known = {name: images[name] for name in IMAGE_FIELDS if name in images}
+    entries[FACTS_ENTRY] = replace(facts, images={**facts.images, **known}).as_text()
     return frozenset(entries.items())

@@ -108,6 +108,15 @@ def fetch(url: str, folder: str | os.PathLike[str] | None = None, *, progress: b
     return path
 
 
+def copy(url: str, path: Path, *, progress: bool = True) -> Path:
+    """The same for a file whose hash nothing promises: downloaded to `path` unless it is there."""
+    with _explained(path), _part(path) as file:
+        if file is not None:
+            file.truncate(0)  # a killed process's part may be of another version
+            _Download(url, path, file, progress).run("")
+    return path
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """The hexadecimal SHA-256 of a file, read in pieces of 1 MiB."""
     digest = hashlib.sha256()

@@ -31,7 +31,7 @@ class Draw(NamedTuple):
 
     seed: int = 0
     epoch: int = 0
-    index: int = 0  # of the image in its list
+    image: int = 0  # its index in its list
 
     def number(self) -> int:
         """64 bits that differ from those of any other draw."""
@@ -89,7 +89,7 @@ class EvaluationCrop:
 class TrainingCrop:
     """A random part of the image, resized to a square: torchvision's RandomResizedCrop.
 
-    The part depends on the draw (seed, epoch, index) alone. JPEG files are decoded at a smaller
+    The part depends on the draw (seed, epoch, image) alone. JPEG files are decoded at a smaller
     size where the part keeps at least `size` pixels on either side.
 
     Args:

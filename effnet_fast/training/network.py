@@ -1,0 +1,135 @@
+"""The network that a run trains, as its arguments name it, and what it remembers of the run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from effnet_fast import models
+from effnet_fast.models import EfficientNet, origin
+from effnet_fast.models.variants import VARIANTS
+from effnet_fast.pretrained import images
+from effnet_fast.pretrained.weights import get_model_weights, get_weight
+from effnet_fast.training.recipe import Recipe
+
+NAME = re.compile(r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+")  # of published weights
+DEFAULT_MODEL = "b0"
+LARGEST_SIDE = 1 << 16  # pixels, which a file's facts may name
+
+
+def build(
+    model: str | None,
+    weights: str | os.PathLike[str] | None,
+    recipe: Recipe,
+    classes: Sequence[str],
+    *,
+    resolution: int | None = None,
+    is_resumed: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> EfficientNet:
+    """The network, its classifier for `classes`, in training mode.
+
+    Args:
+        model: a size; None means that of a file of weights, else DEFAULT_MODEL.
+        weights: None for random ones; the name of published ones; or a file or the folder of a
+            run. A classifier of the same classes is kept, another one replaced.
+        recipe: has dropout and drop-path.
+        classes: names, in the order of the logits.
+        resolution: side of the images, pixels; None means the weights' own.
+        is_resumed: whether other weights follow, so that none are read.
+        progress: shows a progress bar while downloading.
+        options: further ones of `EfficientNet`: backend, memory.
+
+    Raises:
+        OSError, ValueError: as `EfficientNet.from_checkpoint` and the entry points raise.
+    """
+    if model not in (None, *VARIANTS):
+        raise ValueError(f"model must be one of {', '.join(VARIANTS)}, got {model!r}")
+    if resolution is not None and not 1 <= resolution <= LARGEST_SIDE:
+        raise ValueError(f"resolution must be between 1 and {LARGEST_SIDE}, got {resolution!r}")
+    if recipe.dropout is not None:
+        options["dropout"] = recipe.dropout
+    if recipe.drop_path is not None:
+        options["stochastic_depth_prob"] = recipe.drop_path
+    text = None if weights is None else os.fspath(weights)
+    if text is None:
+        network = EfficientNet(model or DEFAULT_MODEL, num_classes=len(classes), **options)
+        facts = _facts(images.preset(network.variant))
+    elif NAME.fullmatch(text) and not Path(text).exists():
+        network, facts = _published(
+            model or DEFAULT_MODEL, text, classes, is_resumed, progress, options
+        )
+    else:
+        network = EfficientNet.from_checkpoint(text, variant=model, progress=progress, **options)
+        facts = _facts(images.preset(network.variant))
+        if network.class_names != tuple(classes):
+            network.reset_classifier(len(classes))
+    _remember(network, facts, classes, resolution)
+    return network.train()
+
+
+def _published(
+    model: str,
+    text: str,
+    classes: Sequence[str],
+    is_resumed: bool,
+    progress: bool,
+    options: dict[str, Any],
+) -> tuple[EfficientNet, dict[str, Any]]:
+    entry_point = f"efficientnet_{model}"
+    enum = get_model_weights(entry_point)  # raises where there are none for this size
+    published = enum.verify(text) if "." not in text else get_weight(text)
+    if not isinstance(published, enum):
+        raise ValueError(f"weights {text} are of another network than model {model}")
+    facts = _facts(published.transforms())
+    if is_resumed:
+        return EfficientNet(model, num_classes=len(classes), **options), facts
+    make = getattr(models, entry_point)
+    network: EfficientNet = make(weights=published, progress=progress, **options)
+    if list(classes) != list(published.meta["categories"]):
+        network.reset_classifier(len(classes))
+    return network, facts
+
+
+def _facts(preset: images.ImageClassification) -> dict[str, Any]:
+    """A preset as fields of `models.Variant`."""
+    sides = preset.resize_size
+    return {
+        "resize": sides[0],
+        "crop": preset.crop_size[0],
+        "resolution": preset.crop_size[0],
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+        "interpolation": preset.interpolation,
+        "squash": len(sides) == 2,
+    }
+
+
+def _remember(
+    network: EfficientNet, facts: dict[str, Any], classes: Sequence[str], resolution: int | None
+) -> None:
+    """Gives the network the names of the classes and the preset at the run's resolution."""
+    if resolution is not None:
+        resize = max(resolution, round(facts["resize"] * resolution / facts["crop"]))
+        facts = {**facts, "resolution": resolution, "crop": resolution, "resize": resize}
+    network.variant = replace(network.variant, **facts)
+    network._origin = origin.with_images(network._origin, facts)
+    network.class_names = classes
+
+
+def preset_of(network: EfficientNet) -> images.ImageClassification:
+    """The preset of the network's evaluation images."""
+    return images.preset(network.variant)
+
+
+def convert_sync_bn(network: nn.Module) -> nn.Module:
+    """BatchNorms that share their statistics between processes, in place."""
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return converted
