@@ -55,8 +55,8 @@ def grad_cam(model: EfficientNet, x: Tensor, classes: Sequence[int] | None = Non
         raise ValueError("the model has no classifier: no logit can be explained")
     with torch.no_grad():
         features = model.forward_features(x)
-    with torch.enable_grad():
-        features = features.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        features = features.detach().clone().requires_grad_()
         logits = model.forward_head(features)
         chosen = _chosen(logits, classes)
         (gradient,) = torch.autograd.grad(logits[torch.arange(len(x)), chosen].sum(), features)

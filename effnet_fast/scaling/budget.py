@@ -104,9 +104,6 @@ class _Budget:
         used = self.used(variant)
         return {name: used[name] / limit for name, limit in self.limits.items()}
 
-    def largest_share(self, variant: Variant) -> float:
-        return max(self.shares(variant).values())
-
     def passed(self, variant: Variant) -> tuple[str, ...]:
         return tuple(name for name, share in self.shares(variant).items() if share > 1.0)
 
@@ -208,13 +205,17 @@ def fit(
     shares = ray_shares = budget.shares(ray.variant)
     offset = Offset()
     if refine and max(shares.values()) < ENOUGH:
-        near = Neighbourhood(
-            ray, scaling, tuple(stages), base_resolution, multiple, budget.largest_share
-        )
-        if refined := near.refine():
-            point, offset = refined
-            shares = budget.shares(point.variant)
-            binding = tuple(name for name, s in shares.items() if s >= ENOUGH) or binding
+        # Of the limit that stopped the rule, else of another one.
+        for wanted in (binding, tuple(limits)):
+            near = Neighbourhood(
+                ray, scaling, tuple(stages), base_resolution, multiple, budget.shares, wanted
+            )
+            if refined := near.refine():
+                point, offset = refined
+                shares = budget.shares(point.variant)
+            if enough := tuple(name for name, share in shares.items() if share >= ENOUGH):
+                binding = enough
+                break
     return Fit(
         point,
         budget.count(point.variant),

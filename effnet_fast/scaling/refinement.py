@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from effnet_fast.models.variants import Stage, Variant, custom_variant
 from effnet_fast.scaling.compound import CompoundScaling, Point
 
 ENOUGH = 0.95  # share of a budget at which the rule's own network is kept
-RADII = (0.05, 0.1, 0.2, 0.4)  # of the logarithms of the multipliers, tried one after the other
+RADII = (0.05, 0.1, 0.2, 0.4, 0.8)  # of the multipliers' logarithms, tried in this order
+    0.05,
+    0.1,
+    0.2,
+    0.4,
+    0.8,
+)  # of the logarithms of the multipliers, tried one after the other
 DIVISOR = 8  # of channels, as in `round_channels`
 INSIDE = 1e-9  # relative distance from the ends of a cell, where rounding may go either way
 PHI_RANGE, PHI_STEPS = 4.0, 60  # searched around the rule's phi, and thirds that are cut off
@@ -67,7 +73,8 @@ class Neighbourhood:
         ray: the rule's network.
         scaling: the rule; dimensions that it does not grow keep their multiplier.
         stages, base_resolution, multiple: as for `CompoundScaling.at`.
-        share: the largest share of a limit that a network uses; grows with every dimension.
+        shares: what a network uses of each limit, by name; they grow with every dimension.
+        wanted: names of the limits of which enough is to be used; no limit may be passed.
     """
 
     ray: Point
@@ -75,12 +82,13 @@ class Neighbourhood:
     stages: tuple[Stage, ...]
     base_resolution: int
     multiple: int
-    share: Callable[[Variant], float]
+    shares: Callable[[Variant], Mapping[str, float]]
+    wanted: Collection[str]
 
     def refine(self) -> tuple[Point, Offset] | None:
         """The network nearest to the rule that uses ENOUGH; where there is none, the one that uses
         most; None where none uses more than the rule's."""
-        best_share, best = self.share(self.ray.variant), None
+        best_share, best = self._used(self.shares(self.ray.variant)), None
         for radius in RADII:
             found = []
             for share, cells, side in self._candidates(radius):
@@ -100,18 +108,22 @@ class Neighbourhood:
             self._depth_cells(radius), self._sides(radius)
         ):
 
-            def share(width: Cell, depth: Cell = depth, side: int = side) -> float:
-                return self.share(self._variant(depth.middle, width.middle, side))
+            def shares(width: Cell, depth: Cell = depth, side: int = side) -> Mapping[str, float]:
+                return self.shares(self._variant(depth.middle, width.middle, side))
 
             low, high = -1, len(widths)  # the last within the limits, the first beyond
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (middle, high) if share(widths[middle]) <= 1 else (low, middle)
+                fits = max(shares(widths[middle]).values()) <= 1
+                low, high = (middle, high) if fits else (low, middle)
             for width in reversed(widths[: low + 1]):
-                used = share(width)
+                used = self._used(shares(width))
                 yield used, (depth, width, sides), side
                 if used < ENOUGH:
                     break
+
+    def _used(self, shares: Mapping[str, float]) -> float:
+        return max(shares[name] for name in self.wanted)
 
     def _variant(self, depth: float, width: float, side: int) -> Variant:
         return custom_variant(depth=depth, width=width, resolution=side, stages=self.stages)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import tiers
 from benchmarks import training_accuracy as accuracy
 from effnet_fast import EfficientNet
 from effnet_fast.training.recipe import read_recipe
@@ -85,7 +86,7 @@ def test_torchvision_has_the_same_weights_and_constants() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits", "scratch"])
+@pytest.mark.parametrize("name", tiers.some(("digits", "scratch"), ("scratch",)))
 def test_both_contestants_train(name: str, tmp_path: Path) -> None:
     """Two colours, which one epoch on 24 images tells apart better than chance or not at all."""
     rng = np.random.default_rng(0)

@@ -8,18 +8,21 @@ import pytest
 import torch
 
 import trained
-from effnet_fast import EfficientNet, checkpoints, cli
+from effnet_fast import EfficientNet, cli
 from effnet_fast.integrations.export import CLASSES, MODEL, TRANSFORM
+from effnet_fast.models import custom_variant
+from effnet_fast.scaling import random_network, save_network
 from networks import MINI, TINY
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     """What a training run leaves: weights that tell the classes and the images."""
-    model = EfficientNet("lite0", num_classes=3)
+    variant = custom_variant(depth=0.3, width=0.25, resolution=48)
+    model = random_network(variant, num_classes=3)
     model.class_names = ["ä", "b", "c"]
     (tmp_path / "run").mkdir()
-    checkpoints.save(model.state_dict(), tmp_path / "run" / "model.safetensors")
+    save_network(model, tmp_path / "run" / "model.safetensors")
     return tmp_path / "run"
 
 
@@ -42,7 +45,7 @@ def export(argv, capsys):
     return json.loads(captured.out)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_size(tmp_path, capsys):
     """Lite0 with the weights of its package, on a photograph."""
     path = tmp_path / "lite0.pt2"

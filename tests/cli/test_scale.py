@@ -103,7 +103,7 @@ def test_fit_tells_how_far_from_the_rule(capsys):
     assert report["shares"]["macs"] == report["macs"] / 300e6
     text = run(["fit", "--macs", "300M"], capsys)
     assert re.search(r"Off the rule by depth [-+]\S+%, width [-+]\S+%, resolution [-+]", text)
-    assert "uses 85." in text
+    assert "uses 84.9% of the limit" in text
     on_rule = run_json(["fit", "--macs", "300M", "--on-rule"], capsys)
     assert on_rule["macs"] == report["on_rule"]["macs"]
     assert on_rule["phi"] == report["on_rule"]["phi"]

@@ -33,7 +33,7 @@ def test_digits(tmp_path: Path) -> None:
         index, label = int(path.stem), int(path.parent.name)
         assert label == digits.target[index]
         assert (path.parents[1].name == "val") == (index % 4 == 3)
-        values = np.asarray(Image.open(path)) * 16 / 255
+        values = np.asarray(Image.open(path)).astype(float) * 16 / 255
         assert abs(values - digits.images[index]).max() < 0.1
 
 

@@ -57,7 +57,7 @@ def test_of_300_million() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.floats(7.3, 11.0), st.sampled_from(["macs", "params"]))
 def test_uses_any_budget(exponent: float, name: str) -> None:
-    limit = 10 ** (exponent if name == "macs" else 4.5 + (exponent - 7.3))
+    limit = 10 ** (exponent if name == "macs" else exponent - 2.0)
     found = fit(**{f"target_{name}": limit})
     if name == "macs":
         check(found, limit)
@@ -107,12 +107,13 @@ def test_dimensions_that_the_rule_does_not_grow_stay(
     assert found.shares["macs"] >= found.ray_shares["macs"]
 
 
+@pytest.mark.slow
 def test_nothing_nearer_uses_enough() -> None:
     """Against networks drawn around the rule, each at the distance of its own multipliers."""
     found = fit(target_macs=300e6)
     rule, draw = CompoundScaling(), random.Random(0)
     enough = 0
-    for _ in range(4000):
+    for _ in range(1500):
         phi = found.ray.phi + draw.uniform(-1.0, 1.5)
         offset = Offset(*(math.exp(draw.gauss(0, 0.04)) for _ in range(3)))
         at = rule.at(phi)
@@ -123,7 +124,7 @@ def test_nothing_nearer_uses_enough() -> None:
         if ENOUGH <= count(variant).macs / 300e6 <= 1:
             enough += 1
             assert offset.distance >= found.offset.distance - 1e-6
-    assert enough > 20
+    assert enough > 10
 
 
 def test_where_nothing_uses_enough_the_most_is_taken() -> None:
@@ -145,7 +146,7 @@ def test_cells_end_where_rounding_changes() -> None:
     """Inside a cell nothing changes, and two neighbours differ."""
     channels = (32, 16, 24, 40, 80, 112, 192, 320)
     at = CompoundScaling().at(0.6)
-    near = Neighbourhood(at, CompoundScaling(), at.variant.baseline, 224, 8, lambda variant: 1.0)
+    near = Neighbourhood(at, CompoundScaling(), at.variant.baseline, 224, 8, lambda v: {}, ())
     previous = None
     for cell in near._width_cells(0.2):
         points = (cell.low, cell.middle, cell.high)
@@ -168,7 +169,13 @@ def test_a_point_in_a_cell_of_the_rule_has_no_distance() -> None:
     ray = rule.at(1.3)
     macs = count(ray.variant).macs
     near = Neighbourhood(
-        ray, rule, ray.variant.baseline, 224, 8, lambda variant: count(variant).macs / macs
+        ray,
+        rule,
+        ray.variant.baseline,
+        224,
+        8,
+        lambda variant: {"macs": count(variant).macs / macs},
+        ("macs",),
     )
     refined = near.refine()
     assert refined is not None

@@ -65,7 +65,7 @@ def test_an_interrupted_trial_continues(tmp_path: Path) -> None:
     assert len(csv.read_text().splitlines()) == 1 + len(RULES)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_in_processes(tmp_path: Path) -> None:
     assert search(scorer(tmp_path), workers=2) == search(scorer(tmp_path))
 

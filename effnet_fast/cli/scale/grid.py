@@ -76,7 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the best trials, or all as JSON."""
     plot.check(arguments)
     scorer, name = _scorer_of(arguments)
-    with common.bad_input(OSError, ValueError, RuntimeError, ImportError, OverflowError):
+    with (
+        grid_training.tidied(arguments, scorer),
+        common.bad_input(OSError, ValueError, RuntimeError, ImportError, OverflowError),
+    ):
         scalings = candidates(arguments.step, arguments.tolerance)
         with common.progress(arguments, len(scalings), "trials") as bar:
             trials = grid_search(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,19 @@ def _folder_of(arguments: argparse.Namespace) -> str:
     if arguments.csv is not None:
         return str(arguments.csv.with_name(f"{arguments.csv.stem}-runs"))
     return tempfile.mkdtemp(prefix="effnet-fast-")
+
+
+@contextlib.contextmanager
+def tidied(arguments: argparse.Namespace, scorer: object) -> Iterator[None]:
+    """Removes the folder of the runs at the end of a search, unless something is to stay in it."""
+    try:
+        yield
+    finally:
+        if isinstance(scorer, ShortTraining) and not scorer.keep:
+            if arguments.csv is None:
+                shutil.rmtree(scorer.runs, ignore_errors=True)
+            with contextlib.suppress(OSError):  # of interrupted trials, or there is none
+                os.rmdir(scorer.runs)
 
 
 def train(
