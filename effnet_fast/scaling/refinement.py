@@ -19,12 +19,6 @@ from effnet_fast.scaling.compound import CompoundScaling, Point
 
 ENOUGH = 0.95  # share of a budget at which the rule's own network is kept
 RADII = (0.05, 0.1, 0.2, 0.4, 0.8)  # of the multipliers' logarithms, tried in this order
-    0.05,
-    0.1,
-    0.2,
-    0.4,
-    0.8,
-)  # of the logarithms of the multipliers, tried one after the other
 DIVISOR = 8  # of channels, as in `round_channels`
 INSIDE = 1e-9  # relative distance from the ends of a cell, where rounding may go either way
 PHI_RANGE, PHI_STEPS = 4.0, 60  # searched around the rule's phi, and thirds that are cut off
