@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from effnet_fast.training.recipe import (
 )
 from effnet_fast.training.settings import DEVICES, PRECISIONS, STRATEGIES
 
+BAD_INPUT = (OSError, ValueError, ImportError, NotImplementedError)
 SIGNALLED = 128  # a shell's status of a signal, less its number: 143 for SIGTERM
 EXAMPLE = """example, DATA holding train/ and val/ with a folder per class each:
   effnet-fast train DATA --model lite0 --weights DEFAULT --resolution 64 --batch 32 --epochs 3 \\
@@ -173,7 +176,7 @@ def run(arguments: argparse.Namespace) -> None:
     silent = arguments.no_progress or not sys.stderr.isatty()
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        with common.bad_input(OSError, ValueError, ImportError, NotImplementedError):
+        with _warnings_as_notes(), common.bad_input(*BAD_INPUT):
             metrics = train(arguments.data, arguments.out, progress=not silent, **given)
     except StoppedError as stopped:
         if is_main:
@@ -183,11 +186,23 @@ def run(arguments: argparse.Namespace) -> None:
         common.print_report(arguments, metrics, _print)
 
 
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Prints warnings, of a class without images for one, as lines on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: process.note(message)
+        yield
+
+
 def _print(metrics: dict[str, Any]) -> None:
     from effnet_fast.training import report, run_folder
 
+    run = Path(metrics["out"])
     print(common.format_table(report.table_rows(report.read_history(metrics["out"]))))
-    weights = Path(metrics["out"]) / run_folder.WEIGHTS
-    print(f"{weights}: {metrics['model']}, {metrics['classes']} classes")
+    print(f"{run / run_folder.WEIGHTS}: {metrics['model']}, {metrics['classes']} classes")
     if metrics["unreadable"]:
-        process.note(f"{metrics['unreadable']} images could not be read and were left out")
+        process.note(
+            f"{metrics['unreadable']} images could not be read and were left out: "
+            f"{run / run_folder.UNREADABLE} names them"
+        )

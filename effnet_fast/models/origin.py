@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 from effnet_fast.checkpoints.facts import FACTS_ENTRY, IMAGE_FIELDS, Facts, facts_of
 from effnet_fast.models.variants import VARIANTS, Variant
 
 Origin = Iterable[tuple[str, str]]
+STAGE_NUMBERS = 6  # of a stage, before its kind
 
 
 def remembered(variant: Variant, origin: Origin) -> dict[str, str]:
@@ -46,4 +47,22 @@ def with_images(origin: Origin, images: Mapping[str, Any]) -> frozenset[tuple[st
     facts = facts_of(entries.pop(FACTS_ENTRY, "{}"))
     known = {name: images[name] for name in IMAGE_FIELDS if name in images}
     entries[FACTS_ENTRY] = replace(facts, images={**facts.images, **known}).as_text()
+    return frozenset(entries.items())
+
+
+def with_table(origin: Origin, variant: Variant) -> frozenset[tuple[str, str]]:
+    """The origin with the layers of a network of no published size, which a reader builds anew."""
+    entries = dict(origin)
+    facts = facts_of(entries.pop(FACTS_ENTRY, "{}"))
+    table = {
+        "width": variant.width,
+        "depth": variant.depth,
+        "head": variant.head_channels,
+        "baseline": [astuple(stage)[:STAGE_NUMBERS] for stage in variant.baseline],
+    }
+    network = {"bn_eps": variant.bn_eps, "bn_momentum": variant.bn_momentum}
+    network["dropout"] = variant.dropout
+    entries[FACTS_ENTRY] = replace(
+        facts, table=table, network={**facts.network, **network}
+    ).as_text()
     return frozenset(entries.items())

@@ -20,10 +20,9 @@ from effnet_fast.training.processes import Processes
 from effnet_fast.training.recipe import Recipe
 from effnet_fast.training.sampling import EpochSampler
 from effnet_fast.training.settings import Settings
-from effnet_fast.training.sources import open_images
+from effnet_fast.training.sources import TABLES, open_images, splits
 
 RANDAUGMENT_OPERATIONS = 2
-VALIDATION_SPLITS = ("val", "test")
 STRIDE = 32  # of the network's last map
 RANK_SEEDS = 1_000_003  # apart, so that processes augment differently
 
@@ -45,15 +44,21 @@ class Images:
     def __init__(self, data: Any, val: Any = None) -> None:
         self.train: Any = open_images(data, split="train")
         if self.train.labels is None:
-            raise ValueError(f"{data}: the images have no labels, which training needs")
+            raise ValueError(
+                f"{data}: the images have no labels, which training needs: a folder per class, or "
+                "a table with the column label; a dataset from Python has them as `targets`"
+            )
         highest = max(self.train.labels, default=0)
         self.classes: tuple[str, ...] = self.train.classes or tuple(map(str, range(highest + 1)))
         self.val: Any = None
-        if val is not None or _has_validation(data):
-            split = "val" if val is None else None
-            self.val = open_images(data if val is None else val, split=split, classes=self.classes)
-            if self.val.labels is None:
-                raise ValueError(f"{val or data}: the validation images have no labels")
+        if val is not None:
+            self.val = open_images(val, classes=self.classes)
+        elif _may_hold_validation(data):
+            self.val = open_images(data, split="val", classes=self.classes)
+            if list(self.val.paths) == list(self.train.paths):  # a table without splits
+                self.val = None
+        if self.val is not None and self.val.labels is None:
+            raise ValueError(f"{val or data}: the validation images have no labels")
 
     def counts(self) -> dict[str, int]:
         """Numbers of images."""
@@ -68,10 +73,11 @@ class Images:
         return torch.tensor([total / (classes * max(1, counts[c])) for c in range(classes)])
 
 
-def _has_validation(data: Any) -> bool:
+def _may_hold_validation(data: Any) -> bool:
     if not isinstance(data, (str, os.PathLike)):
         return False
-    return any((Path(data) / name).is_dir() for name in VALIDATION_SPLITS)
+    path = Path(data)
+    return "val" in splits(path) if path.is_dir() else path.suffix.lower() in TABLES
 
 
 class Feed:
@@ -99,8 +105,9 @@ class Feed:
         self.recipe, self.preset = recipe, preset
         self.resolution: int = preset.crop_size[0]
         _check_statistics(len(images.train) // world, recipe, self.resolution)
-        deal = {"batch": recipe.batch, "rank": rank, "world": world}
-        self.sampler = EpochSampler(len(images.train), seed=settings.seed, **deal)
+        deal: Any = {"batch": recipe.batch, "rank": rank, "world": world}
+        blocks = getattr(images.train, "sizes", None)  # of shards
+        self.sampler = EpochSampler(len(images.train), seed=settings.seed, blocks=blocks, **deal)
         options: Any = {
             "workers": settings.workers,
             "unreadable_limit": settings.unreadable_limit,

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,15 @@ def write_metrics(history: Sequence[dict[str, Any]], path: Path) -> None:
     writer.writerows(history)
     with files.replacing(path) as file:
         file.write_text(text.getvalue(), encoding="utf-8")
+
+
+def write_unreadable(reasons: Mapping[str, str], path: Path) -> None:
+    """Writes the reasons by path of images that could not be read, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("path", "reason"), *sorted(reasons.items())])
+    with files.replacing(path) as file:
+        file.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

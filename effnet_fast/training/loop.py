@@ -12,6 +12,7 @@ import torch
 
 import effnet_fast
 from effnet_fast.models import EfficientNet
+from effnet_fast.models.variants import Variant
 from effnet_fast.training import freezing, network, run_folder, state
 from effnet_fast.training.feeding import RANK_SEEDS, Feed, Images
 from effnet_fast.training.processes import Processes, restarts
@@ -25,7 +26,7 @@ def train(
     data: Any,
     out: str | os.PathLike[str],
     *,
-    model: str | None = None,
+    model: str | Variant | None = None,
     weights: str | os.PathLike[str] | None = None,
     recipe: str | os.PathLike[str] = "finetune",
     val: Any = None,
@@ -55,7 +56,8 @@ def train(
         data: as for `sources.open_images`; a folder may hold `train` and `val` (or `test`).
         out: the run's folder; `run_folder` says what is in it. It must be empty or not there,
             unless the run is resumed.
-        model: a size, "lite0"; None means that of a file of weights, else b0.
+        model: a size, "lite0", or a `Variant` of one's own; None means that of a file of weights,
+            else b0.
         weights: None for random ones; published ones by name ("DEFAULT"); a file or a run's folder.
         recipe: "finetune", "paper", "quick", or a file that ends in .toml.
         val: validation images that are not in `data`.

@@ -13,7 +13,7 @@ from torch import nn
 
 from effnet_fast import models
 from effnet_fast.models import EfficientNet, origin
-from effnet_fast.models.variants import VARIANTS
+from effnet_fast.models.variants import MBCONV, VARIANTS, Variant
 from effnet_fast.pretrained import images
 from effnet_fast.pretrained.weights import get_model_weights, get_weight
 from effnet_fast.training.recipe import Recipe
@@ -24,7 +24,7 @@ LARGEST_SIDE = 1 << 16  # pixels, which a file's facts may name
 
 
 def build(
-    model: str | None,
+    model: str | Variant | None,
     weights: str | os.PathLike[str] | None,
     recipe: Recipe,
     classes: Sequence[str],
@@ -37,7 +37,8 @@ def build(
     """The network, its classifier for `classes`, in training mode.
 
     Args:
-        model: a size; None means that of a file of weights, else DEFAULT_MODEL.
+        model: a size, or a row of a table of one's own; None means that of a file of weights,
+            else DEFAULT_MODEL.
         weights: None for random ones; the name of published ones; or a file or the folder of a
             run. A classifier of the same classes is kept, another one replaced.
         recipe: has dropout and drop-path.
@@ -50,7 +51,7 @@ def build(
     Raises:
         OSError, ValueError: as `EfficientNet.from_checkpoint` and the entry points raise.
     """
-    if model not in (None, *VARIANTS):
+    if not isinstance(model, Variant) and model not in (None, *VARIANTS):
         raise ValueError(f"model must be one of {', '.join(VARIANTS)}, got {model!r}")
     if resolution is not None and not 1 <= resolution <= LARGEST_SIDE:
         raise ValueError(f"resolution must be between 1 and {LARGEST_SIDE}, got {resolution!r}")
@@ -119,8 +120,10 @@ def _remember(
     if resolution is not None:
         resize = max(resolution, round(facts["resize"] * resolution / facts["crop"]))
         facts = {**facts, "resolution": resolution, "crop": resolution, "resize": resize}
-    network.variant = replace(network.variant, **facts)
+    variant = network.variant = replace(network.variant, **facts)
     network._origin = origin.with_images(network._origin, facts)
+    if variant.name not in VARIANTS and all(s.kind == MBCONV for s in variant.baseline):
+        network._origin = origin.with_table(network._origin, variant)
     network.class_names = classes
 
 

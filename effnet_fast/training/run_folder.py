@@ -27,6 +27,7 @@ from effnet_fast.pretrained import images
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "run.json"
 METRICS = "metrics.csv"
+UNREADABLE = "unreadable.csv"
 STATE = "state.pt"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from effnet_fast.models.backbone import check_count, check_memory
+from effnet_fast.models.variants import Variant
 from effnet_fast.training.recipe import Recipe
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # here, and in Accelerate's words
@@ -25,7 +27,7 @@ LARGEST_SEED = 2**32  # what NumPy's generator takes
 class Settings:
     """The arguments of `loop.train`, whose documentation describes them."""
 
-    model: str | None = None
+    model: str | Variant | None = None
     weights: str | None = None
     resolution: int | None = None
     seed: int = 0
@@ -62,7 +64,7 @@ def described(
     data: Any, val: Any, settings: Settings, recipe_name: str, recipe: Recipe, world: int
 ) -> dict[str, Any]:
     """The arguments of a run as run.json keeps them."""
-    own = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    own = {name: _as_json(v) for name, v in asdict(settings).items() if name not in FREE}
     fields = {name: _as_json(value) for name, value in asdict(recipe).items()}
     places = {"data": _place(data), "val": None if val is None else _place(val)}
     return {
@@ -89,7 +91,8 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """The value as it is read back."""
+    return json.loads(json.dumps(value))
 
 
 def _place(data: Any) -> str:

@@ -281,6 +281,8 @@ class Trainer:
         self.save()
         if self.processes.is_main:
             logs.write_metrics(self.history, self.folder / run_folder.METRICS)
+            if self.unreadable:
+                logs.write_unreadable(self.unreadable, self.folder / run_folder.UNREADABLE)
         if self.board is not None:
             numbers = {f"epoch/{name}": row[name] for name in logs.COLUMNS if name != "epoch"}
             self.board.write(numbers, self.step)

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from networks import TINY
+
 CLASSES = ("blue", "green", "red")
 SIDE = 32  # pixels
 # A run that takes a second: 18 images in 3 steps per epoch.
 SMALL: dict[str, Any] = {
-    "model": "lite0",
+    "model": TINY,
     "resolution": SIDE,
     "batch": 6,
     "epochs": 2,

@@ -46,7 +46,7 @@ def test_frozen_layers_stay_as_they_were(data, tmp_path, plain):
     after = EfficientNet.from_checkpoint(tmp_path / "run").state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"classifier.1.weight", "classifier.1.bias"}
-    run(data, tmp_path / "bn", weights=plain[0], freeze=2, freeze_bn=False)
+    run(data, tmp_path / "bn", weights=plain[0], model=None, freeze=2, freeze_bn=False)
     after = EfficientNet.from_checkpoint(tmp_path / "bn").state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert "features.0.1.running_mean" in moved
@@ -59,19 +59,20 @@ def test_a_classifier_of_other_classes_is_replaced(data, tmp_path, plain):
     for name, count in (("train", 4), ("val", 1)):
         make_images(own / name, count)
         (own / name / "red").rename(own / name / "purple")
-    run(own, tmp_path / "run", weights=plain[0], freeze=-1)
+    run(own, tmp_path / "run", weights=plain[0], model=None, freeze=-1)
     model = EfficientNet.from_checkpoint(tmp_path / "run")
     assert model.class_names == ("blue", "green", "purple")
 
 
 def test_published_weights_are_where_training_begins(data, tmp_path):
-    run(data, tmp_path / "run", weights="DEFAULT", freeze=-1)
+    run(data, tmp_path / "run", model="lite0", weights="DEFAULT", freeze=-1)
     model = EfficientNet.from_checkpoint(tmp_path / "run")
     from effnet_fast.models import efficientnet_lite0
 
     published = efficientnet_lite0(weights="DEFAULT").state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, published[name]) != name.startswith("classifier."), name
+    assert model.variant.padding == "same"  # Lite's
     assert model.variant.mean == pytest.approx((127 / 255,) * 3)
 
 
@@ -136,6 +137,9 @@ def test_an_unreadable_image_is_counted_and_left_out(tmp_path):
     (data / "train" / "red" / "0.png").write_bytes(b"no image")
     _, metrics = run(data, tmp_path / "run")
     assert metrics["unreadable"] == 1
+    head, row = (tmp_path / "run" / "unreadable.csv").read_text().splitlines()
+    assert head == "path,reason"
+    assert row.startswith(str(data / "train" / "red" / "0.png") + ",")
     with pytest.raises(ValueError, match=r"0\.png"):
         run(data, tmp_path / "other", unreadable_limit=0)
 

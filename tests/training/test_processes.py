@@ -13,7 +13,10 @@ import torch
 from effnet_fast.models import EfficientNet
 from effnet_fast.training.loop import train
 from effnet_fast.training.processes import Processes
-from training_runs import SMALL
+from training_runs import SMALL as NEW
+
+# Sizes that a program takes by name.
+SMALL = {**NEW, "model": "lite0"}
 
 pytestmark = pytest.mark.exhaustive
 
@@ -23,6 +26,7 @@ ALONE = {
     "epochs": 1,
     "dropout": 0.0,
     "drop_path": 0.0,
+    "flip": 0.0,
     "optimizer": "sgd",
     "freeze": -1,
     "clip": 0.0,
