@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import glob
+import os
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from effnet_fast.cli import common, explain, networks, process
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.pretrained import images
+from effnet_fast.training import folders
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,7 +22,13 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "classify", help="classify images", description="Prints the likeliest classes of images."
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="JPEG, PNG or WebP file; a folder, whose images and those of its folders are taken; "
+        'or a pattern in quotes ("photos/**/*.jpg"). `predict` is for many',
+    )
     common.add_common(parser, default_model=None)
     parser.add_argument(
         "--weights",
@@ -46,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     common.check_backend(arguments.backend)
     common.set_threads(arguments)
     with common.bad_input(OSError, ValueError, NotImplementedError):
+        paths = find_images(arguments.images)
         network = networks.find(arguments.weights, arguments)
         labels = networks.find_labels(network, arguments.labels)
     if network.weights is None:
@@ -53,8 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     stock = _stock_of(network.model) if arguments.compare else None
     overlays = arguments.explain and explain.Overlays(arguments.explain, arguments.images)
     results = []
-    with common.progress(arguments, len(arguments.images), "images") as bar:
-        for path in arguments.images:
+    with common.progress(arguments, len(paths), "images") as bar:
+        for path in paths:
             with common.bad_input(OSError, ValueError):
                 x = network.preset(images.load(path))[None]
             top = classify(network.model, x, arguments.top, labels, stock)
@@ -69,6 +79,26 @@ def run(arguments: argparse.Namespace) -> None:
         common.print_json({**report, "images": results})
     else:
         (_print_compared if arguments.compare else _print)(results)
+
+
+def find_images(words: list[str]) -> list[str]:
+    """The images that words name: themselves, a folder's, or those that fit a pattern, sorted.
+
+    Raises:
+        ValueError: a folder without images, or a pattern that nothing fits.
+        OSError: a folder cannot be read.
+    """
+    paths = []
+    for word in words:
+        found = [word]
+        if os.path.isdir(word):
+            found = list(folders.walk(word))
+        elif glob.has_magic(word) and not os.path.lexists(word):
+            found = sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
+        if not found:
+            raise ValueError(f"{word}: no images there")
+        paths += found
+    return paths
 
 
 def _print(results: list[dict[str, Any]]) -> None:

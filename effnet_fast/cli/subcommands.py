@@ -8,15 +8,20 @@ from effnet_fast.cli import (
     classify,
     convert,
     doctor,
+    evaluate,
     export,
     info,
     plot,
+    predict,
     scale,
     train,
 )
 from effnet_fast.cli.common import Parser
 
-SUBCOMMANDS = (classify, train, plot, export, bench, convert, doctor, info, scale)
+SUBCOMMANDS = (
+    *(classify, train, evaluate, predict, plot, export),
+    *(bench, convert, doctor, info, scale),
+)
 
 
 def build_parser() -> Parser:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import astuple
 
 import torch
 
 from effnet_fast import checkpoints
-from effnet_fast.checkpoints.facts import FACTS_ENTRY, IMAGE_FIELDS, Facts
+from effnet_fast.checkpoints.facts import IMAGE_FIELDS
+from effnet_fast.models import origin
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import MBCONV, Variant
 
@@ -26,14 +26,13 @@ def save_network(network: EfficientNet, path: str | os.PathLike[str]) -> None:
         ValueError: blocks or ends that a table in a file does not describe; another suffix.
         OSError: the file cannot be written.
     """
-    facts = Facts(
-        images={name: getattr(network.variant, name) for name in IMAGE_FIELDS},
-        table=_table(network.variant),
-        classes=network.class_names,
-    )
+    _check_described(network.variant)
     if os.path.splitext(path)[1] != checkpoints.SAFETENSORS:
         raise ValueError(f"{os.fspath(path)}: the suffix must be {checkpoints.SAFETENSORS}")
-    checkpoints.save(network.state_dict(), path, {FACTS_ENTRY: facts.as_text()})
+    facts = origin.with_table(network._origin, network.variant)
+    images = {name: getattr(network.variant, name) for name in IMAGE_FIELDS}
+    facts = origin.with_images(facts, images)
+    checkpoints.save(network.state_dict(), path, dict(facts))
 
 
 def random_network(variant: Variant, seed: int = 0, num_classes: int = 1000) -> EfficientNet:
@@ -43,16 +42,10 @@ def random_network(variant: Variant, seed: int = 0, num_classes: int = 1000) -> 
         return EfficientNet(variant, num_classes=num_classes)
 
 
-def _table(variant: Variant) -> dict[str, object]:
+def _check_described(variant: Variant) -> None:
     plain = variant.activation == "silu" and variant.squeeze and not variant.fixed_ends
     if not plain or any(stage.kind != MBCONV for stage in variant.baseline):
         raise ValueError(
             f"{variant.name} is no network of MBConv with SiLU and squeeze-and-excitation, as a "
             "file's table describes"
         )
-    return {
-        "width": variant.width,
-        "depth": variant.depth,
-        "head": variant.head_channels,
-        "baseline": [astuple(stage)[:6] for stage in variant.baseline],
-    }

@@ -87,7 +87,7 @@ class Workers(Generic[Task, Result]):
                 except StopIteration:
                     more = False
                     break
-                self._talk(pipe, lambda p, task=task: p.send(task))
+                self._talk(pipe, "send", task)
                 waiting[pipe].append(given)
                 given += 1
             while taken in results:
@@ -97,14 +97,14 @@ class Workers(Generic[Task, Result]):
             if not busy and not more:
                 return
             for pipe in multiprocessing.connection.wait(busy):
-                well, result = self._talk(pipe, lambda p: p.recv())
+                well, result = self._talk(pipe, "recv")
                 if not well:
                     raise result
                 results[waiting[pipe].popleft()] = result
 
-    def _talk(self, pipe: Any, exchange: Callable[[Any], Any]) -> Any:
+    def _talk(self, pipe: Any, method: str, *content: Any) -> Any:
         try:
-            return exchange(pipe)
+            return getattr(pipe, method)(*content)
         except (EOFError, OSError) as error:
             process = self._processes[self._pipes.index(pipe)]
             process.join(1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from effnet_fast.cli import common
 from effnet_fast.models.efficientnet import EfficientNet
-from effnet_fast.scaling import ShortTraining, save_network
+from effnet_fast.scaling import ShortTraining
 
 RECIPE = "quick"
 # Of the schedule, their defaults and help; they belong to --train.
@@ -96,15 +96,10 @@ def tidied(arguments: argparse.Namespace, scorer: object) -> Iterator[None]:
 def train(
     network: EfficientNet, data: str, out: Path, *, resume: bool, **options: Any
 ) -> Mapping[str, float]:
-    """Trains a network; in whichever process its trial runs.
+    """Trains a network of the same layers, whose random weights are those of the run's seed.
 
-    Its random weights go by a file, which is there again when the run is resumed.
+    Runs in whichever process the trial is given to.
     """
     from effnet_fast.training import loop
 
-    weights = out.with_name(f"{out.name}.safetensors")
-    if not weights.exists():
-        save_network(network, weights)
-    done = loop.train(data, out, weights=weights, recipe=RECIPE, resume=resume, **options)
-    weights.unlink()
-    return done
+    return loop.train(data, out, model=network.variant, recipe=RECIPE, resume=resume, **options)
