@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     if network.weights is None:
         process.note("no --weights: the weights are random, and the classes mean nothing")
     stock = _stock_of(network.model) if arguments.compare else None
-    overlays = arguments.explain and explain.Overlays(arguments.explain, arguments.images)
+    overlays = arguments.explain and explain.Overlays(arguments.explain, paths)
     results = []
     with common.progress(arguments, len(paths), "images") as bar:
         for path in paths:
