@@ -235,20 +235,22 @@ def find_variant(
     """
     table = checkpoint.facts.table
     if given is None and table:
-        variant = _described(table)
+        variant = _described(table, checkpoint.family)
     else:
         variant = _size(build, checkpoint.state, given, classifies)
     return family_variant(variant, checkpoint)
 
 
-def _described(table: Mapping[str, Any]) -> Variant:
+def _described(table: Mapping[str, Any], family: str) -> Variant:
     """The network of a table of layers: of a published size where one has the same layers."""
     stages = tuple(Stage(*row) for row in table["baseline"])
     variant = custom_variant(depth=table["depth"], width=table["width"], stages=stages)
     variant = replace(variant, head=table["head"])
     for stage in variant.stages:
         list(variant.block_configs(stage))  # raises for what no block has
-        if stage.stride == 1 and stage.in_channels == stage.out_channels:
+        # transformers adds no residual there, and ours does.
+        keeps = stage.stride == 1 and stage.in_channels == stage.out_channels
+        if keeps and family == "transformers":
             raise ValueError("the first block of a stage must stride or change the channels")
     for known in VARIANTS.values():
         layers = known.stages, known.head_channels, known.squeeze

@@ -60,20 +60,34 @@ def build(
     if recipe.drop_path is not None:
         options["stochastic_depth_prob"] = recipe.drop_path
     text = None if weights is None else os.fspath(weights)
+    is_new = True
     if text is None:
         network = EfficientNet(model or DEFAULT_MODEL, num_classes=len(classes), **options)
         facts = _facts(images.preset(network.variant))
     elif NAME.fullmatch(text) and not Path(text).exists():
-        network, facts = _published(
-            model or DEFAULT_MODEL, text, classes, is_resumed, progress, options
-        )
+        size = getattr(model, "name", model) or DEFAULT_MODEL
+        network, facts, is_new = _published(size, text, classes, is_resumed, progress, options)
     else:
         network = EfficientNet.from_checkpoint(text, variant=model, progress=progress, **options)
         facts = _facts(images.preset(network.variant))
-        if network.class_names != tuple(classes):
+        is_new = network.class_names != tuple(classes)
+        if is_new:
             network.reset_classifier(len(classes))
+    if is_new:
+        _zero_classifier(network)
     _remember(network, facts, classes, resolution)
     return network.train()
+
+
+def _zero_classifier(network: EfficientNet) -> None:
+    """A new classifier that gives every class the same logit.
+
+    The network's own initialisation is torchvision's, uniform within 1/sqrt(classes): for a few
+    classes the first logits are so large that the loss begins at several times that of guessing.
+    Source: Kolesnikov et al. (arXiv 1912.11370), https://github.com/google-research/big_transfer.
+    """
+    for parameter in network.get_classifier().parameters():
+        nn.init.zeros_(parameter)
 
 
 def _published(
@@ -83,20 +97,22 @@ def _published(
     is_resumed: bool,
     progress: bool,
     options: dict[str, Any],
-) -> tuple[EfficientNet, dict[str, Any]]:
+) -> tuple[EfficientNet, dict[str, Any], bool]:
+    """The network, the preset of its images, and whether its classifier is a new one."""
     entry_point = f"efficientnet_{model}"
     enum = get_model_weights(entry_point)  # raises where there are none for this size
     published = enum.verify(text) if "." not in text else get_weight(text)
     if not isinstance(published, enum):
         raise ValueError(f"weights {text} are of another network than model {model}")
     facts = _facts(published.transforms())
+    is_new = list(classes) != list(published.meta["categories"])
     if is_resumed:
-        return EfficientNet(model, num_classes=len(classes), **options), facts
+        return EfficientNet(model, num_classes=len(classes), **options), facts, is_new
     make = getattr(models, entry_point)
     network: EfficientNet = make(weights=published, progress=progress, **options)
-    if list(classes) != list(published.meta["categories"]):
+    if is_new:
         network.reset_classifier(len(classes))
-    return network, facts
+    return network, facts, is_new
 
 
 def _facts(preset: images.ImageClassification) -> dict[str, Any]:
@@ -122,9 +138,19 @@ def _remember(
         facts = {**facts, "resolution": resolution, "crop": resolution, "resize": resize}
     variant = network.variant = replace(network.variant, **facts)
     network._origin = origin.with_images(network._origin, facts)
-    if variant.name not in VARIANTS and all(s.kind == MBCONV for s in variant.baseline):
+    if variant.name not in VARIANTS and _is_plain(variant):
         network._origin = origin.with_table(network._origin, variant)
     network.class_names = classes
+
+
+def _is_plain(variant: Variant) -> bool:
+    """Whether a table of widths, depths and stages tells the network: all of B0's kind."""
+    return (
+        all(stage.kind == MBCONV for stage in variant.baseline)
+        and variant.squeeze
+        and not variant.fixed_ends
+        and (variant.activation, variant.padding) == ("silu", "symmetric")
+    )
 
 
 def preset_of(network: EfficientNet) -> images.ImageClassification:
