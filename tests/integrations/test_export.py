@@ -46,6 +46,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 
 class TestTorch:
+    @pytest.mark.slow
     def test_computes_the_same_and_tells_of_itself(self, models: Pair, tmp_path: Path) -> None:
         path = tmp_path / "network.pt2"
         preset = ImageClassification(crop_size=32, resize_size=[40, 40], interpolation="bicubic")
@@ -68,6 +69,7 @@ class TestTorch:
         for name, tensor in models.actual.state_dict().items():
             assert torch.equal(tensor, before[name])
 
+    @pytest.mark.slow
     def test_transform_and_names_are_the_networks_own(self, tmp_path: Path) -> None:
         model = EfficientNet(MINI, num_classes=2).eval()
         model.class_names = ["cat", "dog"]
@@ -79,6 +81,7 @@ class TestTorch:
         assert (own["crop_size"], own["resize_size"]) == (MINI.crop, MINI.resize)
         assert (tuple(own["mean"]), own["interpolation"]) == (MINI.mean, MINI.interpolation)
 
+    @pytest.mark.slow
     def test_fixed_batch(self, models: Pair, tmp_path: Path) -> None:
         path = tmp_path / "network.pt2"
         assert export(models.actual, path, batch=2, resolution=32).batch == 2
@@ -87,6 +90,7 @@ class TestTorch:
         with pytest.raises(Exception, match=r"size\(\)\[0\] == 2"):
             module(X)
 
+    @pytest.mark.slow
     def test_encoder_and_pooled_features(self, models: Pair, tmp_path: Path) -> None:
         encoder = EfficientNetFeatures(MINI, out_indices=(1, 2)).eval()
         encoder.load_state_dict(calibrated_state(MINI))
@@ -208,6 +212,7 @@ def test_no_wrong_file_stays(
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_untrained_networks_are_exported(tmp_path: Path) -> None:
     """Their images hardly differ in the logits: rounding alone sets what is allowed."""
     torch.manual_seed(1)
