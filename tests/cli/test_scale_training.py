@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from effnet_fast import EfficientNet, cli
 from effnet_fast.scaling import count
+from effnet_fast.training import trainer
 
 SMALL = ["--phi", "-14", "--step", "0.2", "--tolerance", "0.02"]  # networks of a few thousand MAC
 
@@ -75,6 +78,33 @@ def test_same_seed_same_scores_and_runs_are_kept(data, tmp_path, capsys, monkeyp
         rows = [next(csv.DictReader((run / "metrics.csv").open())) for run in runs]
         found.append([[row[column] for column in columns] for row in rows])
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_stopped_search_continues_the_run(data, tmp_path, capsys, monkeypatch) -> None:
+    """SIGTERM comes in the second epoch of the first trial."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["grid", *SMALL, "--train", "data", "--batch", 4, "--epochs", 2, "--csv", "t.csv"]
+    steps = []
+
+    def stop(self: Any, *arguments: Any) -> Any:
+        steps.append(self.epoch)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    step = trainer.Trainer._step
+    monkeypatch.setattr(trainer.Trainer, "_step", stop)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["scale", *map(str, argv)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    (run,) = Path("t-runs").iterdir()
+    assert (run / "state.pt").exists()
+    steps.clear()
+    report = scale(argv, capsys)
+    assert steps[0] == 1  # the first epoch is not repeated
+    assert len(steps) == 8 * len(report["trials"]) - 6
+    assert not Path("t-runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -98,8 +99,17 @@ def train(
 ) -> Mapping[str, float]:
     """Trains a network of the same layers, whose random weights are those of the run's seed.
 
-    Runs in whichever process the trial is given to.
-    """
-    from effnet_fast.training import loop
+    Runs in whichever process the trial is given to. After a signal the run's state is saved, and
+    the same search continues it.
 
-    return loop.train(data, out, model=network.variant, recipe=RECIPE, resume=resume, **options)
+    Raises:
+        SystemExit: 128 and the signal's number, as of `effnet-fast train`.
+    """
+    from effnet_fast.cli.train import SIGNALLED
+    from effnet_fast.training import loop
+    from effnet_fast.training.processes import StoppedError
+
+    try:
+        return loop.train(data, out, model=network.variant, recipe=RECIPE, resume=resume, **options)
+    except StoppedError as stopped:
+        sys.exit(SIGNALLED + stopped.number)
