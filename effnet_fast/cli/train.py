@@ -169,6 +169,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from effnet_fast.training.loop import train
     from effnet_fast.training.processes import StoppedError
+    from effnet_fast.training.workers import WorkerError
 
     common.check_backend(arguments.backend)
     common.set_threads(arguments)
@@ -176,7 +177,7 @@ def run(arguments: argparse.Namespace) -> None:
     silent = arguments.no_progress or not sys.stderr.isatty()
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        with _warnings_as_notes(), common.bad_input(*BAD_INPUT):
+        with _warnings_as_notes(), common.bad_input(*BAD_INPUT, WorkerError):
             metrics = train(arguments.data, arguments.out, progress=not silent, **given)
     except StoppedError as stopped:
         if is_main:

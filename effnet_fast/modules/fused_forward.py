@@ -17,11 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import backends
-from effnet_fast.modules import dense_block, in_turn, observed, repetition, structure
+from effnet_fast.modules import (
+    dense_block,
+    in_turn,
+    observed,
+    repetition,
+    structure,
+    sync_batch_norm,
+)
 from effnet_fast.modules.dense_block import DenseBlock, Found
 from effnet_fast.modules.repetition import Choice
 from effnet_fast.modules.stochastic_depth import ELEMENTS, drop, row_scale
 from effnet_fast.modules.structure import Block
+from effnet_fast.ops import synced_dwconv
 from effnet_fast.ops.call import wants_gradient
 from effnet_fast.ops.dwconv_bn_silu import apply as dwconv_bn_silu
 from effnet_fast.ops.fused_mbconv import DenseLayers
@@ -81,8 +89,15 @@ def _gives_nhwc(found: Found, given: Input) -> bool:
     return given.is_nhwc or makes_nhwc(structure.weights_of(found.layers))
 
 
-def _run_spatial(layer: structure.Layer, given: Input) -> Tensor:
-    """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm."""
+def _run_spatial(layer: structure.Layer, given: Input) -> Tensor | None:
+    """The depthwise op or the stem's, with the module's own bookkeeping of its BatchNorm.
+
+    None where several processes have to meet within an op of a backend.
+    """
+    if layer.kind != structure.DENSE and layer.syncs:
+        if not synced_dwconv.runs_on(given.backend):
+            return None
+        return synced_dwconv.apply(given.x, layer.tensors, layer.begin_call(given.x, given.backend))
     op = stem_conv_bn_silu if layer.kind == structure.DENSE else dwconv_bn_silu
     return op(given.x, layer.tensors, layer.begin_call(given.x, given.backend))
 
@@ -164,7 +179,10 @@ def run(module: Any, x: Tensor, *arguments: Any) -> Tensor:
     y = None if found is None else _run_fused(found, x, backend)
     if choices.recorded is not None:
         choices.recorded.append(Choice(module, None if y is None else found, backend))
-    return module.forward_stock(x, *arguments) if y is None else y
+    if y is not None:
+        return y
+    with sync_batch_norm.served(module, x):
+        return module.forward_stock(x, *arguments)
 
 
 def _structure_of(module: nn.Module, *arguments: Any) -> Found | None:

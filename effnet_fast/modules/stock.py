@@ -28,7 +28,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import activation, batchnorm, conv, dropout, linear, padding, pooling
+from torch.nn.modules import (
+    _functions,
+    activation,
+    batchnorm,
+    conv,
+    dropout,
+    linear,
+    padding,
+    pooling,
+)
 
 from effnet_fast.modules import layers, same_padding, stochastic_depth, structure
 from effnet_fast.modules.fused_mbconv import FusedMBConv
@@ -204,6 +213,13 @@ LAYER = Stock(
         (same_padding.Conv2dSame, "weight bias"),
         (nn.BatchNorm2d, "weight bias running_mean running_var num_batches_tracked"),
     ),
+)
+# Below a SyncBatchNorm, beside the code of a layer.
+SYNC_BATCH_NORM = Stock(
+    (nn.SyncBatchNorm, f"{_FORWARD} _check_input_dim _check_non_zero_input_channels"),
+    (_functions.SyncBatchNorm, "forward backward"),
+    members=((nn.SyncBatchNorm, "weight bias running_mean running_var num_batches_tracked"),),
+    pinned=((batchnorm, "sync_batch_norm", _functions.SyncBatchNorm),),
 )
 CALLED_LAYER = Stock(
     (layers.Conv2dNormActivation, _FORWARD),

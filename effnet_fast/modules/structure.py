@@ -27,7 +27,9 @@ from effnet_fast.modules.requirements import refuse_global_hooks as refuse_globa
 from effnet_fast.modules.requirements import require as require
 from effnet_fast.modules.requirements import require_children as require_children
 from effnet_fast.modules.same_padding import same_padding
+from effnet_fast.modules.sync_batch_norm import group_of
 from effnet_fast.ops.call import NO_NORM, Call, Norm, call_of
+from effnet_fast.ops.exchange import Exchange
 from effnet_fast.reference.arguments import Sides
 from effnet_fast.reference.mbconv import SqueezeExciteParams
 
@@ -93,7 +95,7 @@ class Layer(NamedTuple):
 
     kind: str
     conv: nn.Conv2d
-    bn: nn.BatchNorm2d
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm
     activation: str
     geometry: Geometry
     tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -112,6 +114,11 @@ class Layer(NamedTuple):
     def by_batch(self) -> bool:
         """Whether its BatchNorm normalises by the batch's statistics."""
         return self.bn.training or self.tensors[3] is None
+
+    @property
+    def syncs(self) -> bool:
+        """Whether its BatchNorm normalises by the batches of several processes."""
+        return type(self.bn) is nn.SyncBatchNorm and group_of(self.bn) is not None
 
     @property
     def first(self) -> Layer:
@@ -246,7 +253,10 @@ def norm_of(layer: Layer) -> Norm:
         bn.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
-    return Norm(layer.by_batch, momentum or 0.0, bn.eps, moves)
+    exchange = None
+    if type(bn) is nn.SyncBatchNorm and (group := group_of(bn)) is not None:
+        exchange = Exchange(group)
+    return Norm(layer.by_batch, momentum or 0.0, bn.eps, moves, exchange)
 
 
 # The classes of activations and gates by the names in `reference.activations`: what an instance of

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from effnet_fast.ops.exchange import Exchange
 from effnet_fast.reference.arguments import Sides
 
 
@@ -17,6 +18,7 @@ class Norm(NamedTuple):
     momentum: float  # share of the batch's statistics in the running ones
     eps: float  # added to the variance
     moves: bool = True  # whether the running statistics, where there are any, move in training
+    exchange: Exchange | None = None  # where the batch is that of several processes: this call's
 
 
 NO_NORM = Norm(False, 0.0, 0.0, False)  # of an expansion that is absent

@@ -33,6 +33,7 @@ from effnet_fast.ops.mbconv_training import (
     NO_LAYER,
     PER_LAYER,
     Vectors,
+    inner_sums,
     normalised_by,
     pick,
     sums_of_images,
@@ -133,10 +134,14 @@ def forward(
     """y [N,Cout,Ho,Wo] of x [N,Cin,H,W], NHWC without gaps, and what backward needs."""
     first, last = call.norms[0], call.norms[-1]
     z1, norm1 = _convolution(x, normalised_by(layers.dense, first.training), first.eps, call)
+    if first.exchange:
+        norm1 = first.exchange.merge(norm1, *layers.dense[1:3], first.eps, z1)
     if layers.project is not None:
         run = passes(call.backend)
         project = normalised_by(layers.project, last.training)
         z3, norm3 = run.project(z1, norm1, None, *project, last.eps, call.activation)
+        if last.exchange:
+            norm3 = last.exchange.merge(norm3, *layers.project[1:3], last.eps, z3)
         y = run.finish(z3, norm3, row_scale, x if call.residual else None)
         return y, Saved(x, z1, z3, norm1, norm3, row_scale)
     y = silu_op(z1, norm1, call.activation, call.backend)
@@ -159,12 +164,12 @@ def _project_backward(
     if layers.project is None or saved.z3 is None or saved.norm3 is None:
         da = grad_y if saved.row_scale is None else grad_y * _rows(saved.row_scale, grad_y)
         return da, sums_op(da, z1, saved.norm1, call.activation, call.backend), ()
-    run, by_batch = passes(call.backend), call.norms[-1].training
-    wanted = needs.x or any(needs.dense)
+    run, wanted = passes(call.backend), needs.x or any(needs.dense)
     sums3 = run.finish_backward(grad_y, saved.row_scale, saved.z3, saved.norm3)
+    inner = inner_sums(call.norms[-1], sums3, saved.norm3, wanted or needs.project[0])
     e, sums, grad_weight = run.project_backward(
-        grad_y, saved.row_scale, saved.z3, saved.norm3, sums3 if by_batch else None,
-        layers.project[0], z1, saved.norm1, None, [wanted, needs.project[0]], call.activation,
+        grad_y, saved.row_scale, saved.z3, saved.norm3, inner, layers.project[0],
+        z1, saved.norm1, None, [wanted, needs.project[0]], call.activation,
     )  # fmt: skip
     grads = pick(needs.project, grad_weight, sums3[1], sums3[0])
     return e, sums_of_images(sums) if wanted else None, grads
@@ -178,7 +183,7 @@ def backward(grad_y: Tensor, saved: Saved, layers: DenseLayers, call: Call, need
         return Grads(None, (None,) * 3, project)
     grad_x = grad_weight = None
     if needs.x or needs.dense[0]:
-        inner = sums1 if call.norms[0].training else None
+        inner = inner_sums(call.norms[0], sums1, saved.norm1, True)
         dz = backward_op(da, z1, saved.norm1, inner, call.activation, call.backend)
         grad_x, grad_weight = convolve_backward(
             dz, saved.x, layers.dense[0], call.stride, call.padding, (needs.x, needs.dense[0])

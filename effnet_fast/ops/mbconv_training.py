@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from effnet_fast.ops.call import Call
+from effnet_fast.ops.call import Call, Norm
 from effnet_fast.ops.norms import MEAN, VAR
 from effnet_fast.reference.arguments import Layer, Sides
 from effnet_fast.reference.mbconv import SqueezeExciteParams
@@ -253,15 +253,21 @@ def forward(
     if layers.expand is not None:
         h, norm1 = passes.expand(x, *normalised_by(layers.expand, first.training), first.eps)
         z1 = h
+        if first.exchange:
+            norm1 = first.exchange.merge(norm1, *layers.expand[1:3], first.eps, z1)
     depthwise = normalised_by(layers.depthwise, second.training)
     z2, norm2 = passes.depthwise(
         h, norm1, *depthwise, call.stride[0], call.padding, second.eps, activation
     )
+    if second.exchange:
+        norm2 = second.exchange.merge(norm2, *layers.depthwise[1:3], second.eps, z2)
     if layers.excite is not None:
         pooled, slopes = passes.squeeze(z2, norm2, activation)
         hidden, gate = passes.excite(pooled, *layers.excite, call.se_activation, call.gate)
     project = normalised_by(layers.project, third.training)
     z3, norm3 = passes.project(z2, norm2, gate, *project, third.eps, activation)
+    if third.exchange:
+        norm3 = third.exchange.merge(norm3, *layers.project[1:3], third.eps, z3)
     y = passes.finish(z3, norm3, row_scale, x if call.residual else None)
     saved = Saved(x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale)
     return y, saved
@@ -293,6 +299,18 @@ def _excite_backward(
     return q, sums2, tuple(grads)
 
 
+def inner_sums(norm: Norm, sums: Tensor, rows: Tensor | None, wanted: bool) -> Tensor | None:
+    """What dz has of the sums [2,C] of a BatchNorm; None where its statistics are constants.
+
+    rows: its norm [5,C]; wanted: whether anything depends on dz.
+    """
+    if not norm.training:
+        return None
+    if norm.exchange is None or rows is None or not wanted:
+        return sums
+    return norm.exchange.sums(sums, rows)
+
+
 def pick(needs: tuple[bool, ...], *grads: Tensor | None) -> Vectors:
     """The gradients that are wanted, None for the others."""
     return tuple(grad if need else None for need, grad in zip(needs, grads, strict=True))
@@ -317,8 +335,9 @@ def backward(
     depthwise: Vectors = (None,) * 3
     excite: Vectors = (None,) * 4
     sums3 = passes.finish_backward(grad_y, row_scale, z3, norm3)
+    inner = inner_sums(third, sums3, norm3, to_excite or needs.project[0])
     e, sums, grad_weight = passes.project_backward(
-        grad_y, row_scale, z3, norm3, sums3 if third.training else None, layers.project[0],
+        grad_y, row_scale, z3, norm3, inner, layers.project[0],
         z2, norm2, gate, [to_excite, needs.project[0]], call.activation,
     )  # fmt: skip
     project = pick(needs.project, grad_weight, sums3[1], sums3[0])
@@ -335,8 +354,9 @@ def backward(
             layer = (*layers.expand[:2], None, norm1[MEAN], norm1[VAR])  # z1 needs no bias
             z1 = passes.expand(x, *normalised_by(layer, False), first.eps)[0]
         h = z1
+    inner = inner_sums(second, sums2, norm2, True)
     f, grad_weight, sums1 = passes.depthwise_backward(
-        e, gate, q, z2, norm2, sums2 if second.training else None, h, norm1, layers.depthwise[0],
+        e, gate, q, z2, norm2, inner, h, norm1, layers.depthwise[0],
         added if layers.expand is None else None, call.stride[0], call.padding,
         [to_expand, needs.depthwise[0]], call.activation,
     )  # fmt: skip
@@ -344,8 +364,9 @@ def backward(
     if layers.expand is None or not to_expand:
         return Grads(f if needs.x else None, expand, depthwise, excite, project)
     assert z1 is not None and norm1 is not None
+    inner = inner_sums(first, sums1, norm1, needs.x or needs.expand[0])
     grad_x, grad_weight = passes.expand_backward(
-        f, z1, norm1, sums1 if first.training else None, x, layers.expand[0], added,
+        f, z1, norm1, inner, x, layers.expand[0], added,
         [needs.x, needs.expand[0]],
     )  # fmt: skip
     expand = pick(needs.expand, grad_weight, sums1[1], sums1[0])

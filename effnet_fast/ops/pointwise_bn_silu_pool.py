@@ -19,7 +19,7 @@ from effnet_fast.ops import second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.gate import batch_norm
 from effnet_fast.ops.mbconv_passes import passes
-from effnet_fast.ops.mbconv_training import normalised_by
+from effnet_fast.ops.mbconv_training import inner_sums, normalised_by
 from effnet_fast.ops.registration import autocast, channels_last, dense, empty_nhwc, nhwc, register
 from effnet_fast.ops.statistics import Moves
 from effnet_fast.ops.unsaved import keep, save, unpack
@@ -80,11 +80,13 @@ backward_op = register(
 
 
 def _forward(
-    x: Tensor, layer: Layer, training: bool, eps: float, activation: str, backend: str
+    x: Tensor, layer: Layer, by: Norm, activation: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [N,Cout] in x's dtype, and what backward needs: z, norm, slopes."""
     run = passes(backend)
-    z, norm = run.expand(x, *normalised_by(layer, training), eps)
+    z, norm = run.expand(x, *normalised_by(layer, by.training), by.eps)
+    if by.exchange:
+        norm = by.exchange.merge(norm, *layer[1:3], by.eps, z)
     pooled, slopes = run.squeeze(z, norm, activation)
     return pooled.to(x.dtype), z, norm, slopes
 
@@ -105,14 +107,14 @@ class PointwiseBnSiluPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *layer, training, eps, activation, backend, move = rest
-        y, z, norm, slopes = _forward(x, layer, training, eps, activation, backend)
+        *layer, by, activation, backend, move = rest
+        y, z, norm, slopes = _forward(x, layer, by, activation, backend)
         if move is not None:
             move(norm)
         # No running statistics, which may move before backward: it reads norm.
         save(ctx, x, *layer[:2], z, norm, slopes)
         keep(ctx, layer[2])
-        ctx.config = (training, eps, activation, backend)
+        ctx.config = (by, activation, backend)
         ctx.mark_non_differentiable(norm)
         return y, norm
 
@@ -122,14 +124,15 @@ class PointwiseBnSiluPool(torch.autograd.Function):
         x, weight, bn_weight, z, *vectors = unpack(ctx)
         norm, slopes = (v.contiguous() for v in vectors)  # hooks on saved tensors may change that
         (bn_bias,) = ctx.biases
-        training, _, activation, backend = ctx.config
+        by, activation, backend = ctx.config
         needs = ctx.needs_input_grad
         q = dense(grad_y, torch.float32) / (z.shape[2] * z.shape[3])
         sums = backward_sums(q, slopes)
         grads: tuple[Tensor | None, ...] = (None, None)
         if any(needs[:2]):
+            inner = inner_sums(by, sums, norm, True)
             grad_x, grad_weight = backward_op(
-                q, nhwc(z), norm, sums if training else None, channels_last(x), weight,
+                q, nhwc(z), norm, inner, channels_last(x), weight,
                 list(needs[:2]), activation, backend,
             )  # fmt: skip
             grads = grad_x, grad_weight.to(weight.dtype)
@@ -138,7 +141,7 @@ class PointwiseBnSiluPool(torch.autograd.Function):
             grads[1] if needs[1] else None,
             sums[1].to(bn_weight.dtype) if needs[2] else None,
             sums[0].to(bn_bias.dtype) if needs[3] else None,
-            *(None,) * 7,
+            *(None,) * 6,
         )
 
 
@@ -147,7 +150,7 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     (norm,) = call.norms
     if call.infers:
         return eval_op(x, *layer, norm.eps, call.activation, call.backend)
-    rest = (norm.training, norm.eps, call.activation, call.backend)
+    rest = (norm, call.activation, call.backend)
     move = Moves((norm, layer, (x.shape[0], layer[0].shape[0], *x.shape[2:])))
     if call.needs_grad:
         y, rows = PointwiseBnSiluPool.apply(x, *layer, *rest, move if move.inside else None)

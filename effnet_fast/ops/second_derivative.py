@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast import reference
+from effnet_fast.ops.call import Norm
 from effnet_fast.ops.layout import is_batched
 from effnet_fast.ops.mbconv_training import Saved
 from effnet_fast.ops.norms import MEAN, VAR
@@ -26,6 +27,21 @@ from effnet_fast.reference.stem_conv_bn_silu import compose
 Inputs = tuple[Tensor | None, ...]
 # The saved inputs of an autograd Function, and the op's reference as a function of them.
 Again = Callable[[Any], tuple[Inputs, Callable[..., Tensor]]]
+
+
+def _require_alone(*norms: Norm) -> None:
+    """Raises RuntimeError where one normalises by the batches of several processes."""
+    if any(norm.exchange for norm in norms):
+        raise RuntimeError(
+            "SyncBatchNorm has no second derivative over several processes and takes no batch of "
+            "gradients: use BatchNorm2d, or backward without create_graph and is_grads_batched"
+        )
+
+
+def synced_dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
+    """Of SyncedDwconvBnSilu, which has none."""
+    _require_alone(ctx.call.norms[0])
+    raise AssertionError("its norm is always one of several processes")
 
 
 def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
@@ -46,12 +62,13 @@ def dwconv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of PointwiseBnSiluPool."""
     *inputs, _, norm, _ = unpack(ctx)
-    training, eps, activation, _ = ctx.config
-    running = (None, None) if training else (norm[MEAN], norm[VAR])
+    by, activation, _ = ctx.config
+    _require_alone(by)
+    running = (None, None) if by.training else (norm[MEAN], norm[VAR])
 
     def function(*inputs: Any) -> Tensor:
         return reference.pointwise_bn_silu_pool(
-            *inputs, *running, training=training, eps=eps, activation=activation
+            *inputs, *running, training=by.training, eps=by.eps, activation=activation
         )
 
     return (*inputs, *unchanged(ctx)), function
@@ -59,6 +76,7 @@ def pointwise_bn_silu_pool(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def stem_conv_bn_silu(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of StemConvBnSilu."""
+    _require_alone(ctx.by)
     x, weight, _, norm, bn_weight = unpack(ctx)
     stride, padding, eps, training, activation, _ = ctx.config
     running = (None, None) if training else (norm[MEAN], norm[VAR])
@@ -80,6 +98,7 @@ def squeeze_excite(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of MBConv."""
+    _require_alone(*ctx.call.norms)
     unpacked, tensors = unpack_block(ctx, len(Saved._fields), unchanged(ctx))
     saved = Saved(*unpacked)
     call = ctx.call
@@ -109,6 +128,7 @@ def mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
 
 def fused_mbconv(ctx: Any) -> tuple[Inputs, Callable[..., Tensor]]:
     """`Again` of FusedMBConv."""
+    _require_alone(*ctx.call.norms)
     (x, _, _, norm1, norm3, row_scale), tensors = unpack_block(ctx, 6, unchanged(ctx))
     call, none = ctx.call, (None, None)
 

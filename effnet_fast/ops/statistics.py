@@ -80,7 +80,7 @@ class Moves:
                 self._batches.append(None)
                 continue
             count = shape[0] * shape[2] * shape[3]
-            if count == 1:
+            if count == 1 and norm.exchange is None:
                 raise ValueError(
                     "Expected more than 1 value per channel when training, got input size "
                     f"{torch.Size(shape)}"
@@ -100,9 +100,13 @@ class Moves:
             if batch is None or moments is None:
                 continue
             norm, layer, count = batch
-            if norm.moves and layer[3] is not None and count > 0:
+            is_empty = norm.exchange.is_empty if norm.exchange else count == 0
+            if norm.moves and layer[3] is not None and not is_empty:
                 pair = (moments[MEAN], moments[VAR]) if isinstance(moments, Tensor) else moments
-                _update(layer[3], layer[4], *pair, count, norm.momentum)
+                correction = count / (count - 1) if count > 1 else 1.0
+                if norm.exchange:
+                    correction = norm.exchange.correction
+                _update(layer[3], layer[4], *pair, correction, norm.momentum)
 
 
 def _update(
@@ -110,18 +114,21 @@ def _update(
     running_var: Tensor,
     mean: Tensor,
     var: Tensor,
-    count: int,
+    correction: float | Tensor,
     momentum: float,
 ) -> None:
-    """In place, the variance unbiased; momentum is the share of the batch's statistics."""
-    correction = count / (count - 1) if count > 1 else 1.0
+    """In place; correction makes the variance unbiased, momentum is the batch's share."""
     with torch.no_grad():
-        if mean.device.type == "cpu" and all(
-            v.dtype is torch.float32
-            and v.is_contiguous()
-            and v.device == mean.device
-            and not _is_negative(v)
-            for v in (running_mean, running_var)
+        if (
+            isinstance(correction, float)
+            and mean.device.type == "cpu"
+            and all(
+                v.dtype is torch.float32
+                and v.is_contiguous()
+                and v.device == mean.device
+                and not _is_negative(v)
+                for v in (running_mean, running_var)
+            )
         ):
             move_op(running_mean, running_var, mean, var, correction, momentum)
             return

@@ -137,15 +137,17 @@ class StemConvBnSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        *arguments, move = rest
+        *arguments, move, by = rest
         *layer, activation, backend = arguments
         weight, bn_weight, bn_bias, mean, _, stride, padding, eps = layer
         z, norm = conv_op(x, *layer, backend)
+        if by.exchange:
+            norm = by.exchange.merge(norm, bn_weight, bn_bias, eps, z)
         if move is not None:
             move(norm)
         save(ctx, x, weight, z, norm, bn_weight)
         keep(ctx, bn_bias)
-        ctx.config = (stride, padding, eps, mean is None, activation, backend)
+        ctx.config, ctx.by = (stride, padding, eps, mean is None, activation, backend), by
         ctx.mark_non_differentiable(norm)
         return silu_op(z, norm, activation, backend), norm
 
@@ -160,6 +162,8 @@ class StemConvBnSilu(torch.autograd.Function):
         if need_gamma or need_beta or training:
             sums = sums_op(grad_y, z, norm, activation, backend)
         inner = sums if training else None
+        if inner is not None and ctx.by.exchange and (need_x or need_weight):
+            inner = ctx.by.exchange.sums(inner, norm)
         grad_x = grad_weight = None
         if need_x:
             dz = backward_op(grad_y, z, norm, inner, activation, backend)
@@ -177,7 +181,7 @@ class StemConvBnSilu(torch.autograd.Function):
             grad_weight,
             sums[1].to(bn_weight.dtype) if need_gamma and sums is not None else None,
             sums[0].to(bn_bias.dtype) if need_beta and sums is not None else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
 
 
@@ -190,9 +194,11 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     move = Moves((norm, layer, output_shape(x, layer[0], call.stride, call.padding)))
     args = (x, *normalised_by(layer, norm.training), *rest)
     if call.needs_grad:
-        y, rows = StemConvBnSilu.apply(*args, *last, move if move.inside else None)
+        y, rows = StemConvBnSilu.apply(*args, *last, move if move.inside else None, norm)
     else:
         z, rows = conv_op(*args, call.backend)
+        if norm.exchange:
+            rows = norm.exchange.merge(rows, *layer[1:3], norm.eps, z)
         y = silu_op(z, rows, *last)
     move(rows)
     return y

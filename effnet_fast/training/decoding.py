@@ -24,6 +24,7 @@ __all__ = ["Draw", "EvaluationCrop", "TrainingCrop", "UnreadableImageError", "de
 ATTEMPTS = 10  # to draw a box that fits, as torchvision's RandomResizedCrop
 SCALE = (0.08, 1.0)  # of the image's area; torchvision's default and the Inception paper's
 RATIO = (3 / 4, 4 / 3)  # width by height
+DRAFT_GAP = 2  # a draft has twice the pixels of the result, as in Pillow's thumbnail()
 
 
 class Draw(NamedTuple):
@@ -44,7 +45,7 @@ class EvaluationCrop:
 
     Args:
         preset: of `effnet_fast.pretrained.images`.
-        draft: lets JPEG files be decoded at a smaller size that still holds the resized image.
+        draft: lets JPEG files be decoded at a smaller size, at least twice the resized image's.
             This is quicker and changes pixels, so that results differ a little from the preset's.
     """
 
@@ -76,7 +77,7 @@ class EvaluationCrop:
             UnreadableImageError: it cannot be decoded, or is too narrow to be resized.
         """
         if isinstance(source, (str, os.PathLike, bytes)):
-            least = max(self.preset.resize_size) if self.draft else None
+            least = DRAFT_GAP * max(self.preset.resize_size) if self.draft else None
             source = decode(source, least=least, name=name)
         elif isinstance(source, Tensor):
             source = to_uint8(source, name)

@@ -112,6 +112,7 @@ class Feed:
             "workers": settings.workers,
             "unreadable_limit": settings.unreadable_limit,
             "pin": device.type == "cuda",
+            "in_turn": device.type != "cuda",
         }
         self.training = Loader(images.train, seed=settings.seed, **options)
         self.validation: Loader | None = None

@@ -146,7 +146,7 @@ class Processes:
 
     def close(self) -> None:
         """Ends the process group, if it was begun here."""
-        self.accelerator.free_memory()
+        del self.accelerator
         if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
         _forget_accelerate()

@@ -25,7 +25,7 @@ import torch
 
 from effnet_fast.pretrained import downloads
 from effnet_fast.training.decoding import Draw, UnreadableImageError
-from effnet_fast.training.folders import SUFFIXES, listed
+from effnet_fast.training.folders import SUFFIXES
 
 REMOTE = ("http://", "https://")
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -220,7 +220,7 @@ def open_shards(
         The samples; how many each shard has; class names where a file beside them has them.
 
     Raises:
-        OSError, ValueError: as `entries`; no images; labels in some samples and not in others.
+        OSError, ValueError: as `entries`.
     """
     names = expand(pattern)
     samples: list[Entry] = []
@@ -229,7 +229,4 @@ def open_shards(
         found = list(entries(local(name, cache)))
         samples += found
         sizes.append(len(found))
-    without = [sample.name for sample in samples if sample.label is None]
-    if without and len(without) < len(samples):
-        raise ValueError(f"{pattern}: {len(without)} samples have no label: {listed(without)}")
     return samples, sizes, class_file(names)

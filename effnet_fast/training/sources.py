@@ -261,7 +261,8 @@ def open_images(
         return _filled(_open_folder(path, classes, labelled), text)
     if path.suffix.lower() in TABLES:
         paths, labels, names = tables.read(path, split, classes)
-        _warn_of_empty(str(path), labels, names if classes is None else None)
+        if classes is None and split != "val":
+            _warn_of_empty(text, labels, names)
         return _filled(ImageList(paths, *((labels, names) if labelled else ())), text)
     if folders.is_image(text):
         os.stat(path)
@@ -314,22 +315,26 @@ def _open_shards(
     cache: str | os.PathLike[str] | None,
 ) -> ImageList:
     entries, sizes, names = shards.open_shards(pattern, cache)
-    if not labelled or not entries or entries[0].label is None:
+    without = [entry.name for entry in entries if entry.label is None]
+    if not labelled or len(without) == len(entries):
         return ShardList(entries, sizes)
+    if without:
+        raise ValueError(
+            f"{pattern}: {len(without)} images have no label: {folders.listed(without)}"
+        )
     found = [entry.label for entry in entries]
     order = tables.make_classes(pattern, found) if names is None else names
     if classes is not None:
         order = list(classes)
     labels = tables.numbers(pattern, [(e.name, e.label) for e in entries], order)
-    _warn_of_empty(pattern, labels, order if classes is None else None)
+    if classes is None:
+        _warn_of_empty(pattern, labels, order)
     return ShardList(entries, sizes, labels, order)
 
 
 def _warn_of_empty(where: str, labels: Sequence[int] | None, classes: Sequence[str] | None) -> None:
-    """Warns of classes without images, in a set that makes the classes."""
-    if labels is None or classes is None:
-        return
-    seen = set(labels)
-    empty = [name for number, name in enumerate(classes) if number not in seen]
-    if empty:
+    """Warns of classes without images."""
+    seen = set(labels or ())
+    empty = [name for number, name in enumerate(classes or ()) if number not in seen]
+    if labels is not None and empty:
         warnings.warn(f"{where}: no images in class {folders.listed(empty)}", stacklevel=3)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from effnet_fast.training.decoding import Draw, UnreadableImageError
@@ -126,7 +127,7 @@ class Pool:
             pipe, theirs = context.Pipe()
             process = context.Process(
                 target=_work,
-                args=(theirs, self._counters, pickled),
+                args=(theirs, self._counters, pickled, Image.MAX_IMAGE_PIXELS),
                 name=f"effnet-fast-images-{number}",
                 daemon=True,
             )
@@ -150,7 +151,7 @@ class Pool:
         shape = (group.count, group.size) if fresh else None
         message = pickle.dumps((buffer, shape, list(items), crop, draw))
         for pipe, process in zip(self._pipes, self._processes, strict=True):
-            with contextlib.suppress(BrokenPipeError):  # `wait` finds out why
+            with contextlib.suppress(OSError):  # the worker has ended, and `wait` says why
                 pipe.send_bytes(message)
                 if fresh:
                     reduction.send_handle(pipe, group.descriptor, process.pid)
@@ -238,13 +239,14 @@ def read(reader: Callable[..., Any], item: Item, crop: Any, draw: Draw) -> tuple
 
 
 def _work(
-    pipe: connection.Connection, counters: Sequence[Any], pickled: bytes
-) -> None:  # pragma: no cover - runs in another process
+    pipe: connection.Connection, counters: Sequence[Any], pickled: bytes, most_pixels: int | None
+) -> None:
     """The life of a worker: group after group until the pipe closes."""
     # Ctrl-C and SIGTERM reach the whole process group; the process that trains decides what ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    Image.MAX_IMAGE_PIXELS = most_pixels
     groups: list[Group | None] = [None] * BUFFERS
     try:
         with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):

@@ -33,6 +33,7 @@ AREAS = {
         "csrc/bindings/gate",
     ),
     "modules_models": ("effnet_fast/modules/", "effnet_fast/models/"),
+    "training": ("effnet_fast/training/",),
     "inference": (
         "effnet_fast/inference/",
         "effnet_fast/deployment.py",

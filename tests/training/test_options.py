@@ -37,6 +37,10 @@ def test_less_memory_computes_the_same(data, tmp_path, plain, options):
     assert list(losses.values()) == pytest.approx(list(plain[1].values()), rel=1e-4)
 
 
+def test_the_first_loss_is_that_of_guessing(plain):
+    assert plain[1][1] == pytest.approx(math.log(len(CLASSES)))
+
+
 def test_the_seed_decides(data, tmp_path, plain):
     assert run(data, tmp_path / "same")[0] == plain[1]
     assert run(data, tmp_path / "other", seed=6)[0] != plain[1]

@@ -79,6 +79,25 @@ def test_four_processes_take_the_step_of_one(data, tmp_path):
     assert json.loads((tmp_path / "four" / "run.json").read_text())["metrics"]["steps"] == 1
 
 
+def test_shared_statistics_make_the_whole_network_step_as_in_one_process(data, tmp_path):
+    train(data, tmp_path / "start", **{**ALONE, "freeze": 0, "rate": 1e-2})
+    options = {**ALONE, "weights": tmp_path / "start", "freeze": 0, "rate": 1e-2}
+    train(data, tmp_path / "one", **{**options, "batch": 18})
+    arguments = {**options, "data": data, "out": tmp_path / "four", "batch": 5, "sync_bn": True}
+    torchrun(tmp_path, 4, arguments)
+    start, one, four = (
+        EfficientNet.from_checkpoint(tmp_path / name).state_dict()
+        for name in ("start", "one", "four")
+    )
+    floats = [name for name, tensor in one.items() if tensor.is_floating_point()]
+    moved, apart = (
+        torch.cat([(state[name] - one[name]).flatten() for name in floats]).norm()
+        for state in (start, four)
+    )
+    assert moved > 0
+    assert apart < 0.01 * moved
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_worker_is_started_again_and_continues(data, tmp_path, killed):
     common = {**SMALL, "data": data, "batch": 3, "save_minutes": 0.0, "ema": 0.9}

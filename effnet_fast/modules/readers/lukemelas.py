@@ -119,7 +119,7 @@ def _kinds(package: _Package, find: Finder) -> dict[str, structure.Kinds]:
     pads = structure.one_of(nn.ZeroPad2d, nn.Identity, *identities)
     padded = structure.children_of((Part("static_padding", pads),))
     conv: structure.Kinds = {dynamic: None, static: padded}
-    norm = structure.one_of(nn.BatchNorm2d)
+    norm = structure.one_of(*members.NORMS)
     kinds: dict[str, structure.Kinds] = dict.fromkeys(_NAMES.split(), conv)
     kinds |= dict.fromkeys(("_bn0", "_bn1", "_bn2"), norm)
     kinds["_swish"] = structure.one_of(*members.ACTIVATIONS, *own)

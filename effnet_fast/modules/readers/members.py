@@ -21,6 +21,7 @@ from effnet_fast.reference.mbconv import SqueezeExciteParams
 _MISSING = object()
 _CONV_NAMES = ("weight", "bias")
 _BN_NAMES = (*_CONV_NAMES, "running_mean", "running_var")
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # of 4-dimensional images they compute the same
 _RELU6 = (0.0, 6.0)
 # PyTorch's classes, before a reader enters those of its package, whose code another's is not.
 ACTIVATIONS, GATES = tuple(structure.ACTIVATIONS), tuple(structure.GATES)
@@ -163,6 +164,10 @@ def _conv_members(conv: nn.Module) -> tuple[Any, Any]:
 def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     """Weight, bias, mean and variance of a BatchNorm."""
     state = bn.__dict__
+    if type(bn) is nn.SyncBatchNorm:
+        stock.SYNC_BATCH_NORM.require()
+        if "_check_non_zero_input_channels" in state:
+            raise RefusedError(" has a patched _check_non_zero_input_channels")
     if not state.keys().isdisjoint(_BN_NAMES):
         raise structure.hidden(state, _BN_NAMES)
     table, buffers = state["_parameters"], state["_buffers"]

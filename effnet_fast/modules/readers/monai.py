@@ -36,7 +36,7 @@ def _children(find: Finder) -> dict[tuple[bool, bool], structure.Children]:
     swish, lean_swish = find(_SWISH), find(_LEAN_SWISH)
     structure.ACTIVATIONS[swish] = structure.ACTIVATIONS[lean_swish] = "silu"
     identity, conv = structure.one_of(nn.Identity), structure.one_of(nn.Conv2d)
-    pad, norm = identity | structure.one_of(nn.ConstantPad2d), structure.one_of(nn.BatchNorm2d)
+    pad, norm = identity | structure.one_of(nn.ConstantPad2d), structure.one_of(*members.NORMS)
     activation = structure.one_of(*members.ACTIVATIONS, swish, lean_swish)
     layer = conv, pad, norm
     excite = structure.one_of(nn.AdaptiveAvgPool2d), conv, identity, conv, identity

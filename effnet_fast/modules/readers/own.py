@@ -20,7 +20,7 @@ _SE_NAMES = "fc1", "activation", "fc2", "scale_activation"
 _ACTIVATION, _GATE = (structure.one_of(*k) for k in (structure.ACTIVATIONS, structure.GATES))
 _CONV_BN = (
     Part("0", structure.one_of(nn.Conv2d, Conv2dSame)),
-    Part("1", structure.one_of(nn.BatchNorm2d)),
+    Part("1", structure.one_of(*members.NORMS)),
 )
 _LAYER = structure.children_of(_CONV_BN, (*_CONV_BN, Part("2", _ACTIVATION)))
 _EXCITE = structure.children_of((
@@ -167,6 +167,7 @@ structure.SETTINGS |= {
     nn.Conv2d: CONVOLUTION,
     Conv2dSame: (*CONVOLUTION, "sides"),
     nn.BatchNorm2d: ("training", "eps"),
+    nn.SyncBatchNorm: ("training", "eps"),
     nn.ReLU6: ("min_val", "max_val"),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.ConstantPad2d: ("padding", "value"),

@@ -84,7 +84,7 @@ def _skip(module: Any) -> structure.Skip:
 
 def _stem(find: Finder) -> Callable[[Any], structure.Layer]:
     kinds = structure.one_of(nn.ZeroPad2d), structure.one_of(nn.Conv2d)
-    norm = structure.one_of(nn.BatchNorm2d)
+    norm = structure.one_of(*members.NORMS)
     allowed = _children(_STEM_NAMES, *kinds, norm, _activations(find))
 
     def read(module: Any) -> structure.Layer:
@@ -102,7 +102,7 @@ def _parts(find: Finder) -> tuple[structure.Children, structure.Children]:
     depthwise_conv = find(_CONV)
     members.PADDINGS[depthwise_conv] = members.sides
     activation = _activations(find)
-    conv, norm = structure.one_of(nn.Conv2d), structure.one_of(nn.BatchNorm2d)
+    conv, norm = structure.one_of(nn.Conv2d), structure.one_of(*members.NORMS)
     pool, pad = structure.one_of(nn.AdaptiveAvgPool2d), structure.one_of(nn.ZeroPad2d)
     gate = structure.one_of(*members.GATES)
     depthwise = pad, structure.one_of(depthwise_conv), norm, activation
