@@ -50,7 +50,9 @@ def matched(found: Sequence[str], names: Sequence[str] | None, count: int) -> li
             f"{len(unknown)} of the data's {len(found)} classes are not among the network's "
             f"{count}: {_listed(unknown)}; the network's are {_listed(names)}"
         )
-    return _placed([_plain(name) for name in found], plain)
+    others = [_plain(name) for name in found if name not in names]  # "Cardigan" and "cardigan" are
+    places = dict(zip(others, _placed(others, plain), strict=True))  # two classes of ImageNet
+    return [names.index(name) if name in names else places[_plain(name)] for name in found]
 
 
 def _is_imagenet(names: Sequence[str] | None, count: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 
 from effnet_fast import deployment
 from effnet_fast.pretrained.images import ImageClassification
-from effnet_fast.training.answering_workers import Workers, cores
 from effnet_fast.training.decoding import EvaluationCrop
+from effnet_fast.training.parallel import Workers, cores
 from effnet_fast.training.rows import Answers
-from effnet_fast.training.sources import ImageList
+from effnet_fast.training.sources import ImageList, Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = {"cpu": 8, "cuda": 64}  # images per call
@@ -85,13 +86,25 @@ class Decoding:
         reasons: list[str | None] = []
         count = 0
         for index in indices:
-            sample = self.images[index]
+            sample = self._sample(index)
             labels.append(sample.label)
             reasons.append(sample.reason)
             if sample.image is not None:
                 pixels[count] = sample.image.permute(1, 2, 0)
                 count += 1
         return Read(indices, labels, reasons, pixels[:count].permute(0, 3, 1, 2))
+
+    def _sample(self, index: int) -> Sample:
+        """One image; whatever a decoder stumbles over is the image's reason."""
+        try:
+            with warnings.catch_warnings():  # as of odd EXIF data: a million rows need no notes
+                warnings.simplefilter("ignore")
+                return self.images[index]
+        except (MemoryError, OSError, ValueError):  # a lack of the machine, or a wrong label
+            raise
+        except Exception as error:  # Pillow's plugins raise any kind on broken files
+            reason = f"cannot be decoded: {type(error).__name__}: {error}"
+            return Sample(index, None, self.images.label(index), reason)
 
 
 class Answering:

@@ -142,10 +142,8 @@ class Output:
             if self._file is not None:
                 os.fsync(self._file.fileno())
         self._barrier()
-        if self._rank == 0:
+        if self._rank == 0 and self._parts.is_dir():
             self._settle()
-            if not self.path.exists():  # no image at all
-                self._join([])
         self._barrier()
 
     def close(self) -> None:
@@ -212,9 +210,10 @@ class Output:
     def _settle(self) -> None:
         """Removes what a kill cut short, and joins parts whose rows the file does not have."""
         with self._naming():
+            self.done = set()  # what the file has, whatever a caller has entered
             if self.path.exists():
                 self._table.repair(self.path)
-                self.done = set(self._table.paths(self.path))
+                self.done.update(self._table.paths(self.path))
             if not self._parts.is_dir():
                 return
             left = []

@@ -113,9 +113,9 @@ def predict(
             out, columns, description, rank=share.rank, world=share.world, barrier=share.barrier
         )
         with output:
+            present = len(output.done)
             left = _left(images, output.done, share)
             counts = _write(answering, output, left, means, on_rows)
-            present = len(output.done)
         images_done, unreadable = share.total(counts[:2])
     seconds = counts[2]
     return {
@@ -194,15 +194,13 @@ def prepared(model: Any, options: Options) -> nn.Module:
 
 
 def _left(images: ImageList, done: set[str], share: Share) -> list[int]:
-    """The indices of this process's images without a row; a path that comes twice counts once."""
-    seen: set[str] = set()
+    """The indices of this process's images without a row, which are entered in `done`."""
     left = []
     for index, path in enumerate(images.paths):
         text = shown(path)
-        if text in done or not share.has(text) or text in seen:
-            continue
-        seen.add(text)
-        left.append(index)
+        if text not in done and share.has(text):
+            done.add(text)
+            left.append(index)
     return left
 
 

@@ -48,7 +48,11 @@ class Answers:
 
 def shown(path: str) -> str:
     """A path as files of answers hold it: bytes that are no UTF-8 become escapes."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return path  # itself, not a copy: there may be millions
 
 
 @dataclass(frozen=True)

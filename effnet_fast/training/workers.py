@@ -16,7 +16,7 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import connection, reduction
+from multiprocessing import connection, reduction, util
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from effnet_fast.training.decoding import Draw, UnreadableImageError
 UNSET, READ, UNREADABLE = range(3)  # of an image in a group
 BUFFERS = 2  # groups in flight: one that is decoded, one that is used
 STOP = 1 << 62  # of a counter: no images are left
+PATIENCE = 5.0  # seconds for a worker to end by itself
 HINT = (
     "A script that reads images with workers keeps its code under `if __name__ == '__main__':`; "
     "workers=0 reads in this process"
@@ -135,6 +136,11 @@ class Pool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(pipe)
+        # Workers ignore SIGTERM, by which an interpreter that exits ends its daemons: it would wait
+        # for them for ever. This comes first.
+        self._end = util.Finalize(
+            self, _end, (self._pipes, self._processes, self._counters), exitpriority=100
+        )
 
     def start(self, items: Sequence[Item], crop: Any, draw: Draw) -> None:
         """Has a group decoded; at most BUFFERS groups may be in flight."""
@@ -187,20 +193,29 @@ class Pool:
 
     def close(self) -> None:
         """Ends the workers."""
-        for counter in self._counters:
-            counter.value = STOP
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        self._end()
         for group in self._groups:
             if group is not None:
                 group.close()
         self._groups = [None] * BUFFERS
-        self._pipes, self._processes, self.flying = [], [], []
+        self.flying = []
+
+
+def _end(
+    pipes: Sequence[connection.Connection],
+    processes: Sequence[BaseProcess],
+    counters: Sequence[Any],
+) -> None:
+    """Ends workers; also when the pool is forgotten, or the interpreter exits."""
+    for counter in counters:
+        counter.get_obj().value = STOP  # without the lock: a killed worker may hold it
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _answer(pipe: connection.Connection, process: BaseProcess) -> dict[int, str]:
@@ -208,7 +223,7 @@ def _answer(pipe: connection.Connection, process: BaseProcess) -> dict[int, str]
     try:
         answer = pipe.recv()
     except (EOFError, OSError):
-        process.join(5)
+        process.join(PATIENCE)
         code = process.exitcode
         how = f"ended with exit code {code}"
         if code is not None and code < 0:

@@ -144,7 +144,29 @@ def test_refuses_absent_files(folder, tmp_path, capsys):
     assert refused(["classify", absent], capsys) == expected
     assert refused(["classify", image, "--weights", absent], capsys) == expected
     assert refused(["classify", image, "--labels", absent], capsys) == expected
-    assert refused(["classify", tmp_path], capsys) == f"{tmp_path}: Is a directory"
+    assert refused(["classify", tmp_path], capsys) == f"{tmp_path}: no images there"
+    pattern = tmp_path / "*.jpg"
+    assert refused(["classify", pattern], capsys) == f"{pattern}: no images there"
+
+
+@pytest.mark.slow
+def test_takes_folders_and_patterns(folder, tmp_path, capsys):
+    (tmp_path / "below").mkdir()
+    names = ["b [1].png", "below/a.png", "c.png"]
+    for name in names:
+        (tmp_path / name).write_bytes((folder / "a.png").read_bytes())
+    (tmp_path / "notes.txt").write_text("no image")
+    cases = [
+        ([tmp_path], names),
+        ([tmp_path / "*.png"], [names[0], names[2]]),
+        ([tmp_path / "**/*.png"], names),
+        ([tmp_path / names[0], tmp_path / "below"], names[:2]),  # a file's name is no pattern
+    ]
+    for words, expected in cases:
+        report, _ = classify([*words, "--weights", folder / "ten.pth", "--top", 1], capsys)
+        assert [image["path"] for image in report["images"]] == [
+            str(tmp_path / name) for name in expected
+        ]
 
 
 @pytest.mark.slow
