@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_fast import files
-from effnet_fast.models.backbone import Backbone
+from effnet_fast.models.backbone import Backbone, check_count
 from effnet_fast.pretrained import images
 
 KINDS = {"onnx": ".onnx", "torch": ".pt2"}  # what `to` takes, and the suffix of such a file
@@ -93,7 +93,8 @@ def export(
         to: "onnx" or "torch"; None goes by the suffix, .onnx or .pt2.
         preset: how images are prepared; None means as `model.variant` says.
         class_names: in the order of the logits; None means `model.class_names`.
-        resolution: side of the images, pixels; None means the preset's crop.
+        resolution: side of the images, pixels; None means the preset's crop. The entry TRANSFORM
+            has the preset at that side.
         batch: images per call; None leaves it open.
 
     Raises:
@@ -108,10 +109,11 @@ def export(
     kind = _kind_of(path, to)
     network = _checked_network(model)
     preset = preset or images.preset(network.variant)
-    side = _count("resolution", resolution or preset.crop_size[0])
-    if batch is not None:
-        batch = _count("batch", batch)
-    entries = _entries(network, preset, class_names)
+    side = preset.crop_size[0] if resolution is None else resolution
+    for name, value in (("resolution", side), ("batch", batch)):
+        if value is not None:
+            check_count(name, value)
+    entries = _entries(network, preset, side, class_names)
     if kind == "onnx":
         _require_onnx(network)
     network = copy.deepcopy(network).cpu().requires_grad_(False)
@@ -161,23 +163,18 @@ def _checked_network(model: nn.Module) -> Any:
     return model
 
 
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-    return value
-
-
 def _entries(
-    network: Any, preset: images.ImageClassification, class_names: Sequence[str] | None
+    network: Any, preset: images.ImageClassification, side: int, class_names: Sequence[str] | None
 ) -> dict[str, str]:
-    """What is kept beside the graph."""
+    """What is kept beside the graph, for images of `side` pixels."""
     names = tuple(network.class_names if class_names is None else class_names)
     classes = getattr(network, "num_classes", 0)
     if names and len(names) != classes:
         raise ValueError(f"{len(names)} class names were given, the network has {classes} classes")
-    sides = preset.resize_size
+    crop = preset.crop_size[0]
+    sides = [max(side, round(length * side / crop)) for length in preset.resize_size]
     transform = {
-        "crop_size": preset.crop_size[0],
+        "crop_size": side,
         "resize_size": sides[0] if len(sides) == 1 else sides,
         "mean": preset.mean,
         "std": preset.std,

@@ -201,34 +201,38 @@ def fit(
         return scaling.at(phi, stages=stages, base_resolution=base_resolution, multiple=multiple)
 
     ray, binding = _largest(at, budget)
-    point = ray
-    shares = ray_shares = budget.shares(ray.variant)
-    offset = Offset()
-    if refine and max(shares.values()) < ENOUGH:
-        # Of the limit that stopped the rule, else of another one.
-        for wanted in (binding, tuple(limits)):
-            near = Neighbourhood(
-                ray, scaling, tuple(stages), base_resolution, multiple, budget.shares, wanted
-            )
-            if refined := near.refine():
-                point, offset = refined
-                shares = budget.shares(point.variant)
-            if enough := tuple(name for name, share in shares.items() if share >= ENOUGH):
-                binding = enough
-                break
+    point, offset, ray_shares = ray, Offset(), budget.shares(ray.variant)
+    if refine and max(ray_shares.values()) < ENOUGH:
+        near = Neighbourhood(ray, scaling, tuple(stages), base_resolution, multiple, budget.shares)
+        point, offset, binding = _refined(near, binding, tuple(limits))
     return Fit(
         point,
         budget.count(point.variant),
         budget.memory(point.variant),
         budget.latency(point.variant),
         binding,
-        shares,
+        budget.shares(point.variant),
         conditions,
         latency_model,
         ray,
         ray_shares,
         offset,
     )
+
+
+def _refined(
+    near: Neighbourhood, binding: tuple[str, ...], limits: tuple[str, ...]
+) -> tuple[Point, Offset, tuple[str, ...]]:
+    """The best network near the rule's, how far it is from the rule, and what binds it."""
+    best = near.ray, Offset(), binding
+    for wanted in (binding, limits):  # of the limit that stopped the rule, else of another one
+        if refined := near.refine(wanted):
+            point, offset = refined
+            used = near.shares(point.variant)
+            if enough := tuple(name for name, share in used.items() if share >= ENOUGH):
+                return point, offset, enough
+            best = point, offset, binding
+    return best
 
 
 def _largest(at: Callable[[float], Point], budget: _Budget) -> tuple[Point, tuple[str, ...]]:

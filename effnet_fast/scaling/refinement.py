@@ -68,7 +68,6 @@ class Neighbourhood:
         scaling: the rule; dimensions that it does not grow keep their multiplier.
         stages, base_resolution, multiple: as for `CompoundScaling.at`.
         shares: what a network uses of each limit, by name; they grow with every dimension.
-        wanted: names of the limits of which enough is to be used; no limit may be passed.
     """
 
     ray: Point
@@ -77,24 +76,37 @@ class Neighbourhood:
     base_resolution: int
     multiple: int
     shares: Callable[[Variant], Mapping[str, float]]
-    wanted: Collection[str]
 
-    def refine(self) -> tuple[Point, Offset] | None:
-        """The network nearest to the rule that uses ENOUGH; where there is none, the one that uses
-        most; None where none uses more than the rule's."""
-        best_share, best = self._used(self.shares(self.ray.variant)), None
+    def refine(self, wanted: Collection[str]) -> tuple[Point, Offset] | None:
+        """The network within all limits that is nearest to the rule and uses ENOUGH.
+
+        Args:
+            wanted: names of the limits of which enough is to be used.
+
+        Returns:
+            where there is none, the network that uses most; None where that is the rule's.
+        """
+
+        def used(shares: Mapping[str, float]) -> float:
+            return max(shares[name] for name in wanted)
+
+        best_share = used(self.shares(self.ray.variant))
+        best: tuple[tuple[Cell, ...], int] | None = None
         for radius in RADII:
-            found = []
-            for share, cells, side in self._candidates(radius):
+            found: list[tuple[Point, Offset, float]] = []
+            for share, cells, side in self._candidates(radius, used):
                 if share >= ENOUGH:
-                    found.append((*self._place(cells, side), share))
+                    point, offset = self._place(cells, side)
+                    found.append((point, offset, share))
                 elif share > best_share:
                     best_share, best = share, (cells, side)
             if found:
                 return min(found, key=lambda f: (f[1].distance, -f[2]))[:2]
-        return best and self._place(*best)
+        return None if best is None else self._place(*best)
 
-    def _candidates(self, radius: float) -> Iterator[tuple[float, tuple[Cell, ...], int]]:
+    def _candidates(
+        self, radius: float, used: Callable[[Mapping[str, float]], float]
+    ) -> Iterator[tuple[float, tuple[Cell, ...], int]]:
         """For each depth and resolution the widest network within the limits, and narrower ones
         that use ENOUGH: the share, the cells of depth, width and exact side, and the side."""
         widths = self._width_cells(radius)
@@ -111,13 +123,10 @@ class Neighbourhood:
                 fits = max(shares(widths[middle]).values()) <= 1
                 low, high = (middle, high) if fits else (low, middle)
             for width in reversed(widths[: low + 1]):
-                used = self._used(shares(width))
-                yield used, (depth, width, sides), side
-                if used < ENOUGH:
+                share = used(shares(width))
+                yield share, (depth, width, sides), side
+                if share < ENOUGH:
                     break
-
-    def _used(self, shares: Mapping[str, float]) -> float:
-        return max(shares[name] for name in self.wanted)
 
     def _variant(self, depth: float, width: float, side: int) -> Variant:
         return custom_variant(depth=depth, width=width, resolution=side, stages=self.stages)

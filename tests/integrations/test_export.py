@@ -64,6 +64,10 @@ class TestTorch:
         assert tuple(json.loads(entries[CLASSES])) == NAMES
         again = ImageClassification(**json.loads(entries[TRANSFORM]))
         assert repr(again) == repr(preset)
+        export(models.actual, path, preset=preset, resolution=48)
+        load(path, entries)
+        at_48 = json.loads(entries[TRANSFORM])
+        assert (at_48["crop_size"], at_48["resize_size"]) == (48, [60, 60])
         assert not models.actual.training
         assert all(p.requires_grad for p in models.actual.parameters())
         for name, tensor in models.actual.state_dict().items():
@@ -133,7 +137,7 @@ class TestOnnx:
             assert_close(torch.from_numpy(y), models.stock(X[:batch]))
         entries = session.get_modelmeta().custom_metadata_map
         assert tuple(json.loads(entries[CLASSES])) == NAMES
-        assert json.loads(entries[TRANSFORM])["crop_size"] == MINI.crop
+        assert json.loads(entries[TRANSFORM])["crop_size"] == 32
         graph = onnx.load(path)
         assert {node.domain for node in graph.graph.node} == {""}
         assert not graph.functions
@@ -227,7 +231,7 @@ def test_untrained_networks_are_exported(tmp_path: Path) -> None:
         (lambda m: m, "n.pt2", {"to": "onnx"}, ValueError, "a file for onnx must be .onnx"),
         (lambda m: m, "n.pt2", {"to": "tflite"}, ValueError, "to must be one of onnx, torch"),
         (lambda m: m, "n.pt2", {"batch": 0}, ValueError, "batch must be an int of at least 1"),
-        (lambda m: m, "n.pt2", {"resolution": -1}, ValueError, "resolution must be an int"),
+        (lambda m: m, "n.pt2", {"resolution": 0}, ValueError, "resolution must be an int"),
         (lambda m: m, "n.pt2", {"class_names": ["a"]}, ValueError, "1 class names were given"),
         (lambda m: copy.deepcopy(m).train(), "n.pt2", {}, ValueError, "is in training mode"),
         (lambda m: copy.deepcopy(m).bfloat16(), "n.pt2", {}, ValueError, "got torch.bfloat16"),

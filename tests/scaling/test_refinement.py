@@ -146,7 +146,7 @@ def test_cells_end_where_rounding_changes() -> None:
     """Inside a cell nothing changes, and two neighbours differ."""
     channels = (32, 16, 24, 40, 80, 112, 192, 320)
     at = CompoundScaling().at(0.6)
-    near = Neighbourhood(at, CompoundScaling(), at.variant.baseline, 224, 8, lambda v: {}, ())
+    near = Neighbourhood(at, CompoundScaling(), at.variant.baseline, 224, 8, lambda v: {})
     previous = None
     for cell in near._width_cells(0.2):
         points = (cell.low, cell.middle, cell.high)
@@ -175,9 +175,8 @@ def test_a_point_in_a_cell_of_the_rule_has_no_distance() -> None:
         224,
         8,
         lambda variant: {"macs": count(variant).macs / macs},
-        ("macs",),
     )
-    refined = near.refine()
+    refined = near.refine(["macs"])
     assert refined is not None
     point, offset = refined
     assert isinstance(point, Point)
