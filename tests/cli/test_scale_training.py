@@ -85,11 +85,12 @@ def test_a_stopped_search_continues_the_run(data, tmp_path, capsys, monkeypatch)
     """SIGTERM comes in the second epoch of the first trial."""
     monkeypatch.chdir(tmp_path)
     argv = ["grid", *SMALL, "--train", "data", "--batch", 4, "--epochs", 2, "--csv", "t.csv"]
-    steps = []
+    steps: list[int] = []
+    stops = [6]
 
     def stop(self: Any, *arguments: Any) -> Any:
         steps.append(self.epoch)
-        if len(steps) == 6:
+        if len(steps) in stops:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *arguments)
 
@@ -101,6 +102,7 @@ def test_a_stopped_search_continues_the_run(data, tmp_path, capsys, monkeypatch)
     (run,) = Path("t-runs").iterdir()
     assert (run / "state.pt").exists()
     steps.clear()
+    stops.clear()
     report = scale(argv, capsys)
     assert steps[0] == 1  # the first epoch is not repeated
     assert len(steps) == 8 * len(report["trials"]) - 6
