@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from effnet_fast.ops.statistics import update
 from effnet_fast.reference.sync_batch_norm import sync_batch_norm
 
 
@@ -40,10 +41,11 @@ def forward(bn: Any, x: Tensor) -> Tensor:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
             momentum = 1.0 / bn.num_batches_tracked.item()
-    running = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
-    return sync_batch_norm(
-        x, bn.weight, bn.bias, *running, group=group_of(bn), momentum=momentum, eps=bn.eps
-    )
+    y, *moments, correction = sync_batch_norm(x, bn.weight, bn.bias, eps=bn.eps, group=group_of(bn))
+    factor = correction.item()
+    if bn.track_running_stats and bn.running_mean is not None and factor > 0:
+        update(bn.running_mean, bn.running_var, *moments, factor, momentum)
+    return y
 
 
 @contextlib.contextmanager

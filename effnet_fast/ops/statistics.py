@@ -106,10 +106,10 @@ class Moves:
                 correction = count / (count - 1) if count > 1 else 1.0
                 if norm.exchange:
                     correction = norm.exchange.correction
-                _update(layer[3], layer[4], *pair, correction, norm.momentum)
+                update(layer[3], layer[4], *pair, correction, norm.momentum)
 
 
-def _update(
+def update(
     running_mean: Tensor,
     running_var: Tensor,
     mean: Tensor,
@@ -117,11 +117,15 @@ def _update(
     correction: float | Tensor,
     momentum: float,
 ) -> None:
-    """In place; correction makes the variance unbiased, momentum is the batch's share."""
+    """Moves running statistics [C] in place by a batch's mean and biased variance [C].
+
+    correction makes the variance unbiased; momentum is the batch's share.
+    """
     with torch.no_grad():
         if (
             isinstance(correction, float)
             and mean.device.type == "cpu"
+            and mean.dtype is torch.float32
             and all(
                 v.dtype is torch.float32
                 and v.is_contiguous()
@@ -136,7 +140,8 @@ def _update(
             if _is_negative(running):  # PyTorch's batch_norm moves a copy of it
                 continue
             # Not lerp, which makes NaN of an infinite statistic.
-            moved = running.float().mul_(1.0 - momentum).add_(batch, alpha=momentum)
+            wide = torch.promote_types(running.dtype, torch.float32)
+            moved = running.to(wide).mul_(1.0 - momentum).add_(batch, alpha=momentum)
             if moved is not running:
                 running.copy_(moved)
 

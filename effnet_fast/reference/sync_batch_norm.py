@@ -78,7 +78,10 @@ def add_up(sums: Tensor, rstd: Tensor, group: Group) -> Tensor:
 
 
 def unbiased(count: Tensor) -> Tensor:
-    """The factor from the biased variance of so many values to the unbiased one; 1 of one value."""
+    """The factor from the biased variance of so many values to the unbiased one; 1 of one value.
+
+    0 of none.
+    """
     return count / (count - 1.0).clamp_min(1.0)
 
 
@@ -132,17 +135,9 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 def sync_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    group: Group,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """y = bn(x) by the batches of all processes of a group, each of which has one of its own.
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float = 1e-5, group: Group = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """BatchNorm by the batches of all processes of a group, each of which has one of its own.
 
     The gradients of weight and bias are those of this process's result alone, as of PyTorch's
     layer: DistributedDataParallel averages them. There is no second derivative.
@@ -150,19 +145,14 @@ def sync_batch_norm(
     Args:
         x: [N,C,...], any floating dtype; N may differ from process to process and be 0.
         weight, bias: [C], or None for 1 and 0.
-        running_mean, running_var: [C], updated in place, the variance unbiased; or both None.
-        group: a process group whose processes all call this, None for all processes.
-        momentum: share of the new statistics in the running ones.
         eps: added to the variance, the same in every process.
+        group: a process group whose processes all call this, None for all processes.
 
     Returns:
-        y, of x's shape and dtype.
+        y, of x's shape and dtype; mean and biased variance [C] over all processes, fp32 or wider;
+        the factor that makes the variance unbiased, 0 where no process has a value.
 
     Source: Ioffe & Szegedy (arXiv 1502.03167); `torch.nn.SyncBatchNorm`, which runs on GPUs alone.
     """
-    y, mean, var, correction = _SyncBatchNorm.apply(x, weight, bias, eps, group)
-    if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            for running, new in ((running_mean, mean), (running_var, var * correction)):
-                running.mul_(1.0 - momentum).add_(new.to(running.dtype), alpha=momentum)
-    return y
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _SyncBatchNorm.apply(x, weight, bias, eps, group)
+    return found

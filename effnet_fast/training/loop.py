@@ -125,7 +125,11 @@ def train(
         state.seed_everything((seed + RANK_SEEDS * (1 + processes.rank)) % LARGEST_SEED)
         feed = Feed(images, read, settings, network.preset_of(net), processes)
         stack.callback(feed.close)
-        options = {"save_seconds": 60.0 * save_minutes, "silent": not progress, "on_step": on_step}
+        options: dict[str, Any] = {
+            "save_seconds": 60.0 * save_minutes,
+            "silent": not progress,
+            "on_step": on_step,
+        }
         trainer = Trainer(
             net, read, feed, folder, processes, weights=images.class_weights(read), **options
         )
@@ -172,9 +176,10 @@ def _network(
         backend=settings.backend,
         memory=settings.memory,
     )
-    if recipe.sync_bn and processes.world > 1:
-        net = network.convert_sync_bn(net)
-    net.to(device=processes.device, memory_format=torch.channels_last)
+    net.to(processes.device)
+    if not processes.is_sharded:  # fully_shard takes contiguous parameters alone
+        plain: Any = net  # PyTorch's annotations leave memory_format out
+        plain.to(memory_format=torch.channels_last)
     freezing.apply(net, recipe)
     if settings.grad_checkpointing:
         net.set_grad_checkpointing()

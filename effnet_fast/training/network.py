@@ -13,6 +13,7 @@ from torch import nn
 
 from effnet_fast import models
 from effnet_fast.models import EfficientNet, origin
+from effnet_fast.models.loading import unfilled
 from effnet_fast.models.variants import MBCONV, VARIANTS, Variant
 from effnet_fast.pretrained import images
 from effnet_fast.pretrained.weights import get_model_weights, get_weight
@@ -62,10 +63,11 @@ def build(
     text = None if weights is None else os.fspath(weights)
     is_new = True
     if text is None:
-        network = EfficientNet(model or DEFAULT_MODEL, num_classes=len(classes), **options)
+        make = _empty if is_resumed else _random
+        network = make(model or DEFAULT_MODEL, classes, options)
         facts = _facts(images.preset(network.variant))
     elif NAME.fullmatch(text) and not Path(text).exists():
-        size = getattr(model, "name", model) or DEFAULT_MODEL
+        size: str = getattr(model, "name", model) or DEFAULT_MODEL
         network, facts, is_new = _published(size, text, classes, is_resumed, progress, options)
     else:
         network = EfficientNet.from_checkpoint(text, variant=model, progress=progress, **options)
@@ -77,6 +79,17 @@ def build(
         _zero_classifier(network)
     _remember(network, facts, classes, resolution)
     return network.train()
+
+
+def _random(model: str | Variant, classes: Sequence[str], options: dict[str, Any]) -> EfficientNet:
+    return EfficientNet(model, num_classes=len(classes), **options)
+
+
+def _empty(model: str | Variant, classes: Sequence[str], options: dict[str, Any]) -> EfficientNet:
+    """A network whose weights nobody has drawn: a state follows."""
+    with unfilled():
+        network = _random(model, classes, options)
+    return network.to_empty(device="cpu")
 
 
 def _zero_classifier(network: EfficientNet) -> None:
@@ -107,7 +120,7 @@ def _published(
     facts = _facts(published.transforms())
     is_new = list(classes) != list(published.meta["categories"])
     if is_resumed:
-        return EfficientNet(model, num_classes=len(classes), **options), facts, is_new
+        return _empty(model, classes, options), facts, is_new
     make = getattr(models, entry_point)
     network: EfficientNet = make(weights=published, progress=progress, **options)
     if is_new:
@@ -156,9 +169,3 @@ def _is_plain(variant: Variant) -> bool:
 def preset_of(network: EfficientNet) -> images.ImageClassification:
     """The preset of the network's evaluation images."""
     return images.preset(network.variant)
-
-
-def convert_sync_bn(network: nn.Module) -> nn.Module:
-    """BatchNorms that share their statistics between processes, in place."""
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return converted

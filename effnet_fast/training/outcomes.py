@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-NAMES = ("loss", "images", "stop", "save", "local")
-
 
 class Outcome(NamedTuple):
     """What a step gave, over all processes."""
@@ -34,7 +32,11 @@ class OutcomeReader:
         self._waiting: list[tuple[Tensor, Any, tuple[int, float, Any]]] = []
 
     def put(self, values: Tensor, step: int, rate: float, batches: Any) -> list[Outcome]:
-        """Takes a step's values, in the order of NAMES, float64 [5]; those that are ready."""
+        """Takes a step's values; the outcomes that are ready.
+
+        Args:
+            values: loss, images, stop, save and local, float64 [5].
+        """
         event = None
         if self.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -54,5 +56,6 @@ class OutcomeReader:
             values, event, rest = self._waiting.pop(0)
             if event is not None:
                 event.synchronize()
-            taken.append(Outcome(*values.tolist(), *rest))
+            loss, images, stop, save, local = values.tolist()
+            taken.append(Outcome(loss, images, stop, save, local, *rest))
         return taken

@@ -67,6 +67,8 @@ class Processes:
         if precision == "fp16" and on_cpu:
             raise ValueError("precision fp16 needs a CUDA device; a CPU trains in fp32 or bf16")
         self._own_group = not dist.is_initialized()
+        if self._own_group:
+            _begin_again("gloo" if on_cpu else "nccl")
         _forget_accelerate()
         self.accelerator: Any = accelerate.Accelerator(
             cpu=on_cpu, mixed_precision=PRECISIONS[precision]
@@ -80,9 +82,16 @@ class Processes:
             self.close()
             raise ValueError("strategy fsdp needs several processes: start them with torchrun")
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The network as it is trained: wrapped for several processes, or sharded in place."""
+    def prepare(self, model: nn.Module, *, sync_bn: bool = False) -> nn.Module:
+        """The network as it is trained: wrapped for several processes, or sharded in place.
+
+        Args:
+            sync_bn: whether its BatchNorms share their statistics between processes.
+        """
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
         if self.is_sharded:
+            if sync_bn:
+                convert(model)  # in place: a network is no BatchNorm itself
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
@@ -93,6 +102,8 @@ class Processes:
         # Accelerate sets a forward that enters autocast. Here the caller enters it: with a forward
         # of its own a network would not run by its plan, and copies would share the original's.
         vars(model).pop("forward", None)
+        if sync_bn and self.world > 1:
+            convert(model)  # now: on CPUs DistributedDataParallel refuses what is converted before
         return wrapped
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Any:
@@ -150,6 +161,21 @@ class Processes:
         if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
         _forget_accelerate()
+
+
+def _begin_again(backend: str) -> None:
+    """Begins the process group of processes that torchrun has started anew.
+
+    torchrun's agent keeps its store: without a prefix a process could find the address of one that
+    was killed, and fail to connect (torch 2.13).
+    """
+    if not restarts() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world, is_master=False)
+    store = dist.PrefixStore(f"restart_{restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def _forget_accelerate() -> None:

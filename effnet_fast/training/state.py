@@ -23,7 +23,8 @@ FORMAT = 1
 def random_state() -> dict[str, Any]:
     """The states of all generators of this process, in types that need no code to be read."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    found: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = found
     state: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],

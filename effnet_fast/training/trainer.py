@@ -63,7 +63,7 @@ class Trainer:
         # Of a sharded network there is no whole one left to save.
         self.whole = copy.deepcopy(model) if processes.is_sharded and processes.is_main else None
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
-        self.model = processes.prepare(model)
+        self.model = processes.prepare(model, sync_bn=recipe.sync_bn)
         if self.average is not None and processes.is_sharded:
             processes.prepare(self.average.model)
         images = recipe.batch * recipe.accumulate * processes.world

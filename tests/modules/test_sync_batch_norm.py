@@ -17,7 +17,9 @@ import synced
 from effnet_fast.modules import stock, structure
 from effnet_fast.modules.explain import explain
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig
+from effnet_fast.ops.call import Norm
 from effnet_fast.ops.exchange import Exchange
+from effnet_fast.ops.statistics import Moves
 from networks import TINY, TINY_V2, pair, random_images, trio
 from synced import Job, Results, calm
 from tolerances import assert_parity
@@ -65,7 +67,7 @@ def checkpointed(model: Any) -> None:
 def hook_of_one(model: Any) -> None:
     """A hook in the first process alone: there the block runs its modules one by one."""
     if dist.get_rank() == 0:
-        model.features[2][0].register_forward_hook(lambda *_: None)
+        model.features[2][0].block[1][1].register_forward_hook(lambda *_: None)
 
 
 def groups_of_one(model: nn.Module) -> None:
@@ -324,3 +326,17 @@ def test_nothing_is_sent_that_nothing_depends_on(sent: list[Tensor]) -> None:
     layer(random_images(2, 8)).sum().backward()
     assert [row.numel() for row in sent] == [2 * 8 + 1]
     assert layer[1].weight.grad is not None
+
+
+def test_statistics_move_by_a_factor_that_stays_on_the_device() -> None:
+    """As on a GPU, where the number of all values is a tensor."""
+    moved = [[torch.full((3,), 2.0), torch.full((3,), 4.0)] for _ in range(2)]
+    pair_of_moments = torch.randn(3), torch.rand(3)
+    for running, correction in zip(moved, (1.25, torch.tensor(1.25).double()), strict=True):
+        exchange = Exchange(None)
+        exchange.correction = correction
+        norm, layer = Norm(True, 0.3, 1e-5, True, exchange), (None, None, None, *running)
+        Moves((norm, layer, (1, 3, 1, 1)))(pair_of_moments)
+    for actual, expected in zip(*moved, strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert not actual.eq(actual[0]).all()

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import synced
 from effnet_fast.models.variants import VARIANTS
-from networks import TINY, pair, random_images, trio
+from networks import TINY, assert_alike, pair, random_images, trio
 from synced import Job, calm
 from tolerances import assert_parity
 
@@ -35,18 +35,16 @@ def groups_of_two(model: nn.Module) -> None:
 
 
 def test_groups_that_differ_between_layers(tmp_path: Any) -> None:
-    """Fused and by the reference in float64: the statistics and gradients of the same groups."""
+    """Fused and by the reference: statistics and gradients of the same groups."""
     model = calm(pair(TINY).actual)
-    exact = copy.deepcopy(model).double()
     jobs = {
         "fused": Job(model, SHARES, groups_of_two),
-        "stock": Job(copy.deepcopy(model), SHARES, groups_of_two, synced.reference),
-        "exact": Job(exact, tuple(x.double() for x in SHARES), groups_of_two, synced.reference),
+        "reference": Job(copy.deepcopy(model), SHARES, groups_of_two, synced.reference),
     }
     for found in synced.run(WORLD, tmp_path, jobs):
         results, calls = zip(*(found[name] for name in jobs), strict=True)
-        assert [call["reference"] == 0 for call in calls] == [True, False, False]
-        assert_parity(*results)
+        assert [call["reference"] == 0 for call in calls] == [True, False]
+        assert_alike(*results)
 
 
 def network() -> Any:
