@@ -75,13 +75,15 @@ def answers(
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
-        size = batch * BLOCK
+        actors = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        # At least two blocks for each actor, where there are so many images.
+        size = batch * max(1, min(BLOCK, len(left) // (2 * actors * batch)))
         blocks = [np.array(left[i : i + size]) for i in range(0, len(left), size)]
         found = data.from_numpy(blocks).map_batches(
             Actor,
             batch_size=batch,
             fn_constructor_args=(_portable(answering), device),
-            concurrency=workers or (1, max(1, int(ray.cluster_resources().get("CPU", 1)))),
+            concurrency=workers or (1, actors),
             **resources,
         )
         for columns in found.iter_batches(batch_size=None, batch_format="numpy"):
