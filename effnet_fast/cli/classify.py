@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_fast.cli import common, networks, process
+from effnet_fast.cli import common, explain, networks, process
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.pretrained import images
 from effnet_fast.training import folders
@@ -44,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="print stock PyTorch's probabilities beside those of the fused kernels",
     )
+    explain.add_option(parser)
     parser.add_argument("--backend", default="auto", help="auto, reference, cpu, cpu:avx2, ...")
     common.add_progress(parser)
     parser.set_defaults(run=run)
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     if network.weights is None:
         process.note("no --weights: the weights are random, and the classes mean nothing")
     stock = _stock_of(network.model) if arguments.compare else None
+    overlays = arguments.explain and explain.Overlays(arguments.explain, paths)
     results = []
     with common.progress(arguments, len(paths), "images") as bar:
         for path in paths:
@@ -67,6 +69,10 @@ def run(arguments: argparse.Namespace) -> None:
                 x = network.preset(images.load(path))[None]
             top = classify(network.model, x, arguments.top, labels, stock)
             results.append({"path": path, "top": top})
+            if overlays:
+                results[-1]["explanation"] = overlays.write(
+                    network.model, network.preset, x, path, top[0]["class"]
+                )
             bar.update()
     if arguments.json:
         report = {"model": network.size, "backend": arguments.backend, "weights": network.weights}
@@ -100,6 +106,7 @@ def _print(results: list[dict[str, Any]]) -> None:
         print(result["path"])
         for entry in result["top"]:
             print(f"  {entry['probability']:8.3%}  {_name(entry)}")
+        _print_explanation(result)
 
 
 def _print_compared(results: list[dict[str, Any]]) -> None:
@@ -111,11 +118,17 @@ def _print_compared(results: list[dict[str, Any]]) -> None:
             fused, stock = (f"{entry[key]:.1%}" for key in ("probability", "stock_probability"))
             print(f"  {fused:>8}  {stock:>8}  {_name(entry)}")
             shown, differ = shown + 1, differ + (fused != stock)
+        _print_explanation(result)
     print(
         f"{differ} of {shown} percentages differ between the fused kernels and stock PyTorch"
         if differ
         else f"All {shown} percentages of the fused kernels are stock PyTorch's, to the last digit."
     )
+
+
+def _print_explanation(result: dict[str, Any]) -> None:
+    if "explanation" in result:
+        print(f"  what speaks for {_name(result['top'][0])}: {result['explanation']}")
 
 
 def _name(entry: dict[str, Any]) -> str:

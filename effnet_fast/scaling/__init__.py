@@ -10,8 +10,11 @@ from effnet_fast.scaling.counts import ConvShape, Counts, Group, convolutions, c
 from effnet_fast.scaling.grid import candidates, grid_search
 from effnet_fast.scaling.latency import LatencyModel, calibrate
 from effnet_fast.scaling.memory import Memory, count_memory
+from effnet_fast.scaling.network_file import random_network, save_network
 from effnet_fast.scaling.passes import PLANS, Traffic, traffic
+from effnet_fast.scaling.refinement import Offset
 from effnet_fast.scaling.series import compare
+from effnet_fast.scaling.short_training import ShortTraining
 from effnet_fast.scaling.trials import Trial
 
 __all__ = [
@@ -24,7 +27,9 @@ __all__ = [
     "Group",
     "LatencyModel",
     "Memory",
+    "Offset",
     "Point",
+    "ShortTraining",
     "Traffic",
     "Trial",
     "calibrate",
@@ -40,5 +45,7 @@ __all__ = [
     "groups",
     "max_batch",
     "published",
+    "random_network",
+    "save_network",
     "traffic",
 ]

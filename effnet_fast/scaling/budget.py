@@ -1,10 +1,10 @@
-"""From a budget to a network: the largest phi within every limit."""
+"""From a budget to a network: the largest phi within every limit, and better networks near it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from effnet_fast.scaling.conditions import Conditions
 from effnet_fast.scaling.counts import Counts, count
 from effnet_fast.scaling.latency import LatencyModel, calibrate
 from effnet_fast.scaling.memory import OPTIMIZER_TENSORS, Memory
+from effnet_fast.scaling.refinement import ENOUGH, Neighbourhood, Offset
 
 SMALLEST_PHI, LARGEST_PHI = -64.0, 32.0  # 8 channels and one block a stage; 2**32 times B0
 STEPS = 48  # halvings of the interval: 3e-13 of phi
@@ -25,14 +26,18 @@ class Fit:
     """The largest network within a budget.
 
     Args:
-        point: the network and its phi, the largest within the budget.
+        point: the network, and the phi at which the rule is nearest.
         counts: its counts, of one image.
         memory: memory under the conditions, bytes for the whole batch.
         latency: predicted seconds for the whole batch; None where no latency was limited.
-        binding: names of the limits that the next larger network passes.
+        binding: names of the limits that the rule's next larger network passes; of a network beside
+            the rule, those of which it uses at least 95%.
         shares: the network's share of each limit, by name, at most 1.
         conditions: those of memory and latency.
         latency_model: the model that predicted the latency, with its error.
+        ray: the largest network on the rule; `point` is the same where that uses enough.
+        ray_shares: what it uses of each limit.
+        offset: how far `point` lies from the rule.
     """
 
     point: Point
@@ -42,7 +47,10 @@ class Fit:
     binding: tuple[str, ...]
     shares: dict[str, float]
     conditions: Conditions
-    latency_model: LatencyModel | None = None
+    latency_model: LatencyModel | None
+    ray: Point
+    ray_shares: dict[str, float]
+    offset: Offset = field(default_factory=Offset)
 
 
 # The name of each limit, its unit, and how a text gives an amount of it.
@@ -142,8 +150,13 @@ def fit(
     multiple: int = 8,
     num_classes: int = 1000,
     in_chans: int = 3,
+    refine: bool = True,
 ) -> Fit:
-    """The network at the largest phi within all limits; at least one limit must be given.
+    """The largest network of the rule within all limits; at least one limit must be given.
+
+    Rounding may leave much of the limits unused. Where less than 95% of each is used, depth, width
+    and resolution leave the rule, those of them that it grows: of all networks near it that use at
+    least 95% of a limit, the nearest to the rule is taken.
 
     Args:
         target_flops: floating-point operations for one image, two per multiply-add. The literature
@@ -159,6 +172,7 @@ def fit(
         scaling: the rule; None means the paper's constants.
         stages, base_resolution, multiple: as for `CompoundScaling.at`.
         num_classes, in_chans: as for `count`.
+        refine: whether the network may leave the rule.
 
     Raises:
         ValueError: no limit, a limit that is not positive, below the need of the smallest network
@@ -186,7 +200,11 @@ def fit(
     def at(phi: float) -> Point:
         return scaling.at(phi, stages=stages, base_resolution=base_resolution, multiple=multiple)
 
-    point, binding = _largest(at, budget)
+    ray, binding = _largest(at, budget)
+    point, offset, ray_shares = ray, Offset(), budget.shares(ray.variant)
+    if refine and max(ray_shares.values()) < ENOUGH:
+        near = Neighbourhood(ray, scaling, tuple(stages), base_resolution, multiple, budget.shares)
+        point, offset, binding = _refined(near, binding, tuple(limits))
     return Fit(
         point,
         budget.count(point.variant),
@@ -196,7 +214,25 @@ def fit(
         budget.shares(point.variant),
         conditions,
         latency_model,
+        ray,
+        ray_shares,
+        offset,
     )
+
+
+def _refined(
+    near: Neighbourhood, binding: tuple[str, ...], limits: tuple[str, ...]
+) -> tuple[Point, Offset, tuple[str, ...]]:
+    """The best network near the rule's, how far it is from the rule, and what binds it."""
+    best = near.ray, Offset(), binding
+    for wanted in (binding, limits):  # of the limit that stopped the rule, else of another one
+        if refined := near.refine(wanted):
+            point, offset = refined
+            used = near.shares(point.variant)
+            if enough := tuple(name for name, share in used.items() if share >= ENOUGH):
+                return point, offset, enough
+            best = point, offset, binding
+    return best
 
 
 def _largest(at: Callable[[float], Point], budget: _Budget) -> tuple[Point, tuple[str, ...]]:

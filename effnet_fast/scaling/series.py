@@ -74,7 +74,9 @@ def compare(
     found = []
     for target, (name, rule) in itertools.product(targets, rules.items()):
         try:
-            result = fit(target_macs=target, scaling=rule, stages=stages, multiple=multiple)
+            result = fit(
+                target_macs=target, scaling=rule, stages=stages, multiple=multiple, refine=False
+            )
         except ValueError as error:
             raise ValueError(f"series {name!r}: {error}") from error
         found.append((name, target, result))

@@ -94,6 +94,22 @@ def test_flops_and_macs_mean_what_they_say(capsys):
     assert (by_macs["binding"], by_flops["binding"]) == (["macs"], ["flops"])
 
 
+def test_fit_tells_how_far_from_the_rule(capsys):
+    """300M multiply-adds, of which the rule's own network uses 85%."""
+    report = run_json(["fit", "--macs", "300M"], capsys)
+    assert report["macs"] >= 0.95 * 300e6
+    assert report["on_rule"]["macs"] < 0.86 * 300e6
+    assert report["offset"]["distance"] > 0
+    assert report["shares"]["macs"] == report["macs"] / 300e6
+    text = run(["fit", "--macs", "300M"], capsys)
+    assert re.search(r"Off the rule by depth [-+]\S+%, width [-+]\S+%, resolution [-+]", text)
+    assert "uses 84.9% of the limit" in text
+    on_rule = run_json(["fit", "--macs", "300M", "--on-rule"], capsys)
+    assert on_rule["macs"] == report["on_rule"]["macs"]
+    assert on_rule["phi"] == report["on_rule"]["phi"]
+    assert "is on the rule" in run(["fit", "--macs", "300M", "--on-rule"], capsys)
+
+
 def test_fit_takes_conditions_and_rule(capsys):
     options = ["--batch", "8", "--dtype", "bf16", "--training", "--plan", "lean"]
     rule = ["--alpha", "1.0", "--beta", "1.0", "--gamma", "1.3", "--multiple", "32"]
@@ -142,8 +158,10 @@ def test_max_batch(network, capsys):
     report = run_json(argv, capsys)
     if network[0] == "--model":
         variant = VARIANTS["b4"]
-    else:
+    elif network[0] == "--phi":
         variant = CompoundScaling().at(report["phi"]).variant
+    else:
+        variant = fit(target_macs=4e9).point.variant
     batch = report["max_batch"]
     peaks = [count_memory(variant, "training", batch=n).peak for n in (batch, batch + 1)]
     assert peaks[0] == report["memory"]["peak"] <= 8 * 2**30 < peaks[1]

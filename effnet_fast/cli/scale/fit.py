@@ -34,7 +34,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "fit",
         help="the largest network within a budget",
-        description="Finds the largest network of the scaling rule within every limit. " + WORDS,
+        description="Finds the largest network of the scaling rule within every limit, or one near "
+        "the rule where that uses less than 95% of each. " + WORDS,
     )
     for name, kind, text in LIMITS:
         parser.add_argument(f"--{name}", type=kind, metavar="AMOUNT", help=text)
@@ -53,6 +54,24 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="for --latency: read the measurements from this file, or measure and write them",
     )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the network with random weights, .safetensors: `effnet-fast train --weights` "
+        "takes it",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=common.SEED,
+        help=f"with --out: of the random weights (default: {common.SEED})",
+    )
+    parser.add_argument(
+        "--on-rule",
+        action="store_true",
+        help="stay on the rule, also where its rounding leaves more than 5%% of every limit unused",
+    )
     options.add_rule(parser)
     options.add_conditions(parser)
     plot.add_option(parser)
@@ -67,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     plot.check(arguments)
     conditions = options.conditions_of(arguments)
     report = batch_report(arguments, conditions) if arguments.max_batch else None
-    report = report or fit_report(arguments, conditions)
+    report = report or fit_report(arguments, *_fit(arguments, conditions))
     common.print_report(arguments, report, _print_report)
 
 
@@ -87,6 +106,12 @@ def _check(arguments: argparse.Namespace) -> None:
     elif not limits and arguments.memory is None:
         names = [f"--{name}" for name, *_ in LIMITS]
         raise common.CommandError(f"give at least one limit: {', '.join(names)}")
+    if arguments.out is not None:
+        if named:
+            raise common.CommandError(
+                "--out writes the network of the limits: leave out --model and --phi"
+            )
+        common.check_writable("--out", arguments.out)
     if arguments.max_batch and arguments.plot is not None:
         raise common.CommandError("--plot shows networks near the limits, not --max-batch")
     if arguments.calibration is not None and arguments.latency is None:
@@ -114,8 +139,10 @@ def latency_model(
         return model
 
 
-def fit_report(arguments: argparse.Namespace, conditions: scaling.Conditions) -> dict[str, Any]:
-    """Everything that `--json` prints of the largest network within the limits."""
+def _fit(
+    arguments: argparse.Namespace, conditions: scaling.Conditions
+) -> tuple[scaling.Fit, dict[str, float]]:
+    """The network, and the limits that were given."""
     rule = options.rule_of(arguments)
     limits = {name: getattr(arguments, name) for name, *_ in LIMITS}
     if arguments.max_batch:
@@ -128,24 +155,44 @@ def fit_report(arguments: argparse.Namespace, conditions: scaling.Conditions) ->
             latency_model=latency,
             scaling=rule,
             multiple=arguments.multiple,
+            refine=not arguments.on_rule,
         )
+    return result, {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def fit_report(
+    arguments: argparse.Namespace, result: scaling.Fit, limits: dict[str, float]
+) -> dict[str, Any]:
+    """Everything that `--json` prints of the largest network within the limits."""
+    rule, latency = options.rule_of(arguments), result.latency_model
     report: dict[str, Any] = {
         "phi": result.point.phi,
         **options.network_json(result.point.variant, result.counts, result.point.exact_resolution),
         "binding": list(result.binding),
-        "limits": {name: limit for name, limit in limits.items() if limit is not None},
+        "limits": limits,
         "shares": result.shares,
+        "offset": {**vars(result.offset), "distance": result.offset.distance},
+        "on_rule": {
+            "phi": result.ray.phi,
+            "macs": scaling.count(result.ray.variant).macs,
+            "shares": result.ray_shares,
+        },
         "memory": vars(result.memory),
-        "conditions": to_json(conditions),
+        "conditions": to_json(result.conditions),
         "rule": vars(rule),
     }
     if latency is not None:
         variant = result.point.variant
         report["latency_s"] = {plan: latency.predict(variant, plan) for plan in latency.prices}
         report["latency_model"] = options.latency_json(latency)
+    if arguments.out is not None:
+        report["out"] = str(arguments.out)
+        with common.bad_input(OSError, ValueError):
+            network = scaling.random_network(result.point.variant, arguments.seed)
+            scaling.save_network(network, arguments.out)
     if arguments.plot is not None:
         at = partial(rule.at, multiple=arguments.multiple)
-        plot.shares(arguments.plot, result.point.phi, _shares_near(result, report["limits"], at))
+        plot.shares(arguments.plot, result.ray.phi, _shares_near(result, limits, at))
     return report
 
 
@@ -167,8 +214,8 @@ def _latency(variant: Variant, result: scaling.Fit) -> float:
 def _shares_near(
     result: scaling.Fit, limits: dict[str, float], at: Callable[[float], scaling.Point]
 ) -> dict[str, list[tuple[float, float]]]:
-    """By limit, phi and the share in use, from two below the network's phi to one above."""
-    phis = [result.point.phi + step / PLOTTED for step in range(-2 * PLOTTED, PLOTTED + 1)]
+    """By limit, phi and the share that the rule's networks use, from two below to one above."""
+    phis = [result.ray.phi + step / PLOTTED for step in range(-2 * PLOTTED, PLOTTED + 1)]
     points = [at(phi) for phi in phis]
     return {
         name: [(p.phi, USED[name](p.variant, result) / limit) for p in points]
@@ -190,9 +237,8 @@ def batch_report(arguments: argparse.Namespace, conditions: scaling.Conditions) 
             **options.network_json(variant, scaling.count(variant), point.exact_resolution),
         }
     else:
-        report = fit_report(arguments, conditions)
-        rule = options.rule_of(arguments)
-        variant = rule.at(report["phi"], multiple=arguments.multiple).variant
+        result, limits = _fit(arguments, conditions)
+        variant, report = result.point.variant, fit_report(arguments, result, limits)
     with common.bad_input(ValueError):
         batch = scaling.max_batch(variant, arguments.memory, conditions)
     conditions = replace(conditions, batch=batch)
@@ -233,6 +279,8 @@ def _print_report(report: dict[str, Any]) -> None:
         mark = "binds" if name in report.get("binding", ()) else ""
         table.append([name, text(amount), *share, mark])
     print(common.format_table(table))
+    if "offset" in report:
+        _print_offset(report)
     c = report["conditions"]
     print(
         f"Memory{' and latency' if 'latency_s' in report else ''}: "
@@ -242,6 +290,18 @@ def _print_report(report: dict[str, Any]) -> None:
     if "latency_s" in report:
         _print_latency(report)
     print(WORDS)
+
+
+def _print_offset(report: dict[str, Any]) -> None:
+    if report["offset"]["distance"] == 0:
+        print("The network is on the rule.")
+        return
+    off = [f"{name} {report['offset'][name] - 1:+.1%}" for name in ("depth", "width", "resolution")]
+    used = max(report["on_rule"]["shares"].values())
+    print(
+        f"Off the rule by {', '.join(off)}: the largest network on it (phi "
+        f"{report['on_rule']['phi']:.4f}) uses {used:.1%} of the limit."
+    )
 
 
 def _print_latency(report: dict[str, Any]) -> None:

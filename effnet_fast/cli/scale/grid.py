@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from effnet_fast.cli import common
-from effnet_fast.cli.scale import plot, units
+from effnet_fast.cli.scale import grid_training, plot, units
 from effnet_fast.cli.scale.options import WORDS
 from effnet_fast.scaling import Trial, candidates, grid_search
 from effnet_fast.scaling.accuracy import LABEL, NOTE
@@ -26,12 +26,20 @@ def add_parser(subparsers: Any) -> None:
         description="Scores the networks at phi for every alpha, beta and gamma on a grid with "
         "alpha * beta^2 * gamma^2 near 2.",
     )
-    parser.add_argument(
+    scored = parser.add_mutually_exclusive_group()
+    scored.add_argument(
         "--scorer",
         metavar="MODULE:FUNCTION",
         help="takes a network, returns its score, larger is better (default: an estimate of "
         "ImageNet top-1 from published accuracies)",
     )
+    scored.add_argument(
+        "--train",
+        metavar="DATA",
+        help="score a network by its top-1 after a short training from random weights on DATA, "
+        "which `effnet-fast train` takes: a folder with train/ and val/, ...",
+    )
+    grid_training.add_options(parser)
     parser.add_argument("--phi", type=float, default=1.0)
     parser.add_argument("--step", type=float, default=STEP, help=f"of the grid (default: {STEP})")
     parser.add_argument(
@@ -67,29 +75,43 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the best trials, or all as JSON."""
     plot.check(arguments)
-    scorer = None if arguments.scorer is None else _import_scorer(arguments.scorer)
-    with common.bad_input(OSError, ValueError, RuntimeError, ImportError, OverflowError):
+    scorer, name = _scorer_of(arguments)
+    with (
+        grid_training.tidied(arguments, scorer),
+        common.bad_input(OSError, ValueError, RuntimeError, ImportError, OverflowError),
+    ):
         scalings = candidates(arguments.step, arguments.tolerance)
         with common.progress(arguments, len(scalings), "trials") as bar:
             trials = grid_search(
                 scorer,
-                scorer_name=arguments.scorer,
+                scorer_name=name,
                 scalings=scalings,
                 phi=arguments.phi,
                 csv=arguments.csv,
                 workers=arguments.workers,
                 engine=arguments.engine,
+                seed=arguments.seed,
                 on_trial=lambda trial: bar.update(),
             )
     report = {
         "phi": arguments.phi,
-        "scorer": arguments.scorer or LABEL,
+        "scorer": name or LABEL,
         "note": None if scorer else NOTE,
         "trials": [_trial_json(trial) for trial in trials],
     }
     if arguments.plot:
         plot.grid(arguments.plot, report)
     common.print_report(arguments, report, partial(_print_report, top=arguments.top))
+
+
+def _scorer_of(arguments: argparse.Namespace) -> tuple[Scorer | None, str | None]:
+    """The scorer and its name, None for the built-in estimate."""
+    training = grid_training.scorer_of(arguments)
+    if training is not None:
+        return training, training.name
+    if arguments.scorer is None:
+        return None, None
+    return _import_scorer(arguments.scorer), arguments.scorer
 
 
 def _import_scorer(name: str) -> Scorer:
