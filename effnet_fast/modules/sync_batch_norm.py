@@ -41,10 +41,12 @@ def forward(bn: Any, x: Tensor) -> Tensor:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
             momentum = 1.0 / bn.num_batches_tracked.item()
-    y, *moments, correction = sync_batch_norm(x, bn.weight, bn.bias, eps=bn.eps, group=group_of(bn))
+    y, mean, var, correction = sync_batch_norm(
+        x, bn.weight, bn.bias, eps=bn.eps, group=group_of(bn)
+    )
     factor = correction.item()
     if bn.track_running_stats and bn.running_mean is not None and factor > 0:
-        update(bn.running_mean, bn.running_var, *moments, factor, momentum)
+        update(bn.running_mean, bn.running_var, mean, var, factor, momentum)
     return y
 
 

@@ -33,7 +33,7 @@ class Exchange:
         self._group = group
 
     def merge(
-        self, norm: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, z: Tensor
+        self, norm: Tensor, z: Tensor, eps: float, bn_weight: Tensor | None, bn_bias: Tensor | None
     ) -> Tensor:
         """The norm [5,C] by the values of all processes, from that by those of z [N,C,H,W]."""
         count = z.numel() // z.shape[1]

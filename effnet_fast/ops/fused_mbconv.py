@@ -135,13 +135,13 @@ def forward(
     first, last = call.norms[0], call.norms[-1]
     z1, norm1 = _convolution(x, normalised_by(layers.dense, first.training), first.eps, call)
     if first.exchange:
-        norm1 = first.exchange.merge(norm1, *layers.dense[1:3], first.eps, z1)
+        norm1 = first.exchange.merge(norm1, z1, first.eps, *layers.dense[1:3])
     if layers.project is not None:
         run = passes(call.backend)
         project = normalised_by(layers.project, last.training)
         z3, norm3 = run.project(z1, norm1, None, *project, last.eps, call.activation)
         if last.exchange:
-            norm3 = last.exchange.merge(norm3, *layers.project[1:3], last.eps, z3)
+            norm3 = last.exchange.merge(norm3, z3, last.eps, *layers.project[1:3])
         y = run.finish(z3, norm3, row_scale, x if call.residual else None)
         return y, Saved(x, z1, z3, norm1, norm3, row_scale)
     y = silu_op(z1, norm1, call.activation, call.backend)

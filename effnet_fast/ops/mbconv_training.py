@@ -254,20 +254,20 @@ def forward(
         h, norm1 = passes.expand(x, *normalised_by(layers.expand, first.training), first.eps)
         z1 = h
         if first.exchange:
-            norm1 = first.exchange.merge(norm1, *layers.expand[1:3], first.eps, z1)
+            norm1 = first.exchange.merge(norm1, z1, first.eps, *layers.expand[1:3])
     depthwise = normalised_by(layers.depthwise, second.training)
     z2, norm2 = passes.depthwise(
         h, norm1, *depthwise, call.stride[0], call.padding, second.eps, activation
     )
     if second.exchange:
-        norm2 = second.exchange.merge(norm2, *layers.depthwise[1:3], second.eps, z2)
+        norm2 = second.exchange.merge(norm2, z2, second.eps, *layers.depthwise[1:3])
     if layers.excite is not None:
         pooled, slopes = passes.squeeze(z2, norm2, activation)
         hidden, gate = passes.excite(pooled, *layers.excite, call.se_activation, call.gate)
     project = normalised_by(layers.project, third.training)
     z3, norm3 = passes.project(z2, norm2, gate, *project, third.eps, activation)
     if third.exchange:
-        norm3 = third.exchange.merge(norm3, *layers.project[1:3], third.eps, z3)
+        norm3 = third.exchange.merge(norm3, z3, third.eps, *layers.project[1:3])
     y = passes.finish(z3, norm3, row_scale, x if call.residual else None)
     saved = Saved(x, z1, z2, z3, norm1, norm2, norm3, pooled, slopes, hidden, gate, row_scale)
     return y, saved

@@ -86,7 +86,7 @@ def _forward(
     run = passes(backend)
     z, norm = run.expand(x, *normalised_by(layer, by.training), by.eps)
     if by.exchange:
-        norm = by.exchange.merge(norm, *layer[1:3], by.eps, z)
+        norm = by.exchange.merge(norm, z, by.eps, *layer[1:3])
     pooled, slopes = run.squeeze(z, norm, activation)
     return pooled.to(x.dtype), z, norm, slopes
 

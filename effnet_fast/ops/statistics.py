@@ -104,9 +104,8 @@ class Moves:
             if norm.moves and layer[3] is not None and not is_empty:
                 pair = (moments[MEAN], moments[VAR]) if isinstance(moments, Tensor) else moments
                 correction = count / (count - 1) if count > 1 else 1.0
-                if norm.exchange:
-                    correction = norm.exchange.correction
-                update(layer[3], layer[4], *pair, correction, norm.momentum)
+                factor = norm.exchange.correction if norm.exchange else correction
+                update(layer[3], layer[4], *pair, factor, norm.momentum)
 
 
 def update(

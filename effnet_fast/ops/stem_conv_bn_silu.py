@@ -142,7 +142,7 @@ class StemConvBnSilu(torch.autograd.Function):
         weight, bn_weight, bn_bias, mean, _, stride, padding, eps = layer
         z, norm = conv_op(x, *layer, backend)
         if by.exchange:
-            norm = by.exchange.merge(norm, bn_weight, bn_bias, eps, z)
+            norm = by.exchange.merge(norm, z, eps, bn_weight, bn_bias)
         if move is not None:
             move(norm)
         save(ctx, x, weight, z, norm, bn_weight)
@@ -198,7 +198,7 @@ def apply(x: Tensor, layer: Layer, call: Call) -> Tensor:
     else:
         z, rows = conv_op(*args, call.backend)
         if norm.exchange:
-            rows = norm.exchange.merge(rows, *layer[1:3], norm.eps, z)
+            rows = norm.exchange.merge(rows, z, norm.eps, *layer[1:3])
         y = silu_op(z, rows, *last)
     move(rows)
     return y

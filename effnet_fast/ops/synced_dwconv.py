@@ -32,10 +32,12 @@ def runs_on(backend: str) -> bool:
 def _convolve(x: Tensor, layer: Layer, call: Call) -> tuple[Tensor, Tensor]:
     """z [N,C,Ho,Wo], and its norm [5,C] by the values of all processes."""
     (norm,) = call.norms
-    place = call.stride[0], call.padding, norm.eps, call.activation
-    z, rows = passes(call.backend).depthwise(x, None, *layer[:3], None, None, *place)
+    z, rows = passes(call.backend).depthwise(
+        x, None, layer[0], layer[1], layer[2], None, None,
+        call.stride[0], call.padding, norm.eps, call.activation,
+    )  # fmt: skip
     assert norm.exchange is not None
-    return z, norm.exchange.merge(rows, *layer[1:3], norm.eps, z)
+    return z, norm.exchange.merge(rows, z, norm.eps, *layer[1:3])
 
 
 class SyncedDwconvBnSilu(torch.autograd.Function):
@@ -54,7 +56,7 @@ class SyncedDwconvBnSilu(torch.autograd.Function):
 
     @staticmethod
     @second_derivative.differentiable(second_derivative.synced_dwconv_bn_silu)
-    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
         x, weight, bn_weight, z, rows = unpack(ctx)
         (bn_bias,), call, needs = ctx.biases, ctx.call, ctx.needs_input_grad
         activation, backend, wanted = call.activation, call.backend, list(needs[:2])

@@ -26,7 +26,7 @@ class Merged(NamedTuple):
 
     mean: Tensor  # [C]
     var: Tensor  # [C], biased
-    count: Tensor  # a number, 0 where no process has any
+    total: Tensor  # the number of values per channel, 0 where no process has any
 
 
 def merge(mean: Tensor, rstd: Tensor, count: int, eps: float, group: Group) -> Merged:
@@ -101,14 +101,14 @@ class _SyncBatchNorm(torch.autograd.Function):
         merged = merge(mean, (var + eps).rsqrt(), count, eps, group)
         mean, var = merged.mean.to(dtype), merged.var.to(dtype)
         ctx.save_for_backward(x, weight, mean, (merged.var + eps).rsqrt().to(dtype))
-        ctx.group, ctx.count, ctx.dims = group, merged.count.clamp_min(1.0), dims
+        ctx.group, ctx.count, ctx.dims = group, merged.total.clamp_min(1.0), dims
         ctx.dtypes = [None if v is None else v.dtype for v in (weight, bias)]
         y = torch.empty_like(x)
         if count:
-            affine = (None if v is None else v.to(dtype) for v in (weight, bias))
-            y = F.batch_norm(x, mean, var, *affine, False, 0.0, eps)
+            scale, shift = (None if v is None else v.to(dtype) for v in (weight, bias))
+            y = F.batch_norm(x, mean, var, scale, shift, False, 0.0, eps)
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var, unbiased(merged.count)
+        return y, mean, var, unbiased(merged.total)
 
     @staticmethod
     @once_differentiable

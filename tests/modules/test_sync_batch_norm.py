@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import effnet_fast
 import synced
-from effnet_fast.modules import stock, structure
+from effnet_fast.modules import stock, structure, sync_batch_norm
 from effnet_fast.modules.explain import explain
 from effnet_fast.modules.layers import Conv2dNormActivation, MBConv, MBConvConfig
 from effnet_fast.ops.call import Norm
@@ -228,10 +228,6 @@ def with_a_check_of_its_own(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) ->
     norm._check_non_zero_input_channels = lambda x: None
 
 
-def with_another_forward(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: x)
-
-
 def with_another_function(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.modules.batchnorm, "sync_batch_norm", None)
 
@@ -242,7 +238,6 @@ def with_another_function(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> N
         (of_a_subclass, "is OwnNorm, not BatchNorm2d"),
         (with_a_hook, "has a hook"),
         (with_a_check_of_its_own, "patched _check_non_zero_input_channels"),
-        (with_another_forward, "SyncBatchNorm.forward is replaced"),
         (with_another_function, "sync_batch_norm is replaced"),
     ],
 )
@@ -253,6 +248,12 @@ def test_what_is_not_known_is_refused(
     assert explain(block) is None
     change(block.block[1][1], monkeypatch)
     assert reason in str(explain(block))
+
+
+def test_a_replaced_forward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = MBConv(MBConvConfig(6, 3, 1, 8, 8), 0.0, nn.SyncBatchNorm)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: x)
+    assert "SyncBatchNorm.forward is replaced" in str(explain(block))
 
 
 def test_plain_networks_ask_nothing_of_the_new_code() -> None:
@@ -340,3 +341,18 @@ def test_statistics_move_by_a_factor_that_stays_on_the_device() -> None:
     for actual, expected in zip(*moved, strict=True):
         torch.testing.assert_close(actual, expected)
         assert not actual.eq(actual[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_copy_of_a_batch_changes_nothing(sent: list[Tensor], dtype: torch.dtype) -> None:
+    """Of the reference's result and gradients, beside BatchNorm's."""
+    norm = nn.BatchNorm2d(8).to(torch.promote_types(dtype, torch.float32))
+    norm.weight.data.uniform_(0.5, 2.0)
+    found = []
+    for module, forward in ((converted(norm), sync_batch_norm.forward), (norm, nn.Module.__call__)):
+        x = random_images(3, 6, channels=8).to(dtype).requires_grad_()
+        y = forward(module, x)
+        grads = torch.autograd.grad(y, (x, *module.parameters()), synced.grad_of(y, 0))
+        found.append((y, *grads))
+    torch.testing.assert_close(*found)
+    assert sent[0].dtype is norm.weight.dtype
