@@ -96,13 +96,18 @@ class InferenceParts(Protocol):
 
 @dataclass(frozen=True)
 class FeaturesParts:
-    """`InferenceParts` of a network whose stem, stages and last convolution are one sequence."""
+    """`InferenceParts` of a network whose stem, stages and last convolution are one sequence.
+
+    Attributes:
+        split: an encoder's stage whose blocks count one by one among taps, -1 for none.
+    """
 
     features: nn.Module
     head: Head | None
     taps: tuple[int, ...]
     code: stock.Stock = stock.NETWORK
     calling_code: stock.Stock = stock.HEAD
+    split: int = -1
 
     @property
     def layers(self) -> tuple[Any, ...]:
@@ -129,8 +134,19 @@ class FeaturesParts:
         last = None
         if self.head:
             last = whole(f"features.{len(children) - 1}", children[-1])
-        places = (Stage(f"features.{i}", stage) for i, stage in enumerate(stages, start=1))
-        return Course((self.features,), whole("features.0", children[0]), tuple(places), last)
+        places = [Stage(f"features.{i}", stage) for i, stage in enumerate(stages, start=1)]
+        containers = [self.features]
+        if self.split > 0:
+            place, stage, _ = places[self.split - 1]
+            try:
+                require_sequence(stage)
+            except RefusedError as refused:
+                raise RefusedError(f"{place}{refused}") from None
+            containers.append(stage)
+            blocks = [Stage(f"{place}.{i}", block) for i, block in enumerate(in_order(stage))]
+            places[self.split - 1 : self.split] = blocks
+        stem = whole("features.0", children[0])
+        return Course(tuple(containers), stem, tuple(places), last)
 
 
 def require_sequence(module: nn.Module) -> None:
