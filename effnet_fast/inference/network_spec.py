@@ -53,6 +53,7 @@ class NetworkSpec:
     result: str  # LOGITS, POOLED [N,C], the LAST_MAP before an unknown head, or an encoder's TAPS
     modules: tuple[nn.Module, ...]  # those that these layers consist of
     dtype: torch.dtype  # of all weights of convolutions and of the classifier
+    window: int | None = None  # the largest side of the last map, where the mean is of such alone
 
     @property
     def is_whole(self) -> bool:
@@ -110,6 +111,7 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     spec = NetworkSpec(
         *(stem, taps.get(0, -1), tuple(blocks), head, linear, result, modules),
         stem.tensors[0].dtype,
+        given.head.window if given.head and head else None,
     )
     _check(spec, device)
     return spec
@@ -166,9 +168,9 @@ def _head(
     given: InferenceParts, last: Step | None
 ) -> tuple[structure.Layer | None, Linear | None, str]:
     """Last convolution, classifier and result, as far as the kernels know them."""
-    if given.head is None or last is None:
+    if given.head is None:
         return None, None, TAPS
-    if not parts.averages_pixels(given.head):
+    if last is None or not parts.averages_pixels(given.head):
         return None, None, LAST_MAP
     head = _convolution(last, structure.POINTWISE)
     classifier = _last_layer(given.head.classifier)

@@ -12,7 +12,7 @@ from effnet_fast import backends
 from effnet_fast.inference import images
 from effnet_fast.inference.network_spec import CPU
 from effnet_fast.inference.parts import parts_of
-from effnet_fast.inference.sizes import TooSmallError
+from effnet_fast.inference.sizes import WrongSizeError
 from effnet_fast.inference.snapshot import (
     Engine,
     Snapshot,
@@ -76,7 +76,7 @@ class OwnPlan(SnapshotKeeper):
             return None
         try:
             return run_network(model, engine, x, dtype, "plan")
-        except TooSmallError:
+        except WrongSizeError:
             return None
 
     def _engine(self, model: Any, dtype: torch.dtype, backend: str) -> Engine | None:
