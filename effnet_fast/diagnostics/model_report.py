@@ -166,7 +166,7 @@ def _plan_reason(network: Any) -> str | None:
     if reason := own_plan.obstacle(network, x, backend_of(network)):
         return reason
     try:
-        dtype = spec_of(network).dtype
+        dtype = spec_of(network, observes=True).dtype
     except RefusedError as refused:
         return str(refused)
     return None if own_plan.is_autocast() or dtype is x.dtype else f"its weights are of {dtype}"

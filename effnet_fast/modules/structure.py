@@ -21,6 +21,7 @@ from effnet_fast.modules.requirements import RefusedError as RefusedError
 from effnet_fast.modules.requirements import children_of as children_of
 from effnet_fast.modules.requirements import hidden as hidden
 from effnet_fast.modules.requirements import is_altered as is_altered
+from effnet_fast.modules.requirements import is_observed as is_observed
 from effnet_fast.modules.requirements import one_of as one_of
 from effnet_fast.modules.requirements import patched_method as patched_method
 from effnet_fast.modules.requirements import refuse_global_hooks as refuse_global_hooks
