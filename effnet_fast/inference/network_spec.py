@@ -62,6 +62,11 @@ class NetworkSpec:
         """Whether the network's result is the kernels', with no module after them."""
         return self.result in (LOGITS, TAPS)
 
+    @property
+    def has_frozen_norm(self) -> bool:
+        """Whether a BatchNorm is of buffers alone."""
+        return any(isinstance(layer.bn, structure.FrozenNorm) for layer in layers_of(self))
+
     def tensors(self) -> Iterator[Tensor | None]:
         """Everything that is packed."""
         yield from self.stem.tensors

@@ -91,6 +91,8 @@ class OwnPlan(SnapshotKeeper):
         if snapshot is self._unproven:
             self._unproven = None
             return None
+        if is_autocast() and snapshot.spec.has_frozen_norm:
+            return None  # which gives the dtype of its buffers
         if not (is_autocast() or snapshot.spec.dtype is dtype):
             return None
         self._served += 1

@@ -85,6 +85,16 @@ class Geometry(NamedTuple):
         return (top + bottom, left + right) == (self.kernel[0] - 1, self.kernel[1] - 1)
 
 
+class FrozenNorm(NamedTuple):
+    """What a BatchNorm of buffers alone has beside them: it normalises by them in either mode."""
+
+    eps: float
+    training: bool = False
+    track_running_stats: bool = False
+    momentum: float | None = None
+    num_batches_tracked: Tensor | None = None
+
+
 class Layer(NamedTuple):
     """A convolution with its BatchNorm, and the activation behind it.
 
@@ -94,7 +104,7 @@ class Layer(NamedTuple):
 
     kind: str
     conv: nn.Conv2d
-    bn: nn.BatchNorm2d
+    bn: nn.BatchNorm2d | FrozenNorm
     activation: str
     geometry: Geometry
     tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from effnet_fast.backends.base import PLAIN
@@ -111,6 +112,8 @@ PADDINGS: dict[type, Callable[[Any], Sides | None]] = {
 # Classes of convolutions whose stride may be a list, which somebody may edit: it is a constant of
 # one call, and who keeps what was read for another has to read it again.
 LISTS: set[type] = set()
+# Classes of BatchNorms that keep their weight and bias in buffers and never use a batch's numbers.
+FROZEN: set[type] = set()
 
 
 def _geometry(conv: Any, padding: Sides | None) -> tuple[str, structure.Geometry]:
@@ -165,7 +168,8 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     state = bn.__dict__
     if not state.keys().isdisjoint(_BN_NAMES):
         raise structure.hidden(state, _BN_NAMES)
-    table, buffers = state["_parameters"], state["_buffers"]
+    buffers = state["_buffers"]
+    table = buffers if type(bn) in FROZEN else state["_parameters"]
     weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
     mean = buffers.get("running_mean", _MISSING)
     var = buffers.get("running_var", _MISSING)
@@ -185,6 +189,18 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     if not eps > 0:
         raise RefusedError(f" has eps {eps}")
     return weight, bias, mean, var
+
+
+def _require_one_dtype(weight: Tensor, vectors: Sequence[Any]) -> None:
+    """Raises RefusedError where a frozen BatchNorm gives another dtype than a plain one.
+
+    It multiplies by its buffers, which makes the wider dtype of the two.
+    """
+    if torch.is_autocast_enabled(weight.device.type):
+        raise RefusedError(" gives the dtype of its buffers under autocast")
+    for vector in vectors:
+        if vector is None or vector.dtype is not weight.dtype:
+            raise RefusedError(f" has other buffers than of {weight.dtype}")
 
 
 def _require_as_made(child: Any, name: str) -> None:
@@ -220,6 +236,9 @@ def layer(
             raise RefusedError(f".weight has shape {list(weight.shape)}, not {list(shape)}")
         name = names[1]
         vectors = _bn_members(bn, conv.out_channels)
+        if type(bn) in FROZEN:
+            _require_one_dtype(weight, vectors)
+            bn = structure.FrozenNorm(bn.eps)
         name = names[0]
         padding = PADDINGS[type(conv)](conv)
         if pad is not None:
