@@ -160,7 +160,7 @@ def _course(name: str, network: Any) -> Course:
 def _plan_reason(network: Any) -> str | None:
     """Why the network's own forward does not run in one call; None where it does."""
     weight = next(network.parameters(), None)
-    if weight is None:
+    if weight is None or weight.dim() < 2:  # FullyShardedDataParallel has one flat parameter
         return "it has no weights"
     x = torch.empty((1, weight.shape[1], 32, 32), dtype=weight.dtype, device=weight.device)
     if reason := own_plan.obstacle(network, x, backend_of(network)):

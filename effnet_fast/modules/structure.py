@@ -276,6 +276,7 @@ GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
 SETTINGS: dict[type, tuple[str, ...]] = {}
 SEQUENCES: set[type] = set()  # classes that call their children in turn, and do no more
 _blocks: set[type] = set()
+_FSDP = "torch.distributed.fsdp"  # importing it takes a second
 
 
 def is_block(kind: type) -> bool:
@@ -324,6 +325,13 @@ def has_reader(kind: type) -> bool:
     return kind in _READERS
 
 
+def unsharded(kind: type) -> type | None:
+    """The class below one that FSDP2's fully_shard made, which leaves forward as it is."""
+    bases = kind.__mro__[1:3]
+    is_made = bases[0].__module__.startswith(_FSDP) and bases[0].__name__ == "FSDPModule"
+    return bases[1] if is_made and "forward" not in vars(kind) | vars(bases[0]) else None
+
+
 def structure_of(module: nn.Module, *arguments: Any) -> Any:
     """The module's fused form, a `dense_block.Found`.
 
@@ -335,6 +343,8 @@ def structure_of(module: nn.Module, *arguments: Any) -> Any:
     """
     refuse_global_hooks()
     found = _READERS.get(type(module))
+    if found is None and (kind := unsharded(type(module))) is not None:
+        found = _READERS.get(kind)
     if found is None:
         raise RefusedError(f"{type(module).__name__} is none of the classes that can be fused")
     if "forward_stock" in module.__dict__:  # its other methods have been passed by now
