@@ -118,8 +118,10 @@ FROZEN: set[type] = set()
 
 def _geometry(conv: Any, padding: Sides | None) -> tuple[str, structure.Geometry]:
     """The kind of a convolution, and its geometry."""
-    if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
-        raise RefusedError(" has dilation or a padding mode")
+    if conv.dilation != (1, 1):
+        raise RefusedError(f" has dilation {conv.dilation}, which no kernel has")
+    if conv.padding_mode != "zeros":
+        raise RefusedError(f" has padding mode {conv.padding_mode!r}, which no kernel has")
     kernel, stride = conv.kernel_size, conv.stride
     if type(stride) is list and type(conv) in LISTS and all(type(n) is int for n in stride):
         stride = tuple(stride)
