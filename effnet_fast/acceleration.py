@@ -13,7 +13,7 @@ from effnet_fast import backends
 from effnet_fast.deployment import DeployedEfficientNet
 from effnet_fast.models import foreign as networks  # noqa: F401  (enters their recipes)
 from effnet_fast.models.backbone import Backbone, check_memory
-from effnet_fast.modules import foreign
+from effnet_fast.modules import foreign, structure
 from effnet_fast.modules.structure import RefusedError
 
 FAMILIES = (
@@ -48,19 +48,20 @@ def accelerate(model: Model, *, backend: str = "auto", memory: str = "fast") -> 
         RuntimeError: it is compiled: accelerate it before torch.compile.
 
     Warns:
-        UserWarning: some classes are of a version whose code is not known, and stay as they are.
+        UserWarning: some classes are of a version whose code is not known, or FSDP2's fully_shard
+            has changed them already, and stay as they are.
     """
     _check(model)
     backends.parse(backend)
     check_memory(memory)
     found = [module for module in model.modules() if foreign.is_known(type(module))]
     own = [module for module in model.modules() if isinstance(module, Backbone)]
-    if not found and not own:
+    refused = _sharded(model)
+    if not found and not own and not refused:
         raise ValueError(
             f"{type(model).__name__} has no block that can be accelerated: there are readers for "
             f"{'; '.join(FAMILIES)}"
         )
-    refused: Counter[str] = Counter()
     for module in found:
         try:
             module.__class__ = foreign.fused_class(foreign.own_class(type(module)), backend, memory)
@@ -92,6 +93,16 @@ def restore(model: Model) -> Model:
         if foreign.is_fused(type(module)):
             module.__class__ = foreign.own_class(type(module))
     return model
+
+
+def _sharded(model: nn.Module) -> Counter[str]:
+    """Why blocks stay as they are whose class FSDP2 has changed already, and how many do."""
+    kinds = (structure.unsharded(type(module)) for module in model.modules())
+    return Counter(
+        f"{kind.__name__} is sharded by fully_shard already: accelerate the model before that"
+        for kind in kinds
+        if kind is not None and foreign.is_known(kind) and not foreign.is_fused(kind)
+    )
 
 
 def _check(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from effnet_fast.backends import native
 from effnet_fast.inference import images
 from effnet_fast.inference.cuda_graphs import LIMIT
 from effnet_fast.inference.network_spec import spec_of
-from effnet_fast.inference.parts import changed_method, network_class, parts_of
+from effnet_fast.inference.parts import changed_method, network_class, parts_of, presented
 from effnet_fast.inference.snapshot import (
     Engine,
     Snapshot,
@@ -45,7 +45,7 @@ def deploy(
 
     Args:
         model: an EfficientNet or EfficientNetFeatures on a CPU or a CUDA device, in eval mode, or
-            torchvision's, timm's (its encoder, too) or efficientnet_pytorch's, accelerated or not.
+            that of a package whose networks `accelerate` takes (encoders, too), accelerated or not.
         dtype: of the activations between layers, None for the dtype of the model's parameters:
             torch.float32 or torch.bfloat16, on a CUDA device torch.float16 too. Sums are always
             fp32. Where a CPU's instruction set does not multiply bf16, the network is computed in
@@ -204,9 +204,12 @@ class DeployedEfficientNet(nn.Module):
         with torch.no_grad():
             _check_size(engine, x)
             if engine.spec.is_whole:
-                return run_network(self.source, engine, x, x.dtype, "deploy")
-            y = run_network(self.source, engine, x, engine.spec.dtype, "deploy")
-            return y.to(x.dtype) if isinstance(y, Tensor) and y.is_floating_point() else y
+                y = run_network(self.source, engine, x, x.dtype, "deploy")
+            else:
+                y = run_network(self.source, engine, x, engine.spec.dtype, "deploy")
+                if isinstance(y, Tensor) and y.is_floating_point():
+                    y = y.to(x.dtype)
+            return presented(self.source, x, y)
 
     def train(self, mode: bool = True) -> DeployedEfficientNet:
         """Accepts only `eval()` and `train(False)`.
@@ -274,9 +277,9 @@ def _check_model(model: nn.Module) -> None:
     _learn(model)
     if network_class(type(model)) is None:
         raise TypeError(
-            "deploy takes a network of effnet_fast, torchvision, timm or efficientnet_pytorch, "
-            f"got {type(model).__name__}; load other packages' weights with "
-            "EfficientNet.from_checkpoint"
+            "deploy takes a network of effnet_fast, or the EfficientNet of a package that "
+            f"effnet_fast.accelerate takes, got {type(model).__name__}; load other packages' "
+            "weights with EfficientNet.from_checkpoint"
         )
     _refuse_changes(model)
     if model.training:

@@ -62,6 +62,8 @@ FAMILIES = MappingProxyType(
             _TIMM_TF, lite=replace(_TIMM_TF, mean=INCEPTION_MEAN, std=INCEPTION_STD)
         ),
         "lukemelas": Family("lukemelas", "same", 1e-3, 0.01, 32),
+        # The encoders "efficientnet-b0" and so on of segmentation_models_pytorch.
+        "smp": Family("lukemelas", "same", 1e-3, 0.01, 32, fixed=True),
         "monai": Family("monai", "same", 1e-3, 0.01, 32, fixed=True),
         "nvidia": Family("nvidia", "symmetric", 1e-3, 0.01, 32),
         # keras.applications, and the package efficientnet, which pads each image by its own size.

@@ -20,6 +20,7 @@ from effnet_fast.diagnostics.model_report import (
     Fusion,
     explain_blocks,
     explain_networks,
+    layout_advice,
     lines,
 )
 
@@ -46,6 +47,7 @@ class Report:
         cuda: whether kernels were built and for what, the driver, and the reason they cannot run.
         blocks: for a model, each block that could be fused; None without a model.
         networks: for a model, what eval and training run of each network in it; None without.
+        layout: for a model whose blocks convert images around themselves, what to do about it.
     """
 
     versions: dict[str, str | None]
@@ -60,6 +62,7 @@ class Report:
     cuda: dict[str, Any]
     blocks: list[Fusion] | None = field(default=None)
     networks: list[Course] | None = field(default=None)
+    layout: str | None = field(default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts, lists, strings and numbers, ready for JSON."""
@@ -85,7 +88,7 @@ class Report:
             text.append("            more than one runtime: their thread pools compete")
         text += _aligned("cuda", _cuda_lines(self.cuda))
         if self.blocks is not None:
-            text += _aligned("model", lines(self.blocks, self.networks or []))
+            text += _aligned("model", lines(self.blocks, self.networks or [], self.layout))
         return "\n".join(text)
 
 
@@ -105,6 +108,7 @@ def doctor(model: nn.Module | None = None) -> Report:
     """
     reason = native.unavailable_reason()
     extension = None if reason else native.load()
+    blocks = None if model is None else explain_blocks(model)
     return Report(
         versions=versions(),
         extension_reason=reason,
@@ -121,8 +125,9 @@ def doctor(model: nn.Module | None = None) -> Report:
         threads={"torch": torch.get_num_threads(), "cpus": _usable_cpus()},
         openmp=_openmp_runtimes(),
         cuda=_cuda(extension),
-        blocks=None if model is None else explain_blocks(model),
+        blocks=blocks,
         networks=None if model is None else explain_networks(model),
+        layout=None if model is None or blocks is None else layout_advice(model, blocks),
     )
 
 

@@ -19,10 +19,11 @@ from effnet_fast.models.backbone import Backbone
 from effnet_fast.models.execution import backend_of
 from effnet_fast.models.foreign.network import FusedNetwork
 from effnet_fast.models.pooled_head import pooled_module
-from effnet_fast.modules import foreign, structure
+from effnet_fast.modules import foreign, in_turn, structure
 from effnet_fast.modules.explain import explain
 from effnet_fast.modules.fused_forward import POOLED
 from effnet_fast.modules.structure import RefusedError
+from effnet_fast.ops.layout import makes_nhwc
 
 ONE_CALL, BLOCKS, STOCK = "one call", "block by block", "stock"
 SHOWN = 3  # module names per reason in the printed report
@@ -104,6 +105,32 @@ def explain_networks(model: nn.Module) -> list[Course]:
     return [_course(name, module) for name, module in model.named_modules() if _runs_fused(module)]
 
 
+def layout_advice(model: nn.Module, blocks: list[Fusion]) -> str | None:
+    """What to do where fused blocks convert images around themselves; None where none does.
+
+    Networks and sequences whose forward is this package's hand channels_last from block to block. A
+    block under any other root gives its result in the layout that stock gives it.
+    """
+    modules = dict(model.named_modules())
+    sequences = structure.SEQUENCES - {nn.Sequential}
+    roots = (n for n, m in modules.items() if _runs_fused(m) or type(m) in sequences)
+    within = tuple(f"{name}." if name else "" for name in roots)
+    alone = [
+        block.name
+        for block in blocks
+        if block.reason is None
+        and not block.name.startswith(within)
+        and not makes_nhwc(in_turn.weights_of([modules[block.name]]))
+    ]
+    if not alone:
+        return None
+    return (
+        f"{len(alone)} blocks stand in a forward of another's making, where each converts "
+        "contiguous images: call model.to(memory_format=torch.channels_last), or give images in "
+        "that layout"
+    )
+
+
 def _runs_fused(module: nn.Module) -> bool:
     """Whether it is a network whose forward is this package's."""
     return isinstance(module, (Backbone, FusedNetwork))
@@ -160,13 +187,13 @@ def _course(name: str, network: Any) -> Course:
 def _plan_reason(network: Any) -> str | None:
     """Why the network's own forward does not run in one call; None where it does."""
     weight = next(network.parameters(), None)
-    if weight is None:
+    if weight is None or weight.dim() < 2:  # FullyShardedDataParallel has one flat parameter
         return "it has no weights"
     x = torch.empty((1, weight.shape[1], 32, 32), dtype=weight.dtype, device=weight.device)
     if reason := own_plan.obstacle(network, x, backend_of(network)):
         return reason
     try:
-        dtype = spec_of(network).dtype
+        dtype = spec_of(network, observes=True).dtype
     except RefusedError as refused:
         return str(refused)
     return None if own_plan.is_autocast() or dtype is x.dtype else f"its weights are of {dtype}"
@@ -180,7 +207,7 @@ def _blocks(network: nn.Module) -> tuple[str, str | None]:
     return course, "; ".join(str(reason) for reason, _ in reasons.most_common(SHOWN)) or None
 
 
-def lines(blocks: list[Fusion], networks: list[Course]) -> list[str]:
+def lines(blocks: list[Fusion], networks: list[Course], layout: str | None = None) -> list[str]:
     """The report of a model, as it is printed."""
     fused = sum(block.reason is None for block in blocks)
     found = [f"{fused} of {len(blocks)} blocks fused"]
@@ -198,4 +225,6 @@ def lines(blocks: list[Fusion], networks: list[Course]) -> list[str]:
         found += [f"  {mode}: {run}{f': {why}' if why else ''}" for mode, run, why in rows]
         if course.wrapped:
             found.append("  a forward that is set on the instance runs around that")
+    if layout:
+        found.append(f"layout: {layout}")
     return found

@@ -7,7 +7,7 @@ exactly is refused with its place and the reason.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,11 +53,19 @@ class NetworkSpec:
     result: str  # LOGITS, POOLED [N,C], the LAST_MAP before an unknown head, or an encoder's TAPS
     modules: tuple[nn.Module, ...]  # those that these layers consist of
     dtype: torch.dtype  # of all weights of convolutions and of the classifier
+    window: int | None = None  # the largest side of the last map, where the mean is of such alone
+    observed: tuple[int, ...] = ()  # stages with forward hooks, counted from 1
+    shown: tuple[int, ...] = ()  # stages whose maps come out, 0 for the stem
 
     @property
     def is_whole(self) -> bool:
         """Whether the network's result is the kernels', with no module after them."""
         return self.result in (LOGITS, TAPS)
+
+    @property
+    def has_frozen_norm(self) -> bool:
+        """Whether a BatchNorm is of buffers alone."""
+        return any(isinstance(layer.bn, structure.FrozenNorm) for layer in layers_of(self))
 
     def tensors(self) -> Iterator[Tensor | None]:
         """Everything that is packed."""
@@ -80,10 +88,13 @@ def _at(place: str) -> Iterator[None]:
         raise RefusedError(f"{place}{text if text.startswith(' ') else f': {text}'}") from None
 
 
-def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
+def spec_of(model: Any, device: torch.device = CPU, *, observes: bool = False) -> NetworkSpec:
     """The kernels' form of an EfficientNet or EfficientNetFeatures, all of it on `device`.
 
     A subclass may have a forward of its own: it is what calls the one that this stands in for.
+
+    Args:
+        observes: whether stages may have forward hooks, which whoever runs the network calls.
 
     Raises:
         RefusedError: it has none, with the reason.
@@ -95,9 +106,12 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     course = given.course()
     stem = _convolution(course.stem, structure.DENSE)
     head, linear, result = _head(given, course.last)
-    taps = {len(course.stages): 0} if result == LAST_MAP else {}
-    taps |= {stage: index for index, stage in enumerate(given.taps)}
-    blocks = [_block(*row, taps) for row in _blocks(course.stages)]
+    observed = tuple(_observed(course.stages)) if observes else ()
+    hooked = [course.stages[number - 1].module for number in observed]
+    own = (len(course.stages),) if result == LAST_MAP else given.taps
+    shown = tuple(sorted({*own, *observed, *(number - 1 for number in observed)}))
+    taps = {stage: index for index, stage in enumerate(shown)}
+    blocks = [_block(*row, taps, hooked) for row in _blocks(course.stages, hooked)]
     roots = [*course.stem.modules, *(stage.module for stage in course.stages)]
     watched = [*course.containers, *(m for root in roots for m in root.modules())]
     if given.head and course.last and head:
@@ -110,6 +124,8 @@ def spec_of(model: Any, device: torch.device = CPU) -> NetworkSpec:
     spec = NetworkSpec(
         *(stem, taps.get(0, -1), tuple(blocks), head, linear, result, modules),
         stem.tensors[0].dtype,
+        given.head.window if given.head and head else None,
+        *(observed, shown),
     )
     _check(spec, device)
     return spec
@@ -125,14 +141,22 @@ def _convolution(step: Step, kind: str) -> structure.Layer:
         return layer
 
 
-def _blocks(stages: tuple[Stage, ...]) -> Iterator[tuple[Stage, int]]:
-    """Each block, and the stage whose last it is, or -1."""
+def _observed(stages: tuple[Stage, ...]) -> Iterator[int]:
+    """The stages with forward hooks and nothing else; forward gives them the map alone."""
+    for number, stage in enumerate(stages, start=1):
+        if not stage.arguments and structure.is_observed(stage.module.__dict__):
+            yield number
+
+
+def _blocks(stages: tuple[Stage, ...], hooked: Sequence[nn.Module]) -> Iterator[tuple[Stage, int]]:
+    """Each block, and the stage whose last it is, or -1; these stages may have hooks."""
     for index, stage in enumerate(stages, start=1):
         if structure.is_block(type(stage.module)):
             yield stage, index
             continue
         with _at(stage.place):
-            parts.require_sequence(stage.module)
+            if stage.module not in hooked or type(stage.module) not in structure.SEQUENCES:
+                parts.require_sequence(stage.module)
             blocks = parts.in_order(stage.module)
             if not blocks:
                 raise RefusedError(" is empty")
@@ -141,12 +165,15 @@ def _blocks(stages: tuple[Stage, ...]) -> Iterator[tuple[Stage, int]]:
             yield Stage(f"{stage.place}.{number}", block), index if is_last else -1
 
 
-def _block(given: Stage, stage: int, taps: dict[int, int]) -> BlockSpec:
+def _block(
+    given: Stage, stage: int, taps: dict[int, int], hooked: Sequence[nn.Module]
+) -> BlockSpec:
     module = given.module
     with _at(given.place):
         if not structure.is_block(type(module)):
             raise RefusedError(f" is {type(module).__name__}, none of the blocks that are known")
-        structure.require(module)
+        if module not in hooked:
+            structure.require(module)
         block: structure.Block | DenseBlock = structure.structure_of(
             module, *given.arguments.values()
         )
@@ -166,9 +193,9 @@ def _head(
     given: InferenceParts, last: Step | None
 ) -> tuple[structure.Layer | None, Linear | None, str]:
     """Last convolution, classifier and result, as far as the kernels know them."""
-    if given.head is None or last is None:
+    if given.head is None:
         return None, None, TAPS
-    if not parts.averages_pixels(given.head):
+    if last is None or not parts.averages_pixels(given.head):
         return None, None, LAST_MAP
     head = _convolution(last, structure.POINTWISE)
     classifier = _last_layer(given.head.classifier)

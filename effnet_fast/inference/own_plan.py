@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from effnet_fast import backends
 from effnet_fast.inference import images
 from effnet_fast.inference.network_spec import CPU
 from effnet_fast.inference.parts import parts_of
-from effnet_fast.inference.sizes import TooSmallError
+from effnet_fast.inference.sizes import WrongSizeError
 from effnet_fast.inference.snapshot import (
-    Engine,
     Snapshot,
     SnapshotKeeper,
     run_network,
@@ -70,28 +70,33 @@ class OwnPlan(SnapshotKeeper):
             return None
         x = x.resolve_neg()
         dtype = _dtype_of(x)
-        engine = self._engine(model, dtype, _name_of(backend))
+        snapshot = self._snapshot(model, dtype)
+        if snapshot is None:
+            return None
+        engine = snapshot.engine_for(dtype, _name_of(backend))
         # None for PyTorch's own errors, and its empty results.
-        if engine is None or x.shape[1] != engine.sizes.in_channels or min(x.shape) == 0:
+        if x.shape[1] != engine.sizes.in_channels or min(x.shape) == 0:
             return None
         try:
-            return run_network(model, engine, x, dtype, "plan")
-        except TooSmallError:
+            with backends.use_backend(backend) if engine.spec.observed else nullcontext():
+                return run_network(model, engine, x, dtype, "plan", snapshot)
+        except WrongSizeError:
             return None
 
-    def _engine(self, model: Any, dtype: torch.dtype, backend: str) -> Engine | None:
-        """The engine of the weights as they are; None for a forward block by block."""
+    def _snapshot(self, model: Any, dtype: torch.dtype) -> Snapshot | None:
+        """That of the weights as they are; None for a forward block by block."""
         snapshot = self.current(model)
         if snapshot is None:
             return None
         if snapshot is self._unproven:
             self._unproven = None
             return None
+        if is_autocast() and snapshot.spec.has_frozen_norm:
+            return None  # which gives the dtype of its buffers
         if not (is_autocast() or snapshot.spec.dtype is dtype):
             return None
-        engine = snapshot.engine_for(dtype, backend)
         self._served += 1
-        return engine
+        return snapshot
 
     def _renew(self, model: Any) -> Snapshot | None:
         if self._wait > 0:
@@ -99,7 +104,7 @@ class OwnPlan(SnapshotKeeper):
             return None
         self._let_go()
         try:
-            snapshot = Snapshot(model, every_byte=True)
+            snapshot = Snapshot(model, every_byte=True, observes=True)
         except RefusedError:
             self._wait = self._next_wait
             self._next_wait = min(2 * self._next_wait + 1, LONGEST_WAIT)

@@ -29,7 +29,10 @@ def in_order(module: nn.Module) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Head:
-    """What follows the last stage of a classifier."""
+    """What follows the last stage of a classifier.
+
+    Where `finish` takes [N,C] and makes [N,C,1,1] of it again, it is as if forward flattened.
+    """
 
     pool: nn.Module  # makes pooled features [N,C,1,1] of the last convolution's map
     flattens: bool  # whether forward makes [N,C] of what pool gives
@@ -37,6 +40,12 @@ class Head:
     finish: Callable[[Tensor], Tensor]  # likewise, in either mode
     run: Callable[[Tensor], Tensor]  # from the last stage's map to the result
     hides: bool = False  # whether nobody sees the map that run takes: it may have any layout
+
+    @property
+    def window(self) -> int | None:
+        """The largest side of maps of which pool is the mean; None where it is of all."""
+        size: Any = getattr(self.pool, "kernel_size", None)
+        return size if type(self.pool) is nn.AvgPool2d else None
 
 
 class Step(NamedTuple):
@@ -73,6 +82,8 @@ class InferenceParts(Protocol):
         identity: what differs where forward runs other modules; without a reference to the network.
         code: the code that forward and its modules run.
         calling_code: of that, what runs around the modules.
+        present: makes what forward returns of the images and the logits or maps; None where it
+            returns these.
     """
 
     @property
@@ -85,6 +96,8 @@ class InferenceParts(Protocol):
     def code(self) -> stock.Stock: ...
     @property
     def calling_code(self) -> stock.Stock: ...
+    @property
+    def present(self) -> Callable[[Tensor, Any], Any] | None: ...
 
     def course(self) -> Course:
         """What forward calls in turn.
@@ -96,13 +109,19 @@ class InferenceParts(Protocol):
 
 @dataclass(frozen=True)
 class FeaturesParts:
-    """`InferenceParts` of a network whose stem, stages and last convolution are one sequence."""
+    """`InferenceParts` of a network whose stem, stages and last convolution are one sequence.
+
+    Attributes:
+        split: an encoder's stage whose blocks count one by one among taps, -1 for none.
+    """
 
     features: nn.Module
     head: Head | None
     taps: tuple[int, ...]
     code: stock.Stock = stock.NETWORK
     calling_code: stock.Stock = stock.HEAD
+    split: int = -1
+    present: Callable[[Tensor, Any], Any] | None = None
 
     @property
     def layers(self) -> tuple[Any, ...]:
@@ -129,8 +148,19 @@ class FeaturesParts:
         last = None
         if self.head:
             last = whole(f"features.{len(children) - 1}", children[-1])
-        places = (Stage(f"features.{i}", stage) for i, stage in enumerate(stages, start=1))
-        return Course((self.features,), whole("features.0", children[0]), tuple(places), last)
+        places = [Stage(f"features.{i}", stage) for i, stage in enumerate(stages, start=1)]
+        containers = [self.features]
+        if self.split > 0:
+            place, stage, _ = places[self.split - 1]
+            try:
+                require_sequence(stage)
+            except RefusedError as refused:
+                raise RefusedError(f"{place}{refused}") from None
+            containers.append(stage)
+            blocks = [Stage(f"{place}.{i}", block) for i, block in enumerate(in_order(stage))]
+            places[self.split - 1 : self.split] = blocks
+        stem = whole("features.0", children[0])
+        return Course(tuple(containers), stem, tuple(places), last)
 
 
 def require_sequence(module: nn.Module) -> None:
@@ -152,12 +182,22 @@ def whole(place: str, module: nn.Module) -> Step:
 
 
 def averages_pixels(head: Head) -> bool:
-    """Whether pooling is the plain mean over all pixels, [N,C]."""
+    """Whether pooling is the plain mean over all pixels of maps up to `head.window`, [N,C]."""
+    pool: Any = head.pool
     try:
-        structure.require(head.pool, nn.AdaptiveAvgPool2d)
+        structure.require(pool, nn.AdaptiveAvgPool2d, nn.AvgPool2d)
     except structure.RefusedError:
         return False
-    return head.flattens and head.pool.output_size in (1, (1, 1))
+    if type(pool) is nn.AvgPool2d:
+        return head.flattens and _is_one_window(pool)
+    return head.flattens and pool.output_size in (1, (1, 1))
+
+
+def _is_one_window(pool: Any) -> bool:
+    """Whether an nn.AvgPool2d takes the mean of maps that are no larger than its kernel."""
+    size = pool.kernel_size
+    is_plain = type(size) is int and size > 0 and pool.stride == size and pool.padding == 0
+    return is_plain and pool.ceil_mode is True and pool.divisor_override is None
 
 
 class Network(NamedTuple):
@@ -199,6 +239,12 @@ def _network_of(kind: type) -> tuple[type, Network]:
 def parts_of(model: Any) -> InferenceParts:
     """The modules that a network's forward runs."""
     return _network_of(type(model))[1].parts(model)
+
+
+def presented(model: Any, x: Tensor, y: Any) -> Any:
+    """What forward returns of images x, given the logits or maps y."""
+    present = parts_of(model).present
+    return y if present is None else present(x, y)
 
 
 def is_own(model: Any, name: str) -> bool:

@@ -11,8 +11,8 @@ from effnet_fast.modules.structure import Geometry, Layer, weights_of
 from effnet_fast.ops.layout import is_nhwc, makes_nhwc, to_nchw
 
 
-class TooSmallError(ValueError):
-    """A convolution has no output for images of this size."""
+class WrongSizeError(ValueError):
+    """A packed network has no result for images of this size, or another than stock."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,26 @@ class Sizes:
     in_channels: int  # of the images
     outputs: int  # channels of what comes out beside the taps, 0 for nothing
     rows: tuple[Row, ...]  # stem and blocks
+    window: int | None = None  # as in `NetworkSpec`
 
     def maps(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """(C, H, W) of every tap for images of this size.
 
         Raises:
-            TooSmallError: a convolution has no output.
+            WrongSizeError: a convolution has no output, or the last map is above `window`.
         """
         size, found = (height, width), {}
         for row in self.rows:
             size = row.geometry.out_size(*size)
             if min(size) < 1:
-                raise TooSmallError(f"images of {height}x{width} pixels are too small")
+                raise WrongSizeError(f"images of {height}x{width} pixels are too small")
             if row.tap >= 0:
                 found[row.tap] = (row.channels, *size)
+        if self.window is not None and max(size) > self.window:
+            raise WrongSizeError(
+                f"images of {height}x{width} pixels are too large: the last map may have a side of "
+                f"at most {self.window}, which is what the network pools"
+            )
         return [found[tap] for tap in sorted(found)]
 
     def as_stock(self, maps: list[Tensor], x: Tensor) -> list[Tensor]:
@@ -74,4 +80,4 @@ def sizes_of(spec: NetworkSpec) -> Sizes:
     outputs = weight_of(spec.head).shape[0] if spec.head else 0
     if spec.linear is not None:
         outputs = spec.linear.weight.shape[0]
-    return Sizes(weight_of(spec.stem).shape[1], outputs, tuple(rows))
+    return Sizes(weight_of(spec.stem).shape[1], outputs, tuple(rows), spec.window)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,12 @@ GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 TABLES = ("_modules", "_parameters", "_buffers")
 
 
-def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_byte: bool) -> Any:
+def watch(
+    modules: Iterable[nn.Module],
+    tensors: Iterable[Tensor | None],
+    every_byte: bool,
+    observed: Sequence[nn.Module] = (),
+) -> Any:
     """A `_C.Watch`: its `holds(threads)` tells whether nothing has changed since.
 
     Bytes count from its `remember(threads)` on, to be called before they are packed.
@@ -38,6 +43,7 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
         tensors: those that are watched.
         every_byte: whether CPU tensors are compared by checksums of all their bytes, instead of by
             a few values each.
+        observed: modules whose forward hooks the caller calls, and looks at by itself.
 
     Raises:
         RefusedError: a module's settings or names are such that a change could not be seen.
@@ -62,7 +68,7 @@ def watch(modules: Iterable[nn.Module], tensors: Iterable[Tensor | None], every_
         absent += (name for name in settings if name not in state)
         present = (*HOOKS, *TABLES, *(name for name in settings if name in state), *own)
         owners.append((module, {name: state[name] for name in present}, absent))
-        empty += (state[name] for name in HOOKS)
+        empty += (state[name] for name in (HOOKS[1:] if module in observed else HOOKS))
         listings += filter(None, tables)
     watched = list({id(t): t for t in tensors if t is not None}.values())
     held = {id(t) for listing in listings for t in listing.values()}

@@ -75,6 +75,7 @@ class EntryPoint(Protocol):
         global_pool: str = "avg",
         features_only: Literal[False] = False,
         out_indices: OutIndices | None = None,
+        endpoints: str = "timm",
         backend: str = "auto",
         memory: str = "fast",
         device: torch.device | str | int | None = None,
@@ -95,6 +96,7 @@ class EntryPoint(Protocol):
         in_chans: int = 3,
         global_pool: str = "avg",
         out_indices: OutIndices | None = None,
+        endpoints: str = "timm",
         backend: str = "auto",
         memory: str = "fast",
         device: torch.device | str | int | None = None,
@@ -118,6 +120,7 @@ def _entry_point(name: str) -> EntryPoint:
         global_pool: str = "avg",
         features_only: bool = False,
         out_indices: OutIndices | None = None,
+        endpoints: str = "timm",
         backend: str = "auto",
         memory: str = "fast",
         device: torch.device | str | int | None = None,
@@ -136,7 +139,13 @@ def _entry_point(name: str) -> EntryPoint:
         placement = Placement.of(device, dtype)
         make: Callable[[], Any]
         if features_only:
-            make = partial(EfficientNetFeatures, variant, out_indices=out_indices, **shared)
+            make = partial(
+                EfficientNetFeatures,
+                variant,
+                out_indices=out_indices,
+                endpoints=endpoints,
+                **shared,
+            )
         else:
             make = partial(
                 EfficientNet,
@@ -170,7 +179,8 @@ def _entry_point(name: str) -> EntryPoint:
             `EfficientNet`; dropout is {variant.dropout} unless given.
         features_only: build an `EfficientNetFeatures`, the encoder of the feature maps;
             num_classes, dropout and global_pool are then ignored.
-        out_indices: which maps the encoder returns, as in `EfficientNetFeatures`.
+        out_indices, endpoints: which maps the encoder returns, and whose choice they are, as in
+            `EfficientNetFeatures`.
         device: where the network is built, None for PyTorch's default; on "meta" without memory,
             which takes no published weights.
         dtype: of its parameters and buffers, None for PyTorch's default; random weights are drawn

@@ -29,7 +29,7 @@ from effnet_fast.models.captured import (
     to_channels_last,
     weights_make_nhwc,
 )
-from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
+from effnet_fast.models.feature_info import FeatureInfo, describe
 from effnet_fast.models.param_groups import param_groups
 from effnet_fast.models.stages import makers_of_stages
 from effnet_fast.models.variants import VARIANTS, Variant
@@ -62,8 +62,8 @@ class Backbone(nn.Module):
     Args:
         variant: row of `VARIANTS`, or its name.
         stochastic_depth_prob, norm_layer, in_chans, backend, memory: as in `EfficientNet`.
-        out_indices: which feature maps are wanted, as in `EfficientNetFeatures`: layers after the
-            last of them are not built; None builds everything.
+        encodes: the feature maps that are wanted: layers after the last of them are not built;
+            None builds everything.
 
     Attributes:
         variant: the row of the table that was built.
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         in_chans: int,
         backend: str,
         memory: str,
-        out_indices: OutIndices | None = None,
+        encodes: FeatureInfo | None = None,
     ) -> None:
         super().__init__()
         variant = find_variant(variant)
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.stochastic_depth_prob = stochastic_depth_prob
         self.grad_checkpointing = False
-        self.feature_info = FeatureInfo(describe(variant), out_indices)
+        self.feature_info = encodes or FeatureInfo(describe(variant))
         # What names of parameters do not say of a network that comes from a checkpoint.
         self._origin = frozenset[tuple[str, str]]()
         self._frozen_depth = 0
@@ -135,7 +135,7 @@ class Backbone(nn.Module):
             *makers_of_stages(variant, stochastic_depth_prob, norm_layer),
             partial(conv, variant.stages[-1].out_channels, variant.head_channels, kernel_size=1),
         ]
-        if out_indices is not None:
+        if encodes is not None:
             del makers[self.feature_info.get("stage")[-1] + 1 :]
         self.features = features_plan.Sequential(*(make() for make in makers))
         self.memory = memory

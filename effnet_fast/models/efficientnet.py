@@ -8,12 +8,12 @@ Source: Tan & Le (arXiv 1905.11946); module tree, initialisation and draws as to
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from effnet_fast.inference.parts import FeaturesParts, Head
+from effnet_fast.inference.parts import FeaturesParts, Head, require_sequence
 from effnet_fast.integrations.hub import HubMethods
 from effnet_fast.models.backbone import (
     Backbone,
@@ -23,13 +23,14 @@ from effnet_fast.models.backbone import (
     init_parameters,
 )
 from effnet_fast.models.execution import backend_of, on_backend
-from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe
+from effnet_fast.models.feature_info import FeatureInfo, OutIndices, describe, ends_of
 from effnet_fast.models.heads import POOLS, check_head, make_classifier
 from effnet_fast.models.intermediates import Intermediates
 from effnet_fast.models.loading import load_network
 from effnet_fast.models.pooled_head import run_pooled_head
 from effnet_fast.models.variants import Variant
 from effnet_fast.modules import in_turn
+from effnet_fast.modules.structure import RefusedError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -248,6 +249,11 @@ class EfficientNetFeatures(Backbone):
         out_indices: which of the five maps (your own `stages` may have fewer): places, counted
             from the end if negative, an int for the last n, or None for all. They are returned in
             the order of the network.
+        endpoints: whose choice of the map at each stride. "timm": the last layer there. "smp":
+            that of segmentation_models_pytorch's own encoders ("efficientnet-b0" and so on), the
+            stem's map at stride 2, and in B0 that of the first block of stage 5 at stride 16;
+            nothing may be hooked to that stage as a whole. "smp_timm": that of its encoders
+            "timm-efficientnet-b0" and so on, which take the stem's map, too.
         variant, stochastic_depth_prob, norm_layer, in_chans, backend, memory: as in `EfficientNet`.
 
     Attributes:
@@ -255,17 +261,22 @@ class EfficientNetFeatures(Backbone):
 
     Raises:
         IndexError: a map that does not exist.
-        TypeError, ValueError: indices that are not ints, empty or repeated; other arguments as
-            `EfficientNet`.
+        TypeError, ValueError: indices that are not ints, empty or repeated; other endpoints; other
+            arguments as `EfficientNet`.
+        RuntimeError: at a call, where a stage has a hook or another class, and a map is taken
+            inside of it.
     """
 
     _taken: list[int]
+    _split: int  # the stage in which a map is taken, -1 for none; its blocks count one by one
+    _splits: Final[bool]
 
     def __init__(
         self,
         variant: Variant | str,
         *,
         out_indices: OutIndices | None = None,
+        endpoints: str = "timm",
         stochastic_depth_prob: float = 0.2,
         norm_layer: Callable[..., nn.Module] | None = None,
         in_chans: int = 3,
@@ -273,8 +284,7 @@ class EfficientNetFeatures(Backbone):
         memory: str = "fast",
     ) -> None:
         variant = find_variant(variant)
-        if out_indices is None:
-            out_indices = FeatureInfo(describe(variant)).out_indices
+        info = FeatureInfo(describe(variant), out_indices, ends_of(variant, endpoints))
         super().__init__(
             variant,
             stochastic_depth_prob=stochastic_depth_prob,
@@ -282,9 +292,10 @@ class EfficientNetFeatures(Backbone):
             in_chans=in_chans,
             backend=backend,
             memory=memory,
-            out_indices=out_indices,
+            encodes=info,
         )
-        self._taken = self.feature_info.get("stage")
+        self._taken, self._split = info.places(variant)
+        self._splits = self._split >= 0
         for module in self.modules():
             init_parameters(module)
 
@@ -328,19 +339,46 @@ class EfficientNetFeatures(Backbone):
 
     def inference_parts(self) -> FeaturesParts:
         """The modules that forward runs, for what runs them from packed weights."""
-        return FeaturesParts(self.features, None, tuple(self._taken))
+        return FeaturesParts(self.features, None, tuple(self._taken), split=self._split)
+
+    def _in_turn(self) -> list[nn.Module]:
+        """The modules that are called in turn: stem and stages, of one of them the blocks."""
+        modules = list(self.features)
+        if self._split < 0:
+            return modules
+        stage: Any = modules[self._split]
+        try:
+            require_sequence(stage)
+        except RefusedError as refused:
+            raise RuntimeError(
+                f"features.{self._split}{refused}, and a map is taken inside of it: "
+                "change or hook its blocks instead"
+            ) from None
+        modules[self._split : self._split + 1] = stage
+        return modules[: self._taken[-1] + 1]
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         """The maps of images x, in the layout that stock gives them."""
         y = self._prepared(x)
         if not torch.jit.is_scripting():
-            found = in_turn.run(self.features, y, self._taken)[1]
-            return [self._finished(m, x, i) for m, i in zip(found, self._taken, strict=True)]
+            found = in_turn.run(self._in_turn(), y, self._taken)[1]
+            stages = self.feature_info.get("stage")
+            return [self._finished(m, x, i) for m, i in zip(found, stages, strict=True)]
         maps: list[Tensor] = []
+        place = 0
         for index, stage in enumerate(self.features):
-            y = stage(y)
-            if index in self._taken:
-                maps.append(self._finished(y, x, index))
+            # `_splits` is a constant: without it TorchScript leaves the branch out.
+            if self._splits and index == self._split:
+                for block in stage:  # type: ignore[attr-defined]
+                    y = block(y)
+                    if place in self._taken:
+                        maps.append(self._finished(y, x, index))
+                    place += 1
+            else:
+                y = stage(y)
+                if place in self._taken:
+                    maps.append(self._finished(y, x, index))
+                place += 1
         return maps
 
     def _load_from_state_dict(

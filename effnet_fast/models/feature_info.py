@@ -1,7 +1,9 @@
 """Which layers an encoder's feature maps come from, in timm's form.
 
 Source: FeatureInfo and feature_take_indices in timm/models/_features.py,
-https://github.com/huggingface/pytorch-image-models.
+https://github.com/huggingface/pytorch-image-models; encoders/efficientnet.py and
+timm_efficientnet.py of segmentation_models_pytorch 0.6,
+https://github.com/qubvel-org/segmentation_models.pytorch.
 """
 
 from __future__ import annotations
@@ -9,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from effnet_fast.models.variants import Variant
+from effnet_fast.models.variants import B0_STAGES, Variant
 
 OutIndices = int | Sequence[int]
+# Whose choice of the map at each stride: "timm" is the last layer there, which lukemelas's
+# extract_endpoints takes, too; "smp" and "smp_timm" are segmentation_models_pytorch's own
+# encoders and those that it makes of timm's network.
+ENDPOINTS = ("timm", "smp", "smp_timm")
 
 
 def describe(variant: Variant) -> list[dict[str, Any]]:
@@ -23,6 +29,29 @@ def describe(variant: Variant) -> list[dict[str, Any]]:
         row = {"num_chs": stage.out_channels, "reduction": reduction}
         rows.append({"module": f"features.{index}", **row})
     return [{**row, "stage": stage} for stage, row in enumerate(rows)]
+
+
+def ends_of(variant: Variant, endpoints: str = "timm") -> list[dict[str, Any]]:
+    """The rows of the maps, one for each stride, by somebody's choice.
+
+    A row has `block` where its map is a block's inside a stage, not the stage's.
+
+    Args:
+        endpoints: one of ENDPOINTS. smp takes the stem's map at stride 2. In its own B0, the map
+            at stride 16 is that of block 8, the first of stage 5; all others end a stage.
+
+    Raises:
+        ValueError: another name.
+    """
+    if endpoints not in ENDPOINTS:
+        raise ValueError(f"endpoints must be one of {', '.join(ENDPOINTS)}, got {endpoints!r}")
+    stages = describe(variant)
+    ends = {row["reduction"]: row for row in stages}  # the last of each stride
+    if endpoints != "timm":
+        ends[2] = stages[0]
+    if endpoints == "smp" and (variant.baseline, variant.depth) == (B0_STAGES, 1.0):
+        ends[16] = {**ends[16], "module": "features.5.0", "block": 0}
+    return list(ends.values())
 
 
 def take_indices(count: int, indices: OutIndices | None) -> list[int]:
@@ -60,13 +89,14 @@ def take_indices(count: int, indices: OutIndices | None) -> list[int]:
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """The feature maps: the last layer at each stride, five in the published networks.
+    """The feature maps: one layer at each stride, five in the published networks.
 
     A list of their dicts, as timm's wrappers take it.
 
     Args:
         stages: rows of `describe`.
         out_indices: which maps are given out, as for `take_indices`; None for all.
+        ends: rows of `ends_of`; None for the last layer at each stride.
 
     Attributes:
         stages: stem and stages.
@@ -75,10 +105,16 @@ class FeatureInfo(list[dict[str, Any]]):
         out_indices: the maps given out, in increasing order.
     """
 
-    def __init__(self, stages: list[dict[str, Any]], out_indices: OutIndices | None = None) -> None:
+    def __init__(
+        self,
+        stages: list[dict[str, Any]],
+        out_indices: OutIndices | None = None,
+        ends: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
         self.stages = stages
-        ends = {row["reduction"]: row for row in stages}  # the last of each stride
-        super().__init__({"index": index, **row} for index, row in enumerate(ends.values()))
+        if ends is None:
+            ends = list({row["reduction"]: row for row in stages}.values())
+        super().__init__({"index": index, **row} for index, row in enumerate(ends))
         self.out_indices = tuple(take_indices(len(self), out_indices))
 
     @property
@@ -101,6 +137,24 @@ class FeatureInfo(list[dict[str, Any]]):
             row = self[idx]
             return row if keys is None else {key: row[key] for key in keys}
         return [self.get_dicts(keys, i) for i in idx]
+
+    def places(self, variant: Variant) -> tuple[list[int], int]:
+        """Where the maps given out are among the modules that are called in turn.
+
+        Returns:
+            their places, and the stage whose blocks are called one by one because a map is taken
+            inside of it, or -1: stem and other stages count as one module each.
+        """
+        rows = self.get_dicts()
+        split = next((row["stage"] for row in rows if "block" in row), -1)
+        if split < 0:
+            return [row["stage"] for row in rows], -1
+        last = variant.stages[split - 1].repeats - 1  # so many modules more than stages
+        places = []
+        for row in rows:
+            place: int = row["stage"] + (last if row["stage"] >= split else 0)
+            places.append(place - last + row["block"] if "block" in row else place)
+        return places, split
 
     def channels(self, idx: OutIndices | None = None) -> Any:
         """C of each map given out, or as for `get`."""

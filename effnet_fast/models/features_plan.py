@@ -28,6 +28,7 @@ class _Parts(NamedTuple):
 
     layers: tuple[Any, ...]
     code: stock.Stock = stock.NETWORK
+    present: Callable[[Tensor, Any], Any] | None = None
 
     @property
     def ends_in_layer(self) -> bool:

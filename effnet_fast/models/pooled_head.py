@@ -69,16 +69,18 @@ def run_pooled_head(model: Any, x: Tensor, backend: str) -> Tensor | None:
     """A classifier's forward by that op on a backend; None where features must run as a whole."""
     if backend == "reference" or not isinstance(x, Tensor) or observed.wants_operators(x):
         return None
-    course = course_of(model)
-    if course is None or course.last is None:
+    course, head = course_of(model), parts_of(model).head
+    if course is None or head is None:
         return None
     with on_backend(model):
         walk = in_turn.Walk(x)
         call_step(walk, course.stem)
         for stage in course.stages:
             walk.call(stage.module, **stage.arguments)
-        last = _pooled_layer(model, course.last)  # a layer's hook may have changed the head
-        pooled = None if last is None else fused_forward.run_pooled(last, walk.last)
-    head = parts_of(model).head
-    assert head is not None
+        last = course.last and _pooled_layer(model, course.last)
+        head = parts_of(model).head  # a layer's hook may have changed it
+        assert head is not None
+        if last and head.window is not None and max(walk.last.shape[2:]) > head.window:
+            last = None
+        pooled = fused_forward.run_pooled(last, walk.last) if last else None
     return head.run(walk.result()) if pooled is None else head.finish(pooled)

@@ -106,8 +106,9 @@ def _in_front_of(own: FunctionType, forward: Callable[..., Any]) -> Callable[...
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs:  # by the package's own names
-            args = signature.bind(self, *args, **kwargs).args[1:]
-        return forward(self, *args)
+            bound = signature.bind(self, *args, **kwargs)
+            args, kwargs = bound.args[1:], bound.kwargs
+        return forward(self, *args, **kwargs)
 
     names = own.__globals__
     found = FunctionType(method.__code__, names, own.__name__, None, method.__closure__)

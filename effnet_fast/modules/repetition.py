@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from effnet_fast.modules.dense_block import DenseBlock, Found
-from effnet_fast.modules.structure import Block, Layer
+from effnet_fast.modules.structure import Block, FrozenNorm, Layer
 
 
 class Choice(NamedTuple):
@@ -85,4 +85,6 @@ def _with_statistics(found: Found | None) -> Found | None:
 
 def _layer_with_statistics(layer: Layer) -> Layer:
     bn = layer.bn
+    if isinstance(bn, FrozenNorm):
+        return layer
     return layer._replace(tensors=(*layer.tensors[:3], bn.running_mean, bn.running_var))

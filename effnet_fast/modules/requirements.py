@@ -59,6 +59,22 @@ def is_altered(state: dict[str, Any]) -> Any:
     )
 
 
+def is_observed(state: dict[str, Any]) -> bool:
+    """Whether all that was added to an instance with this `__dict__` are plain forward hooks.
+
+    They take the module, what it took and what it gave.
+    """
+    return (
+        bool(state["_forward_hooks"])
+        and not any(state.get(name) for name in _OTHER_HOOKS)
+        and patched_method(state) is None
+    )
+
+
+_OTHER_HOOKS = (
+    *("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
 _hooks = itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )

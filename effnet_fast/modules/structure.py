@@ -21,6 +21,7 @@ from effnet_fast.modules.requirements import RefusedError as RefusedError
 from effnet_fast.modules.requirements import children_of as children_of
 from effnet_fast.modules.requirements import hidden as hidden
 from effnet_fast.modules.requirements import is_altered as is_altered
+from effnet_fast.modules.requirements import is_observed as is_observed
 from effnet_fast.modules.requirements import one_of as one_of
 from effnet_fast.modules.requirements import patched_method as patched_method
 from effnet_fast.modules.requirements import refuse_global_hooks as refuse_global_hooks
@@ -86,6 +87,16 @@ class Geometry(NamedTuple):
         return (top + bottom, left + right) == (self.kernel[0] - 1, self.kernel[1] - 1)
 
 
+class FrozenNorm(NamedTuple):
+    """What a BatchNorm of buffers alone has beside them: it normalises by them in either mode."""
+
+    eps: float
+    training: bool = False
+    track_running_stats: bool = False
+    momentum: float | None = None
+    num_batches_tracked: Tensor | None = None
+
+
 class Layer(NamedTuple):
     """A convolution with its BatchNorm, and the activation behind it.
 
@@ -95,7 +106,7 @@ class Layer(NamedTuple):
 
     kind: str
     conv: nn.Conv2d
-    bn: nn.BatchNorm2d | nn.SyncBatchNorm
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm | FrozenNorm
     activation: str
     geometry: Geometry
     tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -275,6 +286,7 @@ GATES: dict[type, str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
 SETTINGS: dict[type, tuple[str, ...]] = {}
 SEQUENCES: set[type] = set()  # classes that call their children in turn, and do no more
 _blocks: set[type] = set()
+_FSDP = "torch.distributed.fsdp"  # importing it takes a second
 
 
 def is_block(kind: type) -> bool:
@@ -323,6 +335,13 @@ def has_reader(kind: type) -> bool:
     return kind in _READERS
 
 
+def unsharded(kind: type) -> type | None:
+    """The class below one that FSDP2's fully_shard made, which leaves forward as it is."""
+    bases = kind.__mro__[1:3]
+    is_made = bases[0].__module__.startswith(_FSDP) and bases[0].__name__ == "FSDPModule"
+    return bases[1] if is_made and "forward" not in vars(kind) | vars(bases[0]) else None
+
+
 def structure_of(module: nn.Module, *arguments: Any) -> Any:
     """The module's fused form, a `dense_block.Found`.
 
@@ -334,6 +353,8 @@ def structure_of(module: nn.Module, *arguments: Any) -> Any:
     """
     refuse_global_hooks()
     found = _READERS.get(type(module))
+    if found is None and (kind := unsharded(type(module))) is not None:
+        found = _READERS.get(kind)
     if found is None:
         raise RefusedError(f"{type(module).__name__} is none of the classes that can be fused")
     if "forward_stock" in module.__dict__:  # its other methods have been passed by now

@@ -13,6 +13,7 @@ from effnet_fast.backends import BACKENDS, OPS, native
 from effnet_fast.cli import common
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.modules import fused_forward, structure
+from effnet_fast.modules.layers import MBConv, MBConvConfig
 from networks import MINI
 
 B0_UNITS = 1 + 16 + 1  # stem, blocks, head
@@ -252,3 +253,15 @@ def test_cuda_driver(monkeypatch, driver, warned):
     report = diagnostics.doctor()
     assert report.cuda["driver"] == driver
     assert ("want driver 580 or newer" in str(report)) == warned
+
+
+def test_blocks_that_convert_images_are_told_of():
+    config = MBConvConfig(4, 3, 1, 8, 8)
+    model = nn.ModuleList([MBConv(config, 0.0, nn.BatchNorm2d) for _ in range(2)]).eval()
+    report = diagnostics.doctor(model)
+    assert "2 blocks stand in a forward of another's making" in report.layout
+    assert "layout: 2 blocks" in str(report)
+    assert diagnostics.doctor(model.to(memory_format=torch.channels_last)).layout is None
+    assert diagnostics.doctor(effnet_fast.EfficientNet(MINI)).layout is None
+    assert diagnostics.doctor(effnet_fast.EfficientNet(MINI).features).layout is None
+    assert diagnostics.doctor().layout is None

@@ -111,7 +111,7 @@ def test_channels_and_strides_of_v2() -> None:
 
 def test_maps_are_the_classifiers_own() -> None:
     model, features = classifier(), encoder()
-    features.plan = False  # block by block, as the classifier with its hooks
+    model.plan = features.plan = False
     seen: list[Tensor] = []
     for path in features.feature_info.module_name():
         model.get_submodule(path).register_forward_hook(lambda *args: seen.append(args[2]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 
 import efficientnet_pytorch
@@ -29,6 +30,15 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return functools.partial(torchvision.models.get_model, name, num_classes=10)
 
 
+def _lite() -> nn.Module:
+    with warnings.catch_warnings():  # of invalid escapes in its sources
+        warnings.simplefilter("ignore")
+        import efficientnet_lite_pytorch
+    kind = efficientnet_lite_pytorch.EfficientNet
+    made: nn.Module = kind.from_name("efficientnet-lite0", num_classes=10)
+    return made
+
+
 def _lukemelas(**options: object) -> Callable[[], nn.Module]:
     return functools.partial(
         efficientnet_pytorch.EfficientNet.from_name, "efficientnet-b0", num_classes=10, **options
@@ -51,6 +61,7 @@ BENT = {
     "efficientnet_es": _timm("efficientnet_es"),
     "mobilenetv3_large_100": _timm("mobilenetv3_large_100"),
     "mnasnet_100": _timm("mnasnet_100"),
+    "efficientnet_lite_pytorch": _lite,
 }
 NETWORKS = SMOOTH | BENT
 

@@ -22,6 +22,7 @@ class Parts(NamedTuple):
 
     Attributes:
         make_course: as `InferenceParts.course`.
+        present: as `InferenceParts.present`.
     """
 
     head: Head | None
@@ -29,6 +30,7 @@ class Parts(NamedTuple):
     identity: tuple[object, ...]
     code: stock.Stock
     make_course: Callable[[], parts.Course]
+    present: Callable[[Tensor, Any], Any] | None = None
 
     @property
     def calling_code(self) -> stock.Stock:
@@ -54,14 +56,14 @@ class FusedNetwork(Fused):
         if torch.compiler.is_compiling():
             return forward(self, x)
         if forward is type(self).forward_stock:
-            y = _run(self, x)
+            y = run(self, x)
             if y is not None:
                 return y
         with on_backend(self):
             return forward(self, x)
 
 
-def _run(model: Any, x: Tensor) -> Any:
+def run(model: Any, x: Tensor) -> Any:
     """The network's result; None where its own forward has to run."""
     backend = backend_of(model)
     if model.training:
@@ -71,7 +73,9 @@ def _run(model: Any, x: Tensor) -> Any:
         y = plan_of(model).run(model, x, backend)
     if y is None:
         y = run_pooled_head(model, x, backend)
-    return _maps(model, x, backend) if y is None else y
+    if y is None:
+        y = _maps(model, x, backend)
+    return None if y is None else parts.presented(model, x, y)
 
 
 def _maps(model: Any, x: Tensor, backend: str) -> list[Tensor] | None:
@@ -100,6 +104,8 @@ def enter(
     code: tuple[str, ...] = (),
     inner: tuple[tuple[str, type], ...] = (),
     settings: tuple[tuple[str, str], ...] = (),
+    front: type[Fused] = FusedNetwork,
+    torch_code: tuple[stock.Stock, ...] = (),
 ) -> None:
     """Enters the recipe of a network.
 
@@ -108,7 +114,8 @@ def enter(
         steps: the methods that its forward calls.
         make_parts: of an instance and its code.
         below: paths of classes of blocks and layers in it.
-        code, inner, settings: as in `Recipe`.
+        code, inner, settings, front: as in `Recipe`.
+        torch_code: tables of PyTorch's own code that forward runs beside that of all networks.
     """
     methods = tuple(f"{path}.{name}" for name in ("forward", *steps))
 
@@ -119,6 +126,6 @@ def enter(
             )
 
     RECIPES[path] = Recipe(
-        (*methods, *code), None, FusedNetwork, (stock.NETWORK, stock.FLATTEN),
+        (*methods, *code), None, front, (stock.NETWORK, stock.FLATTEN, *torch_code),
         settings=settings, parts=below, is_block=False, finish=finish, inner=inner,
     )  # fmt: skip

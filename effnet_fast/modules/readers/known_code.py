@@ -4,6 +4,8 @@ Written by tests/support/known_code.py.
 """
 
 KNOWN: dict[str, tuple[str, ...]] = {
+    "efficientnet_lite_pytorch.model:EfficientNet.extract_features": ("8b019c87134cab02",),
+    "efficientnet_lite_pytorch.model:EfficientNet.forward": ("cde57963f457c9b0",),
     "efficientnet_lite_pytorch.model:MBConvBlock.forward": ("2b38e8071165f68d",),
     "efficientnet_lite_pytorch.utils:Conv2dDynamicSamePadding.forward": ("59cb9942bdf5347a",),
     "efficientnet_lite_pytorch.utils:Conv2dStaticSamePadding.forward": ("eb5bb1719b5dd288",),
@@ -25,6 +27,9 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "monai.networks.blocks.activation:MemoryEfficientSwish.forward": ("a2f882b44ba1cc25",),
     "monai.networks.blocks.activation:Swish.forward": ("1466d02e8373c6f0",),
     "monai.networks.blocks.activation:monai_swish": ("48d80db411914ce7",),
+    "monai.networks.nets.efficientnet:EfficientNetBN.forward": ("25f5834944b5922f",),
+    "monai.networks.nets.efficientnet:EfficientNetBNFeatures.forward": ("4cdbbe90fa7fbdd0",),
+    "monai.networks.nets.efficientnet:EfficientNetEncoder.forward": ("4cdbbe90fa7fbdd0",),
     "monai.networks.nets.efficientnet:MBConvBlock.forward": ("0413ff9a01da13a3",),
     "monai.networks.nets.efficientnet:drop_connect": ("2344900775eb6036",),
     "segmentation_models_pytorch.encoders._efficientnet:Conv2dDynamicSamePadding.forward": (
@@ -35,6 +40,15 @@ KNOWN: dict[str, tuple[str, ...]] = {
     ),
     "segmentation_models_pytorch.encoders._efficientnet:MBConvBlock.forward": ("f92edf6a47aa7bf8",),
     "segmentation_models_pytorch.encoders._efficientnet:drop_connect": ("d78e1fb550c96fca",),
+    "segmentation_models_pytorch.encoders.efficientnet:EfficientNetEncoder.forward": (
+        "7e92aa19b9fb3a69",
+    ),
+    "segmentation_models_pytorch.encoders.timm_efficientnet:EfficientNetEncoder.forward": (
+        "17e610531142abba",
+    ),
+    "segmentation_models_pytorch.encoders.timm_efficientnet:EfficientNetLiteEncoder.forward": (
+        "17e610531142abba",
+    ),
     "timm.layers.activations:Sigmoid.forward": ("a29b7b648002a763",),
     "timm.layers.activations:Swish.forward": ("bb95f87c4ed54cae",),
     "timm.layers.activations:swish": ("4d37c1215944c7fa",),
@@ -70,10 +84,17 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "timm.models.efficientnet:EfficientNet.forward_features": ("7ce6fab10f92f292",),
     "timm.models.efficientnet:EfficientNet.forward_head": ("becd570e1b3ea946",),
     "timm.models.efficientnet:EfficientNetFeatures.forward": ("e771ac1199c0e6be",),
+    "timm.models.mobilenetv3:MobileNetV3.forward": ("a3904e8d6b56ad1f",),
+    "timm.models.mobilenetv3:MobileNetV3.forward_features": ("f2978ae2f0506d22",),
+    "timm.models.mobilenetv3:MobileNetV3.forward_head": (
+        "36b87069936fc815",
+        "1188901a3522d59a",
+    ),
     "torchvision.models.efficientnet:EfficientNet._forward_impl": ("02312ee03fdbbaf0",),
     "torchvision.models.efficientnet:EfficientNet.forward": ("113cb748f4babbfe",),
     "torchvision.models.efficientnet:FusedMBConv.forward": ("a84a40040fc5e7ae",),
     "torchvision.models.efficientnet:MBConv.forward": ("a84a40040fc5e7ae",),
+    "torchvision.ops.misc:FrozenBatchNorm2d.forward": ("7a5d6032265ee1b8",),
     "torchvision.ops.misc:SqueezeExcitation._scale": ("716f01a37a025e7d",),
     "torchvision.ops.misc:SqueezeExcitation.forward": ("de49024413e09ecf",),
     "torchvision.ops.stochastic_depth:StochasticDepth.forward": ("81a7681d0a722a32",),
@@ -89,11 +110,20 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "transformers.models.efficientnet.modeling_efficientnet:EfficientNetEmbeddings.forward": (
         "b987581354e8a64b",
     ),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetEncoder.forward": (
+        "c5c5b62dbf7e94c9",
+    ),
     "transformers.models.efficientnet.modeling_efficientnet:EfficientNetExpansionLayer.forward": (
         "2df05d71563d3e78",
     ),
     "transformers.models.efficientnet.modeling_efficientnet:EfficientNetFinalBlockLayer.forward": (
         "de25d513cfc482ea",
+    ),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetForImageClassification.forward": (
+        "81e3233e5bfd257f",
+    ),
+    "transformers.models.efficientnet.modeling_efficientnet:EfficientNetModel.forward": (
+        "9d7aabe8c2bd65e0",
     ),
     "transformers.models.efficientnet.modeling_efficientnet:EfficientNetSqueezeExciteLayer.forward": (
         "fa6c3b0f522087e4",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from effnet_fast.backends.base import PLAIN
@@ -112,12 +113,16 @@ PADDINGS: dict[type, Callable[[Any], Sides | None]] = {
 # Classes of convolutions whose stride may be a list, which somebody may edit: it is a constant of
 # one call, and who keeps what was read for another has to read it again.
 LISTS: set[type] = set()
+# Classes of BatchNorms that keep their weight and bias in buffers and never use a batch's numbers.
+FROZEN: set[type] = set()
 
 
 def _geometry(conv: Any, padding: Sides | None) -> tuple[str, structure.Geometry]:
     """The kind of a convolution, and its geometry."""
-    if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
-        raise RefusedError(" has dilation or a padding mode")
+    if conv.dilation != (1, 1):
+        raise RefusedError(f" has dilation {conv.dilation}, which no kernel has")
+    if conv.padding_mode != "zeros":
+        raise RefusedError(f" has padding mode {conv.padding_mode!r}, which no kernel has")
     kernel, stride = conv.kernel_size, conv.stride
     if type(stride) is list and type(conv) in LISTS and all(type(n) is int for n in stride):
         stride = tuple(stride)
@@ -170,7 +175,8 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
             raise RefusedError(" has a patched _check_non_zero_input_channels")
     if not state.keys().isdisjoint(_BN_NAMES):
         raise structure.hidden(state, _BN_NAMES)
-    table, buffers = state["_parameters"], state["_buffers"]
+    buffers = state["_buffers"]
+    table = buffers if type(bn) in FROZEN else state["_parameters"]
     weight, bias = table.get("weight", _MISSING), table.get("bias", _MISSING)
     mean = buffers.get("running_mean", _MISSING)
     var = buffers.get("running_var", _MISSING)
@@ -190,6 +196,18 @@ def _bn_members(bn: nn.Module, channels: int) -> tuple[Any, Any, Any, Any]:
     if not eps > 0:
         raise RefusedError(f" has eps {eps}")
     return weight, bias, mean, var
+
+
+def _require_one_dtype(weight: Tensor, vectors: Sequence[Any]) -> None:
+    """Raises RefusedError where a frozen BatchNorm gives another dtype than a plain one.
+
+    It multiplies by its buffers, which makes the wider dtype of the two.
+    """
+    if torch.is_autocast_enabled(weight.device.type):
+        raise RefusedError(" gives the dtype of its buffers under autocast")
+    for vector in vectors:
+        if vector is None or vector.dtype is not weight.dtype:
+            raise RefusedError(f" has other buffers than of {weight.dtype}")
 
 
 def _require_as_made(child: Any, name: str) -> None:
@@ -225,6 +243,9 @@ def layer(
             raise RefusedError(f".weight has shape {list(weight.shape)}, not {list(shape)}")
         name = names[1]
         vectors = _bn_members(bn, conv.out_channels)
+        if type(bn) in FROZEN:
+            _require_one_dtype(weight, vectors)
+            bn = structure.FrozenNorm(bn.eps)
         name = names[0]
         padding = PADDINGS[type(conv)](conv)
         if pad is not None:

@@ -8,6 +8,7 @@ Source: monai/networks/nets/efficientnet.py of MONAI 1.6, https://github.com/Pro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from effnet_fast.modules import stock, structure
 from effnet_fast.modules.foreign import RECIPES, Finder, Fused, Recipe
+from effnet_fast.modules.foreign_code import find
 from effnet_fast.modules.readers import members
 from effnet_fast.modules.stochastic_depth import UNIFORM
 from effnet_fast.modules.structure import Part, RefusedError
@@ -109,6 +111,29 @@ def _block(find: Finder) -> Callable[[Any], structure.Block]:
         return members.block(expand, depthwise, excited, project, skip, names, find.memory)
 
     return read
+
+
+@functools.cache
+def _layer_children(names: members.Names) -> structure.Children:
+    kinds = _children(Finder("auto", "fast"))[True, False]
+    (row,) = kinds.values()
+    met = {part.name: part.kinds for part in row}
+    conv, pad, bn = (met[name] for name in _DEPTHWISE)
+    given = zip((*names, "_swish"), (conv, pad, bn, met["_swish"]), strict=True)
+    return structure.children_of([Part(*part) for part in given])
+
+
+def layer_of(children: dict[str, Any], names: members.Names) -> structure.Layer:
+    """A network's convolution, what pads before it, and BatchNorm, by their names, and `_swish`.
+
+    Raises:
+        RefusedError: they are not what the network's class makes, with the reason.
+    """
+    structure.require_children(children, _layer_children(names))
+    swish = children["_swish"]
+    if type(swish) is find(_SWISH):
+        _require_swish(swish)
+    return _layer(children, names, swish)
 
 
 RECIPES[_BLOCK] = Recipe(

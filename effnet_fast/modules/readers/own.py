@@ -18,11 +18,18 @@ from effnet_fast.modules.structure import Part, RefusedError
 _NAMES = "0", "1", "2"
 _SE_NAMES = "fc1", "activation", "fc2", "scale_activation"
 _ACTIVATION, _GATE = (structure.one_of(*k) for k in (structure.ACTIVATIONS, structure.GATES))
-_CONV_BN = (
-    Part("0", structure.one_of(nn.Conv2d, Conv2dSame)),
-    Part("1", structure.one_of(*members.NORMS)),
-)
-_LAYER = structure.children_of(_CONV_BN, (*_CONV_BN, Part("2", _ACTIVATION)))
+
+
+def layer_children(*norms: type) -> structure.Children:
+    """The children of a Conv2dNormActivation."""
+    conv_bn = (
+        Part("0", structure.one_of(nn.Conv2d, Conv2dSame)),
+        Part("1", structure.one_of(*members.NORMS, *norms)),
+    )
+    return structure.children_of(conv_bn, (*conv_bn, Part("2", _ACTIVATION)))
+
+
+_LAYER = layer_children()
 _EXCITE = structure.children_of((
     Part("avgpool", structure.one_of(nn.AdaptiveAvgPool2d)),
     Part("fc1", structure.one_of(nn.Conv2d)), Part("fc2", structure.one_of(nn.Conv2d)),
@@ -35,10 +42,10 @@ def _body(*kinds: structure.Kinds) -> list[Part]:
     return [Part(str(index), kind) for index, kind in enumerate(kinds)]
 
 
-def named_layer(module: nn.Module) -> structure.Layer:
+def named_layer(module: nn.Module, allowed: structure.Children = _LAYER) -> structure.Layer:
     """A layer that is no part of a block, with the class in front of a reason."""
     try:
-        structure.require_children(module.__dict__["_modules"], _LAYER)
+        structure.require_children(module.__dict__["_modules"], allowed)
         return _layer(module)
     except RefusedError as refused:
         raise RefusedError(members.behind(type(module).__name__, refused)) from None
@@ -89,12 +96,18 @@ class TreeReader:
         se: the class of a squeeze-excite.
         drop_path: that of stochastic depth.
         memory: of the blocks, None for their own attribute.
+        layer: what follows the convolution, as `layer_children`.
     """
 
     def __init__(
-        self, conv: Iterable[type], se: type, drop_path: type, memory: str | None = None
+        self,
+        conv: Iterable[type],
+        se: type,
+        drop_path: type,
+        memory: str | None = None,
+        layer: structure.Children = _LAYER,
     ) -> None:
-        convs: structure.Kinds = dict.fromkeys(conv, _LAYER)
+        convs: structure.Kinds = dict.fromkeys(conv, layer)
         ses: structure.Kinds = {se: _EXCITE}
         self._se, self._memory = se, memory
         # [expand,] depthwise, [squeeze-excite,] project; of three, the second is either.

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from effnet_fast.modules import stock, structure
-from effnet_fast.modules.foreign import RECIPES, Finder, Recipe
+from effnet_fast.modules.foreign import RECIPES, Finder, Recipe, own_class
+from effnet_fast.modules.foreign_code import path_of
 from effnet_fast.modules.readers import members
 from effnet_fast.modules.readers.own import CONVOLUTION
 from effnet_fast.modules.stochastic_depth import ROW
@@ -170,6 +171,31 @@ def _plain(find: Finder) -> Callable[[Any], Any]:
         return members.dense_block(dense, None, _skip(module, children), ("conv", ""), find.memory)
 
     return members.without_dot(read)
+
+
+def is_pointwise(block: Any) -> bool:
+    """Whether a module is a 1x1 ConvBnAct, which is no block."""
+    conv = getattr(block, "_modules", {}).get("conv")
+    is_plain = path_of(own_class(type(block))) == f"{_BLOCKS}:ConvBnAct"
+    return is_plain and getattr(conv, "kernel_size", None) == (1, 1)
+
+
+def pointwise_layer(block: Any) -> structure.Layer:
+    """The layer of a 1x1 ConvBnAct.
+
+    Raises:
+        RefusedError: it is more than that, with the reason.
+    """
+    structure.require(block)
+    children = _taken_apart(block, _plain_children())
+    if block.has_skip:
+        raise RefusedError(".has_skip is on")
+    return _layer(children, "conv", "bn1")
+
+
+@functools.cache
+def _plain_children() -> structure.Children:
+    return _children(_classes(Finder("auto", "fast")), "conv", "bn1", "aa", "drop_path")
 
 
 CODE = tuple(f"{kind}.forward" for kind in (_NORM, _SAME, _SE, _DROP, _SWISH, _SIGMOID))

@@ -7,24 +7,34 @@ https://github.com/pytorch/vision.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from effnet_fast.modules import stock
+from effnet_fast.modules import stock, structure
 from effnet_fast.modules.foreign import RECIPES, Finder, Recipe
-from effnet_fast.modules.readers.own import TreeReader, named_layer
+from effnet_fast.modules.readers import members
+from effnet_fast.modules.readers.own import TreeReader, layer_children, named_layer
 
 _MODELS = "torchvision.models.efficientnet"
 _CONV = "torchvision.ops.misc:Conv2dNormActivation"
 _SE = "torchvision.ops.misc:SqueezeExcitation"
+_FROZEN = "torchvision.ops.misc:FrozenBatchNorm2d"
 _DROP = "torchvision.ops.stochastic_depth:StochasticDepth"
 
 
+def _children(find: Finder) -> structure.Children:
+    frozen = find(_FROZEN)
+    members.FROZEN.add(frozen)
+    return layer_children(frozen)
+
+
 def _layer(find: Finder) -> Callable[[Any], Any]:
-    return named_layer
+    return partial(named_layer, allowed=_children(find))
 
 
 def _tree(find: Finder) -> TreeReader:
-    return TreeReader((find(_CONV), find.fused(_CONV)), find(_SE), find(_DROP), find.memory)
+    convs = find(_CONV), find.fused(_CONV)
+    return TreeReader(convs, find(_SE), find(_DROP), find.memory, _children(find))
 
 
 def _mbconv(find: Finder) -> Callable[[Any], Any]:
@@ -36,7 +46,14 @@ def _fused_mbconv(find: Finder) -> Callable[[Any], Any]:
 
 
 # Their forward is nn.Sequential's.
-RECIPES[_CONV] = Recipe((), _layer, below=(stock.LAYER, stock.CALLED_LAYER), is_block=False)
+RECIPES[_CONV] = Recipe(
+    (f"{_FROZEN}.forward",),
+    _layer,
+    below=(stock.LAYER, stock.CALLED_LAYER),
+    members=((_FROZEN, "weight bias running_mean running_var"),),
+    settings=((_FROZEN, "eps"),),
+    is_block=False,
+)
 for _name, _reader in {"MBConv": _mbconv, "FusedMBConv": _fused_mbconv}.items():
     _path = f"{_MODELS}:{_name}"
     RECIPES[_path] = Recipe(

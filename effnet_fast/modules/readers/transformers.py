@@ -9,6 +9,7 @@ https://github.com/huggingface/transformers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,23 @@ def _stem(find: Finder) -> Callable[[Any], structure.Layer]:
             raise RefusedError(members.behind(type(module).__name__, refused)) from None
 
     return read
+
+
+@functools.cache
+def _pointwise_children(names: members.Names) -> structure.Children:
+    kinds = structure.one_of(nn.Conv2d), structure.one_of(nn.BatchNorm2d)
+    return _children(names, *kinds, _activations(Finder("auto", "fast")))
+
+
+def layer_of(children: dict[str, Any], names: members.Names) -> structure.Layer:
+    """A network's convolution, BatchNorm and activation, by their names.
+
+    Raises:
+        RefusedError: they are not what the network's class makes, with the reason.
+    """
+    structure.require_children(children, _pointwise_children(names))
+    conv, bn, activation = (children[name] for name in names)
+    return members.layer(conv, bn, activation, names)
 
 
 def _parts(find: Finder) -> tuple[structure.Children, structure.Children]:

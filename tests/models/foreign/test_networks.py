@@ -20,10 +20,9 @@ from foreign_networks import NETWORKS, RESOLUTION, SMOOTH, trio
 from networks import Pair, random_images, run_network
 from tolerances import assert_parity
 
-BLOCKS_ALONE = ("mobilenetv3_large_100",)  # networks of a class that has no front
 DEPLOYED = (
     *("torchvision b0", "torchvision v2_s", "tf_efficientnet_b0", "tf_efficientnetv2_b0"),
-    "efficientnet_pytorch",
+    *("efficientnet_pytorch", "efficientnet_lite_pytorch", "mobilenetv3_large_100"),
 )
 MAPS = ("efficientnet_b0", "tf_efficientnetv2_b0", "tf_efficientnet_lite0")
 
@@ -50,7 +49,7 @@ def test_logits(name: str) -> None:
     with torch.no_grad():
         results = ({"y": m(x)} for m in (models.actual, models.stock))
         assert_parity(*results, {"y": models.exact(x.double())})
-    assert is_planned(models.actual) == (name not in BLOCKS_ALONE)
+    assert is_planned(models.actual)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -68,7 +67,7 @@ def test_every_block_is_fused_in_training(name: str) -> None:
     expected = ["blocks.6.0"] if name == "mobilenetv3_large_100" else []
     assert list(refused) == expected
     courses = [network.training for network in report.networks or []]
-    assert courses == ([] if name in BLOCKS_ALONE else ["block by block"])
+    assert courses == ["block by block"]
 
 
 def test_a_plain_model_is_never_stale() -> None:

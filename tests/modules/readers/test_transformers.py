@@ -288,7 +288,8 @@ def test_a_whole_model() -> None:
             torch.manual_seed(0)
             with fused_runs() as runs:
                 results.append(model(pixel_values=x).last_hidden_state)
-            assert runs == [True] * (count * (model is actual))
+            # The last convolution has no op for gradients.
+            assert runs == ([True] * count + [False]) * (model is actual)
         torch.testing.assert_close(*results)
     copied = copy.deepcopy(actual)
     assert [type(m) for m in copied.modules()] == [type(m) for m in actual.modules()]
