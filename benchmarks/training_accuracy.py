@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import effnet_fast
-from effnet_fast.training import freezing, loop, network, state
-from effnet_fast.training.feeding import RANK_SEEDS, Feed, Images
-from effnet_fast.training.optimization import MovingAverage, make_optimizer, make_schedule
-from effnet_fast.training.processes import Processes
-from effnet_fast.training.recipe import Recipe, read_recipe
-from effnet_fast.training.settings import Settings
-from effnet_fast.training.validation import Normalisation, evaluate
+from effnet_fast.training.runs import freezing, loop, network, state
+from effnet_fast.training.runs.feeding import RANK_SEEDS, Feed, Images
+from effnet_fast.training.runs.optimization import MovingAverage, make_optimizer, make_schedule
+from effnet_fast.training.runs.processes import Processes
+from effnet_fast.training.runs.recipe import Recipe, read_recipe
+from effnet_fast.training.runs.settings import Settings
+from effnet_fast.training.runs.validation import Normalisation, evaluate
 
 COLUMNS = (
     *("task", "contestant", "seed", "epochs", "top1", "top5", "loss"),

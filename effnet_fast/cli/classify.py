@@ -14,7 +14,7 @@ from torch import Tensor
 from effnet_fast.cli import common, explain, networks, process
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.pretrained import images
-from effnet_fast.training import folders
+from effnet_fast.training.data import folders
 
 
 def add_parser(subparsers: Any) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from effnet_fast.cli import common, networks, predict, process
-from effnet_fast.training import evaluation
-from effnet_fast.training.prediction import Means
+from effnet_fast.training.answers import evaluation
+from effnet_fast.training.answers.prediction import Means
 
 SHOWN = 20  # classes in the table that is printed; --json and --out have all
 EXAMPLES = """examples:

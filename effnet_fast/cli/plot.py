@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draws the figure and prints its name."""
-    from effnet_fast.training import report
+    from effnet_fast.training.runs import report
 
     path = arguments.out or arguments.runs[0] / report.CURVES
     with common.bad_input(OSError, ValueError, ImportError):

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from effnet_fast.cli import common, networks, process
-from effnet_fast.training import inference, outputs, prediction
-from effnet_fast.training.prediction import Means, OnRows, Options
+from effnet_fast.training.answers import inference, outputs, prediction
+from effnet_fast.training.answers.prediction import Means, OnRows, Options
 
 EXAMPLES = """examples:
   effnet-fast predict runs/pets photos --out pets.csv

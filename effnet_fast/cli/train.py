@@ -13,14 +13,14 @@ from typing import Any
 
 from effnet_fast.cli import common, process
 from effnet_fast.models.backbone import MEMORY_MODES
-from effnet_fast.training.recipe import (
+from effnet_fast.training.runs.recipe import (
     ALL_STAGES,
     CLASS_WEIGHTS,
     OPTIMIZERS,
     RECIPES,
     SCHEDULES,
 )
-from effnet_fast.training.settings import DEVICES, PRECISIONS, STRATEGIES
+from effnet_fast.training.runs.settings import DEVICES, PRECISIONS, STRATEGIES
 
 BAD_INPUT = (OSError, ValueError, ImportError, NotImplementedError)
 SIGNALLED = 128  # a shell's status of a signal, less its number: 143 for SIGTERM
@@ -167,9 +167,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         SystemExit: 128 and the signal's number, where one ended the run after a whole step.
     """
-    from effnet_fast.training.loop import train
-    from effnet_fast.training.processes import StoppedError
-    from effnet_fast.training.workers import WorkerError
+    from effnet_fast.training.data.workers import WorkerError
+    from effnet_fast.training.runs.loop import train
+    from effnet_fast.training.runs.processes import StoppedError
 
     common.check_backend(arguments.backend)
     common.set_threads(arguments)
@@ -197,7 +197,7 @@ def _warnings_as_notes() -> Iterator[None]:
 
 
 def _print(metrics: dict[str, Any]) -> None:
-    from effnet_fast.training import report, run_folder
+    from effnet_fast.training.runs import report, run_folder
 
     run = Path(metrics["out"])
     print(common.format_table(report.table_rows(report.read_history(metrics["out"]))))

@@ -10,39 +10,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
-    "Augmentation": "augmentation",
-    "Batch": "loading",
-    "EpochSampler": "sampling",
-    "EvaluationCrop": "decoding",
-    "ImageList": "sources",
-    "Loader": "loading",
-    "LossError": "trainer",
-    "RMSpropTF": "optimization",
-    "Recipe": "recipe",
-    "StoppedError": "processes",
-    "TrainingCrop": "decoding",
-    "open_images": "sources",
-    "read_recipe": "recipe",
-    "train": "loop",
+    "Augmentation": "data.augmentation",
+    "Batch": "data.loading",
+    "EpochSampler": "data.sampling",
+    "EvaluationCrop": "data.decoding",
+    "ImageList": "data.sources",
+    "Loader": "data.loading",
+    "LossError": "runs.trainer",
+    "RMSpropTF": "runs.optimization",
+    "Recipe": "runs.recipe",
+    "StoppedError": "runs.processes",
+    "TrainingCrop": "data.decoding",
+    "evaluate": "answers.evaluation",
+    "open_images": "data.sources",
+    "predict": "answers.prediction",
+    "read_recipe": "runs.recipe",
+    "train": "runs.loop",
 }
 
 __all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:
-    from .augmentation import Augmentation as Augmentation
-    from .decoding import EvaluationCrop as EvaluationCrop
-    from .decoding import TrainingCrop as TrainingCrop
-    from .loading import Batch as Batch
-    from .loading import Loader as Loader
-    from .loop import train as train
-    from .optimization import RMSpropTF as RMSpropTF
-    from .processes import StoppedError as StoppedError
-    from .recipe import Recipe as Recipe
-    from .recipe import read_recipe as read_recipe
-    from .sampling import EpochSampler as EpochSampler
-    from .sources import ImageList as ImageList
-    from .sources import open_images as open_images
-    from .trainer import LossError as LossError
+    from .answers.evaluation import evaluate as evaluate
+    from .answers.prediction import predict as predict
+    from .data.augmentation import Augmentation as Augmentation
+    from .data.decoding import EvaluationCrop as EvaluationCrop
+    from .data.decoding import TrainingCrop as TrainingCrop
+    from .data.loading import Batch as Batch
+    from .data.loading import Loader as Loader
+    from .data.sampling import EpochSampler as EpochSampler
+    from .data.sources import ImageList as ImageList
+    from .data.sources import open_images as open_images
+    from .runs.loop import train as train
+    from .runs.optimization import RMSpropTF as RMSpropTF
+    from .runs.processes import StoppedError as StoppedError
+    from .runs.recipe import Recipe as Recipe
+    from .runs.recipe import read_recipe as read_recipe
+    from .runs.trainer import LossError as LossError
 
 
 def __getattr__(name: str) -> Any:

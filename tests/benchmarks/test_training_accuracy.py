@@ -14,7 +14,7 @@ from torch import nn
 import tiers
 from benchmarks import training_accuracy as accuracy
 from effnet_fast import EfficientNet
-from effnet_fast.training.recipe import read_recipe
+from effnet_fast.training.runs.recipe import read_recipe
 
 DATA = {"digits": "d", "fashion": "f"}
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from effnet_fast import EfficientNet, cli
 from effnet_fast.scaling import count
-from effnet_fast.training import trainer
+from effnet_fast.training.runs import trainer
 
 SMALL = ["--phi", "-14", "--step", "0.2", "--tolerance", "0.02"]  # networks of a few thousand MAC
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from effnet_fast.training.decoding import TrainingCrop
-from effnet_fast.training.loading import Batch, Loader
-from effnet_fast.training.sampling import EpochSampler
-from effnet_fast.training.sources import ShardList, open_images
+from effnet_fast.training.data.decoding import TrainingCrop
+from effnet_fast.training.data.loading import Batch, Loader
+from effnet_fast.training.data.sampling import EpochSampler
+from effnet_fast.training.data.sources import ShardList, open_images
 
 BATCH, SIDE, SEED, EPOCHS = 4, 8, 7, 2
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from effnet_fast import training
-from effnet_fast.training.augmentation import Augmentation
+from effnet_fast.training.data.augmentation import Augmentation
+from effnet_fast.training.data.sources import open_images
 from effnet_fast.training.extras import require
-from effnet_fast.training.sources import open_images
 
 CORE = """
 import sys

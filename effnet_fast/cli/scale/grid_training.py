@@ -106,8 +106,8 @@ def train(
         SystemExit: 128 and the signal's number, as of `effnet-fast train`.
     """
     from effnet_fast.cli.train import SIGNALLED
-    from effnet_fast.training import loop
-    from effnet_fast.training.processes import StoppedError
+    from effnet_fast.training.runs import loop
+    from effnet_fast.training.runs.processes import StoppedError
 
     try:
         return loop.train(data, out, model=network.variant, recipe=RECIPE, resume=resume, **options)

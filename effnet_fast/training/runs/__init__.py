@@ -1,0 +1,1 @@
+"""A training run: recipe, optimizer, loop, its folder and its state."""

@@ -1,0 +1,217 @@
+"""`train`: a network on a folder of images, safely; what the command line calls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import effnet_fast
+from effnet_fast.models import EfficientNet
+from effnet_fast.models.variants import Variant
+from effnet_fast.training.runs import freezing, network, run_folder, state
+from effnet_fast.training.runs.feeding import RANK_SEEDS, Feed, Images
+from effnet_fast.training.runs.processes import Processes, restarts
+from effnet_fast.training.runs.recipe import Recipe, read_recipe
+from effnet_fast.training.runs.run_folder import RunFolder
+from effnet_fast.training.runs.settings import LARGEST_SEED, Settings, check_same, described
+from effnet_fast.training.runs.trainer import OnStep, Trainer
+
+
+def train(
+    data: Any,
+    out: str | os.PathLike[str],
+    *,
+    model: str | Variant | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    recipe: str | os.PathLike[str] = "finetune",
+    val: Any = None,
+    resolution: int | None = None,
+    seed: int = 0,
+    precision: str = "fp32",
+    memory: str = "fast",
+    grad_checkpointing: bool = False,
+    backend: str = "auto",
+    device: str = "auto",
+    strategy: str = "ddp",
+    workers: int | None = None,
+    unreadable_limit: int | None = None,
+    save_minutes: float = 10.0,
+    resume: bool = False,
+    progress: bool = False,
+    on_step: OnStep | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Trains a network; its weights and metrics are in the folder `out` afterwards.
+
+    Under torchrun the processes train together. A run that ended early (a signal, a full disk, a
+    killed process) is continued by the same call with resume=True: on a CPU with the same losses,
+    bit for bit, as if nothing had happened.
+
+    Args:
+        data: as for `sources.open_images`; a folder may hold `train` and `val` (or `test`).
+        out: the run's folder; `run_folder` says what is in it. It must be empty or not there,
+            unless the run is resumed.
+        model: a size, "lite0", or a `Variant` of one's own; None means that of a file of weights,
+            else b0.
+        weights: None for random ones; published ones by name ("DEFAULT"); a file or a run's folder.
+        recipe: "finetune", "paper", "quick", or a file that ends in .toml.
+        val: validation images that are not in `data`.
+        resolution: side of the images, pixels; None means the weights' own.
+        seed: of weights, order, crops and augmentation, below 2**32.
+        precision: "fp32", "bf16", or on CUDA "fp16".
+        memory, backend: as for `EfficientNet`.
+        grad_checkpointing: keeps the input of each block alone for backward.
+        device: "auto", "cpu" or "cuda".
+        strategy: of several processes: "ddp", or "fsdp", which spreads weights over them.
+        workers: processes that read images; None leaves it to `loading.Loader`.
+        unreadable_limit: how many unreadable images end the run; None: any number is left out.
+        save_minutes: time between two states within an epoch; one is written after each epoch, too.
+        resume: continues the run in `out`; begins one where there is none.
+        progress: shows a line on stderr.
+        on_step: called with the number of steps and the mean loss of the last one.
+        changes: fields of `recipe.Recipe` that replace the recipe's.
+
+    Returns:
+        "epochs", "steps", "top1" and "top5" (fractions) and "loss" of the validation images (None
+        without any), "train_loss" of the last epoch, "images_per_second" of training, "seconds",
+        "unreadable" (images), "model", "recipe", "classes", "out".
+
+    Raises:
+        ImportError: accelerate is missing, or what the recipe needs.
+        OSError, ValueError: bad arguments or data; the folder is not empty, or another process
+            trains in it; the message names what was given. `trainer.LossError`, a ValueError: the
+            loss is no number.
+        processes.StoppedError: SIGTERM or SIGINT ended the run after a whole step, whose state is
+            saved.
+    """
+    settings = Settings(
+        model=model,
+        weights=None if weights is None else os.fspath(weights),
+        resolution=resolution,
+        seed=seed,
+        precision=precision,
+        memory=memory,
+        grad_checkpointing=grad_checkpointing,
+        backend=backend,
+        device=device,
+        strategy=strategy,
+        workers=workers,
+        unreadable_limit=unreadable_limit,
+        save_minutes=save_minutes,
+    )
+    read = read_recipe(recipe, changes)
+    with contextlib.ExitStack() as stack:
+        processes = Processes(device, precision, strategy)
+        stack.callback(processes.close)
+        folder = RunFolder(out)
+        stack.callback(folder.close)
+        again = resume or restarts() > 0
+        before = processes.from_main(lambda: folder.open(resume=again))
+        now = described(data, val, settings, os.fspath(recipe), read, processes.world)
+        if before:
+            check_same(before, now)
+        if before and before["metrics"] is not None:
+            return {**before["metrics"], "out": os.fspath(out)}
+        images = Images(data, val)
+        _check_images(before, images)
+        found = _state_of(folder, processes)
+        net = _network(settings, read, images, processes, is_resumed=found is not None)
+        now |= _facts(net, images)
+        state.seed_everything((seed + RANK_SEEDS * (1 + processes.rank)) % LARGEST_SEED)
+        feed = Feed(images, read, settings, network.preset_of(net), processes)
+        stack.callback(feed.close)
+        options: dict[str, Any] = {
+            "save_seconds": 60.0 * save_minutes,
+            "silent": not progress,
+            "on_step": on_step,
+        }
+        trainer = Trainer(
+            net, read, feed, folder, processes, weights=images.class_weights(read), **options
+        )
+        if found is not None:
+            trainer.load(found)
+            del found
+        if processes.is_main:
+            folder.write_description({**now, "metrics": None})
+        metrics = {**trainer.run(), **_names(now), "out": os.fspath(out)}
+        if processes.is_main:
+            folder.write_description({**now, "metrics": metrics})
+            (folder / run_folder.STATE).unlink(missing_ok=True)
+        return metrics
+
+
+def _names(now: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model": now["model"], "recipe": now["recipe"], "classes": len(now["classes"])}
+
+
+def _state_of(folder: RunFolder, processes: Processes) -> dict[str, Any] | None:
+    """The state that the run continues from, in every process.
+
+    Raises:
+        ValueError: some processes see it, and others do not.
+    """
+    found = state.load(folder / run_folder.STATE)
+    if len(set(processes.gather(found is None))) > 1:
+        raise ValueError(f"{folder.path} must be on a file system that all processes see")
+    return found
+
+
+def _network(
+    settings: Settings, recipe: Recipe, images: Images, processes: Processes, *, is_resumed: bool
+) -> EfficientNet:
+    """The network on the device, ready to be trained."""
+    state.seed_everything(settings.seed)
+    net = network.build(
+        settings.model,
+        settings.weights,
+        recipe,
+        images.classes,
+        resolution=settings.resolution,
+        is_resumed=is_resumed,
+        backend=settings.backend,
+        memory=settings.memory,
+    )
+    net.to(processes.device)
+    if not processes.is_sharded:  # fully_shard takes contiguous parameters alone
+        plain: Any = net  # PyTorch's annotations leave memory_format out
+        plain.to(memory_format=torch.channels_last)
+    freezing.apply(net, recipe)
+    if settings.grad_checkpointing:
+        net.set_grad_checkpointing()
+    return net
+
+
+def _facts(net: EfficientNet, images: Images) -> dict[str, Any]:
+    """What run.json has beside the arguments."""
+    variant = net.variant
+    preset = {
+        name: getattr(variant, name)
+        for name in ("resize", "crop", "mean", "std", "interpolation", "squash")
+    }
+    return {
+        "model": variant.name,
+        "classes": list(images.classes),
+        "preset": preset,
+        "images": images.counts(),
+        "versions": {
+            "effnet_fast": effnet_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _check_images(before: Mapping[str, Any], images: Images) -> None:
+    """Refuses to resume a run whose images are no longer those that it began with."""
+    if not before:
+        return
+    for name, now in (("images", images.counts()), ("classes", list(images.classes))):
+        if before[name] != now:
+            raise ValueError(
+                f"the {name} have changed since the run began: {before[name]}, now {now}"
+            )
