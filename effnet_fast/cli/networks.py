@@ -16,12 +16,12 @@ from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import images
 from effnet_fast.pretrained.weights import CATEGORIES, ENUMS, get_model_weights, get_weight
+from effnet_fast.training.runs import run_folder
 
 DEFAULT_MODEL = "b0"  # of published weights that are named without a model
 PACKAGED_MODEL = "lite0"  # without --model and weights: an installed package has its weights
 PUBLISHED_FAMILIES = ("auto", "torchvision")
 NAME = r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+"  # DEFAULT, EfficientNet_B0_Weights.DEFAULT
-RUN_WEIGHTS = "model.safetensors"  # in the folder that `effnet-fast train` leaves
 CLASSES = 1000  # ImageNet's, where no weights say otherwise
 CHANNELS = 3  # red, green, blue
 CLASSIFIER = "classifier.1.weight"  # [classes, channels]
@@ -137,17 +137,15 @@ def _published(text: str, arguments: argparse.Namespace) -> Network:
 
 
 def _of_file(text: str, arguments: argparse.Namespace) -> Network:
-    path = Path(text)
-    weights = path / RUN_WEIGHTS
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        model = EfficientNet.from_checkpoint(
-            weights if weights.is_file() and not (path / "config.json").exists() else text,
+        model, preset, _ = run_folder.load(
+            text,
             family=arguments.family,
             variant=arguments.model,
             backend=arguments.backend,
             progress=not _is_silent(arguments),
-        ).eval()
+        )
     for warning in caught:
         process.note(warning.message)
     if model.in_chans != CHANNELS:
@@ -155,8 +153,7 @@ def _of_file(text: str, arguments: argparse.Namespace) -> Network:
             f"{text}: the network takes {model.in_chans}-channel images; those that "
             f"are read here have {CHANNELS} channels"
         )
-    variant = model.variant
-    return Network(model, variant.name, images.preset(variant), text)
+    return Network(model, model.variant.name, preset, text)
 
 
 def _is_silent(arguments: argparse.Namespace) -> bool:

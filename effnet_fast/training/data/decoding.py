@@ -10,14 +10,16 @@ import math
 import os
 import random
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from effnet_fast.pretrained.images import ImageClassification, UnreadableImageError, decode
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["Draw", "EvaluationCrop", "TrainingCrop", "UnreadableImageError", "decode"]
 
@@ -133,6 +135,8 @@ class TrainingCrop:
         Args:
             draw: where the part's place comes from; None draws from Python's own generator.
         """
+        from PIL import Image
+
         generator = random.Random(None if draw is None else draw.number())
         box, whole = (0, 0, 0, 0), (0, 0)
 
@@ -189,6 +193,8 @@ def _part(
         min(right - outer[0], image.width),
         min(bottom - outer[1], image.height),
     )
+    from PIL import Image
+
     way = Image.Resampling[interpolation.partition("-")[0].upper()]
     return from_image(image.resize((size, size), way, box=inner))
 
@@ -227,4 +233,6 @@ def to_image(x: Tensor, name: str | None = None) -> Image.Image:
         raise ValueError(
             f"{name or 'image'}: a tensor image must be of shape [3,H,W], got {tuple(x.shape)}"
         )
+    from PIL import Image
+
     return Image.fromarray(to_uint8(x, name).permute(1, 2, 0).contiguous().numpy())

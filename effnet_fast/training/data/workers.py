@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from effnet_fast.training.data.decoding import Draw, UnreadableImageError
@@ -105,12 +104,14 @@ class Pool:
     """
 
     def __init__(self, reader: Callable[..., Any], workers: int) -> None:
+        from PIL import Image
+
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context(
             "forkserver" if "forkserver" in methods else "spawn"
         )
         if "forkserver" in methods:
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload([__name__, "PIL.Image"])
         try:
             pickled = pickle.dumps(reader)
         except Exception as error:
@@ -261,6 +262,8 @@ def _work(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    from PIL import Image
+
     Image.MAX_IMAGE_PIXELS = most_pixels
     groups: list[Group | None] = [None] * BUFFERS
     try:
