@@ -54,7 +54,9 @@ def forward(bn: Any, x: Tensor) -> Tensor:
 def served(module: nn.Module, x: Tensor) -> Iterator[None]:
     """Within it the module's forward may call its SyncBatchNorms for CPU tensors, as x is."""
     found: list[nn.Module] = []
-    if x.device.type == "cpu" and dist.is_available() and dist.is_initialized():
+    # Tracers pass proxies, which are no tensors.
+    is_one_of_several = dist.is_available() and dist.is_initialized() and isinstance(x, Tensor)
+    if is_one_of_several and x.device.type == "cpu":
         found = [
             bn
             for bn in module.children()

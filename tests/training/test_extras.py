@@ -12,7 +12,7 @@ from effnet_fast.training.extras import require
 
 CORE = """
 import sys
-from effnet_fast.training import augmentation, loading, sampling, sources
+from effnet_fast.training.data import augmentation, loading, sampling, sources
 heavy = {"accelerate", "kornia", "webdataset", "pyarrow", "ray", "torchvision", "timm"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """

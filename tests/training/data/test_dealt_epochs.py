@@ -10,7 +10,7 @@ import pytest
 from image_folders import class_folders, encoded, photo, shard
 
 WORLD, COUNT = 4, 39  # two steps of 16 images, and 7 that are too few for a third
-PROGRAM = Path(__file__).parents[1] / "support" / "dealt_epochs.py"
+PROGRAM = Path(__file__).parents[2] / "support" / "dealt_epochs.py"
 
 
 def folder(root):

@@ -162,7 +162,7 @@ def test_an_unreadable_image_is_counted_and_left_out(tmp_path):
     ("changes", "message"),
     [
         ({"model": "b99"}, "model must be one of b0"),
-        ({"weights": "NONE_V9"}, "has no member 'NONE_V9'"),
+        ({"weights": "NONE_V9"}, "efficientnet_tiny has no published weights"),
         ({"weights": "no/such/file.pth"}, "no/such/file.pth"),
         ({"resolution": 0}, "resolution must be an int of at least 1"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16"),
