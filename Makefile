@@ -31,6 +31,13 @@ demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model lite0 --rounds 3
 	SITE=$$($(BIN)/python -c '$(SITE)') && \
 	    $(BIN)/effnet-fast classify --compare --top 3 $(addprefix $$SITE/,$(PHOTOS))
+	rm -rf build/digits build/digits-run
+	$(BIN)/python examples/digits.py build/digits
+	$(BIN)/effnet-fast train build/digits --model lite0 --weights DEFAULT --resolution 64 \
+	    --batch 32 --epochs 3 --seed 5 --flip 0 --out build/digits-run
+	$(BIN)/effnet-fast eval build/digits-run build/digits
+	$(BIN)/effnet-fast classify --weights build/digits-run --top 1 \
+	    build/digits/val/3/0083.png build/digits/val/7/0007.png
 
 # Three tiers of tests: `pytest` alone is quick, `make test` adds what users run,
 # and `make test-all` runs what `make test` leaves out.
@@ -100,7 +107,7 @@ $(VENV)/.pip: constraints.txt
 
 $(VENV)/.demo: $(VENV)/.pip $(BUILD_SOURCES)
 	@echo "Installing into $(VENV): PyTorch is a large download, the kernels compile for a minute."
-	$(PIP) install -qq $(PINS) -e '.[pretrained]' scikit-image scikit-learn
+	$(PIP) install -qq $(PINS) -e '.[pretrained]' accelerate scikit-image scikit-learn
 	touch $@
 
 # With the CUDA kernels' host run (effnet_fast._C_simt) where nvcc is.
