@@ -255,6 +255,7 @@ def test_attributes_of_its_settings_names_are_the_users(model: nn.Module) -> Non
     assert model(X).equal(expected)
 
 
+@pytest.mark.slow
 def test_torchscript(stock: nn.Module, model: nn.Module) -> None:
     expected = stock(X)
     scripted = torch.jit.script(model)
@@ -284,6 +285,7 @@ def test_fx() -> None:
     assert traced(X).equal(plain(X))
 
 
+@pytest.mark.slow
 def test_export_and_compile(stock: nn.Module, model: nn.Module) -> None:
     expected = stock(X)
     program = torch.export.export(model, (X,))

@@ -101,6 +101,7 @@ class Looking:
 
 
 class TestCompile:
+    @pytest.mark.slow
     @NAMES
     @pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"dynamic": True}], ids=str)
     def test_graphs(self, name: str, options: dict[str, bool]) -> None:

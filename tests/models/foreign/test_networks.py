@@ -52,6 +52,7 @@ def test_logits(name: str) -> None:
     assert is_planned(models.actual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOOTH)
 def test_three_training_steps_from_the_same_state(name: str) -> None:
     models = trio(name).train()
