@@ -41,7 +41,8 @@ def evaluate(
         should_stop: asked after each batch, with the same answer in all processes.
 
     Returns:
-        the mean "loss" (cross entropy), and "top1" and "top5" as fractions; None if stopped.
+        the mean "loss" (cross entropy), and "top1" and "top5" as fractions; nothing where no image
+        can be read; None if stopped.
     """
     device = processes.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top1, top5, images
@@ -58,5 +59,6 @@ def evaluate(
             if should_stop():
                 return None
     loss, top1, top5, count = processes.sum(sums).tolist()
-    count = count or float("nan")
+    if not count:
+        return {}
     return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
