@@ -19,8 +19,9 @@ from effnet_fast.pretrained import images
 from effnet_fast.pretrained.weights import get_model_weights, get_weight
 from effnet_fast.training.runs.recipe import Recipe
 
-NAME = re.compile(r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+")  # of published weights
-DEFAULT_MODEL = "b0"
+# Of published weights: DEFAULT, EfficientNet_B0_Weights.DEFAULT.
+NAME = re.compile(r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+")
+DEFAULT_MODEL = "b0"  # where neither a model nor a file names one
 LARGEST_SIDE = 1 << 16  # pixels, which a file's facts may name
 
 

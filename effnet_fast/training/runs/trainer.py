@@ -23,7 +23,7 @@ from effnet_fast.training.runs.outcomes import Outcome, OutcomeReader
 from effnet_fast.training.runs.processes import Processes, StoppedError, StopRequest
 from effnet_fast.training.runs.recipe import Recipe
 from effnet_fast.training.runs.run_folder import RunFolder
-from effnet_fast.training.runs.validation import Normalisation, evaluate
+from effnet_fast.training.runs.validation import evaluate
 
 LOG_STEPS = 10  # steps between two points of TensorBoard's curves
 OnStep = Callable[[int, float], None]  # number of steps so far, mean loss of the last
@@ -73,7 +73,6 @@ class Trainer:
         self.plain_optimizer = optimizer
         self.optimizer = processes.prepare_optimizer(optimizer)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.normalise = Normalisation(feed.preset, self.device)
         self.reader = OutcomeReader(self.device)
         self.stop = StopRequest()
         self.save_seconds, self.saved_at = save_seconds, time.monotonic()
@@ -307,8 +306,8 @@ class Trainer:
         if average is not None:
             self.processes.share(average.buffers())
         model = (self.raw if average is None else average).eval()
-        batches = map(self._note_problems, batches)
-        return evaluate(model, batches, self.normalise, self.processes, self._is_stopping)
+        batches, normalise = map(self._note_problems, batches), self.feed.preset.normalise
+        return evaluate(model, batches, normalise, self.processes, self._is_stopping)
 
     def _is_stopping(self) -> bool:
         """Whether any process has had a signal."""
