@@ -37,7 +37,7 @@ from effnet_fast.training.runs.optimization import MovingAverage, make_optimizer
 from effnet_fast.training.runs.processes import Processes
 from effnet_fast.training.runs.recipe import Recipe, read_recipe
 from effnet_fast.training.runs.settings import Settings
-from effnet_fast.training.runs.validation import Normalisation, evaluate
+from effnet_fast.training.runs.validation import evaluate
 
 COLUMNS = (
     *("task", "contestant", "seed", "epochs", "top1", "top5", "loss"),
@@ -158,9 +158,8 @@ def _run_plainly(
                 average.update(model)
         seconds += time.perf_counter() - begun
     kept = (model if average is None else average.model).eval()
-    normalise = Normalisation(feed.preset, processes.device)
     batches = feed.validate()
-    found = evaluate(kept, batches, normalise, processes, lambda: False)
+    found = evaluate(kept, batches, feed.preset.normalise, processes, lambda: False)
     assert found is not None
     images = recipe.epochs * feed.sampler.length
     return {**found, "images_per_second": images / seconds, "seconds": seconds}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import glob
 import os
 from typing import Any
@@ -14,13 +13,23 @@ from torch import Tensor
 from effnet_fast.cli import common, explain, networks, process
 from effnet_fast.models.efficientnet import EfficientNet
 from effnet_fast.pretrained import images
+from effnet_fast.training.answers import inference
 from effnet_fast.training.data import folders
+
+EXAMPLES = """examples:
+  effnet-fast classify photo.jpg
+  effnet-fast classify photos --weights RUN --top 3 --explain overlays
+"""
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
-        "classify", help="classify images", description="Prints the likeliest classes of images."
+        "classify",
+        help="classify images",
+        description="Prints the likeliest classes of images.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "images",
@@ -32,10 +41,10 @@ def add_parser(subparsers: Any) -> None:
     common.add_common(parser, default_model=None)
     parser.add_argument(
         "--weights",
-        metavar="NAME|FILE",
+        metavar="NAME|FILE|RUN",
         help="published weights by name (DEFAULT, IMAGENET1K_V1, EfficientNet_B3_Weights.DEFAULT), "
-        "or a file, .safetensors or .pth (default: Lite0's, and those of --model lite0 to lite2, "
-        "from an installed package; random ones of other models)",
+        "the folder of a run, or a file, .safetensors or .pth (default: Lite0's, and those of "
+        "--model lite0 to lite2, from an installed package; random ones of other models)",
     )
     networks.add_options(parser)
     parser.add_argument("--top", type=common.positive_int, default=5, help="how many classes")
@@ -60,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         labels = networks.find_labels(network, arguments.labels)
     if network.weights is None:
         process.note("no --weights: the weights are random, and the classes mean nothing")
-    stock = _stock_of(network.model) if arguments.compare else None
+    stock = inference.stock_of(network.model) if arguments.compare else None
     overlays = arguments.explain and explain.Overlays(arguments.explain, paths)
     results = []
     with common.progress(arguments, len(paths), "images") as bar:
@@ -161,10 +170,3 @@ def classify(
         }
         for index, value in zip(classes.tolist(), values.tolist(), strict=True)
     ]
-
-
-def _stock_of(model: EfficientNet) -> EfficientNet:
-    """The same weights, run by PyTorch."""
-    stock = copy.deepcopy(model)
-    stock.backend = "reference"
-    return stock

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from effnet_fast.models.variants import VARIANTS
 from effnet_fast.pretrained import images
 from effnet_fast.pretrained.weights import CATEGORIES, ENUMS, get_model_weights, get_weight
 from effnet_fast.training.runs import run_folder
+from effnet_fast.training.runs.network import DEFAULT_MODEL, NAME
 
-DEFAULT_MODEL = "b0"  # of published weights that are named without a model
 PACKAGED_MODEL = "lite0"  # without --model and weights: an installed package has its weights
 PUBLISHED_FAMILIES = ("auto", "torchvision")
-NAME = r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+"  # DEFAULT, EfficientNet_B0_Weights.DEFAULT
 CLASSES = 1000  # ImageNet's, where no weights say otherwise
 CHANNELS = 3  # red, green, blue
 CLASSIFIER = "classifier.1.weight"  # [classes, channels]
@@ -83,7 +81,7 @@ def find(text: str | None, arguments: argparse.Namespace) -> Network:
         OSError, ValueError, NotImplementedError: it cannot be read, or is none.
     """
     if text is not None:
-        is_name = re.fullmatch(NAME, text) and not _is_checkpoint(Path(text))
+        is_name = NAME.fullmatch(text) and not _is_checkpoint(Path(text))
         return _published(text, arguments) if is_name else _of_file(text, arguments)
     size = arguments.model or PACKAGED_MODEL
     enum = ENUMS.get(f"efficientnet_{size}")

@@ -46,7 +46,7 @@ RECIPE_OPTIONS: dict[str, Row] = {
     "accumulate": (int, "batches whose gradients make one step of the optimizer"),
     "rate": (float, "learning rate after the warm-up"),
     "rate_images": (int, "images per step for which the rate is meant; 0: as given"),
-    "momentum": (float, "of sgd and rmsprop"),
+    "momentum": (float, "of sgd (Nesterov's) and rmsprop"),
     "alpha": (float, "decay of rmsprop's mean of squares"),
     "epsilon": (float, "of the optimizer"),
     "weight_decay": (float, "not applied to norms and biases"),
@@ -134,7 +134,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=DEVICES, default="auto")
     add("--strategy", choices=STRATEGIES, default="ddp", help="of several processes")
     add("--workers", type=int, help="processes that read images (default: one per core)")
-    add("--unreadable-limit", type=int, metavar="N", help="unreadable images that end the run")
+    add("--unreadable-limit", type=int, metavar="N", help="more unreadable images end the run")
     add("--save-minutes", type=float, default=10.0, help="time between states within an epoch")
 
 

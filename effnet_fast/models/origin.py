@@ -7,7 +7,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 from effnet_fast.checkpoints.facts import FACTS_ENTRY, IMAGE_FIELDS, Facts, facts_of
-from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.models.variants import MBCONV, VARIANTS, Variant
 
 Origin = Iterable[tuple[str, str]]
 STAGE_NUMBERS = 6  # of a stage, before its kind
@@ -50,8 +50,21 @@ def with_images(origin: Origin, images: Mapping[str, Any]) -> frozenset[tuple[st
     return frozenset(entries.items())
 
 
+def has_table(variant: Variant) -> bool:
+    """Whether a table of widths, depths and stages tells the network: all of B0's kind."""
+    return (
+        all(stage.kind == MBCONV for stage in variant.baseline)
+        and variant.squeeze
+        and not variant.fixed_ends
+        and (variant.activation, variant.padding) == ("silu", "symmetric")
+    )
+
+
 def with_table(origin: Origin, variant: Variant) -> frozenset[tuple[str, str]]:
-    """The origin with the layers of a network of no published size, which a reader builds anew."""
+    """The origin with the layers of a network of no published size, which a reader builds anew.
+
+    variant: of a network that `has_table`.
+    """
     entries = dict(origin)
     facts = facts_of(entries.pop(FACTS_ENTRY, "{}"))
     table = {

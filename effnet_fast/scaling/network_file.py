@@ -10,7 +10,7 @@ from effnet_fast import checkpoints
 from effnet_fast.checkpoints.facts import IMAGE_FIELDS
 from effnet_fast.models import origin
 from effnet_fast.models.efficientnet import EfficientNet
-from effnet_fast.models.variants import MBCONV, Variant
+from effnet_fast.models.variants import Variant
 
 
 def save_network(network: EfficientNet, path: str | os.PathLike[str]) -> None:
@@ -26,7 +26,11 @@ def save_network(network: EfficientNet, path: str | os.PathLike[str]) -> None:
         ValueError: blocks or ends that a table in a file does not describe; another suffix.
         OSError: the file cannot be written.
     """
-    _check_described(network.variant)
+    if not origin.has_table(network.variant):
+        raise ValueError(
+            f"{network.variant.name} is no network of MBConv with SiLU, squeeze-and-excitation and "
+            "symmetric padding, as a file's table describes"
+        )
     if os.path.splitext(path)[1] != checkpoints.SAFETENSORS:
         raise ValueError(f"{os.fspath(path)}: the suffix must be {checkpoints.SAFETENSORS}")
     facts = origin.with_table(network._origin, network.variant)
@@ -40,12 +44,3 @@ def random_network(variant: Variant, seed: int = 0, num_classes: int = 1000) -> 
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return EfficientNet(variant, num_classes=num_classes)
-
-
-def _check_described(variant: Variant) -> None:
-    plain = variant.activation == "silu" and variant.squeeze and not variant.fixed_ends
-    if not plain or any(stage.kind != MBCONV for stage in variant.baseline):
-        raise ValueError(
-            f"{variant.name} is no network of MBConv with SiLU and squeeze-and-excitation, as a "
-            "file's table describes"
-        )

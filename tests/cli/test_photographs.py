@@ -55,7 +55,7 @@ def test_what_differs_is_counted(
         stock.classifier[1].weight.data.mul_(0.5)
         return stock
 
-    monkeypatch.setattr(classify, "_stock_of", broken)
+    monkeypatch.setattr(classify.inference, "stock_of", broken)
     out = run(["--compare", "--top", 2, path_of("coffee")], capsys).splitlines()
     assert out[-1].startswith("2 of 2 percentages differ between the fused kernels and stock")
 

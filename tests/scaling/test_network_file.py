@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_refusals(tmp_path: Path) -> None:
         save_network(EfficientNet(variant), tmp_path / "network.pth")
     with torch.device("meta"):
         networks = [EfficientNet(VARIANTS[name]) for name in ("lite0", "v2_s")]
+        networks.append(EfficientNet(dataclasses.replace(variant, padding="same")))
     for network in networks:
         with pytest.raises(ValueError, match="is no network of MBConv with SiLU"):
             save_network(network, tmp_path / "network.safetensors")

@@ -100,7 +100,7 @@ def _stem(find: Finder) -> Callable[[Any], structure.Layer]:
 
 @functools.cache
 def _pointwise_children(names: members.Names) -> structure.Children:
-    kinds = structure.one_of(nn.Conv2d), structure.one_of(nn.BatchNorm2d)
+    kinds = structure.one_of(nn.Conv2d), structure.one_of(*members.NORMS)
     return _children(names, *kinds, _activations(Finder("auto", "fast")))
 
 

@@ -21,15 +21,12 @@ from effnet_fast.training.answers.inference import Answering
 from effnet_fast.training.answers.metrics import TOP, Tally
 from effnet_fast.training.answers.prediction import Means, OnRows, Options
 from effnet_fast.training.answers.rows import Answers
+from effnet_fast.training.data.loading import UnreadableLimitError
 from effnet_fast.training.data.sources import NO_LABEL, DatasetList, ImageList, open_images
 
 NAMED = 10  # unreadable images whose paths are kept
 COMPARED = 64  # images on which stock PyTorch answers too
 LARGEST_SIDE = 40  # classes that get their names along the axes of the figure
-
-
-class UnreadableImagesError(ValueError):
-    """More images could not be read than the user allows."""
 
 
 @dataclass
@@ -100,7 +97,7 @@ def evaluate(
 
     Raises:
         ValueError: no images, no labels, or classes that the network does not have.
-        UnreadableImagesError: more unreadable images than allowed; the message names the first.
+        UnreadableLimitError: more unreadable images than allowed; the message names the first.
         OSError: the data cannot be read.
     """
     options, means = options or Options(), means or Means()
@@ -201,7 +198,7 @@ def _count(result: Evaluation, found: Answers, images: ImageList, truth: Truth) 
 def _check_limit(result: Evaluation, limit: int | None) -> None:
     if limit is not None and result.unreadable > limit:
         paths = ", ".join(f"{path} ({reason})" for path, reason in result.first_unreadable)
-        raise UnreadableImagesError(
+        raise UnreadableLimitError(
             f"{result.unreadable} images cannot be read, more than the {limit} allowed: {paths}"
         )
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from effnet_fast import deployment
 from effnet_fast.pretrained.images import ImageClassification
-from effnet_fast.training.answers.parallel import Workers, cores
+from effnet_fast.training.answers.parallel import Workers
 from effnet_fast.training.answers.rows import Answers
 from effnet_fast.training.data.decoding import EvaluationCrop
+from effnet_fast.training.data.loading import default_workers
 from effnet_fast.training.data.sources import ImageList, Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -205,7 +206,7 @@ def _on_device(
 def worker_count(wanted: int | None, images: int, batch: int) -> int:
     """How many processes a number of images needs: one per core, and none for a single batch."""
     batches = -(-images // batch)
-    count = min(cores() if wanted is None else wanted, batches)
+    count = min(default_workers() if wanted is None else wanted, batches)
     return 0 if count == 1 and wanted is None else count
 
 

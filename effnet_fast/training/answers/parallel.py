@@ -26,12 +26,6 @@ AHEAD = 2  # tasks that a worker holds: the next one waits there while it comput
 WINDOW = 8  # tasks per worker that may be ahead of the oldest one that is unanswered
 
 
-def cores() -> int:
-    """CPUs that this process may use, shared with the other processes of torchrun on the node."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (mine or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 class Workers(Generic[Task, Result]):
     """Processes that each call `work` with one task after the other.
 

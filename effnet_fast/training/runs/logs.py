@@ -28,7 +28,7 @@ COLUMNS = (
     "images_per_second",  # of training
     "seconds",  # of the epoch, its evaluation included
     "memory_mb",  # peak: of the device's tensors on CUDA, else of the process
-    "unreadable",  # images of the epoch that could not be read
+    "unreadable",  # training images of the epoch that could not be read
 )
 REFRESH = 0.5  # seconds between two updates of the line
 
@@ -120,7 +120,7 @@ class Progress:
     Args:
         silent: whether nothing is shown.
         epochs: of the run.
-        images: of an epoch, of this process.
+        images: of an epoch, of all processes.
     """
 
     def __init__(self, *, silent: bool, epochs: int, images: int, device: torch.device) -> None:

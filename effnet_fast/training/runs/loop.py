@@ -69,7 +69,8 @@ def train(
         device: "auto", "cpu" or "cuda".
         strategy: of several processes: "ddp", or "fsdp", which spreads weights over them.
         workers: processes that read images; None leaves it to `loading.Loader`.
-        unreadable_limit: how many unreadable images end the run; None: any number is left out.
+        unreadable_limit: how many unreadable training images, and how many validation images, each
+            process leaves out before the run ends; None: any number.
         save_minutes: time between two states within an epoch; one is written after each epoch, too.
         resume: continues the run in `out`; begins one where there is none.
         progress: shows a line on stderr.

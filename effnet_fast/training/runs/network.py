@@ -14,13 +14,14 @@ from torch import nn
 from effnet_fast import models
 from effnet_fast.models import EfficientNet, origin
 from effnet_fast.models.loading import unfilled
-from effnet_fast.models.variants import MBCONV, VARIANTS, Variant
+from effnet_fast.models.variants import VARIANTS, Variant
 from effnet_fast.pretrained import images
 from effnet_fast.pretrained.weights import get_model_weights, get_weight
 from effnet_fast.training.runs.recipe import Recipe
 
-NAME = re.compile(r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+")  # of published weights
-DEFAULT_MODEL = "b0"
+# Of published weights: DEFAULT, EfficientNet_B0_Weights.DEFAULT.
+NAME = re.compile(r"[A-Z][A-Z0-9_]*|EfficientNet_\w+_Weights\.\w+")
+DEFAULT_MODEL = "b0"  # where neither a model nor a file names one
 LARGEST_SIDE = 1 << 16  # pixels, which a file's facts may name
 
 
@@ -151,19 +152,9 @@ def _remember(
         facts = {**facts, "resolution": resolution, "crop": resolution, "resize": resize}
     variant = network.variant = replace(network.variant, **facts)
     network._origin = origin.with_images(network._origin, facts)
-    if variant.name not in VARIANTS and _is_plain(variant):
+    if variant.name not in VARIANTS and origin.has_table(variant):
         network._origin = origin.with_table(network._origin, variant)
     network.class_names = classes
-
-
-def _is_plain(variant: Variant) -> bool:
-    """Whether a table of widths, depths and stages tells the network: all of B0's kind."""
-    return (
-        all(stage.kind == MBCONV for stage in variant.baseline)
-        and variant.squeeze
-        and not variant.fixed_ends
-        and (variant.activation, variant.padding) == ("silu", "symmetric")
-    )
 
 
 def preset_of(network: EfficientNet) -> images.ImageClassification:

@@ -58,7 +58,8 @@ class Recipe:
         rate: learning rate after the warm-up.
         rate_images: the images per step for which `rate` is meant, to which it is scaled
             proportionally; 0: it is taken as it is.
-        momentum: of sgd and rmsprop; beta1 of the Adam family is PyTorch's.
+        momentum: of sgd, where it is Nesterov's, and rmsprop; beta1 of the Adam family is
+            PyTorch's.
         alpha: decay of rmsprop's mean of squares.
         epsilon: of the optimizer; None means PyTorch's.
         weight_decay: not applied to norms and biases.
@@ -203,7 +204,7 @@ CHECKS: dict[str, Check] = {
     "flip": SHARE,
     "scale": (lambda v: _pair(v) and v[1] <= 1, "two rising numbers above 0 and at most 1"),
     "ratio": (_pair, "two rising numbers above 0"),
-    "randaugment": (lambda v: type(v) is int and 0 <= v <= 30, "an integer between 0 and 30"),
+    "randaugment": (lambda v: type(v) is int and 0 <= v < 30, "an integer of at least 0 below 30"),
     "mixup": NOT_NEGATIVE,
     "cutmix": NOT_NEGATIVE,
     "erasing": SHARE,

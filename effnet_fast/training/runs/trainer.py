@@ -23,7 +23,7 @@ from effnet_fast.training.runs.outcomes import Outcome, OutcomeReader
 from effnet_fast.training.runs.processes import Processes, StoppedError, StopRequest
 from effnet_fast.training.runs.recipe import Recipe
 from effnet_fast.training.runs.run_folder import RunFolder
-from effnet_fast.training.runs.validation import Normalisation, evaluate
+from effnet_fast.training.runs.validation import evaluate
 
 LOG_STEPS = 10  # steps between two points of TensorBoard's curves
 OnStep = Callable[[int, float], None]  # number of steps so far, mean loss of the last
@@ -73,7 +73,6 @@ class Trainer:
         self.plain_optimizer = optimizer
         self.optimizer = processes.prepare_optimizer(optimizer)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.normalise = Normalisation(feed.preset, self.device)
         self.reader = OutcomeReader(self.device)
         self.stop = StopRequest()
         self.save_seconds, self.saved_at = save_seconds, time.monotonic()
@@ -145,6 +144,7 @@ class Trainer:
         values = torch.zeros(5, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(group):
             self._note_problems(batch)
+            self.skipped += len(batch.problems)
             if not len(batch.images):
                 self._check_alone(batch)
                 continue
@@ -211,10 +211,9 @@ class Trainer:
                 self.on_step(outcome.step + 1, mean)
         return outcomes
 
-    def _note_problems(self, batch: Batch) -> None:
-        for problem in batch.problems:
-            self.unreadable[problem.path] = problem.reason
-        self.skipped += len(batch.problems)
+    def _note_problems(self, batch: Batch) -> Batch:
+        self.unreadable.update((problem.path, problem.reason) for problem in batch.problems)
+        return batch
 
     def _check_alone(self, batch: Batch) -> None:
         """A batch without a readable image is left out, unless others wait for its gradients."""
@@ -257,6 +256,9 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Evaluates, writes the epoch's row, and saves."""
         begun = time.perf_counter()
+        if not self.images:
+            path, reason = next(iter(self.unreadable.items()))
+            raise ValueError(f"no training image can be read ({path}: {reason}, ...)")
         found = self._evaluate()
         if found is None:
             self.save()
@@ -265,7 +267,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "step": self.step,
             "rate": self._last_rate(),
-            "train_loss": self.loss_sum / max(1.0, self.images),
+            "train_loss": self.loss_sum / self.images,
             **{name: found.get(name) for name in ("loss", "top1", "top5")},
             "images_per_second": self.images / max(1e-9, self.seconds),
             "seconds": self.seconds + time.perf_counter() - begun,
@@ -304,7 +306,8 @@ class Trainer:
         if average is not None:
             self.processes.share(average.buffers())
         model = (self.raw if average is None else average).eval()
-        return evaluate(model, batches, self.normalise, self.processes, self._is_stopping)
+        batches, normalise = map(self._note_problems, batches), self.feed.preset.normalise
+        return evaluate(model, batches, normalise, self.processes, self._is_stopping)
 
     def _is_stopping(self) -> bool:
         """Whether any process has had a signal."""

@@ -7,29 +7,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from effnet_fast.training.runs.processes import Processes
 
 TOP = 5
 
 
-class Normalisation(nn.Module):
-    """Pixels uint8 [N,3,R,R] to float32, as the preset of the images normalises them."""
-
-    def __init__(self, preset: Any, device: torch.device) -> None:
-        super().__init__()
-        self.mean = torch.tensor(preset.mean, device=device).view(3, 1, 1)
-        self.std = torch.tensor(preset.std, device=device).view(3, 1, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images.to(torch.float32) / 255 - self.mean) / self.std
-
-
 def evaluate(
     run_network: Callable[[Tensor], Tensor],
     batches: Any,
-    normalise: Normalisation,
+    normalise: Callable[[Tensor], Tensor],
     processes: Processes,
     should_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
@@ -37,11 +25,13 @@ def evaluate(
 
     Args:
         run_network: images [N,3,R,R] -> logits [N,classes]; in eval mode.
+        normalise: pixels uint8 [N,3,R,R] -> float32, as the preset of the images does.
         batches: of `loading.Loader.batches`; as many in each process.
         should_stop: asked after each batch, with the same answer in all processes.
 
     Returns:
-        the mean "loss" (cross entropy), and "top1" and "top5" as fractions; None if stopped.
+        the mean "loss" (cross entropy), and "top1" and "top5" as fractions; nothing where no image
+        can be read; None if stopped.
     """
     device = processes.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top1, top5, images
@@ -58,5 +48,6 @@ def evaluate(
             if should_stop():
                 return None
     loss, top1, top5, count = processes.sum(sums).tolist()
-    count = count or float("nan")
+    if not count:
+        return {}
     return {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}

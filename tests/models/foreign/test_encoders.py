@@ -103,6 +103,16 @@ def test_inference_in_one_call(name: str) -> None:
     assert networks[0].eval == "one call"
 
 
+@pytest.mark.parametrize("name", ["transformers", "transformers model", "monai", "smp"])
+def test_sync_batch_norm_infers_as_batch_norm(name: str) -> None:
+    models, x = trio(name), random_images(1, SIDE)
+    expected = run(models.actual, x)
+    nn.SyncBatchNorm.convert_sync_batchnorm(models.actual)
+    actual = run(models.actual, x)
+    assert is_planned(models.actual)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_deploy(name: str) -> None:
     models, x = trio(name), random_images(2, SIDE)

@@ -13,8 +13,9 @@ from PIL import Image
 import answered
 from answered import CLASSES
 from effnet_fast.training.answers import evaluation
-from effnet_fast.training.answers.evaluation import UnreadableImagesError, evaluate
+from effnet_fast.training.answers.evaluation import evaluate
 from effnet_fast.training.answers.prediction import Means, Options
+from effnet_fast.training.data.loading import UnreadableLimitError
 
 HERE = Means(workers=0, batch=4)
 
@@ -65,7 +66,7 @@ def test_errors_and_unreadable_images_are_counted(sorted_pictures, model, tmp_pa
     assert result.tally.confusion[at] == 1
     assert result.tally.confusion.sum() == 21
     assert report["first_unreadable"][0]["path"] == str(folder / target / "cut.png")
-    with pytest.raises(UnreadableImagesError, match=r"1 images .* more than the 0 allowed: .*cut"):
+    with pytest.raises(UnreadableLimitError, match=r"1 images .* more than the 0 allowed: .*cut"):
         evaluate(model, folder, means=HERE, unreadable_limit=0)
     assert evaluate(model, folder, means=HERE, unreadable_limit=1).unreadable == 1
 

@@ -36,6 +36,7 @@ def test_paper_is_the_papers():
     recipe = read_recipe("paper")
     assert (recipe.decay_rate, recipe.decay_epochs) == (0.97, 2.4)
     assert (recipe.optimizer, recipe.epsilon, recipe.ema) == ("rmsprop_tf", 1e-3, 0.9999)
+    assert recipe.bn_momentum == pytest.approx(1 - 0.99)
     assert recipe.scaled_rate(4096) == pytest.approx(0.256)  # the paper's number
 
 
@@ -69,6 +70,7 @@ def test_changes_replace_fields_and_none_leaves_them():
         ("freeze", -2, "at least -1"),
         ("sync_bn", 1, "true or false"),
         ("class_weights", "equal", "balanced"),
+        ("randaugment", 30, "below 30"),
     ],
 )
 def test_a_bad_value_is_refused_with_what_is_allowed(field, value, allowed):
