@@ -107,7 +107,8 @@ $(VENV)/.pip: constraints.txt
 
 $(VENV)/.demo: $(VENV)/.pip $(BUILD_SOURCES)
 	@echo "Installing into $(VENV): PyTorch is a large download, the kernels compile for a minute."
-	$(PIP) install -qq $(PINS) -e '.[pretrained]' accelerate scikit-image scikit-learn
+	$(PIP) install -qq $(PINS) -e '.[pretrained]' accelerate scikit-image scikit-learn \
+	    "tomli; python_version < '3.11'"
 	touch $@
 
 # With the CUDA kernels' host run (effnet_fast._C_simt) where nvcc is.

@@ -38,7 +38,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The UTF-8 text of a file.
+    """The UTF-8 text of a file, without the mark that some editors on Windows begin it with.
 
     Raises:
         OSError: it cannot be opened.
@@ -46,7 +46,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """
     check_regular(path)
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)}: not UTF-8 text: {error}") from error
 

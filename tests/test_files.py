@@ -85,6 +85,11 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         files.read_text(tmp_path / "bytes")
 
 
+def test_text_is_read_without_the_mark_of_windows(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\n")
+    assert files.read_text(tmp_path / "labels.txt") == "cat\ndog\n"
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [

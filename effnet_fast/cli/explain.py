@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ class Overlays:
         paths: of the images; a file takes one.
 
     Raises:
-        CommandError: a file for several images, or what cannot be written.
+        CommandError: a file for several images, what cannot be written, or where the images are.
     """
 
     def __init__(self, target: Path, paths: Sequence[str]) -> None:
@@ -56,6 +57,12 @@ class Overlays:
         else:
             with common.bad_input(OSError):
                 target.mkdir(parents=True, exist_ok=True)
+        for path in paths:  # overlays replace files of their names
+            if _is_same(target, path if self.is_file else os.path.dirname(path) or "."):
+                raise common.CommandError(
+                    f"--explain {target}: {'is' if self.is_file else 'holds'} the image {path}, "
+                    "which an overlay could replace; give another place"
+                )
 
     def write(
         self, model: EfficientNet, preset: ImageClassification, x: Tensor, path: str, index: int
@@ -90,6 +97,13 @@ class Overlays:
             name = f"{stem}-{number}"
         self._taken.add(name)
         return f"{name}.png"
+
+
+def _is_same(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _image_of(x: Tensor, preset: ImageClassification) -> Image.Image:

@@ -101,7 +101,7 @@ def _run_observed(model: Any, snapshot: Snapshot, engine: Engine, x: Tensor, dty
             if result is not None:
                 seen[number] = result
         is_same = seen[number] is map_ and torch.equal(before, map_)
-        if not is_same or not snapshot.is_fresh(model, at_a_glance=True):
+        if not is_same or not snapshot.is_fresh(model):
             return _resume(given, course, seen, number)
     if spec.result == TAPS:
         return [seen[tap] for tap in given.taps]
@@ -176,26 +176,20 @@ class Snapshot:
         self._parts = parts_of(model).identity
         stages = parts_of(model).course().stages if self.spec.observed else ()
         self._observed = [stages[number - 1].module for number in self.spec.observed]
-        watch = partial(staleness.watch, self.spec.modules)
-        self._watch = watch(self.spec.tensors(), every_byte, self._observed)
-        # Between two hooks: to read every byte of B0 takes 1.7 ms each time.
-        self._glance = watch(self.spec.tensors(), False, self._observed) if stages else None
+        self._watch = staleness.watch(
+            self.spec.modules, self.spec.tensors(), every_byte, self._observed
+        )
         self._lock = ForkLock()
 
-    def is_fresh(self, model: Any, *, at_a_glance: bool = False) -> bool:
-        """Whether the network is still what was read, its weights still what was packed.
-
-        Args:
-            at_a_glance: compare a few values of each weight, where stages have hooks.
-        """
+    def is_fresh(self, model: Any) -> bool:
+        """Whether the network is still what was read, its weights still what was packed."""
         if type(model) is not self._kind or changed_step(model):
             return False
         if parts_of(model).identity != self._parts:
             return False
         if not all(structure.is_observed(module.__dict__) for module in self._observed):
             return False
-        watch: Any = self._glance if at_a_glance else self._watch
-        return bool(watch.holds(torch.get_num_threads()))
+        return bool(self._watch.holds(torch.get_num_threads()))
 
     def engine_for(self, dtype: torch.dtype, backend: str) -> Engine:
         """The engine, packed at its first use.
@@ -211,8 +205,7 @@ class Snapshot:
         if engine is None:
             with self._lock:  # another thread may have packed by now
                 if not self.engines:  # what is written while they are packed is seen next time
-                    for watch in filter(None, (self._watch, self._glance)):
-                        watch.remember(torch.get_num_threads())
+                    self._watch.remember(torch.get_num_threads())
                 engine = self.engines.get((dtype, backend)) or self._pack(dtype, backend)
                 self.engines[dtype, backend] = engine
         return engine

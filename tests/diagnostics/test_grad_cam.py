@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import trained
 from effnet_fast import EfficientNet, cli
+from effnet_fast.cli.common import CommandError
+from effnet_fast.cli.explain import Overlays
 from effnet_fast.diagnostics.grad_cam import colours, grad_cam, overlay
 from effnet_fast.models import EfficientNetFeatures
 from networks import TINY, assert_alike, pair, random_images
@@ -175,6 +177,20 @@ class TestClassify:
             captured = capsys.readouterr()
             assert captured.out == ""
             assert captured.err.rstrip().endswith(message)
+
+
+def test_overlays_keep_off_the_images(tmp_path, monkeypatch) -> None:
+    for folder in ("photos", "maps"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    path = tmp_path / "photos" / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    monkeypatch.chdir(path.parent)
+    for target, image in (("photos", str(path)), ("link", "a.png"), ("link/a.png", "a.png")):
+        with pytest.raises(CommandError, match=r"the image .*a\.png, which an overlay could"):
+            Overlays(tmp_path / target, [image])
+    assert not Overlays(tmp_path / "maps", ["a.png"]).is_file
+    assert Overlays(tmp_path / "photos" / "b.png", ["a.png"]).is_file
 
 
 def test_dtype_of_the_model() -> None:

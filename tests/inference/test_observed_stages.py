@@ -143,13 +143,14 @@ def test_what_a_hook_changes_is_passed_on(name: str, change: str, place: int) ->
     assert any(not torch.equal(*pair) for pair in zip(run(models[0]), before, strict=True))
 
 
-def test_a_hook_that_edits_what_follows() -> None:
+@pytest.mark.parametrize("values", [slice(None), slice(5, 6)], ids=["all", "one"])
+def test_a_hook_that_edits_what_follows(values: slice) -> None:
     models = two("classifier")
     for model in models:
         later: Any = model.get_submodule("features.5.0.block.0.1")
 
         def edit(module: nn.Module, inputs: Any, y: Tensor, norm: Any = later) -> None:
-            norm.bias.data.add_(0.5)
+            norm.bias.data[values].add_(0.5)
 
         stage(model, "classifier", 1).register_forward_hook(edit)
     for _ in range(2):

@@ -12,6 +12,7 @@ from effnet_fast.pretrained.weights import CATEGORIES
 
 SYNSET = re.compile(r"n\d{8}")  # a WordNet id, as ImageNet's folders have them
 SHOWN = 5  # names in an error
+NONE = -1  # the place of a number that names no class
 
 
 def matched(found: Sequence[str], names: Sequence[str] | None, count: int) -> list[int]:
@@ -26,6 +27,8 @@ def matched(found: Sequence[str], names: Sequence[str] | None, count: int) -> li
         per entry of `found` its place in the logits. Tried are, in this order: the same names;
         WordNet ids of ImageNet's 1000 classes; numbers from 0; the same names but for case, spaces
         and underscores. Where the network has no names and as many classes, the sorted order.
+        Where all its names are numbers, "7" means the class of that name, and never the eighth:
+        NONE stands for numbers without one, which a table's classes may have and no image.
 
     Raises:
         ValueError: nothing of this fits; the message names the first classes that do not.
@@ -35,6 +38,8 @@ def matched(found: Sequence[str], names: Sequence[str] | None, count: int) -> li
     if all(SYNSET.fullmatch(name) for name in found) and _is_imagenet(names, count):
         return _synsets(found)
     if all(name.isdecimal() for name in found):
+        if names is not None and all(name.isdecimal() for name in names):
+            return _named_by_number(found, names)
         return _numbers(found, count)
     if names is None:
         if len(found) == count:
@@ -82,6 +87,16 @@ def _numbers(found: Sequence[str], count: int) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"two folders stand for the same number: {_listed(found)}")
     return numbers
+
+
+def _named_by_number(found: Sequence[str], names: Sequence[str]) -> list[int]:
+    """The places of numbers among names that are numbers: "01" is "1"."""
+    often = Counter(map(int, names))
+    twice = [name for name in found if often[int(name)] > 1]
+    if twice:
+        raise ValueError(f"several classes of the network have the number {_listed(twice)}")
+    places = {int(name): place for place, name in enumerate(names)}
+    return [places.get(int(name), NONE) for name in found]
 
 
 def _synsets(found: Sequence[str]) -> list[int]:

@@ -21,6 +21,7 @@ from effnet_fast.training.answers.inference import Answering
 from effnet_fast.training.answers.metrics import TOP, Tally
 from effnet_fast.training.answers.prediction import Means, OnRows, Options
 from effnet_fast.training.answers.rows import Answers
+from effnet_fast.training.data.folders import listed
 from effnet_fast.training.data.loading import UnreadableLimitError
 from effnet_fast.training.data.sources import NO_LABEL, DatasetList, ImageList, open_images
 
@@ -154,6 +155,7 @@ class Truth:
 
     def __init__(self, images: ImageList, names: list[str] | None, count: int) -> None:
         self._paths, self._count = images.paths, count
+        self._classes, self._names = images.classes, names
         self._places: list[int] | None = None
         if images.classes is not None:
             self._places = class_names.matched(images.classes, names, count)
@@ -175,6 +177,12 @@ class Truth:
         place = label
         if self._places is not None and 0 <= label < len(self._places):
             place = self._places[label]
+            if place == class_names.NONE:
+                assert self._classes is not None and self._names is not None
+                raise ValueError(
+                    f"{self._paths[index]}: class {self._classes[label]!r} is not among the "
+                    f"network's {self._count}: {listed(self._names)}"
+                )
         if not 0 <= place < self._count:
             what = "no label" if label == NO_LABEL else f"label {label} is out of range"
             raise ValueError(

@@ -12,7 +12,7 @@ from effnet_fast import files
 from effnet_fast.training.data.folders import SPLITS, listed
 from effnet_fast.training.extras import require
 
-LARGEST_LABEL = 999_999  # without class names, whose number then follows from the labels
+LARGEST_LABEL = 99_999  # without class names, whose number then follows from the labels
 PATH, LABEL, SPLIT = "path", "label", "split"
 
 
@@ -36,7 +36,7 @@ def read(
     """
     if table.suffix == ".txt":
         columns: dict[str, list[Any]] = {
-            PATH: [line for line in files.read_text(table).splitlines() if line.strip()]
+            PATH: [line for line in files.read_text(table).split("\n") if line.strip()]
         }
     else:
         columns = _read_csv(table) if table.suffix == ".csv" else _read_parquet(table)
@@ -125,22 +125,41 @@ def numbers(where: str, labels: Sequence[tuple[str, Any]], classes: Sequence[str
 
     Args:
         where: what errors begin with.
-        labels: the place of each, for errors, and the label: a class's name, or its number.
+        labels: the place of each, for errors, and the label: a class's name, or its number from 0.
+            Where all names are numbers, a number is a name: of "1", "2", "3", 1 is the first.
         classes: the names, in the order of their indices.
 
     Raises:
-        ValueError: a label that is no class.
+        ValueError: a label that is no class; numbers of which some are names and others are not.
     """
     known = {name: number for number, name in enumerate(classes)}
+    values = _values(classes)
     found = []
+    read: dict[str, Any] = {}  # a label that is a number, by what the number was taken for
     for place, label in labels:
-        number = known.get(str(label))
-        if number is None:
-            number = _integer(label)
-            if number is None or not 0 <= number < len(classes):
-                raise ValueError(
-                    f"{where}: {place} has label {label!r}; allowed are 0 to {len(classes) - 1} "
-                    f"and the classes' names: {listed(classes)}"
-                )
+        whole, number = _integer(label), known.get(str(label))
+        if whole is not None:
+            read["name" if number is not None else "index"] = label
+        if number is None and whole is not None:
+            number = whole if values is None else values.get(whole)
+        if number is None or not 0 <= number < len(classes):
+            order = f"0 to {len(classes) - 1} and " if values is None else ""
+            raise ValueError(
+                f"{where}: {place} has label {label!r}; allowed are {order}the classes' names: "
+                f"{listed(classes)}"
+            )
         found.append(number)
+    if values is None and len(read) > 1:
+        raise ValueError(
+            f"{where}: label {read['name']!r} is the name of a class, and {read['index']!r} is "
+            f"none: are they names or numbers from 0? The classes are {listed(classes)}"
+        )
     return found
+
+
+def _values(classes: Sequence[str]) -> dict[int, int] | None:
+    """The classes by the numbers that are their names; None where those are not all numbers."""
+    values = [_integer(name) for name in classes]
+    if None in values or len(set(values)) < len(values):
+        return None
+    return {value: number for number, value in enumerate(values) if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -63,6 +64,15 @@ class Images:
     def counts(self) -> dict[str, int]:
         """Numbers of images."""
         return {"train": len(self.train), "val": 0 if self.val is None else len(self.val)}
+
+    def digest(self) -> str:
+        """SHA-256 of all names and labels in their order, on which a resumed run depends."""
+        found = hashlib.sha256()
+        for images in (self.train, self.val):
+            for path, label in zip(images.paths, images.labels, strict=True) if images else ():
+                found.update(f"{label} {path}\0".encode("utf-8", "surrogateescape"))
+            found.update(b"\0")
+        return found.hexdigest()
 
     def class_weights(self, recipe: Recipe) -> Tensor | None:
         """A weight per class, float32, whose mean over the training images is 1."""

@@ -199,6 +199,7 @@ def _facts(net: EfficientNet, images: Images) -> dict[str, Any]:
         "classes": list(images.classes),
         "preset": preset,
         "images": images.counts(),
+        "images_sha256": images.digest(),
         "versions": {
             "effnet_fast": effnet_fast.__version__,
             "torch": torch.__version__,
@@ -216,3 +217,7 @@ def _check_images(before: Mapping[str, Any], images: Images) -> None:
             raise ValueError(
                 f"the {name} have changed since the run began: {before[name]}, now {now}"
             )
+    if before.get("images_sha256", digest := images.digest()) != digest:
+        raise ValueError(
+            "the images have changed since the run began: as many, of other names or labels"
+        )

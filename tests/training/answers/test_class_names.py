@@ -8,7 +8,7 @@ import pytest
 
 from effnet_fast.pretrained.weights import CATEGORIES
 from effnet_fast.training.answers import class_names
-from effnet_fast.training.answers.class_names import matched
+from effnet_fast.training.answers.class_names import NONE, matched
 
 NAMES = ["tabby cat", "dog", "7", "Red fox"]
 SYNSETS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
@@ -23,6 +23,9 @@ SYNSETS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
         (["0000", "0012"], None, 20, [0, 12]),
         (["red_fox", "Tabby-Cat"], NAMES, 4, [3, 0]),
         (["a", "b", "c"], None, 3, [0, 1, 2]),
+        (["1", "2"], ["1", "2", "3"], 3, [0, 1]),  # names, where all of them are numbers
+        (["0", "1", "02"], ["1", "2", "3"], 3, [NONE, 0, 1]),
+        (["0", "2", "10"], ["0", "10", "2"], 3, [0, 2, 1]),
         (["golden_retriever", "tench"], CATEGORIES, 1000, [207, 0]),
         (["Cardigan", "cardigan", "red_fox"], CATEGORIES, 1000, [264, 474, 277]),
     ],
@@ -37,6 +40,7 @@ def test_finds_classes(found, names, count, expected):
         (["dog", "horse"], NAMES, 4, "1 of the data's 2 classes are not among the network's 4: 'h"),
         (["0", "4"], NAMES, 4, "classes '4' are out of range: the network's are 0 to 3"),
         (["1", "01"], NAMES, 4, "two folders stand for the same number"),
+        (["02"], ["1", "3", "002", "2"], 4, "several classes .* the number '02'"),
         (["a", "b"], None, 3, "the data has 2 classes .*: give them by --labels"),
         (["a", "b"], ["a", "b", "a"], 3, "several classes of the network have the name 'a'"),
         (["n01440764"], ["n1", "n2"], 2, "not among the network's 2"),

@@ -13,9 +13,10 @@ from PIL import Image
 import answered
 from answered import CLASSES
 from effnet_fast.training.answers import evaluation
-from effnet_fast.training.answers.evaluation import evaluate
+from effnet_fast.training.answers.evaluation import Truth, evaluate
 from effnet_fast.training.answers.prediction import Means, Options
 from effnet_fast.training.data.loading import UnreadableLimitError
+from effnet_fast.training.data.sources import open_images
 
 HERE = Means(workers=0, batch=4)
 
@@ -127,6 +128,17 @@ def test_refuses_classes_that_the_network_lacks(sorted_pictures, model):
     message = "1 of the data's 7 classes are not among the network's 7: 'oak'; the network's are '"
     with pytest.raises(ValueError, match=message):
         evaluate(model, folder, means=HERE)
+
+
+def test_numbers_that_are_names(tmp_path):
+    rows = "".join(f"{i}.png,{label}\n" for i, label in enumerate((2, 1, 2)))
+    (tmp_path / "a.csv").write_text(f"path,label\n{rows}")
+    with pytest.warns(UserWarning, match="no images in class '0'"):
+        images = open_images(tmp_path / "a.csv")
+    truth = Truth(images, ["1", "2", "3"], 3)
+    assert [truth.of(i, label) for i, label in enumerate(images.labels)] == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"1\.png: class '1' is not among the network's 3: '0', "):
+        Truth(images, ["0", "10", "2"], 3)
 
 
 def test_refuses_images_without_labels(tmp_path, model):

@@ -164,7 +164,7 @@ def test_a_label_out_of_range(tmp_path, label):
 @pytest.mark.parametrize("label", ["-1", "1000000"])
 def test_a_number_that_makes_no_classes(tmp_path, label):
     (tmp_path / "t.csv").write_text(f"path,label\nx.jpg,0\ny.jpg,{label}\n")
-    with pytest.raises(ValueError, match=rf"label {label} .*out of range, allowed are 0 to 999999"):
+    with pytest.raises(ValueError, match=rf"label {label} .*out of range, allowed are 0 to 99999"):
         open_images(tmp_path / "t.csv")
 
 

@@ -109,6 +109,20 @@ def test_csv_of_names_and_numbers(data):
     assert (without.labels, without.classes) == (None, None)
 
 
+def test_numbers_that_are_names(data):
+    csv = table(data / "a.csv", "path,label\na.jpg,2\nb.jpg,1\nc.jpg,02\n")
+    assert open_images(csv, classes=("1", "2", "3")).labels == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"row 2 has label '1'; allowed are the classes' names"):
+        open_images(csv, classes=("0", "10", "2"))
+    with pytest.raises(ValueError, match=r"label '2' is the name of a class, and '02' is none"):
+        open_images(csv, classes=("x", "2", "y"))
+
+
+def test_a_list_may_begin_with_a_mark_and_have_odd_names(data):
+    images = open_images(table(data / "a.txt", "\ufeffa.jpg\nb\u2028\x85.jpg\n"), labelled=False)
+    assert relative(images, data) == ["a.jpg", "b\u2028\x85.jpg"]
+
+
 def test_tables_named_for_a_split(data):
     for split in ("train", "val"):
         (data / split).rename(data / f"{split}-images")

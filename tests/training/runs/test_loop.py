@@ -224,6 +224,17 @@ def test_changed_images_are_refused(data, tmp_path):
     own, run = make_data(tmp_path / "data", train=3, val=1), tmp_path / "run"
     with pytest.raises(CrashError):
         train(own, run, on_step=crash_after(2), save_minutes=0.0, **SMALL)
-    (own / "train" / "red" / "0.png").unlink()
+    image = own / "train" / "red" / "0.png"
+    image.rename(image.with_name("renamed.png"))
+    with pytest.raises(ValueError, match=r"images have changed .*: as many, of other names"):
+        train(own, run, resume=True, **SMALL)
+    image.with_name("renamed.png").unlink()
     with pytest.raises(ValueError, match=r"images have changed .*'train': 9.*'train': 8"):
         train(own, run, resume=True, **SMALL)
+
+
+def test_a_run_without_readable_images_ends_with_an_error(tmp_path):
+    (tmp_path / "a.csv").write_text("path,label\nx.png,cat\ny.png,dog\n")
+    with pytest.raises(ValueError, match=r"none of the training images .*png: No such file"):
+        train(tmp_path / "a.csv", tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
