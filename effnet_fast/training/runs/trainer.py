@@ -255,9 +255,6 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         """Evaluates, writes the epoch's row, and saves."""
-        if not self.images:
-            path, reason = next(iter(self.unreadable.items()), ("", ""))
-            raise ValueError(f"none of the training images can be read: {path}: {reason}")
         begun = time.perf_counter()
         if not self.images:
             path, reason = next(iter(self.unreadable.items()))

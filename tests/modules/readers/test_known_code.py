@@ -146,6 +146,14 @@ def test_replaced_code_runs_and_is_forgotten(
     assert not calls
 
 
+def test_a_forward_that_comes_later_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = effnet_fast.accelerate(next(iter(BLOCKS.values()))().train())
+    own, calls = foreign.own_class(type(block)), []  # type: ignore[var-annotated]
+    monkeypatch.setattr(own, "forward", wrapped(own.forward, calls))
+    block(torch.randn(2, 8, 6, 6))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
