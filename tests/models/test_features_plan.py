@@ -103,6 +103,19 @@ def test_parts_without_a_stem_run_block_by_block(models: Pair) -> None:
     assert not is_planned(tails[0])
 
 
+def test_layers_that_torchvision_takes_out(models: Pair) -> None:
+    """IntermediateLayerGetter calls each stage by itself."""
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    names = {"2": "a", "5": "b"}
+    getters = [IntermediateLayerGetter(m.features, return_layers=names) for m in models.models]
+    with torch.no_grad():
+        y, expected = (getter(images()) for getter in getters)
+    assert list(y) == list(expected) == ["a", "b"]
+    for name in y:
+        torch.testing.assert_close(y[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
 def test_the_networks_switch_is_that_of_its_features() -> None:
     model, x = models_of("own").actual, images()
     with torch.no_grad():
