@@ -66,7 +66,8 @@ def test_a_forked_worker_does_not_keep_the_lock_of_a_dead_process(tmp_path):
     read, write = os.pipe()
     holder = os.fork()
     if holder == 0:  # takes the lock, forks a worker that lives on, and dies
-        RunFolder(tmp_path).open(resume=False)
+        held = RunFolder(tmp_path)  # the lock goes with the object
+        held.open(resume=False)
         worker = os.fork()
         if worker == 0:
             os.close(write)
