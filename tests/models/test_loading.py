@@ -76,7 +76,6 @@ def test_size_is_read_from_the_shapes(family, size):
         ("timm_tf", "b0", "same", 1e-3, 0.1, 256),
         ("timm_tf", "b7", "same", 1e-3, 0.1, 632),
         ("lukemelas", "b4", "same", 1e-3, 0.01, 412),
-        ("smp", "b4", "same", 1e-3, 0.01, 412),
         ("nvidia", "b4", "symmetric", 1e-3, 0.01, 412),
     ],
 )
@@ -87,6 +86,15 @@ def test_what_a_family_brings(family, size, padding, eps, momentum, resize):
     assert variant.mean == (0.485, 0.456, 0.406)
     other = family_variant(VARIANTS[size], Checkpoint({}, family, family, inception=True))
     assert other.mean == other.std == (0.5, 0.5, 0.5)
+
+
+def test_smp_brings_what_lukemelas_does():
+    smp, lukemelas = (
+        family_variant(VARIANTS["b4"], Checkpoint({}, family, family))
+        for family in ("smp", "lukemelas")
+    )
+    assert (smp.padding, smp.bn_eps, smp.bn_momentum, smp.resize) == ("same", 1e-3, 0.01, 412)
+    assert smp == lukemelas
 
 
 @pytest.mark.parametrize(

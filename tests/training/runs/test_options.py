@@ -87,11 +87,13 @@ def test_accumulated_batches_make_the_step_of_a_large_one(data, tmp_path):
     options = {"freeze": -1, "dropout": 0.0, "drop_path": 0.0, "optimizer": "sgd", "clip": 0.0}
     _, one = run(data, tmp_path / "one", **options, batch=6)
     _, two = run(data, tmp_path / "two", **options, batch=3, accumulate=2)
-    weights = [
-        EfficientNet.from_checkpoint(tmp_path / name).get_parameter("classifier.1.weight")
+    # The features of a network without training are so small that its weights hardly move.
+    biases = [
+        EfficientNet.from_checkpoint(tmp_path / name).get_parameter("classifier.1.bias")
         for name in ("one", "two")
     ]
-    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
+    assert biases[0].abs().max() > 1e-5
+    torch.testing.assert_close(*biases, rtol=1e-4, atol=1e-7)
     assert one["steps"] == two["steps"] == 3
 
 
