@@ -367,7 +367,8 @@ class EfficientNetFeatures(Backbone):
         maps: list[Tensor] = []
         place = 0
         for index, stage in enumerate(self.features):
-            # `_splits` is a constant: without it TorchScript leaves the branch out.
+            # `_splits` is a constant: without it TorchScript leaves the branch out. TorchScript
+            # also forbids the assertion by which mypy would know a stage for a sequence.
             if self._splits and index == self._split:
                 for block in stage:  # type: ignore[attr-defined]
                     y = block(y)

@@ -125,7 +125,8 @@ def _decode(
                     factor = shrink(*(image.size[::-1] if turned else image.size))
                 if factor >= 2:
                     # Pillow takes the largest of 1, 2, 4 and 8 that leaves this size.
-                    image.draft(None, tuple(int(side / factor) for side in image.size))  # type: ignore[arg-type]
+                    width, height = image.size
+                    image.draft(None, (int(width / factor), int(height / factor)))
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)

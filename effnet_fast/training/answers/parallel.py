@@ -143,7 +143,7 @@ def _serve(
     while (task := tasks.get()) is not _END:
         try:
             reply: tuple[bool, Any] = (True, work(task))
-        except Exception as error:
+        except Exception as error:  # whatever it is, the caller raises it
             reply = (False, error)
         try:
             pipe.send(reply)

@@ -32,7 +32,7 @@ NAMED = 5  # unreadable images in an error
 class Problem(NamedTuple):
     """An image that could not be read."""
 
-    index: int  # type: ignore[assignment]  # in its list; it hides the tuple's method
+    index: int  # type: ignore[assignment]  # in its list; the name hides a method of tuple
     path: str
     reason: str
 

@@ -27,7 +27,7 @@ TABLES = (".csv", ".parquet", ".txt")
 class Sample(NamedTuple):
     """One image of a list."""
 
-    index: int  # type: ignore[assignment]  # in the list; it hides the tuple's method
+    index: int  # type: ignore[assignment]  # in the list; the name hides a method of tuple
     image: Tensor | None  # uint8 [3,R,R]; None where it cannot be read
     label: int  # -1 where the list has no labels
     reason: str | None  # why it cannot be read

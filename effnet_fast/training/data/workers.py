@@ -114,7 +114,7 @@ class Pool:
             context.set_forkserver_preload([__name__, "PIL.Image"])
         try:
             pickled = pickle.dumps(reader)
-        except Exception as error:
+        except Exception as error:  # a dataset of the user's own may raise anything
             raise TypeError(
                 f"the dataset cannot be sent to worker processes ({error}); workers=0 reads in "
                 "this process"
@@ -250,7 +250,7 @@ def read(reader: Callable[..., Any], item: Item, crop: Any, draw: Draw) -> tuple
         return pixels, item.label if label is None else int(label)
     except (UnreadableImageError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # datasets and crops of the user's own may raise anything
         raise WorkerError(f"{item.name}: {type(error).__name__}: {error}") from error
 
 
@@ -270,7 +270,7 @@ def _work(
         with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
             try:
                 reader = pickle.loads(pickled)
-            except Exception as error:
+            except Exception as error:  # of the user's own dataset, as above
                 reader = None
                 failure = _Failure(
                     f"the dataset cannot be made anew in a worker: {error!r}. {HINT}",
@@ -310,7 +310,7 @@ def _fill(
         except UnreadableImageError as error:
             reasons[place] = error.reason
             group.states[place] = UNREADABLE
-        except Exception as error:
+        except Exception as error:  # goes to the process that waits, which raises it
             counter.value = STOP
             message = str(error) if isinstance(error, WorkerError) else None
             return _Failure(message or f"{items[place].name}: {error!r}", traceback.format_exc())

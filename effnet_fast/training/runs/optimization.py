@@ -65,6 +65,7 @@ class RMSpropTF(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
+    # PyTorch declares two overloads of it, one per kind of closure.
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; the closure's loss, where there is one."""
         loss = None

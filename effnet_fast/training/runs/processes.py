@@ -141,7 +141,7 @@ class Processes:
         if self.is_main:
             try:
                 box[0] = make()
-            except Exception as error:
+            except Exception as error:  # whatever it is, all processes raise it
                 box[1] = error
         dist.broadcast_object_list(box)
         if box[1] is not None:

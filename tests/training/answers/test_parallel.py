@@ -13,7 +13,7 @@ import torch
 
 from effnet_fast.training.answers.parallel import Workers
 
-WAIT_S = 20.0  # for a process to end, on a busy machine
+LIMIT_S = 600.0  # for a test that would never end
 
 
 def late(number: int) -> tuple[int, int]:
@@ -105,18 +105,7 @@ def test_workers_end_with_a_killed_parent():
     text = PARENT.format(folder=os.path.dirname(__file__))
     with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(parent.stdout.readline().split()) == 2
         parent.kill()
-    end = time.monotonic() + WAIT_S
-    while (alive := [pid for pid in pids if _is_alive(pid)]) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert len(pids) == 2
-    assert not alive
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        # The workers have the pipe, too: it ends when the last of them has ended.
+        assert parent.communicate(timeout=LIMIT_S)[0] == b""
