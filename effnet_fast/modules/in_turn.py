@@ -114,18 +114,20 @@ class Walk:
         self.last = x
         self._free = _is_free(x)
         self._passed: list[nn.Module] = []  # whose weights nobody has asked yet
+        self._shown: Tensor | None = None  # the last result as it was handed out
 
     def call(self, module: nn.Module, **arguments: Any) -> None:
         """Calls the next module, with what it takes beside the last result."""
-        x = self.last
         if not self._free:
-            self.last = module(x, **arguments)
+            self.last, self._shown = module(self.last, **arguments), None
             return
         if sees(module):
-            self.last = module(self.result(), **arguments)
+            # What is handed out is what the module sees, as in stock: it may edit it in place.
+            self.last, self._shown = module(self.result(), **arguments), None
             self._passed = []
             self._free = _is_free(self.last)  # the module decided as stock does
             return
+        x, self._shown = self.last, None
         before, _thread.hidden = _thread.hidden, True
         try:
             # Fused modules take what they get: the stem's kernel takes images in any layout.
@@ -151,15 +153,17 @@ class Walk:
             for module in modules:
                 self.call(module)
             return
-        self.last = y
+        self.last, self._shown = y, None
         self._passed += modules
 
     def result(self) -> Tensor:
         """What the last module gave, in stock's layout."""
-        if self._free and makes_nhwc(weights_of(self._passed)):
-            self._free = False
-        self._passed = []
-        return to_nchw(self.last) if self._free else self.last
+        if self._shown is None:
+            if self._free and makes_nhwc(weights_of(self._passed)):
+                self._free = False
+            self._passed = []
+            self._shown = to_nchw(self.last) if self._free else self.last
+        return self._shown
 
 
 def call_hidden(module: nn.Module, x: Tensor) -> Tensor:

@@ -157,6 +157,24 @@ def test_a_hook_that_edits_what_follows(values: slice) -> None:
         assert_near(run(models[0]), run(models[1]))
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_map_that_a_later_hook_edits(backend: str, channels_last: bool) -> None:
+    """The map that is returned and the hook's input are one tensor, as in PyTorch."""
+    model = EfficientNetFeatures(TINY, backend=backend).eval()
+    model.load_state_dict(networks.calibrated_state(TINY))
+    x = X.to(memory_format=torch.channels_last) if channels_last else X
+    before = run(model, x)
+    later: Any = model.get_submodule("features.3")
+
+    def edit(module: nn.Module, inputs: Any, y: Tensor) -> None:
+        inputs[0].mul_(1.5)
+
+    later.register_forward_hook(edit)
+    after = run(model, x)
+    assert_near(after[:2], [before[0], 1.5 * before[1]])
+
+
 def test_hooks_come_and_go() -> None:
     model, other = two("classifier")
     counts: list[int] = []

@@ -147,10 +147,13 @@ def columns_of(model: Any, options: Options) -> Columns:
 def describe(model: Any, data: Any, preset: ImageClassification, options: Options) -> Description:
     """What the rows depend on, as JSON: a file begun with something else is not continued."""
     labels = None if options.embeddings else list(options.labels or model.class_names)
+    is_place = isinstance(data, (str, os.PathLike))
     return {
         "version": VERSION,
         "network": {"size": model.variant.name, "sha256": weights_digest(model)},
-        "images": os.fspath(data) if isinstance(data, (str, os.PathLike)) else type(data).__name__,
+        "images": os.fspath(data) if is_place else type(data).__name__,
+        # Rows have paths as they were named: from another folder they would name other images.
+        "folder": os.getcwd() if is_place and not os.path.isabs(data) else None,
         "preparation": {
             "resize": preset.resize_size,
             "crop": preset.crop_size,

@@ -65,6 +65,8 @@ def described(
 ) -> dict[str, Any]:
     """The arguments of a run as run.json keeps them."""
     own = {name: _as_json(v) for name, v in asdict(settings).items() if name not in FREE}
+    if own["weights"] is not None and os.path.exists(own["weights"]):  # no published name
+        own["weights"] = os.path.abspath(own["weights"])
     fields = {name: _as_json(value) for name, value in asdict(recipe).items()}
     places = {"data": _place(data), "val": None if val is None else _place(val)}
     return {

@@ -185,6 +185,18 @@ def test_refuses_another_network_and_other_images(tmp_path, model, photos):
         predict(model, photos, out, means=HERE)
 
 
+def test_refuses_the_same_name_in_another_folder(tmp_path, model, monkeypatch):
+    out = tmp_path / "out.csv"
+    for name in ("one", "other"):
+        answered.pictures(tmp_path / name / "photos", 2)
+    monkeypatch.chdir(tmp_path / "one")
+    predict(model, "photos", out, means=HERE)
+    assert predict(model, "photos", out, means=HERE)["images"] == 0
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(ValueError, match="was begun with folder"):
+        predict(model, "photos", out, means=HERE)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -16,6 +16,8 @@ from effnet_fast.models import EfficientNet
 from effnet_fast.training.runs import run_folder, state, trainer
 from effnet_fast.training.runs.loop import train
 from effnet_fast.training.runs.processes import StoppedError
+from effnet_fast.training.runs.recipe import Recipe
+from effnet_fast.training.runs.settings import Settings, described
 from effnet_fast.training.runs.trainer import LossError
 from networks import TINY
 from training_runs import CLASSES, SIDE, SMALL
@@ -116,6 +118,16 @@ def test_other_arguments_are_refused_by_name(finished, data):
     with pytest.raises(ValueError, match=r"seed was 5, now 6"):
         train(data, run, resume=True, **{**RICH, "seed": 6})
     assert train(data, run, resume=True, **{**RICH, "save_minutes": 1.0})["epochs"] == 2
+
+
+def test_weights_are_those_of_the_folder_in_which_a_run_began(tmp_path, monkeypatch):
+    text = "begin.safetensors"
+    (tmp_path / text).touch()
+    monkeypatch.chdir(tmp_path)
+    found = described("x", None, Settings(weights=text), "quick", Recipe(), 1)["arguments"]
+    assert found["weights"] == str(tmp_path / text)
+    found = described("x", None, Settings(weights="DEFAULT"), "quick", Recipe(), 1)["arguments"]
+    assert found["weights"] == "DEFAULT"
 
 
 @pytest.mark.parametrize("step", [1, 4])  # in the middle of the first and of the second epoch
