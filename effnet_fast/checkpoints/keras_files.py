@@ -37,7 +37,6 @@ LONGEST = 1 << 26  # bytes of a configuration
 DEPTH = 8  # groups within groups
 EVEN = 64  # a side that stays even behind each layer that strides
 EPSILON = 1e-7  # below which Normalization's divisor never is
-NORM = ("weight", "bias", "running_mean", "running_var")
 # The variables of a layer in PyTorch's words: in a legacy file by name, in others by number.
 NAMES = {
     "gamma": "weight",
