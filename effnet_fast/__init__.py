@@ -34,6 +34,7 @@ _EXPORTS = {
     "accelerate": "acceleration",
     "deploy": "deployment",
     "doctor": "diagnostics",
+    "empty_cache": "ops.scratch",
     "register_timm": "integrations.timm",
     "restore": "acceleration",
 }
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .diagnostics import doctor
     from .integrations.timm import register_timm
     from .models import *  # noqa: F403
+    from .ops.scratch import empty_cache
     from .pretrained import weights
     from .pretrained.weights import (
         EfficientNet_B0_Weights,

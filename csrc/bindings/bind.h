@@ -5,6 +5,7 @@
 
 namespace effnet {
 
+void bind_buffers(pybind11::module_& m);
 void bind_norms(pybind11::module_& m);
 void bind_dwconv(pybind11::module_& m);
 void bind_gate(pybind11::module_& m);

@@ -25,6 +25,16 @@ struct TensorView {
   int dtype() const { return lanes == 1 ? code << 8 | bits : -1; }
 };
 
+// DLManagedTensorVersioned: a tensor whose memory `deleter` ends.
+struct ManagedTensor {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  TensorView tensor;
+};
+
+constexpr int32_t kCpuDevice = 1;  // kDLCPU
 constexpr int kFloat16 = 2 << 8 | 16, kFloat32 = 2 << 8 | 32, kFloat64 = 2 << 8 | 64;
 constexpr int kBFloat16 = 4 << 8 | 16;
 
@@ -38,8 +48,10 @@ class TensorReader {
     const auto* const found =
         static_cast<const Table*>(PyCapsule_GetPointer(table_.ptr(), "dlpack_exchange_api"));
     if (!found) throw pybind11::error_already_set();
-    if (found->major != 1 || !found->read) throw std::runtime_error("DLPack 1.x is needed");
+    if (found->major != 1 || !found->read || !found->wrap)
+      throw std::runtime_error("DLPack 1.x is needed");
     read_ = found->read;
+    wrap_ = found->wrap;
   }
   // Whether the object is a tensor of no subclass.
   bool is_plain(PyObject* object) const {
@@ -48,18 +60,26 @@ class TensorReader {
   }
   // Describes a plain tensor; false and a Python error where it has no memory of its own.
   bool read(PyObject* object, TensorView* out) const { return read_(object, out) == 0; }
+  // A new torch.Tensor of this memory, a new reference; an error of Python's where there is none.
+  void* wrap(ManagedTensor* managed) const {
+    void* tensor = nullptr;
+    if (wrap_(managed, &tensor) != 0 || !tensor) throw pybind11::error_already_set();
+    return tensor;
+  }
 
  private:
   struct Table {  // DLPackExchangeAPI
     uint32_t major, minor;
     const void* older;
-    const void *allocate, *share, *wrap;
+    const void *allocate, *share;
+    int (*wrap)(ManagedTensor* managed, void** out);
     int (*read)(void* object, TensorView* out);
     const void* stream;
   };
 
   pybind11::object tensor_, parameter_, table_;
   int (*read_)(void*, TensorView*);
+  int (*wrap_)(ManagedTensor*, void**);
 };
 
 }  // namespace effnet

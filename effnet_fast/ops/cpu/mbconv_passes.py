@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from effnet_fast.backends import native
-from effnet_fast.ops import scratch
+from effnet_fast.ops import buffers, scratch
 from effnet_fast.ops.cpu.dwconv_bn_silu import filter_shape
 from effnet_fast.ops.dwconv_bn_silu import output_shape
 from effnet_fast.ops.mbconv_passes import empty_weight_grad
+from effnet_fast.ops.norms import NORM_ROWS
 from effnet_fast.ops.registration import (
     BF16,
     addresses,
     empty_nhwc,
-    empty_normed,
     isa_of,
     native_layer,
     native_layers,
@@ -35,6 +35,12 @@ def _product_shape(x: Tensor, channels: int) -> tuple[int, int, int, int]:
     return n, h * w, c, channels
 
 
+def _kept_normed(like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """As `registration.empty_normed`; z, which backward needs, in memory kept for the next step."""
+    norm = like.new_empty((len(NORM_ROWS), shape[1]), dtype=torch.float32)
+    return buffers.empty(like, shape), norm
+
+
 def _pointwise(
     x: Tensor,
     x_norm: Tensor | None,
@@ -44,7 +50,7 @@ def _pointwise(
 ) -> tuple[Tensor, Tensor]:
     *bn, eps, activation, backend = rest
     channels = weight.shape[0]
-    z, norm = empty_normed(x, (x.shape[0], channels, *x.shape[2:]))
+    z, norm = _kept_normed(x, (x.shape[0], channels, *x.shape[2:]))
     if z.numel() == 0:
         return z, norm.zero_()
     x, (weight, _kept, vectors) = nhwc(x), native_layer(weight, bn, x)
@@ -116,7 +122,7 @@ def mbconv_depthwise(
     x: Tensor, x_norm: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *bn, stride, padding, eps, activation, backend = rest
-    z, norm = empty_normed(x, output_shape(x, weight.shape[-1], stride, padding))
+    z, norm = _kept_normed(x, output_shape(x, weight.shape[-1], stride, padding))
     if z.numel() == 0:
         return z, norm.zero_()
     x, (weight, _kept, vectors) = nhwc(x), native_layer(weight, bn, x)
