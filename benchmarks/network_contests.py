@@ -62,8 +62,12 @@ CASES = {
     ("inference", "cpu"): (
         *(Case("b0", 1), Case("b0", 8), Case("b4", 1), Case("b7", 1)),
         *(Case("lite0", 1), Case("lite4", 1), Case("v2_s", 1)),
+        *(Case("b0", 1, 64), Case("b0", 32, 64)),
     ),
-    ("training", "cpu"): (SMALL, Case("b0", 8), Case("lite0", 8), Case("v2_s", 8, 224)),
+    ("training", "cpu"): (
+        *(SMALL, Case("b0", 8), Case("b4", 2), Case("lite0", 8), Case("v2_s", 8, 224)),
+        *(Case("b0", 4, 64), Case("b0", 32, 64)),
+    ),
     ("inference", "cuda"): (
         *(Case("b0", 1), Case("b0", 256), Case("b4", 1), Case("b4", 64)),
         *(Case("b7", 1), Case("b7", 16)),
