@@ -24,7 +24,8 @@ PHOTOS := skimage/data/coffee.png skimage/data/camera.png \
           sklearn/datasets/images/china.jpg sklearn/datasets/images/flower.jpg
 SITE := import os, sysconfig; print(os.path.relpath(sysconfig.get_paths()["platlib"]))
 
-.PHONY: demo test test-all durations bench docs report gpu reliability budgets mutants lint clean qemu
+.PHONY: demo test test-all durations bench docs report gpu reliability budgets mutants lint clean \
+        qemu cross
 
 demo: $(VENV)/.demo
 	$(BIN)/effnet-fast bench --model b0 --rounds 3
@@ -48,11 +49,11 @@ RUN_TESTS = PATH="$(CURDIR)/$(VENV)/qemu/usr/bin:$(CURDIR)/$(BIN):$$PATH" \
 test: $(VENV)/.test qemu
 	$(RUN_TESTS) -m "not exhaustive and not gpu" $(PYTEST_ARGS)
 
-test-all: $(VENV)/.test qemu docs
+test-all: $(VENV)/.test qemu cross docs
 	$(RUN_TESTS) -m "exhaustive and not gpu" $(PYTEST_ARGS)
 
 # What every long test costs, into tests/durations.csv, which the tiers were cut from; over an hour.
-durations: $(VENV)/.test qemu
+durations: $(VENV)/.test qemu cross
 	$(RUN_TESTS) -m "not gpu" -p durations --costs tests/durations.csv
 
 # Each op, block and network once, its peers installed: about ten minutes on two cores.
@@ -126,17 +127,35 @@ $(VENV)/.docs: $(VENV)/.test
 	$(PIP) install -qq $(PINS) 'effnet-fast[docs]'
 	touch $@
 
-# The tests of the plain and AVX2 kernels run under an emulated older CPU. The emulator is unpacked
-# into .venv, never installed; without it those tests are skipped and say so.
+# The tests of the plain and AVX2 kernels run under an emulated older CPU, those of the NEON kernels
+# under an emulated Arm CPU. The emulators are unpacked into .venv, never installed; without them
+# those tests are skipped and say so.
 APT_QEMU = cd $(VENV)/qemu && apt-get -qq download qemu-user-static && \
            dpkg-deb --fsys-tarfile qemu-user-static_*.deb | \
-           tar -x ./usr/bin/qemu-x86_64-static && rm -f *.deb
+           tar -x ./usr/bin/qemu-x86_64-static ./usr/bin/qemu-aarch64-static && rm -f *.deb
 
 qemu: $(VENV)/.pip
 	@mkdir -p $(VENV)/qemu
-	@test -x $(VENV)/qemu/usr/bin/qemu-x86_64-static || command -v qemu-x86_64-static >/dev/null || \
-	    command -v qemu-x86_64 >/dev/null || \
+	@test -x $(VENV)/qemu/usr/bin/qemu-aarch64-static || \
+	    { command -v qemu-x86_64-static && command -v qemu-aarch64-static; } >/dev/null || \
+	    { command -v qemu-x86_64 && command -v qemu-aarch64; } >/dev/null || \
 	    { ($(APT_QEMU)) >/dev/null 2>&1; } || \
 	    { test "$$(id -u)" = 0 && apt-get -qq update >/dev/null 2>&1 && \
 	      ($(APT_QEMU)) >/dev/null 2>&1; } || \
 	    echo "qemu-user-static could not be fetched: the emulated-CPU tests will be skipped"
+
+# What compiles the NEON kernels on another machine: Debian's g++ with all that it depends on but
+# the sanitizers, 53 MB, unpacked as the emulators are.
+CROSS := g++-aarch64-linux-gnu
+APT_CROSS = cd $(VENV)/cross && apt-get -qq download $$(apt-get -s install \
+            --no-install-recommends $(CROSS) | awk '/^Inst/ && $$2 !~ /san/ {print $$2}') && \
+            for deb in *.deb; do dpkg-deb -x $$deb . || exit 1; done && rm -f *.deb
+
+cross: $(VENV)/.pip
+	@mkdir -p $(VENV)/cross
+	@test -x $(VENV)/cross/usr/bin/aarch64-linux-gnu-g++ || \
+	    command -v aarch64-linux-gnu-g++ >/dev/null || \
+	    { ($(APT_CROSS)) >/dev/null 2>&1; } || \
+	    { test "$$(id -u)" = 0 && apt-get -qq update >/dev/null 2>&1 && \
+	      ($(APT_CROSS)) >/dev/null 2>&1; } || \
+	    echo "$(CROSS) could not be fetched: the tests of the NEON kernels will be skipped"

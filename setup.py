@@ -35,7 +35,11 @@ X86_ISAS = {
 }
 # The tile unit (AMX) is asked for at run time, by the few functions that use it.
 X86_ISAS["avx512_bf16"] = [*X86_ISAS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
-ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+# Every 64-bit Arm CPU has NEON; the define chooses the kernels' own form of it. GCC's first
+# scheduling moves loads ahead until the register tiles spill.
+ARM_ISAS = {"generic": [], "neon": ["-DEFFNET_NEON", "-fno-schedule-insns"]}
+ISAS_OF = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
+ISAS = ISAS_OF.get(platform.machine(), {"generic": []})
 NVCC_FLAGS = ["-std=c++20", "-O3"]
 RELEASE_ARCHS = ["80", "90", "100", "120"]
 MIN_ARCH = 80  # of cp.async, with which the kernels copy

@@ -3,6 +3,7 @@
 pytest benchmarks --benchmark-only            each op, block and network once, on the CPU
 pytest benchmarks --benchmark-only -m gpu     the same on the GPU
     --full      every contest and the compiled peers: hours
+    --isa avx2  every contestant of a network held to AVX2
     --record    append what is found to benchmarks/results/<machine>.csv (or under --results)
 """
 
@@ -18,7 +19,7 @@ import pytest
 
 import effnet_fast
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
-from benchmarks import limits, records, table
+from benchmarks import held, limits, records, table
 from benchmarks.contest import CLOCK, Contest, Outcome, Standing, hold
 from benchmarks.params import require
 from benchmarks.table import HELD, Held
@@ -30,6 +31,7 @@ CONTESTANT = "contestant"  # the parameter of a test that is not part of its con
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("effnet-fast benchmarks")
     group.addoption("--full", action="store_true", help="every contest, and the compiled peers")
+    group.addoption("--isa", choices=held.ISAS, help="hold contests of networks to it (held.py)")
     group.addoption("--rounds", type=int, help="bursts of each contestant")
     group.addoption("--commit", help="what to record as the commit (default: git's)")
     group.addoption("--record", action="store_true", help="append the results to a CSV file")
@@ -42,6 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
     The table of this package replaces pytest-benchmark's own, which -v shows.
     """
     config.option.benchmark_quiet = True
+    if isa := config.getoption("--isa"):
+        try:
+            held.hold(isa)
+        except RuntimeError as error:
+            raise pytest.UsageError(f"--isa: {error}") from error
     config.stash[HELD] = Held()
     if config.getoption("--record"):
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import held
 from benchmarks.contest import UnavailableError
 from benchmarks.setups import Runner, Setup, cast, network_step
 
@@ -64,8 +66,16 @@ def openvino(setup: Setup) -> Runner:
     with tempfile.TemporaryDirectory() as folder:
         model = core.read_model(export_onnx(setup, Path(folder)))
         compiled = core.compile_model(model, "CPU", options)
+    held.require(kernels_of(compiled))
     request, x = compiled.create_infer_request(), setup.x.contiguous().numpy()
     return lambda: torch.from_numpy(request.infer([x], share_inputs=True)[0])
+
+
+def kernels_of(compiled: Any) -> list[str]:
+    """Names of the kernels that OpenVINO has chosen for what takes its time: "brgconv_avx2_f32"."""
+    layers = [layer.get_rt_info() for layer in compiled.get_runtime_model().get_ordered_ops()]
+    slow = [info for info in layers if info["layerType"].value in ("Convolution", "Subgraph")]
+    return [str(info["primitiveType"].value) for info in slow]
 
 
 def jax(setup: Setup) -> Runner:

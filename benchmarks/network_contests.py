@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import work
+from benchmarks import held, work
 from benchmarks.contest import OURS, Contest, UnavailableError
 from benchmarks.params import require
 from benchmarks.peers import PEERS, Peer
@@ -139,14 +139,16 @@ def contest(
     peers = [p for p in PEERS if _takes_part(p, mode, device, dtype)]
     expected = functools.cache(lambda: expect(setup))
     return Contest(
-        *(what, case.name, mode, dtype, device, case.batch),
+        *(held.what(what), case.name, mode, dtype, device, case.batch),
         build={
             p.name: lambda p=p: build(p, setup, expected())
             for p in peers
             if names is None or p.name in names
         },
         check=lambda: check(setup),
-        work=work.network(case.variant, case.resolution, case.batch, mode, dtype),
+        work=None
+        if held.isa()
+        else work.network(case.variant, case.resolution, case.batch, mode, dtype),
         engines=True,
         keeps_memory=frozenset(p.name for p in peers if p.keeps_memory),
     )
@@ -251,7 +253,7 @@ def check(setup: Setup) -> None:
     The gradients are judged as one vector: those of a single layer may be near zero.
     """
     fused, stock, exact = (copy.deepcopy(setup.model) for _ in range(3))
-    fused.backend = "auto"
+    fused.backend = held.backend()
     x = setup.x[:CHECKED_IMAGES]
     low = setup.torch_dtype
     if setup.mode == "inference":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import engines
+from benchmarks import engines, held
 from benchmarks.contest import OURS, UnavailableError
 from benchmarks.setups import Runner, Setup, cast, network_step
 from effnet_fast import checkpoints, deploy, use_backend
@@ -39,6 +39,7 @@ class Peer:
         compiles: whether building takes long, so that it is left to --full.
         same_numbers: whether it computes what stock does; lukemelas pads otherwise.
         keeps_memory: whether PyTorch's allocator cannot tell what a call needs at its peak.
+        holds: whether it can be held to an instruction set (`held.py`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Peer:
     compiles: bool = False
     same_numbers: bool = True
     keeps_memory: bool = False
+    holds: bool = False
 
     def missing(self) -> list[str]:
         """The modules without which it cannot run here."""
@@ -63,6 +65,8 @@ class Peer:
         """
         if missing := self.missing():
             raise UnavailableError(f"{', '.join(missing)} is not installed")
+        if held.isa() and not self.holds:
+            raise UnavailableError(f"nothing holds it to {held.isa()}")
         try:
             return self.build(setup)
         except UnavailableError:
@@ -101,7 +105,7 @@ def _amp(setup: Setup) -> Runner:
 
 def _ours(setup: Setup) -> Runner:
     model, x = cast(setup)
-    model.backend = "auto"
+    model.backend = held.backend()
     return network_step(model, x, setup.mode)
 
 
@@ -112,7 +116,7 @@ def _ours_amp(setup: Setup) -> Runner:
 
 
 def _deployed(setup: Setup) -> Runner:
-    deployed = deploy(copy.deepcopy(setup.model), setup.torch_dtype)
+    deployed = deploy(copy.deepcopy(setup.model), setup.torch_dtype, backend=held.backend())
     # A graph's other contestants have their images in the dtype, too; a CPU converts as it reads.
     x = setup.x.to(setup.torch_dtype) if setup.device == "cuda" else setup.x
     return network_step(deployed, x, setup.mode)
@@ -205,12 +209,12 @@ _autotune = _compile(mode="max-autotune")
 _compiled_graphs = _compile(mode="reduce-overhead")
 ONNX = "onnxscript"  # what torch.onnx.export needs
 PEERS = (
-    Peer(OURS, _ours, ANY, BOTH),
+    Peer(OURS, _ours, ANY, BOTH, holds=True),
     Peer(f"{OURS}_amp", _ours_amp, LOW, BOTH),
-    Peer(f"{OURS}_deploy", _deployed, ANY, keeps_memory=True),
+    Peer(f"{OURS}_deploy", _deployed, ANY, keeps_memory=True, holds=True),
     Peer(f"{OURS}_graph", _cuda_graph(_ours), ANY, BOTH, CUDA, keeps_memory=True),
     Peer("torch_contiguous", _contiguous, modes=BOTH),
-    Peer("torch_channels_last", _eager, ANY, BOTH),
+    Peer("torch_channels_last", _eager, ANY, BOTH, holds=True),
     Peer("torch_amp", _amp, LOW, BOTH),
     Peer("torch_graph", _cuda_graph(_eager), ANY, BOTH, CUDA, keeps_memory=True),
     Peer("torch_compile", _compile(), ANY, BOTH, compiles=True),
@@ -221,7 +225,7 @@ PEERS = (
         compiles=True,
         keeps_memory=True,
     ),
-    Peer("torchvision", _torchvision, ANY, BOTH, requires=("torchvision",)),
+    Peer("torchvision", _torchvision, ANY, BOTH, requires=("torchvision",), holds=True),
     Peer("timm", _timm, ANY, BOTH, requires=("timm",)),
     Peer(
         *("lukemelas", _lukemelas, ANY, BOTH),
@@ -234,6 +238,7 @@ PEERS = (
         devices=CPU,
         requires=("openvino", ONNX),
         keeps_memory=True,
+        holds=True,
     ),
     Peer("jax", engines.jax, ANY, requires=("jax",), compiles=True, keeps_memory=True),
     Peer(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import growth, records, targets
+from benchmarks import growth, held, records, targets
 from benchmarks.contest import OURS
 from benchmarks.records import ROOT, Row
 
@@ -25,6 +25,7 @@ OPS = (
     "stem_conv_bn_silu",
     "mbconv",
 )
+HELD = {f"network_{name}": isa.title for name, isa in held.ISAS.items()}
 Contest = tuple[str, str, str, str, int]
 
 
@@ -36,10 +37,14 @@ def key(row: Row) -> Contest:
 def published(rows: Iterable[Row]) -> list[Row]:
     """The rows that have a peer and a limit beside them, of one run of each contest.
 
-    It is the latest of the runs with the most contestants: one that was held with a few of them
-    has another best peer.
+    Contests that are held to an instruction set have no limit. The run is the latest of those with
+    the most contestants: one that was held with a few of them has another best peer.
     """
-    rows = [row for row in rows if row.ratio is not None and row.floor_share is not None]
+    rows = [
+        row
+        for row in rows
+        if row.ratio is not None and (row.floor_share is not None or row.what in HELD)
+    ]
     runs: dict[Contest, dict[str, int]] = {}
     for row in rows:
         sizes = runs.setdefault(key(row), {})
@@ -134,6 +139,20 @@ def all_contestants(rows: Sequence[Row], mode: str) -> str:
     return table([*head, "ratio to best peer", "share of floor", "peak memory, MB"], lines)
 
 
+def held_to(rows: Sequence[Row], what: str) -> str:
+    """Every contestant's median in every inference held to one instruction set."""
+    lines = [
+        [
+            *(_network(row.case), str(row.batch), row.dtype, _contestant(row)),
+            *(figure(row.p20_ms), figure(row.p50_ms), figure(row.p80_ms), f"{row.ratio:.2f}"),
+        ]
+        for group in contests(rows, (what,), "inference").values()
+        for row in sorted(group, key=_time)
+    ]
+    head = ["network", "batch", "dtype", "contestant", "p20, ms", "p50, ms", "p80, ms"]
+    return table([*head, "ratio to best peer"], lines)
+
+
 def ops(rows: Sequence[Row], mode: str) -> str:
     """This package against the best peer, a line for each op and shape."""
     lines = []
@@ -183,7 +202,8 @@ def growth_table(fits: Sequence[growth.Growth]) -> str:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    """Machine and versions of the latest row, the limits and commits of all."""
+    """Machine and versions of the latest row with a limit, the limits and commits of all."""
+    rows = [r for r in rows if r.floor_share is not None]
     row = max(rows, key=lambda r: r.date)
     limits = (
         f"{_span(r.limit_fma_gflops for r in rows)} GFLOP/s of fp32 multiply-adds and "
@@ -209,6 +229,12 @@ def page(machine: str, rows: Sequence[Row], figures: Sequence[str]) -> str:
     for mode in ("inference", "training"):
         if contests(rows, ("network",), mode):
             parts += [f"### Networks, {mode}: every contestant", all_contestants(rows, mode)]
+    for what, title in HELD.items():
+        if found := contests(rows, (what,), "inference"):
+            names = sorted({row.commit[:7] for group in found.values() for row in group})
+            words = HELD_WORDS.format(title, ", ".join(names))
+            parts += [f"### Networks, inference, held to {title}", words]
+            parts += [held_to(rows, what)]
     for mode in ("inference", "training"):
         if contests(rows, OPS, mode):
             parts += [f"### Ops, {mode}", ops(rows, mode)]
@@ -220,6 +246,12 @@ def page(machine: str, rows: Sequence[Row], figures: Sequence[str]) -> str:
 GROWTH_WORDS = (
     "Exponents p of y ~ x^p, by least squares of the logarithms; along phi, of y ~ 2^(p phi). "
     f"Within {growth.MARGIN} two count as equal."
+)
+HELD_WORDS = (
+    "All contestants are held to {0}, as on a CPU that has nothing newer: this package by its "
+    "backend, OpenVINO and PyTorch by variables of the environment. OpenVINO takes part if the "
+    "names of its kernels show that its convolutions and activations obey; its means over pixels "
+    "and its classifier do not. ONNX Runtime cannot be held. Commits {1}."
 )
 WORDS = (
     "# Benchmarks\n\n"
@@ -253,7 +285,7 @@ def render(results: Path, output: Path, readme: str) -> dict[Path, bytes]:
         if not rows:
             continue
         every += rows
-        drawn = draw(path.stem, rows)
+        drawn = draw(path.stem, [row for row in rows if row.floor_share is not None])
         files |= {output / FIGURES / name: content for name, content in drawn.items()}
         sections.append(page(rows[0].machine, rows, list(drawn)))
         summaries.append(f"{conditions(rows)}\n\n{summary(rows)}")

@@ -21,6 +21,9 @@ namespace effnet {
 #define EFFNET_HAS_AVX512 0
 #define EFFNET_HAS_AVX512_BF16 0
 #endif
+#ifndef EFFNET_HAS_NEON
+#define EFFNET_HAS_NEON 0
+#endif
 
 namespace generic {
 extern const Kernels kernels;
@@ -33,6 +36,11 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+#if EFFNET_HAS_NEON
+namespace neon {
 extern const Kernels kernels;
 }
 #endif
@@ -90,6 +98,9 @@ inline const std::vector<Isa>& instruction_sets() {
     out.push_back(
         {"amx", &avx512_bf16::kernels, missing.empty() ? missing_amx() : missing, true, true});
 #undef EFFNET_HAS
+#endif
+#if EFFNET_HAS_NEON
+    out.push_back({"neon", &neon::kernels, ""});  // every 64-bit Arm CPU has it
 #endif
     return out;
   }();

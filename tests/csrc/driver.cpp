@@ -26,6 +26,7 @@
 #include "mbconv_depthwise.h"
 #include "network_problem.h"
 #include "problem.h"
+#include "special.h"
 #include "stem.h"
 
 using namespace effnet;
@@ -301,6 +302,7 @@ int main(int argc, char** argv) {
     }
   test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
   for (int threads : kThreads) test_checksum(threads);
+  test_special_values();
   if (isa == "avx512") {
     test_streams(2);
     test_depthwise_streams(2);

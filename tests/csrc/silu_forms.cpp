@@ -22,7 +22,8 @@ extern const SiluForms silu_forms;
 const SiluForms silu_forms = {apply<sigmoid>, apply<silu>, apply<silu_grad>, apply<silu_as<float>>,
                               apply<silu_as<bf16>>};
 #else
-const SiluForms silu_forms = {apply<sigmoid>, apply<silu>, apply<silu_grad>, nullptr, nullptr};
+const SiluForms silu_forms = {apply<sigmoid>, apply<silu>, apply<silu_grad>, apply<silu_as<float>>,
+                              nullptr};
 #endif
 
 }  // namespace EFFNET_ISA

@@ -40,6 +40,19 @@ case "$*" in
     *.cu*) if [ -e "$(dirname "$0")/nvcc_is_broken" ]; then echo no >&2; exit 1; fi ;;
 esac
 """ + FAKE_CXX.removeprefix("#!/bin/sh\n")
+# setup.py on another machine, which is the first argument.
+ELSEWHERE = """
+import platform, runpy, sys
+machine = sys.argv.pop(1)
+platform.machine = lambda: machine
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+SETS = {
+    "x86_64": ["generic", "avx2", "avx512", "avx512_bf16"],
+    "aarch64": ["generic", "neon"],
+    "riscv64": ["generic"],
+}
 FAKE_SMI = "#!/bin/sh\nprintf '%s\\n'\n"
 
 
@@ -101,11 +114,12 @@ class FakeTools:
         path.write_text(text)
         path.chmod(0o755)
 
-    def build(self, **env: str) -> tuple[int, str]:
-        """Runs setup.py's build of the extension into a fresh folder."""
+    def build(self, *, machine: str = "", **env: str) -> tuple[int, str]:
+        """Runs setup.py's build of the extension into a fresh folder, on this kind of machine."""
         work = self.folder / "work"
         shutil.rmtree(work, ignore_errors=True)
-        command = [sys.executable, "setup.py", "-q", "build_ext", "-b", work / "lib"]
+        script = ["-c", ELSEWHERE, machine] if machine else ["setup.py"]
+        command = [sys.executable, *script, "-q", "build_ext", "-b", work / "lib"]
         env = {"PATH": str(self.folder / "bin"), **env}
         return run(*command, "-t", work / "temp", env=env, cwd=self.tree)
 
@@ -279,13 +293,19 @@ def test_a_failing_nvcc_names_the_way_out(tools: FakeTools) -> None:
     assert last.endswith("EFFNET_FAST_CUDA=0 builds without CUDA")
 
 
-def test_every_source_is_compiled_for_every_instruction_set(tools: FakeTools) -> None:
-    assert tools.build()[0] == 0
-    ninja = tools.ninja()
-    setup = compiling.setup_module()
-    for isa in setup.ISAS:
-        for name in setup.cpu_sources():
-            assert f"build {name}.{isa}.o: cxx" in ninja
+@pytest.mark.parametrize(("machine", "isas"), SETS.items())
+def test_every_source_is_compiled_for_every_instruction_set(
+    tools: FakeTools, machine: str, isas: list[str]
+) -> None:
+    status, text = tools.build(machine=machine)
+    assert status == 0, text
+    ninja = tools.ninja().replace("$\n", "").replace("    ", " ")
+    for name in compiling.setup_module().cpu_sources():
+        assert re.findall(rf"build {name}\.(\w+)\.o: cxx", ninja) == isas
+    assert set(re.findall(r"-DEFFNET_ISA=(\w+)", ninja)) == set(isas)
+    assert set(re.findall(r"-DEFFNET_HAS_(\w+)=1", ninja)) == {isa.upper() for isa in isas}
+    assert ("-mavx2" in ninja) == ("avx2" in isas)
+    assert ("-DEFFNET_NEON" in ninja) == ("neon" in isas)
 
 
 def test_a_second_build_compiles_nothing(tools: FakeTools) -> None:

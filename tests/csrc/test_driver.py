@@ -6,18 +6,16 @@ the CPU lacks dies of an illegal instruction, as it would on a machine of that a
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import compiling
+from drivers import assert_passes, run_driver
 from effnet_fast.backends import native
-from tolerances import DRIVER_BF16, DRIVER_FP32
 
 RUNS_ON = {"Nehalem": "generic", "Haswell": "avx2"}  # the best of each
 AMX_IS_IN = "avx512_bf16"  # the objects whose functions use the tile unit where told to
@@ -28,19 +26,6 @@ BESIDE_PYTHON = (
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason=f"x86-64 alone, not {platform.machine()}"
 )
-
-
-def run_driver(
-    driver: Path, isa: str, *before: str, fp32: float = DRIVER_FP32
-) -> subprocess.CompletedProcess[str]:
-    command = [*before, str(driver), isa, repr(fp32), repr(DRIVER_BF16)]
-    env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # waiting threads take an emulator's time
-    return subprocess.run(command, capture_output=True, text=True, timeout=3600, env=env)
-
-
-def assert_passes(done: subprocess.CompletedProcess[str], isa: str) -> None:
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}{done.stderr}"
-    assert done.stdout.startswith(f"{isa}: 0 of ")
 
 
 @pytest.fixture(scope="session")

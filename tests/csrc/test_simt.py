@@ -157,7 +157,7 @@ def bf16_objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (sources / path.name).write_text(OTHER_DTYPES.sub("", path.read_text()))
         kernels = [sources / path.name for path in simt.KERNELS]
         objects = simt.compile_objects(folder, [DRIVER, *kernels, *simt.RUNTIME], "-O1")
-        status, text = run(simt.link(folder / "program", objects, "-O1"), ONE_DTYPE)
+        status, text = run(compiling.link(folder / "program", objects, "-O1"), ONE_DTYPE)
         assert status == 0, text
         return folder
 
@@ -175,6 +175,6 @@ def test_the_driver_notices_a_kernel_without(
     broken.write_text(call.join(parts[: at + 1]) + call.join(parts[at + 1 :]))
     objects = [path for path in bf16_objects.glob("*.o") if path.name != f"{file}.o"]
     objects += simt.compile_objects(tmp_path, [broken], "-O1")
-    status, text = run(simt.link(tmp_path / "program", objects, "-O1"), ONE_DTYPE)
+    status, text = run(compiling.link(tmp_path / "program", objects, "-O1"), ONE_DTYPE)
     assert status == 1, text
     assert re.search(SAID[call], text)

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 JOBS = 2
+CPU = ROOT / "csrc/cpu"
 CXX = os.environ.get("CXX", "g++").split()
 
 
@@ -36,30 +37,38 @@ def require_compiler() -> None:
         pytest.skip(f"no C++ compiler: {CXX[0]} is not on PATH")
 
 
-def compile_object(source: Path, out: Path, *flags: str) -> Path:
+def compile_object(source: Path, out: Path, *flags: str, cxx: Sequence[str] = CXX) -> Path:
     """Compiles one file.
 
     Raises:
         AssertionError: the compiler failed; the text is what it said.
     """
-    command = [*CXX, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(out)]
+    command = [*cxx, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def compile_kernels(folder: Path, flags_of: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:
+def compile_kernels(
+    folder: Path,
+    flags_of: Mapping[str, Sequence[str]],
+    isas: Mapping[str, Sequence[str]] | None = None,
+    cxx: Sequence[str] = CXX,
+) -> dict[str, list[Path]]:
     """Compiles csrc/cpu/ for several instruction sets.
 
     Args:
         folder: where the objects go.
         flags_of: flags added to setup.py's own for each instruction set, as "-O1"; sets that
             setup.py does not compile for this machine are left out.
+        isas: the instruction sets of another machine with their flags, as setup.py has them.
+        cxx: words of the compiler's command.
 
     Returns:
         The objects of each instruction set.
     """
     setup = setup_module()
+    isas = setup.ISAS if isas is None else isas
     with ThreadPoolExecutor(JOBS) as pool:
         jobs = {
             isa: [
@@ -68,14 +77,15 @@ def compile_kernels(folder: Path, flags_of: Mapping[str, Sequence[str]]) -> dict
                     source,
                     folder / f"{name.replace('/', '.')}.{isa}.o",
                     *setup.CXX_FLAGS,
-                    *setup.ISAS[isa],
+                    *isas[isa],
                     f"-DEFFNET_ISA={isa}",
                     *flags,
+                    cxx=cxx,
                 )
                 for name, source in setup.cpu_sources().items()
             ]
             for isa, flags in flags_of.items()
-            if isa in setup.ISAS
+            if isa in isas
         }
         return {isa: [job.result() for job in of_isa] for isa, of_isa in jobs.items()}
 
@@ -93,7 +103,9 @@ def built_kernels(isas: Sequence[str]) -> dict[str, list[Path]] | None:
     return objects
 
 
-def link_driver(folder: Path, objects: dict[str, list[Path]], *flags: str) -> Path:
+def link_driver(
+    folder: Path, objects: dict[str, list[Path]], *flags: str, cxx: Sequence[str] = CXX
+) -> Path:
     """Links tests/csrc/driver.cpp with the kernels of these instruction sets."""
     isas = " ".join(f"ISA({isa})" for isa in objects)
     source = ROOT / "tests/csrc/driver.cpp"
@@ -105,10 +117,15 @@ def link_driver(folder: Path, objects: dict[str, list[Path]], *flags: str) -> Pa
         "-Wextra",
         *flags,
         f"-DDRIVER_ISAS={isas}",
+        cxx=cxx,
     )
-    out = folder / "driver"
-    kernels = [str(path) for of_isa in objects.values() for path in of_isa]
-    command = [*CXX, "-fopenmp", *flags, str(driver), *kernels, "-o", str(out)]
+    kernels = [path for of_isa in objects.values() for path in of_isa]
+    return link(folder / "driver", [driver, *kernels], "-fopenmp", *flags, cxx=cxx)
+
+
+def link(out: Path, objects: Sequence[Path], *flags: str, cxx: Sequence[str] = CXX) -> Path:
+    """Links a program."""
+    command = [*cxx, *flags, *map(str, objects), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out

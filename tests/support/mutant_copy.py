@@ -35,6 +35,7 @@ NEEDS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512_bf16": {"avx512_bf16"},
+    "neon": {"asimd"},
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from compiling import CXX, JOBS, ROOT, require_compiler, setup_module
+from compiling import CXX, JOBS, ROOT, link, require_compiler, setup_module
 
 RUNTIME = sorted(p for p in (ROOT / "csrc/simt").glob("*.cpp") if p.stem != "module")
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -61,14 +61,6 @@ def compile_objects(folder: Path, sources: Sequence[Path], *flags: str) -> list[
             for source in sources
         ]
         return [job.result() for job in jobs]
-
-
-def link(out: Path, objects: Sequence[Path], *flags: str) -> Path:
-    """Links a program."""
-    command = [*CXX, *flags, *(str(path) for path in objects), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 def compile_program(folder: Path, sources: Sequence[Path], *flags: str) -> Path:

@@ -24,11 +24,12 @@ DRIVER_BF16 = 4e-3
 # which docs/reliability.md has. Without FMA x * log2(e) loses digits as |x| grows; the slope loses
 # them where 1 - s does. What is stored as bf16 errs by 1.47e-4 at most: 8.6e-5 of the cubic, and
 # 6.1e-5 that any CPU's reciprocal may have.
-_SILU_ULP_FMA = {"sigmoid": 3.5, "silu": 5.0, "slope": 9.0}
-_SILU_ULP_AVX512 = _SILU_ULP_FMA | {"stored_fp32": 25.0, "stored_bf16": 2500.0}
+_SILU_ULP_FMA = {"sigmoid": 3.5, "silu": 5.0, "slope": 9.0, "stored_fp32": 25.0}
+_SILU_ULP_AVX512 = _SILU_ULP_FMA | {"stored_bf16": 2500.0}
 SILU_ULP = {
-    "generic": {"sigmoid": 50.0, "silu": 50.0, "slope": 50.0},
+    "generic": dict.fromkeys(("sigmoid", "silu", "slope", "stored_fp32"), 50.0),
     "avx2": _SILU_ULP_FMA,
+    "neon": _SILU_ULP_FMA,
     "avx512": _SILU_ULP_AVX512,
     "avx512_bf16": _SILU_ULP_AVX512,
 }

@@ -31,18 +31,7 @@ EFFNET_NOINLINE void dense_tile(const DenseOperands& t) {
   const float* b = t.b;
   for (const KBlock* k = t.k; k != t.k_end; k++) {
     const float* const a = t.a + k->offset;
-    const int64_t words = k->words;
-    for (int64_t i = 0; i < words; i++, b += UNITS * kUnit) {
-      Vec weight[kVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; v++) weight[v] = in_register(load(b + v * kLanes));
-#pragma GCC unroll 16
-      for (int p = 0; p < PIXELS; p++) {
-        const Vec x = in_register(broadcast(a + p * STEP * kUnit + i));
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; v++) sum[p][v] = Multiply::add(sum[p][v], x, weight[v]);
-      }
-    }
+    b = add_products<Multiply>(sum, a, STEP * kUnit, b, k->words);
   }
 #pragma GCC unroll 16
   for (int p = 0; p < PIXELS; p++)
@@ -63,7 +52,7 @@ struct DenseTiles {
 template <typename Multiply, int STEP, int UNITS>
 inline DenseTile dense_tile_of(int64_t pixels) {
   using Tiles = DenseTiles<Multiply, STEP, UNITS>;
-  return tile_of_pixels<DenseTile, Tiles>(pixels, PixelCounts<UNITS>());
+  return tile_of_rows<DenseTile, Tiles>(pixels, PixelCounts<UNITS>());
 }
 
 #if defined(__AVX512BF16__)

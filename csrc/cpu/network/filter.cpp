@@ -17,11 +17,8 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kMaxOutputs = 14;  // of a tile: as many chains of FMA, 5 weights, 2 operands
-#else
-constexpr int kMaxOutputs = 8;
-#endif
+// Of a tile: as many chains of FMA, 5 weights and 2 operands in the registers.
+constexpr int kMaxOutputs = kRegisters == 32 ? 14 : 8;
 
 // Outputs [0, TILE) of one row and channel vector, stored as T kBlock apart; returns their sum
 // where the block has squeeze-and-excite. rows[i]: row i of the window at the first column; TAPS =
@@ -102,18 +99,15 @@ using FilterTile = Vec (*)(T*, const float* const*, int64_t, const float*, const
                            const BlockLayer&);
 
 template <typename T, typename A, int TAPS, int STEP>
+struct FilterTiles {
+  template <int TILE>
+  static constexpr FilterTile<T> of = filter_tile<TAPS, STEP, TILE, T, A>;
+};
+
+template <typename T, typename A, int TAPS, int STEP>
 FilterTile<T> filter_tile_of(int64_t outputs) {
-#define EFFNET_TILE(n) filter_tile<TAPS, STEP, n, T, A>
-  static constexpr FilterTile<T> tiles[] = {
-      EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),  EFFNET_TILE(4),
-      EFFNET_TILE(5),  EFFNET_TILE(6),  EFFNET_TILE(7),  EFFNET_TILE(8),
-#if defined(__AVX512F__)
-      EFFNET_TILE(9),  EFFNET_TILE(10), EFFNET_TILE(11), EFFNET_TILE(12),
-      EFFNET_TILE(13), EFFNET_TILE(14),
-#endif
-  };
-#undef EFFNET_TILE
-  return tiles[outputs - 1];
+  using Outputs = std::make_integer_sequence<int, kMaxOutputs>;
+  return tile_of_rows<FilterTile<T>, FilterTiles<T, A, TAPS, STEP>>(outputs, Outputs());
 }
 
 template <typename T>

@@ -4,10 +4,8 @@
 // 16]. A word holds one fp32 number or two bf16 ones; K counts words.
 #pragma once
 
-#include <utility>
-
 #include "cpu/network/args.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/tile.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -18,14 +16,14 @@ constexpr int kParts = kUnit / kLanes;  // vectors of a unit
 // 28 accumulators, 2 weights and 2 broadcasts in 32 registers: 28 FMA for 16 loads; 27 for 12 with
 // 3 units.
 constexpr int kTileUnits = 2, kTilePixels = 14, kWidePixels = 9;
+#elif defined(EFFNET_NEON)
+// 24 accumulators, 6 operands by lane and 2 weights in 32 registers: 96 FMA for 22 loads.
+constexpr int kTileUnits = 1, kTilePixels = 6, kWidePixels = 0;
 #else
 // 12 accumulators, the unit's weights and one broadcast in 16 registers.
 constexpr int kTileUnits = 1, kTilePixels = 12 / kParts, kWidePixels = 0;
 #endif
 
-struct MultiplyFloat {
-  static EFFNET_INLINE Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
-};
 #if defined(__AVX512BF16__)
 struct MultiplyPairs {
   static EFFNET_INLINE Vec add(Vec sum, Vec a, Vec b) {
@@ -63,19 +61,7 @@ EFFNET_NOINLINE void product_tile(const TileOperands& t) {
   for (int64_t k = t.k; k > 0; k -= kUnit, a += a_step, ahead += kAhead) {
 #pragma GCC unroll 16
     for (int i = 0; i < kAhead; i += kUnit) __builtin_prefetch(ahead + i, 0, 2);
-    const int64_t words = min_of(k, kUnit);
-    for (int64_t i = 0; i < words; i++, b += UNITS * kUnit) {
-      Vec weight[kVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; v++) weight[v] = in_register(load(b + v * kLanes));
-      if constexpr (FETCH) __builtin_prefetch(a + (PIXELS + i) * kUnit, 0, 3);
-#pragma GCC unroll 16
-      for (int p = 0; p < PIXELS; p++) {
-        const Vec x = in_register(broadcast(a + p * kUnit + i));
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; v++) sum[p][v] = Multiply::add(sum[p][v], x, weight[v]);
-      }
-    }
+    b = add_products<Multiply, FETCH>(sum, a, kUnit, b, min_of(k, kUnit));
   }
 #pragma GCC unroll 16
   for (int p = 0; p < PIXELS; p++)
@@ -90,13 +76,7 @@ using ProductTile = void (*)(const TileOperands&);
 // Panels have kTileUnits units but for the last, which has what is left over too.
 constexpr int kMaxUnits = 2 * kTileUnits - 1;
 
-// A table of tiles by their number of pixels: 1 to kTilePixels, kWidePixels of more than kTileUnits
-// units. Tiles::of<PIXELS> is one of them.
-template <typename Tile, typename Tiles, int... COUNT>
-inline Tile tile_of_pixels(int64_t pixels, std::integer_sequence<int, COUNT...>) {
-  static constexpr Tile tiles[] = {Tiles::template of<COUNT + 1>...};
-  return tiles[pixels - 1];
-}
+// Tiles have 1 to kTilePixels pixels, those of more than kTileUnits units up to kWidePixels.
 template <int UNITS>
 using PixelCounts =
     std::make_integer_sequence<int, (UNITS > kTileUnits ? kWidePixels : kTilePixels)>;
@@ -110,7 +90,7 @@ struct ProductTiles {
 template <typename Multiply, int UNITS, bool FETCH>
 inline ProductTile product_tile_of(int64_t pixels) {
   using Tiles = ProductTiles<Multiply, UNITS, FETCH>;
-  return tile_of_pixels<ProductTile, Tiles>(pixels, PixelCounts<UNITS>());
+  return tile_of_rows<ProductTile, Tiles>(pixels, PixelCounts<UNITS>());
 }
 
 }  // namespace EFFNET_ISA

@@ -54,6 +54,23 @@ EFFNET_INLINE Vec silu_as(Vec x) {
   }
 }
 
+#elif defined(__AVX2__) || defined(EFFNET_NEON)
+
+// As `logistic`, but with log2(e) in one part and a degree less: relative error of 2^f 9.1e-8. The
+// quotient is formed at once.
+template <typename T>
+EFFNET_INLINE Vec silu_as(Vec x) {
+  const Vec v = exp_argument(x), rounded = v * kMinusLog2E + kRound;
+  const Vec f = v * kMinusLog2E - (rounded - kRound);
+  Vec p = splat(1.326471451e-03f);
+  p = p * f + 9.671512991e-03f;
+  p = p * f + 5.550733954e-02f;
+  p = p * f + 2.402224243e-01f;
+  p = p * f + 6.931470037e-01f;
+  p = p * f + 1.0f;
+  return x / (1.0f + scaled(p, rounded));
+}
+
 #else
 
 template <typename T>

@@ -22,7 +22,7 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-constexpr int kGradTile = kLanes == 16 ? 8 : 4;  // dz vectors held at once, within the registers
+constexpr int kGradTile = kRegisters == 32 ? 8 : 4;  // dz vectors held at once, within the registers
 constexpr int64_t kGroupRows = 4;                // rows of dz formed at a time
 constexpr int64_t kDataRows = 2 * kGroupRows;    // rows of grad_x written at a time
 constexpr int64_t kPlaneBytes = 512 << 10;       // planes of dz of a task
@@ -156,7 +156,7 @@ EFFNET_INLINE void grad_weight_vector(const Task& task, Range rows, int64_t firs
     };
     const float* from = in.data + (own.begin * STEP - s.pad_t + kh - in_row) * in.row;
     if constexpr (K > 0) {
-      constexpr int PARTS = TILE < 2 ? 1 : K == 3 && kLanes == 16 ? 3 : 2;  // chains per tap
+      constexpr int PARTS = TILE < 2 ? 1 : K == 3 && kRegisters == 32 ? 3 : 2;  // chains per tap
       Vec acc[K * PARTS] = {};
       for (int64_t oh = own.begin; oh < own.end; oh++, from += STEP * in.row) {
         const float* dz = next_dz();

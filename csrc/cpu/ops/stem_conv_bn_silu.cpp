@@ -24,12 +24,8 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-constexpr int kVecs = 2;  // vectors of output channels side by side
-#if defined(__AVX512F__)
-constexpr int kTaps = 12;  // 24 accumulators of 32 registers
-#else
-constexpr int kTaps = 5;
-#endif
+constexpr int kVecs = 2;                          // vectors of output channels side by side
+constexpr int kTaps = kRegisters == 32 ? 12 : 5;  // 24 accumulators of 32 registers, 10 of 16
 constexpr int64_t kChain = 128;  // products added up in one chain: longer ones lose digits
 constexpr int64_t kBlock = 8;    // pixels per visit of a channel vector
 
@@ -83,17 +79,7 @@ EFFNET_NOINLINE void conv_tile(float* out, const float* x, int64_t step, const f
   for (int p = 0; p < kPixels; p++)
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; v++) sum[p][v] = add ? load(out + (p * VECS + v) * kLanes) : Vec{};
-  for (int64_t i = 0; i < count; i++, x++, weight += VECS * kLanes) {
-    Vec w[VECS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECS; v++) w[v] = in_register(load(weight + v * kLanes));
-#pragma GCC unroll 16
-    for (int p = 0; p < kPixels; p++) {
-      const Vec value = in_register(broadcast(x + p * step));
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; v++) sum[p][v] += value * w[v];
-    }
-  }
+  add_products<MultiplyFloat>(sum, x, step, weight, count);
 #pragma GCC unroll 16
   for (int p = 0; p < kPixels; p++)
 #pragma GCC unroll 4
@@ -256,18 +242,15 @@ EFFNET_NOINLINE void grad_tile(float* sum, int64_t columns, const float* x, int6
 using GradTile = void (*)(float*, int64_t, const float*, int64_t, const float*, int64_t);
 
 template <int VECS>
+struct GradTiles {
+  template <int TAPS>
+  static constexpr GradTile of = grad_tile<TAPS, VECS>;
+};
+
+template <int VECS>
 GradTile grad_tile_of(int64_t taps) {
-#define EFFNET_TILE(n) grad_tile<n, VECS>
-  static constexpr GradTile tiles[] = {
-      EFFNET_TILE(1),  EFFNET_TILE(2), EFFNET_TILE(3), EFFNET_TILE(4), EFFNET_TILE(5),
-#if defined(__AVX512F__)
-      EFFNET_TILE(6),  EFFNET_TILE(7), EFFNET_TILE(8), EFFNET_TILE(9), EFFNET_TILE(10),
-      EFFNET_TILE(11), EFFNET_TILE(12)
-#endif
-  };
-#undef EFFNET_TILE
-  static_assert(sizeof(tiles) / sizeof(tiles[0]) == kTaps);
-  return tiles[taps - 1];
+  using Taps = std::make_integer_sequence<int, kTaps>;
+  return tile_of_rows<GradTile, GradTiles<VECS>>(taps, Taps());
 }
 
 // Adds the current row's products to grad [Kh][Kw][C][out padded].

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/simd/moments.h"
+#include "cpu/simd/tile.h"
 #include "cpu/stem_args.h"
 
 namespace effnet {
@@ -9,6 +10,8 @@ namespace EFFNET_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kPixels = 14;  // of a tile, times 2 vectors: 28 accumulators of 32 registers
+#elif defined(EFFNET_NEON)
+constexpr int kPixels = 8;  // 16 accumulators and 8 operands by lane
 #else
 constexpr int kPixels = 6;
 #endif

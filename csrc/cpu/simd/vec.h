@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(EFFNET_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "common/geometry.h"
@@ -26,6 +28,12 @@ constexpr int kLanes = 16;
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
+#endif
+// Vector registers, by which tiles are cut.
+#if defined(__AVX512F__) || defined(EFFNET_NEON)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
@@ -51,6 +59,10 @@ EFFNET_INLINE Vec broadcast(const float* p) {
   return (Vec)_mm512_set1_ps(*p);
 #elif defined(__AVX2__)
   return (Vec)_mm256_broadcast_ss(p);
+#elif defined(EFFNET_NEON)
+  // A multiplication takes its factor from one lane: this is a load alone.
+  const float v = *p;
+  return Vec{v, v, v, v};
 #else
   return splat(*p);
 #endif
@@ -85,6 +97,8 @@ EFFNET_INLINE void fetch(const T* p) {
 EFFNET_INLINE Vec in_register(Vec v) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(v));
+#elif defined(EFFNET_NEON)
+  __asm__("" : "+w"(v));
 #endif
   return v;
 }
@@ -217,15 +231,55 @@ EFFNET_INLINE Vec logistic(Vec x) {
   return (Vec)_mm512_fixupimm_ps(r, d, _mm512_set1_epi32(8 << 20), 0);
 }
 #else
+// The smaller and the larger of two, of a NaN either: minimum and maximum as the CPU has them.
+EFFNET_INLINE Vec smaller(Vec a, Vec b) {
+#if defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(EFFNET_NEON)
+  return (Vec)vminq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+EFFNET_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(EFFNET_NEON)
+  return (Vec)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+constexpr float kMinusLog2E = -1.44269504088896341f;
+
+// p * 2^n for p in (0.7, 1.5), `rounded` = n + kRound: n is added to the exponent. Beyond the
+// largest float it is inf, with n = 128 at the most.
+EFFNET_INLINE Vec scaled(Vec p, Vec rounded) {
+  const IVec bits = (IVec)p + ((IVec)rounded << 23);
+  [[maybe_unused]] constexpr int32_t kInf = 0x7f800000;
+#if defined(__AVX2__)
+  return (Vec)_mm256_min_epi32((__m256i)bits, _mm256_set1_epi32(kInf));
+#elif defined(EFFNET_NEON)
+  return (Vec)vminq_s32((int32x4_t)bits, vdupq_n_s32(kInf));
+#else
+  return (Vec)bits;  // the caller sees to it that p is 1 there
+#endif
+}
+
+// exp(-x) has this argument: the result is 1 from 17.4 on, and exp(89) is inf.
+EFFNET_INLINE Vec exp_argument(Vec x) { return larger(smaller(x, splat(87.0f)), splat(-89.0f)); }
+
 EFFNET_INLINE Vec logistic(Vec x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  constexpr float kMinusLog2E = -1.44269504088896341f;
   constexpr float kLog2EHigh = -1.4423828125f, kLog2ELow = -3.12228388896341e-4f;
-  Vec v = x < 87.0f ? x : splat(87.0f);          // the result is 1 from 17.4 on
-  v = v > -89.0f ? v : splat(-89.0f);            // exp(89) is inf
-  Vec n = (v * kMinusLog2E + kRound) - kRound;   // in [-126, 128]
+  const Vec v = exp_argument(x);
+  const Vec rounded = v * kMinusLog2E + kRound;  // n in [-126, 128]
+  const Vec n = rounded - kRound;
   Vec f = (v * kLog2EHigh - n) + v * kLog2ELow;  // in two parts: there may be no FMA
-  f = v < -88.72f ? Vec{} : f;                   // 2^128 comes out as inf
+#if !defined(__AVX2__) && !defined(EFFNET_NEON)
+  f = v < -88.72f ? Vec{} : f;  // 2^128 comes out as inf
+#endif
   // 2^f on [-0.5, 0.5], minimax of degree 6 (Lawson iteration), exactly 1 at 0: relative error
   // 2.0e-09.
   Vec p = splat(1.535336194e-04f);
@@ -235,8 +289,7 @@ EFFNET_INLINE Vec logistic(Vec x) {
   p = p * f + 2.402264791e-01f;
   p = p * f + 6.931472029e-01f;
   p = p * f + 1.0f;
-  const IVec exponent = __builtin_convertvector(n, IVec) << 23;
-  return 1.0f / (1.0f + (Vec)((IVec)p + exponent));
+  return 1.0f / (1.0f + scaled(p, rounded));
 }
 #endif
 

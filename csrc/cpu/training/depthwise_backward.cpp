@@ -21,7 +21,7 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-constexpr int kGradTile = kLanes == 16 ? 8 : 4;  // dz vectors held at once, within the registers
+constexpr int kGradTile = kRegisters == 32 ? 8 : 4;  // dz vectors held at once, within the registers
 constexpr int64_t kGroup = 4;                    // rows of dz formed at a time
 
 // Packed per channel vector: of dz2, then of x.
@@ -159,7 +159,7 @@ EFFNET_NOINLINE void weight_tile(const Task& task, Range rows, int64_t ow) {
       const int64_t begin = max_of(rows.begin, ceil_div(max_of(0, s.pad_t - kh), STEP));
       const int64_t last = s.h - 1 + s.pad_t - kh, end = last < 0 ? 0 : last / STEP + 1;
       const Range own = {begin, min_of(rows.end, end)};
-      constexpr int PARTS = TILE < 2 ? 1 : K == 3 && kLanes == 16 ? 3 : 2;  // chains per tap
+      constexpr int PARTS = TILE < 2 ? 1 : K == 3 && kRegisters == 32 ? 3 : 2;  // chains per tap
       Vec acc[max_of(1, K) * PARTS] = {};
       for (int64_t oh = own.begin; oh < own.end; oh++) {
         const float* dz = task.dz.plane(task.dz.after(first_slot, oh - rows.begin), v) + column;

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cpu/args.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/tile.h"
 
 #include "common/mbconv_split.h"
 
@@ -17,7 +17,8 @@ constexpr int kPanelVecs = 2;  // vectors of output channels side by side
 // 28 and 24 accumulators of 32 registers.
 constexpr int kTileRows = 14, kGradRows = 8, kGradVecs = 3;
 #else
-constexpr int kTileRows = 6, kGradRows = 4, kGradVecs = 3;
+// NEON: 16 accumulators and 8 operands by lane.
+constexpr int kTileRows = kRegisters == 32 ? 8 : 6, kGradRows = 4, kGradVecs = 3;
 #endif
 constexpr int64_t kDepth = 128;      // products added up in one chain: longer ones lose digits
 constexpr int64_t kMaxPixels = 112;  // of a chunk
@@ -75,20 +76,8 @@ template <int ROWS, int VECS>
 EFFNET_NOINLINE void panel_tile(float* out, const float* a, int64_t step, const float* b, int64_t k,
                                 bool add) {
   Vec sum[ROWS][VECS] = {};
-  for (; k > 0; k -= kLanes, a += step) {
-    const int64_t words = min_of(k, kLanes);
-    for (int64_t i = 0; i < words; i++, b += VECS * kLanes) {
-      Vec weight[VECS];
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; v++) weight[v] = in_register(load(b + v * kLanes));
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; r++) {
-        const Vec x = in_register(broadcast(a + r * kLanes + i));
-#pragma GCC unroll 4
-        for (int v = 0; v < VECS; v++) sum[r][v] += x * weight[v];
-      }
-    }
-  }
+  for (; k > 0; k -= kLanes, a += step)
+    b = add_products<MultiplyFloat>(sum, a, kLanes, b, min_of(k, kLanes));
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -101,20 +90,15 @@ EFFNET_NOINLINE void panel_tile(float* out, const float* a, int64_t step, const 
 using PanelTile = void (*)(float*, const float*, int64_t, const float*, int64_t, bool);
 
 template <int VECS>
+struct PanelTiles {
+  template <int ROWS>
+  static constexpr PanelTile of = panel_tile<ROWS, VECS>;
+};
+
+template <int VECS>
 inline PanelTile panel_tile_of(int64_t rows) {
-#define EFFNET_TILE(n) panel_tile<n, VECS>
-#if defined(__AVX512F__)
-  static constexpr PanelTile tiles[] = {
-      EFFNET_TILE(1),  EFFNET_TILE(2),  EFFNET_TILE(3),  EFFNET_TILE(4), EFFNET_TILE(5),
-      EFFNET_TILE(6),  EFFNET_TILE(7),  EFFNET_TILE(8),  EFFNET_TILE(9), EFFNET_TILE(10),
-      EFFNET_TILE(11), EFFNET_TILE(12), EFFNET_TILE(13), EFFNET_TILE(14)};
-#else
-  static constexpr PanelTile tiles[] = {EFFNET_TILE(1), EFFNET_TILE(2), EFFNET_TILE(3),
-                                        EFFNET_TILE(4), EFFNET_TILE(5), EFFNET_TILE(6)};
-#endif
-#undef EFFNET_TILE
-  static_assert(sizeof(tiles) / sizeof(tiles[0]) == kTileRows);
-  return tiles[rows - 1];
+  using Rows = std::make_integer_sequence<int, kTileRows>;
+  return tile_of_rows<PanelTile, PanelTiles<VECS>>(rows, Rows());
 }
 
 // out [pixels][VECS * kLanes] = A B, A in panels of `pixels` pixels, B [k][VECS * kLanes]. All
