@@ -29,6 +29,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "effnet_fast.ops": None,
     "effnet_fast.reference": None,
     "effnet_fast.scaling": None,
+    "effnet_fast.training": None,
 }
 
 
