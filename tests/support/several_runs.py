@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from effnet_fast.models import EfficientNet
 from effnet_fast.training import train
 from effnet_fast.training.runs import sharding

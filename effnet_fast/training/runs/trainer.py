@@ -216,14 +216,15 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Evaluates, writes the epoch's row, and saves."""
         begun = time.perf_counter()
-        self.unreadable.exchange()
         if not self.images:
+            self.unreadable.exchange()
             path, reason = next(iter(self.unreadable.reasons().items()))
             raise ValueError(f"no training image can be read ({path}: {reason}, ...)")
         found = self._evaluate()
         if found is None:
             self.save()
             raise self._stopped()
+        self.unreadable.exchange()
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,

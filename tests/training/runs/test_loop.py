@@ -154,7 +154,7 @@ def test_a_crashed_run_continues_bit_for_bit(finished, data, tmp_path, step):
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("model", [None, TINY])
+@pytest.mark.parametrize("model", [None, pytest.param(TINY, marks=pytest.mark.exhaustive)])
 def test_a_resumed_run_needs_no_file_of_weights(finished, data, tmp_path, monkeypatch, model):
     """The state has the network and its weights: the file may be gone, relative names too."""
     given = {**SMALL, "weights": "begin.safetensors", "model": model, "ema": 0.5}
