@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import torchvision_cpu  # noqa: F401  (before any import of torchvision)
 from effnet_fast.models import EfficientNet
@@ -73,22 +74,20 @@ def evaluated(data: str, strategy: str = "ddp", batch: int = 4) -> dict[str, flo
         processes.close()
 
 
-def stepped(strategy: str, steps: int, batch: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights after steps of SGD on random images."""
+def stepped(strategy: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights of a random network after six steps of AdamW on batches of three: ill-conditioned."""
     processes = Processes("cpu", "fp32", strategy)
     try:
-        model = network().to(dtype).train()
+        torch.manual_seed(0)
+        model = EfficientNet(TINY, num_classes=3).to(dtype).train()
         for module in model.modules():
             if type(module).__name__ in ("Dropout", "StochasticDepth"):
                 module.eval()
-        optimizer_of = Recipe(optimizer="sgd", rate=1e-2)
         wrapped = processes.prepare(model)
-        optimizer = make_optimizer(model, optimizer_of, batch, is_sharded=processes.is_sharded)
-        for step in range(steps):
-            seed = step * processes.world + processes.rank
-            x = random_images(batch, TINY.resolution, seed=seed).to(dtype)
-            loss = (wrapped(x) * torch.arange(3.0).to(dtype)).square().mean()
-            loss.backward()
+        optimizer = make_optimizer(model, Recipe(), 3, is_sharded=processes.is_sharded)
+        for step in range(6):
+            x = random_images(3, 32, seed=step * processes.world + processes.rank).to(dtype)
+            F.cross_entropy(wrapped(x), torch.arange(3)).backward()
             optimizer.step()
             optimizer.zero_grad()
         state = sharding.model_state(model, processes.is_sharded)
