@@ -50,9 +50,10 @@ class Evaluation:
     seconds: float = 0.0
     unreadable: int = 0
     agreement: dict[str, Any] | None = None
-    _problems: list[tuple[int, str, str]] = field(default_factory=list)  # with places in the list
+    # With their places in the list.
+    _problems: list[tuple[int, str, str]] = field(default_factory=list, init=False)
 
-    def count(self, found: Answers, images: ImageList) -> None:
+    def _count(self, found: Answers, images: ImageList) -> None:
         """Counts answers to images of a list."""
         problems = [(i, reason) for i, reason, _ in found.places() if reason is not None]
         room = NAMED - len(self._problems)
@@ -60,7 +61,7 @@ class Evaluation:
         self.unreadable += found.unreadable
         self.tally.add(*found.counted())
 
-    def share(self, share: Share) -> None:
+    def _share(self, share: Share) -> None:
         """Makes it that of all processes."""
         self.tally.share(share.add_up)
         everyone = share.gather((self.seconds, self.unreadable, self._problems))
@@ -150,13 +151,13 @@ def evaluate(
         begin = time.perf_counter()
         with inference.answers(answering, device, workers=workers) as answer:
             for found in answer(batches):
-                result.count(found, images)
+                result._count(found, images)
                 if report is not None:
                     report(len(found.indices), found.unreadable)
                 if unreadable_limit is not None and result.unreadable > unreadable_limit:
                     break  # the others are told below
         result.seconds = time.perf_counter() - begin
-        result.share(share)
+        result._share(share)
         check_limit(result.unreadable, unreadable_limit, result.first_unreadable)
         if compared and options.backend != "reference":
             result.agreement = _agreement(model, answering, device, compared, share)

@@ -90,6 +90,8 @@ class Pool:
                 "this process"
             ) from error
         context = context_of(forks=False)
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload([__name__, "PIL.Image"])
         self._counters = [context.Value("q", STOP) for _ in range(BUFFERS)]
         filling = _Filling(pickled, self._counters, Image.MAX_IMAGE_PIXELS)
         self._workers: Workers[bytes, dict[int, str]] = Workers(filling, workers)

@@ -28,7 +28,6 @@ Result = TypeVar("Result")
 AHEAD = 2  # tasks that a worker holds: the next one waits there while it computes
 WINDOW = 8  # tasks per worker that may be ahead of the oldest one that is unanswered
 PATIENCE = 5.0  # seconds for a worker whose pipe has ended to have an exit code
-PRELOADED = ("effnet_fast.training.data.groups", "PIL.Image")
 HINT = (
     "A script that reads images with workers keeps its code under `if __name__ == '__main__':`; "
     "workers=0 reads in this process, and needs the least memory"
@@ -48,11 +47,7 @@ def context_of(forks: bool) -> Any:
     methods = multiprocessing.get_all_start_methods()
     if forks and sys.platform.startswith("linux"):
         return multiprocessing.get_context("fork")
-    if "forkserver" not in methods:
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    return context
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
 
 class Workers(Generic[Task, Result]):
