@@ -37,7 +37,6 @@ from effnet_fast.training.runs.optimization import MovingAverage, make_optimizer
 from effnet_fast.training.runs.processes import Processes
 from effnet_fast.training.runs.recipe import Recipe, read_recipe
 from effnet_fast.training.runs.settings import Settings
-from effnet_fast.training.runs.validation import evaluate
 
 COLUMNS = (
     *("task", "contestant", "seed", "epochs", "top1", "top5", "loss"),
@@ -109,7 +108,7 @@ def train_stock(task: Task, data: str, seed: int, changes: Mapping[str, Any]) ->
     state.seed_everything(seed + RANK_SEEDS)
     feed = Feed(images, recipe, settings, network.preset_of(own), processes)
     try:
-        return _run_plainly(task, own, recipe, feed, processes)
+        return _run_plainly(task, own, recipe, feed)
     finally:
         feed.close()
         processes.close()
@@ -132,9 +131,7 @@ def torchvision_network(own: Any, task: Task, recipe: Recipe) -> nn.Module:
     return stock
 
 
-def _run_plainly(
-    task: Task, own: Any, recipe: Recipe, feed: Feed, processes: Processes
-) -> dict[str, float]:
+def _run_plainly(task: Task, own: Any, recipe: Recipe, feed: Feed) -> dict[str, Any]:
     model = torchvision_network(own, task, recipe) if task.torchvision else own
     model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(Grouped(model, own), recipe, recipe.batch)
@@ -158,8 +155,7 @@ def _run_plainly(
                 average.update(model)
         seconds += time.perf_counter() - begun
     kept = (model if average is None else average.model).eval()
-    batches = feed.validate()
-    found = evaluate(kept, batches, feed.preset.normalise, processes, lambda: False)
+    found = feed.evaluate(kept, lambda _: False)
     assert found is not None
     images = recipe.epochs * feed.sampler.length
     return {**found, "images_per_second": images / seconds, "seconds": seconds}

@@ -54,7 +54,8 @@ def save(
         path: `.safetensors`, or `.pth`, `.pt`, `.bin` for torch.save. An existing file is
             replaced, even one that the tensors are mapped from.
         metadata: text entries of a safetensors file; other files have no place for them. Both kinds
-            of file keep the family that a network from a checkpoint put into its state dict.
+            of file keep the family that a network from a checkpoint put into its state dict. Equal
+            tensors and entries make equal bytes of a safetensors file.
 
     Raises:
         ValueError: another suffix; an entry that is no tensor, or one without plain memory (sparse,
@@ -76,6 +77,7 @@ def save(
             permissions = temporary.stat().st_mode
             with _told_plainly():
                 save_file(tensors, temporary, metadata=metadata)
+                _sort_metadata(temporary)
             os.chmod(temporary, permissions)  # safetensors makes files for their owner alone
         else:
             with open(temporary, "wb") as file:
@@ -117,6 +119,23 @@ def save_folder(
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the text entries of a safetensors file in order of their names.
+
+    safetensors writes them in an order that differs from call to call. The header keeps its length:
+    https://github.com/huggingface/safetensors#format.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise ValueError(f"a header of {length} bytes is written anew with {len(text)}")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _own(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from effnet_fast.cli import common, networks, predict, process
-from effnet_fast.training.answers import evaluation
-from effnet_fast.training.answers.prediction import Means
+from effnet_fast.training.answers import evaluation, shares
+from effnet_fast.training.answers.prediction import Resources
 
 SHOWN = 20  # classes in the table that is printed; --json and --out have all
 EXAMPLES = """examples:
@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="stop with an error when more images cannot be read (default: no limit)",
     )
-    predict.add_means(parser)
+    predict.add_resources(parser)
     parser.set_defaults(run=run)
 
 
@@ -71,18 +71,20 @@ def run(arguments: argparse.Namespace) -> None:
         with common.bad_input(OSError):
             arguments.out.mkdir(parents=True, exist_ok=True)
     network, options = predict.load(arguments)
-    errors = (OSError, ValueError, NotImplementedError, ImportError)
-    with common.bad_input(*errors), predict.noted_warnings(), predict.Progress(arguments) as bar:
+    given = common.bad_input(*predict.BAD_INPUT)
+    with given, predict.noted_warnings(), predict.Progress(arguments) as bar:
         result = evaluation.evaluate(
             network.model,
             arguments.data,
             preset=network.preset,
             options=options,
-            means=Means(arguments.batch, arguments.workers),
+            resources=Resources(arguments.batch, arguments.workers),
             compared=arguments.compare,
             unreadable_limit=arguments.unreadable_limit,
             on_rows=bar.begin,
         )
+    if not shares.is_first():
+        return
     for path, reason in result.first_unreadable:
         process.note(f"{path}: {reason}")
     report = {"model": network.size, "weights": network.weights, **result.as_dict()}
@@ -112,6 +114,7 @@ def _print(report: dict[str, Any]) -> None:
         ["top-5", _share(report["top5"])],
         ["mean recall of the classes", _share(report["mean_recall"])],
         ["calibration error (ECE)", _share(report["ece"])],
+        ["loss (cross entropy)", "-" if report["loss"] is None else f"{report['loss']:.4f}"],
         ["images per second", f"{report['images_per_second'] or 0:,.1f}"],
     ]
     agreement = report["agreement"]

@@ -137,7 +137,7 @@ def _published(text: str, arguments: argparse.Namespace) -> Network:
 def _of_file(text: str, arguments: argparse.Namespace) -> Network:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        model, preset, _ = run_folder.load(
+        model, preset, _ = run_folder.load_run(
             text,
             family=arguments.family,
             variant=arguments.model,

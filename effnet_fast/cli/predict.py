@@ -15,9 +15,11 @@ import torch
 from tqdm import tqdm
 
 from effnet_fast.cli import common, networks, process
-from effnet_fast.training.answers import inference, outputs, prediction
-from effnet_fast.training.answers.prediction import Means, OnRows, Options
+from effnet_fast.training.answers import inference, outputs, prediction, shares
+from effnet_fast.training.answers.prediction import OnRows, PredictionOptions, Resources
+from effnet_fast.training.data.workers import WorkerError
 
+BAD_INPUT = (OSError, ValueError, NotImplementedError, ImportError, WorkerError)
 EXAMPLES = """examples:
   effnet-fast predict runs/pets photos --out pets.csv
   effnet-fast predict EfficientNet_Lite0_Weights.DEFAULT photos --out features.parquet --embeddings
@@ -54,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--embeddings", action="store_true", help="write pooled features instead of classes"
     )
-    add_means(parser)
+    add_resources(parser)
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -64,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_means(parser: argparse.ArgumentParser) -> None:
+def add_resources(parser: argparse.ArgumentParser) -> None:
     """Adds the options that eval and predict share: dtype, draft, device, batch, workers, ..."""
     parser.add_argument(
         "--dtype",
@@ -98,22 +100,23 @@ def run(arguments: argparse.Namespace) -> None:
         outputs.check_suffix(arguments.out)
     common.check_writable("--out", arguments.out)
     network, options = load(arguments, top=arguments.top, embeddings=arguments.embeddings)
-    errors = (OSError, ValueError, NotImplementedError, ImportError)
-    with common.bad_input(*errors), noted_warnings(), Progress(arguments) as bar:
+    with common.bad_input(*BAD_INPUT), noted_warnings(), Progress(arguments) as bar:
         report = prediction.predict(
             network.model,
             arguments.data,
             arguments.out,
             preset=network.preset,
             options=options,
-            means=Means(arguments.batch, arguments.workers, arguments.ray),
+            resources=Resources(arguments.batch, arguments.workers, arguments.ray),
             on_rows=bar.begin,
         )
-    if os.environ.get("RANK", "0") == "0":
+    if shares.is_first():
         common.print_report(arguments, report, _print)
 
 
-def load(arguments: argparse.Namespace, **options: Any) -> tuple[networks.Network, Options]:
+def load(
+    arguments: argparse.Namespace, **options: Any
+) -> tuple[networks.Network, PredictionOptions]:
     """The network that the arguments name, on its device, and the options.
 
     Raises:
@@ -124,7 +127,7 @@ def load(arguments: argparse.Namespace, **options: Any) -> tuple[networks.Networ
         labels = networks.find_labels(network, arguments.labels)
     network.model.to(_device(arguments.device))
     given = {name: getattr(arguments, name) for name in ("dtype", "backend", "draft")}
-    return network, Options(labels=labels, **given, **options)
+    return network, PredictionOptions(labels=labels, **given, **options)
 
 
 @contextlib.contextmanager
@@ -159,8 +162,7 @@ class Progress:
     """A bar of images with rate and remaining time, on a terminal alone."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        first = os.environ.get("RANK", "0") == "0"
-        self._silent = arguments.no_progress or not first or not sys.stderr.isatty()
+        self._silent = arguments.no_progress or not shares.is_first() or not sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
         self._unreadable = 0
 

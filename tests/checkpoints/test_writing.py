@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,3 +113,34 @@ def test_refuses_other_suffixes_and_folders(tmp_path):
         with pytest.raises(FileNotFoundError) as caught:
             checkpoints.save(state(), tmp_path / "absent" / f"a{suffix}")
         assert caught.value.filename == str(tmp_path / "absent")
+
+
+WRITES = """
+import sys, torch
+from effnet_fast import checkpoints
+state = {name: torch.full((3,), 1.0) for name in "abcdefgh"}
+checkpoints.save(state, sys.argv[1], {name: "é\\u0007/" * 3 for name in "zyxwvutsr"})
+"""
+
+
+def test_equal_content_makes_equal_bytes(tmp_path):
+    path = tmp_path / "x.safetensors"
+    metadata = {f"entry {i}": 'é"\\/\x07\x7f' * i for i in range(20)}
+    found = set()
+    for names in (list(metadata), sorted(metadata, reverse=True)):
+        checkpoints.save(state(), path, {name: metadata[name] for name in names})
+        found.add(path.read_bytes())
+    assert len(found) == 1
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
+
+
+@pytest.mark.exhaustive
+def test_processes_write_equal_bytes(tmp_path):
+    found = set()
+    for seed in ("1", "2"):
+        path = tmp_path / f"{seed}.safetensors"
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", WRITES, path], check=True, env=environment)
+        found.add(path.read_bytes())
+    assert len(found) == 1

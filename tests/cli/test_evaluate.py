@@ -56,6 +56,7 @@ def test_table_and_files(weights, data, tmp_path, capsys):
     out = run((weights, data, "--out", folder, "--compare", 0), capsys).out
     assert re.search("^top-1 +100.00%$", out, re.MULTILINE)
     assert "class" in out
+    assert re.search(r"^loss \(cross entropy\) +\d\.\d{4}$", out, re.MULTILINE)
     assert "stock" not in out
     names = ["calibration.csv", "classes.csv", "confusion.csv", "confusion.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -72,7 +73,7 @@ def test_does_without_matplotlib(weights, data, tmp_path, capsys, monkeypatch):
 
 
 def test_refuses_bad_input(weights, data, tmp_path, capsys):
-    assert "more than the 0 allowed" in refused((weights, data, "--unreadable-limit", 0), capsys)
+    assert "and 0 are allowed" in refused((weights, data, "--unreadable-limit", 0), capsys)
     (data / CLASSES[1]).rename(data / "oak")
     answered.picture(0).save(data / "oak" / "one.png")
     message = refused((weights, data), capsys)

@@ -29,6 +29,7 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "effnet_fast.ops": None,
     "effnet_fast.reference": None,
     "effnet_fast.scaling": None,
+    "effnet_fast.training": None,
 }
 
 
@@ -67,7 +68,8 @@ def _class(name: str, value: type) -> Iterator[str]:
     if issubclass(value, enum.Enum):
         yield f"{name}: {', '.join(value.__members__)}"
         return
-    yield f"{name}{_parameters(value)}"
+    is_plain_error = issubclass(value, BaseException) and "__init__" not in vars(value)
+    yield f"{name}: error" if is_plain_error else f"{name}{_parameters(value)}"
     members: dict[str, Any] = {}
     for base in reversed(value.__mro__):
         if base.__module__.startswith(PACKAGE):

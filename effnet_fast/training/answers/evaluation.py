@@ -16,13 +16,14 @@ import torch
 from effnet_fast import files
 from effnet_fast.pretrained.images import ImageClassification
 from effnet_fast.pretrained.images import preset as preset_of
-from effnet_fast.training.answers import class_names, inference, prediction
+from effnet_fast.training.answers import class_names, inference, prediction, shares
 from effnet_fast.training.answers.inference import Answering
 from effnet_fast.training.answers.metrics import TOP, Tally
-from effnet_fast.training.answers.prediction import Means, OnRows, Options
+from effnet_fast.training.answers.prediction import OnRows, PredictionOptions, Resources
 from effnet_fast.training.answers.rows import Answers
+from effnet_fast.training.answers.shares import Share
 from effnet_fast.training.data.folders import listed
-from effnet_fast.training.data.loading import UnreadableLimitError
+from effnet_fast.training.data.loading import check_limit
 from effnet_fast.training.data.sources import NO_LABEL, DatasetList, ImageList, open_images
 
 NAMED = 10  # unreadable images whose paths are kept
@@ -39,7 +40,6 @@ class Evaluation:
         names: of the classes, in the order of the logits; None where they are not known.
         seconds: that decoding and computing took.
         unreadable: images that could not be read, which no share counts.
-        first_unreadable: path and reason of the first of them.
         agreement: of the fused predictions with stock PyTorch's: on how many "images", "same"
             (share with the same likeliest class), and "largest_difference" of the probability of
             the likeliest class; None where nothing was compared.
@@ -49,8 +49,30 @@ class Evaluation:
     names: list[str] | None
     seconds: float = 0.0
     unreadable: int = 0
-    first_unreadable: list[tuple[str, str]] = field(default_factory=list)
     agreement: dict[str, Any] | None = None
+    # With their places in the list.
+    _problems: list[tuple[int, str, str]] = field(default_factory=list, init=False)
+
+    def _count(self, found: Answers, images: ImageList) -> None:
+        """Counts answers to images of a list."""
+        problems = [(i, reason) for i, reason, _ in found.places() if reason is not None]
+        room = NAMED - len(self._problems)
+        self._problems += [(i, images.paths[i], reason) for i, reason in problems[:room]]
+        self.unreadable += found.unreadable
+        self.tally.add(*found.counted())
+
+    def _share(self, share: Share) -> None:
+        """Makes it that of all processes."""
+        self.tally.share(share.add_up)
+        everyone = share.gather((self.seconds, self.unreadable, self._problems))
+        self.seconds = max(seconds for seconds, _, _ in everyone)
+        self.unreadable = sum(unreadable for _, unreadable, _ in everyone)
+        self._problems = sorted(entry for *_, found in everyone for entry in found)[:NAMED]
+
+    @property
+    def first_unreadable(self) -> list[tuple[str, str]]:
+        """Path and reason of the first unreadable images of the list."""
+        return [(path, reason) for _, path, reason in self._problems]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the confusion matrix, as `effnet-fast eval --json` prints it."""
@@ -61,6 +83,7 @@ class Evaluation:
             "unreadable": self.unreadable,
             "top1": tally.top1,
             "top5": tally.top5,
+            "loss": tally.loss,
             "mean_recall": tally.balanced(),
             "ece": tally.ece,
             "seconds": self.seconds,
@@ -77,13 +100,16 @@ def evaluate(
     data: Any,
     *,
     preset: ImageClassification | None = None,
-    options: Options | None = None,
-    means: Means | None = None,
+    options: PredictionOptions | None = None,
+    resources: Resources | None = None,
     compared: int = COMPARED,
     unreadable_limit: int | None = None,
     on_rows: Callable[[int], OnRows] | None = None,
 ) -> Evaluation:
     """Answers every image of a labelled data set and counts.
+
+    Under torchrun, and in any process group that is there, all processes have to call it: each
+    answers some of the batches, and all return the same counts.
 
     Args:
         model: an EfficientNet, whose eval mode is used.
@@ -91,7 +117,7 @@ def evaluate(
             Its classes are matched with the network's by `class_names.matched`.
         preset: how images are prepared; None means as the model's variant says.
         options: as for `prediction.predict`; top and embeddings are not used.
-        means: as for `prediction.predict`; ray is not used.
+        resources: as for `prediction.predict`; ray is not used.
         compared: number of images, evenly spread, on which stock PyTorch answers too.
         unreadable_limit: how many unreadable images are allowed; None means any number.
         on_rows: as for `prediction.predict`.
@@ -101,34 +127,44 @@ def evaluate(
         UnreadableLimitError: more unreadable images than allowed; the message names the first.
         OSError: the data cannot be read.
     """
-    options, means = options or Options(), means or Means()
+    options, resources = options or PredictionOptions(), resources or Resources()
     names = _names(model, options)
     images = open_images(data, split="val")
     truth = Truth(images, names, model.num_classes)
-    preset = preset or preset_of(model.variant)
     network = prediction.prepared(model, options)
     answering = Answering(
-        network, images, preset, top=min(TOP, model.num_classes), draft=options.draft
+        network,
+        images,
+        preset or preset_of(model.variant),
+        top=min(TOP, model.num_classes),
+        draft=options.draft,
+        truth=truth.of,
     )
     result = Evaluation(Tally(model.num_classes), names)
     device = next(network.parameters()).device
-    batch = means.batch or inference.BATCH[device.type]
-    workers = inference.worker_count(means.workers, len(images), batch)
-    report = on_rows(len(images)) if on_rows else None
-    begin = time.perf_counter()
-    with inference.answers(answering, device, workers=workers) as answer:
-        for found in answer(inference.batched(range(len(images)), batch)):
-            _count(result, found, images, truth)
-            _check_limit(result, unreadable_limit)
-            if report is not None:
-                report(len(found.indices), found.unreadable)
-    result.seconds = time.perf_counter() - begin
-    if compared and options.backend != "reference":
-        result.agreement = _agreement(model, answering, device, compared)
+    with shares.torchrun() as share:
+        batch = resources.batch or inference.BATCH[device.type]
+        # Whole batches, as they are in one process, so that every answer is the same.
+        batches = share.dealt(list(inference.batched(range(len(images)), batch)))
+        report = on_rows(sum(map(len, batches))) if on_rows else None
+        workers = inference.worker_count(resources.workers, sum(map(len, batches)), batch)
+        begin = time.perf_counter()
+        with inference.answers(answering, device, workers=workers) as answer:
+            for found in answer(batches):
+                result._count(found, images)
+                if report is not None:
+                    report(len(found.indices), found.unreadable)
+                if unreadable_limit is not None and result.unreadable > unreadable_limit:
+                    break  # the others are told below
+        result.seconds = time.perf_counter() - begin
+        result._share(share)
+        check_limit(result.unreadable, unreadable_limit, result.first_unreadable)
+        if compared and options.backend != "reference":
+            result.agreement = _agreement(model, answering, device, compared, share)
     return result
 
 
-def _names(model: Any, options: Options) -> list[str] | None:
+def _names(model: Any, options: PredictionOptions) -> list[str] | None:
     """The names of the network's classes, where they are known.
 
     Raises:
@@ -149,12 +185,15 @@ class Truth:
         images: the list.
         names, count: of the network's classes.
 
+    Attributes:
+        count: of the network's classes.
+
     Raises:
         ValueError: no labels, or classes that the network does not have.
     """
 
     def __init__(self, images: ImageList, names: list[str] | None, count: int) -> None:
-        self._paths, self._count = images.paths, count
+        self._paths, self.count = images.paths, count
         self._classes, self._names = images.classes, names
         self._places: list[int] | None = None
         if images.classes is not None:
@@ -181,55 +220,38 @@ class Truth:
                 assert self._classes is not None and self._names is not None
                 raise ValueError(
                     f"{self._paths[index]}: class {self._classes[label]!r} is not among the "
-                    f"network's {self._count}: {listed(self._names)}"
+                    f"network's {self.count}: {listed(self._names)}"
                 )
-        if not 0 <= place < self._count:
+        if not 0 <= place < self.count:
             what = "no label" if label == NO_LABEL else f"label {label} is out of range"
             raise ValueError(
-                f"{self._paths[index]}: {what}: the network's classes are 0 to {self._count - 1}"
+                f"{self._paths[index]}: {what}: the network's classes are 0 to {self.count - 1}"
             )
         return place
 
 
-def _count(result: Evaluation, found: Answers, images: ImageList, truth: Truth) -> None:
-    labels = []
-    for (index, reason, _), label in zip(found.places(), found.labels, strict=True):
-        if reason is None:
-            labels.append(truth.of(index, label))
-        elif len(result.first_unreadable) < NAMED:
-            result.first_unreadable.append((images.paths[index], reason))
-    result.unreadable += found.unreadable
-    if labels:
-        result.tally.add(labels, found.classes, found.values[:, 0])
-
-
-def _check_limit(result: Evaluation, limit: int | None) -> None:
-    if limit is not None and result.unreadable > limit:
-        paths = ", ".join(f"{path} ({reason})" for path, reason in result.first_unreadable)
-        raise UnreadableLimitError(
-            f"{result.unreadable} images cannot be read, more than the {limit} allowed: {paths}"
-        )
-
-
 def _agreement(
-    model: Any, answering: Answering, device: torch.device, compared: int
+    model: Any, answering: Answering, device: torch.device, compared: int, share: Share
 ) -> dict[str, Any] | None:
-    """Asks stock PyTorch about some of the images."""
+    """Asks stock PyTorch about some of the images; each process about some of their batches."""
     total = len(answering.decoding.images)
     spread = np.unique(np.linspace(0, total - 1, min(compared, total)).astype(np.int64)).tolist()
     stock = inference.stock_of(model).eval()
     same, largest, count = 0, 0.0, 0
-    for batch in inference.batched(spread, inference.BATCH["cpu"]):
+    for batch in share.dealt(list(inference.batched(spread, inference.BATCH["cpu"]))):
         pixels = answering.decoding(batch).pixels.to(device)
         if not len(pixels):
             continue
-        classes, values = answering.start(pixels)
+        classes, values, _ = answering.start(pixels)
         with torch.inference_mode():
             expected = stock(answering.preset.normalise(pixels)).softmax(dim=1)
         same += int((expected.argmax(dim=1) == classes[:, 0]).sum())
         difference = expected.gather(1, classes[:, :1]) - values[:, :1]
         largest = max(largest, float(difference.abs().max()))
         count += len(pixels)
+    everyone = share.gather((same, largest, count))
+    same, count = sum(part[0] for part in everyone), sum(part[2] for part in everyone)
+    largest = max(part[1] for part in everyone)
     if not count:
         return None
     return {"images": count, "same": same / count, "largest_difference": largest}

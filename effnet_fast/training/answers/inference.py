@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_fast import deployment
 from effnet_fast.pretrained.images import ImageClassification
-from effnet_fast.training.answers.parallel import Workers
 from effnet_fast.training.answers.rows import Answers
 from effnet_fast.training.data.decoding import EvaluationCrop
-from effnet_fast.training.data.loading import default_workers
-from effnet_fast.training.data.sources import ImageList, Sample
+from effnet_fast.training.data.loading import Batch, default_workers
+from effnet_fast.training.data.sources import NO_LABEL, ImageList, Sample
+from effnet_fast.training.data.workers import Workers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH = {"cpu": 8, "cuda": 64}  # images per call
@@ -66,6 +67,30 @@ class Read(NamedTuple):
     labels: list[int]  # [N], -1 where they are not known
     reasons: list[str | None]  # why each could not be read, None where it could [N]
     pixels: Tensor  # uint8 channels_last [M,3,R,R]
+
+    @classmethod
+    def of_batch(cls, batch: Batch) -> Read:
+        """What a Loader has read."""
+        problems = batch.problems
+        return cls(
+            [*batch.indices.tolist(), *(problem.index for problem in problems)],
+            [*batch.labels.tolist(), *([NO_LABEL] * len(problems))],
+            [*([None] * len(batch.images)), *(problem.reason for problem in problems)],
+            batch.images,
+        )
+
+    def classes(self) -> Tensor:
+        """The labels of the images that could be read, int64 [M]."""
+        rows = zip(self.labels, self.reasons, strict=True)
+        return torch.tensor([n for n, reason in rows if reason is None], dtype=torch.int64)
+
+
+class Started(NamedTuple):
+    """What a network says of M images; a GPU may still compute."""
+
+    classes: Tensor  # int64 [M,K], or [M,0]
+    values: Tensor  # probabilities [M,K], or features [M,D]
+    losses: Tensor | None = None  # [M]
 
 
 class Decoding:
@@ -117,6 +142,10 @@ class Answering:
         preset: how the network's images are prepared.
         top: how many classes an answer has; 0 takes the network's output for pooled features.
         draft: as for `EvaluationCrop`.
+        truth: the network's class of an image, by its index and its label. With it the answers'
+            labels are the network's classes, and they have losses.
+        always: whether the network is called without any image, too: each process of a sharded one
+            has to.
     """
 
     def __init__(
@@ -127,33 +156,57 @@ class Answering:
         *,
         top: int,
         draft: bool = False,
+        truth: Callable[[int, int], int] | None = None,
+        always: bool = False,
     ) -> None:
         self.network, self.preset, self.top = network, preset, top
+        self.truth, self.always = truth, always
         self.decoding = Decoding(images, preset, draft)
 
     def __call__(self, indices: list[int]) -> Answers:
         """The answers to images of the list."""
-        read = self.decoding(indices)
-        return self.collect(read, self.start(read.pixels))
+        read = self.known(self.decoding(indices))
+        return self.collect(read, self.start(read.pixels, read.classes()))
 
-    def start(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes [M,K] and probabilities [M,K], or [M,0] and features; a GPU may still compute."""
-        if not len(pixels):
+    def known(self, read: Read) -> Read:
+        """The same images with the network's classes as their labels, where there is a truth.
+
+        Raises:
+            ValueError: as the truth.
+        """
+        if self.truth is None:
+            return read
+        rows = zip(read.indices, read.labels, read.reasons, strict=True)
+        return read._replace(labels=[self.truth(i, n) if r is None else n for i, n, r in rows])
+
+    def start(self, pixels: Tensor, classes: Tensor | None = None) -> Started:
+        """What the network says; a GPU may still compute.
+
+        Args:
+            pixels: uint8 [M,3,R,R], on the network's device.
+            classes: the true ones [M], for losses; there must be a truth.
+        """
+        if not len(pixels) and not self.always:
             width = self.top or self.features
-            return pixels.new_empty((0, self.top), dtype=torch.int64), torch.empty((0, width))
-        with torch.inference_mode():
+            return Started(torch.empty((0, self.top), dtype=torch.int64), torch.empty((0, width)))
+        with torch.no_grad():  # a network in training makes no use of inference mode's tensors
             y = self.network(self.preset.normalise(pixels)).float()
             if not self.top:
-                return torch.empty((len(y), 0), dtype=torch.int64), y
-            values, classes = y.softmax(dim=1).topk(min(self.top, y.shape[1]), dim=1)
-        return classes, values
+                return Started(torch.empty((len(y), 0), dtype=torch.int64), y)
+            values, likeliest = y.softmax(dim=1).topk(min(self.top, y.shape[1]), dim=1)
+            losses = None
+            if classes is not None and self.truth is not None:
+                classes = classes.to(y.device, non_blocking=True)
+                losses = F.cross_entropy(y, classes, reduction="none")
+        return Started(likeliest, values, losses)
 
     @staticmethod
-    def collect(read: Read, result: tuple[Tensor, Tensor]) -> Answers:
+    def collect(read: Read, started: Started) -> Answers:
         """The answers; waits for a GPU."""
-        classes, values = (part.cpu().numpy() for part in result)
+        classes, values, losses = (None if part is None else part.cpu().numpy() for part in started)
+        assert classes is not None and values is not None
         values = values.astype(np.float32, copy=False)
-        return Answers(read.indices, read.labels, read.reasons, classes, values)
+        return Answers(read.indices, read.labels, read.reasons, classes, values, losses)
 
     @property
     def features(self) -> int:
@@ -181,23 +234,29 @@ def answers(
         workers: number of processes, 0 for none beside this one.
         descriptors: as for `Workers`.
     """
+    options: dict[str, Any] = {"forks": True, "descriptors": descriptors}
     if device.type == "cpu":
-        with Workers(answering, workers, descriptors) as pool:
+        pool: Workers[list[int], Answers] = Workers(answering, workers, **options)
+        with pool:
             yield pool.map
         return
-    with Workers(answering.decoding, workers, descriptors) as decoders:
-        yield lambda batches: _on_device(answering, device, decoders, batches)
+    decoders: Workers[list[int], Read] = Workers(answering.decoding, workers, **options)
+    with decoders:
+        yield lambda batches: computed(answering, device, decoders.map(batches))
 
 
-def _on_device(
-    answering: Answering, device: torch.device, decoders: Any, batches: Iterable[list[int]]
+def computed(
+    answering: Answering, device: torch.device, reads: Iterable[Read]
 ) -> Iterator[Answers]:
-    """Answers of a GPU that computes while the next batches are decoded and copied."""
-    under_way: list[Any] = []
-    for read in decoders.map(batches):
+    """The answers to images that others decode; a GPU computes while the next ones are decoded."""
+    ahead = UNDER_WAY if device.type == "cuda" else 0
+    under_way: list[tuple[Read, Started]] = []
+    for found in reads:
+        read = answering.known(found)
         pixels = read.pixels.pin_memory() if device.type == "cuda" else read.pixels
-        under_way.append((read, answering.start(pixels.to(device, non_blocking=True))))
-        if len(under_way) > UNDER_WAY:
+        pixels = pixels.to(device, non_blocking=True)
+        under_way.append((read, answering.start(pixels, read.classes())))
+        if len(under_way) > ahead:
             yield answering.collect(*under_way.pop(0))
     for entry in under_way:
         yield answering.collect(*entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 TOP = 5  # of top-5 accuracy
 BINS = 15  # of confidences, as Guo et al. (arXiv 1706.04599) have them
 MATRIX_LIMIT = 4096  # classes of which a confusion matrix is kept: 128 MiB of counts
+# Confidences and losses are added up as integers in this unit, so that their sums do not depend on
+# the order of the images or on how many processes count them. A float32 of 2^-8 and more is exact.
+UNIT = 2.0**-32
+LARGE_LOSS = 1024.0  # from which on losses are added up as they are; 2 million fit below it
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -53,40 +59,50 @@ class ClassResult:
 
 
 class Tally:
-    """Counts top-1, top-5, each class, which classes are taken for which, and calibration.
+    """Counts top-1, top-5, loss, each class, which classes are taken for which, and calibration.
 
-    Memory depends on the number of classes, never on the number of images.
+    Memory depends on the number of classes, never on the number of images. The same images give the
+    same numbers in any order, and in any number of processes.
 
     Args:
         classes: number of classes.
+        matrix: whether classes that are taken for others are counted.
 
     Attributes:
-        images: labelled images that were counted.
-        confusion: int64 [classes,classes], rows true and columns predicted classes; None beyond
-            `MATRIX_LIMIT` classes.
+        confusion: int64 [classes,classes], rows true and columns predicted classes; None without
+            `matrix`, and beyond `MATRIX_LIMIT` classes.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, *, matrix: bool = True) -> None:
         if classes < 1:
             raise ValueError(f"classes must be at least 1, got {classes!r}")
         self.classes = classes
-        self.images = self._top1 = self._top5 = 0
+        self._totals: Counts = np.zeros(4, dtype=np.int64)  # images, top-1, top-5, loss in UNITs
+        self._large_loss = np.zeros(1, dtype=np.float64)
         self._of_class, self._predicted, self._correct = (
             np.zeros(classes, dtype=np.int64) for _ in range(3)
         )
-        self.confusion: NDArray[np.int64] | None = None
-        if classes <= MATRIX_LIMIT:
+        self.confusion: Counts | None = None
+        if matrix and classes <= MATRIX_LIMIT:
             self.confusion = np.zeros((classes, classes), dtype=np.int64)
-        self._bin_images, self._bin_correct = (np.zeros(BINS, dtype=np.int64) for _ in range(2))
-        self._bin_confidence = np.zeros(BINS, dtype=np.float64)
+        self._bin_images, self._bin_correct, self._bin_confidence = (
+            np.zeros(BINS, dtype=np.int64) for _ in range(3)
+        )
 
-    def add(self, labels: ArrayLike, top: ArrayLike, confidences: ArrayLike) -> None:
+    def add(
+        self,
+        labels: ArrayLike,
+        top: ArrayLike,
+        confidences: ArrayLike,
+        losses: ArrayLike | None = None,
+    ) -> None:
         """Counts a batch.
 
         Args:
             labels: true classes [N].
             top: the likeliest classes [N,K], the likeliest first.
             confidences: probability of the likeliest class [N], 0 to 1.
+            losses: cross entropy [N]; of all batches or of none.
 
         Raises:
             ValueError: a label that is no class; other shapes.
@@ -103,9 +119,10 @@ class Tally:
             )
         best = top[:, 0]
         right = best == labels
-        self.images += len(labels)
-        self._top1 += int(right.sum())
-        self._top5 += int((top[:, :TOP] == labels[:, None]).any(axis=1).sum())
+        in_top = (top[:, :TOP] == labels[:, None]).any(axis=1)
+        self._totals[:3] += (len(labels), right.sum(), in_top.sum())
+        if losses is not None:
+            self._add_losses(np.asarray(losses, dtype=np.float64))
         np.add.at(self._of_class, labels, 1)
         np.add.at(self._predicted, best, 1)
         np.add.at(self._correct, labels[right], 1)
@@ -116,17 +133,44 @@ class Tally:
         bins = np.clip(np.ceil(known * BINS).astype(np.int64) - 1, 0, BINS - 1)
         np.add.at(self._bin_images, bins, 1)
         np.add.at(self._bin_correct, bins, right)
-        np.add.at(self._bin_confidence, bins, known)
+        np.add.at(self._bin_confidence, bins, np.rint(known / UNIT).astype(np.int64))
+
+    def _add_losses(self, losses: NDArray[np.float64]) -> None:
+        small = np.abs(losses) < LARGE_LOSS  # not NaN
+        self._totals[3] += np.rint(losses[small] / UNIT).astype(np.int64).sum()
+        self._large_loss += losses[~small].sum()
+
+    def share(self, add_up: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+        """Makes the counts those of all processes.
+
+        Args:
+            add_up: the sum over all processes of an array that each has.
+        """
+        counts = [self._totals, self._large_loss, self._of_class, self._predicted, self._correct]
+        counts += [self._bin_images, self._bin_correct, self._bin_confidence]
+        for array in (*counts, *([] if self.confusion is None else [self.confusion])):
+            array[...] = add_up(array)
+
+    @property
+    def images(self) -> int:
+        """Labelled images that were counted."""
+        return int(self._totals[0])
+
+    @property
+    def loss(self) -> float | None:
+        """Mean cross entropy; None without images. Batches without losses count as 0."""
+        total = float(self._totals[3]) * UNIT + float(self._large_loss[0])
+        return total / self.images if self.images else None
 
     @property
     def top1(self) -> float | None:
         """Share of images whose likeliest class is right; None without images."""
-        return self._top1 / self.images if self.images else None
+        return int(self._totals[1]) / self.images if self.images else None
 
     @property
     def top5(self) -> float | None:
         """Share of images whose class is among the five likeliest; None without images."""
-        return self._top5 / self.images if self.images else None
+        return int(self._totals[2]) / self.images if self.images else None
 
     @property
     def ece(self) -> float | None:
@@ -136,7 +180,8 @@ class Tally:
         """
         if not self.images:
             return None
-        return float(np.abs(self._bin_correct - self._bin_confidence).sum() / self.images)
+        gaps = np.abs(self._bin_correct - self._bin_confidence * UNIT)
+        return float(gaps.sum() / self.images)
 
     def calibration(self) -> list[dict[str, Any]]:
         """Of each bin its bounds, images, mean confidence and accuracy; None without images."""
@@ -148,7 +193,9 @@ class Tally:
                     "above": b / BINS,
                     "up_to": (b + 1) / BINS,
                     "images": images,
-                    "confidence": float(self._bin_confidence[b]) / images if images else None,
+                    "confidence": float(self._bin_confidence[b] * UNIT) / images
+                    if images
+                    else None,
                     "accuracy": int(self._bin_correct[b]) / images if images else None,
                 }
             )

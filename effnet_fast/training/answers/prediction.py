@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import datetime
 import hashlib
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +16,19 @@ from torch import nn
 
 from effnet_fast.pretrained.images import ImageClassification
 from effnet_fast.pretrained.images import preset as preset_of
-from effnet_fast.training.answers import inference
+from effnet_fast.training.answers import inference, shares
 from effnet_fast.training.answers.inference import Answering
 from effnet_fast.training.answers.outputs import Description, Output
 from effnet_fast.training.answers.rows import Answers, Columns, shown
+from effnet_fast.training.answers.shares import Share
 from effnet_fast.training.data.sources import ImageList, open_images
 
 VERSION = 1  # of the description beside a file
-PATIENCE = datetime.timedelta(days=7)  # for the slowest process of torchrun
 OnRows = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictionOptions:
     """What the rows of a file depend on, beside the network and the images.
 
     Args:
@@ -52,7 +49,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Means:
+class Resources:
     """How fast it goes; the rows do not depend on it.
 
     Args:
@@ -72,8 +69,8 @@ def predict(
     out: str | os.PathLike[str],
     *,
     preset: ImageClassification | None = None,
-    options: Options | None = None,
-    means: Means | None = None,
+    options: PredictionOptions | None = None,
+    resources: Resources | None = None,
     on_rows: Callable[[int], OnRows] | None = None,
 ) -> dict[str, Any]:
     """Writes a row of answers for each image.
@@ -87,7 +84,7 @@ def predict(
             too; a list `.txt`, a table `.csv` or `.parquet`, shards, or a torch dataset.
         out: `.csv`, `.jsonl` or `.parquet`; see docs/prediction.md for the columns.
         preset: how images are prepared; None means as the model's variant says.
-        options, means: see there.
+        options, resources: see there.
         on_rows: called once with the number of images that are left; what it returns is called
             with the numbers of images and of unreadable ones after each batch.
 
@@ -101,22 +98,23 @@ def predict(
         OSError: a file cannot be read or written.
         ImportError: pyarrow or ray is missing.
     """
-    options, means = options or Options(), means or Means()
+    options, resources = options or PredictionOptions(), resources or Resources()
     images = open_images(data, labelled=False)
     preset = preset or preset_of(model.variant)
     columns = columns_of(model, options)
     network = prepared(model, options)
     answering = Answering(network, images, preset, top=columns.top, draft=options.draft)
     description = describe(model, data, preset, options)
-    with torchrun() as share:
+    with shares.torchrun() as share:
         output = Output(
             out, columns, description, rank=share.rank, world=share.world, barrier=share.barrier
         )
         with output:
             present = len(output.done)
             left = _left(images, output.done, share)
-            counts = _write(answering, output, left, means, on_rows)
-        images_done, unreadable = share.total(counts[:2])
+            counts = _write(answering, output, left, resources, on_rows)
+        everyone = share.gather(counts)
+    images_done, unreadable = (sum(part[i] for part in everyone) for i in range(2))
     seconds = counts[2]
     return {
         "out": os.fspath(out),
@@ -128,7 +126,7 @@ def predict(
     }
 
 
-def columns_of(model: Any, options: Options) -> Columns:
+def columns_of(model: Any, options: PredictionOptions) -> Columns:
     """The columns of the rows.
 
     Raises:
@@ -144,7 +142,9 @@ def columns_of(model: Any, options: Options) -> Columns:
     return Columns(min(options.top, model.num_classes), 0, labels)
 
 
-def describe(model: Any, data: Any, preset: ImageClassification, options: Options) -> Description:
+def describe(
+    model: Any, data: Any, preset: ImageClassification, options: PredictionOptions
+) -> Description:
     """What the rows depend on, as JSON: a file begun with something else is not continued."""
     labels = None if options.embeddings else list(options.labels or model.class_names)
     is_place = isinstance(data, (str, os.PathLike))
@@ -182,7 +182,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def prepared(model: Any, options: Options) -> nn.Module:
+def prepared(model: Any, options: PredictionOptions) -> nn.Module:
     """The network that answers, on its device."""
     if options.dtype not in inference.DTYPES:
         allowed = ", ".join(inference.DTYPES)
@@ -211,7 +211,7 @@ def _write(
     answering: Answering,
     output: Output,
     left: list[int],
-    means: Means,
+    resources: Resources,
     on_rows: Callable[[int], OnRows] | None,
 ) -> tuple[int, int, float]:
     """Answers what is left: numbers of images and of unreadable ones, and seconds."""
@@ -219,7 +219,7 @@ def _write(
     begin = time.perf_counter()
     report = on_rows(len(left)) if on_rows else None
     paths = answering.decoding.images.paths
-    for answer in _answers(answering, left, means, output.descriptors) if left else ():
+    for answer in _answers(answering, left, resources, output.descriptors) if left else ():
         output.add([paths[i] for i in answer.indices], answer)
         count += len(answer.indices)
         unreadable += answer.unreadable
@@ -229,60 +229,15 @@ def _write(
 
 
 def _answers(
-    answering: Answering, left: list[int], means: Means, descriptors: Sequence[int]
+    answering: Answering, left: list[int], resources: Resources, descriptors: Sequence[int]
 ) -> Iterator[Answers]:
     device = next(answering.network.parameters()).device
-    batch = means.batch or inference.BATCH[device.type]
-    if means.ray is not None:
+    batch = resources.batch or inference.BATCH[device.type]
+    if resources.ray is not None:
         from effnet_fast.training.answers import ray_prediction
 
-        yield from ray_prediction.answers(answering, left, batch, means.ray, means.workers)
+        yield from ray_prediction.answers(answering, left, batch, resources.ray, resources.workers)
         return
-    workers = inference.worker_count(means.workers, len(left), batch)
+    workers = inference.worker_count(resources.workers, len(left), batch)
     with inference.answers(answering, device, workers=workers, descriptors=descriptors) as answer:
         yield from answer(inference.batched(left, batch))
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process's part of the work of torchrun.
-
-    Args:
-        rank, world: its number, and how many processes there are.
-        barrier: where they wait for each other.
-        total: sums numbers over all processes.
-    """
-
-    rank: int = 0
-    world: int = 1
-    barrier: Callable[[], None] = lambda: None
-    total: Callable[[Sequence[int]], tuple[int, ...]] = tuple
-
-    def has(self, path: str) -> bool:
-        """Whether a path is this process's: by its text, so that lists need not agree."""
-        return self.world == 1 or zlib.crc32(path.encode()) % self.world == self.rank
-
-
-@contextlib.contextmanager
-def torchrun() -> Iterator[Share]:
-    """The share of a process that torchrun started, the whole work of any other."""
-    from torch import distributed
-
-    found = distributed.is_available() and distributed.is_initialized()
-    if not found and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Share()
-        return
-    if not found:
-        distributed.init_process_group("gloo", timeout=PATIENCE)
-
-    def total(numbers: Sequence[int]) -> tuple[int, ...]:
-        everyone: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, tuple(numbers))
-        return tuple(map(sum, zip(*everyone, strict=True)))
-
-    try:
-        rank, world = distributed.get_rank(), distributed.get_world_size()
-        yield Share(rank, world, lambda: distributed.barrier(), total)
-    finally:
-        if not found:
-            distributed.destroy_process_group()

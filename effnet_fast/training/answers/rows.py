@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+UNDECODABLE = 0xDC80
+ESCAPED = re.compile(r"[\\\ud800-\udfff]")  # surrogates have no UTF-8
+# A path with what becomes an escape, or with what looks like one.
+SPECIAL = re.compile(r"[\ud800-\udfff]|\\x[0-9a-f]{2}|\\u[0-9a-f]{4}")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Answers:
         reasons: why each could not be read, None where it could [N].
         classes: int64 [M,K], the likeliest first; with embeddings K = 0.
         values: float32 [M,K] probabilities of these classes, or [M,D] pooled features.
+        losses: float32 [M] cross entropy with the true classes; None where nobody asked for it.
     """
 
     indices: list[int]
@@ -32,11 +38,18 @@ class Answers:
     reasons: list[str | None]
     classes: NDArray[np.int64]
     values: Floats
+    losses: Floats | None = None
 
     @property
     def unreadable(self) -> int:
         """Images without an answer."""
         return len(self.indices) - len(self.values)
+
+    def counted(self) -> tuple[list[int], NDArray[np.int64], Floats, Floats | None]:
+        """What `metrics.Tally.add` takes of answers with classes."""
+        rows = zip(self.labels, self.reasons, strict=True)
+        labels = [label for label, reason in rows if reason is None]
+        return labels, self.classes, self.values[:, 0], self.losses
 
     def places(self) -> Iterator[tuple[int, str | None, int | None]]:
         """Of each image its index, its reason, and its place in `values`, None without one."""
@@ -47,12 +60,21 @@ class Answers:
 
 
 def shown(path: str) -> str:
-    """A path as files of answers hold it: bytes that are no UTF-8 become escapes."""
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return path  # itself, not a copy: there may be millions
+    r"""A path as files of answers hold it: no two paths have the same text.
+
+    Bytes that are no UTF-8 become escapes, \xff. In a path with such bytes, or with the text of
+    such an escape, backslashes become \x5c.
+    """
+    if SPECIAL.search(path) is None:
+        return path  # itself, not a copy: there may be millions
+    return ESCAPED.sub(_escape, path)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if UNDECODABLE <= code < UNDECODABLE + 0x80:  # as os.fsdecode keeps the bytes 0x80 to 0xff
+        code += 0x80 - UNDECODABLE
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 @dataclass(frozen=True)

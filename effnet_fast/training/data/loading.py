@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effnet_fast.training.data import workers as processes
+from effnet_fast.training.data import groups
 from effnet_fast.training.data.decoding import Draw, UnreadableImageError
+from effnet_fast.training.data.groups import READ, Item
 from effnet_fast.training.data.sampling import EpochSampler
 from effnet_fast.training.data.sources import ImageList
-from effnet_fast.training.data.workers import READ, Item
+from effnet_fast.training.data.workers import WorkerError
 
 GROUP_BYTES = 64 << 20  # of a group's pixels
 MOST = 4096  # images of a group, so that a pause is short
@@ -49,6 +50,24 @@ class Batch(NamedTuple):
 
 class UnreadableLimitError(ValueError):
     """More images could not be read than the user allows."""
+
+
+def check_limit(count: int, limit: int | None, first: Iterable[tuple[str, str]]) -> None:
+    """Refuses to go on with more unreadable images than the user allows.
+
+    Args:
+        count: of unreadable images.
+        limit: how many are allowed; None means any number.
+        first: path and reason of the first of them.
+
+    Raises:
+        UnreadableLimitError: there are more; the message names the first.
+    """
+    if limit is not None and count > limit:
+        named = "; ".join(f"{path}: {reason}" for path, reason in itertools.islice(first, NAMED))
+        raise UnreadableLimitError(
+            f"{count} images cannot be read, and {limit} are allowed: {named}"
+        )
 
 
 class Loader:
@@ -95,7 +114,7 @@ class Loader:
         self.pin = cuda if pin is None else pin
         self.unreadable: dict[int, Problem] = {}  # so far, each image once, by its index
         self._reader = images.reader()
-        self._pool: processes.Pool | None = None
+        self._pool: groups.Pool | None = None
         self._busy = False
 
     def batches(
@@ -105,7 +124,7 @@ class Loader:
 
         Args:
             order: a sampler, whose epoch is used and whose position counts the batches that were
-                handed out; or the indices of each batch.
+                handed out; or the indices of each batch, which may have none.
             crop: of `effnet_fast.training.data.decoding`; another one at each call, where wanted.
             epoch: where `order` is no sampler.
 
@@ -122,7 +141,7 @@ class Loader:
             draw = Draw(self.seed, epoch if sampler is None else sampler.epoch)
             position = 0 if sampler is None else sampler.position
             read = self._in_process if self.workers == 0 else self._in_workers
-            lists = ([int(index) for index in part] for part in order if len(part))
+            lists = ([int(index) for index in part] for part in order)
             for indices, pixels, labels, reasons in read(lists, crop, draw):
                 total = len(indices)
                 if sampler is not None:
@@ -149,19 +168,15 @@ class Loader:
         )
         for problem in problems:
             self.unreadable.setdefault(problem.index, problem)
-        limit = self.unreadable_limit
-        if limit is not None and len(self.unreadable) > limit:
-            named = "; ".join(f"{p.path}: {p.reason}" for p in [*self.unreadable.values()][:NAMED])
-            raise UnreadableLimitError(
-                f"{len(self.unreadable)} images cannot be read, and {limit} are allowed: {named}"
-            )
+        found = ((problem.path, problem.reason) for problem in self.unreadable.values())
+        check_limit(len(self.unreadable), self.unreadable_limit, found)
         good = [k for k in range(len(indices)) if k not in reasons]
-        found = torch.from_numpy(pixels)
-        images = torch.empty((len(good), *found.shape[1:]), dtype=torch.uint8, pin_memory=self.pin)
+        source = torch.from_numpy(pixels)
+        images = torch.empty((len(good), *source.shape[1:]), dtype=torch.uint8, pin_memory=self.pin)
         if len(good) == len(indices):
-            images.copy_(found)
+            images.copy_(source)
         else:
-            images.copy_(found[good])
+            images.copy_(source[good])
         return Batch(
             images.permute(0, 3, 1, 2),
             torch.from_numpy(labels[good].astype(np.int64)),
@@ -182,7 +197,7 @@ class Loader:
             reasons = {}
             for place, item in enumerate(self._items(indices)):
                 try:
-                    x, labels[place] = processes.read(self._reader, item, crop, draw)
+                    x, labels[place] = groups.read(self._reader, item, crop, draw)
                     pixels[place] = x.permute(1, 2, 0).numpy()
                 except UnreadableImageError as error:
                     reasons[place] = error.reason
@@ -191,7 +206,7 @@ class Loader:
     def _in_workers(self, order: Iterator[Sequence[int]], crop: Any, draw: Draw) -> Iterator[Any]:
         """The same, group by group."""
         if self._pool is None:
-            self._pool = processes.Pool(self._reader, self.workers)
+            self._pool = groups.Pool(self._reader, self.workers)
         pool = self._pool
         room = min(GROUP_BYTES // (3 * crop.size**2), MOST)
         room = max(room, LEAST_PER_WORKER * self.workers)
@@ -225,7 +240,7 @@ class Loader:
                     first = last
                 if self.in_turn:
                     start()
-        except processes.WorkerError:
+        except WorkerError:
             self.close()
             raise
 

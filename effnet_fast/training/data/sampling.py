@@ -130,22 +130,20 @@ class EpochSampler:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
-def in_order(
-    length: int, batch: int, *, rank: int = 0, world: int = 1, start: int = 0
-) -> Iterator[range]:
-    """Batches of a process's own share, in order: for evaluation and prediction.
+def dealt(length: int, batch: int, *, rank: int = 0, world: int = 1) -> Iterator[range]:
+    """A process's batches of images in order, for evaluation.
 
-    Shares are adjacent and differ by one image at most, so their numbers of batches may differ.
+    All processes have the same number of batches, the last of which may be empty. Batches are those
+    of one process, dealt one by one, so that every image has the same neighbours.
 
     Args:
         length: number of images.
         batch: images per batch.
         rank, world: this process, of how many.
-        start: images of the share that are done already.
     """
-    low, high = _share(length, rank, world) + start, _share(length, rank + 1, world)
-    for first in range(low, high, batch):
-        yield range(first, min(first + batch, high))
+    count = -(-length // (batch * world))
+    for number in range(rank, count * world, world):
+        yield range(min(number * batch, length), min((number + 1) * batch, length))
 
 
 def _share(length: int, rank: int, world: int) -> int:

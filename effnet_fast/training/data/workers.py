@@ -1,319 +1,234 @@
-"""Processes that decode images into memory they share with the one that trains.
+"""Worker processes of one thread each, which call a function with one task after the other.
 
-A group of images is decoded at a time. Every worker takes the next image from a common counter, so
-that all of them end within the time of one image. Workers are forked from a server without threads
-(or spawned where that is missing), run on one thread, and end with the process that made them.
+They end with the process that made them, also where SIGKILL ends it: their pipe then has no other
+end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import multiprocessing
 import os
-import pickle
+import queue
 import signal
-import tempfile
+import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection, reduction, util
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from effnet_fast.training.data.decoding import Draw, UnreadableImageError
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
-UNSET, READ, UNREADABLE = range(3)  # of an image in a group
-BUFFERS = 2  # groups in flight: one that is decoded, one that is used
-STOP = 1 << 62  # of a counter: no images are left
-PATIENCE = 5.0  # seconds for a worker to end by itself
+AHEAD = 2  # tasks that a worker holds: the next one waits there while it computes
+WINDOW = 8  # tasks per worker that may be ahead of the oldest one that is unanswered
+PATIENCE = 5.0  # seconds for a worker whose pipe has ended to have an exit code
 HINT = (
     "A script that reads images with workers keeps its code under `if __name__ == '__main__':`; "
-    "workers=0 reads in this process"
+    "workers=0 reads in this process, and needs the least memory"
 )
 
 
-class Item(NamedTuple):
-    """An image to be read."""
-
-    number: int  # its index in its list
-    source: Any  # for the list's reader
-    label: int
-    name: str
-
-
 class WorkerError(RuntimeError):
-    """A worker failed. The message names the image; the worker's traceback is the cause."""
+    """A worker failed. Where it was an error of its work, the worker's traceback is the cause."""
 
 
 class _RemoteError(Exception):
     """A traceback of another process."""
 
 
-class _Failure(NamedTuple):
-    message: str
-    trace: str
+def context_of(forks: bool) -> Any:
+    """How processes are started: from this one, from a server without threads, or spawned."""
+    methods = multiprocessing.get_all_start_methods()
+    if forks and sys.platform.startswith("linux"):
+        return multiprocessing.get_context("fork")
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
 
-class Group:
-    """Memory for the images of a group: pixels [n,R,R,3], labels [n], states [n].
-
-    The memory has no name: it is gone when the last process that has it open ends.
-    """
-
-    def __init__(self, count: int, size: int, descriptor: int | None = None) -> None:
-        pixels = count * size * size * 3
-        self.count, self.size = count, size
-        self.descriptor = _memory(count * 9 + pixels) if descriptor is None else descriptor
-        self.memory = mmap.mmap(self.descriptor, count * 9 + pixels)
-        self.labels = np.frombuffer(self.memory, np.int64, count)
-        self.states = np.frombuffer(self.memory, np.uint8, count, count * 8)
-        self.pixels = np.frombuffer(self.memory, np.uint8, pixels, count * 9).reshape(
-            count, size, size, 3
-        )
-
-    def close(self) -> None:
-        """Gives the memory back."""
-        del self.labels, self.states, self.pixels
-        with contextlib.suppress(BufferError):  # a caller's error may hold a view; it ends later
-            self.memory.close()
-        os.close(self.descriptor)
-
-
-def _memory(size: int) -> int:
-    """A descriptor of anonymous memory; of a file without a name where there is none."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("effnet-fast-images")
-    else:
-        descriptor, path = tempfile.mkstemp()
-        os.unlink(path)
-    os.truncate(descriptor, max(size, 1))
-    return descriptor
-
-
-class Pool:
-    """Workers that read groups of images.
+class Workers(Generic[Task, Result]):
+    """Processes that each call `work`.
 
     Args:
-        reader: picklable; called with an item's source and draw, returns what a crop takes and a
-            label or None.
-        workers: number of processes.
+        work: makes a result of a task; neither may change what it finds in memory for others.
+        count: number of processes; 0 calls `work` in this one.
+        forks: whether they are forked from this process (on Linux), so that they share its memory,
+            that of packed weights for one, and start at once; else `work` is pickled.
+        descriptors: files that a forked child closes, such as those whose lock ends with the
+            parent.
     """
 
-    def __init__(self, reader: Callable[..., Any], workers: int) -> None:
-        from PIL import Image
-
-        methods = multiprocessing.get_all_start_methods()
-        context: Any = multiprocessing.get_context(
-            "forkserver" if "forkserver" in methods else "spawn"
-        )
-        if "forkserver" in methods:
-            context.set_forkserver_preload([__name__, "PIL.Image"])
-        try:
-            pickled = pickle.dumps(reader)
-        except Exception as error:  # a dataset of the user's own may raise anything
-            raise TypeError(
-                f"the dataset cannot be sent to worker processes ({error}); workers=0 reads in "
-                "this process"
-            ) from error
-        self._counters = [context.Value("q", STOP) for _ in range(BUFFERS)]
-        self._groups: list[Group | None] = [None] * BUFFERS
-        self._processes: list[BaseProcess] = []
-        self._pipes: list[connection.Connection] = []
-        self._next = 0  # number of the next group
-        self.flying: list[int] = []  # groups that were started and not awaited
-        for number in range(workers):
-            pipe, theirs = context.Pipe()
+    def __init__(
+        self,
+        work: Callable[..., Result],
+        count: int,
+        *,
+        forks: bool = False,
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        self._work = work
+        self._processes: dict[connection.Connection, BaseProcess] = {}
+        context = context_of(forks)
+        forks = context.get_start_method() == "fork"
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            inherited = ([*self._processes, ours], tuple(descriptors)) if forks else ([], ())
             process = context.Process(
-                target=_work,
-                args=(theirs, self._counters, pickled, Image.MAX_IMAGE_PIXELS),
-                name=f"effnet-fast-images-{number}",
+                target=_serve,
+                args=(work, theirs, *inherited),
+                name=f"effnet-fast-worker-{number}",
                 daemon=True,
             )
             process.start()
             theirs.close()
-            self._processes.append(process)
-            self._pipes.append(pipe)
+            self._processes[ours] = process
         # Workers ignore SIGTERM, by which an interpreter that exits ends its daemons: it would wait
         # for them for ever. This comes first.
-        self._end = util.Finalize(
-            self, _end, (self._pipes, self._processes, self._counters), exitpriority=100
-        )
+        self._end = util.Finalize(self, _end, (self._processes,), exitpriority=100)
 
-    def start(self, items: Sequence[Item], crop: Any, draw: Draw) -> None:
-        """Has a group decoded; at most BUFFERS groups may be in flight."""
-        buffer = self._next % BUFFERS
-        group = self._groups[buffer]
-        fresh = group is None or group.size != crop.size or group.count < len(items)
-        if fresh:
-            if group is not None:
-                group.close()
-            group = self._groups[buffer] = Group(len(items), crop.size)
-        assert group is not None
-        group.states[:] = UNSET
-        self._counters[buffer].value = 0
-        shape = (group.count, group.size) if fresh else None
-        message = pickle.dumps((buffer, shape, list(items), crop, draw))
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            with contextlib.suppress(OSError):  # the worker has ended, and `wait` says why
-                pipe.send_bytes(message)
-                if fresh:
-                    reduction.send_handle(pipe, group.descriptor, process.pid)
-        self.flying.append(buffer)
-        self._next += 1
-
-    def wait(self) -> tuple[Group, dict[int, str]]:
-        """The oldest group in flight, and why images in it are unreadable, by their place.
+    def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
+        """The results, in the order of the tasks, which are taken as they are needed.
 
         Raises:
-            WorkerError: a worker failed or ended.
+            WorkerError: a worker ended, with the signal or status that ended it.
+            Exception: what `work` raised.
         """
-        buffer = self.flying[0]
-        reasons: dict[int, str] = {}
-        waiting = dict(zip(self._pipes, self._processes, strict=True))
+        if not self._processes:
+            yield from map(self._work, tasks)
+            return
+        source = iter(tasks)
+        waiting: dict[connection.Connection, deque[int]] = {p: deque() for p in self._processes}
+        results: dict[int, Result] = {}
+        given = taken = 0
+        more = True
+        while True:
+            while more and given - taken < WINDOW * len(waiting):
+                pipe = min(waiting, key=lambda p: len(waiting[p]))
+                if len(waiting[pipe]) == AHEAD:
+                    break
+                try:
+                    task = next(source)
+                except StopIteration:
+                    more = False
+                    break
+                self._send(pipe, task)
+                waiting[pipe].append(given)
+                given += 1
+            while taken in results:
+                yield results.pop(taken)
+                taken += 1
+            busy: list[Any] = [pipe for pipe in waiting if waiting[pipe]]
+            if not busy and not more:
+                return
+            ready: list[Any] = connection.wait(busy)
+            for pipe in ready:
+                results[waiting[pipe].popleft()] = self._receive(pipe)
+
+    def tell(self, task: Task, descriptor: int | None = None) -> None:
+        """Gives each worker the same task, and a file as the second argument of `work`."""
+        for pipe in self._processes:
+            with contextlib.suppress(WorkerError):  # `answers` says why
+                self._send(pipe, task, descriptor)
+
+    def answers(self) -> Iterator[Result]:
+        """What each worker answers to the oldest task that was told, as they come.
+
+        Raises:
+            WorkerError, Exception: as `map`.
+        """
+        waiting = dict(self._processes)
         while waiting:
             ready = connection.wait([*waiting, *(p.sentinel for p in waiting.values())])
             for pipe, process in [*waiting.items()]:
                 if pipe in ready or process.sentinel in ready:
-                    reasons.update(_answer(pipe, process))
                     del waiting[pipe]
-        self.flying.pop(0)
-        group = self._groups[buffer]
-        assert group is not None
-        return group, reasons
+                    yield self._receive(pipe)
 
-    def drain(self) -> None:
-        """Has the workers leave what they have not begun, and waits for them."""
-        for buffer in self.flying:
-            self._counters[buffer].value = STOP
-        while self.flying:
-            self.wait()
+    def _send(self, pipe: connection.Connection, task: Task, descriptor: int | None = None) -> None:
+        try:
+            pipe.send((task, descriptor is not None))
+            if descriptor is not None:
+                reduction.send_handle(pipe, descriptor, self._processes[pipe].pid)
+        except OSError as error:
+            raise self._ended(pipe) from error
 
-    def close(self) -> None:
-        """Ends the workers."""
-        self._end()
-        for group in self._groups:
-            if group is not None:
-                group.close()
-        self._groups = [None] * BUFFERS
-        self.flying = []
+    def _receive(self, pipe: connection.Connection) -> Result:
+        try:
+            result, error, trace = pipe.recv()
+        except (EOFError, OSError) as ended:
+            raise self._ended(pipe) from ended
+        if error is not None:
+            raise error from _RemoteError(trace)
+        found: Result = result
+        return found
 
-
-def _end(
-    pipes: Sequence[connection.Connection],
-    processes: Sequence[BaseProcess],
-    counters: Sequence[Any],
-) -> None:
-    """Ends workers; also when the pool is forgotten, or the interpreter exits."""
-    for counter in counters:
-        counter.get_obj().value = STOP  # without the lock: a killed worker may hold it
-    for pipe in pipes:
-        pipe.close()
-    for process in processes:
-        process.join(PATIENCE)
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _answer(pipe: connection.Connection, process: BaseProcess) -> dict[int, str]:
-    """Why images of a group are unreadable, by their place, from one worker."""
-    try:
-        answer = pipe.recv()
-    except (EOFError, OSError):
+    def _ended(self, pipe: connection.Connection) -> WorkerError:
+        process = self._processes[pipe]
         process.join(PATIENCE)
         code = process.exitcode
         how = f"ended with exit code {code}"
         if code is not None and code < 0:
             how = f"was ended by {signal.Signals(-code).name} (is the memory full?)"
-        raise WorkerError(f"a worker that reads images {how}. {HINT}") from None
-    if isinstance(answer, _Failure):
-        raise WorkerError(answer.message) from _RemoteError(answer.trace)
-    reasons: dict[int, str] = answer
-    return reasons
+        return WorkerError(f"a worker process {how}. {HINT}")
+
+    def close(self) -> None:
+        """Ends the processes, whatever they do."""
+        self._end()
+
+    def __enter__(self) -> Workers[Task, Result]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def read(reader: Callable[..., Any], item: Item, crop: Any, draw: Draw) -> tuple[Tensor, int]:
-    """An image's pixels, uint8 [3,R,R], and its label.
-
-    Raises:
-        UnreadableImageError: it cannot be read.
-        WorkerError: anything else went wrong; the message names the image.
-    """
-    draw = draw._replace(image=item.number)
-    try:
-        source, label = reader(item.source, draw)
-        pixels = crop(source, draw, name=item.name)
-        return pixels, item.label if label is None else int(label)
-    except (UnreadableImageError, MemoryError):
-        raise
-    except Exception as error:  # datasets and crops of the user's own may raise anything
-        raise WorkerError(f"{item.name}: {type(error).__name__}: {error}") from error
+def _end(processes: dict[connection.Connection, BaseProcess]) -> None:
+    """Ends workers; also when they are forgotten, or the interpreter exits."""
+    for pipe, process in processes.items():
+        pipe.close()
+        process.kill()
+    for process in processes.values():
+        process.join()
+    processes.clear()
 
 
-def _work(
-    pipe: connection.Connection, counters: Sequence[Any], pickled: bytes, most_pixels: int | None
+def _serve(
+    work: Callable[..., Any],
+    pipe: connection.Connection,
+    inherited: Sequence[connection.Connection],
+    descriptors: Sequence[int],
 ) -> None:
-    """The life of a worker: group after group until the pipe closes."""
-    # Ctrl-C and SIGTERM reach the whole process group; the process that trains decides what ends.
+    """The life of a worker: task after task until the pipe ends."""
+    for other in inherited:  # else no end of a pipe would ever be the last
+        other.close()
+    for descriptor in descriptors:
+        os.close(descriptor)
+    # Ctrl-C and SIGTERM reach the whole process group; the process that has workers ends them.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = most_pixels
-    groups: list[Group | None] = [None] * BUFFERS
-    try:
-        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-            try:
-                reader = pickle.loads(pickled)
-            except Exception as error:  # of the user's own dataset, as above
-                reader = None
-                failure = _Failure(
-                    f"the dataset cannot be made anew in a worker: {error!r}. {HINT}",
-                    traceback.format_exc(),
-                )
-            while True:
-                buffer, shape, items, crop, draw = pickle.loads(pipe.recv_bytes())
-                if shape is not None:
-                    old = groups[buffer]
-                    if old is not None:
-                        old.close()
-                    count, size = shape
-                    groups[buffer] = Group(count, size, reduction.recv_handle(pipe))
-                group = groups[buffer]
-                assert group is not None
-                if reader is None:
-                    pipe.send(failure)
-                else:
-                    pipe.send(_fill(group, items, reader, crop, draw, counters[buffer]))
-    finally:
-        pipe.close()
-
-
-def _fill(
-    group: Group, items: Sequence[Item], reader: Any, crop: Any, draw: Draw, counter: Any
-) -> dict[int, str] | _Failure:
-    """Reads images of the group until none is left; returns reasons, or what failed."""
-    reasons: dict[int, str] = {}
+    tasks: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    # A thread reads, so that the parent's send and this worker's never wait for each other.
+    threading.Thread(target=_read, args=(pipe, tasks), daemon=True).start()
     while True:
-        with counter.get_lock():
-            place = counter.value
-            counter.value = place + 1
-        if place >= len(items):
-            return reasons
+        arguments = tasks.get()
         try:
-            pixels, group.labels[place] = read(reader, items[place], crop, draw)
-        except UnreadableImageError as error:
-            reasons[place] = error.reason
-            group.states[place] = UNREADABLE
-        except Exception as error:  # goes to the process that waits, which raises it
-            counter.value = STOP
-            message = str(error) if isinstance(error, WorkerError) else None
-            return _Failure(message or f"{items[place].name}: {error!r}", traceback.format_exc())
-        else:
-            group.pixels[place] = pixels.permute(1, 2, 0).numpy()
-            group.states[place] = READ
+            reply: tuple[Any, ...] = (work(*arguments), None, None)
+        except Exception as error:  # whatever it is, the caller raises it
+            reply = (None, error, traceback.format_exc())
+        try:
+            pipe.send(reply)
+        except OSError:
+            return
+
+
+def _read(pipe: connection.Connection, tasks: queue.SimpleQueue[tuple[Any, ...]]) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            task, has_file = pipe.recv()
+            tasks.put((task, reduction.recv_handle(pipe)) if has_file else (task,))
+    os._exit(0)

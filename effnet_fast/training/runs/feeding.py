@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effnet_fast.pretrained.images import ImageClassification
+from effnet_fast.training.answers.evaluation import Truth
+from effnet_fast.training.answers.inference import Answering, Read, computed
+from effnet_fast.training.answers.metrics import TOP, Tally
 from effnet_fast.training.data.augmentation import Augmentation
 from effnet_fast.training.data.decoding import EvaluationCrop, TrainingCrop
 from effnet_fast.training.data.loading import Batch, Loader
-from effnet_fast.training.data.sampling import EpochSampler
+from effnet_fast.training.data.sampling import EpochSampler, dealt
 from effnet_fast.training.data.sources import TABLES, open_images, splits
 from effnet_fast.training.runs import freezing
 from effnet_fast.training.runs.processes import Processes
@@ -120,15 +123,15 @@ class Feed:
         self.sampler = EpochSampler(len(images.train), seed=settings.seed, blocks=blocks, **deal)
         options: Any = {
             "workers": settings.workers,
-            "unreadable_limit": settings.unreadable_limit,
             "pin": device.type == "cuda",
             "in_turn": device.type != "cuda",
         }
         self.training = Loader(images.train, seed=settings.seed, **options)
         self.validation: Loader | None = None
-        if images.val is not None and len(images.val) >= world:
-            self.order = EpochSampler(len(images.val), shuffle=False, **deal)
+        self.processes = processes
+        if images.val is not None:
             self.validation = Loader(images.val, **options)
+            self.truth = Truth(images.val, list(images.classes), len(images.classes))
         randaugment = (RANDAUGMENT_OPERATIONS, recipe.randaugment) if recipe.randaugment else None
         self.augmentation = Augmentation(
             mean=preset.mean,
@@ -153,12 +156,51 @@ class Feed:
         )
         return self.training.batches(self.sampler, crop)
 
-    def validate(self) -> Iterator[Batch] | None:
-        """The validation batches; None where there are no validation images."""
+    def evaluate(
+        self, network: nn.Module, should_stop: Callable[[Batch], bool]
+    ) -> dict[str, float | None] | None:
+        """Loss and accuracy on the validation images, of all processes together.
+
+        Args:
+            network: in eval mode.
+            should_stop: asked after each batch of this process, with the same answer in all.
+
+        Returns:
+            the mean "loss" (cross entropy), and "top1" and "top5" as fractions; nothing where there
+            are no validation images, or none can be read; None if stopped.
+        """
         if self.validation is None:
+            return {}
+        images, processes = self.validation.images, self.processes
+        count = self.truth.count
+        answering = Answering(
+            network,
+            images,
+            self.preset,
+            top=min(TOP, count),
+            truth=self.truth.of,
+            always=processes.is_sharded,
+        )
+        tally = Tally(count, matrix=False)
+        order = dealt(len(images), self.recipe.batch, rank=processes.rank, world=processes.world)
+        stopped = False
+
+        def reads() -> Iterator[Read]:
+            nonlocal stopped
+            for batch in batches:
+                yield Read.of_batch(batch)
+                if stopped := should_stop(batch):
+                    batches.close()
+
+        batches: Any = self.validation.batches(order, EvaluationCrop(self.preset))
+        for found in computed(answering, processes.device, reads()):
+            tally.add(*found.counted())
+        if stopped:
             return None
-        self.order.position = 0
-        return self.validation.batches(self.order, EvaluationCrop(self.preset))
+        tally.share(processes.add_up)
+        if not tally.images:
+            return {}
+        return {"loss": tally.loss, "top1": tally.top1, "top5": tally.top5}
 
     def close(self) -> None:
         """Ends the worker processes."""

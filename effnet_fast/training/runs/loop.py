@@ -16,7 +16,7 @@ from effnet_fast.models.variants import Variant
 from effnet_fast.training.runs import freezing, network, run_folder, state
 from effnet_fast.training.runs.feeding import RANK_SEEDS, Feed, Images
 from effnet_fast.training.runs.processes import Processes, restarts
-from effnet_fast.training.runs.recipe import Recipe, read_recipe
+from effnet_fast.training.runs.recipe import DEFAULT_RECIPE, Recipe, read_recipe
 from effnet_fast.training.runs.run_folder import RunFolder
 from effnet_fast.training.runs.settings import LARGEST_SEED, Settings, check_same, described
 from effnet_fast.training.runs.trainer import OnStep, Trainer
@@ -26,21 +26,21 @@ def train(
     data: Any,
     out: str | os.PathLike[str],
     *,
-    model: str | Variant | None = None,
-    weights: str | os.PathLike[str] | None = None,
-    recipe: str | os.PathLike[str] = "finetune",
+    recipe: str | os.PathLike[str] = DEFAULT_RECIPE,
     val: Any = None,
-    resolution: int | None = None,
-    seed: int = 0,
-    precision: str = "fp32",
-    memory: str = "fast",
-    grad_checkpointing: bool = False,
-    backend: str = "auto",
-    device: str = "auto",
-    strategy: str = "ddp",
-    workers: int | None = None,
-    unreadable_limit: int | None = None,
-    save_minutes: float = 10.0,
+    model: str | Variant | None = Settings.model,
+    weights: str | os.PathLike[str] | None = Settings.weights,
+    resolution: int | None = Settings.resolution,
+    seed: int = Settings.seed,
+    precision: str = Settings.precision,
+    memory: str = Settings.memory,
+    grad_checkpointing: bool = Settings.grad_checkpointing,
+    backend: str = Settings.backend,
+    device: str = Settings.device,
+    strategy: str = Settings.strategy,
+    workers: int | None = Settings.workers,
+    unreadable_limit: int | None = Settings.unreadable_limit,
+    save_minutes: float = Settings.save_minutes,
     resume: bool = False,
     progress: bool = False,
     on_step: OnStep | None = None,
@@ -56,26 +56,14 @@ def train(
         data: as for `sources.open_images`; a folder may hold `train` and `val` (or `test`).
         out: the run's folder; `run_folder` says what is in it. It must be empty or not there,
             unless the run is resumed.
-        model: a size, "lite0", or a `Variant` of one's own; None means that of a file of weights,
-            else b0.
-        weights: None for random ones; published ones by name ("DEFAULT"); a file or a run's folder.
         recipe: "finetune", "paper", "quick", or a file that ends in .toml.
         val: validation images that are not in `data`.
-        resolution: side of the images, pixels; None means the weights' own.
-        seed: of weights, order, crops and augmentation, below 2**32.
-        precision: "fp32", "bf16", or on CUDA "fp16".
-        memory, backend: as for `EfficientNet`.
-        grad_checkpointing: keeps the input of each block alone for backward.
-        device: "auto", "cpu" or "cuda".
-        strategy: of several processes: "ddp", or "fsdp", which spreads weights over them.
-        workers: processes that read images; None leaves it to `loading.Loader`.
-        unreadable_limit: how many unreadable training images, and how many validation images, each
-            process leaves out before the run ends; None: any number.
-        save_minutes: time between two states within an epoch; one is written after each epoch, too.
+        model, weights, resolution, seed, precision, memory, grad_checkpointing, backend, device,
+            strategy, workers, unreadable_limit, save_minutes: see `Settings`.
         resume: continues the run in `out`; begins one where there is none.
         progress: shows a line on stderr.
         on_step: called with the number of steps and the mean loss of the last one.
-        changes: fields of `recipe.Recipe` that replace the recipe's.
+        changes: fields of `Recipe` that replace the recipe's.
 
     Returns:
         "epochs", "steps", "top1" and "top5" (fractions) and "loss" of the validation images (None
@@ -113,7 +101,7 @@ def train(
         stack.callback(folder.close)
         again = resume or restarts() > 0
         before = processes.from_main(lambda: folder.open(resume=again))
-        now = described(data, val, settings, os.fspath(recipe), read, processes.world)
+        now = described(data, val, settings, os.fspath(recipe), read, processes.world, before)
         if before:
             check_same(before, now)
         if before and before["metrics"] is not None:
@@ -121,12 +109,13 @@ def train(
         images = Images(data, val)
         _check_images(before, images)
         found = _state_of(folder, processes)
-        net = _network(settings, read, images, processes, is_resumed=found is not None)
+        net = _network(settings, read, images, processes, found)
         now |= _facts(net, images)
         state.seed_everything((seed + RANK_SEEDS * (1 + processes.rank)) % LARGEST_SEED)
         feed = Feed(images, read, settings, network.preset_of(net), processes)
         stack.callback(feed.close)
         options: dict[str, Any] = {
+            "unreadable_limit": unreadable_limit,
             "save_seconds": 60.0 * save_minutes,
             "silent": not progress,
             "on_step": on_step,
@@ -163,20 +152,20 @@ def _state_of(folder: RunFolder, processes: Processes) -> dict[str, Any] | None:
 
 
 def _network(
-    settings: Settings, recipe: Recipe, images: Images, processes: Processes, *, is_resumed: bool
+    settings: Settings,
+    recipe: Recipe,
+    images: Images,
+    processes: Processes,
+    found: Mapping[str, Any] | None,
 ) -> EfficientNet:
-    """The network on the device, ready to be trained."""
-    state.seed_everything(settings.seed)
-    net = network.build(
-        settings.model,
-        settings.weights,
-        recipe,
-        images.classes,
-        resolution=settings.resolution,
-        is_resumed=is_resumed,
-        backend=settings.backend,
-        memory=settings.memory,
-    )
+    """The network on the device, ready to be trained; that of a state needs no file of weights."""
+    options: dict[str, Any] = {"backend": settings.backend, "memory": settings.memory}
+    if found is not None:
+        net = network.rebuild(found["network"], recipe, **options)
+    else:
+        state.seed_everything(settings.seed)
+        options["resolution"] = settings.resolution
+        net = network.build(settings.model, settings.weights, recipe, images.classes, **options)
     net.to(processes.device)
     if not processes.is_sharded:  # fully_shard takes contiguous parameters alone
         plain: Any = net  # PyTorch's annotations leave memory_format out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from effnet_fast import models
 from effnet_fast.models import EfficientNet, origin
 from effnet_fast.models.loading import unfilled
-from effnet_fast.models.variants import VARIANTS, Variant
+from effnet_fast.models.variants import VARIANTS, Stage, Variant
 from effnet_fast.pretrained import images
 from effnet_fast.pretrained.weights import get_model_weights, get_weight
 from effnet_fast.training.runs.recipe import Recipe
@@ -32,7 +32,6 @@ def build(
     classes: Sequence[str],
     *,
     resolution: int | None = None,
-    is_resumed: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> EfficientNet:
@@ -46,7 +45,6 @@ def build(
         recipe: has dropout and drop-path.
         classes: names, in the order of the logits.
         resolution: side of the images, pixels; None means the weights' own.
-        is_resumed: whether other weights follow, so that none are read.
         progress: shows a progress bar while downloading.
         options: further ones of `EfficientNet`: backend, memory.
 
@@ -57,19 +55,15 @@ def build(
         raise ValueError(f"model must be one of {', '.join(VARIANTS)}, got {model!r}")
     if resolution is not None and not 1 <= resolution <= LARGEST_SIDE:
         raise ValueError(f"resolution must be between 1 and {LARGEST_SIDE}, got {resolution!r}")
-    if recipe.dropout is not None:
-        options["dropout"] = recipe.dropout
-    if recipe.drop_path is not None:
-        options["stochastic_depth_prob"] = recipe.drop_path
+    options |= _drops(recipe)
     text = None if weights is None else os.fspath(weights)
     is_new = True
     if text is None:
-        make = _empty if is_resumed else _random
-        network = make(model or DEFAULT_MODEL, classes, options)
+        network = EfficientNet(model or DEFAULT_MODEL, num_classes=len(classes), **options)
         facts = _facts(images.preset(network.variant))
     elif NAME.fullmatch(text) and not Path(text).exists():
         size = model.name if isinstance(model, Variant) else model or DEFAULT_MODEL
-        network, facts, is_new = _published(size, text, classes, is_resumed, progress, options)
+        network, facts, is_new = _published(size, text, classes, progress, options)
     else:
         network = EfficientNet.from_checkpoint(text, variant=model, progress=progress, **options)
         facts = _facts(images.preset(network.variant))
@@ -82,15 +76,34 @@ def build(
     return network.train()
 
 
-def _random(model: str | Variant, classes: Sequence[str], options: dict[str, Any]) -> EfficientNet:
-    return EfficientNet(model, num_classes=len(classes), **options)
+def described(network: EfficientNet) -> dict[str, Any]:
+    """What `rebuild` needs beside weights, in types that need no code to be read."""
+    return {"variant": asdict(network.variant), "origin": dict(network._origin)}
 
 
-def _empty(model: str | Variant, classes: Sequence[str], options: dict[str, Any]) -> EfficientNet:
-    """A network whose weights nobody has drawn: a state follows."""
+def rebuild(description: dict[str, Any], recipe: Recipe, **options: Any) -> EfficientNet:
+    """The network of a run that is resumed, in training mode; its weights are those of a state.
+
+    Args:
+        description: of `described`; has the names of the classes, too.
+        recipe, options: as for `build`.
+    """
+    fields = description["variant"]
+    stages = tuple(Stage(**stage) for stage in fields["baseline"])
+    variant = Variant(**{**fields, "baseline": stages})
+    found = frozenset(description["origin"].items())
     with unfilled():
-        network = _random(model, classes, options)
-    return network.to_empty(device="cpu")
+        network = EfficientNet(
+            variant, num_classes=len(origin.class_names(found)), **_drops(recipe), **options
+        )
+    network._origin = found
+    return network.to_empty(device="cpu").train()
+
+
+def _drops(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of `EfficientNet` that the recipe gives."""
+    given = {"dropout": recipe.dropout, "stochastic_depth_prob": recipe.drop_path}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _zero_classifier(network: EfficientNet) -> None:
@@ -108,7 +121,6 @@ def _published(
     model: str,
     text: str,
     classes: Sequence[str],
-    is_resumed: bool,
     progress: bool,
     options: dict[str, Any],
 ) -> tuple[EfficientNet, dict[str, Any], bool]:
@@ -120,8 +132,6 @@ def _published(
         raise ValueError(f"weights {text} are of another network than model {model}")
     facts = _facts(published.transforms())
     is_new = list(classes) != list(published.meta["categories"])
-    if is_resumed:
-        return _empty(model, classes, options), facts, is_new
     make = getattr(models, entry_point)
     network: EfficientNet = make(weights=published, progress=progress, **options)
     if is_new:

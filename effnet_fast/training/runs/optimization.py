@@ -183,7 +183,7 @@ def make_schedule(optimizer: Optimizer, recipe: Recipe, steps_per_epoch: int) ->
     return LambdaLR(optimizer, lambda step: rate_factor(recipe, step, steps_per_epoch))
 
 
-def _local(tensor: Any) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This process's part of a sharded tensor; buffers are whole, and no list may mix both."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
@@ -218,7 +218,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def _average(self, averages: Iterable[Tensor], values: Iterable[Tensor], _: Any) -> None:
-        averages, values = [*map(_local, averages)], [*map(_local, values)]
+        averages, values = [*map(local, averages)], [*map(local, values)]
         if averages[0].is_floating_point():
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
             torch._foreach_lerp_(averages, values, 1.0 - decay)

@@ -15,10 +15,15 @@ class Outcome(NamedTuple):
     images: float
     stop: float  # above 0: a signal asks for the end
     save: float  # above 0: the state is due
+    unreadable: float  # training images that nobody knew to be unreadable
     local: float  # this process's loss
     step: int  # number of steps before this one
     rate: float
     batches: Any  # of the step, for a report of a loss that is no number
+
+
+SUMMED = 5  # fields at the beginning that are added up over the processes
+OF_DEVICE = 6  # fields at the beginning that come from the device
 
 
 class OutcomeReader:
@@ -35,7 +40,7 @@ class OutcomeReader:
         """Takes a step's values; the outcomes that are ready.
 
         Args:
-            values: loss, images, stop, save and local, float64 [5].
+            values: the first fields of an outcome, float64 [OF_DEVICE].
         """
         event = None
         if self.is_cuda:
@@ -56,6 +61,5 @@ class OutcomeReader:
             values, event, rest = self._waiting.pop(0)
             if event is not None:
                 event.synchronize()
-            loss, images, stop, save, local = values.tolist()
-            taken.append(Outcome(loss, images, stop, save, local, *rest))
+            taken.append(Outcome._make((*values.tolist(), *rest)))
         return taken

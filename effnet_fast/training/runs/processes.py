@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -124,6 +125,10 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def add_up(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The sum over all processes of an array that each has."""
+        return self.sum(torch.from_numpy(array.copy()).to(self.device)).cpu().numpy()
 
     def gather(self, item: Any) -> list[Any]:
         """The items of all processes, by rank; each has the whole list."""

@@ -170,7 +170,7 @@ def read_description(run: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def load(
+def load_run(
     run: str | os.PathLike[str], **options: Any
 ) -> tuple[EfficientNet, images.ImageClassification, tuple[str, ...]]:
     """The network of a run in eval mode, the preset of its images, and its class names.

@@ -17,7 +17,7 @@ import torch
 from effnet_fast import files
 from effnet_fast.checkpoints.writing import save_pickle
 
-FORMAT = 1
+FORMAT = 2
 
 
 def random_state() -> dict[str, Any]:

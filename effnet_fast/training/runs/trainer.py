@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_fast import checkpoints
 from effnet_fast.models import EfficientNet
 from effnet_fast.training.data.loading import Batch
-from effnet_fast.training.runs import logs, run_folder, sharding, state
+from effnet_fast.training.runs import logs, network, run_folder, sharding, state
 from effnet_fast.training.runs.feeding import Feed
 from effnet_fast.training.runs.optimization import MovingAverage, make_optimizer, make_schedule
-from effnet_fast.training.runs.outcomes import Outcome, OutcomeReader
+from effnet_fast.training.runs.outcomes import OF_DEVICE, SUMMED, Outcome, OutcomeReader
 from effnet_fast.training.runs.processes import Processes, StoppedError, StopRequest
 from effnet_fast.training.runs.recipe import Recipe
 from effnet_fast.training.runs.run_folder import RunFolder
-from effnet_fast.training.runs.validation import evaluate
+from effnet_fast.training.runs.steps import Steps
+from effnet_fast.training.runs.unreadable import Unreadable
 
 LOG_STEPS = 10  # steps between two points of TensorBoard's curves
 OnStep = Callable[[int, float], None]  # number of steps so far, mean loss of the last
@@ -39,6 +39,7 @@ class Trainer:
     Args:
         model: in training mode on the device, its first layers frozen where the recipe says so.
         weights: of the classes, float32 [classes], or None.
+        unreadable_limit: how many training images, and how many validation images, may be left out.
         save_seconds: time between two states within an epoch.
         silent: whether no progress is shown.
         on_step: called after each step.
@@ -53,13 +54,13 @@ class Trainer:
         processes: Processes,
         *,
         weights: Tensor | None = None,
+        unreadable_limit: int | None = None,
         save_seconds: float = 600.0,
         silent: bool = True,
         on_step: OnStep | None = None,
     ) -> None:
         self.recipe, self.feed, self.folder, self.processes = recipe, feed, folder, processes
         self.raw, self.device, self.on_step = model, processes.device, on_step
-        self.weights = None if weights is None else weights.to(self.device)
         # Of a sharded network there is no whole one left to save.
         self.whole = copy.deepcopy(model) if processes.is_sharded and processes.is_main else None
         self.average = MovingAverage(model, recipe.ema) if recipe.ema else None
@@ -71,8 +72,9 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(feed.sampler) / recipe.accumulate)
         self.schedule = make_schedule(optimizer, recipe, self.steps_per_epoch)
         self.plain_optimizer = optimizer
-        self.optimizer = processes.prepare_optimizer(optimizer)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.steps = Steps(
+            model, self.model, optimizer, feed.augmentation, recipe, processes, weights
+        )
         self.reader = OutcomeReader(self.device)
         self.stop = StopRequest()
         self.save_seconds, self.saved_at = save_seconds, time.monotonic()
@@ -86,7 +88,7 @@ class Trainer:
         # The position of the run: what `_state` saves.
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.unreadable: dict[str, str] = {}  # reasons by path
+        self.unreadable = Unreadable(unreadable_limit, processes)
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -140,65 +142,33 @@ class Trainer:
 
     def _step(self, group: list[Batch]) -> list[Outcome]:
         """One step of the optimizer; the outcomes that are there."""
-        total = sum(batch.total for batch in group)
-        values = torch.zeros(5, dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(group):
-            self._note_problems(batch)
-            self.skipped += len(batch.problems)
-            if not len(batch.images):
-                self._check_alone(batch)
-                continue
-            with self.processes.synchronising(self.model, index == len(group) - 1):
-                losses = self._losses(batch)
-                # Processes average their gradients; the sum over all images counts each once.
-                share = losses.sum() * (self.processes.world / total)
-                self.processes.accelerator.backward(share)
-            values[0] += losses.detach().sum()
-            values[1] += len(batch.images)
-        values[4] = values[0]
+        values = torch.zeros(OF_DEVICE, dtype=torch.float64, device=self.device)
+        values[0] = values[5] = self.steps.backward(group)
+        values[1] = sum(len(batch.images) for batch in group)
         values[2] = float(self.stop.number > 0)
         due = time.monotonic() - self.saved_at > self.save_seconds
         values[3] = float(due and self.processes.is_main)
-        self.processes.sum(values[:4])
+        values[4] = sum(self.unreadable.note("train", batch) for batch in group)
+        self.skipped += sum(len(batch.problems) for batch in group)
+        self.processes.sum(values[:SUMMED])
         rate = self.plain_optimizer.param_groups[-1]["lr"]
         outcomes = self._note(self.reader.put(values, self.step, rate, group))
-        self._update()
-        return outcomes
-
-    def _losses(self, batch: Batch) -> Tensor:
-        """The loss of each image, float32 [N]."""
-        x, targets = self.feed.augmentation(
-            batch.images.to(self.device, non_blocking=True),
-            batch.labels.to(self.device, non_blocking=True),
-        )
-        with self.processes.accelerator.autocast():
-            logits = self.model(x)
-        return F.cross_entropy(
-            logits.float(),
-            targets,
-            weight=self.weights,
-            label_smoothing=self.recipe.label_smoothing,
-            reduction="none",
-        )
-
-    def _update(self) -> None:
-        """Moves the weights by the gradients."""
-        if self.recipe.clip:
-            self.processes.accelerator.clip_grad_norm_(self.parameters, self.recipe.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        is_moved = self.steps.update(group, values[1])
         self.schedule.step()
         self.step += 1
-        if self.average is not None:
+        if is_moved and self.average is not None:
             self.average.update(self.raw)
+        return outcomes
 
     def _note(self, outcomes: list[Outcome]) -> list[Outcome]:
         """Adds losses up and shows them.
 
         Raises:
             LossError: one is no number.
+            UnreadableLimitError: more images cannot be read than allowed.
         """
         for outcome in outcomes:
+            self.unreadable.add("train", int(outcome.unreadable))
             if not math.isfinite(outcome.loss):
                 self._fail(outcome)
             self.loss_sum += outcome.loss
@@ -210,16 +180,6 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(outcome.step + 1, mean)
         return outcomes
-
-    def _note_problems(self, batch: Batch) -> Batch:
-        self.unreadable.update((problem.path, problem.reason) for problem in batch.problems)
-        return batch
-
-    def _check_alone(self, batch: Batch) -> None:
-        """A batch without a readable image is left out, unless others wait for its gradients."""
-        if self.processes.world > 1:
-            path = batch.problems[0].path
-            raise ValueError(f"no image of a batch can be read ({path}, ...): remove them")
 
     def _fail(self, outcome: Outcome) -> None:
         where = f"epoch {self.epoch + 1}, step {outcome.step + 1}"
@@ -257,12 +217,14 @@ class Trainer:
         """Evaluates, writes the epoch's row, and saves."""
         begun = time.perf_counter()
         if not self.images:
-            path, reason = next(iter(self.unreadable.items()))
+            self.unreadable.exchange()
+            path, reason = next(iter(self.unreadable.reasons().items()))
             raise ValueError(f"no training image can be read ({path}: {reason}, ...)")
         found = self._evaluate()
         if found is None:
             self.save()
             raise self._stopped()
+        self.unreadable.exchange()
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,
@@ -275,16 +237,14 @@ class Trainer:
             "unreadable": sum(self.processes.gather(int(self.skipped))),
         }
         self.history.append(row)
-        for others in self.processes.gather(self.unreadable):
-            self.unreadable.update(others)
         self.epoch += 1
         self._begin_epoch()
         self.feed.sampler.set_epoch(self.epoch)
         self.save()
         if self.processes.is_main:
             logs.write_metrics(self.history, self.folder / run_folder.METRICS)
-            if self.unreadable:
-                logs.write_unreadable(self.unreadable, self.folder / run_folder.UNREADABLE)
+            if reasons := self.unreadable.reasons():
+                logs.write_unreadable(reasons, self.folder / run_folder.UNREADABLE)
         if self.board is not None:
             numbers = {f"epoch/{name}": row[name] for name in logs.COLUMNS if name != "epoch"}
             self.board.write(numbers, self.step)
@@ -296,25 +256,23 @@ class Trainer:
         factor = self.schedule.lr_lambdas[-1](max(0, self.step - 1))
         return float(group["initial_lr"] * factor)
 
-    def _evaluate(self) -> dict[str, float] | None:
+    def _evaluate(self) -> dict[str, float | None] | None:
         """Loss and accuracy of the weights that would be saved; None if a signal came."""
-        batches = self.feed.validate()
-        if batches is None:
-            return {}
         average = None if self.average is None else self.average.model
         self.processes.share(self.raw.buffers())
         if average is not None:
             self.processes.share(average.buffers())
         model = (self.raw if average is None else average).eval()
-        batches, normalise = map(self._note_problems, batches), self.feed.preset.normalise
-        return evaluate(model, batches, normalise, self.processes, self._is_stopping)
+        return self.feed.evaluate(model, self._is_stopping)
 
-    def _is_stopping(self) -> bool:
-        """Whether any process has had a signal."""
-        flag = torch.tensor(float(self.stop.number), device=self.device)
-        if self.processes.world == 1:
-            return self.stop.number > 0
-        return bool(self.processes.sum(flag).item())
+    def _is_stopping(self, batch: Batch) -> bool:
+        """Whether any process has had a signal; counts the images that cannot be read."""
+        stop, new = self.stop.number, self.unreadable.note("val", batch)
+        if self.processes.world > 1:
+            values = torch.tensor([stop, new], device=self.device)
+            stop, new = self.processes.sum(values).tolist()
+        self.unreadable.add("val", new)
+        return stop > 0
 
     def _finish(self) -> dict[str, Any]:
         """Writes the final weights; returns the metrics."""
@@ -336,7 +294,7 @@ class Trainer:
             **{name: last[name] for name in ("top1", "top5", "loss", "train_loss")},
             "images_per_second": self.feed.sampler.length * len(seconds) / sum(seconds),
             "seconds": training,
-            "unreadable": len(self.unreadable),
+            "unreadable": len(self.unreadable.reasons()),
         }
 
     # ---- the state
@@ -354,9 +312,10 @@ class Trainer:
             "random": state.random_state(),
             "augmentation": self.feed.augmentation.get_extra_state(),
             "skipped": self.skipped,
-            "unreadable": self.unreadable,
+            "unreadable": self.unreadable.found,
         }
         return {
+            "network": network.described(self.raw),
             "epoch": self.epoch,
             "step": self.step,
             "history": self.history,
@@ -393,6 +352,7 @@ class Trainer:
         if self.processes.scaler is not None and content["scaler"] is not None:
             self.processes.scaler.load_state_dict(content["scaler"])
         own = content["processes"][self.processes.rank]
-        self.skipped, self.unreadable = own["skipped"], own["unreadable"]
+        self.skipped = own["skipped"]
+        self.unreadable.take([part["unreadable"] for part in content["processes"]])
         self.feed.augmentation.set_extra_state(own["augmentation"])
         state.set_random_state(own["random"])

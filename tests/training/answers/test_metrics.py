@@ -90,3 +90,36 @@ def test_no_matrix_of_very_many_classes():
     tally.add([MATRIX_LIMIT], [[MATRIX_LIMIT]], [0.5])
     assert tally.confusion is None
     assert tally.per_class()[-1].correct == 1
+
+
+def test_shares_in_any_order_give_the_same_numbers():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, 300)
+    top = np.argsort(generator.random((300, 4)), axis=1)
+    confidences = generator.random(300).astype(np.float32)
+    losses = generator.gamma(1.0, 2.0, 300).astype(np.float32)
+    order = generator.permutation(300)
+    one, *parts = (Tally(4) for _ in range(4))
+    one.add(labels, top, confidences, losses)
+    for rank, part in enumerate(parts):
+        for places in np.array_split(order[rank::3], 7):
+            part.add(labels[places], top[places], confidences[places], losses[places])
+    arrays = []
+    for part in parts[1:]:  # what an all-reduce does, one process after the other
+        part.share(lambda array: arrays.append(array.copy()) or array)
+    count = len(arrays) // 2
+    rest = iter(a + b for a, b in zip(arrays[:count], arrays[count:], strict=True))
+    parts[0].share(lambda array: array + next(rest))
+    assert parts[0].images == 300
+    assert (parts[0].ece, parts[0].loss, parts[0].top1) == (one.ece, one.loss, one.top1)
+    assert parts[0].calibration() == one.calibration()
+    np.testing.assert_array_equal(parts[0].confusion, one.confusion)
+    assert one.loss == pytest.approx(losses.mean(dtype=np.float64), abs=1e-9)
+
+
+@pytest.mark.parametrize("large", [5e3, np.inf, np.nan])
+def test_losses_that_no_integer_holds(large):
+    tally = Tally(2, matrix=False)
+    tally.add([0, 1], [[0], [1]], [0.5, 0.5], [0.25, large])
+    np.testing.assert_equal(tally.loss, (0.25 + large) / 2)
+    assert tally.confusion is None

@@ -225,3 +225,17 @@ def test_a_full_disk_is_told_by_the_file(tmp_path):
             output.add(PATHS, answers(list(range(len(PATHS)))))
         output._file = None
     assert caught.value.filename == str(path)
+
+
+def test_no_two_paths_have_the_same_text():
+    raw = os.fsdecode(b"\xff.jpg")
+    escaped = ["\\xff.jpg", "\\x5cxff.jpg", "\\x5cx5cxff.jpg", "\\udcff.jpg", "\\x5cudcff.jpg"]
+    plain = ["C:\\photos\\xmas.jpg", "a\\\\b.jpg", "ü.jpg", "\\xFF.jpg"]
+    mixed = [os.fsdecode(b"\\\xff.jpg"), "\\" + os.fsdecode(b"xff\xfe.jpg"), "\ud800.jpg"]
+    paths = [raw, *escaped, *plain, *mixed]
+    texts = [rows.shown(path) for path in paths]
+    assert len(set(texts)) == len(set(paths))
+    assert texts[0] == "\\xff.jpg"
+    assert [rows.shown(path) for path in plain] == plain
+    for text in texts:
+        text.encode("utf-8")

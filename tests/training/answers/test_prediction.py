@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -20,10 +21,11 @@ import answered
 from answered import CLASSES, rows_of
 from effnet_fast.pretrained import images
 from effnet_fast.training.answers import inference, prediction
-from effnet_fast.training.answers.prediction import Means, Options, Share, predict
+from effnet_fast.training.answers.prediction import PredictionOptions, Resources, predict
+from effnet_fast.training.answers.shares import Share
 from tolerances import assert_no_worse_than
 
-HERE = Means(workers=0, batch=4)
+HERE = Resources(workers=0, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,8 @@ def expected(model, paths):
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_rows_are_the_networks_answers(tmp_path, model, photos, suffix):
     out = tmp_path / f"out{suffix}"
-    options = Options(top=len(CLASSES))
-    report = predict(model, photos, out, options=options, means=HERE)
+    options = PredictionOptions(top=len(CLASSES))
+    report = predict(model, photos, out, options=options, resources=HERE)
     assert (report["images"], report["unreadable"], report["present"]) == (11, 1, 0)
     rows = rows_of(out)
     assert [row["path"] for row in rows] == sorted(str(path) for path in photos.rglob("*.jpg"))
@@ -79,7 +81,7 @@ def test_rows_are_the_networks_answers(tmp_path, model, photos, suffix):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_embeddings_are_pooled_features(tmp_path, model, photos, suffix):
     out = tmp_path / f"out{suffix}"
-    predict(model, photos, out, options=Options(embeddings=True), means=HERE)
+    predict(model, photos, out, options=PredictionOptions(embeddings=True), resources=HERE)
     rows = [row for row in rows_of(out) if row["reason"] is None]
     encoder = inference.without_classifier(model)
     preset = images.preset(model.variant)
@@ -97,7 +99,7 @@ def test_workers_write_the_same_file(tmp_path, model, photos):
     files = []
     for name, workers in (("a", 0), ("b", 2)):
         out = tmp_path / f"{name}.csv"
-        predict(model, photos, out, means=Means(batch=2, workers=workers))
+        predict(model, photos, out, resources=Resources(batch=2, workers=workers))
         files.append(out.read_bytes())
     assert files[0] == files[1]
 
@@ -109,7 +111,7 @@ def test_decoding_ahead_gives_the_same_answers(model, photos):
     answering = inference.Answering(network, listed, images.preset(model.variant), top=2)
     batches = list(inference.batched(range(11), 2))
     with inference.Workers(answering.decoding, 2) as decoders:
-        found = list(inference._on_device(answering, torch.device("cpu"), decoders, batches))
+        found = list(inference.computed(answering, torch.device("cpu"), decoders.map(batches)))
     for batch, answer in zip(batches, found, strict=True):
         alone = answering(batch)
         assert (answer.indices, answer.reasons) == (batch, alone.reasons)
@@ -128,7 +130,7 @@ def test_whatever_a_decoder_raises_is_a_reason(tmp_path, model, photos, monkeypa
     monkeypatch.setattr(inference.EvaluationCrop, "__call__", stumbling)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        predict(model, photos, tmp_path / "out.csv", means=HERE)
+        predict(model, photos, tmp_path / "out.csv", resources=HERE)
     reasons = {row["path"][-7:]: row["reason"] for row in rows_of(tmp_path / "out.csv")}
     assert reasons["002.jpg"] == "cannot be decoded: error: unpack requires 4 bytes"
     assert [name for name, reason in reasons.items() if reason] == ["002.jpg", "004.jpg"]
@@ -137,12 +139,12 @@ def test_whatever_a_decoder_raises_is_a_reason(tmp_path, model, photos, monkeypa
 def test_adds_nothing_to_a_finished_file_and_new_images_alone(tmp_path, model):
     folder, out = tmp_path / "photos", tmp_path / "out.csv"
     answered.pictures(folder, 3)
-    predict(model, folder, out, means=HERE)
+    predict(model, folder, out, resources=HERE)
     before = out.read_bytes()
-    report = predict(model, folder, out, means=HERE)
+    report = predict(model, folder, out, resources=HERE)
     assert (report["images"], report["present"], out.read_bytes()) == (0, 3, before)
     answered.pictures(folder, 5)
-    assert predict(model, folder, out, means=HERE)["images"] == 2
+    assert predict(model, folder, out, resources=HERE)["images"] == 2
     assert out.read_bytes().startswith(before)
     assert len(rows_of(out)) == 5
 
@@ -152,8 +154,25 @@ def test_a_path_that_is_listed_twice_has_one_row(tmp_path, model):
     listing = tmp_path / "list.txt"
     listing.write_text("\n".join([*paths, paths[0]]))
     out = tmp_path / "out.csv"
-    assert predict(model, listing, out, means=HERE)["images"] == 2
+    assert predict(model, listing, out, resources=HERE)["images"] == 2
     assert len(rows_of(out)) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text here")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_name_that_is_the_escape_of_another_has_its_row(tmp_path, model, suffix):
+    """Also where the first one was written by an earlier call."""
+    folder, out = tmp_path / "photos", tmp_path / f"out{suffix}"
+    folder.mkdir()
+    answered.picture(0).save(folder / "one.png")
+    shutil.copy(folder / "one.png", os.fsencode(folder) + b"/\xff.png")
+    assert predict(model, folder, out, resources=HERE)["images"] == 2
+    shutil.copy(folder / "one.png", folder / "\\xff.png")
+    assert predict(model, folder, out, resources=HERE)["images"] == 1
+    assert predict(model, folder, out, resources=HERE)["images"] == 0
+    names = [row["path"].rpartition("/")[2] for row in rows_of(out)]
+    assert names == ["one.png", "\\xff.png", "\\x5cxff.png"]
+    assert [row["reason"] for row in rows_of(out)] == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -168,21 +187,21 @@ def test_a_path_that_is_listed_twice_has_one_row(tmp_path, model):
 )
 def test_refuses_other_options(tmp_path, model, photos, changed, message):
     out = tmp_path / "out.jsonl"
-    predict(model, photos, out, means=HERE)
+    predict(model, photos, out, resources=HERE)
     before = out.read_bytes()
     with pytest.raises(ValueError, match=message):
-        predict(model, photos, out, options=Options(**changed), means=HERE)
+        predict(model, photos, out, options=PredictionOptions(**changed), resources=HERE)
     assert out.read_bytes() == before
 
 
 def test_refuses_another_network_and_other_images(tmp_path, model, photos):
     out = tmp_path / "out.csv"
-    predict(model, photos, out, means=HERE)
+    predict(model, photos, out, resources=HERE)
     with pytest.raises(ValueError, match="was begun with images"):
-        predict(model, photos / "left", out, means=HERE)
+        predict(model, photos / "left", out, resources=HERE)
     model.classifier[1].bias.data[0] += 1
     with pytest.raises(ValueError, match="was begun with network"):
-        predict(model, photos, out, means=HERE)
+        predict(model, photos, out, resources=HERE)
 
 
 def test_refuses_the_same_name_in_another_folder(tmp_path, model, monkeypatch):
@@ -190,11 +209,11 @@ def test_refuses_the_same_name_in_another_folder(tmp_path, model, monkeypatch):
     for name in ("one", "other"):
         answered.pictures(tmp_path / name / "photos", 2)
     monkeypatch.chdir(tmp_path / "one")
-    predict(model, "photos", out, means=HERE)
-    assert predict(model, "photos", out, means=HERE)["images"] == 0
+    predict(model, "photos", out, resources=HERE)
+    assert predict(model, "photos", out, resources=HERE)["images"] == 0
     monkeypatch.chdir(tmp_path / "other")
     with pytest.raises(ValueError, match="was begun with folder"):
-        predict(model, "photos", out, means=HERE)
+        predict(model, "photos", out, resources=HERE)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +227,7 @@ def test_refuses_the_same_name_in_another_folder(tmp_path, model, monkeypatch):
 )
 def test_refuses_bad_options(tmp_path, model, photos, options, message):
     with pytest.raises(ValueError, match=message):
-        predict(model, photos, tmp_path / "out.csv", options=Options(**options))
+        predict(model, photos, tmp_path / "out.csv", options=PredictionOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -275,11 +294,11 @@ def test_torchrun_shares_the_images(tmp_path, weights, photos, suffix):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_ray_gives_the_same_rows(tmp_path, model, photos, embeddings):
-    options = Options(top=2, embeddings=embeddings)
+    options = PredictionOptions(top=2, embeddings=embeddings)
     files = []
     for name, ray in (("here", None), ("cluster", "local")):
         out = tmp_path / f"{name}.csv"
-        means = Means(batch=2, workers=2, ray=ray)
-        assert predict(model, photos, out, options=options, means=means)["images"] == 11
+        resources = Resources(batch=2, workers=2, ray=ray)
+        assert predict(model, photos, out, options=options, resources=resources)["images"] == 11
         files.append(out.read_bytes())
     assert files[0] == files[1]

@@ -24,8 +24,9 @@ def shards(root):
     return str(root / "x-{0..4}.tar")
 
 
-# The two differ in how an epoch is dealt, which test_sampling shows without processes.
-@pytest.mark.parametrize("data", [folder, pytest.param(shards, marks=pytest.mark.exhaustive)])
+# test_sampling shows without processes how an epoch is dealt.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("data", [folder, shards])
 def test_every_image_once_and_gradients_of_the_joined_batch(tmp_path, data):
     where, meeting = data(tmp_path), str(tmp_path / "meeting")
     processes = [

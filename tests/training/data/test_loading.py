@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from effnet_fast.pretrained.images import ImageClassification
-from effnet_fast.training.data import loading, workers
+from effnet_fast.training.data import groups, loading
 from effnet_fast.training.data.decoding import Draw, EvaluationCrop, TrainingCrop
 from effnet_fast.training.data.loading import Loader, UnreadableLimitError, batches
 from effnet_fast.training.data.sampling import EpochSampler
@@ -161,7 +161,7 @@ def test_one_iteration_at_a_time(loader):
 def test_any_order_of_indices_is_taken(images):
     order = [torch.tensor([3, 1]), range(2), [], (29,)]
     found = list(batches(images, order, TrainingCrop(8), workers=0))
-    assert [b.indices.tolist() for b in found] == [[3, 1], [0, 1], [29]]
+    assert [b.indices.tolist() for b in found] == [[3, 1], [0, 1], [], [29]]
     assert [len(b.images) for b in batches(images, None, TrainingCrop(8), batch=16)] == [16, 14]
 
 
@@ -195,6 +195,15 @@ def test_unreadable_images_are_left_out_and_listed(damaged, count):
     assert problem.reason == "not an image of type JPEG, PNG, WEBP"
     # Each image counts once, however often it is met.
     assert sorted(loader.unreadable) == [2, 3, 7]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_empty_batches_are_batches(images, count):
+    crop = EvaluationCrop(ImageClassification(crop_size=8, resize_size=8))
+    for order in ([[], [3]], [[4], [], [5]], [[]]):
+        found = list(batches(images, order, crop, workers=count))
+        assert [batch.indices.tolist() for batch in found] == order
+        assert [batch.images.shape for batch in found] == [(len(b), 3, 8, 8) for b in order]
 
 
 def test_the_limit_of_unreadable_images(damaged):
@@ -291,9 +300,9 @@ def test_few_images_start_no_workers(images):
 
 def test_memory_without_memfd(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
-    group = workers.Group(2, 4)
+    group = groups.Group(2, 4)
     group.pixels[:] = 7
-    other = workers.Group(2, 4, os.dup(group.descriptor))
+    other = groups.Group(2, 4, os.dup(group.descriptor))
     assert (other.pixels == 7).all()
     assert other.labels.shape == other.states.shape == (2,)
     group.close()
@@ -302,8 +311,8 @@ def test_memory_without_memfd(monkeypatch):
 
 def test_draws_name_the_image(images):
     reader = images.reader()
-    item = workers.Item(4, images.paths[4], 0, "x")
+    item = groups.Item(4, images.paths[4], 0, "x")
     crop = TrainingCrop(16)
     assert torch.equal(
-        workers.read(reader, item, crop, Draw(3, 2))[0], crop(images.paths[4], Draw(3, 2, 4))
+        groups.read(reader, item, crop, Draw(3, 2))[0], crop(images.paths[4], Draw(3, 2, 4))
     )

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from effnet_fast.training.data.sampling import EpochSampler, in_order
+from effnet_fast.training.data.sampling import EpochSampler, dealt
 
 # length, batch, world: whole steps; a rest for all; a rest that joins; fewer than a step; one each
 CASES = [
@@ -41,7 +41,7 @@ def epoch(length, batch, world, number=0, **options):
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["images", "shards"])
-@pytest.mark.parametrize("shuffle", [False, True], ids=["in_order", "shuffled"])
+@pytest.mark.parametrize("shuffle", [False, True], ids=["dealt", "shuffled"])
 @pytest.mark.parametrize(("length", "batch", "world"), CASES)
 def test_every_image_once_and_even_batches(length, batch, world, shuffle, blocks):
     options = {"shuffle": shuffle, "blocks": BLOCKS[length] if blocks else None}
@@ -122,13 +122,11 @@ def test_refuses(arguments, message):
         EpochSampler(**arguments)
 
 
-@pytest.mark.parametrize(("length", "world"), [(10, 1), (10, 4), (3, 4), (0, 2)])
-def test_in_order_covers_every_image_once(length, world):
-    found = [
-        i for r in range(world) for part in in_order(length, 3, rank=r, world=world) for i in part
-    ]
-    assert found == list(range(length))
-
-
-def test_in_order_goes_on():
-    assert list(in_order(20, 4, rank=1, world=2, start=5)) == [range(15, 19), range(19, 20)]
+@pytest.mark.parametrize(("length", "world"), [(10, 1), (10, 4), (3, 4), (12, 2), (0, 2)])
+def test_dealt_batches_are_those_of_one_process(length, world):
+    found = [list(dealt(length, 3, rank=rank, world=world)) for rank in range(world)]
+    assert len(set(map(len, found))) == 1  # as many in each, so that none waits
+    rounds = [list(part) for step in zip(*found, strict=True) for part in step]
+    alone = [list(part) for part in dealt(length, 3)]
+    assert [part for part in rounds if part] == alone
+    assert [i for part in alone for i in part] == list(range(length))

@@ -13,7 +13,7 @@ import torch
 
 from effnet_fast.cli import main
 from effnet_fast.models import EfficientNet
-from effnet_fast.training.runs import run_folder, state, trainer
+from effnet_fast.training.runs import run_folder, state, steps
 from effnet_fast.training.runs.loop import train
 from effnet_fast.training.runs.processes import StoppedError
 from effnet_fast.training.runs.recipe import Recipe
@@ -79,7 +79,7 @@ def test_the_folder_holds_the_run(finished, data):
 
 def test_the_folder_is_a_network(finished):
     run, *_ = finished
-    model, preset, classes = run_folder.load(run)
+    model, preset, classes = run_folder.load_run(run)
     assert classes == model.class_names == CLASSES
     assert not model.training
     assert (preset.crop_size, preset.resize_size) == ([SIDE], [round(SIDE * 256 / 224)])
@@ -124,9 +124,9 @@ def test_weights_are_those_of_the_folder_in_which_a_run_began(tmp_path, monkeypa
     text = "begin.safetensors"
     (tmp_path / text).touch()
     monkeypatch.chdir(tmp_path)
-    found = described("x", None, Settings(weights=text), "quick", Recipe(), 1)["arguments"]
+    found = described("x", None, Settings(weights=text), "quick", Recipe(), 1, {})["arguments"]
     assert found["weights"] == str(tmp_path / text)
-    found = described("x", None, Settings(weights="DEFAULT"), "quick", Recipe(), 1)["arguments"]
+    found = described("x", None, Settings(weights="DEFAULT"), "quick", Recipe(), 1, {})["arguments"]
     assert found["weights"] == "DEFAULT"
 
 
@@ -152,6 +152,26 @@ def test_a_crashed_run_continues_bit_for_bit(finished, data, tmp_path, step):
     other = weights_of(unbroken)
     for name, tensor in weights_of(run).items():
         assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("model", [None, pytest.param(TINY, marks=pytest.mark.exhaustive)])
+def test_a_resumed_run_needs_no_file_of_weights(finished, data, tmp_path, monkeypatch, model):
+    """The state has the network and its weights: the file may be gone, relative names too."""
+    given = {**SMALL, "weights": "begin.safetensors", "model": model, "ema": 0.5}
+    begin = tmp_path / "begin.safetensors"
+    content = (finished[0] / "model.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    begin.write_bytes(content)
+    train(data, tmp_path / "unbroken", **given)
+    with pytest.raises(CrashError):
+        train(data, tmp_path / "run", on_step=crash_after(4), **given)
+    begin.unlink()
+    train(data, tmp_path / "run", resume=True, **given)
+    files = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("unbroken", "run")]
+    assert files[0] == files[1]
+    begin.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"weights was '.*begin.safetensors', now 'other'"):
+        train(data, tmp_path / "run", resume=True, **{**given, "weights": "other"})
 
 
 def test_a_run_that_crashed_before_its_first_state_begins_anew(finished, data, tmp_path):
@@ -190,14 +210,14 @@ def test_a_signal_ends_the_run_after_a_whole_step(finished, data, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    plain = trainer.Trainer._losses
+    plain = steps.Steps.losses
     calls = []
 
     def losses(self, batch):
         calls.append(batch)
         return plain(self, batch) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(trainer.Trainer, "_losses", losses)
+    monkeypatch.setattr(steps.Steps, "losses", losses)
     with pytest.raises(LossError, match=r"the loss is nan at epoch 2, step 5.*failed_batch.pt"):
         train(data, run, **SMALL)
     content = torch.load(run / "failed_batch.pt", weights_only=True)

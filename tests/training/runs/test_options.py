@@ -12,7 +12,7 @@ from effnet_fast.training.runs.feeding import Images
 from effnet_fast.training.runs.freezing import resolution_of
 from effnet_fast.training.runs.loop import train
 from effnet_fast.training.runs.recipe import Recipe
-from effnet_fast.training.runs.trainer import Trainer
+from effnet_fast.training.runs.steps import Steps
 from training_runs import CLASSES, SMALL, make_data, make_images
 
 ONE = {**SMALL, "epochs": 1}
@@ -117,9 +117,9 @@ def test_images_grow():
 
 def test_progressive_images_are_trained_on(data, tmp_path, monkeypatch):
     sides = []
-    plain = Trainer._losses
+    plain = Steps.losses
     monkeypatch.setattr(
-        Trainer, "_losses", lambda s, b: sides.append(b.images.shape[-1]) or plain(s, b)
+        Steps, "losses", lambda s, b: sides.append(b.images.shape[-1]) or plain(s, b)
     )
     run(data, tmp_path / "run", epochs=2, progressive=16, batch=9)
     assert sides == [16, 16, 32, 32]

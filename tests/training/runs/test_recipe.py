@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields
 
 import pytest
 
-from effnet_fast.cli import train
+import option_tables
+from effnet_fast.cli.subcommands import build_parser
+from effnet_fast.training import train
 from effnet_fast.training.runs.optimization import TABLE
 from effnet_fast.training.runs.recipe import (
-    CHECKS,
     FOLDER,
     OPTIMIZERS,
     RECIPES,
     Recipe,
     read_recipe,
 )
+from effnet_fast.training.runs.settings import Settings
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -40,10 +43,29 @@ def test_paper_is_the_papers():
     assert recipe.scaled_rate(4096) == pytest.approx(0.256)  # the paper's number
 
 
-def test_every_field_has_a_check_an_option_and_every_optimizer_a_row():
-    names = {field.name for field in fields(Recipe)}
-    assert names == set(CHECKS) == set(train.FIELDS)
+@pytest.mark.parametrize("table", [Recipe, Settings])
+def test_the_command_line_and_python_take_every_option(table):
+    parser = build_parser()
+    parameters = inspect.signature(train).parameters
+    plain = vars(parser.parse_args(["train", "DATA", "--out", "RUN"]))
+    for entry in fields(table):
+        option = entry.metadata["option"]
+        assert option.rule.holds(entry.default)
+        assert f"{entry.name}: " in table.__doc__
+        # Of a recipe the file's value holds unless another one is given.
+        assert plain[entry.name] == (None if table is Recipe else entry.default)
+        if table is Settings:
+            assert parameters[entry.name].default == entry.default
     assert set(OPTIMIZERS) == set(TABLE)
+
+
+def test_options_are_read_as_their_rules_say():
+    words = "train DATA --out RUN --epochs 3 --rate 0.5 --scale 0.2 0.9 --freeze all --no-freeze-bn"
+    words += " --optimizer sgd --grad-checkpointing --unreadable-limit 4"
+    found = vars(build_parser().parse_args(words.split()))
+    expected = {"epochs": 3, "rate": 0.5, "scale": [0.2, 0.9], "freeze": -1, "freeze_bn": False}
+    expected |= {"optimizer": "sgd", "grad_checkpointing": True, "unreadable_limit": 4}
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_changes_replace_fields_and_none_leaves_them():
@@ -56,8 +78,8 @@ def test_changes_replace_fields_and_none_leaves_them():
     ("field", "value", "allowed"),
     [
         ("epochs", 0, "at least 1"),
-        ("epochs", True, "an integer"),
-        ("batch", 1.5, "an integer"),
+        ("epochs", True, "an int"),
+        ("batch", 1.5, "an int"),
         ("rate", 0.0, "above 0"),
         ("rate", float("nan"), "above 0"),
         ("optimizer", "lion", "rmsprop_tf"),
@@ -95,3 +117,7 @@ def test_an_unknown_recipe_is_refused():
         read_recipe("imagenet")
     with pytest.raises(TypeError, match="no 'epoch'"):
         read_recipe("quick", {"epoch": 3})
+
+
+def test_the_document_has_the_tables():
+    assert option_tables.tables() in option_tables.DOCUMENT.read_text("utf-8")

@@ -94,4 +94,4 @@ def test_an_unfinished_run_has_no_network_yet(tmp_path):
     folder.write_description({})
     folder.close()
     with pytest.raises(ValueError, match="the run has not ended"):
-        run_folder.load(tmp_path)
+        run_folder.load_run(tmp_path)

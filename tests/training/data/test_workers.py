@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from effnet_fast.training.answers.parallel import Workers
+from effnet_fast.training.data.workers import Workers
 
 LIMIT_S = 600.0  # for a test that would never end
 
@@ -40,7 +40,7 @@ def die(number: int) -> int:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_results_come_in_order(count):
-    with Workers(late, count) as workers:
+    with Workers(late, count, forks=True) as workers:
         results = list(workers.map(range(30)))
     assert [number for number, _ in results] == list(range(30))
     processes = {process for _, process in results}
@@ -56,7 +56,7 @@ def test_tasks_are_taken_as_they_are_needed():
             taken.append(number)
             yield number
 
-    with Workers(late, 2) as workers:
+    with Workers(late, 2, forks=True) as workers:
         results = workers.map(tasks())
         for _ in range(5):
             next(results)
@@ -64,7 +64,7 @@ def test_tasks_are_taken_as_they_are_needed():
 
 
 def test_large_tasks_and_results_do_not_block():
-    with Workers(bytes.upper, 2) as workers:
+    with Workers(bytes.upper, 2, forks=True) as workers:
         results = list(workers.map(b"x" * 2_000_000 for _ in range(8)))
     assert [len(result) for result in results] == [2_000_000] * 8
     assert results[0][:1] == b"X"
@@ -73,28 +73,34 @@ def test_large_tasks_and_results_do_not_block():
 def test_one_thread_each_after_the_parent_had_more():
     torch.set_num_threads(2)
     one_thread(0)  # starts the parent's threads, which a fork does not copy
-    with Workers(one_thread, 2) as workers:
+    with Workers(one_thread, 2, forks=True) as workers:
         assert list(workers.map(range(4))) == [(1, 500.0**3)] * 4
 
 
 def test_errors_reach_the_caller():
-    with Workers(fail, 2) as workers, pytest.raises(ValueError, match="number 3 is not wanted"):
+    with (
+        Workers(fail, 2, forks=True) as workers,
+        pytest.raises(ValueError, match="number 3 is not wanted"),
+    ):
         list(workers.map(range(8)))
 
 
 def test_a_killed_worker_is_told():
-    with Workers(die, 2) as workers, pytest.raises(RuntimeError, match="ended with signal 9"):
+    with (
+        Workers(die, 2, forks=True) as workers,
+        pytest.raises(RuntimeError, match="ended by SIGKILL"),
+    ):
         list(workers.map(range(8)))
 
 
 PARENT = """
 import os, sys, time
 sys.path.insert(0, {folder!r})
-from test_parallel import late
-from effnet_fast.training.answers.parallel import Workers
-with Workers(late, 2) as workers:
+from test_workers import late
+from effnet_fast.training.data.workers import Workers
+with Workers(late, 2, forks=True) as workers:
     results = workers.map(iter(int, 1))
-    print(*(process.pid for process in workers._processes), flush=True)
+    print(*(process.pid for process in workers._processes.values()), flush=True)
     for _ in results:
         pass
 """
