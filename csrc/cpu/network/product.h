@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "cpu/network/args.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/multiply.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
@@ -21,17 +21,6 @@ constexpr int kTileUnits = 2, kTilePixels = 14, kWidePixels = 9;
 #else
 // 12 accumulators, the unit's weights and one broadcast in 16 registers.
 constexpr int kTileUnits = 1, kTilePixels = 12 / kParts, kWidePixels = 0;
-#endif
-
-struct MultiplyFloat {
-  static EFFNET_INLINE Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
-};
-#if defined(__AVX512BF16__)
-struct MultiplyPairs {
-  static EFFNET_INLINE Vec add(Vec sum, Vec a, Vec b) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
-};
 #endif
 
 // One tile's operands. `start` is added to the sums when they are done: [PIXELS][UNITS * 16] of an
