@@ -26,6 +26,8 @@ from effnet_fast.backends import can_run, native
 from effnet_fast.models import VARIANTS
 
 INSTRUCTION_SETS = ("cpu:generic", "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16")
+# Of ops that multiply bf16 as it is: by vdpbf16ps, and by the tile unit with the same objects.
+PRODUCT_SETS = (*INSTRUCTION_SETS, "cpu:amx")
 AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
 BEST = ("cpu", *AVAILABLE[-1:], *(f"cpu:{native.load().best_isa()}" for _ in AVAILABLE[:1]))
 NETWORK_DTYPES = ("float32", "bfloat16")
