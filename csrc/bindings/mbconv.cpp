@@ -22,7 +22,8 @@ void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is
   require_positive(shape);
   require(!gate || x_norm, "mbconv_pointwise: a gate needs the norm of x");
   const auto [n, hw, c, out] = shape;
-  const Kernels& kernels = kernels_for(isa);
+  const Isa& set = isa_for(isa);
+  const Kernels& kernels = *set.kernels;
   const int64_t parts = host::pointwise_parts(hw);
   const Partials partial(bn[2] ? 0 : n * parts * 3 * out);  // statistics given: no moments
   PointwiseForwardArgs args = {n,
@@ -39,7 +40,8 @@ void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is
                                partial.data(),
                                activation_of(activation),
                                workspace,
-                               thread_count(threads)};
+                               thread_count(threads),
+                               set.amx};
   launch(kernels.mbconv->pointwise_forward, args);
   make_norm(at<float>(norm), partial.data(), n, parts, out, hw, 1, bn, eps);
 }
@@ -52,7 +54,8 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
                              Address grad_weight, const ActivationTuple& activation, int threads) {
   require_positive(shape);
   const auto [n, hw, c, out] = shape;
-  const Kernels& kernels = kernels_for(isa);
+  const Isa& set = isa_for(isa);
+  const Kernels& kernels = *set.kernels;
   const int64_t floats = kernels.mbconv->padded(out) * kernels.mbconv->padded(c);
   const host::WeightSplit split(n, hw, floats);
   const GradParts grad(norm3, sums3, out, n * hw);
@@ -78,7 +81,8 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
                               weight_partial,
                               activation_of(activation),
                               workspace,
-                              thread_count(threads)};
+                              thread_count(threads),
+                              set.amx};
   launch(kernels.mbconv->project_backward, args);
   if (e) {
     const float one[3] = {1.0f, 1.0f, 1.0f};
@@ -105,7 +109,8 @@ void expand_backward(const std::string& isa, const ProductShape& shape, bool is_
                      Address grad_weight, int threads) {
   require_positive(shape);
   const auto [n, hw, c, out] = shape;
-  const Kernels& kernels = kernels_for(isa);
+  const Isa& set = isa_for(isa);
+  const Kernels& kernels = *set.kernels;
   const int64_t floats = kernels.mbconv->padded(out) * kernels.mbconv->padded(c);
   const host::WeightSplit split(n, hw, floats);
   const GradParts grad(norm1, sums1, out, n * hw);
@@ -128,7 +133,8 @@ void expand_backward(const std::string& isa, const ProductShape& shape, bool is_
                              partial.data(),
                              of.activation,
                              workspace,
-                             thread_count(threads)};
+                             thread_count(threads),
+                             set.amx};
   launch(kernels.mbconv->expand_backward, args);
   if (!grad_weight) return;
   FoldWeightArgs fold = {partial.data(), split.tasks(),          c,      out,

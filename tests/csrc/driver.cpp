@@ -260,7 +260,7 @@ void test_planes(const PlaneShape& s, DType dtype, int threads) {
 }
 
 // What SiLU has been tested with, on fewer threads.
-void test_other_activations(bool bf16_products, bool amx) {
+void test_other_activations() {
   constexpr int kFew = 2;
   for (int i = 0; i < 3; i++) {
     activation = kOtherActivations[i];
@@ -283,7 +283,7 @@ void test_other_activations(bool bf16_products, bool amx) {
 int main(int argc, char** argv) {
   if (argc != 4)
     return std::fprintf(stderr, "usage: driver ISA TOLERANCE_FP32 TOLERANCE_BF16\n"), 2;
-  const bool amx = std::string(argv[1]) == "amx";
+  amx = std::string(argv[1]) == "amx";
   const std::string isa = amx ? "avx512_bf16" : argv[1];
 #define ISA(name) \
   if (isa == #name) kernels = &effnet::name::kernels;
@@ -291,6 +291,7 @@ int main(int argc, char** argv) {
 #undef ISA
   if (amx && !missing_amx().empty()) return std::fprintf(stderr, "%s\n", missing_amx().c_str()), 2;
   if (!kernels) return std::fprintf(stderr, "%s is not in this driver\n", argv[1]), 2;
+  bf16_products = isa == "avx512_bf16";
   tolerance_fp32 = std::atof(argv[2]);
   tolerance_bf16 = std::atof(argv[3]);
   for (DType dtype : kDTypes)
@@ -301,6 +302,7 @@ int main(int argc, char** argv) {
       test_excite(dtype, threads);
     }
   test_dwconv(DType::kBFloat16, DType::kFloat32, 2);
+  if (bf16_products) test_many_pixels(2);
   for (int threads : kThreads) test_checksum(threads);
   test_special_values();
   if (isa == "avx512") {
@@ -324,7 +326,7 @@ int main(int argc, char** argv) {
   for (DType dtype : kDTypes)
     for (int threads : kThreads) test_stem(dtype, dtype, threads);
   test_stem(DType::kBFloat16, DType::kFloat32, 2);
-  test_other_activations(isa == "avx512_bf16", amx);
+  test_other_activations();
   std::printf("%s: %d of %d tensors are wrong\n", argv[1], failures, comparisons);
   return failures ? 1 : 0;
 }

@@ -90,6 +90,7 @@ inline float* workspace(int64_t floats) {
 constexpr int kMessages = 20;  // the first failures tell enough
 
 inline const Kernels* kernels = nullptr;
+inline bool bf16_products = false, amx = false;  // of bf16 in training; whether by the tile unit
 inline double tolerance_fp32, tolerance_bf16;
 inline int failures = 0, comparisons = 0;
 inline std::string context;  // the case that runs, for messages
@@ -97,14 +98,15 @@ inline std::string context;  // the case that runs, for messages
 using Doubles = std::vector<double>;
 
 // `largest` is the least that counts as the tensor's largest value: what its sums are made of.
-inline void expect(const char* what, const Tensor& actual, const Doubles& exact,
-                   double largest = 0) {
+// `besides` is allowed to every element.
+inline void expect(const char* what, const Tensor& actual, const Doubles& exact, double largest = 0,
+                   double besides = 0) {
   for (double v : exact) largest = std::fmax(largest, std::fabs(v));
   const double relative = actual.dtype() == DType::kFloat32 ? 0 : tolerance_bf16;
   comparisons++;
   for (int64_t i = 0; i < actual.size(); i++) {
     const double error = std::fabs(actual[i] - exact[i]);
-    if (error <= tolerance_fp32 * largest + relative * std::fabs(exact[i])) continue;
+    if (error <= tolerance_fp32 * largest + relative * std::fabs(exact[i]) + besides) continue;
     if (failures++ < kMessages)
       std::printf("%s: %s[%lld] is %.9g, not %.9g\n", context.c_str(), what,
                   static_cast<long long>(i), actual[i], exact[i]);

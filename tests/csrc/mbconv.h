@@ -33,6 +33,16 @@ struct Norm {
   }
 };
 
+// An operand of a product as the kernels take it: bf16 pairs are rounded once.
+inline double operand(double v, DType dtype) {
+  const bool rounds = bf16_products && dtype == DType::kBFloat16;
+  return rounds ? from_bf16(to_bf16(static_cast<float>(v))) : v;
+}
+// What one operand costs that is rounded the other way, its neighbour in double just as near.
+inline double one_rounding(double product, DType dtype) {
+  return bf16_products && dtype == DType::kBFloat16 ? tolerance_bf16 * product : 0;
+}
+
 inline Doubles values(const Tensor& of) {
   Doubles out(static_cast<size_t>(of.size()));
   for (int64_t i = 0; i < of.size(); i++) out[i] = of[i];
@@ -84,6 +94,9 @@ struct Pixels {
   int64_t n, hw, c, out;
 };
 
+// Of bf16 pairs, whose weight gradients are summed when so many pixels are there.
+inline const Pixels kManyPixels[] = {{1, 270, 1600, 20}, {1, 270, 20, 1600}};
+
 // The last two cut K.
 inline const Pixels kPixels[] = {{2, 5, 3, 7},     {1, 131, 19, 33},  {3, 16, 40, 5},
                                  {2, 460, 34, 17}, {1, 20, 300, 280}, {1, 18, 404, 24}};
@@ -110,16 +123,18 @@ inline void test_pointwise_forward(const Pixels& p, DType dtype, bool activated,
                                moments ? partial.floats() : nullptr,
                                activation,
                                workspace,
-                               threads};
+                               threads,
+                               amx};
   launch("pointwise_forward", kernels->mbconv->pointwise_forward, args);
   Doubles exact(z.size()), a = values(x);
   for (int64_t i = 0; activated && i < x.size(); i++)
-    a[i] = act(norm.u(a[i], i % p.c)) * (gated ? gate[i / (p.hw * p.c) * p.c + i % p.c] : 1);
+    a[i] = operand(
+        act(norm.u(a[i], i % p.c)) * (gated ? gate[i / (p.hw * p.c) * p.c + i % p.c] : 1), dtype);
   const Doubles w = values(weight);
   for (int64_t i = 0; i < p.n * p.hw; i++)
     for (int64_t o = 0; o < p.out; o++)
       for (int64_t c = 0; c < p.c; c++) exact[i * p.out + o] += a[i * p.c + c] * w[o * p.c + c];
-  expect("z", z, exact, 1);
+  expect("z", z, exact, 1, one_rounding(2, dtype));
   if (moments) expect_moments(partial, z, parts, p.hw, 1, p.out);
 }
 
@@ -161,25 +176,29 @@ inline void test_project_backward(const Pixels& p, DType dtype, Wanted wanted, i
                               wanted.weight ? partial.floats() : nullptr,
                               activation,
                               workspace,
-                              threads};
+                              threads,
+                              amx};
   launch("project_backward", kernels->mbconv->project_backward, args);
   Doubles exact(e.size()), grad(p.out * p.c), sums(3 * p.n * p.c), a = values(z2);
   const Doubles w = values(weight);
   for (int64_t i = 0; i < z2.size(); i++)
-    a[i] = act(norm2.u(a[i], i % p.c)) * (wanted.gate ? gate[i / (p.hw * p.c) * p.c + i % p.c] : 1);
+    a[i] = operand(
+        act(norm2.u(a[i], i % p.c)) * (wanted.gate ? gate[i / (p.hw * p.c) * p.c + i % p.c] : 1),
+        dtype);
   for (int64_t i = 0; i < pixels; i++)
     for (int64_t o = 0; o < p.out; o++) {
       const double du = grad_y[i * p.out + o] * (wanted.added ? row_scale[i / p.hw] : 1);
-      const double dz = norm3.dz(du, z3[i * p.out + o], o, wanted.added);
+      const double dz = operand(norm3.dz(du, z3[i * p.out + o], o, wanted.added), dtype);
       for (int64_t c = 0; c < p.c; c++) {
         exact[i * p.c + c] += dz * w[o * p.c + c];
         grad[o * p.c + c] += dz * a[i * p.c + c];
       }
     }
   if (wanted.weight)
-    expect("grad_weight", folded(partial, split.tasks(), p.out, p.c, false, threads), grad, p.hw);
+    expect("grad_weight", folded(partial, split.tasks(), p.out, p.c, false, threads), grad, p.hw,
+           one_rounding(14, dtype));
   if (!wanted.data) return;
-  expect("e", e, exact, 1);
+  expect("e", e, exact, 1, one_rounding(2, dtype));
   for (int64_t i = 0; i < pixels * p.c; i++) {
     const int64_t n = i / (p.hw * p.c), c = i % p.c;
     const double u = norm2.u(z2[i], c), term = e[i] * act_slope(u);
@@ -220,7 +239,8 @@ inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, bo
                              wanted.weight ? partial.floats() : nullptr,
                              activation,
                              workspace,
-                             threads};
+                             threads,
+                             amx};
   launch("expand_backward", kernels->mbconv->expand_backward, args);
   Doubles exact(grad_x.size()), grad(p.out * p.c);
   for (int64_t i = 0; wanted.added && i < grad_x.size(); i++) exact[i] = residual[i];
@@ -230,15 +250,16 @@ inline void test_expand_backward(const Pixels& p, DType dtype, Wanted wanted, bo
       const double z = z1[i * p.out + o];
       const double du =
           pooled ? q[i / p.hw * p.out + o] * act_slope(norm.u(z, o)) : f[i * p.out + o];
-      const double dz = norm.dz(du, z, o, wanted.added);
+      const double dz = operand(norm.dz(du, z, o, wanted.added), dtype);
       for (int64_t c = 0; c < p.c; c++) {
         exact[i * p.c + c] += dz * w[o * p.c + c];
         grad[o * p.c + c] += dz * of_x[i * p.c + c];
       }
     }
-  if (wanted.data) expect("grad_x", grad_x, exact, 1);
+  if (wanted.data) expect("grad_x", grad_x, exact, 1, one_rounding(2, dtype));
   if (wanted.weight)
-    expect("grad_weight", folded(partial, split.tasks(), p.c, p.out, true, threads), grad, p.hw);
+    expect("grad_weight", folded(partial, split.tasks(), p.c, p.out, true, threads), grad, p.hw,
+           one_rounding(6, dtype));
 }
 
 inline void test_elementwise(const Pixels& p, DType dtype, bool added, int threads) {
@@ -289,6 +310,15 @@ inline void test_streams(int threads) {
   for (bool moments : {false, true})
     test_pointwise_forward({1, 14400, 4, 96}, dtype, false, false, moments, threads);
   test_project_backward({1, 14400, 96, 4}, dtype, kEverything, threads);
+}
+
+inline void test_many_pixels(int threads) {
+  const DType dtype = DType::kBFloat16;
+  for (const Pixels& p : kManyPixels) {
+    context = "mbconv 1x270x" + std::to_string(p.c) + "x" + std::to_string(p.out);
+    test_project_backward(p, dtype, kEverything, threads);
+    test_expand_backward(p, dtype, kEverything, false, threads);
+  }
 }
 
 inline void test_mbconv(DType dtype, int threads) {

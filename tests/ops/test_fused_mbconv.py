@@ -193,7 +193,7 @@ def check(call: BlockCall, backend: str = "cpu", **options: Any) -> Results:
     return actual
 
 
-@matrix(CASES, DTYPES, tiers.INSTRUCTION_SETS)
+@matrix(CASES, DTYPES, tiers.PRODUCT_SETS)
 @pytest.mark.parametrize("mode", TRAINING)
 def test_matches_reference(mode: str, case: Case, dtypes: Dtypes, backend: str) -> None:
     call = block_call(case, dtypes, TRAINING[mode], dropped=True)

@@ -45,7 +45,7 @@ def expectation(case: PointwiseCase, dtypes: Dtypes, training: bool) -> tuple[An
     return call, run(call), run(call, double=True)
 
 
-@matrix(HEAD_CASES, DTYPES, tiers.INSTRUCTION_SETS)
+@matrix(HEAD_CASES, DTYPES, tiers.PRODUCT_SETS)
 @MODES
 def test_matches_reference(
     training: bool, case: PointwiseCase, dtypes: Dtypes, backend: str

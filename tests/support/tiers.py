@@ -27,6 +27,8 @@ from effnet_fast.models import VARIANTS
 
 # Those of this build. AMX is no set of its own: the kernels of AVX-512 with bf16, told to use it.
 INSTRUCTION_SETS = tuple(f"cpu:{name}" for name in native.load().isas() if name != "amx")
+# Of ops that multiply bf16 as it is: by vdpbf16ps, and by the tile unit with the same objects.
+PRODUCT_SETS = (*INSTRUCTION_SETS, "cpu:amx")
 AVAILABLE = [name for name in INSTRUCTION_SETS if can_run(name, "dwconv_bn_silu") is None]
 BEST = ("cpu", *AVAILABLE[-1:], *(f"cpu:{native.load().best_isa()}" for _ in AVAILABLE[:1]))
 NETWORK_DTYPES = ("float32", "bfloat16")

@@ -24,14 +24,6 @@ constexpr int kTileUnits = 1, kTilePixels = 6, kWidePixels = 0;
 constexpr int kTileUnits = 1, kTilePixels = 12 / kParts, kWidePixels = 0;
 #endif
 
-#if defined(__AVX512BF16__)
-struct MultiplyPairs {
-  static EFFNET_INLINE Vec add(Vec sum, Vec a, Vec b) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
-};
-#endif
-
 // One tile's operands. `start` is added to the sums when they are done: [PIXELS][UNITS * 16] of an
 // earlier part of K where start_step is UNITS * 16, one row for all pixels where it is 0.
 struct TileOperands {

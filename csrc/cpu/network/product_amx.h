@@ -12,17 +12,8 @@ constexpr int kAmxPixels = 32;
 
 #if defined(__AVX512BF16__)
 
-// Eight tiles of 16 rows by 64 bytes: 0-3 sums, 4-5 activations, 6-7 weights.
-inline void amx_begin() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  _tile_loadconfig(&config);
-}
-inline void amx_end() { _tile_release(); }
-
+// Tiles 0-3 are sums, 4-5 activations, 6-7 weights.
+//
 // The operands of kAmxPixels pixels and 2 units; pixels beyond the real ones are garbage in `a` and
 // in `out`. k: a multiple of 16.
 inline void amx_tile_2(const TileOperands& t) {

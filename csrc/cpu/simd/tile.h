@@ -3,14 +3,10 @@
 
 #include <utility>
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/multiply.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
-
-struct MultiplyFloat {
-  static EFFNET_INLINE Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
-};
 
 #if defined(EFFNET_NEON)
 // sum[r][v] += a[r][LANE] * b[v]: NEON's multiplication takes one lane of a register.

@@ -32,6 +32,7 @@ struct PointwiseForwardArgs {
   Activation activation;  // of x, where norm.scale is
   Workspace workspace;
   int threads;
+  bool amx;  // whether products of bf16 go to the tile unit
 };
 
 // e = dz3 W3 with its three sums, and the partial weight gradients.
@@ -51,6 +52,7 @@ struct ProjectBackwardArgs {
   Activation activation;    // of z2
   Workspace workspace;
   int threads;
+  bool amx;  // whether products of bf16 go to the tile unit
 };
 
 // dx = dz1 W1 + residual, and the partial weight gradients, transposed.
@@ -69,6 +71,7 @@ struct ExpandBackwardArgs {
   Activation activation;  // with q: of z1
   Workspace workspace;
   int threads;
+  bool amx;  // whether products of bf16 go to the tile unit
 };
 
 // out = sum of the parts in order; padded rows become dense, transposed ones [columns,rows].

@@ -14,38 +14,42 @@
 #include "cpu/simd/activations.h"
 #include "cpu/simd/moments.h"
 #include "cpu/training/kernels.h"
-#include "cpu/training/panel_product.h"
+#include "cpu/training/pair_product.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
+template <typename T>
+using OperandOf = typename ProductFor<T>::type::Operand;
+
 // Forms the operand of a chunk of pixels that begins at x; gate [C] of its image or null.
 template <typename T>
-using Stage = void (*)(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs& args,
-                       const float* gate);
+using Stage = void (*)(const OperandOf<T>& to, const T* x, int64_t pixels,
+                       const PointwiseForwardArgs& args, const float* gate);
 
 template <typename T>
-void stage_as_it_is(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs& args,
-                    const float*) {
+void stage_as_it_is(const OperandOf<T>& to, const T* x, int64_t pixels,
+                    const PointwiseForwardArgs& args, const float*) {
   const int64_t c = args.c;
-  for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
-    store(panels + at, load_n(x + p * c + i, lanes));
-  });
+  ProductFor<T>::type::form(
+      to, pixels, c, nullptr,
+      [&](int64_t i, int64_t p, int64_t lanes, int64_t) { return load_n(x + p * c + i, lanes); });
 }
 
 template <typename T, typename A>
-void stage_activated(float* panels, const T* x, int64_t pixels, const PointwiseForwardArgs& args,
-                     const float* gate) {
+void stage_activated(const OperandOf<T>& to, const T* x, int64_t pixels,
+                     const PointwiseForwardArgs& args, const float* gate) {
   const int64_t c = args.c;
   const A act(args.activation);
-  for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
-    const Vec u = load_n(x + p * c + i, lanes) * load_n(args.norm.scale + i, lanes) +
-                  load_n(args.norm.shift + i, lanes);
-    Vec a = act.value(u);
-    if (gate) a *= load_n(gate + i, lanes);
-    store(panels + at, a);
-  });
+  ProductFor<T>::type::form(
+      to, pixels, c, nullptr, [&](int64_t i, int64_t p, int64_t lanes, int64_t) {
+        const Vec u = load_n(x + p * c + i, lanes) * load_n(args.norm.scale + i, lanes) +
+                      load_n(args.norm.shift + i, lanes);
+        Vec a = act.value(u);
+        if (gate) a *= load_n(gate + i, lanes);
+        return a;
+      });
 }
 
 // Calls f(pixel, pixel % SUMS).
@@ -90,48 +94,71 @@ void finish_panel(const float* panel, T* z, int64_t pixels, int64_t out, int64_t
   }
 }
 
+template <typename P>
+struct ForwardScratch {
+  Moments* moments;
+  typename P::Operand operand;
+  float* panel;
+  ForwardScratch(Carver& take, const PointwiseForwardArgs& args)
+      : moments(reinterpret_cast<Moments*>(
+            args.partial ? take(ceil_div(args.out, kLanes) * kMomentFloats) : nullptr)),
+        operand(take, args.c, false, true),
+        panel(take(P::panel_floats())) {}
+  static int64_t floats(const PointwiseForwardArgs& args) {
+    Carver count = {nullptr};
+    const ForwardScratch counted(count, args);
+    return count.used;
+  }
+};
+
+// The pixels `own` of image n.
+template <typename T, typename P>
+void multiply_part(const PointwiseForwardArgs& args, const P& product, Stage<T> stage,
+                   const float* packed, const ForwardScratch<P>& at, int64_t n, Range own,
+                   bool stream) {
+  const int64_t c = args.c, out = args.out, size = P::chunk(own.size(), c);
+  const float* gate = args.gate ? args.gate + n * c : nullptr;
+  for (int64_t begin = own.begin; begin < own.end; begin += size) {
+    const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
+    stage(at.operand, static_cast<const T*>(args.x) + first * c, pixels, args, gate);
+    const int64_t next = first + pixels, end = min_of(next + size, args.n * args.hw);
+    Ahead ahead;
+    ahead.add(static_cast<const T*>(args.x), next, end, c);
+    ahead.start(P::tiles(pixels, c, out));
+    T* z = static_cast<T*>(args.z) + first * out;
+    for_panels(packed, P::depth(c), out, [&]<int VECS>(int64_t v, const float* weight) {
+      product.template multiply<VECS>(at.panel, at.operand, pixels, weight, c, ahead);
+      finish_panel<T, VECS>(at.panel, z, pixels, out, v, at.moments, begin == own.begin, stream);
+    });
+  }
+}
+
 template <typename T>
 bool run(const PointwiseForwardArgs& args) {
-  const int64_t c = args.c, out = args.out, parts = pointwise_parts(args.hw);
-  const int64_t weight_floats = whole_lines(packed_floats(c, out));
-  const int64_t panel_floats = max_chunk_pixels() * padded(c);
-  const int64_t moment_floats = ceil_div(out, kLanes) * kMomentFloats;
-  const int64_t floats =
-      whole_lines(moment_floats + panel_floats + max_chunk_pixels() * kPanelVecs * kLanes);
+  using P = typename ProductFor<T>::type;
+  const int64_t out = args.out, parts = pointwise_parts(args.hw);
+  const int64_t weight_floats = whole_lines(P::weight_floats(args.c, out));
+  const int64_t floats = ForwardScratch<P>::floats(args);
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
   const bool stream = streams<T>(args.z, args.n * args.hw * out, out);
+  const P product(args.amx);
   Stage<T> stage = stage_as_it_is<T>;
   if (args.norm.scale)
     stage = with_activation(args.activation, []<typename A>() { return &stage_activated<T, A>; });
 #pragma omp parallel num_threads(args.threads)
   {
-    float* const at = packed + weight_floats + omp_get_thread_num() * floats;
-    Moments* const moments = args.partial ? reinterpret_cast<Moments*>(at) : nullptr;
-    float *const panels = at + moment_floats, *const panel = panels + panel_floats;
-    pack_weight_panels(packed, args.weight, args.weight_dtype, c, out, true);
+    const typename P::Unit unit(args.amx);
+    Carver take = {packed + weight_floats + omp_get_thread_num() * floats};
+    const ForwardScratch<P> at(take, args);
+    pack_weight<P>(packed, args.weight, args.weight_dtype, args.c, out, true);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < args.n * parts; task++) {
-      const int64_t n = task / parts;
       const Range own = part_of(args.hw, parts, task % parts);
-      const float* gate = args.gate ? args.gate + n * c : nullptr;
-      const int64_t size = chunk_pixels(own.size(), c);
-      for (int64_t begin = own.begin; begin < own.end; begin += size) {
-        const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
-        stage(panels, static_cast<const T*>(args.x) + first * c, pixels, args, gate);
-        const int64_t next = first + pixels, end = min_of(next + size, args.n * args.hw);
-        Ahead ahead;
-        ahead.add(static_cast<const T*>(args.x), next, end, c);
-        ahead.start(product_tiles(pixels, c, out));
-        T* z = static_cast<T*>(args.z) + first * out;
-        for_panels(packed, c, out, [&]<int VECS>(int64_t v, const float* weight) {
-          product_panel<VECS>(panel, panels, pixels, weight, c, ahead);
-          finish_panel<T, VECS>(panel, z, pixels, out, v, moments, begin == own.begin, stream);
-        });
-      }
-      for (int64_t v = 0; moments && v < ceil_div(out, kLanes); v++)
-        moments[v].write(args.partial + task * 3 * out + v * kLanes, out,
-                         min_of(kLanes, out - v * kLanes), own.size());
+      multiply_part<T>(args, product, stage, packed, at, task / parts, own, stream);
+      for (int64_t v = 0; at.moments && v < ceil_div(out, kLanes); v++)
+        at.moments[v].write(args.partial + task * 3 * out + v * kLanes, out,
+                            min_of(kLanes, out - v * kLanes), own.size());
     }
     end_streams();
   }

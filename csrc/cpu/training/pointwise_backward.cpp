@@ -18,68 +18,73 @@
 //           expand_backward, pooled_backward)
 #include "cpu/simd/activations.h"
 #include "cpu/training/kernels.h"
-#include "cpu/training/panel_product.h"
+#include "cpu/training/pair_product.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-// dz of a chunk into panels; du(z, scale, channel, pixel, lanes).
+template <typename T>
+using ProductOf = typename ProductFor<T>::type;
+template <typename T>
+using OperandOf = typename ProductOf<T>::Operand;
+
+// Forms dz of a chunk; du(z, scale, channel, pixel, lanes).
 template <typename T, typename F>
-EFFNET_INLINE void stage_dz_of(float* panels, const T* z, int64_t pixels, int64_t c,
+EFFNET_INLINE void stage_dz_of(const OperandOf<T>& to, const T* z, int64_t pixels, int64_t c,
                                const GradVectors& vectors, float row_scale, const F& du) {
   if (!vectors.slope) {
-    for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
+    ProductOf<T>::form(to, pixels, c, nullptr, [&](int64_t i, int64_t p, int64_t lanes, int64_t) {
       const Vec value = load_n(z + p * c + i, lanes), scale = load_n(vectors.scale + i, lanes);
-      store(panels + at, du(value, scale, i, p, lanes) * (scale * row_scale));
+      return du(value, scale, i, p, lanes) * (scale * row_scale);
     });
     return;
   }
-  for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
+  ProductOf<T>::form(to, pixels, c, nullptr, [&](int64_t i, int64_t p, int64_t lanes, int64_t) {
     const Vec value = load_n(z + p * c + i, lanes), scale = load_n(vectors.scale + i, lanes);
     const Vec centred = value - load_n(vectors.mean + i, lanes);
-    store(panels + at,
-          du(value, scale, i, p, lanes) * (scale * row_scale) +
-              (centred * load_n(vectors.slope + i, lanes) + load_n(vectors.offset + i, lanes)));
+    return du(value, scale, i, p, lanes) * (scale * row_scale) +
+           (centred * load_n(vectors.slope + i, lanes) + load_n(vectors.offset + i, lanes));
   });
 }
 
 // With du as it lies in memory.
 template <typename T>
-void stage_dz(float* panels, const T* grad, const T* z, int64_t pixels, int64_t c,
+void stage_dz(const OperandOf<T>& to, const T* grad, const T* z, int64_t pixels, int64_t c,
               const GradVectors& vectors, float row_scale) {
-  stage_dz_of(panels, z, pixels, c, vectors, row_scale,
-              [&](Vec, Vec, int64_t i, int64_t p, int64_t lanes) {
-                return load_n(grad + p * c + i, lanes);
-              });
+  stage_dz_of<T>(to, z, pixels, c, vectors, row_scale,
+                 [&](Vec, Vec, int64_t i, int64_t p, int64_t lanes) {
+                   return load_n(grad + p * c + i, lanes);
+                 });
 }
 
 // With du = q * act'(z * scale + shift), q [C] of the chunk's image.
 template <typename T, typename A>
-void stage_dz_pooled(float* panels, const float* q, const T* z, int64_t pixels,
+void stage_dz_pooled(const OperandOf<T>& to, const float* q, const T* z, int64_t pixels,
                      const ExpandBackwardArgs& args) {
   const A act(args.activation);
   const float* const shift = args.shift;
-  stage_dz_of(panels, z, pixels, args.out, args.grad, 1.0f,
-              [&](Vec value, Vec scale, int64_t i, int64_t, int64_t lanes) {
-                const Vec u = value * scale + load_n(shift + i, lanes);
-                return act.gradient(load_n(q + i, lanes), u);
-              });
+  stage_dz_of<T>(to, z, pixels, args.out, args.grad, 1.0f,
+                 [&](Vec value, Vec scale, int64_t i, int64_t, int64_t lanes) {
+                   const Vec u = value * scale + load_n(shift + i, lanes);
+                   return act.gradient(load_n(q + i, lanes), u);
+                 });
 }
 
-// a = act(u) into panels, and where wanted its slope act'(u).
+// Forms a = act(u), times the gate [C] or null where it is summed over pixels, and where wanted its
+// slope act'(u).
 template <typename T, typename A>
-void stage_activated(float* a, float* slope, const T* z, int64_t pixels,
-                     const ProjectBackwardArgs& args) {
+void stage_activated(const OperandOf<T>& to, float* slope, const float* gate, const T* z,
+                     int64_t pixels, const ProjectBackwardArgs& args) {
   const int64_t c = args.c;
   const NormVectors& norm = args.norm;
   const A act(args.activation);
-  for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
+  ProductOf<T>::form(to, pixels, c, gate, [&](int64_t i, int64_t p, int64_t lanes, int64_t at) {
     const Vec u = load_n(z + p * c + i, lanes) * load_n(norm.scale + i, lanes) +
                   load_n(norm.shift + i, lanes);
     const ValueAndSlope activated = act.both(u);
-    store(a + at, activated.value);
     if (slope) store(slope + at, activated.slope);
+    return activated.value;
   });
 }
 
@@ -115,31 +120,37 @@ void finish_e(const float* panel, const ProjectBackwardArgs& args, int64_t first
   }
 }
 
+template <typename P>
 struct ProjectScratch {
-  float *dz, *a, *slope, *panel, *gate;
-  ProjectScratch(float* at, int64_t c, int64_t out)
-      : dz(at),
-        a(dz + max_chunk_pixels() * padded(out)),
-        slope(a + max_chunk_pixels() * padded(c)),
-        panel(slope + max_chunk_pixels() * padded(c)),
-        gate(panel + max_chunk_pixels() * kPanelVecs * kLanes) {}
-  static int64_t floats(int64_t c, int64_t out) {
-    return max_chunk_pixels() * (padded(out) + 2 * padded(c) + kPanelVecs * kLanes) + padded(c);
+  typename P::Gradient gradient;  // of dz and a
+  float *slope, *panel, *gate;
+  ProjectScratch(Carver& take, const ProjectBackwardArgs& args, const P& product)
+      : gradient(take, args.out, args.c, product, {args.e != nullptr, false, args.e != nullptr},
+                 args.grad_weight),
+        slope(take(args.e ? P::max_pixels() * padded(args.c) : 0)),
+        panel(take(P::panel_floats())),
+        gate(take(padded(args.c))) {}
+  static int64_t floats(const ProjectBackwardArgs& args, const P& product) {
+    Carver count = {nullptr};
+    const ProjectScratch counted(count, args, product);
+    return count.used;
   }
 };
 
 // The pixels [own.begin, own.end) of image n.
 template <typename T>
-using StageActivated = void (*)(float*, float*, const T*, int64_t, const ProjectBackwardArgs&);
+using StageActivated = void (*)(const OperandOf<T>&, float*, const float*, const T*, int64_t,
+                                const ProjectBackwardArgs&);
 
-template <typename T>
-void project_image(const ProjectBackwardArgs& args, StageActivated<T> stage, const float* packed,
-                   const ProjectScratch& at, int64_t n, Range own, float* sums, float* grad_weight,
-                   bool fresh, bool stream) {
-  const int64_t c = args.c, out = args.out, size = chunk_pixels(own.size(), c);
+template <typename T, typename P>
+void project_image(const ProjectBackwardArgs& args, const P& product, StageActivated<T> stage,
+                   const float* packed, ProjectScratch<P>& at, int64_t n, Range own, float* sums,
+                   bool stream) {
+  const int64_t c = args.c, out = args.out, size = P::chunk(own.size(), c);
   const float row_scale = args.row_scale ? args.row_scale[n] : 1.0f;
   for (int64_t i = 0; args.gate && i < c; i += kLanes)
     store(at.gate + i, load_n(args.gate + n * c + i, min_of(kLanes, c - i)));
+  const float* const gate = args.gate ? at.gate : nullptr;
   if (args.e) std::memset(sums, 0, sizeof(float) * static_cast<size_t>(3 * c));
   for (int64_t begin = own.begin; begin < own.end; begin += size) {
     const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
@@ -148,28 +159,31 @@ void project_image(const ProjectBackwardArgs& args, StageActivated<T> stage, con
     ahead.add(static_cast<const T*>(args.z2), next, end, c);
     ahead.add(static_cast<const T*>(args.z3), next, end, out);
     ahead.add(static_cast<const T*>(args.grad_y), next, end, out);
-    ahead.start((args.e ? product_tiles(pixels, out, c) : 0) +
-                (grad_weight ? grad_tiles(out, c) : 0));
-    stage_dz(at.dz, static_cast<const T*>(args.grad_y) + first * out,
-             static_cast<const T*>(args.z3) + first * out, pixels, out, args.grad, row_scale);
-    stage(at.a, args.e ? at.slope : nullptr, static_cast<const T*>(args.z2) + first * c, pixels,
-          args);
+    ahead.start((args.e ? P::tiles(pixels, out, c) : 0) +
+                (args.grad_weight ? P::Gradient::tiles(out, c) : 0));
+    at.gradient.make_room(pixels);
+    stage_dz<T>(at.gradient.narrow, static_cast<const T*>(args.grad_y) + first * out,
+                static_cast<const T*>(args.z3) + first * out, pixels, out, args.grad, row_scale);
+    stage(at.gradient.wide, args.e ? at.slope : nullptr, gate,
+          static_cast<const T*>(args.z2) + first * c, pixels, args);
     if (args.e)
-      for_panels(packed, out, c, [&]<int VECS>(int64_t v, const float* weight) {
-        product_panel<VECS>(at.panel, at.dz, pixels, weight, out, ahead);
-        finish_e<T, VECS>(at.panel, args, first, pixels, v, at.a, at.slope, sums, stream);
+      for_panels(packed, P::depth(out), c, [&]<int VECS>(int64_t v, const float* weight) {
+        product.template multiply<VECS>(at.panel, at.gradient.narrow, pixels, weight, out, ahead);
+        finish_e<T, VECS>(at.panel, args, first, pixels, v, at.gradient.wide.values, at.slope, sums,
+                          stream);
       });
-    if (grad_weight)
-      add_grad_weight(grad_weight, at.dz, out, at.a, c, pixels, args.gate ? at.gate : nullptr,
-                      !fresh || begin > own.begin, ahead);
+    if (args.grad_weight) at.gradient.add(pixels, gate, ahead);
   }
 }
 
 template <typename T>
 bool project(const ProjectBackwardArgs& args) {
+  using P = ProductOf<T>;
   const int64_t c = args.c, out = args.out, partial = padded(out) * padded(c);
   const WeightSplit split(args.n, args.hw, partial);
-  const int64_t weight_floats = packed_floats(out, c), floats = ProjectScratch::floats(c, out);
+  const P product(args.amx);
+  const int64_t weight_floats = whole_lines(P::weight_floats(out, c));
+  const int64_t floats = ProjectScratch<P>::floats(args, product);
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
   const bool stream = streams<T>(args.e, args.n * args.hw * c, c);
@@ -177,17 +191,19 @@ bool project(const ProjectBackwardArgs& args) {
       with_activation(args.activation, []<typename A>() { return &stage_activated<T, A>; });
 #pragma omp parallel num_threads(args.threads)
   {
-    const ProjectScratch at(packed + weight_floats + omp_get_thread_num() * floats, c, out);
-    if (args.e) pack_weight_panels(packed, args.weight, args.weight_dtype, out, c, false);
+    const typename P::Unit unit(args.amx);
+    Carver take = {packed + weight_floats + omp_get_thread_num() * floats};
+    ProjectScratch<P> at(take, args, product);
+    if (args.e) pack_weight<P>(packed, args.weight, args.weight_dtype, out, c, false);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < split.tasks(); task++) {
-      float* grad_weight = args.grad_weight ? args.grad_weight + task * partial : nullptr;
+      at.gradient.start(args.grad_weight ? args.grad_weight + task * partial : nullptr);
       const Range images = part_of(args.n, split.groups, task / split.parts);
       const int64_t part = task % split.parts;
       for (int64_t n = images.begin; n < images.end; n++)
-        project_image<T>(args, stage, packed, at, n, part_of(args.hw, split.parts, part),
-                         args.sums + (n * split.parts + part) * 3 * c, grad_weight,
-                         n == images.begin, stream);
+        project_image<T>(args, product, stage, packed, at, n, part_of(args.hw, split.parts, part),
+                         args.sums + (n * split.parts + part) * 3 * c, stream);
+      at.gradient.finish();
     }
     end_streams();
   }
@@ -209,24 +225,29 @@ void finish_grad_x(const float* panel, const ExpandBackwardArgs& args, int64_t f
     }
 }
 
+template <typename P>
 struct ExpandScratch {
-  float *dz, *x, *panel;
-  ExpandScratch(float* at, int64_t c, int64_t out)
-      : dz(at),
-        x(dz + max_chunk_pixels() * padded(out)),
-        panel(x + max_chunk_pixels() * padded(c)) {}
-  static int64_t floats(int64_t c, int64_t out) {
-    return max_chunk_pixels() * (padded(out) + padded(c) + kPanelVecs * kLanes);
+  typename P::Gradient gradient;  // of x and dz
+  float* panel;
+  ExpandScratch(Carver& take, const ExpandBackwardArgs& args, const P& product)
+      : gradient(take, args.c, args.out, product, {false, args.grad_x != nullptr, false},
+                 args.grad_weight),
+        panel(take(P::panel_floats())) {}
+  static int64_t floats(const ExpandBackwardArgs& args, const P& product) {
+    Carver count = {nullptr};
+    const ExpandScratch counted(count, args, product);
+    return count.used;
   }
 };
 
 template <typename T>
-using StagePooled = void (*)(float*, const float*, const T*, int64_t, const ExpandBackwardArgs&);
+using StagePooled = void (*)(const OperandOf<T>&, const float*, const T*, int64_t,
+                             const ExpandBackwardArgs&);
 
-template <typename T>
-void expand_image(const ExpandBackwardArgs& args, StagePooled<T> stage, const float* packed,
-                  const ExpandScratch& at, int64_t n, Range own, float* grad_weight, bool fresh) {
-  const int64_t c = args.c, out = args.out, size = chunk_pixels(own.size(), out);
+template <typename T, typename P>
+void expand_image(const ExpandBackwardArgs& args, const P& product, StagePooled<T> stage,
+                  const float* packed, ExpandScratch<P>& at, int64_t n, Range own) {
+  const int64_t c = args.c, out = args.out, size = P::chunk(own.size(), out);
   for (int64_t begin = own.begin; begin < own.end; begin += size) {
     const int64_t pixels = min_of(size, own.end - begin), first = n * args.hw + begin;
     const int64_t next = first + pixels, end = min_of(next + size, args.n * args.hw);
@@ -236,47 +257,53 @@ void expand_image(const ExpandBackwardArgs& args, StagePooled<T> stage, const fl
     ahead.add(static_cast<const T*>(args.x), next, end, c);
     ahead.add(z, next, end, out);
     if (f) ahead.add(f, next, end, out);
-    ahead.start((args.grad_x ? product_tiles(pixels, out, c) : 0) +
-                (grad_weight ? grad_tiles(c, out) : 0));
+    ahead.start((args.grad_x ? P::tiles(pixels, out, c) : 0) +
+                (args.grad_weight ? P::Gradient::tiles(c, out) : 0));
+    at.gradient.make_room(pixels);
     if (args.q)
-      stage(at.dz, args.q + n * out, z + first * out, pixels, args);
+      stage(at.gradient.wide, args.q + n * out, z + first * out, pixels, args);
     else
-      stage_dz(at.dz, f + first * out, z + first * out, pixels, out, args.grad, 1.0f);
+      stage_dz<T>(at.gradient.wide, f + first * out, z + first * out, pixels, out, args.grad, 1.0f);
     if (args.grad_x)
-      for_panels(packed, out, c, [&]<int VECS>(int64_t v, const float* weight) {
-        product_panel<VECS>(at.panel, at.dz, pixels, weight, out, ahead);
+      for_panels(packed, P::depth(out), c, [&]<int VECS>(int64_t v, const float* weight) {
+        product.template multiply<VECS>(at.panel, at.gradient.wide, pixels, weight, out, ahead);
         finish_grad_x<T, VECS>(at.panel, args, first, pixels, v);
       });
-    if (!grad_weight) continue;
+    if (!args.grad_weight) continue;
     const T* x = static_cast<const T*>(args.x) + first * c;
-    for_vectors(pixels, c, [&](int64_t i, int64_t p, int64_t lanes, int64_t to) {
-      store(at.x + to, load_n(x + p * c + i, lanes));
-    });
-    add_grad_weight(grad_weight, at.x, c, at.dz, out, pixels, nullptr, !fresh || begin > own.begin,
-                    ahead);
+    P::form(
+        at.gradient.narrow, pixels, c, nullptr,
+        [&](int64_t i, int64_t p, int64_t lanes, int64_t) { return load_n(x + p * c + i, lanes); });
+    at.gradient.add(pixels, nullptr, ahead);
   }
 }
 
 template <typename T>
 bool expand(const ExpandBackwardArgs& args) {
+  using P = ProductOf<T>;
   const int64_t c = args.c, out = args.out, partial = padded(c) * padded(out);
   const WeightSplit split(args.n, args.hw, partial);
-  const int64_t weight_floats = packed_floats(out, c), floats = ExpandScratch::floats(c, out);
+  const P product(args.amx);
+  const int64_t weight_floats = whole_lines(P::weight_floats(out, c));
+  const int64_t floats = ExpandScratch<P>::floats(args, product);
   const StagePooled<T> stage =
       with_activation(args.activation, []<typename A>() { return &stage_dz_pooled<T, A>; });
   float* const packed = args.workspace(weight_floats + args.threads * floats);
   if (!packed) return false;
 #pragma omp parallel num_threads(args.threads)
   {
-    const ExpandScratch at(packed + weight_floats + omp_get_thread_num() * floats, c, out);
-    if (args.grad_x) pack_weight_panels(packed, args.weight, args.weight_dtype, out, c, false);
+    const typename P::Unit unit(args.amx);
+    Carver take = {packed + weight_floats + omp_get_thread_num() * floats};
+    ExpandScratch<P> at(take, args, product);
+    if (args.grad_x) pack_weight<P>(packed, args.weight, args.weight_dtype, out, c, false);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < split.tasks(); task++) {
-      float* grad_weight = args.grad_weight ? args.grad_weight + task * partial : nullptr;
+      at.gradient.start(args.grad_weight ? args.grad_weight + task * partial : nullptr);
       const Range images = part_of(args.n, split.groups, task / split.parts);
       const Range own = part_of(args.hw, split.parts, task % split.parts);
       for (int64_t n = images.begin; n < images.end; n++)
-        expand_image<T>(args, stage, packed, at, n, own, grad_weight, n == images.begin);
+        expand_image<T>(args, product, stage, packed, at, n, own);
+      at.gradient.finish();
     }
   }
   return true;
