@@ -261,7 +261,7 @@ def _modules(naming: str, structure: Structure) -> Iterator[str]:
 def _reshape_squeeze_excite(state: dict[str, Tensor], naming: str) -> dict[str, Tensor]:
     """The weights of squeeze-and-excitation as [R,C] for linear layers, else as [R,C,1,1]."""
     rules = NAMINGS[naming]
-    names = tuple(f".{name}.weight" for name in rules.squeeze)
+    names = tuple(f"{name}.weight" for name in rules.squeeze)  # Keras's blocks end without a dot
     for key, value in state.items():
         if not key.endswith(names):
             continue

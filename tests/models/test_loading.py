@@ -21,6 +21,8 @@ from networks import TINY
 
 CLASSES = 5
 STEM = "features.0.0.weight"
+NAMES_OF_ANOTHER = ("smp", "efficientnet")  # lukemelas's and keras's, which a file is taken for
+EXPAND_MOMENTA = {"transformers": (0.1,)}  # whose expansions have a momentum of their own
 
 
 @pytest.fixture(scope="module")
@@ -172,12 +174,13 @@ def test_lite_saved_from_here_stays_lite(tmp_path):
 def test_builds_the_familys_network(tmp_path, b0, family, suffix):
     path = tmp_path / f"{'tf_' if family == 'timm_tf' else ''}efficientnet_b0{suffix}"
     write(checkpoints.convert(b0, family), path)
-    told = family if family == "smp" else "auto"  # whose names are lukemelas's
+    told = family if family in NAMES_OF_ANOTHER else "auto"
     model = EfficientNet.from_checkpoint(path, family=told)
     assert_same(model.state_dict(), b0)
     variant = family_variant(VARIANTS["b0"], Checkpoint({}, family, family))
     assert model.variant == variant
-    assert norms(model) == {(variant.bn_eps, variant.bn_momentum)}
+    momenta = {variant.bn_momentum, *EXPAND_MOMENTA.get(family, ())}
+    assert norms(model) == {(variant.bn_eps, momentum) for momentum in momenta}
     assert (type(model.features[0][0]) is nn.Conv2d) == (variant.padding == "symmetric")
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -62,6 +62,13 @@ def test_states(runner: mutants.Runner, root: Path) -> None:
     assert (root / "code_under_test.py").read_text() == CODE
 
 
+def test_options_of_the_outer_run_are_not_handed_on(
+    runner: mutants.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p a_plugin_of_the_outer_run")
+    assert runner.run(mutant("killed", "2 * x", "3 * x"))["state"] == "killed"
+
+
 def test_results_are_kept_until_a_file_changes(
     runner: mutants.Runner, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import inner_pytest
 from mutant_list import Mutant
 
 # The tests of `make test`, as the Makefile selects them.
@@ -216,7 +217,7 @@ class Copy:
             self._workers[environment] = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("mutant_worker.py"))],
                 cwd=self.tree,
-                env=os.environ | variables | dict(environment),
+                env=inner_pytest.environment() | variables | dict(environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -5,13 +5,14 @@ The flag counts when a kernel is decorated, so it must be there before the first
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import inner_pytest
 
 pytest.importorskip("triton")
 
@@ -43,10 +44,7 @@ def test_rest(file: str) -> None:
 
 def run(files: list[str], selected: str) -> None:
     """Every test of the files in this tier passes, and each file has at least one."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    for name in list(environment):
-        if name.startswith("PYTEST_"):
-            del environment[name]
+    environment = inner_pytest.environment() | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider"]
     command += ["-m", selected]
     done = subprocess.run(
