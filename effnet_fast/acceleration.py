@@ -19,7 +19,7 @@ from effnet_fast.modules.structure import RefusedError
 FAMILIES = (
     "torchvision's and timm's EfficientNet (timm's MobileNetV3 and MnasNet, too)",
     "efficientnet_pytorch, efficientnet_lite_pytorch, segmentation_models_pytorch's own encoders",
-    "transformers' EfficientNet and MONAI's in two dimensions",
+    "transformers' EfficientNet, MONAI's in two dimensions and NVIDIA's",
 )
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,7 +35,8 @@ def accelerate(model: Model, *, backend: str = "auto", memory: str = "fast") -> 
 
     Args:
         model: a model of torchvision, timm, efficientnet_pytorch, efficientnet_lite_pytorch,
-            segmentation_models_pytorch, transformers or MONAI, or anything that has one inside.
+            segmentation_models_pytorch, transformers, MONAI or NVIDIA, or anything that has one
+            inside.
         backend, memory: as in `EfficientNet`, of all that is accelerated.
 
     Returns:

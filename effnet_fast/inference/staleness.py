@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from effnet_fast.modules.structure import METHODS, RefusedError
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # others do nothing without a gradient
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 TABLES = ("_modules", "_parameters", "_buffers")
+_CONSTANTS = (bool, int, float, str, BuiltinFunctionType)
 
 
 def watch(
@@ -65,15 +67,12 @@ def watch(
         # An instance's own method is a None, see `structure.patched_method`.
         own = (name for name in methods if name in state)
         settings = structure.SETTINGS.get(type(module), ())
-        absent += (name for name in settings if name not in state)
+        absent += [name for name in settings if name not in state and name not in absent]
         present = (*HOOKS, *TABLES, *(name for name in settings if name in state), *own)
         owners.append((module, {name: state[name] for name in present}, absent))
         empty += (state[name] for name in (HOOKS[1:] if module in observed else HOOKS))
         listings += filter(None, tables)
-    watched = list({id(t): t for t in tensors if t is not None}.values())
-    held = {id(t) for listing in listings for t in listing.values()}
-    if not all(id(t) in held for t in watched):
-        raise RefusedError("another thread changes it at this moment")
+    watched = _held(tensors, listings)
     kept = [t.detach() for t in watched]  # the memory that is read, until the watch is gone
     on_cpu = [t for t in kept if t.device.type == "cpu" and t.numel()]
     for tensor in on_cpu:
@@ -93,6 +92,26 @@ def watch(
     )
     lists = [v for owner in owners for value in owner[1].values() for v in _lists_in(value)]
     return _WatchOfLists(native_watch, lists) if lists else native_watch
+
+
+def _held(tensors: Iterable[Tensor | None], listings: list[dict[str, Any]]) -> list[Tensor]:
+    """The tensors that modules hold, in the place of views of whole ones, too.
+
+    A linear layer's weight may be read as a convolution's.
+    """
+    tables = [t for listing in listings for t in listing.values() if isinstance(t, Tensor)]
+    held = {id(t): t for t in tables}
+    found: dict[int, Tensor] = {}
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if id(tensor) not in held:
+            place = tensor.data_ptr(), tensor.numel()
+            tensor = next((t for t in tables if (t.data_ptr(), t.numel()) == place), None)
+            if tensor is None:
+                raise RefusedError("another thread changes it at this moment")
+        found[id(tensor)] = tensor
+    return list(found.values())
 
 
 class _WatchOfLists:
@@ -166,7 +185,7 @@ def _require_constants(module: nn.Module) -> None:
         for found in _lists_in(value):
             parts.remove(found)
             parts += found
-        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
+        if not all(part is None or isinstance(part, _CONSTANTS) for part in parts):
             raise RefusedError(
                 f"the {name} of a {type(module).__name__} is {type(value).__name__}, no constant"
             )

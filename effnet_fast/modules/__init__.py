@@ -1,6 +1,14 @@
 """The modules of EfficientNet, what they consist of, and their fused forward."""
 
 from effnet_fast.modules import layers
-from effnet_fast.modules.readers import lukemelas, monai, own, timm, torchvision, transformers
+from effnet_fast.modules.readers import (
+    lukemelas,
+    monai,
+    nvidia,
+    own,
+    timm,
+    torchvision,
+    transformers,
+)
 
-__all__ = ["layers", "lukemelas", "monai", "own", "timm", "torchvision", "transformers"]
+__all__ = ["layers", "lukemelas", "monai", "nvidia", "own", "timm", "torchvision", "transformers"]

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # What is dropped in training: rows by one Bernoulli draw for each or for all; rows by a number
-# between 0 and 1 for each, as efficientnet_pytorch does; single elements, as transformers does.
-ROW, BATCH, UNIFORM, ELEMENTS = "row", "batch", "uniform", "elements"
+# between 0 and 1 for each, as efficientnet_pytorch does; single elements, as transformers does; all
+# at once by dropping a number in fp32, as NVIDIA does.
+ROW, BATCH, UNIFORM, ELEMENTS, ONCE = "row", "batch", "uniform", "elements", "once"
 
 
 def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
@@ -46,6 +47,8 @@ def drop(x: Tensor, p: float, mode: str) -> Tensor:
     """x [N,C,H,W] with a part dropped, and the rest scaled by 1 / (1 - p), in any of the modes."""
     if mode == ELEMENTS:
         return F.dropout(x, p)
+    if mode == ONCE:
+        return x * F.dropout(torch.ones((), device=x.device), p)
     if mode != UNIFORM:
         return stochastic_depth(x, p, mode)
     keep = 1.0 - p
@@ -55,7 +58,8 @@ def drop(x: Tensor, p: float, mode: str) -> Tensor:
 
 def row_scale(x: Tensor, p: float, mode: str) -> Tensor:
     """The factor [N] in fp32 of each image by which `drop` drops rows of x [N,C,H,W]."""
-    ones = torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device)
+    dtype = torch.float32 if mode == ONCE else x.dtype
+    ones = torch.ones(x.shape[0], 1, 1, 1, dtype=dtype, device=x.device)
     return drop(ones, p, mode).flatten().float()
 
 

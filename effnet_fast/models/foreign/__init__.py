@@ -4,7 +4,24 @@ A network that `accelerate` has met runs whole from packed weights in eval mode 
 package's own do, and elsewhere layer by layer with activations in channels_last between them.
 """
 
-from effnet_fast.models.foreign import lukemelas, monai, smp, timm, torchvision, transformers
+from effnet_fast.models.foreign import (
+    lukemelas,
+    monai,
+    nvidia,
+    smp,
+    timm,
+    torchvision,
+    transformers,
+)
 from effnet_fast.modules.foreign import learn
 
-__all__ = ["learn", "lukemelas", "monai", "smp", "timm", "torchvision", "transformers"]
+__all__ = [
+    "learn",
+    "lukemelas",
+    "monai",
+    "nvidia",
+    "smp",
+    "timm",
+    "torchvision",
+    "transformers",
+]

@@ -269,11 +269,25 @@ def require_pooled(pool: Any, name: str) -> None:
         raise RefusedError(f".{name} pools to {pool.output_size}")
 
 
+def _as_convolution(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A linear layer's weight [out,in] as a 1x1 convolution's [out,in,1,1].
+
+    Its gradient reaches the layer's even where a call without gradients reads it for another with:
+    checkpointing runs a block a second time by what was read for the first.
+    """
+    if weight.shape != shape[:2]:
+        raise RefusedError(f".weight has shape {list(weight.shape)}, not {list(shape[:2])}")
+    with torch.enable_grad():
+        return weight[:, :, None, None]
+
+
 def _pointwise(conv: Any, shape: tuple[int, ...], channels: int) -> tuple[Any, Any]:
     """Weight and bias of one of squeeze-excite's layers; `channels` are those of its images."""
     weight, bias = _conv_members(conv)
     if bias is not None and bias.shape != shape[:1]:
         raise RefusedError(f".bias has shape {list(bias.shape)}, not {list(shape[:1])}")
+    if type(conv) is nn.Linear:
+        return _as_convolution(weight, shape), bias
     padding = PADDINGS[type(conv)](conv)
     if weight.shape != shape or tuple(conv.stride) != (1, 1) or (padding and any(padding)):
         raise RefusedError(f" is not a 1x1 convolution of {channels} channels")
@@ -288,7 +302,7 @@ def excite(parts: Sequence[Any], names: Sequence[str], channels: int) -> structu
         names: of these, for reasons.
     """
     reduce, activation, expand, gate = parts
-    reduced = reduce.out_channels
+    reduced = reduce.out_features if type(reduce) is nn.Linear else reduce.out_channels
     tensors: list[Any] = []
     name, se_gate = names[0], "sigmoid"
     try:
