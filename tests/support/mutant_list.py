@@ -30,6 +30,7 @@ AREAS = {
         "effnet_fast/ops/",
         "effnet_fast/backends/",
         "effnet_fast/reference/",
+        "csrc/bindings/block",
         "csrc/bindings/gate",
     ),
     "modules_models": ("effnet_fast/modules/", "effnet_fast/models/"),

@@ -114,6 +114,8 @@ def mbconv_block_forward(
     x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call, move: Moves | None
 ) -> tuple[Tensor, Saved] | None:
     """As `mbconv_training.forward`; `move` moves the running statistics, too."""
+    if any(v is not None and v.dtype is not torch.float32 for v in layers.project[1:]):
+        return None  # a network in bf16: its vectors are converted
     excite, (channels, _, _, kernel) = layers.excite, layers.depthwise[0].shape
     size = output_shape(x, kernel, call.stride[0], call.padding)[2:]
     n, shape, out = x.shape[0], (x.shape[0], channels, *size), layers.project[0].shape[0]
@@ -149,7 +151,7 @@ def mbconv_block_backward(
     x, z2, expand, excite = saved.x, saved.z2, layers.expand, layers.excite
     reach = reach_of(needs, layers)
     vector = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    (n, channels, *_), inner = z2.shape, (x.shape[0], z2.shape[1], *x.shape[2:])
+    channels, inner = z2.shape[1], (x.shape[0], z2.shape[1], *x.shape[2:])
     grad_expand = sums1 = grad_depthwise = sums2 = e = f = None
     grad_excite: Vectors = (None,) * 4
     if reach.excite:
