@@ -7,6 +7,7 @@ namespace effnet {
 
 void bind_buffers(pybind11::module_& m);
 void bind_norms(pybind11::module_& m);
+void bind_block(pybind11::module_& m);
 void bind_dwconv(pybind11::module_& m);
 void bind_gate(pybind11::module_& m);
 void bind_squeeze_excite(pybind11::module_& m);

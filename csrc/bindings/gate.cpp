@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/bind.h"
+#include "bindings/gate.h"
 #include "bindings/gate_rules.h"
 
 namespace effnet {
@@ -23,6 +24,8 @@ int64_t integer(PyObject* object) {
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
+
+}  // namespace
 
 class Gate {
  public:
@@ -52,11 +55,12 @@ class Gate {
   }
 
   // Throws Refused for arguments that no kernel may see.
-  void check(PyObject* const* args, Py_ssize_t count) const {
+  void check(PyObject* const* args, Py_ssize_t count, Seen* seen = nullptr) const {
     if (count != static_cast<Py_ssize_t>(rules_.size()))
       refuse(PyExc_TypeError,
              "takes " + std::to_string(rules_.size()) + " arguments, not " + std::to_string(count));
     Call call;
+    call.seen = seen;
     for (size_t i = 0; i < rules_.size(); i++) {
       const Rule& rule = rules_[i];
       if (rule.partner >= 0 && (args[rule.partner] == Py_None) != (args[i] == Py_None))
@@ -65,10 +69,17 @@ class Gate {
       check_one(rule, args[i], &call);
     }
     check_size(&call);
+    if (!seen) return;
+    seen->sizes = call.sizes;
+    seen->image_bf16 = call.image == kBFloat16;
+    seen->stride = call.stride[0];
+    std::copy(call.padding, call.padding + 4, seen->padding.begin());
+    seen->residual = call.residual;
   }
 
  private:
   struct Call {
+    Seen* seen = nullptr;  // where the tensors are told
     std::array<int64_t, 26> sizes;
     const TensorView* first = nullptr;  // a tensor, to whose device the others go
     TensorView view;                    // that tensor
@@ -93,10 +104,9 @@ class Gate {
       case Kind::kAny:
         return;
       case Kind::kTensor:
-        if (given != Py_None)
-          check_tensor(rule, given, call);
-        else if (!rule.optional)
-          refuse(PyExc_TypeError, rule, "must not be None");
+        if (given != Py_None) return check_tensor(rule, given, call);
+        if (!rule.optional) refuse(PyExc_TypeError, rule, "must not be None");
+        if (call->seen) call->seen->tensors.push_back({});
         return;
       case Kind::kLayers:
         return check_layers(rule, given, call);
@@ -156,8 +166,10 @@ class Gate {
     const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(given, "no sequence"));
     if (!items) throw py::error_already_set();
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
-    if (count == 0 && rule.optional)
+    if (count == 0 && rule.optional) {
+      if (call->seen) call->seen->tensors.resize(call->seen->tensors.size() + rule.below.size());
       return bind(rule, rule.shape[0], call->of(rule.shape[1]), call, nullptr);
+    }
     if (count != static_cast<Py_ssize_t>(rule.below.size()))
       refuse(PyExc_ValueError, rule,
              "has " + std::to_string(count) + " tensors, not " + std::to_string(rule.below.size()));
@@ -201,6 +213,11 @@ class Gate {
     if (!view.data && std::find(view.shape, view.shape + view.dims, 0) == view.shape + view.dims)
       refuse(PyExc_RuntimeError, rule,
              "has no memory: its storage is empty or it stands for zeros");
+    if (!call->seen) return;
+    if (reader_.is_negative(given))
+      refuse(PyExc_ValueError, rule, "has a sign that only the dispatcher resolves");
+    call->seen->tensors.push_back(
+        {reinterpret_cast<Address>(view.data) + view.byte_offset, view.dtype() == kBFloat16});
   }
 
   static std::string layout_of(const Rule& rule) {
@@ -228,6 +245,9 @@ class Gate {
     } else if (rule.numbers == Numbers::kFloats) {
       if (dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16 || dtype == kFloat64) return;
       allowed = "a floating point dtype";
+    } else if (rule.numbers == Numbers::kNative) {
+      if (dtype == kFloat32 || dtype == call->image) return;
+      allowed = "float32 or the image's dtype";
     } else {
       const bool known = std::find(dtypes_.begin(), dtypes_.end(), dtype) != dtypes_.end();
       if (call->image == 0 && known) call->image = dtype;
@@ -279,6 +299,24 @@ class Gate {
   std::vector<int> dtypes_;
   TensorReader reader_;
 };
+
+std::shared_ptr<const Gate> gate_of(const std::string& op, const py::dict& rules,
+                                    const std::vector<std::string>& devices,
+                                    const std::vector<std::string>& dtypes,
+                                    const py::handle& tensor, const py::handle& parameter) {
+  return std::make_shared<const Gate>(op, rules, devices, dtypes, TensorReader(tensor, parameter));
+}
+
+bool passes(const Gate& gate, const py::tuple& args, Seen* seen) {
+  try {
+    gate.check(PySequence_Fast_ITEMS(args.ptr()), static_cast<Py_ssize_t>(args.size()), seen);
+    return true;
+  } catch (const Refused&) {
+    return false;
+  }
+}
+
+namespace {
 
 constexpr char kCapsule[] = "effnet_fast.gate";
 

@@ -34,6 +34,7 @@ enum class Kind {
 enum class Numbers {
   kImage,   // the same for all images of a call, one of the backend's
   kFloats,  // any floating point numbers, which launchers convert
+  kNative,  // fp32 or those of the call's images, which kernels read as they are
   kFp32,
 };
 enum class Layout {
@@ -67,8 +68,10 @@ bool take(const Words<T>& words, const std::string& word, T* out) {
   return false;
 }
 
-const Words<Numbers> kNumbers = {
-    {"image", Numbers::kImage}, {"floats", Numbers::kFloats}, {"fp32", Numbers::kFp32}};
+const Words<Numbers> kNumbers = {{"image", Numbers::kImage},
+                                 {"floats", Numbers::kFloats},
+                                 {"native", Numbers::kNative},
+                                 {"fp32", Numbers::kFp32}};
 const Words<Layout> kLayouts = {{"any", Layout::kAny},
                                 {"inner", Layout::kInner},
                                 {"nhwc", Layout::kNhwc},
@@ -115,7 +118,8 @@ Rule rule_of(const std::string& name, const py::handle& given) {
   if (rule.ones_follow) rule.shape.pop_back();
   for (char size : rule.shape)
     require((size >= 'A' && size <= 'Z') || (size >= '0' && size <= '9'), "gate: a strange shape");
-  if (rule.numbers == Numbers::kFp32) rule.layout = Layout::kDense;
+  if (rule.numbers == Numbers::kFp32 || rule.numbers == Numbers::kNative)
+    rule.layout = Layout::kDense;
   while (words >> word)
     if (word == "with")
       words >> rule.with;

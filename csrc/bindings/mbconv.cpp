@@ -1,19 +1,15 @@
 // The passes of MBConv in training, as Python calls them. A norm is the address of fp32 [5,C], rows
 // scale, shift, mean, rstd, var; sums [2,C] are sum du and sum du * zh; 0 stands for an absent
 // tensor. See effnet_fast/ops/mbconv_training.py.
+#include "bindings/mbconv.h"
+
 #include <algorithm>
-#include <array>
-#include <string>
 
 #include "bindings/bind.h"
 #include "bindings/norms.h"
 #include "cpu/isa_dispatch.h"
 
 namespace effnet {
-namespace {
-
-// (n, hw, c, out)
-using ProductShape = std::array<int64_t, 4>;
 
 void mbconv_pointwise(const std::string& isa, const ProductShape& shape, bool is_bf16,
                       bool weight_bf16, Address x, Address x_norm, Address gate, Address weight,
@@ -95,6 +91,8 @@ void mbconv_project_backward(const std::string& isa, const ProductShape& shape, 
   launch(kernels.mbconv->fold_weight, fold);
 }
 
+namespace {
+
 // The gradient f of u1: f [N,HW,out], or q [N,out] of which f = q * activation'(u1); the other is
 // 0.
 struct GradU {
@@ -141,6 +139,8 @@ void expand_backward(const std::string& isa, const ProductShape& shape, bool is_
                          true,           at<float>(grad_weight), threads};
   launch(kernels.mbconv->fold_weight, fold);
 }
+
+}  // namespace
 
 void mbconv_expand_backward(const std::string& isa, const ProductShape& shape, bool is_bf16,
                             bool weight_bf16, Address f, Address z1, Address norm1, Address sums1,
@@ -307,8 +307,6 @@ void mbconv_excite_sums(int64_t n, int64_t c, int64_t pixels, Address grad_poole
             g[i * c + j] * s[((row + 1) * n + i) * c + j] + q[i * c + j] * t[(row * n + i) * c + j];
   }
 }
-
-}  // namespace
 
 void bind_mbconv(py::module_& m) {
   m.def("mbconv_squeeze", &mbconv_squeeze);

@@ -59,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("device") = 0);
 #endif
+  bind_block(m);
   bind_buffers(m);
   bind_norms(m);
   bind_dwconv(m);

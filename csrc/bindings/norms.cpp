@@ -107,9 +107,6 @@ void fold_per_image(const float* partial, int64_t n, int64_t parts, int64_t c, c
     }
 }
 
-namespace {
-
-// Moves BatchNorm's running statistics towards the batch's by the share `momentum`.
 void move_statistics(int64_t c, Address mean, Address var, Address running_mean,
                      Address running_var, double correction, double momentum) {
   const float share = static_cast<float>(momentum), keep = static_cast<float>(1.0 - momentum);
@@ -119,6 +116,8 @@ void move_statistics(int64_t c, Address mean, Address var, Address running_mean,
   for (int64_t i = 0; i < c; i++) old_mean[i] = keep * old_mean[i] + share * new_mean[i];
   for (int64_t i = 0; i < c; i++) old_var[i] = keep * old_var[i] + share * (unbiased * new_var[i]);
 }
+
+namespace {
 
 // y = act(bn(z)) + residual over `pixels` rows of C; y may be z.
 void bn_act(const std::string& isa, int64_t pixels, int64_t c, bool is_bf16, Address z,

@@ -27,6 +27,10 @@ NormVectors norm_vectors(Address norm, int64_t c);
 void make_norm(float* norm, const float* partial, int64_t n, int64_t chunks, int64_t c,
                int64_t rows, int64_t columns, const BatchNorm& bn, double eps);
 
+// Moves BatchNorm's running statistics towards the batch's by the share `momentum`.
+void move_statistics(int64_t c, Address mean, Address var, Address running_mean,
+                     Address running_var, double correction, double momentum);
+
 // dz = scale * du + (z - mean) * slope + offset, from norm and sums over `count` values a channel;
 // without sums dz = scale * du.
 struct GradParts {

@@ -171,12 +171,14 @@ class Share {
   int threads_;
 };
 
-// Runs a kernel with the GIL released, on this call's share of its threads.
+// Runs a kernel with the GIL released, where the caller has not done so, on this call's share of
+// its threads.
 template <typename Args>
 void launch(bool (*kernel)(const Args&), Args args) {
   bool ok;
   {
-    py::gil_scoped_release release;
+    std::optional<py::gil_scoped_release> release;
+    if (PyGILState_Check()) release.emplace();
     const Share share(args.threads);
     args.threads = share.threads();
     ok = kernel(args);

@@ -2,7 +2,7 @@
 #include <string>
 
 #include "bindings/bind.h"
-#include "bindings/parts.h"
+#include "bindings/mbconv.h"
 #include "cpu/isa_dispatch.h"
 
 namespace effnet {
@@ -21,6 +21,8 @@ void squeeze(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_b
   FoldArgs fold = {partial.data(), n, chunks, c, factor, at<float>(out), threads};
   launch(kernels.fold_sum, fold);
 }
+
+}  // namespace
 
 void excite(const std::string& isa, int64_t n, int64_t c, int64_t r, bool weight_bf16,
             Address pooled, Address se_reduce_weight, Address se_reduce_bias,
@@ -76,6 +78,8 @@ void excite_backward(const std::string& isa, int64_t n, int64_t c, int64_t r, bo
                              thread_count(threads)};
   launch(kernels_for(isa).excite_backward, args);
 }
+
+namespace {
 
 void gate(const std::string& isa, int64_t n, int64_t c, int64_t hw, bool is_bf16, Address x,
           Address gate, Address offset, Address y, int threads) {

@@ -1,7 +1,7 @@
 // Torch's tensors as C++ reads them without linking torch: DLPack's table of C functions, which
 // torch.Tensor carries (https://dmlc.github.io/dlpack/latest/c_api.html). It does not show the bit
 // in which torch keeps a sign: the dispatcher resolves that for ops, `inference/images.py` for
-// images.
+// images, and who takes tensors past the dispatcher asks for it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "bindings/member.h"
 
 namespace effnet {
 
@@ -44,7 +46,8 @@ class TensorReader {
   TensorReader(const pybind11::handle& type, const pybind11::handle& parameter)
       : tensor_(pybind11::reinterpret_borrow<pybind11::object>(type)),
         parameter_(pybind11::reinterpret_borrow<pybind11::object>(parameter)),
-        table_(tensor_.attr("__dlpack_c_exchange_api__")) {
+        table_(tensor_.attr("__dlpack_c_exchange_api__")),
+        is_negative_(type, "is_neg") {
     const auto* const found =
         static_cast<const Table*>(PyCapsule_GetPointer(table_.ptr(), "dlpack_exchange_api"));
     if (!found) throw pybind11::error_already_set();
@@ -66,6 +69,8 @@ class TensorReader {
     if (wrap_(managed, &tensor) != 0 || !tensor) throw pybind11::error_already_set();
     return tensor;
   }
+  // Whether torch keeps its sign in a bit.
+  bool is_negative(PyObject* object) const { return is_negative_.of(object) != 0; }
 
  private:
   struct Table {  // DLPackExchangeAPI
@@ -78,6 +83,7 @@ class TensorReader {
   };
 
   pybind11::object tensor_, parameter_, table_;
+  Member is_negative_;
   int (*read_)(void*, TensorView*);
   int (*wrap_)(ManagedTensor*, void**);
 };

@@ -15,48 +15,12 @@
 
 #include "bindings/bind.h"
 #include "bindings/checksums.h"
+#include "bindings/member.h"
 #include "bindings/parts.h"
+#include "bindings/tensor_bytes.h"
 
 namespace effnet {
 namespace {
-
-// A member of a class written in C, called without the lookup by name that takes most of the time.
-class Member {
- public:
-  Member(const py::handle& type, const char* name) : owner_(type.attr(name)), name_(name) {
-    PyObject* const member = owner_.ptr();
-    if (Py_TYPE(member) == &PyGetSetDescr_Type)
-      getset_ = reinterpret_cast<PyGetSetDescrObject*>(member)->d_getset;
-    else if (Py_TYPE(member) == &PyMethodDescr_Type &&
-             reinterpret_cast<PyMethodDescrObject*>(member)->d_method->ml_flags == METH_NOARGS)
-      method_ = reinterpret_cast<PyMethodDescrObject*>(member)->d_method;
-  }
-  // The number that a property holds or a method returns.
-  uint64_t of(PyObject* object) const {
-    PyObject* found = nullptr;
-    if (getset_)
-      found = getset_->get(object, getset_->closure);
-    else if (method_)
-      found = method_->ml_meth(object, nullptr);
-    else
-      found = PyObject_GetAttrString(object, name_);
-    if (found && PyCallable_Check(found)) {
-      PyObject* const result = PyObject_CallNoArgs(found);
-      Py_DECREF(found);
-      found = result;
-    }
-    if (!found) throw py::error_already_set();
-    const uint64_t value = PyLong_AsUnsignedLongLongMask(found);
-    Py_DECREF(found);
-    return value;
-  }
-
- private:
-  py::object owner_;
-  const char* name_;
-  const PyGetSetDef* getset_ = nullptr;
-  const PyMethodDef* method_ = nullptr;
-};
 
 class Watch {
  public:
@@ -70,41 +34,42 @@ class Watch {
   // layout are what they were, the latter as `layout` of a tensor tells, which is asked where the
   // bytes behind a tensor differ, or always unless `bytes_tell`; places: memory of which a
   // few values are compared; spans: memory of which every byte counts. Memory is read as long as
-  // tensors are where it is, and lives as long as `kept`.
+  // tensors are where it is, and lives as long as `kept`. types: classes of which nothing has been
+  // set; constants: tensors that require no gradient; whole: objects with all that their __dict__
+  // has, and no more; top: such an object that is not kept, which `holds` is given, or None.
   Watch(const std::vector<Attributes>& owners, const std::vector<py::dict>& listings,
         const std::vector<py::dict>& empty, const std::vector<py::object>& versioned,
         const std::vector<py::object>& tensors, const py::object& layout,
         const std::vector<Place>& places, const std::vector<Checksums::Span>& spans,
-        const py::object& kept, const py::handle& tensor_type, bool bytes_tell)
+        const py::object& kept, const py::handle& tensor_type, bool bytes_tell,
+        const std::vector<py::object>& types, const std::vector<py::object>& constants,
+        const std::vector<py::object>& whole, const py::object& top)
       : bytes_tell_(bytes_tell),
         version_(tensor_type, "_version"),
         address_(tensor_type, "data_ptr"),
+        requires_grad_(tensor_type, "requires_grad"),
+        constants_(constants),
         checksums_(spans) {
-    for (const auto& [object, present, absent] : owners) {
-      Owner owner = {object,
-                     py::reinterpret_borrow<py::object>(py::type::handle_of(object)),
-                     dict_of(object),
-                     {},
-                     {},
-                     0};
-      for (const auto& [key, value] : present)
-        owner.items.push_back(
-            {py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value)});
-      for (const py::str& key : absent) owner.items.push_back({key, py::object()});
-      owner.look();
-      owners_.push_back(std::move(owner));
-    }
+    for (const auto& [object, present, absent] : owners)
+      owners_.push_back(owner_of(object, present, absent));
     for (const py::dict& dict : listings) listings_.push_back(Listing(dict));
     for (const py::dict& dict : empty) empty_.push_back(dict);
     for (const py::object& tensor : versioned)
       versioned_.push_back({tensor, version_.of(tensor.ptr())});
     for (const py::object& tensor : tensors)
-      tensors_.push_back({tensor, address_.of(tensor.ptr()), layout(tensor), Behind(tensor)});
+      tensors_.push_back({tensor, Py_TYPE(tensor.ptr()), address_.of(tensor.ptr()), layout(tensor),
+                          Behind(tensor)});
     for (const auto& [address, elements, size] : places) {
       require(size == 2 || size == 4 || size == 8, "watch: an element has 2, 4 or 8 bytes");
       for (uint64_t part = 0; part < kSamples && elements > 0; part++)
         samples_.push_back({address + (elements - 1) * part / (kSamples - 1) * size, size});
     }
+    for (const py::object& type : types) types_.push_back({type, version_of_type(type)});
+    if (!top.is_none()) {
+      top_ = whole_of(top);
+      top_->object = py::object();
+    }
+    for (const py::object& object : whole) owners_.push_back(whole_of(object));
     layout_ = layout;
     kept_ = kept;
     digest_ = digest();
@@ -112,14 +77,17 @@ class Watch {
   }
 
   // Whether nothing has changed; in the order of what the next test relies on.
-  bool holds(int threads) {
+  bool holds(int threads, const py::object& top) {
     for (uint64_t line : ahead_) __builtin_prefetch(at<const void>(line), 0, 2);
     for (Listing& listing : listings_)
       if (!listing.holds()) return false;
     for (const py::object& dict : empty_)
       if (PyDict_Size(dict.ptr()) != 0) return false;
     for (Owner& owner : owners_)
-      if (!owner.holds()) return false;
+      if (!owner.holds(owner.object)) return false;
+    if (top_ && !top_->holds(top)) return false;
+    for (const auto& [type, version] : types_)
+      if (!version || version_of_type(type) != version) return false;
     if (!tensors_hold()) return false;
     for (Whereabouts& place : tensors_)
       if (!(bytes_tell_ && place.behind.is_unchanged()) && !is_laid_out_alike(place)) return false;
@@ -142,6 +110,12 @@ class Watch {
       Py_VISIT(owner.dict.ptr());
       for (const auto& item : owner.items) Py_VISIT(item.second.ptr());
     }
+    if (top_) {
+      Py_VISIT(top_->dict.ptr());
+      for (const auto& item : top_->items) Py_VISIT(item.second.ptr());
+    }
+    for (const auto& pair : types_) Py_VISIT(pair.first.ptr());
+    for (const py::object& tensor : constants_) Py_VISIT(tensor.ptr());
     for (const auto& pair : versioned_) Py_VISIT(pair.first.ptr());
     for (const Whereabouts& place : tensors_) Py_VISIT(place.tensor.ptr());
     Py_VISIT(kept_.ptr());
@@ -154,6 +128,9 @@ class Watch {
     auto owners = std::move(owners_);
     auto versioned = std::move(versioned_);
     auto tensors = std::move(tensors_);
+    auto types = std::move(types_);
+    auto constants = std::move(constants_);
+    auto top = std::move(top_);
     samples_.clear();
     checksums_ = Checksums({});
     const py::object kept = std::move(kept_);
@@ -225,53 +202,61 @@ class Watch {
     // quicker than to look them up; it may change in ways that mean nothing.
     std::vector<std::pair<PyObject*, PyObject*>> seen;
     uint64_t version = 0;
+    bool is_whole = false;  // whether nothing may come to it, and the items are all there are
 
     void look() {
       version = version_of(dict);
       seen = entries_of(dict);
     }
-    bool holds() {
-      if (py::type::handle_of(object).ptr() != type.ptr() || dict_of(object).ptr() != dict.ptr())
+    bool holds(const py::object& now) {
+      if (py::type::handle_of(now).ptr() != type.ptr() || dict_of(now).ptr() != dict.ptr())
         return false;
       if (version && version == version_of(dict)) return true;
-      if (!version && has_entries(dict, seen)) return true;
+      if ((is_whole || !version) && has_entries(dict, seen)) {
+        version = version_of(dict);
+        return true;
+      }
+      if (is_whole) return false;
       for (const auto& [key, value] : items)
         if (PyDict_GetItemWithError(dict.ptr(), key.ptr()) != value.ptr()) return false;
       look();
       return true;
     }
   };
+  static Owner owner_of(const py::object& object, const py::dict& present,
+                        const std::vector<py::str>& absent) {
+    Owner owner = {object,
+                   py::reinterpret_borrow<py::object>(py::type::handle_of(object)),
+                   dict_of(object),
+                   {},
+                   {},
+                   0};
+    for (const auto& [key, value] : present)
+      owner.items.push_back(
+          {py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value)});
+    for (const py::str& key : absent) owner.items.push_back({key, py::object()});
+    owner.look();
+    return owner;
+  }
+  static Owner whole_of(const py::object& object) {
+    Owner owner = owner_of(object, py::dict(dict_of(object)), {});
+    owner.is_whole = true;
+    return owner;
+  }
+  // Python's number of what a class and those above it have, which is another after every change; 0
+  // where it has none to give.
+  static unsigned version_of_type(const py::object& type) {
+    auto* const object = reinterpret_cast<PyTypeObject*>(type.ptr());
+    if (!object->tp_version_tag) Py_XDECREF(PyObject_GetAttrString(type.ptr(), "__init__"));
+    return object->tp_version_tag;
+  }
   struct Sample {
     uint64_t address, size;
   };
 
-  // Torch's own object behind a tensor, which holds its sizes, strides, dtype and bits.
-  struct Behind {
-    static constexpr uint64_t kBytes = 176, kCounts = 16;  // of torch 2.13's; of references
-
-    explicit Behind(const py::object& tensor) {
-      if (!py::hasattr(tensor, "_cdata")) return;
-      address = tensor.attr("_cdata").cast<uint64_t>();
-      std::memcpy(bytes.data(), at(address), kBytes);
-      // The word of the Python object that leads there, so that no call has to ask for it.
-      const auto* const words = reinterpret_cast<const uint64_t*>(tensor.ptr());
-      const uint64_t count = static_cast<uint64_t>(Py_TYPE(tensor.ptr())->tp_basicsize) / 8;
-      for (uint64_t i = sizeof(PyObject) / 8; i < count && !word; i++)
-        if (words[i] == address) word = words + i;
-    }
-    // Whether it is the same to the byte; it may change in ways that mean nothing.
-    bool is_unchanged() const {
-      return word && *word == address &&
-             std::memcmp(bytes.data() + kCounts, at<const char>(address) + kCounts,
-                         kBytes - kCounts) == 0;
-    }
-
-    uint64_t address = 0;
-    const uint64_t* word = nullptr;
-    std::array<char, kBytes> bytes = {};
-  };
   struct Whereabouts {
     py::object tensor;
+    PyTypeObject* type;
     uint64_t address;
     py::object layout;
     Behind behind;
@@ -283,7 +268,11 @@ class Watch {
       for (const auto& [tensor, value] : versioned_)
         if (version_.of(tensor.ptr()) != value) return false;
       for (const Whereabouts& place : tensors_)
-        if (address_.of(place.tensor.ptr()) != place.address) return false;
+        if (Py_TYPE(place.tensor.ptr()) != place.type ||
+            address_.of(place.tensor.ptr()) != place.address)
+          return false;
+      for (const py::object& tensor : constants_)
+        if (requires_grad_.of(tensor.ptr())) return false;
     } catch (const py::error_already_set&) {
       return false;
     }
@@ -345,10 +334,13 @@ class Watch {
   }
 
   bool bytes_tell_;
-  Member version_, address_;
+  Member version_, address_, requires_grad_;
   std::vector<Listing> listings_;
   std::vector<py::object> empty_;
   std::vector<Owner> owners_;
+  std::optional<Owner> top_;  // without its object
+  std::vector<std::pair<py::object, unsigned>> types_;
+  std::vector<py::object> constants_;
   std::vector<std::pair<py::object, uint64_t>> versioned_;
   std::vector<Whereabouts> tensors_;
   std::vector<Sample> samples_;
@@ -381,11 +373,16 @@ void bind_watch(py::module_& m) {
                     const std::vector<py::dict>&, const std::vector<py::object>&,
                     const std::vector<py::object>&, const py::object&,
                     const std::vector<Watch::Place>&, const std::vector<Checksums::Span>&,
-                    const py::object&, const py::handle&, bool>(),
+                    const py::object&, const py::handle&, bool, const std::vector<py::object>&,
+                    const std::vector<py::object>&, const std::vector<py::object>&,
+                    const py::object&>(),
            py::kw_only(), py::arg("owners"), py::arg("listings"), py::arg("empty"),
            py::arg("versioned"), py::arg("tensors"), py::arg("layout"), py::arg("places"),
-           py::arg("spans"), py::arg("kept"), py::arg("tensor_type"), py::arg("bytes_tell"))
-      .def("holds", &Watch::holds)
+           py::arg("spans"), py::arg("kept"), py::arg("tensor_type"), py::arg("bytes_tell"),
+           py::arg("types") = std::vector<py::object>(),
+           py::arg("constants") = std::vector<py::object>(),
+           py::arg("whole") = std::vector<py::object>(), py::arg("top") = py::none())
+      .def("holds", &Watch::holds, py::arg("threads"), py::arg("top") = py::none())
       .def("remember", &Watch::remember);
   m.def(
       "checksums",

@@ -9,9 +9,8 @@ would wait for it. It is one call into C++ (csrc/bindings/watch.cpp).
 
 from __future__ import annotations
 
-import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from effnet_fast.backends import native
-from effnet_fast.modules import structure
+from effnet_fast.modules import structure, tensor_bytes
 from effnet_fast.modules.structure import METHODS, RefusedError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # others do nothing without a gradient
@@ -83,12 +82,12 @@ def watch(
         empty=empty,
         versioned=[t for t in watched if not t.is_inference()],  # others keep no counter
         tensors=watched,
-        layout=_layout,
+        layout=tensor_bytes.layout,
         places=[] if every_byte else [_place(t) for t in on_cpu],
         spans=list(dict.fromkeys(_span(t) for t in on_cpu)) if every_byte else [],
         kept=kept,
         tensor_type=torch.Tensor,
-        bytes_tell=_bytes_tell(),
+        bytes_tell=tensor_bytes.bytes_tell(),
     )
     lists = [v for owner in owners for value in owner[1].values() for v in _lists_in(value)]
     return _WatchOfLists(native_watch, lists) if lists else native_watch
@@ -137,46 +136,6 @@ def _lists_in(value: object) -> list[list[Any]]:
     return [part for part in parts if isinstance(part, list)]
 
 
-@functools.cache
-def _bytes_tell() -> bool:
-    """Whether the bytes of torch's own objects show how a tensor lies in memory.
-
-    They do in torch 2.13. Where another version keeps something beyond them, every call asks each
-    tensor instead, which takes half a millisecond for B0.
-    """
-    return all(
-        _is_shown(change)
-        for change in (
-            lambda t: t.transpose(0, 1),
-            lambda t: t[:1],
-            lambda t: t.view(torch.int32),
-            torch._neg_view,
-        )
-    )
-
-
-def _is_shown(change: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the bytes show that a tensor became another view of its memory."""
-    tensor, asked = torch.zeros(3, 3), list[Tensor]()
-    watch = native.load().Watch(
-        owners=[],
-        listings=[],
-        empty=[],
-        versioned=[],
-        tensors=[tensor],
-        layout=asked.append,  # whose result is always the same
-        places=[],
-        spans=[],
-        kept=[],
-        tensor_type=torch.Tensor,
-        bytes_tell=True,
-    )
-    before = len(asked)
-    tensor.data = change(tensor.data)
-    watch.holds(1)
-    return len(asked) > before
-
-
 def _require_constants(module: nn.Module) -> None:
     """Raises RefusedError for a setting that could change and stay the same object."""
     for name in structure.SETTINGS.get(type(module), ()):
@@ -203,14 +162,6 @@ def _require_memory(tensor: Tensor) -> None:
     offset = tensor.storage_offset() * tensor.element_size()
     if tensor.data_ptr() == 0 or tensor.untyped_storage().nbytes() < offset + _span(tensor)[1]:
         raise RefusedError("a parameter or buffer has no memory")
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    """What tells how to read the memory at a tensor's address."""
-    return (
-        *(tensor.shape, tensor.stride(), tensor.dtype, tensor.layout, tensor.device),
-        *(tensor.is_neg(), tensor.is_conj()),
-    )
 
 
 def _place(tensor: Tensor) -> tuple[int, int, int]:

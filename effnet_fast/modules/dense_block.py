@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from effnet_fast.backends import OpArgs, backend_of
-from effnet_fast.modules.structure import Block, Geometry, Layer, norm_of
+from effnet_fast.modules.structure import Block, Geometry, Layer, norms_of
 from effnet_fast.ops.call import Call, call_of
 
 
@@ -60,7 +60,7 @@ class DenseBlock(NamedTuple):
 
     def begin_call(self, x: Tensor, backend: str) -> Call:
         """As `Layer.begin_call`."""
-        norms, geometry = tuple(map(norm_of, self.layers)), self.spatial
+        norms, geometry = norms_of(self.layers), self.spatial
         return call_of(
             norms, (x, *self.parameters), backend, geometry.stride,
             geometry.sides(x.shape[2], x.shape[3]), self.residual, self.memory,

@@ -21,11 +21,13 @@ from effnet_fast.modules import (
     dense_block,
     in_turn,
     observed,
+    recognition,
     repetition,
     structure,
     sync_batch_norm,
 )
 from effnet_fast.modules.dense_block import DenseBlock, Found
+from effnet_fast.modules.recognition import Recognised
 from effnet_fast.modules.repetition import Choice
 from effnet_fast.modules.stochastic_depth import ELEMENTS, drop, row_scale
 from effnet_fast.modules.structure import Block
@@ -53,22 +55,31 @@ class Input(NamedTuple):
     is_nhwc: bool  # whether PyTorch takes what was given for channels_last
 
 
-def _input(found: Found, op: str, x: Tensor, backend: str) -> Input | None:
-    """What the op takes of x and the backend that runs it; None for the stock path."""
+def _input(found: Found, op: str, x: Tensor, backend: str, decided: dict[Any, Any]) -> Input | None:
+    """What the op takes of x and the backend that runs it; None for the stock path.
+
+    Args:
+        decided: backends that were chosen for inputs of a kind, see `recognition.Recognised`.
+    """
     if x.dim() != 4:
         return None  # stock raises PyTorch's own error
     cast, autocasts = autocast(x)
     if cast.dtype is not x.dtype and not isinstance(found, structure.Layer) and found.promotes:
         return None  # a sum with x is of x's dtype
     is_last = is_nhwc(x)
-    asked = cast if is_last else cast[:0]  # no images: of any layout
-    args = found.op_args(asked, inference=True)
-    if args is None:
+    first = found.first
+    if cast.shape[1] != first.conv.in_channels:
         return None
-    weight = args.others[0]  # those of a block have one dtype
-    if not autocasts and weight is not None and weight.dtype is not cast.dtype:
+    if not autocasts and first.tensors[0].dtype is not cast.dtype:  # those of a block have one
         return None  # stock raises here too
-    chosen = backends.choose(backend, op, args)
+    # All that a choice depends on beside the module.
+    kind = (op, backend, cast.dtype, cast.device, type(cast), is_last and cast.stride(1))
+    chosen = decided.get(kind)
+    if chosen is None:
+        asked = cast if is_last else cast[:0]  # no images: of any layout
+        args = found.op_args(asked, inference=True)
+        assert args is not None
+        chosen = decided[kind] = backends.choose(backend, op, args)
     if chosen == "reference":
         return None
     # A dense convolution's kernels take images in any layout.
@@ -171,30 +182,33 @@ def run(module: Any, x: Tensor, *arguments: Any) -> Tensor:
     choices = repetition.thread
     first = repetition.first_choice(module) if choices.repeated else None
     if first is not None:
-        found, backend = first.found, first.backend
+        recognised = first.found and recognition.Recognised(first.found, {})
+        backend = first.backend
     else:
         backend = backends.module_backend()
         is_stock = backend == "reference" or observed.wants_operators(x)
-        found = None if is_stock else _structure_of(module, *arguments)
-    y = None if found is None else _run_fused(found, x, backend)
+        recognised = None if is_stock else _recognise(module, *arguments)
+    y = None if recognised is None else _run_fused(recognised, x, backend)
     if choices.recorded is not None:
-        choices.recorded.append(Choice(module, None if y is None else found, backend))
+        found = None if y is None or recognised is None else recognised.found
+        choices.recorded.append(Choice(module, found, backend))
     if y is not None:
         return y
     with sync_batch_norm.served(module, x):
         return module.forward_stock(x, *arguments)
 
 
-def _structure_of(module: nn.Module, *arguments: Any) -> Found | None:
+def _recognise(module: nn.Module, *arguments: Any) -> Recognised | None:
     try:
-        return structure.structure_of(module, *arguments)
+        return recognition.recognise(module, *arguments)
     except structure.RefusedError:
         return None
 
 
-def _run_fused(found: Found, x: Tensor, backend: str) -> Tensor | None:
+def _run_fused(recognised: Recognised, x: Tensor, backend: str) -> Tensor | None:
     """The fused forward; None for the stock path, which may raise PyTorch's own error."""
-    given = _input(found, found.op, x, backend)
+    found, decided = recognised
+    given = _input(found, found.op, x, backend, decided)
     if given is None:
         return None
     y: Tensor | None = None
@@ -227,7 +241,7 @@ def run_layer(read: Callable[[], structure.Layer], x: Tensor) -> Tensor | None:
         found = read()
     except structure.RefusedError:
         return None
-    return _run_fused(found, x, backend)
+    return _run_fused(Recognised(found, {}), x, backend)
 
 
 def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
@@ -239,7 +253,7 @@ def run_pooled(found: structure.Layer, x: Tensor) -> Tensor | None:
         RuntimeError: a backend named by the caller cannot run on x, with the reason.
     """
     backend = "reference" if observed.wants_operators(x) else backends.module_backend()
-    given = None if backend == "reference" else _input(found, POOLED, x, backend)
+    given = None if backend == "reference" else _input(found, POOLED, x, backend, {})
     if given is None or 0 in x.shape[2:]:
         return None
     call = found.begin_call(given.x, given.backend)

@@ -13,6 +13,8 @@ from torch.utils._device import DeviceContext
 
 from effnet_fast.backends import in_transform as in_transform
 from effnet_fast.backends.base import PLAIN
+from effnet_fast.backends.interception import function_mode
+from effnet_fast.backends.interception import is_intercepted as is_intercepted
 
 
 def is_traced() -> bool:
@@ -21,29 +23,12 @@ def is_traced() -> bool:
     return tracing or torch.compiler.is_exporting()
 
 
-def is_intercepted() -> bool:
-    """Whether a TorchFunctionMode or a TorchDispatchMode is active.
-
-    Such a mode may give operators another meaning, and one that only counts them would count none.
-    `torch.set_default_device` and `with torch.device` work by a mode too; it concerns no operator
-    that has an input, and is always the first.
-    """
-    functions = torch._C._len_torch_function_stack()
-    if functions > 1 or (functions == 1 and type(_function_mode(0)) is not DeviceContext):
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-def _function_mode(place: int) -> Any:
-    return torch._C._get_function_stack_at(place)
-
-
 def interceptor() -> str | None:
     """The class of the mode for which `is_intercepted` says so, in words; None for none."""
     if not is_intercepted():
         return None
     for place in reversed(range(torch._C._len_torch_function_stack())):
-        if type(mode := _function_mode(place)) is not DeviceContext:
+        if type(mode := function_mode(place)) is not DeviceContext:
             return f"{type(mode).__name__}, a TorchFunctionMode, is active"
     mode = torch.utils._python_dispatch._get_current_dispatch_mode()
     return f"{type(mode).__name__}, a TorchDispatchMode, is active"

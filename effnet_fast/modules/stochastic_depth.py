@@ -16,6 +16,16 @@ from torch import Tensor, nn
 ROW, BATCH, UNIFORM, ELEMENTS, ONCE = "row", "batch", "uniform", "elements", "once"
 
 
+def _factors(size: list[int], p: float, x: Tensor) -> Tensor:
+    """0 with probability p and 1 / (1 - p) else, drawn in x's dtype."""
+    keep = 1.0 - p
+    noise = torch.empty(size, dtype=x.dtype, device=x.device)
+    noise = noise.bernoulli_(keep)
+    if keep > 0.0:
+        noise.div_(keep)
+    return noise
+
+
 def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
     """Zeroes rows of x [N,...] with probability p in training, and divides the others by 1 - p.
 
@@ -31,13 +41,8 @@ def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> T
         raise ValueError(f"mode must be one of 'batch', 'row', got '{mode}'")
     if not training or p == 0.0:
         return x
-    keep = 1.0 - p
     rows = x.shape[0] if mode == "row" else 1
-    noise = torch.empty([rows] + [1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
-    noise = noise.bernoulli_(keep)
-    if keep > 0.0:
-        noise.div_(keep)
-    return x * noise
+    return x * _factors([rows] + [1] * (x.dim() - 1), p, x)
 
 
 torch.fx.wrap("stochastic_depth")
@@ -58,6 +63,8 @@ def drop(x: Tensor, p: float, mode: str) -> Tensor:
 
 def row_scale(x: Tensor, p: float, mode: str) -> Tensor:
     """The factor [N] in fp32 of each image by which `drop` drops rows of x [N,C,H,W]."""
+    if mode == ROW and 0.0 < p <= 1.0:
+        return _factors([x.shape[0]], p, x).float()
     dtype = torch.float32 if mode == ONCE else x.dtype
     ones = torch.ones(x.shape[0], 1, 1, 1, dtype=dtype, device=x.device)
     return drop(ones, p, mode).flatten().float()

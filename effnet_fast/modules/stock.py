@@ -276,6 +276,8 @@ ACTIVATIONS = {
         (nn.Hardsigmoid, _FORWARD), (F, "hardsigmoid"), (torch._C._nn, "hardsigmoid hardsigmoid_")
     ),
 }
+# SiLU's and sigmoid's code is below every layer and block.
+structure.activation_checks |= {name: table.require for name, table in ACTIVATIONS.items()}
 # Below the forward of a network that pools its last layer's result at once.
 HEAD = Stock((torch, "flatten"), below=(LAYER, CALLED_LAYER, _POOL))
 # Below the forward of a network that runs in one call.

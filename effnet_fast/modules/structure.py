@@ -7,9 +7,10 @@ that `readers` fills.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from effnet_fast.backends import OpArgs
@@ -156,7 +157,7 @@ class Layer(NamedTuple):
         """How its op runs on x, with the BatchNorms' own bookkeeping of one more batch."""
         geometry, tensors = self.geometry, (x, *self.tensors)
         place = geometry.stride, geometry.sides(x.shape[2], x.shape[3])
-        return call_of((norm_of(self),), tensors, backend, *place, activation=self.activation)
+        return call_of(norms_of((self,)), tensors, backend, *place, activation=self.activation)
 
 
 class Excite(NamedTuple):
@@ -241,8 +242,8 @@ class Block(NamedTuple):
 
     def begin_call(self, x: Tensor, backend: str) -> Call:
         """As `Layer.begin_call`."""
-        expand = norm_of(self.expand) if self.expand else NO_NORM
-        norms = expand, norm_of(self.depthwise), norm_of(self.project)
+        *first, depthwise, project = norms_of(self.layers)
+        norms = first[0] if first else NO_NORM, depthwise, project
         geometry, activation = self.depthwise.geometry, self.depthwise.activation
         place = geometry.stride, geometry.sides(x.shape[2], x.shape[3])
         return call_of(
@@ -256,18 +257,25 @@ def weights_of(layers: Iterable[Layer]) -> list[Tensor]:
     return [layer.tensors[0] for layer in layers]
 
 
-def norm_of(layer: Layer) -> Norm:
-    """How the layer's BatchNorm normalises; counts one more batch, as its own forward does."""
-    bn = layer.bn
-    momentum, moves = bn.momentum, bn.training and bn.track_running_stats
-    if moves and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    exchange = None
-    if type(bn) is nn.SyncBatchNorm and (group := group_of(bn)) is not None:
-        exchange = Exchange(group)
-    return Norm(layer.by_batch, momentum or 0.0, bn.eps, moves, exchange)
+def norms_of(layers: Sequence[Layer]) -> tuple[Norm, ...]:
+    """How the layers' BatchNorms normalise; counts one more batch, as their own forwards do."""
+    norms, counters = [], []
+    for layer in layers:
+        bn = layer.bn
+        momentum, is_moving = bn.momentum, bn.training and bn.track_running_stats
+        if is_moving and (counter := bn.num_batches_tracked) is not None:
+            if momentum is None:
+                counter.add_(1)
+                momentum = 1.0 / float(counter)
+            else:
+                counters.append(counter)
+        exchange = None
+        if type(bn) is nn.SyncBatchNorm and (group := group_of(bn)) is not None:
+            exchange = Exchange(group)
+        norms.append(Norm(layer.by_batch, momentum or 0.0, bn.eps, is_moving, exchange))
+    if counters:  # at once: a call each takes two microseconds
+        torch._foreach_add_(counters, 1)
+    return tuple(norms)
 
 
 # The classes of activations and gates by the names in `reference.activations`: what an instance of
@@ -342,14 +350,15 @@ def unsharded(kind: type) -> type | None:
     return bases[1] if is_made and "forward" not in vars(kind) | vars(bases[0]) else None
 
 
-def structure_of(module: nn.Module, *arguments: Any) -> Any:
-    """The module's fused form, a `dense_block.Found`.
+# What raises RefusedError where the code of an activation or a gate of this name is replaced.
+activation_checks: dict[str, Callable[[], None]] = {}
 
-    Args:
-        arguments: what its forward takes beside the images.
+
+def reader_of(module: nn.Module) -> Callable[..., Any]:
+    """The reader of a module whose code is stock's, and that no hook of all modules sees.
 
     Raises:
-        RefusedError: it has none, with the reason.
+        RefusedError: there is none, with the reason.
     """
     refuse_global_hooks()
     found = _READERS.get(type(module))
@@ -361,4 +370,16 @@ def structure_of(module: nn.Module, *arguments: Any) -> Any:
         raise RefusedError(f"{type(module).__name__} has a patched forward_stock")
     reader, require_stock = found
     require_stock()
-    return reader(module, *arguments)
+    return reader
+
+
+def structure_of(module: nn.Module, *arguments: Any) -> Any:
+    """The module's fused form, a `dense_block.Found`.
+
+    Args:
+        arguments: what its forward takes beside the images.
+
+    Raises:
+        RefusedError: it has none, with the reason.
+    """
+    return reader_of(module)(module, *arguments)

@@ -29,6 +29,10 @@ _MODULES = {
 _IN_CUDA = ("dwconv_bn_silu", "squeeze_excite")
 
 CPU.add_launchers("effnet_fast.ops.cpu.dense_conv", ("norm_statistics",))
+# No registered ops: all passes of a block where nobody watches these.
+CPU.add_launchers(
+    "effnet_fast.ops.cpu.mbconv_block", ("mbconv_block_forward", "mbconv_block_backward")
+)
 for _module, _ops in _MODULES.items():
     CPU.add_launchers(f"effnet_fast.ops.cpu.{_module}", _ops)
     TRITON.add_launchers(f"effnet_fast.triton_kernels.{_module}", _ops)

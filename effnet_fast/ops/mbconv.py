@@ -8,13 +8,15 @@ memory that the blocks of a network share. Training, and whatever needs a gradie
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effnet_fast import reference
-from effnet_fast.backends import OpArgs, current_backend, resolve
+from effnet_fast.backends import OpArgs, backend_of, current_backend, launcher_of, resolve
+from effnet_fast.backends.interception import are_operators_watched
 from effnet_fast.ops import scratch, second_derivative
 from effnet_fast.ops.call import Call, Norm, call_of
 from effnet_fast.ops.dwconv_bn_silu import output_shape
@@ -23,6 +25,7 @@ from effnet_fast.ops.mbconv_passes import passes
 from effnet_fast.ops.mbconv_training import (
     NO_LAYER,
     PER_LAYER,
+    Grads,
     Layers,
     Needs,
     Saved,
@@ -133,6 +136,39 @@ def _laid_out(saved: Saved) -> Saved:
     return Saved(*images, *dense)
 
 
+def _in_one_call(call: Call, direction: str) -> Callable[..., Any] | None:
+    """What runs all passes at once; None where there is nothing, or somebody sees the passes."""
+    if torch.compiler.is_compiling() or are_operators_watched():
+        return None
+    name = f"mbconv_block_{direction}"
+    if any(norm.exchange for norm in call.norms) or not backend_of(call.backend).launches(name):
+        return None
+    return launcher_of(call.backend, name)
+
+
+def _forward(
+    x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call, move: Moves | None
+) -> tuple[Tensor, Saved]:
+    """As `mbconv_training.forward`; `move` moves the running statistics, too."""
+    whole = _in_one_call(call, "forward")
+    if whole is not None and (result := whole(x, row_scale, layers, call, move)) is not None:
+        y, saved = result
+        return y, saved
+    y, saved = forward(passes(call.backend), x, row_scale, layers, call)
+    if move is not None:
+        move(saved.norm1, saved.norm2, saved.norm3)
+    return y, saved
+
+
+def _backward(grad_y: Tensor, saved: Saved, layers: Layers, call: Call, needs: Needs) -> Grads:
+    """As `mbconv_training.backward`."""
+    grad_y = nhwc(grad_y)
+    whole = _in_one_call(call, "backward")
+    if whole is not None and (grads := whole(grad_y, saved, layers, call, needs)) is not None:
+        return Grads(*grads)
+    return backward(passes(call.backend), grad_y, _laid_out(saved), layers, call, needs)
+
+
 class MBConv(torch.autograd.Function):
     """Returns (y, norm1, norm2, norm3); the latter are [5,C], norm1 None without expansion."""
 
@@ -146,9 +182,7 @@ class MBConv(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         layers = _layers(tensors)
-        y, saved = forward(passes(call.backend), x, row_scale, layers, call)
-        if move is not None:
-            move(saved.norm1, saved.norm2, saved.norm3)
+        y, saved = _forward(x, row_scale, layers, call, move)
         if call.memory == "lean":
             saved = saved._replace(z1=None)
         save_block(ctx, saved, _without_statistics(layers), _IS_BIAS)
@@ -162,14 +196,10 @@ class MBConv(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         call = ctx.call
         tensors, parameters = unpack_block(ctx, len(Saved._fields), ctx.biases)
-        saved = _laid_out(Saved(*tensors))
-        layers = _layers(parameters)
         flags = ctx.needs_input_grad
-        grad_y = nhwc(grad_y)
+        needs = _needs((flags[0], *flags[4:]))
         with scratch.scope():
-            grads = backward(
-                passes(call.backend), grad_y, saved, layers, call, _needs((flags[0], *flags[4:]))
-            )
+            grads = _backward(grad_y, Saved(*tensors), _layers(parameters), call, needs)
         none = (None, None)
         flat = (*grads.expand, *none, *grads.depthwise, *none, *grads.excite, *grads.project)
         return grads.x, None, None, None, *map(_like, (*flat, *none), parameters)
@@ -198,7 +228,7 @@ def apply(x: Tensor, row_scale: Tensor | None, layers: Layers, call: Call) -> Te
         if move.inside:
             return y
     else:
-        y, saved = forward(passes(call.backend), x, row_scale, layers, call)
+        y, saved = _forward(x, row_scale, layers, call, move if move.inside else None)
         norms = [saved.norm1, saved.norm2, saved.norm3]
     move(*norms)
     return y

@@ -311,6 +311,22 @@ def inner_sums(norm: Norm, sums: Tensor, rows: Tensor | None, wanted: bool) -> T
     return norm.exchange.sums(sums, rows)
 
 
+class Reach(NamedTuple):
+    """How far back gradients are wanted: behind these layers, or of them."""
+
+    excite: bool
+    depthwise: bool
+    expand: bool
+
+
+def reach_of(needs: Needs, layers: Layers) -> Reach:
+    """Which passes something that is wanted depends on."""
+    expand = needs.x or (layers.expand is not None and any(needs.expand))
+    depthwise = expand or any(needs.depthwise)
+    excite = depthwise or (layers.excite is not None and any(needs.excite))
+    return Reach(excite, depthwise, expand)
+
+
 def pick(needs: tuple[bool, ...], *grads: Tensor | None) -> Vectors:
     """The gradients that are wanted, None for the others."""
     return tuple(grad if need else None for need, grad in zip(needs, grads, strict=True))
@@ -328,9 +344,7 @@ def backward(
     first, second, third = call.norms
     x, z1, z2, z3, norm1, norm2, norm3, *_, gate, row_scale = saved
     added = grad_y if call.residual else None
-    to_expand = needs.x or any(needs.expand) if layers.expand is not None else needs.x
-    to_depthwise = to_expand or any(needs.depthwise)
-    to_excite = to_depthwise or (layers.excite is not None and any(needs.excite))
+    to_excite, to_depthwise, to_expand = reach_of(needs, layers)
     expand: Vectors = (None,) * 3
     depthwise: Vectors = (None,) * 3
     excite: Vectors = (None,) * 4

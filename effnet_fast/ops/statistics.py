@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -37,12 +37,16 @@ def _move(
     momentum: float,
 ) -> None:
     _gate()(running_mean, running_var, mean, var, correction, momentum)
-    moved = [t for t in (running_mean, running_var) if not t.is_inference()]
-    torch.autograd.graph.increment_version(moved)
+    _bump((running_mean, running_var))
     native.load().move_statistics(
         mean.numel(), mean.data_ptr(), var.data_ptr(),
         running_mean.data_ptr(), running_var.data_ptr(), correction, momentum,
     )  # fmt: skip
+
+
+def _bump(written: Iterable[Tensor]) -> None:
+    """Tells autograd of tensors that were written through their addresses."""
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 # No backend: the CPU alone has it.
@@ -88,6 +92,30 @@ class Moves:
             self._batches.append((norm, layer, count))
         self.inside = not torch.compiler.is_compiling()
 
+    def in_one_call(self) -> tuple[tuple[tuple[float, float] | None, ...], list[Tensor]]:
+        """For a kernel that moves them, of BatchNorms of no other process.
+
+        Returns:
+            of each the factor from the biased variance to the unbiased one and the momentum, None
+            where nothing moves; and the statistics that move, for `end`.
+        """
+        moves: list[tuple[float, float] | None] = []
+        moved: list[Tensor] = []
+        for batch in self._batches:
+            moves.append(None)
+            if batch is None:
+                continue
+            norm, layer, count = batch
+            if norm.moves and layer[3] is not None:
+                moves[-1] = _correction(count), norm.momentum
+                moved += layer[3:5]
+        return tuple(moves), moved
+
+    def end(self, moved: list[Tensor]) -> None:
+        """Notes that a kernel has moved them, and written to these statistics."""
+        self._batches = []
+        _bump(moved)
+
     def __call__(self, *norms: Tensor | tuple[Tensor, Tensor] | None) -> None:
         """Moves them, unless they have been moved.
 
@@ -103,9 +131,13 @@ class Moves:
             is_empty = norm.exchange.is_empty if norm.exchange else count == 0
             if norm.moves and layer[3] is not None and not is_empty:
                 pair = (moments[MEAN], moments[VAR]) if isinstance(moments, Tensor) else moments
-                correction = count / (count - 1) if count > 1 else 1.0
-                factor = norm.exchange.correction if norm.exchange else correction
+                factor = norm.exchange.correction if norm.exchange else _correction(count)
                 update(layer[3], layer[4], *pair, factor, norm.momentum)
+
+
+def _correction(count: int) -> float:
+    """The factor from the biased variance of so many values to the unbiased one."""
+    return count / (count - 1) if count > 1 else 1.0
 
 
 def update(

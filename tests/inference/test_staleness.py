@@ -14,6 +14,7 @@ from torch.nn.modules import module as nn_module
 from effnet_fast.inference import staleness
 from effnet_fast.inference.snapshot import Snapshot
 from effnet_fast.models import EfficientNet, EfficientNetFeatures
+from effnet_fast.modules import tensor_bytes
 from effnet_fast.modules.structure import RefusedError
 from networks import TINY
 
@@ -105,12 +106,12 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 def test_the_bytes_behind_a_tensor_tell() -> None:
-    assert staleness._bytes_tell()
-    assert not staleness._is_shown(lambda t: t)
+    assert tensor_bytes.bytes_tell()
+    assert not tensor_bytes._is_shown(lambda t: t)
 
 
 def test_without_the_bytes_each_tensor_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staleness, "_bytes_tell", lambda: False)
+    monkeypatch.setattr(tensor_bytes, "bytes_tell", lambda: False)
     test_a_change_is_noticed(True)
 
 

@@ -51,7 +51,8 @@ def test_eval_hops() -> None:
     block, x = block_and_input()
     block.eval()
     with torch.no_grad():
-        block(x)  # imports the launchers
+        for _ in range(3):  # imports the launchers, and remembers what the block is
+            block(x)
         found = hops(lambda: block(x))
     assert len(found) <= EVAL, "\n".join(found)
 
@@ -59,7 +60,8 @@ def test_eval_hops() -> None:
 def test_training_hops() -> None:
     block, x = block_and_input()
     x.requires_grad_()
-    block(x).sum().backward()
+    for _ in range(3):
+        block(x).sum().backward()
     found = hops(lambda: block(x).sum().backward())
     assert len(found) <= TRAINING, "\n".join(found)
 

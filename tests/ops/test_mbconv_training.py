@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -283,6 +284,10 @@ def test_statistics_are_those_of_stored_values(name: str, dtypes: Dtypes, backen
     torch.testing.assert_close(norm[VAR].double(), var, rtol=1e-5, atol=0)
 
 
+def none(*_: Any) -> None:
+    """In the place of what runs all passes at once."""
+
+
 PASSES = [name for name in vars(mbconv_passes.passes("cpu")) if name != "finish"]
 
 
@@ -293,6 +298,7 @@ def test_parity_notices_a_pass_that_is_off_by_a_thousandth(
     call = sample("c_eq_vector")
     passes = mbconv_passes.passes("cpu")
     right = getattr(passes, name)
+    monkeypatch.setattr(importlib.import_module("effnet_fast.ops.mbconv"), "_in_one_call", none)
 
     def off(*args: Any) -> Any:
         results = right(*args)

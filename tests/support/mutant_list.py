@@ -30,6 +30,7 @@ AREAS = {
         "effnet_fast/ops/",
         "effnet_fast/backends/",
         "effnet_fast/reference/",
+        "csrc/bindings/block",
         "csrc/bindings/buffers.cpp",
         "csrc/bindings/gate",
     ),
