@@ -170,7 +170,7 @@ def is_planned(model: nn.Module) -> bool:
 
 
 EDITS: dict[str, Edit] = {
-    "linear weight": lambda m: m.layers[1][0].se.squeeze.weight.data.mul_(3),
+    "linear weight": lambda m: m.layers[1][0].se.squeeze.weight.data.mul_(30),
     "linear bias": lambda m: m.layers[1][1].se.expand.bias.data.add_(1),
     "another sum": lambda m: setattr(m.layers[1][1], "residual_add", torch.sub),
     "attention": lambda m: setattr(m.layers[1][0].se, "_attention", lambda x: x.sigmoid()),
