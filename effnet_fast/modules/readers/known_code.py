@@ -4,6 +4,33 @@ Written by tests/support/known_code.py.
 """
 
 KNOWN: dict[str, tuple[str, ...]] = {
+    "PyTorch.Classification.ConvNets.image_classification.models.common:Flatten.forward": (
+        "a9933d8987b8e381",
+    ),
+    "PyTorch.Classification.ConvNets.image_classification.models.common:ONNXSiLU.forward": (
+        "8d5fccf502a1959f",
+    ),
+    "PyTorch.Classification.ConvNets.image_classification.models.common:SequentialSqueezeAndExcitation._attention": (
+        "d649e18da51a8ab4",
+    ),
+    "PyTorch.Classification.ConvNets.image_classification.models.common:SequentialSqueezeAndExcitation.forward": (
+        "a3b6b2c8076d7251",
+    ),
+    "PyTorch.Classification.ConvNets.image_classification.models.common:SequentialSqueezeAndExcitationTRT._attention": (
+        "c45fe628f31afb47",
+    ),
+    "PyTorch.Classification.ConvNets.image_classification.models.common:SequentialSqueezeAndExcitationTRT.forward": (
+        "a3b6b2c8076d7251",
+    ),
+    "PyTorch.Classification.ConvNets.image_classification.models.common:StochasticDepthResidual.forward": (
+        "368ae0a462a4759e",
+    ),
+    "PyTorch.Classification.ConvNets.image_classification.models.efficientnet:EfficientNet.forward": (
+        "c8268b310f7b4df0",
+    ),
+    "PyTorch.Classification.ConvNets.image_classification.models.efficientnet:MBConvBlock.forward": (
+        "5c0a88f1f3b45363",
+    ),
     "efficientnet_lite_pytorch.model:EfficientNet.extract_features": ("8b019c87134cab02",),
     "efficientnet_lite_pytorch.model:EfficientNet.forward": ("cde57963f457c9b0",),
     "efficientnet_lite_pytorch.model:MBConvBlock.forward": ("2b38e8071165f68d",),
@@ -24,6 +51,23 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "efficientnet_pytorch.utils:SwishImplementation.backward": ("8148e3a19b931b83",),
     "efficientnet_pytorch.utils:SwishImplementation.forward": ("4dcac71b444ba2e3",),
     "efficientnet_pytorch.utils:drop_connect": ("d78e1fb550c96fca",),
+    "image_classification.models.common:Flatten.forward": ("a9933d8987b8e381",),
+    "image_classification.models.common:ONNXSiLU.forward": ("8d5fccf502a1959f",),
+    "image_classification.models.common:SequentialSqueezeAndExcitation._attention": (
+        "d649e18da51a8ab4",
+    ),
+    "image_classification.models.common:SequentialSqueezeAndExcitation.forward": (
+        "a3b6b2c8076d7251",
+    ),
+    "image_classification.models.common:SequentialSqueezeAndExcitationTRT._attention": (
+        "c45fe628f31afb47",
+    ),
+    "image_classification.models.common:SequentialSqueezeAndExcitationTRT.forward": (
+        "a3b6b2c8076d7251",
+    ),
+    "image_classification.models.common:StochasticDepthResidual.forward": ("368ae0a462a4759e",),
+    "image_classification.models.efficientnet:EfficientNet.forward": ("c8268b310f7b4df0",),
+    "image_classification.models.efficientnet:MBConvBlock.forward": ("5c0a88f1f3b45363",),
     "monai.networks.blocks.activation:MemoryEfficientSwish.forward": ("a2f882b44ba1cc25",),
     "monai.networks.blocks.activation:Swish.forward": ("1466d02e8373c6f0",),
     "monai.networks.blocks.activation:monai_swish": ("48d80db411914ce7",),
