@@ -338,6 +338,7 @@ def _run_on_ray(jobs: Iterator[_Job], workers: int, stop: Event) -> Results:
     while running:
         done, _ = ray.wait(list(running))
         for reference in done:
-            yield running.pop(reference), partial(ray.get, reference)
+            score: Callable[[], float] = partial(ray.get, reference)
+            yield running.pop(reference), score
         if not stop.is_set():
             running |= {remote.remote(job): job for job in itertools.islice(jobs, len(done))}

@@ -130,8 +130,9 @@ def threaded(cases: Iterable[Any], six: Sequence[str]) -> pytest.MarkDecorator:
         for each, name in itertools.product((FP32, BF16), names):
             tested = case.name in six and name == "cpu"
             marks = [pytest.mark.slow if tested else pytest.mark.exhaustive]
-            row = pytest.param(case, each, name, marks=marks, id=f"{case.name}-{each}-{name}")
-            rows.append(row)
+            rows.append(
+                pytest.param(case, each, name, marks=marks, id=f"{case.name}-{each}-{name}")
+            )
     return pytest.mark.parametrize(("case", "dtypes", "backend"), rows)
 
 
@@ -355,8 +356,8 @@ def pointwise_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = 
 
 def head_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
     """pointwise_bn_silu_pool on random values, as `pointwise_call`."""
-    call = pointwise_call(case, dtypes)
-    tensors = {k: v for k, v in call.tensors.items() if k not in ("gate", "residual")}
+    given = pointwise_call(case, dtypes).tensors
+    tensors = {k: v for k, v in given.items() if k not in ("gate", "residual")}
     return Call("pointwise_bn_silu_pool", tensors, {"training": training})
 
 
@@ -364,12 +365,11 @@ def stem_call(case: StemCase, dtypes: Dtypes = FP32, training: bool = False) -> 
     """stem_conv_bn_silu on random values; z has a variance of about 1."""
     generator = torch.Generator().manual_seed(0)
     x = _image((case.n, case.c, case.h, case.w), dtypes.x, generator)
-    sizes = (case.out, case.c, case.k, case.k)
-    weight = torch.randn(sizes, generator=generator) / (case.k * case.c**0.5)
+    weight = torch.randn(case.out, case.c, case.k, case.k, generator=generator)
     bn = _bn(case.out, dtypes.parameters, generator)
     options = {"stride": case.stride, "padding": case.padding, "training": training}
-    tensors = {"x": x, "weight": weight.to(dtypes.parameters), **bn}
-    return Call("stem_conv_bn_silu", tensors, options)
+    weight = (weight / (case.k * case.c**0.5)).to(dtypes.parameters)
+    return Call("stem_conv_bn_silu", {"x": x, "weight": weight, **bn}, options)
 
 
 SAMPLES = (

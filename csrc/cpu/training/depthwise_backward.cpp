@@ -21,8 +21,9 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-constexpr int kGradTile = kRegisters == 32 ? 8 : 4;  // dz vectors held at once, within the registers
-constexpr int64_t kGroup = 4;                    // rows of dz formed at a time
+constexpr int kGradTile =
+    kRegisters == 32 ? 8 : 4;  // dz vectors held at once, within the registers
+constexpr int64_t kGroup = 4;  // rows of dz formed at a time
 
 // Packed per channel vector: of dz2, then of x.
 enum {

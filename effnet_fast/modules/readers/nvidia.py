@@ -179,7 +179,8 @@ def layer_of(package: str, name: str, sequence: Any) -> structure.Layer:
     allowed = structure.children_of([Part(name, _sequence(package))])
     structure.require_children({name: sequence}, allowed)
     names = "conv", "bn", "activation"
-    return members.layer(*map(members.children(sequence).get, names), names)
+    conv, bn, activation = map(members.children(sequence).get, names)
+    return members.layer(conv, bn, activation, names)
 
 
 def _recipe(package: str) -> Recipe:

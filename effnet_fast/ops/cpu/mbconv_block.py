@@ -134,7 +134,7 @@ def mbconv_block_forward(
         x, row_scale, layers.expand or (), layers.depthwise, excite or (), layers.project,
         z1, z2, z3, y, norm1, norm2, norm3, pooled, slopes, hidden, gate, *_place(call),
     )  # fmt: skip
-    moves, moved = (_NO_MOVES, ()) if move is None else move.in_one_call()
+    moves, moved = (_NO_MOVES, []) if move is None else move.in_one_call()
     eps = tuple([norm.eps for norm in call.norms])
     if not _passes().forward(given, eps, _by_batch(call), moves, _kinds(call)):
         return None
