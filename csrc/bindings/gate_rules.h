@@ -68,11 +68,10 @@ bool take(const Words<T>& words, const std::string& word, T* out) {
   return false;
 }
 
-const Words<Numbers> kNumbers = {
-    {"image", Numbers::kImage},
-    {"floats", Numbers::kFloats},
-    {"native", Numbers::kNative},
-    {"fp32", Numbers::kFp32}};
+const Words<Numbers> kNumbers = {{"image", Numbers::kImage},
+                                 {"floats", Numbers::kFloats},
+                                 {"native", Numbers::kNative},
+                                 {"fp32", Numbers::kFp32}};
 const Words<Layout> kLayouts = {{"any", Layout::kAny},
                                 {"inner", Layout::kInner},
                                 {"nhwc", Layout::kNhwc},

@@ -171,8 +171,8 @@ class Share {
   int threads_;
 };
 
-// Runs a kernel with the GIL released, where the caller has not done so, on this call's share of its
-// threads.
+// Runs a kernel with the GIL released, where the caller has not done so, on this call's share of
+// its threads.
 template <typename Args>
 void launch(bool (*kernel)(const Args&), Args args) {
   bool ok;
