@@ -1,9 +1,9 @@
 // Activations of values that are kept as T, for the inference kernels.
 //
-// SiLU has a form of its own for each T. Its relative error against float64 with AVX-512: fp32
-// within 3 ulp for |x| < 10 and 11 up to 80, where the result nears 0 or x; bf16 within 1.3e-4
-// before it is rounded, a fifteenth of its last digit. Of -inf both make NaN, as x / (1 + exp(-x))
-// does.
+// SiLU has a form of its own for each T with AVX-512, for fp32 with AVX2 and NEON. Its relative
+// error against float64 with AVX-512: fp32 within 3 ulp for |x| < 10 and 11 up to 80, where the
+// result nears 0 or x; bf16 within 1.3e-4 before it is rounded, a fifteenth of its last digit. All
+// make NaN of -inf, as x / (1 + exp(-x)) does. docs/reliability.md has all errors.
 #pragma once
 
 #include "cpu/simd/activations.h"
