@@ -17,6 +17,7 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 
@@ -338,7 +339,7 @@ def _run_on_ray(jobs: Iterator[_Job], workers: int, stop: Event) -> Results:
     while running:
         done, _ = ray.wait(list(running))
         for reference in done:
-            score: Callable[[], float] = partial(ray.get, reference)
+            score: Any = partial(ray.get, reference)
             yield running.pop(reference), score
         if not stop.is_set():
             running |= {remote.remote(job): job for job in itertools.islice(jobs, len(done))}

@@ -45,9 +45,8 @@ def _marks(backend: str) -> list[pytest.MarkDecorator]:
 
 # The CUDA kernels: run on the CPU, and on a GPU. Results come back to the CPU.
 CUDA_NAMES = ("simt", "cuda")
-NEEDS_SIMT = pytest.mark.skipif(
-    bool(native.simt_unavailable_reason()), reason=native.simt_unavailable_reason() or ""
-)
+_NO_SIMT = native.simt_unavailable_reason()
+NEEDS_SIMT = pytest.mark.skipif(bool(_NO_SIMT), reason=_NO_SIMT or "")
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Dtypes:
     parameters: torch.dtype
 
     def __str__(self) -> str:
-        x, parameters = (str(d).removeprefix("torch.") for d in (self.x, self.parameters))
-        return x if x == parameters else f"{x}_with_{parameters}"
+        x, own = (str(d).removeprefix("torch.") for d in (self.x, self.parameters))
+        return x if x == own else f"{x}_with_{own}"
 
 
 FP32 = Dtypes(torch.float32, torch.float32)
@@ -121,8 +120,7 @@ def matrix(
 def threaded(cases: Iterable[Any], six: Sequence[str]) -> pytest.MarkDecorator:
     """Parameters `case`, `dtypes` and `backend` of tests with other numbers of threads.
 
-    How work is split depends on the shape alone: `make test` has six shapes on the best set, and
-    `make test-all` the others and the other sets.
+    Shape alone splits work: `make test` has six shapes on the best set, `make test-all` the rest.
     """
     rows = []
     for case in (param.values[0] for param in cases):
@@ -357,8 +355,8 @@ def pointwise_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = 
 def head_call(case: PointwiseCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
     """pointwise_bn_silu_pool on random values, as `pointwise_call`."""
     given = pointwise_call(case, dtypes).tensors
-    tensors = {k: v for k, v in given.items() if k not in ("gate", "residual")}
-    return Call("pointwise_bn_silu_pool", tensors, {"training": training})
+    given = {k: v for k, v in given.items() if k not in ("gate", "residual")}
+    return Call("pointwise_bn_silu_pool", given, {"training": training})
 
 
 def stem_call(case: StemCase, dtypes: Dtypes = FP32, training: bool = False) -> Call:
@@ -366,10 +364,10 @@ def stem_call(case: StemCase, dtypes: Dtypes = FP32, training: bool = False) -> 
     generator = torch.Generator().manual_seed(0)
     x = _image((case.n, case.c, case.h, case.w), dtypes.x, generator)
     weight = torch.randn(case.out, case.c, case.k, case.k, generator=generator)
-    bn = _bn(case.out, dtypes.parameters, generator)
-    options = {"stride": case.stride, "padding": case.padding, "training": training}
     weight = (weight / (case.k * case.c**0.5)).to(dtypes.parameters)
-    return Call("stem_conv_bn_silu", {"x": x, "weight": weight, **bn}, options)
+    tensors = {"x": x, "weight": weight, **_bn(case.out, dtypes.parameters, generator)}
+    options = {"stride": case.stride, "padding": case.padding, "training": training}
+    return Call("stem_conv_bn_silu", tensors, options)
 
 
 SAMPLES = (
