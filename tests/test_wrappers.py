@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import effnet_fast
-from effnet_fast.modules import structure
+from effnet_fast.modules import recognition
 from effnet_fast.modules.layers import MBConv, MBConvConfig
 from networks import random_images
 
@@ -113,14 +113,14 @@ def test_fully_shard_on_a_block_fuses(accelerated: str, monkeypatch: pytest.Monk
             effnet_fast.accelerate(model)
     fully_shard(model, mesh=mesh)
     read: list[nn.Module] = []  # what was known when it ran
-    before = structure.structure_of
+    before = recognition.recognise
 
     def record(module: nn.Module, *arguments: object) -> object:
         found = before(module, *arguments)
         read.append(module)
         return found
 
-    monkeypatch.setattr(structure, "structure_of", record)
+    monkeypatch.setattr(recognition, "recognise", record)
     assert_same(step(model), step(stock))
     is_fused = [model.get_submodule(name) in read for name in names]
     assert is_fused == [accelerated != "after"] * len(names)

@@ -16,7 +16,7 @@ from benchmarks.network_contests import Case
 from benchmarks.peers import PEERS, Peer
 from benchmarks.setups import Runner, network_step
 from cases import dwconv_of, head_of, mbconv_of, pointwise_of, squeeze_excite_of, stem_of
-from effnet_fast.modules import structure
+from effnet_fast.modules import recognition, structure
 
 SMALL = Case("b0", 2, 64)
 ON_CPU = [p for p in PEERS if "cpu" in p.devices and not p.compiles]
@@ -45,9 +45,10 @@ def test_stock_never_takes_a_fused_path(name: str, monkeypatch: pytest.MonkeyPat
     dtype = "bf16" if name == "torch_amp" else "fp32"
     contest = networks.contest(SMALL, "inference", dtype, "cpu", names=[name])
 
-    def fail(module: object) -> None:
+    def fail(module: object, *_: object) -> None:
         raise AssertionError("looked for something to fuse")
 
+    monkeypatch.setattr(recognition, "recognise", fail)
     monkeypatch.setattr(structure, "structure_of", fail)
     contest.build[name]()()
 

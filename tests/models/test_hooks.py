@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 import effnet_fast
-from effnet_fast.modules import structure
+from effnet_fast.modules import recognition, structure
 from networks import Pair, assert_alike, pair, random_images, run_network
 
 # One module of each kind in a block with expansion and residual, in one without, and around them.
@@ -293,9 +293,10 @@ def test_stock_path_does_not_look_for_what_is_fused(monkeypatch: pytest.MonkeyPa
     """Stock is the yardstick of the benchmarks: it takes no longer than torchvision's modules."""
     model = pair().actual
 
-    def fail(module: nn.Module) -> None:
+    def fail(module: nn.Module, *_: object) -> None:
         raise AssertionError("looked at")
 
+    monkeypatch.setattr(recognition, "recognise", fail)
     monkeypatch.setattr(structure, "structure_of", fail)
     with torch.inference_mode(), effnet_fast.use_backend("reference"):
         model(random_images(1, 48))
