@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.backends import native
-from effnet_fast.ops import registration
 
 MIN_BYTES = 32 << 20  # the C library keeps smaller blocks by itself
 VARIABLE = "EFFNET_FAST_KEPT_BYTES"
@@ -63,9 +62,8 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
         or limit_bytes() == 0
         or torch.are_deterministic_algorithms_enabled()  # torch.empty then fills what it gives
     ):
-        if len(shape) == 4:
-            return registration.empty_nhwc(like, shape)
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
     return _buffers().empty(shape, like.dtype is torch.bfloat16)
 
 

@@ -60,6 +60,13 @@ def empty_cache() -> None:
     buffers.release()
 
 
+def _fresh(like: Tensor, size: int) -> Tensor:
+    """Memory of so many elements, kept by `buffers` where it is large."""
+    if size * like.element_size() < buffers.MIN_BYTES:
+        return torch.empty(size, dtype=like.dtype, device=like.device)
+    return buffers.empty(like, (size,))
+
+
 def empty_nhwc(slot: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised channels_last tensor [N,C,H,W] with the dtype and device of `like`.
 
@@ -69,7 +76,7 @@ def empty_nhwc(slot: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     n, c, h, w = shape
     size = n * c * h * w
     if not getattr(_local, "active", False):
-        flat = buffers.empty(like, (size,))
+        flat = _fresh(like, size)
     else:
         held = _local.buffers
         # Outside of inference mode torch writes to no tensor that was made inside.
@@ -77,6 +84,6 @@ def empty_nhwc(slot: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         if key in held and held[key].numel() < size:
             del held[key]  # before the larger one is there
         if key not in held:
-            held[key] = buffers.empty(like, (size,))
+            held[key] = _fresh(like, size)
         flat = held[key]
     return flat.as_strided(shape, (h * w * c, 1, w * c, c))
