@@ -28,10 +28,10 @@ def scope() -> Iterator[None]:
     if getattr(_local, "active", False):
         yield
         return
-    _local.active = True
-    if not hasattr(_local, "buffers"):
-        _local.buffers = {}
     try:
+        _local.active = True
+        if not hasattr(_local, "buffers"):
+            _local.buffers = {}
         yield
     finally:
         _local.active = False

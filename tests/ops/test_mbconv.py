@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -97,6 +98,11 @@ def test_parity_notices_swapped_channels(part: str) -> None:
     actual = run_op(case, x, parts | {part: [weight, *parts[part][1:]]}, "cpu")
     with pytest.raises(AssertionError, match="y: rms error"):
         assert_parity({"y": actual}, {"y": stock}, {"y": exact}, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _own_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_local", threading.local())
 
 
 def test_shared_memory_changes_nothing() -> None:
