@@ -22,11 +22,10 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
-constexpr int kGradTile =
-    kRegisters == 32 ? 8 : 4;                  // dz vectors held at once, within the registers
-constexpr int64_t kGroupRows = 4;              // rows of dz formed at a time
-constexpr int64_t kDataRows = 2 * kGroupRows;  // rows of grad_x written at a time
-constexpr int64_t kPlaneBytes = 512 << 10;     // planes of dz of a task
+constexpr int kGradTile = kRegisters == 32 ? 8 : 4;  // dz vectors held in registers at once
+constexpr int64_t kGroupRows = 4;                    // rows of dz formed at a time
+constexpr int64_t kDataRows = 2 * kGroupRows;        // rows of grad_x written at a time
+constexpr int64_t kPlaneBytes = 512 << 10;           // planes of dz of a task
 
 // Per channel: u = z * scale + shift, dz = scale * du + (z - mean) * slope + offset, the latter two
 // by the batch alone.
