@@ -1,4 +1,4 @@
-// Properties and methods of torch's classes, asked without Python code.
+// Members of torch's classes, asked without Python code, and whether a class has changed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -46,5 +46,19 @@ class Member {
   const PyGetSetDef* getset_ = nullptr;
   const PyMethodDef* method_ = nullptr;
 };
+
+// Python's number of what a class and those above it have, which is another after every change; 0
+// where it has none to give.
+inline unsigned version_of_type(const pybind11::object& type) {
+  auto* const object = reinterpret_cast<PyTypeObject*>(type.ptr());
+  const auto number = [object]() -> unsigned {
+#if PY_VERSION_HEX < 0x030C0000  // where a change may clear the flag alone
+    if (!PyType_HasFeature(object, Py_TPFLAGS_VALID_VERSION_TAG)) return 0;
+#endif
+    return object->tp_version_tag;
+  };
+  if (!number()) Py_XDECREF(PyObject_GetAttrString(type.ptr(), "__init__"));
+  return number();
+}
 
 }  // namespace effnet

@@ -243,13 +243,6 @@ class Watch {
     owner.is_whole = true;
     return owner;
   }
-  // Python's number of what a class and those above it have, which is another after every change; 0
-  // where it has none to give.
-  static unsigned version_of_type(const py::object& type) {
-    auto* const object = reinterpret_cast<PyTypeObject*>(type.ptr());
-    if (!object->tp_version_tag) Py_XDECREF(PyObject_GetAttrString(type.ptr(), "__init__"));
-    return object->tp_version_tag;
-  }
   struct Sample {
     uint64_t address, size;
   };

@@ -73,7 +73,8 @@ def _input(found: Found, op: str, x: Tensor, backend: str, decided: dict[Any, An
     if not autocasts and first.tensors[0].dtype is not cast.dtype:  # those of a block have one
         return None  # stock raises here too
     # All that a choice depends on beside the module.
-    kind = (op, backend, cast.dtype, cast.device, type(cast), is_last and cast.stride(1))
+    size = cast.shape[0], cast.numel() == 0, is_last and cast.stride(1)
+    kind = (op, backend, cast.dtype, cast.device, type(cast), size)
     chosen = decided.get(kind)
     if chosen is None:
         asked = cast if is_last else cast[:0]  # no images: of any layout
